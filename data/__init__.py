@@ -1,0 +1,47 @@
+"""What is streamed: tar shards of pictures and captions, as batches in an exact order.
+
+The way of a sample: `source` (shards, `shards` indexes them, `files` reads them) -> `Record` -> `decode`, `text` ->
+`Sample` -> `loader`, in the order of `order` -> `Batch`. `pack` makes shards, `emoji` is the built-in data set,
+`ledger` records what could not be used. Names are imported on first use: a recipe is checked without waiting for
+decoders.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import AugmentConfig as AugmentConfig
+    from .config import DataConfig as DataConfig
+    from .config import DataError as DataError
+    from .config import SourceConfig as SourceConfig
+    from .ledger import LedgerEntry as LedgerEntry
+    from .loader import Loader as Loader
+    from .loader import evaluation_samples as evaluation_samples
+    from .order import Order as Order
+    from .order import stream as stream
+    from .record import Batch as Batch
+    from .record import Record as Record
+    from .record import Sample as Sample
+    from .source import Source as Source
+    from .source import held_out as held_out
+    from .source import open_source as open_source
+    from .text import Tokenizer as Tokenizer
+
+_MODULES = {
+    "config": ("AugmentConfig", "DataConfig", "DataError", "SourceConfig"),
+    "ledger": ("LedgerEntry",),
+    "loader": ("Loader", "evaluation_samples"),
+    "order": ("Order", "stream"),
+    "record": ("Batch", "Record", "Sample"),
+    "source": ("Source", "held_out", "open_source"),
+    "text": ("Tokenizer",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,54 @@
+"""What a recipe's `data:` block says."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import BaseModel, Field, model_validator
+
+
+class DataError(ValueError):
+    """Data that cannot be read or used; the message names the place, what is wrong with it and the remedy."""
+
+
+class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """One collection of shards and its share of the stream."""
+
+    source: str = Field(min_length=1, description="samples://NAME, or a glob/brace URL of tar shards")
+    weight: float = Field(1.0, gt=0, description="share of the stream, relative to the other sources")
+
+
+class AugmentConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Random changes to training pictures, drawn from the stream `augment` of the run's seed."""
+
+    crop_scale: tuple[float, float] = Field(
+        (0.9, 1.0), strict=False, description="area of the random crop, least and most"
+    )
+    crop_ratio: tuple[float, float] = Field(
+        (0.75, 4 / 3), strict=False, description="width / height of the random crop"
+    )
+    flip: bool = Field(False, description="mirror every second picture left to right; wrong for writing and arrows")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"crop_scale = {list(self.crop_scale)} must be two rising shares of the area, as in [0.9, 1.0]"
+            )
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ValueError(f"crop_ratio = {list(self.crop_ratio)} must be two rising ratios, as in [0.75, 1.33]")
+        return self
+
+
+class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """The stream of training samples."""
+
+    train: tuple[SourceConfig, ...] = Field(min_length=1, strict=False, description="sources, mixed by weight")
+    batch: int = Field(gt=0, description="pairs in a global batch, over all processes")
+    workers: int = Field(0, ge=0, description="decoding processes beside each training process; 0: decode in line")
+    bad_samples: float = Field(
+        0.01, ge=0, lt=1, description="share of a source that may be unusable before the run stops"
+    )
+    augment: AugmentConfig = AugmentConfig()

@@ -1,0 +1,205 @@
+"""The loader: batches of training samples, decoded beside the training process.
+
+Every position of the order (order.py) is one item of a map-style data set; torch's DataLoader brings the processes and
+the bounded prefetch. What an item is depends on its position alone, with its random streams named by the position, so
+neither world size nor workers can change a global batch. A bad sample is replaced by the order's spares, one after
+another, and each one met is an entry of the batch's ledger.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from math import floor
+from typing import TYPE_CHECKING
+
+from .config import DataConfig, DataError
+from .decode import captions_and_labels, centre_crop, picture, random_crop
+from .files import shown_url
+from .ledger import BadSample, LedgerEntry, reasons_table
+from .order import Order, stream
+from .record import Batch, Sample, collate
+from .source import Source, open_source
+from .text import Tokenizer
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+_MOST_SPARES = 1000
+_AHEAD = 2  # batches a worker may be ahead
+Drawn = tuple[Sample, list[LedgerEntry]]
+
+
+class Loader:
+    """Rank `rank`'s share of the stream of a run, batch by batch, from any step on."""
+
+    def __init__(
+        self, config: DataConfig, resolution: int, context: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        """Opens the sources. Pictures come at `resolution` pixels, captions at most `context` tokens long."""
+        assert config.batch % world == 0, "the recipe checks this"
+        self.config, self.rank, self.world = config, rank, world
+        self.sources = [open_source(each.source) for each in config.train]
+        lengths = [len(source) for source in self.sources]
+        self.order = Order(seed, lengths, [each.weight for each in config.train], config.batch)
+        self._items = _Items(self.sources, self.order, config, resolution, context)
+        self._bad: dict[str, dict[tuple[str, str], LedgerEntry]] = {}
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This rank's share of global batch `step`, `step` + 1, ... without end. Close the iterator to end its
+        processes. Raises DataError if a source cannot be read, or a decoding process dies."""
+        batches = iter(self._data_loader(step))
+        while True:
+            try:
+                batch = next(batches)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(self._worker_died(step, error)) from None
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+            step += 1
+
+    def keys(self, step: int) -> list[str]:
+        """The keys of the whole global batch `step`, in order; nothing is read. A bad sample is named, not its spare."""
+        places = [self.order.position(n) for n in self.order.positions(step)]
+        return [self.sources[place.source].key(place.number) for place in places]
+
+    def check_bad(self, entries: Sequence[LedgerEntry]) -> None:
+        """Counts the bad samples that all ranks met (and, after a resume, those of the ledger). Raises DataError once
+        more distinct samples of a source are bad than its share `bad_samples` allows, rounded down."""
+        for entry in entries:
+            self._bad.setdefault(entry.source, {})[entry.shard, entry.key] = entry
+        for source in self.sources:
+            bad = self._bad.get(source.url, {})
+            allowed = floor(self.config.bad_samples * len(source))
+            if len(bad) > allowed:
+                raise DataError(
+                    f"{shown_url(source.url)}: {len(bad)} of {len(source)} samples are bad, {allowed} are allowed\n"
+                    f"{reasons_table(bad.values())}\n"
+                    f"mend or leave out these samples (ledger.jsonl names them), or raise data.bad_samples"
+                )
+
+    def _data_loader(self, step: int) -> DataLoader[Drawn]:
+        from torch.utils.data import DataLoader
+
+        workers = self.config.workers
+        return DataLoader(
+            self._items,  # type: ignore[arg-type]
+            batch_sampler=_Steps(self.order, step, self.rank, self.world),  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_collated,
+            prefetch_factor=_AHEAD if workers else None,
+            worker_init_fn=_quiet_worker,
+            multiprocessing_context="fork" if workers else None,
+        )
+
+    def _worker_died(self, step: int, error: RuntimeError) -> str:
+        positions = self.order.positions(step, self.rank, self.world)
+        reason = str(error).split("\n")[0]
+        return (
+            f"a decoding process of rank {self.rank} died at step {step}, positions {positions[0]} to {positions[-1]} "
+            f"({reason}); if memory ran out, lower data.workers; `data.workers=0` shows the fault in line"
+        )
+
+
+class _Steps:
+    """For DataLoader: the positions of one rank's batch, step after step, without end."""
+
+    def __init__(self, order: Order, step: int, rank: int, world: int) -> None:
+        self.order, self.step, self.rank, self.world = order, step, rank, world
+
+    def __iter__(self) -> Iterator[range]:
+        step = self.step
+        while True:
+            yield self.order.positions(step, self.rank, self.world)
+            step += 1
+
+
+class _Items:
+    """For DataLoader: what lies at a position, a pure function of the position."""
+
+    def __init__(self, sources: list[Source], order: Order, config: DataConfig, resolution: int, context: int) -> None:
+        self.sources, self.order, self.augment = sources, order, config.augment
+        self.resolution, self.context, self.tokenizer = resolution, context, Tokenizer()
+
+    def __getitem__(self, position: int) -> Drawn | DataError:
+        try:
+            return self._drawn(position)
+        except DataError as error:  # handed over as a value: DataLoader would bury it in a traceback
+            return error
+
+    def _drawn(self, position: int) -> Drawn:
+        place = self.order.position(position)
+        source, number = self.sources[place.source], place.number
+        bad: list[LedgerEntry] = []
+        for attempt in range(_MOST_SPARES):
+            try:
+                return self._sample(source, number, position), bad
+            except BadSample as error:
+                bad.append(_entry(source, number, error, position))
+            spare = self.order.spare(position, attempt)
+            if spare is None:
+                break
+            number = spare
+        raise DataError(
+            f"{shown_url(source.url)}: no usable sample in {len(bad)} drawn for one place\n{reasons_table(bad)}\n"
+            f"check what the shards hold"
+        )
+
+    def _sample(self, source: Source, number: int, position: int) -> Sample:
+        record = source.record(number)
+        captions, labels = captions_and_labels(record.fields)
+        chosen = int(stream(self.order.seed, "caption", position).integers(len(captions)))
+        image = random_crop(
+            picture(record.fields), self.resolution, self.augment, stream(self.order.seed, "augment", position)
+        )
+        tokens = self.tokenizer.encode(captions[chosen], self.context)
+        return Sample(source.url, record.key, image, captions, captions[chosen], tokens, labels)
+
+
+def evaluation_samples(
+    url: str,
+    resolution: int,
+    context: int,
+    rank: int = 0,
+    world: int = 1,
+    ledger: list[LedgerEntry] | None = None,
+) -> Iterator[Sample]:
+    """Every `world`-th sample of a source from `rank` on, in index order, cropped at the centre, with its first
+    caption. Bad samples are left out, and appended to `ledger` if one is given."""
+    source, tokenizer = open_source(url), Tokenizer()
+    for number in range(rank, len(source), world):
+        try:
+            record = source.record(number)
+            captions, labels = captions_and_labels(record.fields)
+            image = centre_crop(picture(record.fields), resolution)
+        except BadSample as error:
+            if ledger is not None:
+                ledger.append(_entry(source, number, error))
+            continue
+        yield Sample(url, record.key, image, captions, captions[0], tokenizer.encode(captions[0], context), labels)
+
+
+def _entry(source: Source, number: int, error: BadSample, position: int = -1) -> LedgerEntry:
+    return LedgerEntry(
+        source.url, source.shard(number), source.key(number), source.offset(number), str(error), position
+    )
+
+
+def _collated(items: list[Drawn | DataError]) -> Batch | DataError:
+    drawn = []
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+        drawn.append(item)
+    return collate([sample for sample, _ in drawn], [entry for _, bad in drawn for entry in bad])
+
+
+def _quiet_worker(_: int) -> None:
+    """A worker ends when its parent does or tells it to; the run's signal handlers, inherited by the fork, are the
+    parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

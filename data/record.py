@@ -1,0 +1,88 @@
+"""What travels from a shard to the model: Record (raw bytes), Sample (decoded), Batch (a rank's share of a step)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .ledger import LedgerEntry
+from .order import stable_hash
+from .text import clean
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A sample's members as they lie in the shard. `key` is text from outside: never use it as a path."""
+
+    key: str
+    shard: str
+    offset: int  # bytes, of the first member's data
+    fields: dict[str, bytes]  # by lower-case extension
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A decoded sample."""
+
+    source: str
+    key: str
+    image: np.ndarray  # uint8 [H, W, 3]
+    captions: tuple[str, ...]
+    caption: str  # the chosen one of `captions`
+    tokens: list[int]  # of `caption`, START and END included
+    labels: dict[str, str]
+
+    @property
+    def image_id(self) -> int:
+        """A signed 64-bit hash of source and key."""
+        return _signed(stable_hash("image", self.source, self.key))
+
+    @property
+    def caption_id(self) -> int:
+        """A signed 64-bit hash of the caption as the tokenizer sees it."""
+        return caption_id(self.caption)
+
+
+def caption_id(caption: str) -> int:
+    """A signed 64-bit hash of the cleaned caption: equal for captions that are one text to the model."""
+    return _signed(stable_hash("caption", clean(caption)))
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >> 63 else number
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's b = batch / world pairs of a global batch; rank r holds positions [r b, (r + 1) b) of it."""
+
+    images: torch.Tensor  # uint8 [b, 3, H, W]
+    tokens: torch.Tensor  # int64 [T], the captions one after another
+    lengths: torch.Tensor  # int64 [b], their sum is T
+    caption_ids: torch.Tensor  # int64 [b], equal for equal captions
+    image_ids: torch.Tensor  # int64 [b], equal for equal samples
+    keys: tuple[str, ...]
+    captions: tuple[str, ...]
+    bad: tuple[LedgerEntry, ...]  # the samples that spares stand in for
+
+
+def collate(samples: Sequence[Sample], bad: Sequence[LedgerEntry] = ()) -> Batch:
+    """Stacks pictures (equal sizes) and packs captions at their true lengths."""
+    import torch  # 2 s: only what decodes pays it
+
+    return Batch(
+        images=torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).contiguous(),
+        tokens=torch.tensor([i for sample in samples for i in sample.tokens], dtype=torch.int64),
+        lengths=torch.tensor([len(sample.tokens) for sample in samples], dtype=torch.int64),
+        caption_ids=torch.tensor([sample.caption_id for sample in samples], dtype=torch.int64),
+        image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
+        keys=tuple(sample.key for sample in samples),
+        captions=tuple(sample.caption for sample in samples),
+        bad=tuple(bad),
+    )

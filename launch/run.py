@@ -1,0 +1,208 @@
+"""Starts a run on this machine: checks all that can be checked, writes the run folder's recipe, then trains.
+
+The one idea: nothing is written and no process starts before the recipe, the sources, the disk and the store have been
+looked at. One process trains right here, which starts fastest; several are started by torchrun's elastic agent, as on a
+cluster, and their first failure comes out once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..models.spec import ModelSpec, TowerSpec
+from ..training.recipe import Recipe
+from .errors import RecipeError, RunError, show
+from .recipes import ResolvedRecipe, read_recipe
+from .worker import work
+
+RECIPE_FILE = "recipe.yaml"
+SHUTDOWN_SECONDS = 120  # what a worker has to commit after SIGTERM, before it is killed
+_RESERVE = 64 << 20
+
+
+def start(resolved: ResolvedRecipe, out: Path, processes: int) -> None:
+    """Train `resolved` in folder `out` with `processes` processes; continues by itself if the run has a commit.
+
+    Raises RecipeError, DataError, StoreError or OSError before anything is written, and RunError if a process fails.
+    """
+    recipe = resolved.recipe
+    check(recipe, out, processes)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / RECIPE_FILE, resolved.text)
+    _set_threads(processes)
+    if processes == 1:
+        work(out)
+    else:
+        _launch(out, processes)
+
+
+def check(recipe: Recipe, out: Path, processes: int) -> None:
+    """All that must hold before a run starts, the cheapest first."""
+    if processes < 1:
+        raise RecipeError(f"--processes {processes} starts nothing; give 1 or more")
+    try:
+        recipe.check_world(processes)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    _check_same_run(recipe, out)
+    _check_disk(recipe, out)
+    _check_sources(recipe)
+    _check_store(recipe, out)
+
+
+def commits_url(recipe: Recipe, out: Path) -> str:
+    """Where the run's commits go."""
+    return recipe.checkpoint.to or str(out / "commits")
+
+
+def _check_same_run(recipe: Recipe, out: Path) -> None:
+    """A folder with a run in it takes only a recipe that can continue that run."""
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"--out {show(str(out))} is a file; give a folder")
+    if not (out / RECIPE_FILE).exists() or not (out / "metrics.jsonl").exists():
+        return
+    before = read_recipe(str(out / RECIPE_FILE)).recipe
+    passed = len(before.stages) - 1
+    same = {
+        "seed": before.seed == recipe.seed,
+        "data.batch": before.data.batch == recipe.data.batch,
+        "model": before.model == recipe.model,
+        "data.train": before.data.train == recipe.data.train,
+        "stages": (
+            before.stages[:passed] == recipe.stages[:passed]
+            and len(recipe.stages) > passed
+            and before.stages[passed].grow == recipe.stages[passed].grow
+        ),
+    }
+    changed = [name for name, equal in same.items() if not equal]
+    if changed:
+        raise RecipeError(
+            f"{show(str(out))} holds a run with another {' and '.join(changed)}, which this recipe cannot continue; "
+            f"give another folder with --out, or take back the change"
+        )
+
+
+def _check_disk(recipe: Recipe, out: Path) -> None:
+    url = commits_url(recipe, out)
+    local = "://" not in url or url.startswith("file://")
+    place = Path(url.removeprefix("file://")) if local else out
+    commits = (recipe.checkpoint.keep + 1) * 12 * largest_parameters(recipe) if local else 0  # fp32: weight, two moments
+    existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    free, needed = shutil.disk_usage(existing).free, commits + _RESERVE
+    if free < needed:
+        raise RecipeError(
+            f"{show(str(existing))} has {free / 1e9:.2f} GB free, and the run's commits need about {needed / 1e9:.2f} GB; free "
+            f"some space, keep fewer commits (checkpoint.keep, now {recipe.checkpoint.keep}), or choose another --out"
+        )
+
+
+def largest_parameters(recipe: Recipe) -> int:
+    """About how many parameters the run's largest model has (matrices only)."""
+
+    def blocks(tower: TowerSpec, depth: int, attentions: int = 1) -> int:
+        return depth * tower.width * (4 * attentions * tower.attention_width + 2 * tower.mlp_width)
+
+    def count(spec: ModelSpec) -> int:
+        text, image = spec.text, spec.image
+        tables = text.vocabulary * text.width * (2 if spec.caption else 1) + 3 * image.patch**2 * image.width
+        captioner = blocks(text, spec.caption.depth, attentions=2) if spec.caption else 0
+        return tables + captioner + blocks(text, text.depth) + blocks(image, image.depth)
+
+    return max(count(spec) for spec in recipe.specs())
+
+
+def _check_sources(recipe: Recipe) -> None:
+    """Open every source once, which resolves and indexes its shards (and packs samples:// ones)."""
+    from ..data.source import open_source
+
+    urls = [source.source for source in recipe.data.train]
+    if recipe.eval.data and recipe.eval.suites:
+        urls.append(recipe.eval.data)
+    for url in dict.fromkeys(urls):
+        open_source(url)
+
+
+def _check_store(recipe: Recipe, out: Path) -> None:
+    from ..training.store import Store
+
+    Store(commits_url(recipe, out)).check()
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file all or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _set_threads(processes: int) -> None:
+    """Share the cores out evenly, unless the person has said otherwise by OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if processes == 1:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _launch(out: Path, processes: int) -> None:
+    """Start worker processes under torchrun's elastic agent and wait for them."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it reports every failure; we do, once
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=f"treering-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "treering.launch.worker", str(out))
+    except ChildFailedError as error:
+        raise _first_failure(error) from None
+    except SignalException as error:
+        raise stopped(error.sigval) from None
+
+
+def stopped(signal_number: int) -> RunError:
+    """The run was told to stop."""
+    name = signal.Signals(signal_number).name
+    return RunError(f"stopped by {name}; the same command continues from the last commit", 128 + signal_number)
+
+
+def _first_failure(error: Any) -> RunError:
+    """What the first process to fail left in its error file, or how it died."""
+    failures = []
+    for rank, failure in error.failures.items():
+        said = failure.error_file_data.get("message")
+        if isinstance(said, dict) and "time" in said:
+            failures.append((said["time"], RunError(said["message"], said["code"])))
+            continue
+        died = f"process {rank} ended with exit code {failure.exitcode} and did not say why"
+        if failure.exitcode < 0:
+            died = f"process {rank} was killed by {failure.signal_name()}"
+        if failure.exitcode == -signal.SIGKILL:
+            died += "; if memory ran out, start fewer --processes or set a smaller data.batch"
+        failures.append((failure.timestamp, RunError(died, 1)))
+    return min(failures, key=lambda item: item[0])[1]

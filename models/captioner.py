@@ -1,0 +1,27 @@
+"""CoCa's captioner (Yu et al., arXiv 2205.01917): the text tower is the unimodal half of the decoder, this the rest.
+
+Its blocks continue the text tower's stream and also attend to the image tokens. The output table is the text tower's
+token table, so a captioner costs no second vocabulary.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .spec import ModelSpec
+from .towers import TowerOutput
+from .transformer import Transformer
+
+
+class Captioner(nn.Module):
+    """Cross-attending blocks from text tokens and image tokens to states that predict the next token."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        assert spec.caption is not None
+        self.transformer = Transformer(spec.text, spec.caption.depth, memory_width=spec.image.width)
+
+    def forward(self, image: TowerOutput, text: TowerOutput) -> Tensor:
+        """States [t, d] in the text tower's layout; times the token table they are next-token logits."""
+        states_td: Tensor = self.transformer(text.tokens, text.mask, image.tokens, image.mask)
+        return states_td

@@ -1,0 +1,72 @@
+"""What a growth operator is: for every tensor of the grown model, one old tensor and one map per kind of state.
+
+The same rule makes a weight and its two Adam moments, so optimizer state is never thrown away, and a plan is applied
+one tensor at a time: memory is bounded by the largest tensor, not by the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+TensorMap = Callable[[Tensor], Tensor]
+Read = Callable[[str, str], Tensor]
+"""(kind of state, tensor name) -> tensor"""
+
+
+def keep(tensor: Tensor) -> Tensor:
+    """The tensor as it is."""
+    return tensor
+
+
+def zero(tensor: Tensor) -> Tensor:
+    """Zeros in the tensor's place."""
+    return torch.zeros_like(tensor)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one tensor of the grown model is made. Kinds without a map of their own are kept."""
+
+    source: str
+    """name of the tensor it is made from, in the model before the operator"""
+    maps: Mapping[str, TensorMap] = field(default_factory=dict)
+    """by kind of state: `model`, `exp_avg`, `exp_avg_sq`"""
+
+    def apply(self, kind: str, tensor: Tensor) -> Tensor:
+        """The new tensor of this kind."""
+        return self.maps.get(kind, keep)(tensor)
+
+
+class Operator(Protocol):
+    """One step of a growth plan."""
+
+    preserves: bool
+    """whether the grown model computes the same function"""
+
+    def rule(self, name: str) -> Rule:
+        """How the tensor `name` of the grown model is made."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """The operator and its numbers, for the lineage."""
+        ...
+
+
+def grown(operators: Sequence[Operator], read: Read) -> Read:
+    """Read from the grown model: `read` reads from the old one, and tensors are made when they are asked for."""
+    for operator in operators:
+        read = _through(operator, read)
+    return read
+
+
+def _through(operator: Operator, read: Read) -> Read:
+    def read_grown(kind: str, name: str) -> Tensor:
+        rule = operator.rule(name)
+        return rule.apply(kind, read(kind, rule.source))
+
+    return read_grown

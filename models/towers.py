@@ -1,0 +1,68 @@
+"""The image and the text tower: how pictures and captions become a stream, and a stream becomes one embedding.
+
+Shape suffixes: b samples, t tokens of the whole batch, d channels of the tower, e channels of the joint space,
+p patches of a picture.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .spec import ImageSpec, TextSpec
+from .transformer import Dense, Layout, Packed, Transformer
+
+
+class TowerOutput(NamedTuple):
+    """What every tower returns."""
+
+    pooled: Tensor
+    """[b, e]: one embedding a sample, not normalised."""
+    tokens: Tensor
+    """[t, d]: the stream after the final norm."""
+    mask: Layout
+    """which tokens form a sample"""
+
+
+class ImageTower(nn.Module):
+    """A vision transformer; the embedding is the mean of the patch tokens (Beyer et al., arXiv 2205.01580)."""
+
+    def __init__(self, spec: ImageSpec, embed_dim: int) -> None:
+        super().__init__()
+        self.patch = spec.patch
+        self.grid = spec.grid
+        # Patches do not overlap, so the usual convolution is a linear map on unfolded patches, and faster as one.
+        self.patches = nn.Linear(3 * spec.patch**2, spec.width)
+        self.position_embedding = nn.Parameter(torch.empty(spec.grid**2, spec.width))
+        self.transformer = Transformer(spec, spec.depth)
+        self.projection = nn.Linear(spec.width, embed_dim, bias=False)
+
+    def forward(self, images: Tensor) -> TowerOutput:
+        """Embed pictures, float [b, 3, resolution, resolution], already normalised."""
+        b, g, p = len(images), self.grid, self.patch
+        unfolded = images.view(b, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, 3 * p * p)
+        x_bpd = self.patches(unfolded) + self.position_embedding
+        layout = Dense(b, g * g)
+        x_td = self.transformer(x_bpd.flatten(0, 1), layout)
+        return TowerOutput(self.projection(x_td.unflatten(0, (b, -1)).mean(1)), x_td, layout)
+
+
+class TextTower(nn.Module):
+    """A causal transformer on packed tokens; the embedding is read at the end-of-text token, as in CLIP."""
+
+    def __init__(self, spec: TextSpec, embed_dim: int) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(spec.vocabulary, spec.width)
+        self.position_embedding = nn.Parameter(torch.empty(spec.context, spec.width))
+        self.transformer = Transformer(spec, spec.depth)
+        self.projection = nn.Linear(spec.width, embed_dim, bias=False)
+
+    def forward(self, tokens_t: Tensor, lengths_b: Tensor) -> TowerOutput:
+        """Embed captions, packed one after another: int64 [t] ids and int64 [b] lengths with sum t."""
+        layout = Packed.of(lengths_b)
+        x_td = self.token_embedding(tokens_t) + self.position_embedding[layout.positions_t]
+        x_td = self.transformer(x_td, layout)
+        last_b = lengths_b.cumsum(0) - 1
+        return TowerOutput(self.projection(x_td[last_b]), x_td, layout)

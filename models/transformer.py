@@ -1,0 +1,160 @@
+"""The one growable transformer behind every tower: pre-LN blocks on a flat stream of tokens.
+
+The idea is that blocks never see a batch. They work on a stream of shape [t, d], all tokens of all samples one after
+another, and only attention asks a `Layout` which tokens belong together. So captions cost their true length, and image
+and text towers, and the captioner, are the same code.
+
+Shape suffixes: t tokens of the whole batch, d stream channels, h heads, c channels of one head, b samples, n tokens of
+one sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .spec import TowerSpec
+
+
+class Layout(Protocol):
+    """Which tokens of a flat stream form a sample: the packed form of an attention mask."""
+
+    causal: bool
+
+    def grid(self, x_thc: Tensor) -> Tensor:
+        """Lay the flat [t, h, c] out as [b, h, n, c], padding at the end of each sample."""
+        ...
+
+    def flat(self, x_bhnc: Tensor) -> Tensor:
+        """The inverse of `grid`: drop the padding, back to [t, h, c]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """`samples` samples of `length` tokens each, all of which see one another: pictures."""
+
+    samples: int
+    length: int
+    causal: bool = False
+
+    def grid(self, x_thc: Tensor) -> Tensor:
+        """[t, h, c] -> [b, h, n, c], without copying."""
+        return x_thc.unflatten(0, (self.samples, self.length)).transpose(1, 2)
+
+    def flat(self, x_bhnc: Tensor) -> Tensor:
+        """[b, h, n, c] -> [t, h, c]."""
+        return x_bhnc.transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Samples of different lengths, each token seeing itself and those before it: captions.
+
+    Padding exists only inside attention, at the end of each row. Under a causal mask no real token can see it, so no
+    padding mask is needed and the result is exact.
+    """
+
+    slots_t: Tensor
+    """int64 [t]: place of every token in the flattened [b * longest] grid."""
+    samples: int
+    longest: int
+    causal: bool = True
+
+    @staticmethod
+    def of(lengths_b: Tensor) -> Packed:
+        """From the number of tokens of each sample, int64 [b] on any device."""
+        longest, total = int(lengths_b.max()), int(lengths_b.sum())
+        starts_b = lengths_b.cumsum(0) - lengths_b
+        rows_t = torch.repeat_interleave(torch.arange(len(lengths_b), device=lengths_b.device), lengths_b)
+        within_t = torch.arange(total, device=lengths_b.device) - starts_b[rows_t]
+        return Packed(rows_t * longest + within_t, len(lengths_b), longest)
+
+    @property
+    def positions_t(self) -> Tensor:
+        """int64 [t]: place of every token in its own sample."""
+        return self.slots_t % self.longest
+
+    def grid(self, x_thc: Tensor) -> Tensor:
+        """[t, h, c] -> [b, h, n, c] with zeros in the padding."""
+        empty = x_thc.new_zeros(self.samples * self.longest, *x_thc.shape[1:])
+        return empty.index_copy(0, self.slots_t, x_thc).unflatten(0, (self.samples, self.longest)).transpose(1, 2)
+
+    def flat(self, x_bhnc: Tensor) -> Tensor:
+        """[b, h, n, c] -> [t, h, c]."""
+        return x_bhnc.transpose(1, 2).flatten(0, 1).index_select(0, self.slots_t)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a stream to itself, or to another stream of `memory_width` channels."""
+
+    def __init__(self, spec: TowerSpec, memory_width: int | None = None) -> None:
+        super().__init__()
+        inner = spec.attention_width
+        self.heads = spec.heads
+        self.query = nn.Linear(spec.width, inner)
+        self.key = nn.Linear(memory_width or spec.width, inner)
+        self.value = nn.Linear(memory_width or spec.width, inner)
+        self.out = nn.Linear(inner, spec.width)
+
+    def forward(self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None) -> Tensor:
+        """Mix the tokens of each sample, [t, d] -> [t, d]; `memory` is the other stream, if there is one."""
+        source_td, source = (x_td, layout) if memory_td is None or memory is None else (memory_td, memory)
+        q = layout.grid(self.query(x_td).unflatten(-1, (self.heads, -1)))
+        k = source.grid(self.key(source_td).unflatten(-1, (self.heads, -1)))
+        v = source.grid(self.value(source_td).unflatten(-1, (self.heads, -1)))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=layout.causal and source is layout)
+        return self.out(layout.flat(mixed).flatten(1))
+
+
+class Mlp(nn.Module):
+    """Two linear maps with an exact GELU between them."""
+
+    def __init__(self, spec: TowerSpec) -> None:
+        super().__init__()
+        self.up = nn.Linear(spec.width, spec.mlp_width)
+        self.down = nn.Linear(spec.mlp_width, spec.width)
+
+    def forward(self, x_td: Tensor) -> Tensor:
+        """[t, d] -> [t, d]."""
+        return self.down(F.gelu(self.up(x_td)))
+
+
+class Block(nn.Module):
+    """A pre-LN block; with `memory_width` it also attends to another stream, between attention and MLP."""
+
+    def __init__(self, spec: TowerSpec, memory_width: int | None = None) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(spec.width)
+        self.attention = Attention(spec)
+        if memory_width is not None:
+            self.cross_norm = nn.LayerNorm(spec.width)
+            self.cross = Attention(spec, memory_width)
+        self.mlp_norm = nn.LayerNorm(spec.width)
+        self.mlp = Mlp(spec)
+
+    def forward(self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None) -> Tensor:
+        """[t, d] -> [t, d]."""
+        x_td = x_td + self.attention(self.attention_norm(x_td), layout)
+        if memory_td is not None:
+            x_td = x_td + self.cross(self.cross_norm(x_td), layout, memory_td, memory)
+        return x_td + self.mlp(self.mlp_norm(x_td))
+
+
+class Transformer(nn.Module):
+    """`depth` blocks and a final norm."""
+
+    def __init__(self, spec: TowerSpec, depth: int, memory_width: int | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(spec, memory_width) for _ in range(depth))
+        self.norm = nn.LayerNorm(spec.width)
+
+    def forward(self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None) -> Tensor:
+        """[t, d] -> [t, d]."""
+        for block in self.blocks:
+            x_td = block(x_td, layout, memory_td, memory)
+        return self.norm(x_td)

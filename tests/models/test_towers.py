@@ -1,0 +1,135 @@
+"""Towers against an independent dense computation in fp64: plain loops over samples, torch's own attention formula."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from treering.models.flops import forward_flops
+from treering.models.model import Model, build
+from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.transformer import Attention, Block, Packed
+
+SPEC = ModelSpec(
+    embed_dim=24,
+    image=ImageSpec(width=32, depth=2, heads=4, patch=4, resolution=16),
+    text=TextSpec(width=16, depth=2, heads=2, head_dim=12, context=12),
+    caption=CaptionSpec(depth=2),
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return build(SPEC, seed=1).double()
+
+
+def inputs(samples: int = 5) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (samples, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    captions = [torch.randint(0, 49408, (3 + 2 * i % 7,), generator=generator) for i in range(samples)]
+    return images, captions
+
+
+def attend(layer: Attention, x: torch.Tensor, memory: torch.Tensor, causal: bool) -> torch.Tensor:
+    """One sample's attention, head by head."""
+    q, k, v = layer.query(x), layer.key(memory), layer.value(memory)
+    size = q.shape[1] // layer.heads
+    heads = []
+    for h in range(layer.heads):
+        part = slice(h * size, (h + 1) * size)
+        scores = q[:, part] @ k[:, part].T / math.sqrt(size)
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        heads.append(scores.softmax(1) @ v[:, part])
+    return layer.out(torch.cat(heads, 1))
+
+
+def run_block(block: Block, x: torch.Tensor, causal: bool, memory: torch.Tensor | None = None) -> torch.Tensor:
+    h = block.attention_norm(x)
+    x = x + attend(block.attention, h, h, causal)
+    if memory is not None:
+        x = x + attend(block.cross, block.cross_norm(x), memory, causal=False)
+    return x + block.mlp.down(F.gelu(block.mlp.up(block.mlp_norm(x))))
+
+
+def dense(model: Model, image: torch.Tensor, caption: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Image embedding, text embedding and captioner states of one pair."""
+    pixels = (image.double() / 255 - model.image_mean) / model.image_std
+    kernel = model.image.patches.weight.view(-1, 3, 4, 4)
+    x = F.conv2d(pixels[None], kernel, model.image.patches.bias, stride=4)[0].flatten(1).T + model.image.position_embedding
+    for block in model.image.transformer.blocks:
+        x = run_block(block, x, causal=False)
+    x = model.image.transformer.norm(x)
+    t = model.text.token_embedding.weight[caption] + model.text.position_embedding[: len(caption)]
+    for block in model.text.transformer.blocks:
+        t = run_block(block, t, causal=True)
+    t = model.text.transformer.norm(t)
+    c = t
+    for block in model.captioner.transformer.blocks:
+        c = run_block(block, c, causal=True, memory=x)
+    return model.image.projection(x.mean(0)), model.text.projection(t[-1]), model.captioner.transformer.norm(c)
+
+
+def test_packed_towers_equal_one_sample_at_a_time(model: Model) -> None:
+    images, captions = inputs()
+    output = model(images, torch.cat(captions), torch.tensor([len(c) for c in captions]))
+    start = 0
+    for i, caption in enumerate(captions):
+        image, text, states = dense(model, images[i], caption)
+        assert (output.image.pooled[i] - image).abs().max() < 1e-12
+        assert (output.text.pooled[i] - text).abs().max() < 1e-12
+        assert (output.caption[start : start + len(caption)] - states).abs().max() < 1e-12
+        start += len(caption)
+
+
+def test_packed_gradients_equal_one_sample_at_a_time(model: Model) -> None:
+    images, captions = inputs(3)
+    output = model(images, torch.cat(captions), torch.tensor([len(c) for c in captions]))
+    total = output.caption.sin().sum() + output.text.pooled.sin().sum() + output.image.pooled.sin().sum()
+    packed = torch.autograd.grad(total, [p for n, p in model.named_parameters() if n != "logit_scale"])
+    alone = sum(part.sin().sum() for i, c in enumerate(captions) for part in dense(model, images[i], c))
+    expected = torch.autograd.grad(alone, [p for n, p in model.named_parameters() if n != "logit_scale"])
+    for ours, theirs in zip(packed, expected, strict=True):
+        assert (ours - theirs).abs().max() < 1e-10 * (1 + theirs.abs().max())
+
+
+def test_layout_round_trip() -> None:
+    layout = Packed.of(torch.tensor([2, 5, 1]))
+    x = torch.randn(8, 3, 4)
+    assert torch.equal(layout.flat(layout.grid(x)), x)
+    assert layout.positions_t.tolist() == [0, 1, 0, 1, 2, 3, 4, 0]
+
+
+def test_build_is_a_function_of_spec_and_seed() -> None:
+    one, two, other = (dict(build(SPEC, seed).named_parameters()) for seed in (3, 3, 4))
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    assert not torch.equal(one["image.patches.weight"], other["image.patches.weight"])
+    deeper = dict(build(SPEC.grown({"image.depth": 3}), 3).named_parameters())
+    assert torch.equal(one["text.token_embedding.weight"], deeper["text.token_embedding.weight"])
+
+
+def test_logit_scale_is_bounded_and_has_a_dimension(model: Model) -> None:
+    assert model.logit_scale.shape == (1,)
+    fresh = build(SPEC, 0)
+    assert fresh.scale().item() == pytest.approx(1 / 0.07)
+    with torch.no_grad():
+        fresh.logit_scale.fill_(9.0)
+    assert fresh.scale().item() == pytest.approx(100.0)
+
+
+def test_flops_against_torchs_counter() -> None:
+    """torch counts every matrix product it runs; ours are from the spec. Captions of one length, so nothing is padded."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    fresh, samples, length = build(SPEC, 0), 6, 9
+    images = torch.zeros(samples, 3, 16, 16, dtype=torch.uint8)
+    tokens = torch.zeros(samples * length, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        fresh(images, tokens, torch.full((samples,), length))
+    head = 2 * (length - 1) * SPEC.text.width * SPEC.text.vocabulary
+    ours = samples * (forward_flops(SPEC, length) - head)
+    # torch counts the half of causal attention that the mask throws away; we do not.
+    blocks = SPEC.text.depth + SPEC.caption.depth
+    masked = samples * blocks * 4 * length * (length - (length + 1) / 2) * SPEC.text.attention_width
+    assert ours + masked == pytest.approx(counter.get_total_flops(), rel=1e-6)

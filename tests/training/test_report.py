@@ -1,0 +1,548 @@
+"""The report page, parsed as a browser would: self-contained, escaped, true to the metrics, readable at any time of a run."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from treering.training.report import readable, sections, write_report
+from treering.training.report.charts import LineChart, Marker, Series, downsample, nice_ticks
+from treering.training.report.reading import read_run, without_credentials
+
+HOSTILE = "<script>alert('x')</script><img src=http://evil.example/p.png onerror=alert(1)>\"&\x1b[31m\u202etxt"
+BEGAN = 1_795_363_200.0  # 22 November 2026, 16:00 UTC
+RECIPE = """\
+name: emoji
+seed: 0
+data:
+  train: [{source: 'samples://emoji', weight: 1.0}]
+  batch: 256
+model:
+  embed_dim: 256
+  image: {width: 192, depth: 4, heads: 3, mlp_ratio: 4.0, patch: 8, resolution: 64}
+  text: {width: 192, depth: 3, heads: 3, mlp_ratio: 4.0, context: 64, vocabulary: 49408}
+  caption: {depth: 2}
+objectives: {contrastive: {weight: 1.0}, caption: {weight: 2.0}}
+stages:
+  - {samples: 20000, grow: {}}
+  - {samples: 40000, grow: {image.depth: 8, text.depth: 6}}
+checkpoint: {to: 's3://ACCESS:SECRET@bucket/runs', every: [2min], keep: 3}
+"""
+NAMES = ["woman firefighter: dark skin tone", "man mage: light skin tone", "person in lotus position", "man cook: medium skin tone"]
+
+
+# ---------------------------------------------------------------------------------------------- a run that never was
+
+
+def picture(number: int) -> str:
+    """A face, drawn, as an embedded PNG."""
+    image = Image.new("RGB", (72, 72), "white")
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((6, 6, 66, 66), fill=["#f5c542", "#8a5a3b", "#f2d0b0", "#c58c5b"][number % 4])
+    pen.ellipse((22, 26, 30, 36), fill="black")
+    pen.ellipse((42, 26, 50, 36), fill="black")
+    pen.arc((22, 30, 50, 54), 20, 160, fill="black", width=3)
+    pen.rectangle((18, 4, 54, 14), fill=["#b33", "#339", "#393", "#eee"][number // 2 % 4])
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def scores_at(samples: int) -> dict[str, float]:
+    share = samples / 60416
+    return {
+        "retrieval/image_to_text@1": 0.002 + 0.2137 * share,
+        "retrieval/image_to_text@5": 0.008 + 0.4821 * share,
+        "retrieval/image_to_text@10": 0.016 + 0.5973 * share,
+        "retrieval/text_to_image@1": 0.002 + 0.1891 * share,
+        "retrieval/text_to_image@5": 0.008 + 0.4512 * share,
+        "retrieval/text_to_image@10": 0.016 + 0.5712 * share,
+        "zero_shot/skin_tone": 0.2 + 0.5932 * share,
+        "zero_shot/role": 0.04 + 0.5733 * share,
+    }
+
+
+CHANCE = {k: v for k, v in zip(scores_at(0), (0.0016, 0.0082, 0.0163, 0.0016, 0.0082, 0.0163, 0.2, 0.0417), strict=True)}
+
+
+def evaluation(step: int, samples: int, names: list[str] = NAMES) -> dict[str, Any]:
+    """The evaluation file of a step."""
+    retrieval = [
+        {
+            "key": f"k{n}",
+            "image": picture(n),
+            "caption": name,
+            "nearest": [
+                {"caption": other, "score": 0.41 - 0.06 * r, "correct": other == name}
+                for r, other in enumerate([*names[n - 1 :], *names[: n - 1], "flag: Iceland"][: 3 if n % 4 == 3 else 5])
+            ],
+        }
+        for n, name in enumerate(names * 2)
+    ]
+    captions = [{"key": f"k{n}", "image": picture(n), "true": [name, "alias " + name], "generated": f"{name[:4]} at {samples}"} for n, name in enumerate(names)]
+    return {"step": step, "samples": samples, "scores": scores_at(samples), "chance": CHANCE, "examples": {"retrieval": retrieval, "captions": captions}}
+
+
+def lines_of_a_run() -> list[dict[str, Any]]:
+    """Every line of a run of 236 steps that grew after 79 and was resumed on fewer processes after 150."""
+    lines: list[dict[str, Any]] = []
+    clock = BEGAN
+
+    def add(event: str, step: int, passed: float, **more: Any) -> None:
+        nonlocal clock
+        clock += passed
+        lines.append({"event": event, "step": step, "samples": step * 256, "time": clock, **more})
+
+    start = {"imports": 3.1, "find": 0.2, "read": 0.4, "build": 1.3}
+    add("start", 0, 5.0, world=2, hosts=["node-1"], device="cpu", commit=None, seconds=start, life=1)
+    small, large = 10_240_512, 14_091_264
+    for step in range(1, 237):
+        grown = step > 79
+        if step % 5 == 0 or step == 236:
+            contrastive, caption = 5.5 * math.exp(-step / 90) + 0.9, 6.0 * math.exp(-step / 60) + 1.1
+            wobble = 0.12 * math.sin(step * 1.7)
+            add(
+                "step", step, 8.2 if grown else 5.1, stage=int(grown), loss=contrastive + 2 * caption + wobble, losses={"contrastive": contrastive + wobble, "caption": caption},
+                lr=1e-3 * min(1, step / 8) * min(1.0, (241 - step) / 48), logit_scale=14 + step / 12, grad_norm=1.4 + math.cos(step) * 0.3, skipped=0, bad_samples=int(step > 60),
+                samples_per_second=160.0 if grown else 255.0, data_wait=0.04, mfu=None, flops=3.1e11 * step, peak_memory=1_812_000_000,
+                parameters=large if grown else small, seconds={"data": 0.3, "compute": 7.8 if grown else 4.7},
+            )  # fmt: skip
+        if step in (79, 158, 236):
+            add("eval", step, 6.5, scores=scores_at(step * 256), chance=CHANCE, sizes={"retrieval": 612, "zero_shot/skin_tone": 5, "zero_shot/role": 24}, seconds=6.5)
+        if step in (40, 60, 79, 110, 150, 190, 236):
+            reason = {79: "growth", 236: "end"}.get(step, "interval")
+            add("commit", step, 0.9, url=f"s3://ACCESS:SECRET@bucket/runs/emoji/commits/step-{step:09d}", bytes=170_000_000, seconds=0.8, reason=reason)
+        if step == 79:
+            add("grow", step, 0.4, **{"from": {"image.depth": 4, "text.depth": 3}, "to": {"image.depth": 8, "text.depth": 6}}, parameters_before=small, parameters_after=large, seconds=0.35, logit_difference=3.2e-7)
+        if step == 150:
+            clock += 3600
+            add("resume", step, 6.0, world=1, hosts=["node-2"], device="cpu", commit="step-000000150", seconds=start | {"read": 1.9}, life=2)
+    add("end", 236, 0.1, seconds=400.0)
+    return lines
+
+
+def write_run(folder: Path, lines: list[dict[str, Any]], evaluations: list[dict[str, Any]] = (), ledger: list[dict[str, Any]] = (), recipe: str = RECIPE) -> Path:  # type: ignore[assignment]
+    (folder / "evaluations").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in ledger))
+    for e in evaluations:
+        (folder / "evaluations" / f"step-{e['step']:09d}.json").write_text(json.dumps(e))
+    return folder
+
+
+def bad(reason: str, number: int) -> dict[str, Any]:
+    return {"step": 61, "position": 15700 + number, "source": "samples://emoji", "shard": "emoji-00001.tar", "key": f"0{number}", "offset": 512, "reason": reason}
+
+
+@pytest.fixture()
+def whole(tmp_path: Path) -> Path:
+    """A finished run with everything in it."""
+    ledger = [bad("the picture does not decode", 1), bad("the picture does not decode", 2), bad("the caption is not UTF-8", 3)]
+    return write_run(tmp_path / "emoji", lines_of_a_run(), [evaluation(s, s * 256) for s in (79, 158, 236)], ledger)
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+
+class Page(HTMLParser):
+    """Every element with its attributes, and all visible text."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.source, self.elements, self.text, self.open = text, list[tuple[str, dict[str, str | None]]](), "", list[str]()
+        self.style, self.rows = "", list[str]()
+        self.feed(text)
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag in ("tr", "li"):
+            self.rows.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            self.style += data
+            return
+        self.text += data
+        if self.rows and ("tr" in self.open or "li" in self.open):
+            self.rows[-1] += data + " "
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def row(self, start: str) -> str:
+        """The one row or list item whose text starts so, white space folded."""
+        found = [" ".join(r.split()) for r in self.rows if " ".join(r.split()).startswith(start)]
+        assert len(found) == 1, f"{start!r} starts {len(found)} rows"
+        return found[0]
+
+
+def page_of(folder: Path) -> Page:
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def assert_self_contained(page: Page) -> None:
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "iframe", "object", "embed", "base", "form", "video", "audio", "image", "use"), tag
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "srcset", "xlink:href", "poster", "data", "action"):
+                assert value, (tag, name)
+                assert value.startswith(("data:image/", "#")) or (tag, value) == ("link", "data:,"), (tag, name, value)
+            if name == "style":
+                raise AssertionError("styles belong to page.css")
+            assert "url(" not in (value or ""), (tag, name, value)
+    assert "url(" not in page.style
+    assert "@import" not in page.style
+    assert "://" not in page.style
+
+
+def test_page_is_self_contained(whole: Path) -> None:
+    page = page_of(whole)
+    assert_self_contained(page)
+    policy = next(m["content"] for m in page.of("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert len(page.source.encode()) < 2_000_000
+
+
+def test_every_picture_has_words_and_ids_are_unique(whole: Path) -> None:
+    page = page_of(whole)
+    assert len(page.of("img")) == 12
+    assert all(image["alt"] for image in page.of("img"))
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    for svg in page.of("svg"):
+        assert svg.get("aria-hidden") == "true" or (svg["role"] == "img" and set(svg["aria-labelledby"].split()) <= set(ids))  # type: ignore[union-attr]
+    for link in page.of("a"):
+        assert str(link["href"])[1:] in ids
+
+
+def test_final_scores_stand_beside_chance(whole: Path) -> None:
+    page = page_of(whole)
+    assert page.row("R@5 612 candidates 49.0%") == "R@5 612 candidates 49.0% 0.82% 60 ×"
+    assert page.row("role 24 classes") == "role 24 classes 61.3% 4.2% 15 ×"
+    assert page.row("skin tone 5 classes") == "skin tone 5 classes 79.3% 20.0% 4 ×"
+    for heading in ("Image → text", "Text → image", "Zero-shot"):
+        assert heading in page.text
+
+
+def test_numbers_are_those_of_the_metrics(whole: Path) -> None:
+    lines = lines_of_a_run()
+    last = [line for line in lines if line["event"] == "step"][-1]
+    page = page_of(whole)
+    assert f"{last['loss']:.4g}" in page.text
+    assert "60,416" in page.text
+    assert "14.1 M" in page.text
+    assert "grown from 10.2 M" in page.text
+    final = page.row("60,416")
+    assert final.split() == ["60,416", f"{last['loss']:.4g}", f"{last['losses']['contrastive']:.4g}", f"{last['losses']['caption']:.4g}", f"{last['lr']:.4g}", f"{last['grad_norm']:.4g}", "160"]
+    assert "2 CPU processes on node-1" in page.text
+    assert "Began 22 November 2026, 16:00 UTC" in page.text
+
+
+def test_growth_and_resume_are_marked(whole: Path) -> None:
+    page = page_of(whole)
+    marks = [a for t, a in page.elements if t == "line" and str(a.get("class")).startswith("mark")]
+    charts = [a for a in page.of("svg") if a.get("class") == "chart"]
+    assert sum("growth" in str(m["class"]) for m in marks) == len(charts)
+    assert sum("resume" in str(m["class"]) for m in marks) == len(charts)
+    labels = re.findall(r'<text class="growth"[^>]*>([^<]*)</text>', page.source)
+    assert labels == ["image.depth 4 → 8", "text.depth 3 → 6"] * 2  # once in the wide drawing, once in the narrow one
+    assert "grown at 20,224 samples: image.depth 4 → 8, text.depth 3 → 6" in page.text
+    assert page.row("After 20,224 samples").endswith("Parameters 10.2 M → 14.1 M, in 0.3 s; logits changed by at most 3.2e-7.")
+    assert page.row("image.depth") == "image.depth 4 ▲ grown to 8"
+    assert page.row("image.width") == "image.width 192 192"
+
+
+def test_time_adds_up(whole: Path) -> None:
+    view = sections.time(read_run(whole))
+    assert view is not None
+    lines = lines_of_a_run()
+    steps = [line for line in lines if line["event"] == "step"]
+    rows = {row["kind"]: row["seconds"] for row in view["rows"]}
+    assert rows["training"] == readable.duration(sum(s["seconds"]["compute"] for s in steps))
+    assert rows["data"] == readable.duration(sum(s["seconds"]["data"] for s in steps))
+    assert rows["eval"] == readable.duration(3 * 6.5)
+    assert rows["commit"] == readable.duration(7 * 0.8)
+    assert rows["startup"] == readable.duration(5.0 + 6.5)
+    resumed = next(line for line in lines if line["event"] == "resume")
+    before = lines[lines.index(resumed) - 1]
+    alive = (before["time"] - BEGAN) + (lines[-1]["time"] - (resumed["time"] - 6.5))
+    assert view["total"] == readable.duration(alive)
+
+
+def test_right_caption_is_marked_without_colour(whole: Path) -> None:
+    run = read_run(whole)
+    found = sum(any(n["correct"] for n in e["nearest"]) for e in run.evaluations[-1]["examples"]["retrieval"])
+    page = page_of(whole)
+    assert 0 < found < 8
+    assert page.source.count('<span class="check" aria-hidden="true">✓</span><span class="unseen">right: </span>') == found
+    assert page.source.count("The right one is not among these") == 8 - found
+
+
+def test_generated_captions_stand_beside_the_true_ones_with_their_history(whole: Path) -> None:
+    row = page_of(whole).source.split('id="captions"')[1].split("</li>")
+    first = " ".join(re.sub("<[^>]+>", " ", "".join(row[:3])).split())
+    assert "generated woma at 60416 true woman firefighter: dark skin tone ; alias woman firefighter: dark skin tone earlier 20.2 k woma at 20224 40.4 k woma at 40448" in first
+
+
+def test_bad_samples_are_counted_by_reason(whole: Path) -> None:
+    page = page_of(whole)
+    assert page.row("the picture does not decode") == "the picture does not decode 2 01 in emoji-00001.tar"
+    assert page.row("the caption is not UTF-8") == "the caption is not UTF-8 1 03 in emoji-00001.tar"
+    assert "3 times a sample could not be used" in page.text
+
+
+def test_lineage_tells_lives_worlds_growth_and_folds_commits(whole: Path) -> None:
+    entries = sections.lineage(read_run(whole))
+    assert [(e["event"], e["count"]) for e in entries] == [
+        ("start", 1), ("commit", 2), ("commit", 1), ("grow", 1), ("commit", 2), ("resume", 1), ("commit", 1), ("commit", 1), ("end", 1)
+    ]  # fmt: skip
+    assert entries[5]["text"] == "1 CPU process on node-2 from step-000000150; world size 2 → 1"
+    assert entries[1]["samples"] == "10,240"
+    assert entries[1]["samples_to"] == "15,360"
+
+
+def test_lineage_of_an_earlier_run_comes_first(whole: Path) -> None:
+    earlier = {"event": "grow", "step": 7, "samples": 700, "time": BEGAN - 1000, "world": 4, "detail": {"from": {"image.width": 96}, "to": {"image.width": 192}}}
+    same = {"event": "start", "step": 0, "samples": 0, "time": BEGAN + 5, "world": 2, "detail": {}}
+    (whole / "lineage.json").write_text(json.dumps([earlier, same]))
+    entries = sections.lineage(read_run(whole))
+    assert entries[0]["text"] == "image.width 96 → 192"
+    assert [e["event"] for e in entries].count("start") == 1
+    assert entries[1]["text"].endswith("world size 4 → 2")
+
+
+def test_credentials_in_urls_are_blotted_out(whole: Path) -> None:
+    page = page_of(whole)
+    assert "SECRET" not in page.source
+    assert "ACCESS" not in page.source
+    assert "s3://***@bucket/runs" in page.text
+    assert without_credentials("https://h/x?X-Amz-Signature=abc&part=1") == "https://h/x?X-Amz-Signature=***&part=1"
+    assert without_credentials("samples://emoji me@home") == "samples://emoji me@home"
+
+
+# --------------------------------------------------------------------------------------------- hostile and partial
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    lines = lines_of_a_run()
+    for line in lines:
+        if line["event"] == "step":
+            line["losses"][HOSTILE] = 1.0
+        if line["event"] == "grow":
+            line["from"][HOSTILE], line["to"][HOSTILE] = 1, 2
+        if line["event"] == "eval":
+            line["scores"] = {HOSTILE: 0.5, f"zero_shot/{HOSTILE}": 0.5}
+            line["chance"] = {HOSTILE: 0.1}
+        if line["event"] in ("start", "resume"):
+            line["hosts"] = [HOSTILE]
+        if line["event"] == "commit":
+            line["url"] = line["reason"] = HOSTILE
+    e = evaluation(236, 60416, [HOSTILE, *NAMES])
+    e["examples"]["captions"][0]["generated"] = HOSTILE
+    e["examples"]["retrieval"][1]["image"] = "http://evil.example/p.png"
+    e["examples"]["retrieval"][2]["image"] = 'data:image/png;base64,AA" onerror="alert(1)'
+    e["examples"]["retrieval"][3]["image"] = "data:image/svg+xml;base64,AAAA"
+    entry = dict.fromkeys(("source", "shard", "key", "reason"), HOSTILE)
+    recipe = RECIPE.replace("samples://emoji", HOSTILE.replace("'", "''").replace("\x1b", "")) + f"# {HOSTILE}\n".replace("\x1b", "")
+    page = page_of(write_run(tmp_path / "run", lines, [e], [entry], recipe))
+    assert_self_contained(page)
+    assert "\x1b" not in page.source
+    assert "\u202e" not in page.source
+    assert page.text.count("<script>alert('x')</script>") > 20
+    assert page.source.count("picture left out") == 3
+
+
+def test_unfinished_run_with_a_torn_last_line(tmp_path: Path) -> None:
+    lines = lines_of_a_run()[:12]
+    run = write_run(tmp_path / "run", lines)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event":"step","step":60,"samp')
+    page = page_of(run)
+    assert_self_contained(page)
+    assert f"Not finished: {readable.percent(lines[-1]['samples'] / 60416)} of the samples" in page.text
+    assert "This run has not been evaluated yet." in page.text
+    assert "The model has kept its size so far." in page.text
+    assert "0 bad samples" in page.text
+    assert "unreadable" not in page.text
+
+
+def test_an_unreadable_line_in_the_middle_is_reported(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", lines_of_a_run())
+    text = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([*text[:5], "{broken\n", *text[5:]]))
+    assert "1 unreadable line of metrics.jsonl" in page_of(run).text
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_run_that_has_barely_begun(tmp_path: Path, count: int) -> None:
+    page = page_of(write_run(tmp_path / "run", lines_of_a_run()[:count], recipe=RECIPE if count else ""))
+    assert_self_contained(page)
+    assert "nan" not in page.source.replace("nance", "")
+
+
+def test_losses_that_are_not_numbers_leave_a_gap(tmp_path: Path) -> None:
+    lines = [line for line in lines_of_a_run() if line["event"] in ("start", "step")]
+    lines[5]["loss"], lines[6]["loss"], lines[7]["losses"] = None, float("nan"), {"contrastive": float("inf")}
+    page = page_of(write_run(tmp_path / "run", lines))
+    path = re.search(r'<path class="line s0" d="([^"]*)"', page.source)
+    assert path
+    assert path[1].count("M") == 2
+    assert not re.search(r"\b(nan|inf)\b", page.source)
+
+
+def test_no_run_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no run folder: .* `treering train"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_is_replaced_in_one_piece(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole / "report.html").write_text("the old one")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            write_report(whole)
+    assert (whole / "report.html").read_text() == "the old one"
+    write_report(whole)
+    assert [p.name for p in whole.iterdir() if p.name.startswith(".report")] == []
+
+
+def test_page_stays_small_when_the_run_is_long(tmp_path: Path) -> None:
+    step = next(line for line in lines_of_a_run() if line["event"] == "step")
+    lines = [{**step, "step": n, "samples": n * 256, "time": BEGAN + n, "loss": 3 + math.sin(n)} for n in range(20_000)]
+    e = evaluation(19_999, 19_999 * 256)
+    photo = "data:image/jpeg;base64," + "A" * 300_000
+    e["examples"] = {"retrieval": [x | {"image": photo} for x in e["examples"]["retrieval"]], "captions": [x | {"image": photo} for x in e["examples"]["captions"]]}
+    path = write_report(write_run(tmp_path / "run", lines, [e]))
+    assert path.stat().st_size < 2_000_000
+    longest = max(d.count("L") + d.count("M") for d in re.findall(r'<path class="line[^"]*" d="([^"]*)"', path.read_text()))
+    assert 300 < longest <= 400
+
+
+# ----------------------------------------------------------------------------------------------- numbers and charts
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6)), max_size=1500), st.integers(10, 400))
+def test_downsampling_keeps_ends_extremes_and_order(values: list[float | None], limit: int) -> None:
+    points = [(float(n), v) for n, v in enumerate(values)]
+    kept = downsample(points, limit)
+    assert len(kept) <= max(limit, 0)
+    assert set(kept) <= set(points)
+    assert [x for x, _ in kept] == sorted({x for x, _ in kept})
+    seen = [v for v in values if v is not None]
+    if seen:
+        assert {min(seen), max(seen)} <= {y for _, y in kept}
+        assert kept[0] == points[0]
+        assert kept[-1] == points[-1]
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9), st.integers(2, 9))
+def test_ticks_are_round_few_and_enclose(low: float, length: float, count: int) -> None:
+    high = low + length
+    if high - low < abs(low) * 1e-9:
+        return
+    ticks = nice_ticks(low, high, count)
+    step = ticks[1] - ticks[0]
+    slack = step * 1e-6
+    assert ticks[0] <= low + slack
+    assert ticks[-1] >= high - slack
+    assert 2 <= len(ticks) <= count + 2
+    mantissa = step / 10 ** math.floor(math.log10(step) + 1e-6)
+    assert any(math.isclose(mantissa, m, rel_tol=1e-5) for m in (1, 2, 2.5, 5))
+
+
+def test_a_chart_draws_its_points_where_they_belong() -> None:
+    chart = LineChart("t", [Series("a", [(0, 0.0), (50, 10.0), (100, 5.0)], chance=5.0)], [Marker(50, ("w 1 → 2",), "growth")], x_end=100)
+    text = str(chart.svg(400, 230, "c"))
+    path = re.search(r'class="line s0" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', text)
+    assert path
+    x0, y0, x1, y1, x2, y2 = map(float, path.groups())
+    assert math.isclose(x1 - x0, x2 - x1, abs_tol=0.11)
+    assert math.isclose(y0 - y1, 2 * (y0 - y2), abs_tol=0.11)
+    assert y1 < y2 < y0  # up is less in SVG
+    chance = re.search(r'class="chance s0" x1="[\d.]+" x2="[\d.]+" y1="([\d.]+)"', text)
+    assert chance
+    assert float(chance[1]) == y2
+    mark = re.search(r'class="mark growth" x1="([\d.]+)"', text)
+    assert mark
+    assert float(mark[1]) == x1
+    assert "a: 0 at 0 samples, 5 at 100; lowest 0, highest 10; chance 5." in text
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        (readable.compact, 14_091_264, "14.1 M"), (readable.compact, 340_224, "340 k"), (readable.compact, 999_700, "1.00 M"), (readable.compact, 834, "834"), (readable.compact, 0, "0"),
+        (readable.compact, 1_240_000_000, "1.24 B"), (readable.exact, 60416, "60,416"), (readable.exact, None, "–"), (readable.percent, 0.613, "61.3%"), (readable.percent, 0.0016, "0.16%"),
+        (readable.percent, 0.0, "0.0%"), (readable.percent, None, "–"), (readable.duration, 200, "3 min 20 s"), (readable.duration, 3840, "1 h 04 min"), (readable.duration, 0.35, "0.3 s"),
+        (readable.duration, 0.004, "0.004 s"), (readable.duration, 59.6, "1 min 00 s"), (readable.duration, 9.97, "10 s"), (readable.duration, 183_600, "2 d 3 h"), (readable.decimal, 1e-5, "1e-5"), (readable.decimal, 3.21449, "3.214"),
+        (readable.decimal, None, "–"), (readable.decimal, float("nan"), "nan"), (readable.size, 170_000_000, "170 MB"), (readable.flops, 7.3e13, "73.0 TFLOP"), (readable.moment, BEGAN, "22 November 2026, 16:00 UTC"),
+        (readable.printable, "a\x1b[2Jb\x00\u202e\n\U0001f469\u200d\U0001f692", "a�[2Jb��\n\U0001f469\u200d\U0001f692"),
+    ],
+)  # fmt: skip
+def test_numbers_as_people_read_them(form: Any, value: Any, text: str) -> None:
+    assert form(value) == text
+
+
+# ---------------------------------------------------------------------------------------------------------- colours
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance (WCAG 2.2)."""
+    channels = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_colour_of_writing_is_readable_on_every_ground_in_light_dark_and_print(whole: Path) -> None:
+    style = page_of(whole).style
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    palettes = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{([^}]*)\}", style)]
+    assert len(palettes) == 3
+    assert len({frozenset(p) for p in palettes}) == 1, "light, dark and print define the same variables"
+    writing = set(re.findall(r"(?<![\w-])color: var\(--([\w-]+)\)", style)) | set(re.findall(r"text[^{}]*\{[^}]*fill: var\(--([\w-]+)\)", style))
+    assert writing == {"ink", "quiet", "accent"}
+    grounds = {g for g in re.findall(r"background: var\(--([\w-]+)\)", style)} - writing
+    assert grounds == {"paper", "raised"}
+    lines = {name for name in palettes[0] if re.fullmatch(r"s\d", name)}
+    assert len(lines) == 6
+    for palette in palettes:
+        for ink in writing | lines:
+            for ground in grounds:
+                assert contrast(palette[ink], palette[ground]) >= 4.5, (ink, ground, palette)
+    assert not re.search(r"(?<![\w-])(color|fill|stroke|background): (#|rgb|white|black)", style.replace("background: #ffffff", "")), "colours come from the variables"

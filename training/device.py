@@ -1,0 +1,38 @@
+"""What a device is called, how fast it could be, and how much memory the run has taken of it."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from pathlib import Path
+
+import torch
+
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets.
+_PEAKS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def describe(device: torch.device) -> str:
+    """The name a person knows it by."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    except OSError:
+        names = []
+    return f"CPU {names[0]}" if names else f"CPU {platform.machine()}"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, or None if it is not in the table (no CPU is)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in sorted(_PEAKS.items(), key=lambda item: -len(item[0])) if key in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes the run has held on the device so far; on a CPU the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,112 @@
+"""Everything a run shows, behind one object: the run folder's records, TensorBoard, the terminal, the report.
+
+Only rank 0 has any of it; on the others every method does nothing, so the loop never asks which rank it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .board import Board
+from .evaluate.suites import Evaluation
+from .logs import RunLog
+from .progress import Progress
+from .recipe import Recipe
+from .report import write_report
+from .state import RunState
+from .world import World
+
+
+class Display:
+    """What rank 0 writes and shows."""
+
+    def __init__(self, recipe: Recipe, out: Path, world: World) -> None:
+        self.recipe, self.out = recipe, out
+        self.on = world.is_first
+        if self.on:
+            self.records = RunLog(out)
+            self.progress = Progress(recipe.total_samples, len(recipe.stages))
+            self.board: Board | None = None
+            self._bad = 0
+
+    def begin(self, state: RunState, commit: str | None) -> None:
+        """Make the records read as if nothing had happened after `commit`; without one, as if nothing ever had."""
+        if not self.on:
+            return
+        if commit is None:
+            self.records.clear()
+        else:
+            self.records.cut_back(state.step, commit)
+            self.progress.note(f"continuing from {commit} at {state.samples:,} samples")
+        self._bad = len(self.known_bad())
+
+    def known_bad(self) -> list[dict[str, Any]]:
+        """The ledger so far."""
+        return self.records.ledger.rows() if self.on else []
+
+    def warn(self, message: str) -> None:
+        """Say something that a person should know."""
+        if self.on:
+            self.progress.note(f"warning: {message}")
+
+    def event(self, event: str, state: RunState, **detail: Any) -> None:
+        """An event line, and a note of it where a person wants one."""
+        if not self.on:
+            return
+        row = self.records.event(event, state.step, state.samples, **detail)
+        if event == "grow":
+            sizes = ", ".join(f"{path} {row['from'][path]} -> {size}" for path, size in row["to"].items())
+            before, after = row["parameters_before"] / 1e6, row["parameters_after"] / 1e6
+            self.progress.note(f"grew {sizes}: {before:.1f} M -> {after:.1f} M parameters, logits moved by {row['logit_difference']:.1e}")
+        elif event == "commit":
+            self.progress.note(f"committed {row['url']} ({row['bytes'] / 1e6:.0f} MB in {row['seconds']:.1f} s)")
+
+    def step(self, state: RunState, **measured: Any) -> None:
+        """A step line."""
+        if not self.on:
+            return
+        row = self.records.event("step", state.step, state.samples, stage=state.stage, bad_samples=self._bad, **measured)
+        self._board(state).scalars(row)
+        rate, parameters = measured["samples_per_second"], measured["parameters"]
+        self.progress.update(state.samples, measured["loss"], rate, state.stage, parameters)
+
+    def evaluation(self, state: RunState, found: Evaluation, seconds: float) -> None:
+        """Scores and examples."""
+        if not self.on:
+            return
+        whole = {"step": state.step, "samples": state.samples, **found.json()}
+        self.records.write_json(f"evaluations/step-{state.step:09d}.json", whole)
+        self.records.event("eval", state.step, state.samples, scores=found.scores, chance=found.chance, sizes=found.sizes, seconds=seconds)
+        self._board(state).evaluation(whole)
+        best = [(k, v) for k, v in found.scores.items() if k.endswith("@1") or k.startswith("zero_shot")]
+        self.progress.note("scores: " + ", ".join(f"{name} {score:.1%} (chance {found.chance[name]:.1%})" for name, score in best))
+        self.report()
+
+    def bad(self, entries: list[dict[str, Any]]) -> None:
+        """Samples that could not be used."""
+        if self.on:
+            self.records.ledger.append(*entries)
+            self._bad += len(entries)
+
+    def lineage(self, state: RunState) -> None:
+        """The lineage so far."""
+        if self.on:
+            self.records.write_json("lineage.json", [event.model_dump() for event in state.lineage])
+
+    def report(self) -> Path:
+        """Write the report page as things stand."""
+        return write_report(self.out) if self.on else self.out / "report.html"
+
+    def close(self) -> None:
+        """Give the terminal back and flush TensorBoard."""
+        if self.on:
+            self.progress.close()
+            if self.board:
+                self.board.close()
+
+    def _board(self, state: RunState) -> Board:
+        """TensorBoard takes a second to import, so it waits until there is something to write."""
+        if self.board is None:
+            self.board = Board(self.out / "tensorboard", purge_step=state.samples)
+        return self.board

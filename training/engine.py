@@ -1,0 +1,114 @@
+"""The engine: how one optimizer step is spread over processes, behind a small interface.
+
+build, step, logical state in and out, close. State is *logical*: tensors by the model's own names and shapes, whatever
+holds them, so commits, growth and resumes never see an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..models.model import Model, ModelOutput, build
+from ..models.spec import ModelSpec
+from .objectives.base import Inputs, Objective
+from .optimizer import MOMENTS, Optimizer, OptimizerConfig
+from .world import World
+
+
+class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """How the model is spread over processes and in what precision it computes."""
+
+    kind: Literal["ddp"] = "ddp"
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: matrix work under autocast; weights, losses and gradients stay in fp32"
+    )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured, as tensors on the device: reading them waits for it."""
+
+    losses: dict[str, Tensor]
+    """this rank's share of each objective, before weighting"""
+    grad_norm: Tensor
+    """norm of the whole gradient before clipping"""
+
+
+class _Forward(nn.Module):
+    """Model and objectives in one forward, so that DDP sees the whole graph."""
+
+    def __init__(self, model: Model, objectives: list[Objective], world: World, precision: str) -> None:
+        super().__init__()
+        self.model = model
+        self.objectives = objectives
+        self.world = world
+        self.autocast = precision == "bf16"
+
+    def forward(self, inputs: Inputs) -> dict[str, Tensor]:
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.autocast):
+            output: ModelOutput = self.model(inputs.images, inputs.tokens, inputs.lengths)
+        table = self.model.text.token_embedding.weight
+        return {o.name: o.share(output, inputs, table, self.world) for o in self.objectives}
+
+
+class Engine:
+    """Replicated data parallelism: torch's DDP, or the bare module in a world of one."""
+
+    def __init__(
+        self, spec: ModelSpec, objectives: list[Objective], config: EngineConfig, optimizer: OptimizerConfig, world: World, seed: int
+    ) -> None:
+        self.world = world
+        self.objectives = objectives
+        self.model = build(spec, seed).to(world.device)
+        self.optimizer = Optimizer(self.model.named_parameters(), optimizer)
+        forward = _Forward(self.model, objectives, world, config.precision)
+        self._forward: nn.Module = DistributedDataParallel(forward) if world.size > 1 else forward
+
+    def step(self, inputs: Inputs, lr: float) -> StepResult:
+        """One optimizer step on this rank's part of a global batch, at learning rate `lr`.
+
+        A gradient that is not finite leaves weights and moments as they are; `skipped` counts it.
+        """
+        shares: dict[str, Tensor] = self._forward(inputs)
+        loss = torch.stack([o.weight * shares[o.name] for o in self.objectives]).sum()
+        # Shares sum to the global loss, but DDP averages gradients: undo its division.
+        (loss * self.world.size).backward()
+        norm = self.optimizer.clip()
+        self.optimizer.step(lr)
+        return StepResult({name: share.detach() for name, share in shares.items()}, norm)
+
+    @property
+    def skipped(self) -> int:
+        """Steps whose gradient was not finite; reading it waits for the device."""
+        return self.optimizer.skipped
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers of the model."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def logical_state(self) -> dict[str, Tensor]:
+        """Weights and moments by `kind/name`, as the live tensors."""
+        state = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
+        for kind, tensors in self.optimizer.state().items():
+            state |= {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
+        return state
+
+    @torch.no_grad()
+    def load_logical_state(self, state: Mapping[str, Tensor], steps: int, skipped: int) -> None:
+        """Copy weights and moments in; `steps` optimizer steps have been applied and `skipped` were not."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(state[f"model/{name}"])
+        moments = {kind: {name: state[f"{kind}/{name}"] for name in self.optimizer.parameters} for kind in MOMENTS}
+        self.optimizer.load(moments, steps, skipped)
+
+    def close(self) -> None:
+        """Release the wrapper; the model's tensors live on as long as somebody holds them."""
+        del self._forward

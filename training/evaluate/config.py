@@ -1,0 +1,22 @@
+"""What a recipe's `eval:` block says."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+SuiteName = Literal["retrieval", "zero_shot"]
+
+
+class EvalConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """When and on what the model is evaluated; it always is at the end."""
+
+    every: int | None = Field(None, gt=0, description="samples between two evaluations; left out: only at the end")
+    suites: tuple[SuiteName, ...] = Field((), strict=False)
+    data: str | None = Field(None, description="shards to evaluate on; left out: the held-out split of a samples:// source")
+    batch: int = Field(128, gt=0, description="pairs embedded at once by each process")
+    templates: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="zero-shot prompts by label, as in {animal: ['a photo of a {}']}; left out: the bare class name"
+    )
+    examples: int = Field(12, ge=0, description="pictures shown in the report with their nearest captions")

@@ -1,0 +1,49 @@
+"""Retrieval both ways: how often the right caption (picture) is among the k most similar ones.
+
+Shape suffixes: n pictures, m captions, e channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+CUTS = (1, 5, 10)
+
+
+def recalls(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions; caption j describes picture `owner_m[j]`.
+
+    A picture counts if any of its captions is found (the protocol of Karpathy and Fei-Fei, arXiv 1412.2306). Ties count
+    against us, so a model that gives every pair the same score gets nothing.
+    """
+    score_nm = image_ne @ text_me.T
+    own_nm = torch.arange(len(image_ne))[:, None] == owner_m[None, :]
+    image_rank_n = _ranks(score_nm, own_nm)
+    text_rank_m = _ranks(score_nm.T, own_nm.T)
+    scores = {}
+    for k in CUTS:
+        scores[f"image_to_text@{k}"] = (image_rank_n < k).double().mean().item()
+        scores[f"text_to_image@{k}"] = (text_rank_m < k).double().mean().item()
+    return scores
+
+
+def _ranks(score_qc: Tensor, right_qc: Tensor) -> Tensor:
+    """int64 [q]: how many wrong candidates c score at least as high as query q's best right one."""
+    best_q = score_qc.masked_fill(~right_qc, float("-inf")).amax(1, keepdim=True)
+    return ((score_qc >= best_q) & ~right_qc).sum(1)
+
+
+def chance(pictures: int, owner_m: Tensor) -> dict[str, float]:
+    """The recalls of a random order, exactly."""
+    captions = len(owner_m)
+    counts = torch.bincount(owner_m, minlength=pictures).tolist()
+    scores = {}
+    for k in CUTS:
+        drawn = min(k, captions)
+        missed = [math.comb(captions - c, drawn) / math.comb(captions, drawn) for c in counts]
+        scores[f"image_to_text@{k}"] = 1 - sum(missed) / len(missed)
+        scores[f"text_to_image@{k}"] = min(1.0, k / pictures)
+    return scores

@@ -1,0 +1,102 @@
+"""The run folder's text records: metrics.jsonl and ledger.jsonl, one JSON object a line.
+
+After a kill they are cut back to the commit the run continues from, so that they read as the log of one run that was
+never interrupted, with a line that says where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """An append-only file of JSON objects."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Add rows; they are in the file when this returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every complete row; a line torn by a kill is left out."""
+        if not self.path.exists():
+            return []
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows
+
+    def cut(self, keep: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+        """Replace the file, at once, by the rows that `keep` returns of all rows."""
+        if self.path.exists():
+            passing = self.path.with_suffix(".partial")
+            passing.write_text("".join(json.dumps(row) + "\n" for row in keep(self.rows())), encoding="utf-8")
+            os.replace(passing, self.path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: null stands for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return value
+
+
+class RunLog:
+    """What rank 0 writes into the run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.metrics = JsonLines(folder / "metrics.jsonl")
+        self.ledger = JsonLines(folder / "ledger.jsonl")
+
+    def event(self, event: str, step: int, samples: int, **detail: Any) -> dict[str, Any]:
+        """Write a line of metrics.jsonl and return it."""
+        row = {"event": event, "step": step, "samples": samples, "time": time.time(), **detail}
+        self.metrics.append(row)
+        return row
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file of the run folder, whole or not at all."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        passing = path.with_suffix(".partial")
+        passing.write_text(json.dumps(value), encoding="utf-8")
+        os.replace(passing, path)
+
+    def cut_back(self, step: int, commit: str) -> None:
+        """Drop what was written after the commit named `commit`, taken at `step`."""
+
+        def before(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            for number, row in enumerate(rows):
+                if row["event"] == "commit" and row["url"].endswith(f"/{commit}"):
+                    return rows[: number + 1]
+            # Killed between the commit and its line: nothing that follows a commit is there yet.
+            return [row for row in rows if row["step"] <= step]
+
+        self.metrics.cut(before)
+        self.ledger.cut(lambda rows: [row for row in rows if row["step"] <= step])
+        for path in self.folder.glob("evaluations/step-*.json"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+
+    def clear(self) -> None:
+        """Start over: an earlier life left no commit, so nothing it wrote happened."""
+        self.metrics.cut(lambda rows: [])
+        self.ledger.cut(lambda rows: [])
+        for path in self.folder.glob("evaluations/step-*.json"):
+            path.unlink()

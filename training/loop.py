@@ -1,0 +1,316 @@
+"""One run, start to end: next batch, step, log, maybe evaluate, maybe commit, maybe grow.
+
+Everything that happens at a step edge happens in one order (log, evaluate, commit, then grow on the way into the next
+stage), and a commit is the last thing of an edge. So whatever moment a run is killed at, the same command continues from
+a commit and does again exactly what came after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.ledger import LedgerEntry
+from ..data.loader import Loader
+from ..data.record import Batch
+from ..models.flops import training_flops
+from ..models.spec import ModelSpec
+from .commits import Commits
+from .device import describe, peak_flops, peak_memory
+from .display import Display
+from .engine import Engine, StepResult
+from .evaluate.suites import evaluate
+from .growing import grow
+from .objectives.base import Inputs, build_objectives
+from .recipe import Recipe
+from .resume import check_same_run, newest_intact
+from .signals import StopRequest
+from .state import Event, RunState, TrainingError
+from .store import Store
+from .world import World
+
+_DRY_STEPS = 10
+"""steps without one finite gradient after which a run stops"""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run leaves, for the last lines of the command."""
+
+    finished: bool
+    scores: dict[str, float]
+    chance: dict[str, float]
+    commit: str | None
+    report: Path
+    tensorboard: Path
+    seconds: float
+
+
+def train(recipe: Recipe, out: Path, imports: float = 0.0) -> Summary:
+    """Run the recipe in folder `out`, or continue it if its store has a commit. Every process of the run calls this.
+
+    `imports` is the seconds spent before this call, for the start-up record. Raises DataError, StoreError, TrainingError.
+    """
+    world = World.join()
+    try:
+        with StopRequest() as stop, Run(recipe, out, world, stop, imports) as run:
+            for stage in range(run.state.stage, len(recipe.stages)):
+                run.enter(stage)
+                for batch in run.batches():
+                    run.step(batch)
+                    run.log()
+                    run.evaluate()
+                    run.commit()
+                    if run.stopping:
+                        return run.summary(finished=False)
+            return run.finish()
+    finally:
+        world.leave()
+
+
+class Run:
+    """The state of a run between two step edges, and what is done at them."""
+
+    def __init__(self, recipe: Recipe, out: Path, world: World, stop: StopRequest, imports: float) -> None:
+        recipe.check_world(world.size)
+        self.recipe, self.out, self.world, self.stop = recipe, out, world, stop
+        self.specs = recipe.specs()
+        self.ends = list(accumulate(stage.steps(recipe.data.batch) for stage in recipe.stages))
+        self.commits = Commits(Store(recipe.checkpoint.to or str(out / "commits")))
+        self.display = Display(recipe, out, world)
+        self.state = RunState()
+        self.stopping = False
+        self.last_commit: str | None = None
+        self.scores: dict[str, float] = {}
+        self.chance: dict[str, float] = {}
+        self._dry = 0
+        self._waited = 0.0
+        self._bad: list[dict[str, Any]] = []
+        self._begun = time.monotonic()
+        self._start(imports)
+        self._commit_time = self._log_time = time.monotonic()
+        self._log_step, self._log_flops = self.state.step, self.state.flops
+        self._seconds_before = self.state.seconds
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.display.close()
+
+    # Starting
+
+    def _start(self, imports: float) -> None:
+        """Take up the newest commit, or initialise; claim the place; say so."""
+        clock = [time.monotonic()]
+        names = self.world.objects(self.commits.names() if self.world.is_first else [])[0]
+        clock.append(time.monotonic())
+        found = newest_intact(self.commits, self.display.warn) if names else None
+        clock.append(time.monotonic())
+        if found:
+            commit, tensors = found
+            check_same_run(self.recipe, commit)
+            self.state = commit.manifest.state
+            self.engine = self._build(self.specs[self.state.stage])
+            self.engine.load_logical_state(tensors, self.state.applied, self.state.skipped)
+            self.last_commit = commit.url
+        else:
+            self.engine = self._build(self.specs[0])
+        who = f"{describe(self.world.device)} x {self.world.size}"
+        life = self.world.objects(self.commits.claim_life(who) if self.world.is_first else 0)[0]
+        hosts = self.world.hosts()
+        event = "resume" if found else "start"
+        detail = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
+        self._remember(event, detail, life=life)
+        seconds = {"imports": imports, "find": clock[1] - clock[0], "read": clock[2] - clock[1], "build": time.monotonic() - clock[2]}
+        self.display.begin(self.state, found[0].name if found else None)
+        self.display.event(event, self.state, world=self.world.size, device=describe(self.world.device), seconds=seconds, **detail)
+        self.loader = self._loader()
+        self.loader.check_bad(_entries(self.world.objects(self.display.known_bad())[0]))
+
+    def _build(self, spec: ModelSpec) -> Engine:
+        recipe = self.recipe
+        return Engine(spec, build_objectives(recipe.objectives), recipe.engine, recipe.optimizer, self.world, recipe.seed)
+
+    def _loader(self) -> Loader:
+        spec, recipe = self.engine.model.spec, self.recipe
+        return Loader(recipe.data, spec.image.resolution, spec.text.context, recipe.seed, self.world.rank, self.world.size)
+
+    def _remember(self, event: str, detail: dict[str, Any], **changes: Any) -> None:
+        """Add to the lineage."""
+        state = self.state
+        line = Event(event=event, step=state.step, samples=state.samples, world=self.world.size, detail=detail)
+        self.state = state.model_copy(update={"lineage": (*state.lineage, line), **changes})
+        self.display.lineage(self.state)
+
+    # One step
+
+    def enter(self, stage: int) -> None:
+        """Make the model of a stage, growing the one there is."""
+        if stage == self.state.stage:
+            return
+        if self.specs[stage] != self.engine.model.spec:
+            probe = self._inputs(next(iter(self.loader.batches(self.state.step))))
+            self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe)
+            self._remember("grow", growth.json())
+            self.loader = self._loader()
+            self.display.event("grow", self.state, **growth.json())
+        self.state = self.state.model_copy(update={"stage": stage})
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's part of every global batch that is left of the stage."""
+        end = self.ends[self.state.stage]
+        if self.state.step >= end:
+            return
+        with contextlib.closing(iter(self.loader.batches(self.state.step))) as batches:  # type: ignore[type-var]
+            while self.state.step < end:
+                begun = time.monotonic()
+                batch = next(batches)
+                self._waited += time.monotonic() - begun
+                yield batch
+
+    def _inputs(self, batch: Batch) -> Inputs:
+        device = self.world.device
+        tensors = (batch.images, batch.tokens, batch.lengths, batch.caption_ids, batch.image_ids)
+        return Inputs(*(t.to(device, non_blocking=True) for t in tensors))
+
+    def step(self, batch: Batch) -> None:
+        """One optimizer step."""
+        state, size = self.state, self.recipe.data.batch
+        self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
+        self.result: StepResult = self.engine.step(self._inputs(batch), self.lr)
+        work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths))
+        self.state = state.model_copy(update={"step": state.step + 1, "samples": state.samples + size, "flops": state.flops + work})
+        self._bad += [{"step": self.state.step, **asdict(entry)} for entry in batch.bad]
+
+    # The step edge
+
+    def log(self) -> None:
+        """Agree on what happens at this edge; write a log line if one is due."""
+        world, state = self.world, self.state
+        clock = self.recipe.checkpoint.every_seconds
+        due = world.is_first and clock is not None and time.monotonic() - self._commit_time >= clock
+        self.stopping, self._clock_due, bad = world.any(self.stop.requested, due, bool(self._bad))
+        if bad:
+            entries = [entry for rank in world.objects(self._bad) for entry in rank]
+            self._bad = []
+            self.display.bad(entries)
+            self.loader.check_bad(_entries(entries))
+        if state.step % self.recipe.log.every == 0 or state.step == self.ends[-1]:
+            self._write_line()
+
+    def _write_line(self) -> None:
+        """Read the step's numbers back from the device (here, and only here, it is waited for) and write them down."""
+        state, result = self.state, self.result
+        shares = self.world.sum(torch.stack(list(result.losses.values()))).tolist()
+        losses = dict(zip(result.losses, shares, strict=True))
+        skipped = self.engine.skipped
+        now, steps = time.monotonic(), state.step - self._log_step
+        elapsed = max(now - self._log_time, 1e-9)
+        rate = steps * self.recipe.data.batch / elapsed
+        peak = peak_flops(self.world.device)
+        self._count_dry(skipped - state.skipped, steps)
+        self.state = state.model_copy(update={"skipped": skipped})
+        self.display.step(
+            self.state,
+            loss=sum(o.weight * losses[o.name] for o in self.engine.objectives),
+            losses=losses,
+            lr=self.lr,
+            logit_scale=self.engine.model.scale().item(),
+            grad_norm=result.grad_norm.item(),
+            skipped=skipped,
+            samples_per_second=rate,
+            data_wait=self._waited / elapsed,
+            mfu=(state.flops - self._log_flops) / elapsed / (peak * self.world.size) if peak else None,
+            flops=state.flops,
+            peak_memory=peak_memory(self.world.device),
+            parameters=self.engine.parameters,
+            seconds={"data": self._waited, "compute": elapsed - self._waited},
+        )
+        self._log_time, self._log_step, self._log_flops, self._waited = now, state.step, state.flops, 0.0
+
+    def _count_dry(self, skipped: int, steps: int) -> None:
+        """Say that steps were skipped; give up when nothing else happens any more."""
+        if skipped:
+            self.display.warn(f"{skipped} of the last {steps} steps had a gradient that is not finite and were skipped")
+        self._dry = self._dry + steps if skipped == steps else 0
+        if self._dry >= _DRY_STEPS:
+            raise TrainingError(
+                f"no finite gradient in the last {self._dry} steps up to step {self.state.step}; "
+                f"lower optimizer.lr = {self.recipe.optimizer.lr}, lengthen schedule.warmup, or look at the data of these steps"
+            )
+
+    def evaluate(self) -> None:
+        """Evaluate if the cadence or the end of the run asks for it."""
+        state, every = self.state, self.recipe.eval.every
+        due = every is not None and state.samples // every > (state.samples - self.recipe.data.batch) // every
+        if self.recipe.eval.suites and (due or state.step == self.ends[-1]):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        begun = time.monotonic()
+        found = evaluate(self.engine.model, self.recipe.eval, self.recipe.evaluation_source, self.world)
+        self.scores, self.chance = found.scores, found.chance
+        self.display.evaluation(self.state, found, time.monotonic() - begun)
+        self._log_time = time.monotonic()
+
+    def commit(self) -> None:
+        """Commit if anything asks for it: the end, a growth ahead, a signal, or the interval."""
+        state, checkpoint = self.state, self.recipe.checkpoint
+        every = checkpoint.every_samples
+        stage_done = state.step == self.ends[state.stage]
+        if state.step == self.ends[-1]:
+            reason = "end"
+        elif stage_done and self.specs[state.stage + 1] != self.specs[state.stage]:
+            reason = "growth"
+        elif self.stopping:
+            reason = "signal"
+        elif self._clock_due or (every and state.samples // every > (state.samples - self.recipe.data.batch) // every):
+            reason = "interval"
+        else:
+            return
+        begun = time.monotonic()
+        self.state = state.model_copy(
+            update={"applied": self.engine.optimizer.steps, "skipped": self.engine.skipped, "seconds": self._seconds()}
+        )
+        tensors = self.engine.logical_state()
+        name = self.commits.write(self.engine.model.spec, self.state, self.recipe.model_dump(mode="json"), tensors, self.world)
+        if self.world.is_first:
+            self.commits.retain(checkpoint.keep, self.state.life)
+        self.last_commit = f"{self.commits.store.url}/{name}"
+        size = sum(t.nbytes for t in tensors.values())
+        seconds = time.monotonic() - begun
+        self.display.event("commit", self.state, url=self.last_commit, bytes=size, seconds=seconds, reason=reason)
+        self._commit_time = self._log_time = time.monotonic()
+
+    # The end
+
+    def _seconds(self) -> float:
+        """Wall-clock time of all lives up to now."""
+        return self._seconds_before + time.monotonic() - self._begun
+
+    def finish(self) -> Summary:
+        """Close a run that has seen its whole budget. Run again, it only writes the report once more."""
+        if not self.scores and self.recipe.eval.suites:
+            self._evaluate()
+        self.display.event("end", self.state, seconds=self._seconds())
+        return self.summary(finished=True)
+
+    def summary(self, finished: bool) -> Summary:
+        """What the run has come to, with its report written."""
+        report = self.display.report()
+        return Summary(
+            finished, self.scores, self.chance, self.last_commit, report, self.out / "tensorboard", self._seconds()
+        )
+
+
+def _entries(rows: list[dict[str, Any]]) -> list[LedgerEntry]:
+    """Lines of the ledger file as the loader's entries."""
+    return [LedgerEntry(**{key: value for key, value in row.items() if key != "step"}) for row in rows]

@@ -1,0 +1,52 @@
+"""What an objective sees, and the list of those a recipe asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ...models.model import ModelOutput
+from ..world import World
+from .config import ObjectivesConfig
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One rank's part of a global batch on the device; b pairs, t packed tokens."""
+
+    images: Tensor
+    """uint8 [b, 3, resolution, resolution]"""
+    tokens: Tensor
+    """int64 [t]"""
+    lengths: Tensor
+    """int64 [b]"""
+    caption_ids: Tensor
+    """int64 [b]: equal for equal captions"""
+    image_ids: Tensor
+    """int64 [b]: equal for equal pictures"""
+
+
+class Objective(Protocol):
+    """A named term of the loss."""
+
+    name: str
+    weight: float
+
+    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        """This rank's share of the term's mean over the global batch, a scalar; `table` is the token table [v, d]."""
+        ...
+
+
+def build_objectives(config: ObjectivesConfig) -> list[Objective]:
+    """The objectives of a recipe, in a fixed order."""
+    from .caption import Caption
+    from .contrastive import Contrastive
+
+    built: list[Objective] = []
+    if config.contrastive:
+        built.append(Contrastive(config.contrastive.weight))
+    if config.caption:
+        built.append(Caption(config.caption.weight))
+    return built

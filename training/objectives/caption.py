@@ -1,0 +1,78 @@
+"""Captioning: predict each token of the caption from those before it and the picture (CoCa, arXiv 2205.01917).
+
+The mean is over the predicted tokens of the whole global batch, so a long caption on one rank weighs as much as on any
+other. With a vocabulary of 49,408 the logits would dwarf everything else; `linear_cross_entropy` makes them a chunk of
+tokens at a time and never keeps them.
+
+Shape suffixes: t tokens, d channels, v vocabulary, c tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.model import ModelOutput
+from ..world import World
+from .base import Inputs
+
+_CHUNK_LOGITS = 1 << 23
+"""logits held at once: 32 MiB in fp32"""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Next-token cross-entropy of the captioner."""
+
+    weight: float
+    name: str = "caption"
+
+    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        """This rank's summed token losses over the global number of predicted tokens."""
+        assert output.caption is not None
+        # Every token but a caption's last predicts the one after it.
+        predicts_t = torch.ones_like(inputs.tokens, dtype=torch.bool)
+        predicts_t[inputs.lengths.cumsum(0) - 1] = False
+        targets_t = inputs.tokens.roll(-1)[predicts_t]
+        count = world.sum(predicts_t.sum().float())
+        return linear_cross_entropy(output.caption[predicts_t], table, targets_t) / count
+
+
+def linear_cross_entropy(states_td: Tensor, table_vd: Tensor, targets_t: Tensor) -> Tensor:
+    """Sum over tokens of -log softmax(states @ table.T)[target], without ever storing [t, v] logits."""
+    total: Tensor = _LinearCrossEntropy.apply(states_td, table_vd, targets_t)
+    return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward pass, while a chunk's logits are at hand: three products instead of four."""
+
+    @staticmethod
+    def forward(ctx: Any, states_td: Tensor, table_vd: Tensor, targets_t: Tensor) -> Tensor:
+        states_td, given = states_td.to(table_vd.dtype), states_td.dtype
+        wanted = any(ctx.needs_input_grad)
+        states_grad = torch.empty_like(states_td) if wanted else None
+        table_grad = torch.zeros_like(table_vd) if wanted else None
+        total = states_td.new_zeros(())
+        size = max(1, _CHUNK_LOGITS // len(table_vd))
+        for start in range(0, len(states_td), size):
+            states_cd, targets_c = states_td[start : start + size], targets_t[start : start + size, None]
+            logits_cv = states_cd @ table_vd.T
+            lse_c = logits_cv.logsumexp(1, keepdim=True)
+            total += (lse_c - logits_cv.gather(1, targets_c)).sum()
+            if states_grad is not None and table_grad is not None:
+                slope_cv = logits_cv.sub_(lse_c).exp_()
+                slope_cv.scatter_add_(1, targets_c, slope_cv.new_full(targets_c.shape, -1.0))
+                torch.mm(slope_cv, table_vd, out=states_grad[start : start + size])
+                table_grad.addmm_(slope_cv.T, states_cd)
+        if states_grad is not None:
+            ctx.save_for_backward(states_grad.to(given), table_grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None]:
+        states_grad, table_grad = ctx.saved_tensors
+        return states_grad * slopes[0].to(states_grad.dtype), table_grad * slopes[0], None

@@ -1,0 +1,102 @@
+"""AdamW with two parameter groups, addressed by logical names.
+
+Matrices decay; biases, norms, embeddings and learned scalars do not. The state is read and written as
+`{kind: {parameter name: tensor}}`, which is what commits store and growth maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class OptimizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    lr: float = Field(1.0e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices, multiplied by the learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.98), strict=False, description="decay of the two moments")
+    eps: float = Field(1.0e-6, gt=0)
+    clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices, except tables that are looked up row by row."""
+    return parameter.ndim >= 2 and "embedding" not in name
+
+
+class Optimizer:
+    """torch's fused AdamW over a module's named parameters."""
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+        self.config = config
+        self.parameters = dict(parameters)
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.parameters.items():
+            groups[decays(name, parameter)].append(parameter)
+        self._adam = torch.optim.AdamW(
+            [
+                {"params": members, "weight_decay": config.weight_decay if decayed else 0.0}
+                for decayed, members in groups.items()
+                if members
+            ],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
+        self._skipped = torch.zeros(())
+
+    def clip(self) -> Tensor:
+        """Scale the gradients down to the configured norm; returns their norm before, as a tensor.
+
+        A norm that is not finite marks the coming step to be skipped. The mark stays on the device: nobody waits for it.
+        """
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
+        broken = (~norm.isfinite()).float()
+        # The fused kernel reads this to leave weights, moments and step counts untouched; AMP's scaler uses the same door.
+        self._adam.found_inf = broken  # type: ignore[attr-defined]
+        self._skipped = self._skipped.to(broken.device) + broken
+        return norm
+
+    def step(self, lr: float) -> None:
+        """Apply the gradients at learning rate `lr` and drop them."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out because the gradient was not finite; reading it waits for the device."""
+        return int(self._skipped)
+
+    @property
+    def steps(self) -> int:
+        """Steps applied; reading it waits for the device."""
+        first = next(iter(self.parameters.values()))
+        return int(self._adam.state[first]["step"]) if first in self._adam.state else 0
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The moments by kind and parameter name, as the live tensors; zeros before the first step."""
+        return {
+            kind: {
+                name: self._adam.state[p][kind] if p in self._adam.state else torch.zeros_like(p)
+                for name, p in self.parameters.items()
+            }
+            for kind in MOMENTS
+        }
+
+    def load(self, moments: Mapping[str, Mapping[str, Tensor]], steps: int, skipped: int) -> None:
+        """Set the moments (copied), the number of steps they have seen and of those that were skipped."""
+        self._skipped = torch.tensor(float(skipped))
+        for name, parameter in self.parameters.items():
+            state = {kind: moments[kind][name].detach().to(parameter, copy=True) for kind in MOMENTS}
+            self._adam.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **state}

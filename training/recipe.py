@@ -1,0 +1,99 @@
+"""The recipe: the whole description of a run, as typed, frozen, nested config objects.
+
+Each block belongs to the part it configures and checks itself there; this module composes them and adds the checks
+that need more than one block. Reading YAML and overrides is `treering.launch.recipes`.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from ..data.config import DataConfig
+from ..models.growth.plan import changes
+from ..models.spec import ModelSpec
+from .commits import CheckpointConfig
+from .engine import EngineConfig
+from .evaluate.config import EvalConfig
+from .objectives.config import ObjectivesConfig
+from .optimizer import OptimizerConfig
+from .schedule import ScheduleConfig
+from .stages import StageConfig
+
+
+class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """How often a line goes to metrics.jsonl, TensorBoard and the terminal."""
+
+    every: int = Field(10, gt=0, description="steps between two log lines")
+
+
+class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="names the run folder: letters, digits, . _ -")
+    seed: int = Field(0, ge=0, lt=2**63, description="every random stream of the run derives from it")
+    data: DataConfig
+    model: ModelSpec
+    objectives: ObjectivesConfig
+    stages: tuple[StageConfig, ...] = Field(min_length=1, strict=False, description="budgets, and growth between them")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        self.specs()
+        if self.objectives.caption and self.model.caption is None:
+            raise ValueError("objectives.caption needs a captioner; add `caption: {depth: 2}` to model, or drop the objective")
+        if self.model.caption and not self.objectives.caption:
+            raise ValueError("model.caption is never trained; add `caption: {weight: 2.0}` to objectives, or drop model.caption")
+        if self.schedule.warmup >= self.total_samples:
+            raise ValueError(
+                f"schedule.warmup = {self.schedule.warmup} samples does not end before the run's {self.total_samples}; "
+                f"set a smaller warmup or larger stages"
+            )
+        if self.eval.suites and self.eval.data is None and not self.data.train[0].source.startswith("samples://"):
+            raise ValueError("eval.data is missing: name the shards to evaluate on, or set eval.suites to []")
+        return self
+
+    def specs(self) -> list[ModelSpec]:
+        """The model's spec in each stage. Raises SpecError if a stage asks for a growth that cannot be."""
+        specs, spec = [], self.model
+        for stage in self.stages:
+            grown = spec.grown(stage.grow)
+            changes(spec, grown)  # refuses what cannot grow
+            specs.append(grown)
+            spec = grown
+        return specs
+
+    @property
+    def evaluation_source(self) -> str:
+        """URL of the shards to evaluate on."""
+        return self.eval.data or f"{self.data.train[0].source}/held_out"
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return sum(stage.steps(self.data.batch) for stage in self.stages)
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run; each stage is rounded up to whole batches."""
+        return self.total_steps * self.data.batch
+
+    def check_world(self, world: int) -> None:
+        """Raises ValueError if `world` processes cannot share the global batch evenly."""
+        batch = self.data.batch
+        if batch % world:
+            fitting = [w for w in range(1, batch + 1) if batch % w == 0]
+            below = max(w for w in fitting if w < world)
+            above = next((w for w in fitting if w > world), None)
+            nearest = f"{below} or {above}" if above else str(below)
+            raise ValueError(
+                f"{world} processes cannot share data.batch = {batch} evenly; start {nearest} processes, "
+                f"or set data.batch: {batch - batch % world or world}"
+            )

@@ -1,0 +1,136 @@
+"""The page's other pictures: the timeline, the towers before and after growth, the rings beside the name, small bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from .readable import duration
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of wall-clock time: seconds since the run began, what was done, and the share of it spent waiting for data."""
+
+    start: float
+    end: float
+    kind: str
+    label: str
+    data_wait: float = 0.0
+
+
+def timeline(spans: Sequence[Span], breaks: Sequence[float], total: float, width: int, identity: str) -> Markup:
+    """One bar over the run's time: a block a span, the part of training spent waiting for data from below.
+
+    `breaks` are the moments between two lives. Times in seconds. Short spans keep 2 px, to be seen at all.
+    """
+    height, top = 40, 4
+    spans = _merged(spans, total / 300)
+    scale = width / total if total > 0 else 0.0
+    parts = [Markup('<rect class="t-rest" x="0" y="{}" width="{}" height="{}"/>').format(top, width, height)]
+    for span in sorted(spans, key=lambda s: s.kind != "training"):
+        x, w = span.start * scale, max((span.end - span.start) * scale, 0.4 if span.kind == "training" else 2.0)
+        x = min(x, width - w)
+        parts.append(_block(span.kind, x, top, w, height, f"{span.label}: {duration(span.end - span.start)}, from {duration(span.start)}"))
+        if span.kind == "training" and span.data_wait > 0:
+            h = height * min(span.data_wait, 1.0)
+            parts.append(_block("data", x, top + height - h, w, h, "waiting for data"))
+    parts += [Markup('<line class="t-break" x1="{}" x2="{}" y1="0" y2="{}"/>').format(x, x, height + 8) for x in (round(b * scale, 1) for b in breaks)]
+    base = top + height + 18
+    ends = Markup('<text class="tick" x="0" y="{}">start</text><text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(
+        base, width, base, duration(total)
+    )
+    return Markup(
+        '<svg class="chart timeline" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-t" xmlns="http://www.w3.org/2000/svg">'
+        '<title id="{}-t">Where the time went, from start to end; the table below gives the sums</title>{}{}</svg>'
+    ).format(width, base + 6, identity, identity, Markup("").join(parts), ends)
+
+
+def _merged(spans: Sequence[Span], least: float) -> list[Span]:
+    """The spans with neighbouring stretches of training put together until they last `least` seconds: few blocks, same picture."""
+    merged: list[Span] = []
+    for span in spans:
+        last = merged[-1] if merged else None
+        near = last is not None and span.start - last.end < least / 4
+        if last is not None and near and last.kind == span.kind == "training" and last.end - last.start < least:
+            lengths = last.end - last.start, span.end - span.start
+            waited = (last.data_wait * lengths[0] + span.data_wait * lengths[1]) / (sum(lengths) or 1.0)
+            merged[-1] = Span(last.start, span.end, span.kind, span.label, waited)
+        else:
+            merged.append(span)
+    return merged
+
+
+def _block(kind: str, x: float, y: float, width: float, height: float, title: str) -> Markup:
+    return Markup('<rect class="t-{}" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
+        kind, round(x, 1), round(y, 1), round(width, 1), round(height, 1), title
+    )
+
+
+def towers(shapes: Sequence[Mapping[str, float]], names: Sequence[str], identity: str) -> Markup:
+    """The model in each stage as stacks of blocks, `width` channels wide; blocks of the last growth are filled.
+
+    `shapes` gives `image.depth`, `image.width`, `text.depth`, ... of each stage. A stack of more than 24 blocks is drawn
+    with 24 in the same proportion.
+    """
+    kinds = [k for k in ("image", "text", "caption") if any(f"{k}.depth" in s for s in shapes)]
+    deepest = max((s.get(f"{k}.depth", 0) for s in shapes for k in kinds), default=1)
+    widest = max((s.get(f"{k}.width", 0) for s in shapes for k in kinds), default=1) or 1
+    per_block = max(1.0, deepest / 24)
+    column, pitch, group = 58, 10, 58 * len(kinds) + 34
+    height = int(pitch * deepest / per_block) + 46
+    parts = []
+    for s, shape in enumerate(shapes):
+        for k, kind in enumerate(kinds):
+            depth, previous = shape.get(f"{kind}.depth", 0), (shapes[s - 1] if s else shape).get(f"{kind}.depth", 0)
+            channels = shape.get(f"{kind}.width") or shape.get("text.width") or widest
+            w = 14 + 32 * channels / widest
+            x = s * group + k * column + (column - w) / 2
+            for n in range(round(depth / per_block)):
+                fresh = n >= round(previous / per_block) or channels > (
+                    (shapes[s - 1] if s else shape).get(f"{kind}.width") or channels
+                )
+                parts.append(
+                    Markup('<rect class="block{}" x="{}" y="{}" width="{}" height="7" rx="1.5"/>').format(
+                        " new" if fresh else "", round(x, 1), height - 42 - pitch * n, round(w, 1)
+                    )
+                )
+            middle = s * group + k * column + column / 2
+            parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(middle, height - 20, kind))
+        parts.append(
+            Markup('<text class="key" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+                s * group + column * len(kinds) / 2, height - 3, names[s]
+            )
+        )
+    total = group * len(shapes) - 34
+    words = "; ".join(
+        f"{name}: " + ", ".join(f"{kind} tower {shape[f'{kind}.depth']:g} blocks" for kind in kinds if f"{kind}.depth" in shape)
+        for name, shape in zip(names, shapes, strict=True)
+    )
+    return Markup(
+        '<svg class="chart towers" viewBox="0 0 {} {}" width="{}" role="img" aria-labelledby="{}-t" xmlns="http://www.w3.org/2000/svg">'
+        '<title id="{}-t">The model in each stage. {}.</title>{}</svg>'
+    ).format(total, height, total, identity, identity, words, Markup("").join(parts))
+
+
+def rings(shares: Sequence[float]) -> Markup:
+    """A cut through a trunk: a ring for each stage, as thick as its share of the samples. An ornament."""
+    done, circles = 0.0, Markup("")
+    total = sum(shares) or 1.0
+    for n, share in enumerate(shares):
+        done += share
+        circles = Markup('<circle class="ring r{}" cx="24" cy="24" r="{}"/>').format(n % 2, round(5 + 17 * done / total, 1)) + circles
+    return Markup('<svg class="rings" viewBox="0 0 48 48" aria-hidden="true" xmlns="http://www.w3.org/2000/svg">{}<circle class="pith" cx="24" cy="24" r="2"/></svg>').format(
+        circles
+    )
+
+
+def bar(fraction: float, mark: float | None = None) -> Markup:
+    """A share of 0..1 as a bar, with a tick at `mark`; the number stands beside it."""
+    tick = Markup('<rect class="bar-mark" x="{}" y="0" width="0.8" height="10"/>').format(round(100 * mark, 2)) if mark is not None else ""
+    return Markup(
+        '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true" xmlns="http://www.w3.org/2000/svg">'
+        '<rect class="bar-track" x="0" y="2" width="100" height="6"/><rect class="bar-fill" x="0" y="2" width="{}" height="6"/>{}</svg>'
+    ).format(round(100 * min(max(fraction, 0.0), 1.0), 2), tick)

@@ -1,0 +1,106 @@
+"""Numbers and names as people read them, for the report page and the terminal."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from datetime import UTC, datetime
+
+MISSING = "–"
+
+_LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+_BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+_FLOPS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
+
+
+def is_number(value: object) -> bool:
+    """True for a finite int or float (bool is none)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def decimal(value: float | None, digits: int = 4) -> str:
+    """`digits` significant figures: 3.214, 0.00025, 1.5e-7."""
+    if value is None or not math.isfinite(value):
+        return MISSING if value is None else str(value)
+    text = f"{value:.{digits}g}"
+    return re.sub(r"e([+-])0*(\d+)$", lambda m: f"e{'-' if m[1] == '-' else ''}{m[2]}", text)
+
+
+def exact(value: float | None) -> str:
+    """A whole number with its thousands set apart: 60,160."""
+    return MISSING if value is None else f"{round(value):,}"
+
+
+def compact(value: float | None) -> str:
+    """Three figures and a magnitude: 834, 340 k, 14.1 M, 1.24 B."""
+    return _scaled(value, _LARGE)
+
+
+def size(value: float | None) -> str:
+    """Bytes in decimal units: 812 B, 12.4 MB."""
+    return _scaled(value, _BYTES, smallest=" B")
+
+
+def flops(value: float | None) -> str:
+    """Floating-point operations: 1.24 PFLOP."""
+    return _scaled(value, _FLOPS, smallest=" FLOP")
+
+
+def percent(fraction: float | None) -> str:
+    """61.3% of 0.613; small shares keep two figures: 0.42%."""
+    if fraction is None or not math.isfinite(fraction):
+        return MISSING
+    value = fraction * 100
+    if value == 0 or abs(value) >= 1:
+        return f"{value:.1f}%"
+    return f"{decimal(value, 2)}%"
+
+
+def duration(seconds: float | None) -> str:
+    """0.3 s, 42 s, 3 min 20 s, 1 h 04 min, 2 d 3 h."""
+    if seconds is None or not math.isfinite(seconds):
+        return MISSING
+    if seconds < 9.95:
+        return f"{decimal(seconds, 1) if seconds < 0.095 else f'{seconds:.1f}'} s"
+    whole = round(seconds)
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def moment(unix: float | None) -> str:
+    """22 November 2026, 15:51 UTC."""
+    if unix is None:
+        return MISSING
+    when = datetime.fromtimestamp(unix, UTC)
+    return f"{when.day} {when:%B %Y, %H:%M} UTC"
+
+
+def times(value: float, other: float) -> str:
+    """How often `other` goes into `value`: 7.4 ×."""
+    return f"{decimal(value / other, 2 if value < 100 * other else 3)} ×" if other > 0 else MISSING
+
+
+def printable(text: object) -> str:
+    """`text` without characters that move a cursor, ring a bell or turn the writing direction; each becomes �."""
+    return "".join("�" if unicodedata.category(c) in _UNSAFE and c not in _JOINERS else c for c in str(text))
+
+
+_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_JOINERS = "\n\t\u200d\u200c"  # white space, and what joins the parts of an emoji or of a Persian word
+
+
+def _scaled(value: float | None, units: tuple[tuple[float, str], ...], smallest: str = "") -> str:
+    if value is None or not math.isfinite(value):
+        return MISSING
+    for factor, unit in units:
+        if abs(value) >= factor * 0.9995:
+            scaled = value / factor
+            return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f} {unit}"
+    return f"{decimal(value, 3)}{smallest}"

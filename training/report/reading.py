@@ -1,0 +1,172 @@
+"""Reads a run folder, whatever state it is in, into one plain `Run`.
+
+The one idea: metrics.jsonl is the truth and everything else adds to it. A run that still writes, was killed in the
+middle of a line, or never evaluated anything is as readable as a finished one; what cannot be read is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .readable import is_number, printable
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Life:
+    """One process life of a run: from a start or resume to the next one."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def began(self) -> float:
+        """Unix time at which the command was given: the first line comes after the start-up."""
+        return float(self.lines[0]["time"]) - seconds_of(self.lines[0])
+
+    @property
+    def ended(self) -> float:
+        """Unix time of the last line."""
+        return float(max(line["time"] for line in self.lines))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says."""
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    lines: tuple[Line, ...]
+    evaluations: tuple[Line, ...]
+    ledger: tuple[Line, ...]
+    lineage: tuple[Line, ...]
+    unreadable: int
+
+    def events(self, *names: str) -> list[Line]:
+        """The lines of these kinds, in order."""
+        return [line for line in self.lines if line["event"] in names]
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, or the folder's."""
+        return printable(self.recipe.get("name") or self.folder.resolve().name)
+
+    @property
+    def sources(self) -> list[str]:
+        """The training sources as the recipe names them."""
+        train = (self.recipe.get("data") or {}).get("train") or []
+        return [printable(without_credentials(str(s.get("source")))) for s in train if isinstance(s, Mapping)]
+
+    @property
+    def total_samples(self) -> int | None:
+        """Samples of the whole run: each stage rounded up to whole batches."""
+        batch = (self.recipe.get("data") or {}).get("batch")
+        stages = [s.get("samples") for s in self.recipe.get("stages") or []]
+        if not is_number(batch) or not stages or not all(is_number(s) for s in stages):
+            return None
+        return int(sum(-(-s // batch) * batch for s in stages))
+
+    @property
+    def samples(self) -> int:
+        """Samples seen so far."""
+        return max((int(line["samples"]) for line in self.lines), default=0)
+
+    @property
+    def finished(self) -> bool:
+        """True if the last life came to the end of the run."""
+        ends = [line["event"] for line in self.lines if line["event"] in ("start", "resume", "end")]
+        return bool(ends) and ends[-1] == "end"
+
+    @property
+    def lives(self) -> list[Life]:
+        """The process lives, oldest first."""
+        lives: list[list[Line]] = []
+        for line in self.lines:
+            if line["event"] in ("start", "resume") or not lives:
+                lives.append([])
+            lives[-1].append(line)
+        return [Life(tuple(lines)) for lines in lives]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder. Raises ValueError if `folder` holds neither a recipe nor metrics."""
+    if not (folder / "metrics.jsonl").is_file() and not (folder / "recipe.yaml").is_file():
+        raise ValueError(
+            f"{folder} is no run folder: it has neither metrics.jsonl nor recipe.yaml; "
+            f"give the folder that `treering train RECIPE --out DIR` wrote"
+        )
+    lines, torn = _lines(folder / "metrics.jsonl")
+    lines = [line for line in lines if isinstance(line.get("event"), str) and all(is_number(line.get(k)) for k in ("samples", "time"))]
+    ledger, torn_ledger = _lines(folder / "ledger.jsonl")
+    recipe, text = _recipe(folder / "recipe.yaml")
+    read = [_json(path) for path in sorted((folder / "evaluations").glob("step-*.json"))]
+    evaluations = [e for e in read if isinstance(e, dict) and is_number(e.get("samples"))]
+    lineage = _json(folder / "lineage.json")
+    return Run(
+        folder=folder,
+        recipe=recipe,
+        recipe_text=text,
+        lines=tuple(lines),
+        evaluations=tuple(sorted(evaluations, key=lambda e: e["samples"])),
+        ledger=tuple(ledger),
+        lineage=tuple(e for e in lineage if isinstance(e, dict)) if isinstance(lineage, list) else (),
+        unreadable=torn + torn_ledger,
+    )
+
+
+def seconds_of(line: Line) -> float:
+    """Seconds a line accounts for, whether it gives one figure or one for each part."""
+    seconds = line.get("seconds")
+    if isinstance(seconds, Mapping):
+        return float(sum(v for v in seconds.values() if is_number(v)))
+    return float(seconds) if is_number(seconds) and seconds is not None else 0.0
+
+
+def without_credentials(text: str) -> str:
+    """`text` with the user part of every URL, and the signature of a signed one, blotted out."""
+    text = re.sub(r"(://)[^/\s@\"']+@", r"\1***@", text)
+    return re.sub(r"(?i)([?&](?:x-amz-[\w-]+|sig|signature|token|[\w-]*key[\w-]*)=)[^&\s\"']+", r"\1***", text)
+
+
+def _lines(path: Path) -> tuple[list[Line], int]:
+    """Every readable line of a JSON-lines file, and how many were not. A torn last line is the mark of a kill: not counted."""
+    if not path.is_file():
+        return [], 0
+    lines, unreadable = [], 0
+    texts = path.read_bytes().split(b"\n")
+    for number, text in enumerate(texts):
+        try:
+            line = json.loads(text) if text.strip() else None
+        except ValueError:
+            unreadable += number < len(texts) - 1
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines, unreadable
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _recipe(path: Path) -> tuple[Mapping[str, Any], str]:
+    """The recipe as plain data and as text. Read leniently: a page must open for runs of older versions too."""
+    if not path.is_file():
+        return {}, ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError:
+        data = None
+    return (data if isinstance(data, dict) else {}), printable(without_credentials(text))

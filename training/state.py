@@ -1,0 +1,50 @@
+"""What a run is at a step edge, declared once: commits save it, resumes restore it, tests compare it.
+
+Tensors (weights and moments) travel by logical name beside it. Random streams need no state: every draw is a function of
+the seed, the stream's name and the position in the run.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message names what happened, where, and the remedy."""
+
+
+class Event(BaseModel, frozen=True, extra="forbid", strict=True):
+    """One line of the lineage."""
+
+    event: str
+    step: int
+    samples: int
+    time: float = Field(default_factory=time.time)
+    world: int = 1
+    detail: dict[str, Any] = Field(default_factory=dict)
+
+
+class RunState(BaseModel, frozen=True, extra="forbid", strict=True):
+    """The counters of a run. `step * batch` is the cursor: the position in the data order."""
+
+    step: int = 0
+    """optimizer steps taken, skipped ones included"""
+    samples: int = 0
+    """samples seen: the cursor"""
+    stage: int = 0
+    """the stage whose model shape the tensors have"""
+    applied: int = 0
+    """steps whose gradient was applied: the optimizer's own count"""
+    skipped: int = 0
+    """steps whose gradient was not finite"""
+    flops: float = 0.0
+    """floating-point operations spent on training so far"""
+    seconds: float = 0.0
+    """wall-clock time of all lives so far"""
+    life: int = 0
+    """how many times the run was started or resumed"""
+    lineage: tuple[Event, ...] = Field((), strict=False)
+    """every start, resume and growth since the first step"""

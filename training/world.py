@@ -1,0 +1,115 @@
+"""The processes of a run: who this one is, and the few collectives everything else is built from.
+
+A world of one needs no process group and every collective is the identity, so one process and many run the same code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the `size` processes of a run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @staticmethod
+    def join() -> World:
+        """Join the process group that the launcher described in the environment (RANK, WORLD_SIZE, ...), if any."""
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        if size > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=10))
+        return World(rank, size, device)
+
+    def leave(self) -> None:
+        """Leave the process group."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes the logs."""
+        return self.rank == 0
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Rows of all ranks in rank order, [b, ...] -> [b * size, ...]; every rank has the same b.
+
+        Differentiable: the gradient of a rank's rows is the sum of what all ranks ask of them.
+        """
+        if self.size == 1:
+            return own
+        gathered: Tensor = _Gather.apply(own, self)
+        return gathered
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Elementwise sum over ranks; not differentiable."""
+        if self.size == 1:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Which flags are up on at least one rank. On the CPU, so it never waits for the device."""
+        if self.size == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return [bool(r) for r in raised]
+
+    def objects(self, own: Any) -> list[Any]:
+        """A small JSON-like object of every rank, on every rank."""
+        if self.size == 1:
+            return [own]
+        # As JSON: torch's own object collectives pickle.
+        data = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)]))
+        longest = max(int(length) for length in lengths)
+        padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(padded, torch.cat([data, data.new_zeros(longest - len(data))]))
+        return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(padded, lengths, strict=True)]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def hosts(self) -> list[str]:
+        """Names of the machines, in rank order without repeats."""
+        return list(dict.fromkeys(self.objects(socket.gethostname())))
+
+
+class _Gather(torch.autograd.Function):
+    """torch's own differentiable gather is deprecated, and this is all of it."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        everyone = own.new_empty(own.shape[0] * world.size, *own.shape[1:])
+        dist.all_gather_into_tensor(everyone, own.contiguous())
+        return everyone
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        total = slopes[0].contiguous().clone()
+        dist.all_reduce(total)
+        rows = len(total) // ctx.world.size
+        return total[ctx.world.rank * rows : (ctx.world.rank + 1) * rows], None
