@@ -62,13 +62,12 @@ class Emoji:
 
     @property
     def labels(self) -> dict[str, str]:
-        """skin_tone, where the sequence has exactly one; role, where it is a person joined to an object."""
+        """skin_tone, where the sequence has exactly one; role, where it says what one person is or does."""
         tones = [part for part in self.parts if part in _TONES]
         labels = {"skin_tone": _TONES[tones[0]]} if len(tones) == 1 and len(self.parts) > 1 else {}
-        role = tuple(part for part in self.parts if part not in _TONES and part not in _GENDERS)
-        role = role[1:] if len(role) == 2 and role[0] in _PEOPLE else role
-        if len(role) == 1 and role[0] in _roles():
-            labels["role"] = _roles()[role[0]]
+        role = _role_parts(self.parts)
+        if role in _roles():
+            labels["role"] = _roles()[role]
         return labels
 
 
@@ -149,19 +148,24 @@ def _code(sequence: str) -> str:
 
 
 @cache
-def _roles() -> dict[str, str]:
-    """What a person is or does, by the code point that says so: the object a man is joined to, or the person that comes
-    as man and woman. The role is what the name says beside the man: "man firefighter" -> "firefighter"."""
-    roles: dict[str, str] = {}
+def _roles() -> dict[tuple[str, ...], str]:
+    """What one person is or does, by the parts that say so (see `_role_parts`): a man joined to an object, or a person
+    that comes as man and woman. The role is what the name says beside the man: "man firefighter" -> "firefighter"."""
+    roles = {}
     for code, captions in _names().items():
-        parts = [part for part in code.split("-") if part not in (_JOINER, _VARIANT)]
+        parts = tuple(part for part in code.split("-") if part not in (_JOINER, _VARIANT))
         if len(parts) != 2 or _JOINER not in code or parts[0] in _HAIR or parts[1] in _NOT_ROLES:
             continue
         words = captions[0].split()
         if (parts[0] == _MAN or parts[1] == _MALE) and {"man", "men"} & set(words):
-            role = parts[1] if parts[0] == _MAN else parts[0]
-            roles[role] = " ".join(word for word in words if word not in ("man", "men"))
+            roles[_role_parts(parts)] = " ".join(word for word in words if word not in ("man", "men"))
     return roles
+
+
+def _role_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts of a sequence less skin tone and gender; man, woman and person are one."""
+    kept = (part for part in parts if part not in _TONES and part not in _GENDERS)
+    return tuple("person" if part in _PEOPLE else part for part in kept)
 
 
 def split(records: Iterable[Emoji]) -> tuple[list[Emoji], list[Emoji]]:

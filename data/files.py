@@ -19,6 +19,8 @@ import fsspec.core
 from .config import DataError
 
 _GLOB = frozenset("*?[")
+# What a process opened stays alive in its forked children: collected there, it would close the parent's connections.
+_OPENED: dict[int, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,21 @@ def cache_folder(name: str) -> Path:
 def find(url: str) -> list[ShardInfo]:
     """The files a URL without braces stands for. DataError if there is none, or the store does not answer."""
     with readable_errors(url):
-        filesystem, path = fsspec.core.url_to_fs(url)
+        system, path = filesystem(url)
         if _GLOB & set(path):
-            matches = list(filesystem.glob(path, detail=True).values())
-        elif filesystem.isdir(path):
+            matches = list(system.glob(path, detail=True).values())
+        elif not system.exists(path):
+            matches = []
+        elif system.isdir(path):
             raise DataError(
                 f"{shown_url(url)} is a folder; name the tar files in it, as in {shown_url(url).rstrip('/')}/*.tar"
             )
         else:
-            matches = [filesystem.info(path)]
+            matches = [system.info(path)]
         files = [match for match in matches if match["type"] == "file"]
         if not files:
-            raise FileNotFoundError
+            where = "the bucket and the names in it" if "://" in url else "the path"
+            raise DataError(f"no shards match {shown_url(url)}: nothing is there; check {where}")
         return [ShardInfo(_with_protocol(url, m["name"]), int(m["size"]), _stamp(m)) for m in files]
 
 
@@ -81,12 +86,19 @@ def _stamp(info: dict[str, Any]) -> str:
     return ""
 
 
+def filesystem(url: str) -> tuple[Any, str]:
+    """The file system of a URL, as this process may use it, and the path in it."""
+    system, path = fsspec.core.url_to_fs(url)
+    _OPENED[id(system)] = system
+    return system, path
+
+
 @contextmanager
 def open_shard(shard: ShardInfo) -> Iterator[BinaryIO]:
     """The shard as a seekable file."""
     with readable_errors(shard.url):
-        filesystem, path = fsspec.core.url_to_fs(shard.url)
-        with filesystem.open(path, "rb") as file:
+        system, path = filesystem(shard.url)
+        with system.open(path, "rb") as file:
             yield cast(BinaryIO, file)
 
 
@@ -96,8 +108,8 @@ def read_range(url: str, start: int, end: int) -> bytes:
         if "://" not in url:
             data = _read_local(url, start, end)
         else:
-            filesystem, path = fsspec.core.url_to_fs(url)
-            data = filesystem.cat_file(path, start=start, end=end)
+            system, path = filesystem(url)
+            data = system.cat_file(path, start=start, end=end)
     if len(data) != end - start:
         raise DataError(
             f"{shown_url(url)} changed while it was read: bytes {start} to {end} are not all there; start again"
@@ -122,8 +134,9 @@ def readable_errors(url: str) -> Iterator[None]:
     except DataError:
         raise
     except FileNotFoundError:
-        where = "the bucket or the key" if "://" in url else "the path"
-        raise DataError(f"no shards match {name}: nothing is there; check {where}") from None
+        raise DataError(
+            f"{name}: nothing is there; check the {'bucket and the name' if '://' in url else 'path'}"
+        ) from None
     except PermissionError:
         remedy = "check that the credentials in use may read it" if "://" in url else "check the file's permissions"
         raise DataError(f"{name}: access refused; {remedy}") from None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from math import floor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .config import DataConfig, DataError
 from .decode import captions_and_labels, centre_crop, picture, random_crop
@@ -48,21 +48,24 @@ class Loader:
     def batches(self, step: int) -> Iterator[Batch]:
         """This rank's share of global batch `step`, `step` + 1, ... without end. Close the iterator to end its
         processes. Raises DataError if a source cannot be read, or a decoding process dies."""
-        batches = iter(self._data_loader(step))
-        while True:
-            try:
-                batch = next(batches)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise DataError(self._worker_died(step, error)) from None
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-            step += 1
+        batches, batch = iter(self._data_loader(step)), None
+        try:
+            while True:
+                try:
+                    batch = next(batches)
+                except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died handing over
+                    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                        raise
+                    batch = DataError(self._worker_died(step, error))
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+                step += 1
+        finally:  # end the processes here and now, not when a traceback that holds this frame is collected
+            del batches, batch
 
     def keys(self, step: int) -> list[str]:
-        """The keys of the whole global batch `step`, in order; nothing is read. A bad sample is named, not its spare."""
+        """The keys of the whole global batch `step`; nothing is read. A bad sample is named, not its spare."""
         places = [self.order.position(n) for n in self.order.positions(step)]
         return [self.sources[place.source].key(place.number) for place in places]
 
@@ -81,7 +84,7 @@ class Loader:
                     f"mend or leave out these samples (ledger.jsonl names them), or raise data.bad_samples"
                 )
 
-    def _data_loader(self, step: int) -> DataLoader[Drawn]:
+    def _data_loader(self, step: int) -> DataLoader[Any]:
         from torch.utils.data import DataLoader
 
         workers = self.config.workers
@@ -95,9 +98,9 @@ class Loader:
             multiprocessing_context="fork" if workers else None,
         )
 
-    def _worker_died(self, step: int, error: RuntimeError) -> str:
+    def _worker_died(self, step: int, error: Exception) -> str:
         positions = self.order.positions(step, self.rank, self.world)
-        reason = str(error).split("\n")[0]
+        reason = (str(error) or type(error).__name__).split("\n")[0]
         return (
             f"a decoding process of rank {self.rank} died at step {step}, positions {positions[0]} to {positions[-1]} "
             f"({reason}); if memory ran out, lower data.workers; `data.workers=0` shows the fault in line"

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec.core
+from fsspec.implementations.local import LocalFileSystem
 
 from .config import DataError
-from .files import readable_errors, shown_url
+from .files import filesystem, readable_errors, shown_url
 from .ledger import BadSample, shown
 from .shards import IMAGE_KINDS, split_name
 
@@ -61,7 +61,7 @@ def pack(input: Path, output: str, shard_size: int = 1000, images: Path | None =
     _refuse_existing(output)
     items = folder_items(input) if input.is_dir() else table_items(input, images or input.parent)
     name = output.rstrip("/").rpartition("/")[2]
-    final = Path(output) if "://" not in output else None
+    final = _local_path(output)
     try:
         if final is not None:
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -234,16 +234,23 @@ def _checked(item: Item) -> Members:
     }
 
 
+def _local_path(output: str) -> Path | None:
+    """The output as a path, or None where it lies in a store."""
+    with readable_errors(output):
+        system, path = filesystem(output)
+    return Path(path) if isinstance(system, LocalFileSystem) else None
+
+
 def _refuse_existing(output: str) -> None:
     with readable_errors(output):
-        filesystem, path = fsspec.core.url_to_fs(output)
-        if filesystem.exists(path):
+        system, path = filesystem(output)
+        if system.exists(path):
             raise DataError(f"{shown_url(output)} is there already; remove it or choose another name")
 
 
 def _upload(folder: Path, output: str) -> None:
     with readable_errors(output):
-        filesystem, path = fsspec.core.url_to_fs(output)
+        system, path = filesystem(output)
         for shard in sorted(folder.iterdir()):
-            filesystem.put_file(str(shard), f"{path.rstrip('/')}/{shard.name}")
+            system.put_file(str(shard), f"{path.rstrip('/')}/{shard.name}")
         shutil.rmtree(folder)

@@ -141,9 +141,9 @@ def tar_members(file: BinaryIO, shard: ShardInfo) -> Iterator[tuple[str, int, in
         size = header.size if size_override is None else size_override
         if header.type in _NEVER_DATA:
             size = 0
+        if not 0 <= size <= shard.size - data:  # a negative one would lead round in circles
+            raise _cut_short(shard) if size > 0 else _damaged(shard, data - _BLOCK, "negative size")
         position = data + -(-size // _BLOCK) * _BLOCK
-        if data + size > shard.size:
-            raise _cut_short(shard)
         if header.type == tarfile.GNUTYPE_LONGNAME:
             name = _text(_extended(file, size, shard).split(b"\0")[0])
         elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
@@ -171,9 +171,11 @@ def _header(file: BinaryIO, position: int, shard: ShardInfo) -> tarfile.TarInfo 
         if position == 0:
             remedy = "unpack it with gunzip" if block.startswith(b"\x1f\x8b") else "name tar files"
             raise DataError(f"{shown_url(shard.url)} is not a tar file; {remedy}") from None
-        raise DataError(
-            f"{shown_url(shard.url)} is damaged at byte {position} ({error}); copy it again or leave it out"
-        ) from None
+        raise _damaged(shard, position, str(error)) from None
+
+
+def _damaged(shard: ShardInfo, position: int, what: str) -> DataError:
+    return DataError(f"{shown_url(shard.url)} is damaged at byte {position} ({what}); copy it again or leave it out")
 
 
 def _cut_short(shard: ShardInfo) -> DataError:

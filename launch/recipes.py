@@ -52,6 +52,14 @@ class ResolvedRecipe:
         """The recipe with every value, as YAML that reads back equal."""
         return dump_recipe(self.recipe)
 
+    def headline(self) -> str:
+        """The run in a line, as a comment."""
+        recipe = self.recipe
+        return (
+            f"# {recipe.name}: {len(recipe.stages)} stages, {recipe.total_samples:,} samples, "
+            f"{recipe.total_steps:,} steps of {recipe.data.batch}"
+        )
+
     def annotated(self) -> str:
         """The same, a value a line with its origin as a comment; a recipe itself."""
         lines = list(_lines(self.recipe.model_dump(mode="json"), (), ""))

@@ -18,7 +18,8 @@ from typing import Any
 from ..models.spec import ModelSpec, TowerSpec
 from ..training.recipe import Recipe
 from .errors import RecipeError, RunError, show
-from .recipes import ResolvedRecipe, read_recipe
+from .recipes import ResolvedRecipe
+from .worker import STOPPED as STOPPED
 from .worker import work
 
 RECIPE_FILE = "recipe.yaml"
@@ -50,7 +51,8 @@ def check(recipe: Recipe, out: Path, processes: int) -> None:
         recipe.check_world(processes)
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    _check_same_run(recipe, out)
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"--out {show(str(out))} is a file; give a folder")
     _check_disk(recipe, out)
     _check_sources(recipe)
     _check_store(recipe, out)
@@ -61,44 +63,20 @@ def commits_url(recipe: Recipe, out: Path) -> str:
     return recipe.checkpoint.to or str(out / "commits")
 
 
-def _check_same_run(recipe: Recipe, out: Path) -> None:
-    """A folder with a run in it takes only a recipe that can continue that run."""
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"--out {show(str(out))} is a file; give a folder")
-    if not (out / RECIPE_FILE).exists() or not (out / "metrics.jsonl").exists():
-        return
-    before = read_recipe(str(out / RECIPE_FILE)).recipe
-    passed = len(before.stages) - 1
-    same = {
-        "seed": before.seed == recipe.seed,
-        "data.batch": before.data.batch == recipe.data.batch,
-        "model": before.model == recipe.model,
-        "data.train": before.data.train == recipe.data.train,
-        "stages": (
-            before.stages[:passed] == recipe.stages[:passed]
-            and len(recipe.stages) > passed
-            and before.stages[passed].grow == recipe.stages[passed].grow
-        ),
-    }
-    changed = [name for name, equal in same.items() if not equal]
-    if changed:
-        raise RecipeError(
-            f"{show(str(out))} holds a run with another {' and '.join(changed)}, which this recipe cannot continue; "
-            f"give another folder with --out, or take back the change"
-        )
-
-
 def _check_disk(recipe: Recipe, out: Path) -> None:
     url = commits_url(recipe, out)
     local = "://" not in url or url.startswith("file://")
     place = Path(url.removeprefix("file://")) if local else out
-    commits = (recipe.checkpoint.keep + 1) * 12 * largest_parameters(recipe) if local else 0  # fp32: weight, two moments
+    commits = (
+        (recipe.checkpoint.keep + 1) * 12 * largest_parameters(recipe) if local else 0
+    )  # fp32: weight, two moments
     existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
     free, needed = shutil.disk_usage(existing).free, commits + _RESERVE
     if free < needed:
+        keep = recipe.checkpoint.keep
         raise RecipeError(
-            f"{show(str(existing))} has {free / 1e9:.2f} GB free, and the run's commits need about {needed / 1e9:.2f} GB; free "
-            f"some space, keep fewer commits (checkpoint.keep, now {recipe.checkpoint.keep}), or choose another --out"
+            f"{show(str(existing))} has {free / 1e9:.2f} GB free, and the run's commits need about {needed / 1e9:.2f} "
+            f"GB; free some space, keep fewer commits (checkpoint.keep, now {keep}), or give another --out"
         )
 
 
@@ -122,16 +100,26 @@ def _check_sources(recipe: Recipe) -> None:
     from ..data.source import open_source
 
     urls = [source.source for source in recipe.data.train]
-    if recipe.eval.data and recipe.eval.suites:
-        urls.append(recipe.eval.data)
+    if recipe.eval.suites:
+        urls.append(recipe.evaluation_source)
     for url in dict.fromkeys(urls):
         open_source(url)
 
 
 def _check_store(recipe: Recipe, out: Path) -> None:
+    """The store works, and the newest commit in it, if any, is one that this recipe can continue."""
+    from ..training.commits import Commits, DamagedCommit
+    from ..training.resume import check_same_run
     from ..training.store import Store
 
-    Store(commits_url(recipe, out)).check()
+    store = Store(commits_url(recipe, out))
+    store.check()
+    commits = Commits(store)
+    for name in commits.names()[-1:]:
+        try:
+            check_same_run(recipe, commits.open(name))
+        except DamagedCommit:
+            return  # the run names it and takes the one before
 
 
 def _write(path: Path, text: str) -> None:
@@ -178,7 +166,7 @@ def _launch(out: Path, processes: int) -> None:
         shutdown_timeout=SHUTDOWN_SECONDS,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "treering.launch.worker", str(out))
+        elastic_launch(config, sys.executable)("-P", "-m", "treering.launch.worker", str(out))
     except ChildFailedError as error:
         raise _first_failure(error) from None
     except SignalException as error:

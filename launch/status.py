@@ -1,51 +1,46 @@
-"""Where a run stands, read from the metrics.jsonl it leaves; works on a run that is going on, ended, or was killed."""
+"""Where a run stands, read from its folder; works on a run that is going on, ended, or was killed."""
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError, show
-from .recipes import read_recipe
+from ..training.report.readable import decimal, duration, exact, percent
+from ..training.report.reading import read_run
+from .errors import RecipeError, clean
 
 
 def read_status(folder: Path) -> dict[str, Any]:
     """One object about the run in `folder`. Raises RecipeError if there is none."""
-    metrics = folder / "metrics.jsonl"
-    if not metrics.is_file():
-        raise RecipeError(f"there is no run in {show(str(folder))} (no metrics.jsonl); give the --out folder of a train command")
-    recipe = read_recipe(str(folder / "recipe.yaml")).recipe
-    last: dict[str, dict[str, Any]] = {}
-    lives = 0
-    for event in _events(metrics):
-        last[event["event"]] = event
-        lives += event["event"] in ("start", "resume")
-    newest = max((event for event in last.values()), key=lambda event: event["time"], default={})
-    step, commit, scores = last.get("step", {}), last.get("commit", {}), last.get("eval", {})
-    done, total, speed = newest.get("samples", 0), recipe.total_samples, step.get("samples_per_second")
-    ended = "end" in last and last["end"]["time"] == newest["time"]
+    try:
+        run = read_run(folder)
+    except ValueError as error:
+        raise RecipeError(clean(str(error))) from None
+    last = {line["event"]: line for line in run.lines}
+    step, scores = last.get("step", {}), last.get("eval", {})
+    speed, total = step.get("samples_per_second"), run.total_samples
+    left = (total - run.samples) / speed if speed and total is not None else None
     return {
-        "name": recipe.name,
-        "state": "ended" if ended else "under way or stopped",
-        "samples": done,
+        "name": run.name,
+        "finished": run.finished,
+        "samples": run.samples,
         "total_samples": total,
-        "step": newest.get("step", 0),
+        "step": max((line.get("step", 0) for line in run.lines), default=0),
         "stage": step.get("stage"),
-        "stages": len(recipe.stages),
+        "stages": len(run.recipe.get("stages") or []),
         "parameters": step.get("parameters"),
         "loss": step.get("loss"),
         "losses": step.get("losses"),
         "samples_per_second": speed,
-        "seconds_left": 0.0 if ended else (total - done) / speed if speed else None,
-        "seconds_since_last_line": time.time() - newest["time"] if newest else None,
-        "bad_samples": step.get("bad_samples"),
+        "seconds_left": 0.0 if run.finished else left,
+        "seconds_since_last_line": time.time() - run.lines[-1]["time"] if run.lines else None,
+        "bad_samples": len(run.ledger),
         "skipped_steps": step.get("skipped"),
-        "lives": lives,
-        "commit": commit.get("url"),
-        "scores": scores.get("scores"),
-        "chance": scores.get("chance"),
+        "lives": len(run.events("start", "resume")),
+        "commit": last.get("commit", {}).get("url"),
+        "scores": scores.get("scores") or {},
+        "chance": scores.get("chance") or {},
     }
 
 
@@ -55,44 +50,25 @@ def as_table(status: dict[str, Any]) -> Any:
     from rich.text import Text
 
     rows = {
-        "run": f"{status['name']}: {status['state']}, started or resumed {status['lives']} times",
-        "samples": f"{status['samples']:,} of {status['total_samples']:,} (step {status['step']:,})",
+        "run": f"{status['name']}, {'finished' if status['finished'] else 'under way or stopped'}",
+        "samples": f"{exact(status['samples'])} of {exact(status['total_samples'])} (step {exact(status['step'])})",
+        "started": f"{status['lives']} times" if status["lives"] > 1 else None,
         "stage": None if status["stage"] is None else f"{status['stage'] + 1} of {status['stages']}",
-        "parameters": None if status["parameters"] is None else f"{status['parameters']:,}",
-        "loss": None if status["loss"] is None else f"{status['loss']:.4f}",
-        "speed": None if status["samples_per_second"] is None else f"{status['samples_per_second']:.1f} samples/s",
-        "time left": _duration(status["seconds_left"]),
-        "last line": None if (ago := _duration(status["seconds_since_last_line"])) is None else f"{ago} ago",
-        "bad samples": status["bad_samples"],
-        "skipped steps": status["skipped_steps"],
+        "parameters": exact(status["parameters"]),
+        "loss": decimal(status["loss"]),
+        "samples/s": decimal(status["samples_per_second"], 3),
+        "time left": duration(status["seconds_left"]),
+        "last line": f"{duration(status['seconds_since_last_line'])} ago",
+        "bad samples": exact(status["bad_samples"]),
+        "skipped steps": exact(status["skipped_steps"]) if status["skipped_steps"] else None,
         "commit": status["commit"],
+    }
+    rows |= {
+        name: f"{percent(score)} (chance {percent(status['chance'].get(name))})"
+        for name, score in status["scores"].items()
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows.items():
         if value is not None:
-            table.add_row(Text(name), Text(str(value)))
-    for name, score in (status["scores"] or {}).items():
-        chance = (status["chance"] or {}).get(name)
-        table.add_row(Text(name), Text(f"{score:.1%}" + ("" if chance is None else f" (chance {chance:.1%})")))
+            table.add_row(Text(clean(name)), Text(clean(str(value))))
     return table
-
-
-def _duration(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def _events(metrics: Path) -> list[dict[str, Any]]:
-    """Every whole line; a run that is writing may have left half of its last one."""
-    events = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and {"event", "time"} <= event.keys():
-            events.append(event)
-    return events

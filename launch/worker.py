@@ -6,27 +6,42 @@ is the only process. What goes wrong is written where the launcher looks for it,
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import RecipeError, user_message
+from . import BEGUN
+from .errors import RecipeError, RunError, user_message
 from .recipes import read_recipe
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..training.loop import Summary
+
+_PR_SET_PDEATHSIG = 1
+STOPPED = 130
+"""exit code of a run that was asked to stop, as a shell gives it for Ctrl-C"""
 
 
 def work(out: Path) -> None:
-    """Train the recipe of folder `out`; the first process then says what came of it."""
+    """Train the recipe of folder `out`; the first process then says what came of it.
+
+    Raises RunError if a signal asked the run to stop, which it then did after a commit.
+    """
+    recipe = read_recipe(str(out / "recipe.yaml")).recipe
     from ..training.loop import train
 
-    recipe = read_recipe(str(out / "recipe.yaml")).recipe
-    summary = train(recipe, out)
+    summary = train(recipe, out, imports=time.monotonic() - BEGUN)
+    if not summary.finished:
+        raise RunError(f"stopped and committed to {summary.commit}; the same command continues from there", STOPPED)
     if os.environ.get("RANK", "0") == "0":
         show_summary(summary)
 
@@ -34,24 +49,34 @@ def work(out: Path) -> None:
 def show_summary(summary: Summary) -> None:
     """The last lines of a run: scores beside chance, and where everything is."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console()
     if summary.scores:
-        table = Table("score", "model", "chance", title="scores on the held-out samples", title_justify="left")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name, score in summary.scores.items():
-            chance = summary.chance.get(name)
-            table.add_row(Text(name), f"{score:.1%}", "" if chance is None else f"{chance:.1%}")
-        console.print(table)
-    places = {"report": summary.report, "commit": summary.commit, "tensorboard": summary.tensorboard}
-    for name, place in places.items():
-        if place:
-            console.print(Text(f"{name:<12} {place}"), soft_wrap=True)
+        console.print(score_table(summary.scores, summary.chance))
     minutes, seconds = divmod(round(summary.seconds), 60)
-    console.print(Text(f"{'time':<12} {minutes} min {seconds} s"))
+    rows = {
+        "report": summary.report,
+        "commit": summary.commit,
+        "tensorboard": summary.tensorboard,
+        "time": f"{minutes} min {seconds} s",
+    }
+    for name, value in rows.items():
+        console.print(Text(f"{name:<12} {value}"), soft_wrap=True)
+
+
+def score_table(scores: Mapping[str, float], chance: Mapping[str, float]) -> Table:
+    """Every score beside what guessing would give."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("score", box=None, pad_edge=False)
+    table.add_column("model", justify="right")
+    table.add_column("chance", justify="right")
+    for name, score in scores.items():
+        guess = f"{chance[name]:.1%}" if name in chance else ""
+        table.add_row(Text(name), f"{score:.1%}", guess)
+    return table
 
 
 def main() -> None:
@@ -59,14 +84,24 @@ def main() -> None:
     try:
         if len(sys.argv) != 2:
             raise RecipeError("usage: python -m treering.launch.worker DIR, where DIR holds a recipe.yaml")
+        _die_with_launcher()
         work(Path(sys.argv[1]))
+    except RunError as stop:
+        _report(str(stop), stop.code)
+        sys.exit(stop.code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(STOPPED)
     except Exception as error:
         message = user_message(error)
         code = 1 if message is None else 2
         _report(message or traceback.format_exc(), code)
         sys.exit(code)
+
+
+def _die_with_launcher() -> None:
+    """Ask Linux to kill this process with its launcher: torchrun's agent puts workers in sessions of their own."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _report(message: str, code: int) -> None:

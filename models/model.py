@@ -33,6 +33,9 @@ class ModelOutput(NamedTuple):
 class Model(nn.Module):
     """The trained model of a `ModelSpec`."""
 
+    image_mean: Tensor
+    image_std: Tensor
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec

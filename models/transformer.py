@@ -23,7 +23,10 @@ from .spec import TowerSpec
 class Layout(Protocol):
     """Which tokens of a flat stream form a sample: the packed form of an attention mask."""
 
-    causal: bool
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only itself and those before it."""
+        ...
 
     def grid(self, x_thc: Tensor) -> Tensor:
         """Lay the flat [t, h, c] out as [b, h, n, c], padding at the end of each sample."""
@@ -101,7 +104,9 @@ class Attention(nn.Module):
         self.value = nn.Linear(memory_width or spec.width, inner)
         self.out = nn.Linear(inner, spec.width)
 
-    def forward(self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None) -> Tensor:
+    def forward(
+        self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None
+    ) -> Tensor:
         """Mix the tokens of each sample, [t, d] -> [t, d]; `memory` is the other stream, if there is one."""
         source_td, source = (x_td, layout) if memory_td is None or memory is None else (memory_td, memory)
         q = layout.grid(self.query(x_td).unflatten(-1, (self.heads, -1)))
@@ -137,7 +142,9 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(spec.width)
         self.mlp = Mlp(spec)
 
-    def forward(self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None) -> Tensor:
+    def forward(
+        self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None
+    ) -> Tensor:
         """[t, d] -> [t, d]."""
         x_td = x_td + self.attention(self.attention_norm(x_td), layout)
         if memory_td is not None:
@@ -153,7 +160,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(spec, memory_width) for _ in range(depth))
         self.norm = nn.LayerNorm(spec.width)
 
-    def forward(self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None) -> Tensor:
+    def forward(
+        self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None
+    ) -> Tensor:
         """[t, d] -> [t, d]."""
         for block in self.blocks:
             x_td = block(x_td, layout, memory_td, memory)

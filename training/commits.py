@@ -54,7 +54,9 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         for item in value:
             fits = item > 0 if isinstance(item, int) else _INTERVAL.fullmatch(item)
             if not fits:
-                raise ValueError(f"{item!r} is no interval; write a time such as 30s, 2min or 1h, or samples such as 10_000")
+                raise ValueError(
+                    f"{item!r} is no interval; write a time such as 30s, 2min or 1h, or samples such as 10_000"
+                )
         return value
 
     @property
@@ -142,13 +144,15 @@ class Commits:
     def claim_life(self, who: str) -> int:
         """The number of a new life, one more than any before it, taken by at most one run.
 
-        Names of commits hold it, so two lives never write to the same objects. Raises StoreError if another run took it.
+        Names of commits hold it, so two lives never write the same objects. Raises StoreError if another run took it.
         """
         taken = [int(match[1]) for path in self.store.sizes() if (match := _LIFE.match(path))]
         life = max([*taken, *(_life(name) for name in self._sets())], default=0) + 1
         claim = json.dumps({"who": who, "time": time.time(), "token": secrets.token_hex(8)}).encode()
         if not self.store.put_new(f"life-{life:04d}.json", claim):
-            raise StoreError(f"another run started in {self.store.url} at this moment; give each run its own checkpoint.to")
+            raise StoreError(
+                f"another run started in {self.store.url} at this moment; give each run its own checkpoint.to"
+            )
         return life
 
     def open(self, name: str) -> Commit:
@@ -158,17 +162,28 @@ class Commits:
             data = _read(self.store, f"{name}/manifest.json", seal["manifest_sha256"])
             return Commit(self.store, name, Manifest.model_validate_json(data))
         except FileNotFoundError:
-            raise StoreError(f"{self.store.url}/{name} is not a complete commit; complete ones: {self.names()[-5:]}") from None
+            raise StoreError(
+                f"{self.store.url}/{name} is not a complete commit; complete ones: {self.names()[-5:]}"
+            ) from None
         except (ValidationError, ValueError, KeyError, TypeError) as error:
             where = error.errors()[0]["loc"] if isinstance(error, ValidationError) else error
-            raise DamagedCommit(f"{self.store.url}/{name}: manifest or COMMIT is damaged ({where}); use another commit") from None
+            raise DamagedCommit(
+                f"{self.store.url}/{name}: manifest or COMMIT is damaged ({where}); use another commit"
+            ) from None
 
-    def write(self, spec: ModelSpec, state: RunState, recipe: dict[str, Any], tensors: Mapping[str, Tensor], world: World) -> str:
-        """Commit a snapshot; every rank calls this with the same tensors and writes its share. Returns the commit's name.
+    def write(
+        self, spec: ModelSpec, state: RunState, recipe: dict[str, Any], tensors: Mapping[str, Tensor], world: World
+    ) -> str:
+        """Commit a snapshot and return its name; every rank calls this with the same tensors and writes its share.
 
         Raises StoreError on every rank if any rank failed; what was written is then removed and was never visible.
         """
         name = f"step-{state.step:012d}-life-{state.life:04d}"
+        taken = world.objects(world.is_first and name in self.names())[0]
+        if taken:
+            raise StoreError(
+                f"{self.store.url}/{name} was committed by another run; give each run its own checkpoint.to"
+            )
         mine, failure = [], None
         try:
             mine = [part.model_dump() for part in self._write_parts(name, tensors, world)]
@@ -207,10 +222,14 @@ class Commits:
         there = self.store.sizes(name)
         short = [p.file for p in manifest.parts if there.get(f"{name}/{p.file}") != p.bytes]
         if short:
-            raise StoreError(f"store {self.store.url}: {short[0]} of {name} is missing or short right after it was written")
+            raise StoreError(
+                f"store {self.store.url}: {short[0]} of {name} is missing or short right after it was written"
+            )
         seal = json.dumps({"manifest_sha256": hashlib.sha256(data).hexdigest()}).encode()
         if not self.store.put_new(f"{name}/COMMIT", seal):
-            raise StoreError(f"{self.store.url}/{name} was committed by another run; give each run its own checkpoint.to")
+            raise StoreError(
+                f"{self.store.url}/{name} was committed by another run; give each run its own checkpoint.to"
+            )
 
     def retain(self, keep: int, life: int) -> None:
         """Remove all but the `keep` newest commits, and what earlier lives left unfinished."""
@@ -238,7 +257,9 @@ def find_commit(url: str) -> Commit:
         commits = Commits(Store(place))
         if names := commits.names():
             return commits.open(names[-1])
-    raise StoreError(f"there is no commit at {url} nor in its folder commits/; give a commit, or the --out folder of a run")
+    raise StoreError(
+        f"there is no commit at {url} nor in its folder commits/; give a commit, or the --out folder of a run"
+    )
 
 
 def _life(name: str) -> int:

@@ -27,7 +27,8 @@ class Display:
         if self.on:
             self.records = RunLog(out)
             self.progress = Progress(recipe.total_samples, len(recipe.stages))
-            self.board: Board | None = None
+            self._board: Board | None = None
+            self._purge = 0
             self._bad = 0
 
     def begin(self, state: RunState, commit: str | None) -> None:
@@ -40,6 +41,7 @@ class Display:
             self.records.cut_back(state.step, commit)
             self.progress.note(f"continuing from {commit} at {state.samples:,} samples")
         self._bad = len(self.known_bad())
+        self._purge = state.samples + 1
 
     def known_bad(self) -> list[dict[str, Any]]:
         """The ledger so far."""
@@ -56,9 +58,11 @@ class Display:
             return
         row = self.records.event(event, state.step, state.samples, **detail)
         if event == "grow":
+            self._open_board().growth(row)
             sizes = ", ".join(f"{path} {row['from'][path]} -> {size}" for path, size in row["to"].items())
             before, after = row["parameters_before"] / 1e6, row["parameters_after"] / 1e6
-            self.progress.note(f"grew {sizes}: {before:.1f} M -> {after:.1f} M parameters, logits moved by {row['logit_difference']:.1e}")
+            moved = f"logits moved by {row['logit_difference']:.1e}"
+            self.progress.note(f"grew {sizes}: {before:.1f} M -> {after:.1f} M parameters, {moved}")
         elif event == "commit":
             self.progress.note(f"committed {row['url']} ({row['bytes'] / 1e6:.0f} MB in {row['seconds']:.1f} s)")
 
@@ -66,8 +70,10 @@ class Display:
         """A step line."""
         if not self.on:
             return
-        row = self.records.event("step", state.step, state.samples, stage=state.stage, bad_samples=self._bad, **measured)
-        self._board(state).scalars(row)
+        row = self.records.event(
+            "step", state.step, state.samples, stage=state.stage, bad_samples=self._bad, **measured
+        )
+        self._open_board().scalars(row)
         rate, parameters = measured["samples_per_second"], measured["parameters"]
         self.progress.update(state.samples, measured["loss"], rate, state.stage, parameters)
 
@@ -77,11 +83,27 @@ class Display:
             return
         whole = {"step": state.step, "samples": state.samples, **found.json()}
         self.records.write_json(f"evaluations/step-{state.step:09d}.json", whole)
-        self.records.event("eval", state.step, state.samples, scores=found.scores, chance=found.chance, sizes=found.sizes, seconds=seconds)
-        self._board(state).evaluation(whole)
+        self.records.event(
+            "eval",
+            state.step,
+            state.samples,
+            scores=found.scores,
+            chance=found.chance,
+            sizes=found.sizes,
+            seconds=seconds,
+        )
+        self._open_board().evaluation(whole)
         best = [(k, v) for k, v in found.scores.items() if k.endswith("@1") or k.startswith("zero_shot")]
-        self.progress.note("scores: " + ", ".join(f"{name} {score:.1%} (chance {found.chance[name]:.1%})" for name, score in best))
+        self.progress.note(
+            "scores: " + ", ".join(f"{name} {score:.1%} (chance {found.chance[name]:.1%})" for name, score in best)
+        )
         self.report()
+
+    def scores(self, state: RunState) -> tuple[dict[str, float], dict[str, float]]:
+        """Scores and chance levels already written down for this step; empty if there are none."""
+        rows = self.records.metrics.rows() if self.on else []
+        found = [row for row in rows if row["event"] == "eval" and row["step"] == state.step]
+        return (found[-1]["scores"], found[-1]["chance"]) if found else ({}, {})
 
     def bad(self, entries: list[dict[str, Any]]) -> None:
         """Samples that could not be used."""
@@ -102,11 +124,11 @@ class Display:
         """Give the terminal back and flush TensorBoard."""
         if self.on:
             self.progress.close()
-            if self.board:
-                self.board.close()
+            if self._board:
+                self._board.close()
 
-    def _board(self, state: RunState) -> Board:
+    def _open_board(self) -> Board:
         """TensorBoard takes a second to import, so it waits until there is something to write."""
-        if self.board is None:
-            self.board = Board(self.out / "tensorboard", purge_step=state.samples)
-        return self.board
+        if self._board is None:
+            self._board = Board(self.out / "tensorboard", purge_step=self._purge)
+        return self._board

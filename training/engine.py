@@ -62,7 +62,13 @@ class Engine:
     """Replicated data parallelism: torch's DDP, or the bare module in a world of one."""
 
     def __init__(
-        self, spec: ModelSpec, objectives: list[Objective], config: EngineConfig, optimizer: OptimizerConfig, world: World, seed: int
+        self,
+        spec: ModelSpec,
+        objectives: list[Objective],
+        config: EngineConfig,
+        optimizer: OptimizerConfig,
+        world: World,
+        seed: int,
     ) -> None:
         self.world = world
         self.objectives = objectives

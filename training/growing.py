@@ -48,10 +48,12 @@ class Growth:
         }
 
 
-def grow(engine: Engine, build: Callable[[ModelSpec], Engine], spec: ModelSpec, probe: Inputs | None) -> tuple[Engine, Growth]:
+def grow(
+    engine: Engine, build: Callable[[ModelSpec], Engine], spec: ModelSpec, probe: Inputs | None
+) -> tuple[Engine, Growth]:
     """A new engine for `spec` that continues `engine`, weights and moments mapped; the old one is closed.
 
-    `probe` is a batch on which the similarities before and after are compared. Raises SpecError for an impossible growth.
+    `probe` is a batch on which the similarities before and after are compared. Raises SpecError for what cannot grow.
     """
     begun = time.monotonic()
     old = engine.model.spec
@@ -84,4 +86,3 @@ def similarities(model: Model, inputs: Inputs) -> Tensor:
     image = torch.nn.functional.normalize(output.image.pooled, dim=-1)
     text = torch.nn.functional.normalize(output.text.pooled, dim=-1)
     return output.scale * image @ text.T
-

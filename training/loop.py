@@ -1,8 +1,8 @@
 """One run, start to end: next batch, step, log, maybe evaluate, maybe commit, maybe grow.
 
 Everything that happens at a step edge happens in one order (log, evaluate, commit, then grow on the way into the next
-stage), and a commit is the last thing of an edge. So whatever moment a run is killed at, the same command continues from
-a commit and does again exactly what came after it.
+stage), and a commit is the last thing of an edge. So whatever moment a run is killed at, the same command continues
+from a commit and does again exactly what came after it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Summary:
 def train(recipe: Recipe, out: Path, imports: float = 0.0) -> Summary:
     """Run the recipe in folder `out`, or continue it if its store has a commit. Every process of the run calls this.
 
-    `imports` is the seconds spent before this call, for the start-up record. Raises DataError, StoreError, TrainingError.
+    `imports` is the seconds spent before this call, for the start-up record.
+    Raises DataError, StoreError or TrainingError.
     """
     world = World.join()
     try:
@@ -104,6 +105,7 @@ class Run:
 
     def __exit__(self, *error: object) -> None:
         self.display.close()
+        del self.engine  # it holds the process group, which is left next
 
     # Starting
 
@@ -129,19 +131,30 @@ class Run:
         event = "resume" if found else "start"
         detail = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
         self._remember(event, detail, life=life)
-        seconds = {"imports": imports, "find": clock[1] - clock[0], "read": clock[2] - clock[1], "build": time.monotonic() - clock[2]}
+        seconds = {
+            "imports": imports,
+            "find": clock[1] - clock[0],
+            "read": clock[2] - clock[1],
+            "build": time.monotonic() - clock[2],
+        }
         self.display.begin(self.state, found[0].name if found else None)
-        self.display.event(event, self.state, world=self.world.size, device=describe(self.world.device), seconds=seconds, **detail)
+        self.display.event(
+            event, self.state, world=self.world.size, device=describe(self.world.device), seconds=seconds, **detail
+        )
         self.loader = self._loader()
         self.loader.check_bad(_entries(self.world.objects(self.display.known_bad())[0]))
 
     def _build(self, spec: ModelSpec) -> Engine:
         recipe = self.recipe
-        return Engine(spec, build_objectives(recipe.objectives), recipe.engine, recipe.optimizer, self.world, recipe.seed)
+        return Engine(
+            spec, build_objectives(recipe.objectives), recipe.engine, recipe.optimizer, self.world, recipe.seed
+        )
 
     def _loader(self) -> Loader:
         spec, recipe = self.engine.model.spec, self.recipe
-        return Loader(recipe.data, spec.image.resolution, spec.text.context, recipe.seed, self.world.rank, self.world.size)
+        return Loader(
+            recipe.data, spec.image.resolution, spec.text.context, recipe.seed, self.world.rank, self.world.size
+        )
 
     def _remember(self, event: str, detail: dict[str, Any], **changes: Any) -> None:
         """Add to the lineage."""
@@ -187,7 +200,9 @@ class Run:
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
         self.result: StepResult = self.engine.step(self._inputs(batch), self.lr)
         work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths))
-        self.state = state.model_copy(update={"step": state.step + 1, "samples": state.samples + size, "flops": state.flops + work})
+        self.state = state.model_copy(
+            update={"step": state.step + 1, "samples": state.samples + size, "flops": state.flops + work}
+        )
         self._bad += [{"step": self.state.step, **asdict(entry)} for entry in batch.bad]
 
     # The step edge
@@ -244,7 +259,7 @@ class Run:
         if self._dry >= _DRY_STEPS:
             raise TrainingError(
                 f"no finite gradient in the last {self._dry} steps up to step {self.state.step}; "
-                f"lower optimizer.lr = {self.recipe.optimizer.lr}, lengthen schedule.warmup, or look at the data of these steps"
+                f"lower optimizer.lr = {self.recipe.optimizer.lr}, lengthen schedule.warmup, or look at their data"
             )
 
     def evaluate(self) -> None:
@@ -259,7 +274,7 @@ class Run:
         found = evaluate(self.engine.model, self.recipe.eval, self.recipe.evaluation_source, self.world)
         self.scores, self.chance = found.scores, found.chance
         self.display.evaluation(self.state, found, time.monotonic() - begun)
-        self._log_time = time.monotonic()
+        self._log_time += time.monotonic() - begun  # not training time
 
     def commit(self) -> None:
         """Commit if anything asks for it: the end, a growth ahead, a signal, or the interval."""
@@ -281,14 +296,17 @@ class Run:
             update={"applied": self.engine.optimizer.steps, "skipped": self.engine.skipped, "seconds": self._seconds()}
         )
         tensors = self.engine.logical_state()
-        name = self.commits.write(self.engine.model.spec, self.state, self.recipe.model_dump(mode="json"), tensors, self.world)
+        name = self.commits.write(
+            self.engine.model.spec, self.state, self.recipe.model_dump(mode="json"), tensors, self.world
+        )
         if self.world.is_first:
             self.commits.retain(checkpoint.keep, self.state.life)
         self.last_commit = f"{self.commits.store.url}/{name}"
         size = sum(t.nbytes for t in tensors.values())
         seconds = time.monotonic() - begun
         self.display.event("commit", self.state, url=self.last_commit, bytes=size, seconds=seconds, reason=reason)
-        self._commit_time = self._log_time = time.monotonic()
+        self._commit_time = time.monotonic()
+        self._log_time += seconds
 
     # The end
 
@@ -298,7 +316,9 @@ class Run:
 
     def finish(self) -> Summary:
         """Close a run that has seen its whole budget. Run again, it only writes the report once more."""
-        if not self.scores and self.recipe.eval.suites:
+        if self.recipe.eval.suites and not self.scores:
+            self.scores, self.chance = self.world.objects(self.display.scores(self.state))[0]
+        if self.recipe.eval.suites and not self.scores:  # the run folder is new, the commit is not
             self._evaluate()
         self.display.event("end", self.state, seconds=self._seconds())
         return self.summary(finished=True)

@@ -55,13 +55,13 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Scale the gradients down to the configured norm; returns their norm before, as a tensor.
 
-        A norm that is not finite marks the coming step to be skipped. The mark stays on the device: nobody waits for it.
+        A norm that is not finite marks the coming step to be skipped; the mark stays on the device, nobody waits.
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         broken = (~norm.isfinite()).float()
-        # The fused kernel reads this to leave weights, moments and step counts untouched; AMP's scaler uses the same door.
+        # The fused kernel reads this to leave weights, moments and step counts untouched: the door AMP's scaler uses.
         self._adam.found_inf = broken  # type: ignore[attr-defined]
         self._skipped = self._skipped.to(broken.device) + broken
         return norm

@@ -31,7 +31,9 @@ class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="names the run folder: letters, digits, . _ -")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="names the run folder: letters, digits, . _ -"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="every random stream of the run derives from it")
     data: DataConfig
     model: ModelSpec
@@ -48,9 +50,13 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     def _parts_fit_together(self) -> Self:
         self.specs()
         if self.objectives.caption and self.model.caption is None:
-            raise ValueError("objectives.caption needs a captioner; add `caption: {depth: 2}` to model, or drop the objective")
+            raise ValueError(
+                "objectives.caption needs a captioner; add `caption: {depth: 2}` to model, or drop the objective"
+            )
         if self.model.caption and not self.objectives.caption:
-            raise ValueError("model.caption is never trained; add `caption: {weight: 2.0}` to objectives, or drop model.caption")
+            raise ValueError(
+                "model.caption is never trained; add `caption: {weight: 2.0}` to objectives, or drop model.caption"
+            )
         if self.schedule.warmup >= self.total_samples:
             raise ValueError(
                 f"schedule.warmup = {self.schedule.warmup} samples does not end before the run's {self.total_samples}; "

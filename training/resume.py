@@ -6,7 +6,7 @@ the very run, or says what differs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -20,8 +20,11 @@ CONTINUES = ("seed", "data", "model", "objectives", "stages", "optimizer", "sche
 _FREE = {"data.workers", "data.bad_samples"}
 
 
-def newest_intact(commits: Commits, warn: Any) -> tuple[Commit, dict[str, Tensor]] | None:
-    """The newest commit that verifies, and its tensors; None if there never was one. Raises StoreError if all are damaged."""
+def newest_intact(commits: Commits, warn: Callable[[str], None]) -> tuple[Commit, dict[str, Tensor]] | None:
+    """The newest commit that verifies, and its tensors; None if there never was one.
+
+    Damaged ones are told to `warn`. Raises StoreError if all are damaged.
+    """
     names = commits.names()
     for name in reversed(names):
         try:
@@ -30,7 +33,9 @@ def newest_intact(commits: Commits, warn: Any) -> tuple[Commit, dict[str, Tensor
         except DamagedCommit as damage:
             warn(str(damage))
     if names:
-        raise StoreError(f"every commit in {commits.store.url} is damaged; move them away to start over, or restore one")
+        raise StoreError(
+            f"every commit in {commits.store.url} is damaged; move them away to start over, or restore one"
+        )
     return None
 
 

@@ -1,7 +1,7 @@
 """What a run is at a step edge, declared once: commits save it, resumes restore it, tests compare it.
 
-Tensors (weights and moments) travel by logical name beside it. Random streams need no state: every draw is a function of
-the seed, the stream's name and the position in the run.
+Tensors (weights and moments) travel by logical name beside it. Random streams need no state: every draw is a function
+of the seed, the stream's name and the position in the run.
 """
 
 from __future__ import annotations

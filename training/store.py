@@ -6,6 +6,7 @@ one writer win. What a commit is, is built on that in `commits.py`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -25,13 +26,17 @@ class Store:
 
     def __init__(self, url: str) -> None:
         if "@" in urlsplit(url).netloc:
-            raise StoreError("the store's URL holds a user or password; give credentials by environment or credentials file")
+            raise StoreError(
+                "the store's URL holds a user or password; give credentials by environment or credentials file"
+            )
         self.url = url.rstrip("/")
         try:
             options = {"use_listings_cache": False} if url.startswith("s3://") else {}
             self._fs, root = fsspec.url_to_fs(self.url, **options)
         except (ValueError, ImportError) as error:
-            raise StoreError(f"store {self.url}: {error}; use a local path, s3://BUCKET/PREFIX or another fsspec URL") from None
+            raise StoreError(
+                f"store {self.url}: {error}; use a local path, s3://BUCKET/PREFIX or another fsspec URL"
+            ) from None
         self._root = str(root)
 
     def _path(self, name: str) -> str:
@@ -118,10 +123,8 @@ class Store:
     def prune(self, prefix: str) -> None:
         """Remove the empty folder that deleted objects leave on a local disk."""
         if isinstance(self._fs, LocalFileSystem) and os.path.isdir(self._path(prefix)):
-            try:
+            with contextlib.suppress(OSError):  # not empty: somebody else's file, not ours to remove
                 os.rmdir(self._path(prefix))
-            except OSError:
-                pass  # not empty: somebody else's file, not ours to remove
 
     def check(self) -> None:
         """Raise StoreError unless an object can be written, read back and removed here."""
@@ -129,18 +132,25 @@ class Store:
         self.put(name, data)
         try:
             if self.get(name) != data:
-                raise StoreError(f"store {self.url}: an object read back differs from what was written; check the server")
+                raise StoreError(
+                    f"store {self.url}: an object read back differs from what was written; check the server"
+                )
         finally:
             self.delete([name])
 
     def _explained(self, error: Exception, doing: str) -> StoreError:
         """The sentence for a failure, without anything the credentials could be in."""
         kind, said = type(error).__name__, str(error)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC or "NoSpace" in said or "QuotaExceeded" in said:
+        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "NoSpace" in said or "QuotaExceeded" in said:
             remedy = "it is full; free some space, keep fewer commits (checkpoint.keep), or set checkpoint.to elsewhere"
         elif "Credential" in kind or "Unable to locate credentials" in said or "InvalidAccessKeyId" in said:
-            remedy = "no valid credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile in ~/.aws/credentials"
-        elif isinstance(error, PermissionError) or "AccessDenied" in said or "Forbidden" in said or "SignatureDoesNotMatch" in said:
+            remedy = "no valid credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use ~/.aws/credentials"
+        elif (
+            isinstance(error, PermissionError)
+            or "AccessDenied" in said
+            or "Forbidden" in said
+            or "SignatureDoesNotMatch" in said
+        ):
             remedy = "access is denied; check the credentials and that they may read, write, list and delete here"
         elif "NoSuchBucket" in said or isinstance(error, FileNotFoundError):
             remedy = "there is no such place; create the bucket or folder, or correct checkpoint.to"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_LET_GLOO_FINISH = 0.2
+"""seconds"""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,13 @@ class World:
         return World(rank, size, device)
 
     def leave(self) -> None:
-        """Leave the process group."""
+        """Leave the process group; nothing that holds it (an engine) may be alive any more.
+
+        gloo's threads need Python's lock to release the tensors of the last collective, and its destructor waits for
+        them while holding that lock: a deadlock seen in one exit of ten. A pause without the lock lets them finish.
+        """
         if self.size > 1 and dist.is_initialized():
+            time.sleep(_LET_GLOO_FINISH)
             dist.destroy_process_group()
 
     @property

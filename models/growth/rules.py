@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Rule:
 class Operator(Protocol):
     """One step of a growth plan."""
 
-    preserves: bool
+    preserves: ClassVar[bool]
     """whether the grown model computes the same function"""
 
     def rule(self, name: str) -> Rule:

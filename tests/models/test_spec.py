@@ -2,12 +2,13 @@
 
 import pytest
 from pydantic import ValidationError
-
 from treering.models.growth.plan import changes, plan_growth
 from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
 
 SPEC = ModelSpec(
-    embed_dim=8, image=ImageSpec(width=32, depth=2, heads=4, patch=4, resolution=16), text=TextSpec(width=16, depth=3, heads=2)
+    embed_dim=8,
+    image=ImageSpec(width=32, depth=2, heads=4, patch=4, resolution=16),
+    text=TextSpec(width=16, depth=3, heads=2),
 )
 
 
@@ -47,5 +48,7 @@ def test_impossible_targets_are_refused(targets: dict[str, int], message: str) -
 
 
 def test_sizes_without_an_operator_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"image.width = 64: it cannot grow from 32 yet; what can: image.depth, text.depth"):
+    with pytest.raises(
+        SpecError, match=r"image.width = 64: it cannot grow from 32 yet; what can: image.depth, text.depth"
+    ):
         plan_growth(SPEC, SPEC.grown({"image.width": 64}))

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-
 from treering.models.flops import forward_flops
 from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
@@ -57,7 +56,10 @@ def dense(model: Model, image: torch.Tensor, caption: torch.Tensor) -> tuple[tor
     """Image embedding, text embedding and captioner states of one pair."""
     pixels = (image.double() / 255 - model.image_mean) / model.image_std
     kernel = model.image.patches.weight.view(-1, 3, 4, 4)
-    x = F.conv2d(pixels[None], kernel, model.image.patches.bias, stride=4)[0].flatten(1).T + model.image.position_embedding
+    x = (
+        F.conv2d(pixels[None], kernel, model.image.patches.bias, stride=4)[0].flatten(1).T
+        + model.image.position_embedding
+    )
     for block in model.image.transformer.blocks:
         x = run_block(block, x, causal=False)
     x = model.image.transformer.norm(x)
@@ -119,7 +121,7 @@ def test_logit_scale_is_bounded_and_has_a_dimension(model: Model) -> None:
 
 
 def test_flops_against_torchs_counter() -> None:
-    """torch counts every matrix product it runs; ours are from the spec. Captions of one length, so nothing is padded."""
+    """torch counts every matrix product it runs; ours come from the spec. Captions of one length: nothing is padded."""
     from torch.utils.flop_counter import FlopCounterMode
 
     fresh, samples, length = build(SPEC, 0), 6, 9

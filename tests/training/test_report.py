@@ -1,4 +1,4 @@
-"""The report page, parsed as a browser would: self-contained, escaped, true to the metrics, readable at any time of a run."""
+"""The report page, parsed: self-contained, escaped, true to the metrics, written at any time of a run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-
-from treering.training.report import readable, sections, write_report
+from treering.training.report import history, readable, write_report
 from treering.training.report.charts import LineChart, Marker, Series, downsample, nice_ticks
 from treering.training.report.reading import read_run, without_credentials
 
@@ -39,7 +38,12 @@ stages:
   - {samples: 40000, grow: {image.depth: 8, text.depth: 6}}
 checkpoint: {to: 's3://ACCESS:SECRET@bucket/runs', every: [2min], keep: 3}
 """
-NAMES = ["woman firefighter: dark skin tone", "man mage: light skin tone", "person in lotus position", "man cook: medium skin tone"]
+NAMES = [
+    "woman firefighter: dark skin tone",
+    "man mage: light skin tone",
+    "person in lotus position",
+    "man cook: medium skin tone",
+]
 
 
 # ---------------------------------------------------------------------------------------------- a run that never was
@@ -73,7 +77,7 @@ def scores_at(samples: int) -> dict[str, float]:
     }
 
 
-CHANCE = {k: v for k, v in zip(scores_at(0), (0.0016, 0.0082, 0.0163, 0.0016, 0.0082, 0.0163, 0.2, 0.0417), strict=True)}
+CHANCE = dict(zip(scores_at(0), (0.0016, 0.0082, 0.0163, 0.0016, 0.0082, 0.0163, 0.2, 0.0417), strict=True))
 
 
 def evaluation(step: int, samples: int, names: list[str] = NAMES) -> dict[str, Any]:
@@ -90,8 +94,17 @@ def evaluation(step: int, samples: int, names: list[str] = NAMES) -> dict[str, A
         }
         for n, name in enumerate(names * 2)
     ]
-    captions = [{"key": f"k{n}", "image": picture(n), "true": [name, "alias " + name], "generated": f"{name[:4]} at {samples}"} for n, name in enumerate(names)]
-    return {"step": step, "samples": samples, "scores": scores_at(samples), "chance": CHANCE, "examples": {"retrieval": retrieval, "captions": captions}}
+    captions = [
+        {"key": f"k{n}", "image": picture(n), "true": [name, "alias " + name], "generated": f"{name[:4]} at {samples}"}
+        for n, name in enumerate(names)
+    ]
+    return {
+        "step": step,
+        "samples": samples,
+        "scores": scores_at(samples),
+        "chance": CHANCE,
+        "examples": {"retrieval": retrieval, "captions": captions},
+    }
 
 
 def lines_of_a_run() -> list[dict[str, Any]]:
@@ -113,26 +126,81 @@ def lines_of_a_run() -> list[dict[str, Any]]:
             contrastive, caption = 5.5 * math.exp(-step / 90) + 0.9, 6.0 * math.exp(-step / 60) + 1.1
             wobble = 0.12 * math.sin(step * 1.7)
             add(
-                "step", step, 8.2 if grown else 5.1, stage=int(grown), loss=contrastive + 2 * caption + wobble, losses={"contrastive": contrastive + wobble, "caption": caption},
-                lr=1e-3 * min(1, step / 8) * min(1.0, (241 - step) / 48), logit_scale=14 + step / 12, grad_norm=1.4 + math.cos(step) * 0.3, skipped=0, bad_samples=int(step > 60),
-                samples_per_second=160.0 if grown else 255.0, data_wait=0.04, mfu=None, flops=3.1e11 * step, peak_memory=1_812_000_000,
-                parameters=large if grown else small, seconds={"data": 0.3, "compute": 7.8 if grown else 4.7},
-            )  # fmt: skip
+                "step",
+                step,
+                8.2 if grown else 5.1,
+                stage=int(grown),
+                loss=contrastive + 2 * caption + wobble,
+                losses={"contrastive": contrastive + wobble, "caption": caption},
+                lr=1e-3 * min(1, step / 8) * min(1.0, (241 - step) / 48),
+                logit_scale=14 + step / 12,
+                grad_norm=1.4 + math.cos(step) * 0.3,
+                skipped=0,
+                bad_samples=int(step > 60),
+                samples_per_second=160.0 if grown else 255.0,
+                data_wait=0.04,
+                mfu=None,
+                flops=3.1e11 * step,
+                peak_memory=1_812_000_000,
+                parameters=large if grown else small,
+                seconds={"data": 0.3, "compute": 7.8 if grown else 4.7},
+            )
         if step in (79, 158, 236):
-            add("eval", step, 6.5, scores=scores_at(step * 256), chance=CHANCE, sizes={"retrieval": 612, "zero_shot/skin_tone": 5, "zero_shot/role": 24}, seconds=6.5)
+            add(
+                "eval",
+                step,
+                6.5,
+                scores=scores_at(step * 256),
+                chance=CHANCE,
+                sizes={"retrieval": 612, "zero_shot/skin_tone": 5, "zero_shot/role": 24},
+                seconds=6.5,
+            )
         if step in (40, 60, 79, 110, 150, 190, 236):
             reason = {79: "growth", 236: "end"}.get(step, "interval")
-            add("commit", step, 0.9, url=f"s3://ACCESS:SECRET@bucket/runs/emoji/commits/step-{step:09d}", bytes=170_000_000, seconds=0.8, reason=reason)
+            add(
+                "commit",
+                step,
+                0.9,
+                url=f"s3://ACCESS:SECRET@bucket/runs/emoji/commits/step-{step:09d}",
+                bytes=170_000_000,
+                seconds=0.8,
+                reason=reason,
+            )
         if step == 79:
-            add("grow", step, 0.4, **{"from": {"image.depth": 4, "text.depth": 3}, "to": {"image.depth": 8, "text.depth": 6}}, parameters_before=small, parameters_after=large, seconds=0.35, logit_difference=3.2e-7)
+            add(
+                "grow",
+                step,
+                0.4,
+                **{"from": {"image.depth": 4, "text.depth": 3}, "to": {"image.depth": 8, "text.depth": 6}},
+                parameters_before=small,
+                parameters_after=large,
+                seconds=0.35,
+                logit_difference=3.2e-7,
+            )
         if step == 150:
             clock += 3600
-            add("resume", step, 6.0, world=1, hosts=["node-2"], device="cpu", commit="step-000000150", seconds=start | {"read": 1.9}, life=2)
+            add(
+                "resume",
+                step,
+                6.0,
+                world=1,
+                hosts=["node-2"],
+                device="cpu",
+                commit="step-000000150",
+                seconds=start | {"read": 1.9},
+                life=2,
+            )
     add("end", 236, 0.1, seconds=400.0)
     return lines
 
 
-def write_run(folder: Path, lines: list[dict[str, Any]], evaluations: list[dict[str, Any]] = (), ledger: list[dict[str, Any]] = (), recipe: str = RECIPE) -> Path:  # type: ignore[assignment]
+def write_run(
+    folder: Path,
+    lines: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]] = (),
+    ledger: list[dict[str, Any]] = (),
+    recipe: str = RECIPE,
+) -> Path:  # type: ignore[assignment]
     (folder / "evaluations").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipe)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -143,13 +211,25 @@ def write_run(folder: Path, lines: list[dict[str, Any]], evaluations: list[dict[
 
 
 def bad(reason: str, number: int) -> dict[str, Any]:
-    return {"step": 61, "position": 15700 + number, "source": "samples://emoji", "shard": "emoji-00001.tar", "key": f"0{number}", "offset": 512, "reason": reason}
+    return {
+        "step": 61,
+        "position": 15700 + number,
+        "source": "samples://emoji",
+        "shard": "emoji-00001.tar",
+        "key": f"0{number}",
+        "offset": 512,
+        "reason": reason,
+    }
 
 
-@pytest.fixture()
+@pytest.fixture
 def whole(tmp_path: Path) -> Path:
     """A finished run with everything in it."""
-    ledger = [bad("the picture does not decode", 1), bad("the picture does not decode", 2), bad("the caption is not UTF-8", 3)]
+    ledger = [
+        bad("the picture does not decode", 1),
+        bad("the picture does not decode", 2),
+        bad("the caption is not UTF-8", 3),
+    ]
     return write_run(tmp_path / "emoji", lines_of_a_run(), [evaluation(s, s * 256) for s in (79, 158, 236)], ledger)
 
 
@@ -163,7 +243,12 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
-        self.source, self.elements, self.text, self.open = text, list[tuple[str, dict[str, str | None]]](), "", list[str]()
+        self.source, self.elements, self.text, self.open = (
+            text,
+            list[tuple[str, dict[str, str | None]]](),
+            "",
+            list[str](),
+        )
         self.style, self.rows = "", list[str]()
         self.feed(text)
         assert self.open == [], f"left open: {self.open}"
@@ -236,7 +321,9 @@ def test_every_picture_has_words_and_ids_are_unique(whole: Path) -> None:
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     for svg in page.of("svg"):
-        assert svg.get("aria-hidden") == "true" or (svg["role"] == "img" and set(svg["aria-labelledby"].split()) <= set(ids))  # type: ignore[union-attr]
+        assert svg.get("aria-hidden") == "true" or (
+            svg["role"] == "img" and set(svg["aria-labelledby"].split()) <= set(ids)
+        )  # type: ignore[union-attr]
     for link in page.of("a"):
         assert str(link["href"])[1:] in ids
 
@@ -259,8 +346,16 @@ def test_numbers_are_those_of_the_metrics(whole: Path) -> None:
     assert "14.1 M" in page.text
     assert "grown from 10.2 M" in page.text
     final = page.row("60,416")
-    assert final.split() == ["60,416", f"{last['loss']:.4g}", f"{last['losses']['contrastive']:.4g}", f"{last['losses']['caption']:.4g}", f"{last['lr']:.4g}", f"{last['grad_norm']:.4g}", "160"]
-    assert "2 CPU processes on node-1" in page.text
+    assert final.split() == [
+        "60,416",
+        f"{last['loss']:.4g}",
+        f"{last['losses']['contrastive']:.4g}",
+        f"{last['losses']['caption']:.4g}",
+        f"{last['lr']:.4g}",
+        f"{last['grad_norm']:.4g}",
+        "160",
+    ]
+    assert "2 processes on node-1 (CPU)" in page.text
     assert "Began 22 November 2026, 16:00 UTC" in page.text
 
 
@@ -273,13 +368,15 @@ def test_growth_and_resume_are_marked(whole: Path) -> None:
     labels = re.findall(r'<text class="growth"[^>]*>([^<]*)</text>', page.source)
     assert labels == ["image.depth 4 → 8", "text.depth 3 → 6"] * 2  # once in the wide drawing, once in the narrow one
     assert "grown at 20,224 samples: image.depth 4 → 8, text.depth 3 → 6" in page.text
-    assert page.row("After 20,224 samples").endswith("Parameters 10.2 M → 14.1 M, in 0.3 s; logits changed by at most 3.2e-7.")
+    assert page.row("After 20,224 samples").endswith(
+        "Parameters 10.2 M → 14.1 M, in 0.3 s; logits changed by at most 3.2e-7."
+    )
     assert page.row("image.depth") == "image.depth 4 ▲ grown to 8"
     assert page.row("image.width") == "image.width 192 192"
 
 
 def test_time_adds_up(whole: Path) -> None:
-    view = sections.time(read_run(whole))
+    view = history.time(read_run(whole))
     assert view is not None
     lines = lines_of_a_run()
     steps = [line for line in lines if line["event"] == "step"]
@@ -295,19 +392,39 @@ def test_time_adds_up(whole: Path) -> None:
     assert view["total"] == readable.duration(alive)
 
 
+def test_evaluation_between_two_log_lines_is_drawn_over_the_training_around_it(tmp_path: Path) -> None:
+    lines = [
+        {"event": "start", "step": 0, "samples": 0, "time": BEGAN, "seconds": {"build": 0.0}},
+        {"event": "step", "step": 10, "samples": 10, "time": BEGAN + 10, "seconds": {"data": 1.0, "compute": 9.0}},
+        {"event": "eval", "step": 14, "samples": 14, "time": BEGAN + 18, "seconds": 4.0},
+        {"event": "step", "step": 20, "samples": 20, "time": BEGAN + 24, "seconds": {"data": 0.0, "compute": 10.0}},
+    ]
+    view = history.time(read_run(write_run(tmp_path / "run", lines)), width=240)
+    assert view is not None
+    blocks = re.findall(r'class="t-(training|eval)" x="([\d.]+)" y="4" width="([\d.]+)"', str(view["wide"]))
+    assert blocks == [("training", "0.0", "100.0"), ("training", "100.0", "140.0"), ("eval", "140.0", "40.0")]
+    rows = {row["kind"]: row["seconds"] for row in view["rows"]}
+    assert rows == {"training": "19 s", "data": "1.0 s", "eval": "4.0 s"}
+
+
 def test_right_caption_is_marked_without_colour(whole: Path) -> None:
     run = read_run(whole)
     found = sum(any(n["correct"] for n in e["nearest"]) for e in run.evaluations[-1]["examples"]["retrieval"])
     page = page_of(whole)
     assert 0 < found < 8
-    assert page.source.count('<span class="check" aria-hidden="true">✓</span><span class="unseen">right: </span>') == found
+    assert (
+        page.source.count('<span class="check" aria-hidden="true">✓</span><span class="unseen">right: </span>') == found
+    )
     assert page.source.count("The right one is not among these") == 8 - found
 
 
 def test_generated_captions_stand_beside_the_true_ones_with_their_history(whole: Path) -> None:
     row = page_of(whole).source.split('id="captions"')[1].split("</li>")
     first = " ".join(re.sub("<[^>]+>", " ", "".join(row[:3])).split())
-    assert "generated woma at 60416 true woman firefighter: dark skin tone ; alias woman firefighter: dark skin tone earlier 20.2 k woma at 20224 40.4 k woma at 40448" in first
+    assert (
+        "generated woma at 60416 true woman firefighter: dark skin tone ; alias woman firefighter: dark skin tone "
+        "earlier 20.2 k woma at 20224 40.4 k woma at 40448" in first
+    )
 
 
 def test_bad_samples_are_counted_by_reason(whole: Path) -> None:
@@ -318,20 +435,35 @@ def test_bad_samples_are_counted_by_reason(whole: Path) -> None:
 
 
 def test_lineage_tells_lives_worlds_growth_and_folds_commits(whole: Path) -> None:
-    entries = sections.lineage(read_run(whole))
+    entries = history.lineage(read_run(whole))
     assert [(e["event"], e["count"]) for e in entries] == [
-        ("start", 1), ("commit", 2), ("commit", 1), ("grow", 1), ("commit", 2), ("resume", 1), ("commit", 1), ("commit", 1), ("end", 1)
-    ]  # fmt: skip
-    assert entries[5]["text"] == "1 CPU process on node-2 from step-000000150; world size 2 → 1"
+        ("start", 1),
+        ("commit", 2),
+        ("commit", 1),
+        ("grow", 1),
+        ("commit", 2),
+        ("resume", 1),
+        ("commit", 1),
+        ("commit", 1),
+        ("end", 1),
+    ]
+    assert entries[5]["text"] == "1 process on node-2 (CPU) from step-000000150; world size 2 → 1"
     assert entries[1]["samples"] == "10,240"
     assert entries[1]["samples_to"] == "15,360"
 
 
 def test_lineage_of_an_earlier_run_comes_first(whole: Path) -> None:
-    earlier = {"event": "grow", "step": 7, "samples": 700, "time": BEGAN - 1000, "world": 4, "detail": {"from": {"image.width": 96}, "to": {"image.width": 192}}}
+    earlier = {
+        "event": "grow",
+        "step": 7,
+        "samples": 700,
+        "time": BEGAN - 1000,
+        "world": 4,
+        "detail": {"from": {"image.width": 96}, "to": {"image.width": 192}},
+    }
     same = {"event": "start", "step": 0, "samples": 0, "time": BEGAN + 5, "world": 2, "detail": {}}
     (whole / "lineage.json").write_text(json.dumps([earlier, same]))
-    entries = sections.lineage(read_run(whole))
+    entries = history.lineage(read_run(whole))
     assert entries[0]["text"] == "image.width 96 → 192"
     assert [e["event"] for e in entries].count("start") == 1
     assert entries[1]["text"].endswith("world size 4 → 2")
@@ -369,7 +501,9 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     e["examples"]["retrieval"][2]["image"] = 'data:image/png;base64,AA" onerror="alert(1)'
     e["examples"]["retrieval"][3]["image"] = "data:image/svg+xml;base64,AAAA"
     entry = dict.fromkeys(("source", "shard", "key", "reason"), HOSTILE)
-    recipe = RECIPE.replace("samples://emoji", HOSTILE.replace("'", "''").replace("\x1b", "")) + f"# {HOSTILE}\n".replace("\x1b", "")
+    recipe = RECIPE.replace(
+        "samples://emoji", HOSTILE.replace("'", "''").replace("\x1b", "")
+    ) + f"# {HOSTILE}\n".replace("\x1b", "")
     page = page_of(write_run(tmp_path / "run", lines, [e], [entry], recipe))
     assert_self_contained(page)
     assert "\x1b" not in page.source
@@ -417,7 +551,7 @@ def test_losses_that_are_not_numbers_leave_a_gap(tmp_path: Path) -> None:
 
 
 def test_no_run_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no run folder: .* `treering train"):
+    with pytest.raises(ValueError, match=r"is no run folder: .* `treering train"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -442,10 +576,15 @@ def test_page_stays_small_when_the_run_is_long(tmp_path: Path) -> None:
     lines = [{**step, "step": n, "samples": n * 256, "time": BEGAN + n, "loss": 3 + math.sin(n)} for n in range(20_000)]
     e = evaluation(19_999, 19_999 * 256)
     photo = "data:image/jpeg;base64," + "A" * 300_000
-    e["examples"] = {"retrieval": [x | {"image": photo} for x in e["examples"]["retrieval"]], "captions": [x | {"image": photo} for x in e["examples"]["captions"]]}
+    e["examples"] = {
+        "retrieval": [x | {"image": photo} for x in e["examples"]["retrieval"]],
+        "captions": [x | {"image": photo} for x in e["examples"]["captions"]],
+    }
     path = write_report(write_run(tmp_path / "run", lines, [e]))
     assert path.stat().st_size < 2_000_000
-    longest = max(d.count("L") + d.count("M") for d in re.findall(r'<path class="line[^"]*" d="([^"]*)"', path.read_text()))
+    longest = max(
+        d.count("L") + d.count("M") for d in re.findall(r'<path class="line[^"]*" d="([^"]*)"', path.read_text())
+    )
     assert 300 < longest <= 400
 
 
@@ -482,7 +621,12 @@ def test_ticks_are_round_few_and_enclose(low: float, length: float, count: int) 
 
 
 def test_a_chart_draws_its_points_where_they_belong() -> None:
-    chart = LineChart("t", [Series("a", [(0, 0.0), (50, 10.0), (100, 5.0)], chance=5.0)], [Marker(50, ("w 1 → 2",), "growth")], x_end=100)
+    chart = LineChart(
+        "t",
+        [Series("a", [(0, 0.0), (50, 10.0), (100, 5.0)], chance=5.0)],
+        [Marker(50, ("w 1 → 2",), "growth")],
+        x_end=100,
+    )
     text = str(chart.svg(400, 230, "c"))
     path = re.search(r'class="line s0" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', text)
     assert path
@@ -502,14 +646,35 @@ def test_a_chart_draws_its_points_where_they_belong() -> None:
 @pytest.mark.parametrize(
     ("form", "value", "text"),
     [
-        (readable.compact, 14_091_264, "14.1 M"), (readable.compact, 340_224, "340 k"), (readable.compact, 999_700, "1.00 M"), (readable.compact, 834, "834"), (readable.compact, 0, "0"),
-        (readable.compact, 1_240_000_000, "1.24 B"), (readable.exact, 60416, "60,416"), (readable.exact, None, "–"), (readable.percent, 0.613, "61.3%"), (readable.percent, 0.0016, "0.16%"),
-        (readable.percent, 0.0, "0.0%"), (readable.percent, None, "–"), (readable.duration, 200, "3 min 20 s"), (readable.duration, 3840, "1 h 04 min"), (readable.duration, 0.35, "0.3 s"),
-        (readable.duration, 0.004, "0.004 s"), (readable.duration, 59.6, "1 min 00 s"), (readable.duration, 9.97, "10 s"), (readable.duration, 183_600, "2 d 3 h"), (readable.decimal, 1e-5, "1e-5"), (readable.decimal, 3.21449, "3.214"),
-        (readable.decimal, None, "–"), (readable.decimal, float("nan"), "nan"), (readable.size, 170_000_000, "170 MB"), (readable.flops, 7.3e13, "73.0 TFLOP"), (readable.moment, BEGAN, "22 November 2026, 16:00 UTC"),
+        (readable.compact, 14_091_264, "14.1 M"),
+        (readable.compact, 340_224, "340 k"),
+        (readable.compact, 999_700, "1.00 M"),
+        (readable.compact, 834, "834"),
+        (readable.compact, 0, "0"),
+        (readable.compact, 1_240_000_000, "1.24 B"),
+        (readable.exact, 60416, "60,416"),
+        (readable.exact, None, "–"),
+        (readable.percent, 0.613, "61.3%"),
+        (readable.percent, 0.0016, "0.16%"),
+        (readable.percent, 0.0, "0.0%"),
+        (readable.percent, None, "–"),
+        (readable.duration, 200, "3 min 20 s"),
+        (readable.duration, 3840, "1 h 04 min"),
+        (readable.duration, 0.35, "0.3 s"),
+        (readable.duration, 0.004, "0.004 s"),
+        (readable.duration, 59.6, "1 min 00 s"),
+        (readable.duration, 9.97, "10 s"),
+        (readable.duration, 183_600, "2 d 3 h"),
+        (readable.decimal, 1e-5, "1e-5"),
+        (readable.decimal, 3.21449, "3.214"),
+        (readable.decimal, None, "–"),
+        (readable.decimal, float("nan"), "nan"),
+        (readable.size, 170_000_000, "170 MB"),
+        (readable.flops, 7.3e13, "73.0 TFLOP"),
+        (readable.moment, BEGAN, "22 November 2026, 16:00 UTC"),
         (readable.printable, "a\x1b[2Jb\x00\u202e\n\U0001f469\u200d\U0001f692", "a�[2Jb��\n\U0001f469\u200d\U0001f692"),
     ],
-)  # fmt: skip
+)
 def test_numbers_as_people_read_them(form: Any, value: Any, text: str) -> None:
     assert form(value) == text
 
@@ -532,12 +697,16 @@ def contrast(one: str, other: str) -> float:
 def test_every_colour_of_writing_is_readable_on_every_ground_in_light_dark_and_print(whole: Path) -> None:
     style = page_of(whole).style
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    palettes = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{([^}]*)\}", style)]
+    palettes = [
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{([^}]*)\}", style)
+    ]
     assert len(palettes) == 3
     assert len({frozenset(p) for p in palettes}) == 1, "light, dark and print define the same variables"
-    writing = set(re.findall(r"(?<![\w-])color: var\(--([\w-]+)\)", style)) | set(re.findall(r"text[^{}]*\{[^}]*fill: var\(--([\w-]+)\)", style))
+    writing = set(re.findall(r"(?<![\w-])color: var\(--([\w-]+)\)", style)) | set(
+        re.findall(r"text[^{}]*\{[^}]*fill: var\(--([\w-]+)\)", style)
+    )
     assert writing == {"ink", "quiet", "accent"}
-    grounds = {g for g in re.findall(r"background: var\(--([\w-]+)\)", style)} - writing
+    grounds = set(re.findall(r"background: var\(--([\w-]+)\)", style)) - writing
     assert grounds == {"paper", "raised"}
     lines = {name for name in palettes[0] if re.fullmatch(r"s\d", name)}
     assert len(lines) == 6
@@ -545,4 +714,6 @@ def test_every_colour_of_writing_is_readable_on_every_ground_in_light_dark_and_p
         for ink in writing | lines:
             for ground in grounds:
                 assert contrast(palette[ink], palette[ground]) >= 4.5, (ink, ground, palette)
-    assert not re.search(r"(?<![\w-])(color|fill|stroke|background): (#|rgb|white|black)", style.replace("background: #ffffff", "")), "colours come from the variables"
+    assert not re.search(
+        r"(?<![\w-])(color|fill|stroke|background): (#|rgb|white|black)", style.replace("background: #ffffff", "")
+    ), "colours come from the variables"

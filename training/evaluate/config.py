@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -14,9 +14,12 @@ class EvalConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     every: int | None = Field(None, gt=0, description="samples between two evaluations; left out: only at the end")
     suites: tuple[SuiteName, ...] = Field((), strict=False)
-    data: str | None = Field(None, description="shards to evaluate on; left out: the held-out split of a samples:// source")
+    data: str | None = Field(
+        None, description="shards to evaluate on; left out: the held-out split of a samples:// source"
+    )
     batch: int = Field(128, gt=0, description="pairs embedded at once by each process")
-    templates: dict[str, tuple[str, ...]] = Field(
-        default_factory=dict, description="zero-shot prompts by label, as in {animal: ['a photo of a {}']}; left out: the bare class name"
+    templates: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(
+        default_factory=dict,
+        description="zero-shot prompts by label, as in {animal: ['a photo of a {}']}; left out: the bare class name",
     )
     examples: int = Field(12, ge=0, description="pictures shown in the report with their nearest captions")

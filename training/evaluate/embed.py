@@ -79,7 +79,9 @@ def _everyones(own: Tensor, world: World) -> list[Tensor]:
     counts = world.objects(len(own))
     padded = torch.cat([own, own.new_zeros(max(counts) - len(own), own.shape[1])])
     gathered = world.gather(padded.to(world.device)).cpu()
-    return [rows[:count] for rows, count in zip(gathered.chunk(world.size), counts, strict=True)] if max(counts) else [own]
+    return (
+        [rows[:count] for rows, count in zip(gathered.chunk(world.size), counts, strict=True)] if max(counts) else [own]
+    )
 
 
 def _assemble(images: list[Tensor], texts: list[Tensor], facts: list[list[dict]]) -> Embedded:

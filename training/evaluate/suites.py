@@ -1,6 +1,6 @@
 """Suites: named evaluations of a model on one set of shards, with the chance level beside every score.
 
-Zero-shot tasks come with the data: every label that a sample's metadata carries (`"labels": {"role": "firefighter"}`) is
+Zero-shot tasks come with the data: every label that a sample's metadata carries (`"labels": {"role": "pilot"}`) is
 one task, and its classes are the values found. Prompts are the recipe's templates for that label.
 """
 
@@ -66,7 +66,10 @@ def _zero_shot(model: Model, config: EvalConfig, url: str, data: Embedded, world
     """One accuracy per label that the data carries."""
     tasks = sorted({label for labels in data.labels for label in labels})
     if not tasks:
-        raise DataError(f'eval.suites has zero_shot, but no sample of {url} has labels; add "labels": {{...}} to its .json, or drop the suite')
+        raise DataError(
+            f"eval.suites has zero_shot, but no sample of {url} has labels; "
+            'add "labels": {...} to the .json of its samples, or drop the suite'
+        )
     for task in tasks:
         rows = torch.tensor([i for i, labels in enumerate(data.labels) if task in labels])
         classes, numbers = zero_shot.label_numbers([data.labels[i][task] for i in rows])
@@ -92,7 +95,9 @@ def _examples(model: Model, count: int, url: str, data: Embedded, world: World) 
             {"caption": data.captions[j], "score": score, "correct": int(data.owners[j]) == index}
             for score, j in zip(near.values.tolist(), near.indices.tolist(), strict=True)
         ]
-        shown["retrieval"].append({"key": sample.key, "image": _data_url(sample.image), "caption": sample.captions[0], "nearest": nearest})
+        shown["retrieval"].append(
+            {"key": sample.key, "image": _data_url(sample.image), "caption": sample.captions[0], "nearest": nearest}
+        )
     if model.captioner is not None:
         tokenizer = Tokenizer()
         pixels = torch.stack([torch.from_numpy(s.image) for s in samples]).permute(0, 3, 1, 2).to(world.device)
@@ -110,5 +115,3 @@ def _data_url(pixels: Any) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-

@@ -31,8 +31,15 @@ class Inputs:
 class Objective(Protocol):
     """A named term of the loss."""
 
-    name: str
-    weight: float
+    @property
+    def name(self) -> str:
+        """Its key in the recipe and the logs."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """The factor of its share in the loss."""
+        ...
 
     def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """This rank's share of the term's mean over the global batch, a scalar; `table` is the token table [v, d]."""

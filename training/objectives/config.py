@@ -28,5 +28,7 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @model_validator(mode="after")
     def _contrastive_present(self) -> Self:
         if self.contrastive is None:
-            raise ValueError("objectives has no contrastive term to train the embeddings; add `contrastive: {weight: 1.0}`")
+            raise ValueError(
+                "objectives has no contrastive term to train the embeddings; add `contrastive: {weight: 1.0}`"
+            )
         return self

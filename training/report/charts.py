@@ -46,7 +46,7 @@ class Marker:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Everything one chart shows. `x_end` is where the run will end, so that an unfinished one shows what is missing."""
+    """Everything one chart shows. `x_end` is where the run will end, to show what an unfinished one lacks."""
 
     title: str
     series: Sequence[Series]
@@ -75,7 +75,10 @@ class LineChart:
             text += f"; lowest {self.y_format(low)}, highest {self.y_format(high)}"
             parts.append(text + (f"; chance {self.y_format(series.chance)}" if series.chance is not None else "") + ".")
         words = {"growth": "The model grew", "resume": "The run resumed"}
-        parts += [f"{words[m.kind]} at {exact(m.x)} samples" + (f": {', '.join(m.labels)}." if m.labels else ".") for m in self.markers]
+        parts += [
+            f"{words[m.kind]} at {exact(m.x)} samples" + (f": {', '.join(m.labels)}." if m.labels else ".")
+            for m in self.markers
+        ]
         return " ".join(parts)
 
     def svg(self, width: int, height: int, identity: str) -> Markup:
@@ -122,7 +125,7 @@ def text_width(text: str, font: float = FONT) -> float:
 
 def _short(tick: str) -> str:
     """A tick's text without idle zeros: 10.0 k is 10 k."""
-    return re.sub(r"\.0+(?!\d)", "", tick)
+    return re.sub(r"\.(?!\d)", "", re.sub(r"(\.\d*?)0+(?!\d)", r"\1", tick))
 
 
 class _Drawing:
@@ -153,10 +156,18 @@ class _Drawing:
     def svg(self, identity: str) -> Markup:
         parts = [self._axes(), self._chances(), self._markers(), self._lines(), self.legend]
         return Markup(
-            '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-t {}-d" xmlns="http://www.w3.org/2000/svg">'
+            '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-t {}-d">'
             '<title id="{}-t">{}</title><desc id="{}-d">{}</desc>{}</svg>'
         ).format(
-            self.width, self.height, identity, identity, identity, self.chart.title, identity, self.chart.description, Markup("").join(parts)
+            self.width,
+            self.height,
+            identity,
+            identity,
+            identity,
+            self.chart.title,
+            identity,
+            self.chart.description,
+            Markup("").join(parts),
         )
 
     def _y_text(self, tick: float) -> str:
@@ -164,8 +175,18 @@ class _Drawing:
 
     def _axes(self) -> Markup:
         rows = [
-            Markup('<line class="grid{}" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(
-                " base" if n == 0 else "", round(self.left, 1), self.right, self.y(t), self.y(t), round(self.left - 7, 1), self.y(t) + 4, self._y_text(t)
+            Markup(
+                '<line class="grid{}" x1="{}" x2="{}" y1="{}" y2="{}"/>'
+                '<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>'
+            ).format(
+                " base" if n == 0 else "",
+                round(self.left, 1),
+                self.right,
+                self.y(t),
+                self.y(t),
+                round(self.left - 7, 1),
+                self.y(t) + 4,
+                self._y_text(t),
             )
             for n, t in enumerate(self.y_ticks)
         ]
@@ -175,13 +196,23 @@ class _Drawing:
             )
             for t in self.x_ticks
         ]
-        name = Markup('<text class="tick name" x="{}" y="{}" text-anchor="end">samples seen</text>').format(self.right, self.bottom + 33)
+        name = Markup('<text class="tick name" x="{}" y="{}" text-anchor="end">samples seen</text>').format(
+            self.right, self.bottom + 33
+        )
         return Markup("").join([*rows, *columns, name])
 
     def _chances(self) -> Markup:
         return Markup("").join(
-            Markup('<line class="chance s{}" x1="{}" x2="{}" y1="{}" y2="{}"><title>{}: chance {}</title></line>').format(
-                n, round(self.left, 1), self.right, self.y(s.chance), self.y(s.chance), s.name, self.chart.y_format(s.chance)
+            Markup(
+                '<line class="chance s{}" x1="{}" x2="{}" y1="{}" y2="{}"><title>{}: chance {}</title></line>'
+            ).format(
+                n,
+                round(self.left, 1),
+                self.right,
+                self.y(s.chance),
+                self.y(s.chance),
+                s.name,
+                self.chart.y_format(s.chance),
             )
             for n, s in enumerate(self.chart.series)
             if s.chance is not None
@@ -199,9 +230,9 @@ class _Drawing:
             drawn.append(Markup('<path class="line s{}" d="{}"/>').format(n, "".join(path)))
             if self.chart.dots or len(series.values) == 1:
                 drawn += [
-                    Markup('<circle class="dot s{}" cx="{}" cy="{}" r="3.5"><title>{}: {} at {} samples</title></circle>').format(
-                        n, self.x(px), self.y(py), series.name, self.chart.y_format(py), exact(px)
-                    )
+                    Markup(
+                        '<circle class="dot s{}" cx="{}" cy="{}" r="3.5"><title>{}: {} at {} samples</title></circle>'
+                    ).format(n, self.x(px), self.y(py), series.name, self.chart.y_format(py), exact(px))
                     for px, py in points
                     if py is not None
                 ]
@@ -232,7 +263,7 @@ class _Drawing:
         return line + labels
 
     def _legend(self) -> tuple[Markup, int]:
-        """The legend above the plot, wrapped to the width, with each line's last value; and its number of rows. One line needs none."""
+        """The legend with each line's last value, wrapped to the width, and its number of rows; one line needs none."""
         if len(self.chart.series) == 1 and self.chart.series[0].chance is None:
             return Markup(""), 0
         x, row, parts = 0.0, 0, []
@@ -244,7 +275,8 @@ class _Drawing:
             y = 14 + 20 * row
             parts.append(
                 Markup(
-                    '<line class="line s{}" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="key" x="{}" y="{}">{}<tspan class="last">{}</tspan></text>'
+                    '<line class="line s{}" x1="{}" x2="{}" y1="{}" y2="{}"/>'
+                    '<text class="key" x="{}" y="{}">{}<tspan class="last">{}</tspan></text>'
                 ).format(n, round(x, 1), round(x + 22, 1), y - 4, y - 4, round(x + 29, 1), y, series.name, last)
             )
             x += width
@@ -254,8 +286,9 @@ class _Drawing:
                 x, row = 0.0, row + 1
             y = 14 + 20 * row
             parts.append(
-                Markup('<line class="chance" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="key" x="{}" y="{}">chance</text>').format(
-                    round(x, 1), round(x + 22, 1), y - 4, y - 4, round(x + 29, 1), y
-                )
+                Markup(
+                    '<line class="chance" x1="{}" x2="{}" y1="{}" y2="{}"/>'
+                    '<text class="key" x="{}" y="{}">chance</text>'
+                ).format(round(x, 1), round(x + 22, 1), y - 4, y - 4, round(x + 29, 1), y)
             )
         return Markup("").join(parts), row + 1

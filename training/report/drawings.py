@@ -1,4 +1,4 @@
-"""The page's other pictures: the timeline, the towers before and after growth, the rings beside the name, small bars."""
+"""The page's other pictures: the timeline, the towers before and after growth, the rings by the name, small bars."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from .readable import duration
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of wall-clock time: seconds since the run began, what was done, and the share of it spent waiting for data."""
+    """A stretch of time, in seconds since the run began: from when to when, what was done, and for how long of it.
+
+    A stretch of training may hold an evaluation or a commit, which are drawn over it: `seconds` is without them.
+    `data_wait` is the share of `seconds` spent waiting for data.
+    """
 
     start: float
     end: float
     kind: str
     label: str
+    seconds: float
     data_wait: float = 0.0
 
 
@@ -33,31 +38,43 @@ def timeline(spans: Sequence[Span], breaks: Sequence[float], total: float, width
     for span in sorted(spans, key=lambda s: s.kind != "training"):
         x, w = span.start * scale, max((span.end - span.start) * scale, 0.4 if span.kind == "training" else 2.0)
         x = min(x, width - w)
-        parts.append(_block(span.kind, x, top, w, height, f"{span.label}: {duration(span.end - span.start)}, from {duration(span.start)}"))
+        parts.append(
+            _block(
+                span.kind,
+                x,
+                top,
+                w,
+                height,
+                f"{span.label}: {duration(span.seconds)}, from {duration(span.start)}",
+            )
+        )
         if span.kind == "training" and span.data_wait > 0:
             h = height * min(span.data_wait, 1.0)
             parts.append(_block("data", x, top + height - h, w, h, "waiting for data"))
-    parts += [Markup('<line class="t-break" x1="{}" x2="{}" y1="0" y2="{}"/>').format(x, x, height + 8) for x in (round(b * scale, 1) for b in breaks)]
+    parts += [
+        Markup('<line class="t-break" x1="{}" x2="{}" y1="0" y2="{}"/>').format(x, x, height + 8)
+        for x in (round(b * scale, 1) for b in breaks)
+    ]
     base = top + height + 18
-    ends = Markup('<text class="tick" x="0" y="{}">start</text><text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(
-        base, width, base, duration(total)
-    )
+    ends = Markup(
+        '<text class="tick" x="0" y="{}">start</text><text class="tick" x="{}" y="{}" text-anchor="end">{}</text>'
+    ).format(base, width, base, duration(total))
     return Markup(
-        '<svg class="chart timeline" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-t" xmlns="http://www.w3.org/2000/svg">'
+        '<svg class="chart timeline" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-t">'
         '<title id="{}-t">Where the time went, from start to end; the table below gives the sums</title>{}{}</svg>'
     ).format(width, base + 6, identity, identity, Markup("").join(parts), ends)
 
 
 def _merged(spans: Sequence[Span], least: float) -> list[Span]:
-    """The spans with neighbouring stretches of training put together until they last `least` seconds: few blocks, same picture."""
+    """The spans, neighbouring stretches of training put together until they last `least` seconds: few blocks."""
     merged: list[Span] = []
     for span in spans:
         last = merged[-1] if merged else None
         near = last is not None and span.start - last.end < least / 4
         if last is not None and near and last.kind == span.kind == "training" and last.end - last.start < least:
-            lengths = last.end - last.start, span.end - span.start
-            waited = (last.data_wait * lengths[0] + span.data_wait * lengths[1]) / (sum(lengths) or 1.0)
-            merged[-1] = Span(last.start, span.end, span.kind, span.label, waited)
+            seconds = last.seconds + span.seconds
+            waited = (last.data_wait * last.seconds + span.data_wait * span.seconds) / (seconds or 1.0)
+            merged[-1] = Span(last.start, span.end, span.kind, span.label, seconds, waited)
         else:
             merged.append(span)
     return merged
@@ -72,8 +89,8 @@ def _block(kind: str, x: float, y: float, width: float, height: float, title: st
 def towers(shapes: Sequence[Mapping[str, float]], names: Sequence[str], identity: str) -> Markup:
     """The model in each stage as stacks of blocks, `width` channels wide; blocks of the last growth are filled.
 
-    `shapes` gives `image.depth`, `image.width`, `text.depth`, ... of each stage. A stack of more than 24 blocks is drawn
-    with 24 in the same proportion.
+    `shapes` gives `image.depth`, `image.width`, `text.depth`, ... of each stage. If a stack has more than 24 blocks,
+    one drawn stands for several.
     """
     kinds = [k for k in ("image", "text", "caption") if any(f"{k}.depth" in s for s in shapes)]
     deepest = max((s.get(f"{k}.depth", 0) for s in shapes for k in kinds), default=1)
@@ -98,7 +115,11 @@ def towers(shapes: Sequence[Mapping[str, float]], names: Sequence[str], identity
                     )
                 )
             middle = s * group + k * column + column / 2
-            parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(middle, height - 20, kind))
+            parts.append(
+                Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+                    middle, height - 20, kind
+                )
+            )
         parts.append(
             Markup('<text class="key" x="{}" y="{}" text-anchor="middle">{}</text>').format(
                 s * group + column * len(kinds) / 2, height - 3, names[s]
@@ -106,13 +127,16 @@ def towers(shapes: Sequence[Mapping[str, float]], names: Sequence[str], identity
         )
     total = group * len(shapes) - 34
     words = "; ".join(
-        f"{name}: " + ", ".join(f"{kind} tower {shape[f'{kind}.depth']:g} blocks" for kind in kinds if f"{kind}.depth" in shape)
+        f"{name}: "
+        + ", ".join(f"{kind} tower {shape[f'{kind}.depth']:g} blocks" for kind in kinds if f"{kind}.depth" in shape)
         for name, shape in zip(names, shapes, strict=True)
     )
     return Markup(
-        '<svg class="chart towers" viewBox="0 0 {} {}" width="{}" role="img" aria-labelledby="{}-t" xmlns="http://www.w3.org/2000/svg">'
+        '<svg class="chart towers{}" viewBox="0 0 {} {}" width="{}" role="img" aria-labelledby="{}-t">'
         '<title id="{}-t">The model in each stage. {}.</title>{}</svg>'
-    ).format(total, height, total, identity, identity, words, Markup("").join(parts))
+    ).format(
+        " many" if len(shapes) > 2 else "", total, height, total, identity, identity, words, Markup("").join(parts)
+    )
 
 
 def rings(shares: Sequence[float]) -> Markup:
@@ -121,16 +145,24 @@ def rings(shares: Sequence[float]) -> Markup:
     total = sum(shares) or 1.0
     for n, share in enumerate(shares):
         done += share
-        circles = Markup('<circle class="ring r{}" cx="24" cy="24" r="{}"/>').format(n % 2, round(5 + 17 * done / total, 1)) + circles
-    return Markup('<svg class="rings" viewBox="0 0 48 48" aria-hidden="true" xmlns="http://www.w3.org/2000/svg">{}<circle class="pith" cx="24" cy="24" r="2"/></svg>').format(
-        circles
-    )
+        circles = (
+            Markup('<circle class="ring r{}" cx="24" cy="24" r="{}"/>').format(n % 2, round(5 + 17 * done / total, 1))
+            + circles
+        )
+    return Markup(
+        '<svg class="rings" viewBox="0 0 48 48" aria-hidden="true">{}<circle class="pith" cx="24" cy="24" r="2"/></svg>'
+    ).format(circles)
 
 
 def bar(fraction: float, mark: float | None = None) -> Markup:
     """A share of 0..1 as a bar, with a tick at `mark`; the number stands beside it."""
-    tick = Markup('<rect class="bar-mark" x="{}" y="0" width="0.8" height="10"/>').format(round(100 * mark, 2)) if mark is not None else ""
+    tick = (
+        Markup('<rect class="bar-mark" x="{}" y="0" width="0.8" height="10"/>').format(round(100 * mark, 2))
+        if mark is not None
+        else ""
+    )
     return Markup(
-        '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true" xmlns="http://www.w3.org/2000/svg">'
-        '<rect class="bar-track" x="0" y="2" width="100" height="6"/><rect class="bar-fill" x="0" y="2" width="{}" height="6"/>{}</svg>'
+        '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
+        '<rect class="bar-track" x="0" y="2" width="100" height="6"/>'
+        '<rect class="bar-fill" x="0" y="2" width="{}" height="6"/>{}</svg>'
     ).format(round(100 * min(max(fraction, 0.0), 1.0), 2), tick)

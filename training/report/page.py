@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import sections
+from . import history, sections
 from .charts import LineChart
 from .reading import Run
 
@@ -20,25 +20,27 @@ _HERE = Path(__file__).parent
 
 def render(run: Run) -> str:
     """The whole page as HTML text."""
-    environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.globals["figure"] = figure
     return environment.get_template("page.html").render(
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         head=sections.headline(run),
         scores=sections.scores(run),
         curves=sections.curves(run),
-        time=sections.time(run),
+        time=history.time(run),
         retrieval=sections.retrieval(run),
         captions=sections.captions(run),
         bad=sections.bad_samples(run),
-        growth=sections.growth(run),
-        lineage=sections.lineage(run),
+        growth=history.growth(run),
+        lineage=history.lineage(run),
         recipe=run.recipe_text,
     )
 
 
 def figure(chart: LineChart, identity: str, size: str) -> Markup:
-    """A chart at one of two sizes: "small" serves desk and phone alike, "large" is drawn for each; the style sheet shows one."""
+    """A chart: "small" serves desk and phone alike, "large" is drawn for each and the style sheet shows one."""
     if size == "small":
         return chart.svg(320, 210, identity)
     wide, narrow = chart.svg(960, 340, f"{identity}-wide"), chart.svg(380, 300, f"{identity}-narrow")

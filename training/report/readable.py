@@ -6,6 +6,7 @@ import math
 import re
 import unicodedata
 from datetime import UTC, datetime
+from typing import Any
 
 MISSING = "–"
 
@@ -17,6 +18,21 @@ _FLOPS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1
 def is_number(value: object) -> bool:
     """True for a finite int or float (bool is none)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: Any) -> float | None:
+    """`value` if it is a finite number, else None."""
+    return float(value) if is_number(value) else None
+
+
+def plain(name: str) -> str:
+    """A name from a file as words: underscores become spaces."""
+    return printable(name).replace("_", " ")
+
+
+def general(value: object) -> str:
+    """A size of a model: 8, 0.5."""
+    return f"{value:g}" if is_number(value) else MISSING
 
 
 def decimal(value: float | None, digits: int = 4) -> str:

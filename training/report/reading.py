@@ -104,7 +104,11 @@ def read_run(folder: Path) -> Run:
             f"give the folder that `treering train RECIPE --out DIR` wrote"
         )
     lines, torn = _lines(folder / "metrics.jsonl")
-    lines = [line for line in lines if isinstance(line.get("event"), str) and all(is_number(line.get(k)) for k in ("samples", "time"))]
+    lines = [
+        line
+        for line in lines
+        if isinstance(line.get("event"), str) and all(is_number(line.get(k)) for k in ("samples", "time"))
+    ]
     ledger, torn_ledger = _lines(folder / "ledger.jsonl")
     recipe, text = _recipe(folder / "recipe.yaml")
     read = [_json(path) for path in sorted((folder / "evaluations").glob("step-*.json"))]
@@ -137,7 +141,7 @@ def without_credentials(text: str) -> str:
 
 
 def _lines(path: Path) -> tuple[list[Line], int]:
-    """Every readable line of a JSON-lines file, and how many were not. A torn last line is the mark of a kill: not counted."""
+    """Every readable line of a file, and how many were not; a torn last one, the mark of a kill, is not counted."""
     if not path.is_file():
         return [], 0
     lines, unreadable = [], 0

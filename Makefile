@@ -1,0 +1,48 @@
+# Two commands: `make pretrain` trains, grows, evaluates and reports the main job; `make test` runs every check.
+# Both make the environment first: .venv, from the versions of constraints.txt. On a machine without a GPU,
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make pretrain
+# takes the small CPU build of torch. ARGS is passed on: make pretrain ARGS='seed=1', make test ARGS='tests/data -x'.
+
+RECIPE ?= emoji
+ARGS ?=
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+PY := .venv/bin/python
+# A checkout that was moved or copied is installed again: the mark carries its path.
+INSTALLED := .venv/installed-$(shell pwd | cksum | cut -d ' ' -f 1)
+
+.PHONY: pretrain test check format environment clean
+.DELETE_ON_ERROR:
+
+pretrain: $(INSTALLED)
+	$(PY) -P -m treering.launch train $(RECIPE) $(ARGS)
+
+test: check
+	$(PY) -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	MYPYPATH=.venv/checkout $(PY) -m mypy
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+environment: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@if ! $(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		if [ -z "$(PYTHON)" ]; then \
+			echo "Treering needs Python 3.11 or newer with venv. Install it (Debian, Ubuntu: apt install python3 python3-venv;" >&2; \
+			echo "Fedora: dnf install python3; macOS: brew install python), or name yours: make PYTHON=/path/to/python3.12" >&2; \
+			exit 1; \
+		fi; \
+		echo "making .venv with $(PYTHON)"; rm -rf .venv; $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }; \
+	fi
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet -c constraints.txt -e '.[deepspeed,test]'
+	@mkdir -p .venv/checkout && ln -sfn "$(CURDIR)" .venv/checkout/treering # where mypy finds the package by its name
+	@rm -f .venv/installed-* && touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

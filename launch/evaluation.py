@@ -1,0 +1,51 @@
+"""`treering eval`: any commit, on any shards, without the run that made it."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from ..training.evaluate.config import EvalConfig, SuiteName
+from ..training.recipe import Recipe
+from .errors import RecipeError, clean, show
+
+
+def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dict[str, Any]:
+    """Scores of the commit at `url` (or of the newest one of a run folder), with chance levels and sizes.
+
+    What is not given comes from the commit's own recipe. Raises RecipeError, StoreError, DataError.
+    """
+    known = get_args(SuiteName)
+    for suite in suites or ():
+        if suite not in known:
+            raise RecipeError(f"there is no suite {show(suite)}; there are {', '.join(known)}")
+    from ..models.model import build
+    from ..training.commits import find_commit
+    from ..training.evaluate.suites import evaluate
+    from ..training.world import World
+
+    commit = find_commit(url)
+    recipe = Recipe.model_validate(commit.manifest.recipe)
+    config = EvalConfig.model_validate(
+        recipe.eval.model_dump() | {"suites": suites or recipe.eval.suites, "examples": 0}
+    )
+    if not config.suites:
+        raise RecipeError(
+            f"the recipe of {clean(commit.url)} names no suites; give some, as in --suite {','.join(known)}"
+        )
+    model = build(commit.manifest.spec, recipe.seed)
+    weights = {name.removeprefix("model/"): tensor for name, tensor in commit.tensors("model").items()}
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(weights[name])
+    world = World.join()
+    source = data or recipe.evaluation_source
+    found = evaluate(model.to(world.device), config, source, world)
+    step, samples = commit.manifest.state.step, commit.manifest.state.samples
+    return {
+        "commit": commit.url,
+        "step": step,
+        "samples": samples,
+        "data": source,
+        "scores": found.scores,
+        "chance": found.chance,
+        "sizes": found.sizes,
+    }

@@ -1,0 +1,82 @@
+"""What tests of every package share: running a function on several gloo ranks, with a hang turned into a failure."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _one_rank(
+    rank: int,
+    world: int,
+    port: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    results: Any,
+    limit: float,
+) -> None:
+    faulthandler.dump_traceback_later(limit, exit=True)  # a hang shows its stacks and ends
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+    from treering.training.world import World
+
+    torch.set_num_threads(1)
+    group = World.join()
+    try:
+        results.put((rank, None, function(group, *arguments)))
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
+    finally:
+        results.close()
+        results.join_thread()
+        group.leave()
+        sys.stdout.flush()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def on_ranks() -> Callable[..., list[Any]]:
+    """`on_ranks(world, function, *arguments)`: function(world, *arguments) on every rank; their results in rank order.
+
+    Ranks are forked, so the function may be a local one; what it returns must be plain data (tensors as numpy arrays).
+    """
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+
+    def run(world: int, function: Callable[..., Any], *arguments: Any, limit: float = 60) -> list[Any]:
+        port, results = free_port(), context.Queue()
+        ranks = [
+            context.Process(target=_one_rank, args=(r, world, port, function, arguments, results, limit))
+            for r in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            answers = {}
+            while len(answers) < world:
+                rank, failure, result = results.get(timeout=limit + 10)
+                assert failure is None, f"rank {rank} of {world} failed:\n{failure}"
+                answers[rank] = result
+            return [answers[r] for r in range(world)]
+        finally:
+            for process in ranks:
+                process.join(10)
+                if process.is_alive():
+                    process.kill()
+
+    return run

@@ -1,0 +1,99 @@
+"""Token ids against open_clip's SimpleTokenizer."""
+
+from __future__ import annotations
+
+import random
+from types import ModuleType
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from treering.data.text import END, START, Tokenizer, clean
+
+OURS = Tokenizer()
+TRICKY = [
+    "", " ", "a dog", "It's THE dog's, they'll've", "'S 'ſ İstanbul ﬁ K ß", "&amp;amp; &lt;b&gt; &eacute; &#x1F600;",
+    "<start_of_text> x <END_OF_TEXT>", "\x00\x07\x1b[31mred\x1b[0m", "👩🏾‍🚒 woman firefighter 🇫🇷", "schÃ¶n â€™s",
+    "日本語のテキスト 한국어", "1234 ½ ² ٣", "\u2028\u200d\ufeff\u00ad", "don’t “quote” it", "a" * 300, "ab" * 200,
+    "!?" * 100, "1 < 2 &amp;amp;lt; 3", "x\ty\nz\r\n", "\ufffd\ufffe",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def theirs(open_clip_tokenizer: ModuleType):
+    return open_clip_tokenizer.SimpleTokenizer()
+
+
+def assert_equal(theirs, text: str, context: int = 77) -> None:
+    expected = theirs(text, context)[0].tolist()
+    ids = OURS.encode(text, context)
+    assert ids == expected[: len(ids)], text
+    assert not any(expected[len(ids) :])  # theirs is padded with zeros
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_tricky_texts(theirs, text: str) -> None:
+    for context in (2, 5, 77, 300):
+        assert_equal(theirs, text, context)
+
+
+@given(text=st.text(max_size=60))
+@settings(max_examples=1500, deadline=None)
+def test_any_text(theirs, text: str) -> None:
+    assert_equal(theirs, text)
+
+
+def test_many_strings(theirs) -> None:
+    """Words in Latin letters merge most, and mixtures of scripts and entities meet the cleaning."""
+    draw = random.Random(0)
+    pieces = [
+        "the ",
+        "&amp;",
+        "'ll",
+        "é",
+        "e\u0301",
+        "ß",
+        "\u200d",
+        "🏾",
+        "9",
+        "_",
+        "-",
+        "Ã©",
+        "\n",
+        "İ",
+        "\x01",
+        "一",
+        "ا",
+        "'",
+    ]
+    for n in range(12_000):
+        if n % 2:
+            text = "".join(draw.choice("etaoinshrdlu ") for _ in range(draw.randrange(80)))
+        else:
+            text = "".join(draw.choice([*pieces, chr(draw.randrange(0xD7FF))]) for _ in range(draw.randrange(30)))
+        assert_equal(theirs, text)
+
+
+@given(text=st.text(max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_clean_as_open_clip(open_clip_tokenizer: ModuleType, text: str) -> None:
+    assert clean(text) == open_clip_tokenizer._clean_lower(text)
+
+
+@given(text=st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=60))
+def test_clean_plain_text_as_open_clip(open_clip_tokenizer: ModuleType, text: str) -> None:
+    assert clean(text) == open_clip_tokenizer._clean_lower(text)
+
+
+def test_decode() -> None:
+    ids = OURS.encode("Woman Firefighter: dark skin 👩", 77)
+    assert ids[0] == START
+    assert ids[-1] == END
+    assert OURS.decode(ids) == "woman firefighter : dark skin 👩"
+    assert OURS.decode([START, END, 60_000, -1]) == ""
+    assert OURS.decode(OURS.encode("👩", 77)[1:2]) != ""  # half a character is still text
+
+
+def test_decode_every_id_as_open_clip(theirs) -> None:
+    for i in range(START):
+        assert OURS.decode([i]) == theirs.decode([i]).strip()

@@ -1,0 +1,169 @@
+"""Whole runs of a tiny model on the real emoji shards: killed, resumed, grown, and spread over ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from treering.launch.recipes import read_recipe
+from treering.training import loop
+from treering.training.commits import Commits, find_commit
+from treering.training.loop import Summary, train
+from treering.training.recipe import Recipe
+from treering.training.store import Store, StoreError
+from treering.training.world import World
+
+TINY = [
+    "data.batch=12",
+    "model.embed_dim=16",
+    "model.image={width: 32, depth: 1, heads: 2, patch: 12, resolution: 24}",
+    "model.text={width: 16, depth: 1, heads: 2, context: 16}",
+    "model.caption.depth=1",
+    "schedule.warmup=24",
+    "stages=[{samples: 60}, {grow: {image.depth: 3, text.depth: 2, caption.depth: 2}, samples: 84}]",
+    "checkpoint.every=24",
+    "eval={every: 48, suites: [retrieval, zero_shot], examples: 2, data: samples://emoji/held_out}",
+    "log.every=1",
+]
+
+
+def recipe(*overrides: str) -> Recipe:
+    return read_recipe("emoji", [*TINY, *overrides]).recipe
+
+
+def losses(out: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm by step; every step once."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["event"] == "step"]
+    assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in steps}
+
+
+def events(out: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+    """The run that nothing happened to."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole")
+    return out, train(recipe(), out)
+
+
+def test_a_whole_run_leaves_everything(whole: tuple[Path, Summary]) -> None:
+    out, summary = whole
+    assert summary.finished
+    assert len(losses(out)) == 12
+    grow = events(out, "grow")
+    assert len(grow) == 1
+    assert grow[0]["step"] == 5
+    assert grow[0]["logit_difference"] < 1e-5
+    assert grow[0]["parameters_after"] > grow[0]["parameters_before"]
+    assert {"retrieval/image_to_text@1", "zero_shot/skin_tone", "zero_shot/role"} <= set(summary.scores)
+    assert set(summary.scores) == set(summary.chance)
+    assert summary.report.exists()
+    assert list(summary.tensorboard.iterdir())
+    commit = find_commit(str(out))
+    assert commit.url == summary.commit
+    assert [event.event for event in commit.manifest.state.lineage] == ["start", "grow"]
+    assert len(Commits(Store(str(out / "commits"))).names()) == 3  # checkpoint.keep
+
+
+class Died(Exception):
+    """Stands in for a kill: nothing after it runs."""
+
+
+@pytest.mark.parametrize("at", ["step 3", "step 7", "commit 4", "grow", "evaluate 8", "evaluate 12", "report"])
+def test_a_resume_is_bit_identical(
+    at: str, whole: tuple[Path, Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real kills are in tests/launch; here the exact place is chosen."""
+    place, _, number = at.partition(" ")
+
+    def dying(method: str) -> None:
+        real = getattr(loop.Run, method)
+
+        def wrapper(run: loop.Run, *arguments: Any, **named: Any) -> Any:
+            if not number or run.state.step == int(number):
+                raise Died
+            return real(run, *arguments, **named)
+
+        monkeypatch.setattr(loop.Run, method, wrapper)
+
+    if place == "grow":
+        monkeypatch.setattr(loop, "grow", lambda *a: (_ for _ in ()).throw(Died))
+    elif place == "report":
+        dying("summary")
+    elif place == "commit":
+        real = Commits._seal
+
+        def seal(self: Commits, name: str, manifest: Any) -> None:
+            if manifest.state.step == int(number):
+                raise Died
+            real(self, name, manifest)
+
+        monkeypatch.setattr(Commits, "_seal", seal)
+    else:
+        dying({"step": "step", "evaluate": "_evaluate"}[place])
+    with pytest.raises(Died):
+        train(recipe(), tmp_path)
+    monkeypatch.undo()
+    summary = train(recipe(), tmp_path)
+    assert summary.finished
+    assert losses(tmp_path) == losses(whole[0])
+    assert summary.scores == whole[1].scores
+    ours, theirs = find_commit(str(tmp_path)).tensors(), find_commit(str(whole[0])).tensors()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert len(events(tmp_path, "grow")) == 1
+    assert [row["step"] for row in events(tmp_path, "eval")] == [row["step"] for row in events(whole[0], "eval")]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_world_does_not_matter(
+    world: int, whole: tuple[Path, Summary], tmp_path: Path, on_ranks: Callable[..., list[Any]]
+) -> None:
+    def one_rank(group: World) -> dict[str, float]:
+        return train(recipe(), tmp_path).scores
+
+    scores = on_ranks(world, one_rank, limit=500)
+    for step, (loss, norm) in losses(whole[0]).items():
+        ours = losses(tmp_path)[step]
+        assert ours[0] == pytest.approx(loss, abs=1e-5)
+        assert ours[1] == pytest.approx(norm, rel=1e-4)
+    assert all(one == pytest.approx(scores[0]) for one in scores)
+
+
+def test_a_finished_run_is_not_trained_again(whole: tuple[Path, Summary]) -> None:
+    before = losses(whole[0])
+    again = train(recipe(), whole[0])
+    assert again.finished
+    assert again.scores == whole[1].scores
+    assert losses(whole[0]) == before
+
+
+def test_another_recipe_is_refused(whole: tuple[Path, Summary]) -> None:
+    with pytest.raises(
+        StoreError, match=r"another recipe \(optimizer.lr: 0.001 there, 0.002 here\); use the same recipe"
+    ):
+        train(recipe("optimizer.lr=0.002"), whole[0])
+
+
+def test_a_damaged_commit_is_named_and_the_one_before_taken(
+    tmp_path: Path, whole: tuple[Path, Summary], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe(), tmp_path)
+    newest = Path(find_commit(str(tmp_path)).url)
+    part = newest / "model-00000-00000.safetensors"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    summary = train(recipe(), tmp_path)
+    assert summary.finished
+    assert losses(tmp_path) == losses(whole[0])
+    assert f"{part} is damaged" in capsys.readouterr().err.replace("\n", "")

@@ -1,0 +1,235 @@
+"""What the page tells of a run's course: where its time went, how its model grew, and all that happened to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from . import readable
+from .charts import Marker
+from .drawings import Span, bar, timeline, towers
+from .readable import is_number, number, printable
+from .reading import Line, Run, seconds_of, without_credentials
+
+View = dict[str, Any]
+
+TIME_KINDS = {
+    "startup": "Start-up",
+    "training": "Training: compute",
+    "data": "Training: waiting for data",
+    "eval": "Evaluation",
+    "commit": "Commits",
+    "grow": "Growth",
+    "rest": "Everything else",
+}
+
+
+def time(run: Run, width: int = 960) -> View | None:
+    """The timeline and the sums behind it."""
+    lives = run.lives
+    if not lives:
+        return None
+    spans, breaks, offset = [], [], 0.0
+    for n, life in enumerate(lives):
+        if n:
+            breaks.append(offset)
+        spans += _spans(life.lines, offset - life.began)
+        offset += life.ended - life.began
+    sums = dict.fromkeys(TIME_KINDS, 0.0)
+    for span in spans:
+        sums[span.kind] += span.seconds * (1 - span.data_wait)
+        sums["data"] += span.seconds * span.data_wait
+    sums["rest"] = max(0.0, offset - sum(sums.values()))
+    total = sum(sums.values()) or 1.0
+    rows = [
+        {
+            "kind": k,
+            "name": TIME_KINDS[k],
+            "seconds": readable.duration(v),
+            "share": readable.percent(v / total),
+            "bar": bar(v / total),
+        }
+        for k, v in sums.items()
+        if v > 0
+    ]
+    return {
+        "wide": timeline(spans, breaks, offset, width, "time-wide"),
+        "narrow": timeline(spans, breaks, offset, 360, "time-narrow"),
+        "rows": rows,
+        "total": readable.duration(total),
+        "lives": len(lives),
+    }
+
+
+def growth(run: Run) -> View | None:
+    """The model of each stage reached, and what each growth did."""
+    model = run.recipe.get("model")
+    grown = run.events("grow")
+    if not isinstance(model, Mapping):
+        return None
+    shapes = [dict(_sizes(model))]
+    for line in grown:
+        shapes.append({**shapes[-1], **{printable(k): v for k, v in (line.get("to") or {}).items() if is_number(v)}})
+    names = ["at the start"] + [f"from {readable.compact(line['samples'])} samples on" for line in grown]
+    parameters = parameters_reached(run)
+    rows = [
+        {
+            "name": key,
+            "cells": [
+                {"value": readable.general(s.get(key)), "changed": n > 0 and s.get(key) != shapes[n - 1].get(key)}
+                for n, s in enumerate(shapes)
+            ],
+        }
+        for key in shapes[-1]
+    ]
+    if len(parameters) == len(shapes):
+        cells = [{"value": readable.compact(p), "changed": n > 0} for n, p in enumerate(parameters)]
+        rows.append({"name": "parameters", "cells": cells})
+    steps = [
+        {
+            "samples": readable.exact(line["samples"]),
+            "changes": ", ".join(m.labels),
+            "before": readable.compact(line.get("parameters_before")),
+            "after": readable.compact(line.get("parameters_after")),
+            "seconds": readable.duration(line.get("seconds")),
+            "difference": readable.decimal(number(line.get("logit_difference")), 2),
+        }
+        for line, m in zip(grown, markers(run), strict=False)
+    ]
+    return {"names": names, "rows": rows, "drawing": towers(shapes, names, "towers"), "steps": steps}
+
+
+def lineage(run: Run) -> list[View]:
+    """Every start, resume, growth, change of world, commit and end, oldest first; long rows of commits are folded."""
+    lines = run.events("start", "resume", "grow", "commit", "end")
+    known = {(line["event"], line.get("step")) for line in lines}
+    older = [
+        e
+        for e in run.lineage
+        if (e.get("event"), e.get("step")) not in known and is_number(e.get("time")) and is_number(e.get("samples"))
+    ]
+    rows: list[View] = []
+    world = None
+    for line in sorted([*older, *lines], key=lambda e: e["time"]):
+        event = str(line.get("event"))
+        here = line.get("world", (line.get("detail") or {}).get("world"))
+        text = _lineage_text(line)
+        if world is not None and here is not None and here != world:
+            text += f"; world size {world} → {here}"
+        world = here if here is not None else world
+        previous = rows[-1] if rows else None
+        if (
+            event == "commit"
+            and previous
+            and previous["event"] == "commit"
+            and previous["reason"] == line.get("reason") == "interval"
+        ):
+            previous.update(count=previous["count"] + 1, samples_to=readable.exact(line["samples"]), text=text)
+            continue
+        rows.append(
+            {
+                "event": event,
+                "reason": line.get("reason"),
+                "count": 1,
+                "when": readable.moment(line["time"]),
+                "samples": readable.exact(line["samples"]),
+                "samples_to": "",
+                "text": text,
+            }
+        )
+    return rows
+
+
+def markers(run: Run) -> list[Marker]:
+    """Where the model grew and the run resumed."""
+    grown = [
+        Marker(
+            line["samples"],
+            tuple(
+                f"{printable(k)} {readable.general((line.get('from') or {}).get(k))} → {readable.general(v)}"
+                for k, v in (line.get("to") or {}).items()
+            ),
+            "growth",
+        )
+        for line in run.events("grow")
+    ]
+    return grown + [Marker(line["samples"], (), "resume") for line in run.events("resume")]
+
+
+def device(line: Mapping[str, Any]) -> str | None:
+    """Where a life ran, of its start line: "2 processes on node-1 (CPU)"."""
+    world = line.get("world")
+    if world is None:
+        return None
+    hosts = [printable(h) for h in dict.fromkeys(line.get("hosts") or [])]
+    places = f" on {hosts[0]}" if len(hosts) == 1 else f" on {len(hosts)} hosts" if hosts else ""
+    kind = printable(line.get("device") or "")
+    kind = f" ({kind.upper() if kind in ('cpu', 'cuda') else kind})" if kind else ""
+    return f"{world} process{'' if world == 1 else 'es'}{places}{kind}"
+
+
+def parameters_reached(run: Run) -> list[float]:
+    """Parameters of each model shape reached."""
+    grown = [
+        g for g in run.events("grow") if is_number(g.get("parameters_before")) and is_number(g.get("parameters_after"))
+    ]
+    if grown:
+        return [grown[0]["parameters_before"]] + [g["parameters_after"] for g in grown]
+    return [s["parameters"] for s in run.events("step")[-1:] if is_number(s.get("parameters"))]
+
+
+def _spans(lines: Iterable[Line], shift: float) -> list[Span]:
+    """The spans of one life; `shift` turns unix time into seconds since the run began, pauses left out."""
+    spans: list[Span] = []
+    before, between = -math.inf, 0.0  # the end of the last training, and what was done since that is not training
+    for line in lines:
+        end, length, event = line["time"] + shift, seconds_of(line), line["event"]
+        if event in ("start", "resume"):
+            spans.append(Span(end - length, end, "startup", TIME_KINDS["startup"], length))
+            before = end
+        elif event == "step":
+            waited = (
+                line["seconds"].get("data", 0.0) / length
+                if isinstance(line.get("seconds"), Mapping) and length
+                else 0.0
+            )
+            label = f"training to {readable.exact(line['samples'])} samples"
+            spans.append(Span(max(before, end - length - between), end, "training", label, length, waited))
+            before, between = end, 0.0
+        elif event in ("eval", "commit", "grow"):
+            spans.append(Span(end - length, end, event, TIME_KINDS[event], length))
+            between += length
+    return spans
+
+
+def _lineage_text(line: Line) -> str:
+    detail = line.get("detail") if isinstance(line.get("detail"), Mapping) else {}
+    line = {**(detail or {}), **line}
+    event = line.get("event")
+    if event in ("start", "resume"):
+        text = device(line) or ""
+        commit = line.get("commit")
+        return text + (f" from {printable(without_credentials(str(commit)))}" if commit else "")
+    if event == "grow":
+        return ", ".join(
+            f"{printable(k)} {readable.general((line.get('from') or {}).get(k))} → {readable.general(v)}"
+            for k, v in (line.get("to") or {}).items()
+        )
+    if event == "commit":
+        parts = [
+            printable(without_credentials(str(line.get("url", "")))),
+            readable.size(line.get("bytes")),
+            f"in {readable.duration(line.get('seconds'))}",
+        ]
+        return " · ".join([*parts, *([f"reason: {printable(line['reason'])}"] if line.get("reason") else [])])
+    return "the run came to its end" if event == "end" else ""
+
+
+def _sizes(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    """Every number of a nested mapping by its dotted path."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _sizes(value, f"{prefix}{printable(key)}.")
+        elif is_number(value):
+            yield f"{prefix}{printable(key)}", value
