@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .config import DataError as DataError
     from .config import SourceConfig as SourceConfig
     from .ledger import LedgerEntry as LedgerEntry
+    from .loader import EvaluationSet as EvaluationSet
     from .loader import Loader as Loader
-    from .loader import evaluation_samples as evaluation_samples
     from .order import Order as Order
     from .order import stream as stream
     from .record import Batch as Batch
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "config": ("AugmentConfig", "DataConfig", "DataError", "SourceConfig"),
     "ledger": ("LedgerEntry",),
-    "loader": ("Loader", "evaluation_samples"),
+    "loader": ("EvaluationSet", "Loader"),
     "order": ("Order", "stream"),
     "record": ("Batch", "Record", "Sample"),
     "source": ("Source", "held_out", "open_source"),

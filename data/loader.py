@@ -162,27 +162,27 @@ class _Items:
         return Sample(source.url, record.key, image, captions, captions[chosen], tokens, labels)
 
 
-def evaluation_samples(
-    url: str,
-    resolution: int,
-    context: int,
-    rank: int = 0,
-    world: int = 1,
-    ledger: list[LedgerEntry] | None = None,
-) -> Iterator[Sample]:
-    """Every `world`-th sample of a source from `rank` on, in index order, cropped at the centre, with its first
-    caption. Bad samples are left out, and appended to `ledger` if one is given."""
-    source, tokenizer = open_source(url), Tokenizer()
-    for number in range(rank, len(source), world):
+class EvaluationSet:
+    """A source read in index order and without chance: centre crops and first captions."""
+
+    def __init__(self, url: str, resolution: int, context: int) -> None:
+        """Opens the source; raises DataError if it cannot be read."""
+        self.source, self.tokenizer = open_source(url), Tokenizer()
+        self.resolution, self.context = resolution, context
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def sample(self, number: int) -> Sample | LedgerEntry:
+        """Sample `number`, or the reason why it cannot be used."""
         try:
-            record = source.record(number)
+            record = self.source.record(number)
             captions, labels = captions_and_labels(record.fields)
-            image = centre_crop(picture(record.fields), resolution)
+            image = centre_crop(picture(record.fields), self.resolution)
         except BadSample as error:
-            if ledger is not None:
-                ledger.append(_entry(source, number, error))
-            continue
-        yield Sample(url, record.key, image, captions, captions[0], tokenizer.encode(captions[0], context), labels)
+            return _entry(self.source, number, error)
+        tokens = self.tokenizer.encode(captions[0], self.context)
+        return Sample(self.source.url, record.key, image, captions, captions[0], tokens, labels)
 
 
 def _entry(source: Source, number: int, error: BadSample, position: int = -1) -> LedgerEntry:

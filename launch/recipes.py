@@ -109,25 +109,27 @@ def _open(name_or_path: str) -> tuple[FilePath, str]:
     remedy = f"give the path of a YAML file, or one of the bundled recipes: {', '.join(names)}"
     try:
         if file.is_dir():
-            raise RecipeError(f"{show(name_or_path)} is a folder; {remedy}")
+            raise RecipeError(f"{show(name_or_path, 200)} is a folder; {remedy}")
         if not file.exists():
-            raise RecipeError(f"there is no recipe {show(name_or_path)}; {remedy}")
+            raise RecipeError(f"there is no recipe {show(name_or_path, 200)}; {remedy}")
         if not file.is_file():
-            raise RecipeError(f"{show(name_or_path)} is not a regular file; {remedy}")
+            raise RecipeError(f"{show(name_or_path, 200)} is not a regular file; {remedy}")
         with file.open("rb") as stream:
             content = stream.read(LARGEST + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RecipeError(f"the recipe {show(name_or_path)} cannot be read ({clean(str(reason))}); {remedy}") from None
+        raise RecipeError(
+            f"the recipe {show(name_or_path, 200)} cannot be read ({clean(str(reason))}); {remedy}"
+        ) from None
     if len(content) > LARGEST:
-        raise RecipeError(f"{show(name_or_path)} is larger than 1 MiB, which no recipe is; {remedy}")
+        raise RecipeError(f"{show(name_or_path, 200)} is larger than 1 MiB, which no recipe is; {remedy}")
     try:
         return file, content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{show(name_or_path)}, line {line}: not UTF-8 text; save the file as UTF-8") from None
+        raise RecipeError(f"{show(name_or_path, 200)}, line {line}: not UTF-8 text; save the file as UTF-8") from None
 
 
 def _note(origins: dict[Path, Origin], path: Path, value: Any) -> None:

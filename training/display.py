@@ -81,6 +81,8 @@ class Display:
         """Scores and examples."""
         if not self.on:
             return
+        if found.bad:
+            self.warn(f"{len(found.bad)} evaluation samples cannot be used, first {found.bad[0]['reason']}")
         whole = {"step": state.step, "samples": state.samples, **found.json()}
         self.records.write_json(f"evaluations/step-{state.step:09d}.json", whole)
         self.records.event(

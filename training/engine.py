@@ -75,7 +75,11 @@ class Engine:
         self.model = build(spec, seed).to(world.device)
         self.optimizer = Optimizer(self.model.named_parameters(), optimizer)
         forward = _Forward(self.model, objectives, world, config.precision)
-        self._forward: nn.Module = DistributedDataParallel(forward) if world.size > 1 else forward
+        self._forward: nn.Module = (
+            DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            if world.size > 1
+            else forward
+        )
 
     def step(self, inputs: Inputs, lr: float) -> StepResult:
         """One optimizer step on this rank's part of a global batch, at learning rate `lr`.

@@ -113,7 +113,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, own: Tensor, world: World) -> Tensor:
         ctx.world = world
         everyone = own.new_empty(own.shape[0] * world.size, *own.shape[1:])
-        dist.all_gather_into_tensor(everyone, own.contiguous())
+        dist.all_gather_single(everyone, own.contiguous())
         return everyone
 
     @staticmethod

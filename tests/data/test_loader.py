@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from treering.data import Batch, DataConfig, DataError, LedgerEntry, Loader, Tokenizer, evaluation_samples, open_source
+from treering.data import (
+    Batch,
+    DataConfig,
+    DataError,
+    EvaluationSet,
+    LedgerEntry,
+    Loader,
+    Sample,
+    Tokenizer,
+    open_source,
+)
 from treering.data.record import caption_id
 
 WriteSource = Callable[..., str]
@@ -211,18 +221,16 @@ def test_a_dead_worker_is_an_error(urls: list[str], monkeypatch: pytest.MonkeyPa
         read(each, 0, 5)
 
 
-def test_evaluation_samples(tmp_path: Path, write_source: WriteSource, picture: Callable[..., bytes]) -> None:
+def test_evaluation_set(tmp_path: Path, write_source: WriteSource, picture: Callable[..., bytes]) -> None:
     url = write_source(tmp_path, 1, 9, {4: [("txt", b"x")]})
-    ledger: list[LedgerEntry] = []
-    ranks = [list(evaluation_samples(url, 40, CONTEXT, rank, 2, ledger)) for rank in range(2)]
-    assert [[sample.key for sample in rank] for rank in ranks] == [
-        ["00000", "00002", "00006", "00008"], ["00001", "00003", "00005", "00007"],
-    ]  # fmt: skip
-    assert [(entry.key, entry.position) for entry in ledger] == [("00004", -1)]
-    sample = ranks[0][1]
+    each = EvaluationSet(url, 40, CONTEXT)
+    read = [each.sample(number) for number in range(len(each))]
+    assert [entry.key for entry in read] == [f"{number:05}" for number in range(9)]
+    assert [entry.position for entry in read if isinstance(entry, LedgerEntry)] == [-1]
+    sample = read[2]
+    assert isinstance(sample, Sample)
     pixels = np.asarray(Image.open(io.BytesIO(picture(2))))
     assert np.array_equal(sample.image, pixels[:, 4:44])
     assert sample.captions == ("picture 2 number 0", "picture 2 number 1", "picture 2 number 2")
     assert sample.caption == sample.captions[0]
     assert sample.tokens == Tokenizer().encode(sample.caption, CONTEXT)
-    assert next(iter(evaluation_samples(url, 40, CONTEXT, 1, 2))).image_id == ranks[1][0].image_id

@@ -7,16 +7,17 @@ same at any number of ranks, also when the set does not divide.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
+from dataclasses import asdict, dataclass
+from itertools import accumulate, islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...data.loader import evaluation_samples
+from ...data.ledger import LedgerEntry
+from ...data.loader import EvaluationSet
 from ...data.record import Sample
 from ...data.text import Tokenizer
 from ...models.model import Model
@@ -35,26 +36,36 @@ class Embedded:
     """float [m, e], unit rows"""
     owners: Tensor
     """int64 [m]: the picture each caption belongs to"""
-    keys: list[str]
-    """of the pictures"""
+    numbers: list[int]
+    """of the pictures: their places in the set"""
     captions: list[str]
     labels: list[dict[str, str]]
     """of the pictures"""
+    bad: list[dict[str, Any]]
+    """ledger entries of the samples that could not be used"""
 
 
 @torch.no_grad()
-def embed(model: Model, url: str, batch: int, world: World) -> Embedded:
-    """Embed every sample of the shards at `url`, with all its captions. Raises DataError if they cannot be read."""
-    spec = model.spec
-    samples = evaluation_samples(url, spec.image.resolution, spec.text.context, world.rank, world.size)
-    images, texts, facts = [], [], []
-    for some in _chunks(samples, batch):
-        images.append(embed_pictures(model, some, world))
-        texts.append(embed_captions(model, [c for s in some for c in s.captions], batch, world))
-        facts += [{"key": s.key, "captions": list(s.captions), "labels": s.labels} for s in some]
-    none = torch.zeros(0, spec.embed_dim)
-    image_rows, text_rows = torch.cat([none, *images]), torch.cat([none, *texts])
-    return _assemble(_everyones(image_rows, world), _everyones(text_rows, world), world.objects(facts))
+def embed(model: Model, data: EvaluationSet, batch: int, world: World) -> Embedded:
+    """Embed every usable sample, with all its captions."""
+    images, texts, facts, bad = [], [], [], []
+    for numbers in _chunks(range(world.rank, len(data), world.size), batch):
+        read = {number: data.sample(number) for number in numbers}
+        samples = {number: sample for number, sample in read.items() if isinstance(sample, Sample)}
+        bad += [asdict(entry) for entry in read.values() if isinstance(entry, LedgerEntry)]
+        if not samples:
+            continue
+        images.append(embed_pictures(model, list(samples.values()), world))
+        texts.append(embed_captions(model, [c for s in samples.values() for c in s.captions], batch, world))
+        facts += [
+            {"number": number, "key": s.key, "captions": list(s.captions), "labels": s.labels}
+            for number, s in samples.items()
+        ]
+    none = torch.zeros(0, model.spec.embed_dim)
+    image_rows = _everyones(torch.cat([none, *images]), world)
+    text_rows = _everyones(torch.cat([none, *texts]), world)
+    everyones_bad = [entry for rank in world.objects(bad) for entry in rank]
+    return _assemble(image_rows, text_rows, [fact for rank in world.objects(facts) for fact in rank], everyones_bad)
 
 
 def embed_pictures(model: Model, samples: Sequence[Sample], world: World) -> Tensor:
@@ -74,35 +85,30 @@ def embed_captions(model: Model, captions: Sequence[str], batch: int, world: Wor
     return torch.cat(rows)
 
 
-def _everyones(own: Tensor, world: World) -> list[Tensor]:
-    """The rows of each rank, whose numbers may differ: padded to the most, gathered, and cut again."""
+def _everyones(own: Tensor, world: World) -> Tensor:
+    """The rows of all ranks, rank by rank; their numbers may differ, so they are padded to the most and cut again."""
     counts = world.objects(len(own))
     padded = torch.cat([own, own.new_zeros(max(counts) - len(own), own.shape[1])])
-    gathered = world.gather(padded.to(world.device)).cpu()
-    return (
-        [rows[:count] for rows, count in zip(gathered.chunk(world.size), counts, strict=True)] if max(counts) else [own]
+    gathered = world.gather(padded.to(world.device)).cpu().unflatten(0, (world.size, -1))
+    return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
+
+
+def _assemble(images: Tensor, texts: Tensor, facts: list[dict[str, Any]], bad: list[dict[str, Any]]) -> Embedded:
+    """Put the ranks' rows back into index order."""
+    counts = [len(fact["captions"]) for fact in facts]
+    starts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
+    order = sorted(range(len(facts)), key=lambda row: facts[row]["number"])
+    caption_rows = [starts[row] + i for row in order for i in range(counts[row])]
+    owners = [index for index, row in enumerate(order) for _ in range(counts[row])]
+    return Embedded(
+        images=images[order],
+        texts=texts[caption_rows],
+        owners=torch.tensor(owners, dtype=torch.int64),
+        numbers=[facts[row]["number"] for row in order],
+        captions=[caption for row in order for caption in facts[row]["captions"]],
+        labels=[facts[row]["labels"] for row in order],
+        bad=bad,
     )
-
-
-def _assemble(images: list[Tensor], texts: list[Tensor], facts: list[list[dict]]) -> Embedded:
-    """Interleave the ranks' rows back into index order."""
-    picture_rows, caption_rows, owners = [], [], []
-    keys: list[str] = []
-    captions: list[str] = []
-    labels: list[dict[str, str]] = []
-    starts = [0] * len(facts)
-    for index in range(sum(len(f) for f in facts)):
-        rank, row = index % len(facts), index // len(facts)
-        fact = facts[rank][row]
-        count = len(fact["captions"])
-        picture_rows.append(images[rank][row])
-        caption_rows.append(texts[rank][starts[rank] : starts[rank] + count])
-        starts[rank] += count
-        owners += [index] * count
-        keys.append(fact["key"])
-        captions += fact["captions"]
-        labels.append(fact["labels"])
-    return Embedded(torch.stack(picture_rows), torch.cat(caption_rows), torch.tensor(owners), keys, captions, labels)
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

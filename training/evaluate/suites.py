@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ...data.config import DataError
-from ...data.loader import evaluation_samples
+from ...data.loader import EvaluationSet
+from ...data.record import Sample
 from ...data.text import Tokenizer
 from ...models.model import Model
 from ..world import World
@@ -33,6 +34,8 @@ class Evaluation:
     sizes: dict[str, int] = field(default_factory=dict)
     """captions of a retrieval, classes of a task"""
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    """ledger entries of evaluation samples that could not be used"""
 
     def json(self) -> dict[str, Any]:
         """As a plain object."""
@@ -44,8 +47,11 @@ def evaluate(model: Model, config: EvalConfig, url: str, world: World) -> Evalua
 
     Raises DataError if the shards cannot be read, or carry no labels for a zero-shot suite.
     """
-    data = embed(model, url, config.batch, world)
-    found = Evaluation()
+    samples = EvaluationSet(url, model.spec.image.resolution, model.spec.text.context)
+    data = embed(model, samples, config.batch, world)
+    if not data.numbers:
+        raise DataError(f"none of the {len(samples)} samples of {url} can be used: {data.bad[0]['reason']}")
+    found = Evaluation(bad=data.bad)
     if "retrieval" in config.suites:
         found.scores.update(_prefixed("retrieval", retrieval.recalls(data.images, data.texts, data.owners)))
         found.chance.update(_prefixed("retrieval", retrieval.chance(len(data.images), data.owners)))
@@ -53,7 +59,7 @@ def evaluate(model: Model, config: EvalConfig, url: str, world: World) -> Evalua
     if "zero_shot" in config.suites:
         _zero_shot(model, config, url, data, world, found)
     if config.examples and world.is_first:
-        found.examples.update(_examples(model, config.examples, url, data, world))
+        found.examples.update(_examples(model, config.examples, samples, data, world))
     return found
 
 
@@ -81,15 +87,14 @@ def _zero_shot(model: Model, config: EvalConfig, url: str, data: Embedded, world
         found.sizes[f"zero_shot/{task}"] = len(classes)
 
 
-def _examples(model: Model, count: int, url: str, data: Embedded, world: World) -> dict[str, list[dict[str, Any]]]:
+def _examples(
+    model: Model, count: int, samples: EvaluationSet, data: Embedded, world: World
+) -> dict[str, list[dict[str, Any]]]:
     """Pictures spread evenly over the set, with their nearest captions and what the captioner writes."""
-    step = max(1, len(data.keys) // count)
-    chosen = list(range(0, len(data.keys), step))[:count]
-    spec = model.spec
-    everything = evaluation_samples(url, spec.image.resolution, spec.text.context, 0, 1)
-    samples = [s for i, s in enumerate(everything) if i in set(chosen)]
+    chosen = list(range(0, len(data.numbers), max(1, len(data.numbers) // count)))[:count]
+    pictures = [s for index in chosen if isinstance(s := samples.sample(data.numbers[index]), Sample)]
     shown: dict[str, list[dict[str, Any]]] = {"retrieval": [], "captions": []}
-    for index, sample in zip(chosen, samples, strict=True):
+    for index, sample in zip(chosen, pictures, strict=True):
         near = (data.images[index] @ data.texts.T).topk(min(5, len(data.captions)))
         nearest = [
             {"caption": data.captions[j], "score": score, "correct": int(data.owners[j]) == index}
@@ -100,9 +105,9 @@ def _examples(model: Model, count: int, url: str, data: Embedded, world: World) 
         )
     if model.captioner is not None:
         tokenizer = Tokenizer()
-        pixels = torch.stack([torch.from_numpy(s.image) for s in samples]).permute(0, 3, 1, 2).to(world.device)
-        longest = min(spec.text.context, 40)
-        for sample, ids in zip(samples, greedy(model, pixels, Tokenizer.START, Tokenizer.END, longest), strict=True):
+        pixels = torch.stack([torch.from_numpy(s.image) for s in pictures]).permute(0, 3, 1, 2).to(world.device)
+        written = greedy(model, pixels, Tokenizer.START, Tokenizer.END, min(model.spec.text.context, 40))
+        for sample, ids in zip(pictures, written, strict=True):
             row = {"key": sample.key, "image": _data_url(sample.image), "true": list(sample.captions)}
             shown["captions"].append(row | {"generated": tokenizer.decode(ids)})
     return shown

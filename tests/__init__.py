@@ -1,0 +1,1 @@
+"""Tests, mirroring the packages; benchmarks run as `python -m tests.benchmarks.NAME`."""

@@ -1,0 +1,102 @@
+"""`kill -9` of the whole process group at fixed points, then the same command again: the run is the one never killed.
+
+The killed process kills its own group, so the point is exact: at the n-th time it opens a file of a given name. An
+audit hook sees every open; it is put in by `sitecustomize`, and the product knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = [
+    *(sys.executable, "-P", "-m", "treering.launch", "train", "emoji"),
+    "data.batch=12",
+    "model.embed_dim=16",
+    "model.image={width: 32, depth: 1, heads: 2, patch: 12, resolution: 24}",
+    "model.text={width: 16, depth: 1, heads: 2, context: 16}",
+    "schedule.warmup=24",
+    "stages=[{samples: 48}, {grow: {image.depth: 3, text.depth: 2}, samples: 60}]",
+    "checkpoint.every=24",
+    "eval={every: 36, suites: [retrieval], examples: 2}",
+    "log.every=1",
+]
+KILLER = """
+import os, signal, sys
+name, count = os.environ["KILL_AT_OPEN_OF"].rsplit(":", 1)
+left = [int(count)]
+def hook(event, arguments):
+    if event == "open" and isinstance(arguments[0], str) and name in arguments[0] and "r" != arguments[1]:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(0, signal.SIGKILL)
+sys.addaudithook(hook)
+"""
+
+
+def train(out: Path, processes: int, kill_at: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if kill_at:
+        site = out.parent / "site"
+        site.mkdir(exist_ok=True)
+        (site / "sitecustomize.py").write_text(KILLER)
+        environment |= {"PYTHONPATH": str(site), "KILL_AT_OPEN_OF": kill_at}
+    command = [*COMMAND, "--out", str(out), "--processes", str(processes)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, start_new_session=True, check=False
+    )
+
+
+def losses(out: Path) -> list[tuple[int, float, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if row["event"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[tuple[int, float, float]]]:
+    """Losses of the run that nothing happened to, by number of processes."""
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path_factory.mktemp("whole") / "run"
+        done = train(out, processes)
+        assert done.returncode == 0, done.stderr
+        found[processes] = losses(out)
+    assert len(found[1]) == 9
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kill_at", "processes"),
+    [
+        ("metrics.jsonl:4", 1),  # between two steps of the first stage
+        ("model-00000-00000:2", 1),  # in the middle of a commit, parts being written
+        ("COMMIT:3", 1),  # a commit complete but for its mark
+        ("lineage.partial:2", 1),  # the model grown, nothing of it written yet
+        ("evaluations/step-000000006:1", 1),  # an evaluation done, not written
+        ("report.html:99", 1),  # not reached: the hook alone changes nothing
+        ("metrics.jsonl:11", 2),  # two processes, in the second stage
+    ],
+)
+def test_the_same_command_continues_exactly(
+    kill_at: str, processes: int, uninterrupted: dict[int, list[tuple[int, float, float]]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    killed = train(out, processes, kill_at)
+    if kill_at != "report.html:99":
+        # torchrun's agent puts its workers in groups of their own: there the first process survives to say so.
+        assert killed.returncode == (-signal.SIGKILL if processes == 1 else 1), killed.stderr
+        assert len(losses(out)) < 9
+    done = train(out, processes)
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == uninterrupted[processes]
+    assert not list(out.rglob("*.partial"))
+    events = [json.loads(line)["event"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert events.count("grow") == 1
+    assert events.count("eval") == 3
+    assert events[-1] == "end"
