@@ -55,8 +55,9 @@ class ResolvedRecipe:
     def headline(self) -> str:
         """The run in a line, as a comment."""
         recipe = self.recipe
+        stages = f"{len(recipe.stages)} stage{'s' if len(recipe.stages) > 1 else ''}"
         return (
-            f"# {recipe.name}: {len(recipe.stages)} stages, {recipe.total_samples:,} samples, "
+            f"# {recipe.name}: {stages}, {recipe.total_samples:,} samples, "
             f"{recipe.total_steps:,} steps of {recipe.data.batch}"
         )
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..models.spec import ModelSpec, TowerSpec
+from ..models.flops import parameters
 from ..training.recipe import Recipe
 from .errors import RecipeError, RunError, show
 from .recipes import ResolvedRecipe
@@ -67,32 +67,17 @@ def _check_disk(recipe: Recipe, out: Path) -> None:
     url = commits_url(recipe, out)
     local = "://" not in url or url.startswith("file://")
     place = Path(url.removeprefix("file://")) if local else out
-    commits = (
-        (recipe.checkpoint.keep + 1) * 12 * largest_parameters(recipe) if local else 0
-    )  # fp32: weight, two moments
+    commit = 12 * max(parameters(spec) for spec in recipe.specs())  # fp32: weight and two moments
+    there = sum(file.stat().st_size for file in place.rglob("*") if file.is_file()) if local else 0
     existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
-    free, needed = shutil.disk_usage(existing).free, commits + _RESERVE
+    free = shutil.disk_usage(existing).free
+    needed = _RESERVE + (max(0, (recipe.checkpoint.keep + 1) * commit - there) if local else 0)
     if free < needed:
         keep = recipe.checkpoint.keep
         raise RecipeError(
             f"{show(str(existing))} has {free / 1e9:.2f} GB free, and the run's commits need about {needed / 1e9:.2f} "
             f"GB; free some space, keep fewer commits (checkpoint.keep, now {keep}), or give another --out"
         )
-
-
-def largest_parameters(recipe: Recipe) -> int:
-    """About how many parameters the run's largest model has (matrices only)."""
-
-    def blocks(tower: TowerSpec, depth: int, attentions: int = 1) -> int:
-        return depth * tower.width * (4 * attentions * tower.attention_width + 2 * tower.mlp_width)
-
-    def count(spec: ModelSpec) -> int:
-        text, image = spec.text, spec.image
-        tables = text.vocabulary * text.width * (2 if spec.caption else 1) + 3 * image.patch**2 * image.width
-        captioner = blocks(text, spec.caption.depth, attentions=2) if spec.caption else 0
-        return tables + captioner + blocks(text, text.depth) + blocks(image, image.depth)
-
-    return max(count(spec) for spec in recipe.specs())
 
 
 def _check_sources(recipe: Recipe) -> None:
@@ -170,13 +155,8 @@ def _launch(out: Path, processes: int) -> None:
     except ChildFailedError as error:
         raise _first_failure(error) from None
     except SignalException as error:
-        raise stopped(error.sigval) from None
-
-
-def stopped(signal_number: int) -> RunError:
-    """The run was told to stop."""
-    name = signal.Signals(signal_number).name
-    return RunError(f"stopped by {name}; the same command continues from the last commit", 128 + signal_number)
+        name = signal.Signals(error.sigval).name
+        raise RunError(f"stopped by {name}; the same command continues from the last commit", STOPPED) from None
 
 
 def _first_failure(error: Any) -> RunError:

@@ -34,6 +34,28 @@ def forward_flops(spec: ModelSpec, text_tokens: float) -> float:
     return total
 
 
+def parameters(spec: ModelSpec) -> int:
+    """Trained numbers of the model, exactly."""
+
+    def attention(tower: TowerSpec, memory_width: int) -> int:
+        inner = tower.attention_width
+        return inner * (2 * tower.width + 2 * memory_width + 3) + tower.width
+
+    def blocks(tower: TowerSpec, depth: int, memory_width: int | None = None) -> int:
+        norms = 2 * tower.width
+        block = 2 * norms + attention(tower, tower.width)
+        block += tower.mlp_width * (2 * tower.width + 1) + tower.width
+        if memory_width is not None:
+            block += norms + attention(tower, memory_width)
+        return depth * block + norms
+
+    image, text = spec.image, spec.text
+    total = blocks(image, image.depth) + blocks(text, text.depth) + 1
+    total += image.width * (3 * image.patch**2 + 1 + image.grid**2) + text.width * (text.vocabulary + text.context)
+    total += spec.embed_dim * (image.width + text.width)
+    return total + (blocks(text, spec.caption.depth, image.width) if spec.caption else 0)
+
+
 def training_flops(spec: ModelSpec, text_tokens: float) -> float:
     """Operations of forward and backward for one pair."""
     return 3 * forward_flops(spec, text_tokens)

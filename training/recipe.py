@@ -11,6 +11,7 @@ from typing import Self
 from pydantic import BaseModel, Field, model_validator
 
 from ..data.config import DataConfig
+from ..data.source import held_out
 from ..models.growth.plan import changes
 from ..models.spec import ModelSpec
 from .commits import CheckpointConfig
@@ -62,7 +63,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"schedule.warmup = {self.schedule.warmup} samples does not end before the run's {self.total_samples}; "
                 f"set a smaller warmup or larger stages"
             )
-        if self.eval.suites and self.eval.data is None and not self.data.train[0].source.startswith("samples://"):
+        if self.eval.suites and not self.evaluation_source:
             raise ValueError("eval.data is missing: name the shards to evaluate on, or set eval.suites to []")
         return self
 
@@ -78,8 +79,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @property
     def evaluation_source(self) -> str:
-        """URL of the shards to evaluate on."""
-        return self.eval.data or f"{self.data.train[0].source}/held_out"
+        """URL of the shards to evaluate on; empty if there are none."""
+        return self.eval.data or held_out(self.data.train[0].source) or ""
 
     @property
     def total_steps(self) -> int:

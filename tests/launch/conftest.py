@@ -25,6 +25,8 @@ schedule: {warmup: 8}
 log: {every: 1}
 """
 
+Done = subprocess.CompletedProcess[str]
+
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
@@ -35,12 +37,18 @@ def tiny(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def treering(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the real command in an empty folder, as a person would."""
-    here = tmp_path / "here"
-    here.mkdir()
+def here(tmp_path: Path) -> Path:
+    """The folder that commands are given in."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return folder
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture
+def process(here: Path) -> Callable[..., Done]:
+    """Runs the real command in a process of its own."""
+
+    def run(*arguments: str, **environment: str) -> Done:
         return subprocess.run(
             [sys.executable, "-P", "-m", "treering.launch", *arguments],
             cwd=here,
@@ -54,20 +62,41 @@ def treering(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture
-def refused(treering: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> Callable[..., str]:
-    """Runs a command that must be refused (exit code 2, one screen, no traceback, nothing written); its message."""
+def treering(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs the command in this process, which saves the seconds of importing torch; our own mistakes come through."""
+    from treering.launch.cli import main
 
-    def run(*arguments: str, **environment: str) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        done = treering(*arguments, **environment)
-        message = done.stderr
-        assert done.returncode == 2, message
-        assert "Traceback" not in message
-        assert message.startswith("error: ")
-        assert not done.stdout
-        assert message.count("\n") <= 24
-        assert len(message) < 24 * 100
-        assert sorted(tmp_path.rglob("*")) == before
-        return message
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["treering", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        output = capsys.readouterr()
+        return Done(arguments, int(ended.value.code or 0), output.out, output.err)
 
     return run
+
+
+@pytest.fixture
+def refused(treering: Callable[..., Done], tmp_path: Path) -> Callable[..., str]:
+    """Runs a command that must be refused (exit code 2, one screen, nothing written) and gives its message."""
+
+    def run(*arguments: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        done = treering(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert_short(done)
+        assert sorted(tmp_path.rglob("*")) == before
+        return done.stderr
+
+    return run
+
+
+def assert_short(done: Done) -> None:
+    """One message on one screen, and no traceback."""
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+    assert sum(1 + len(line) // 100 for line in done.stderr.splitlines()) <= 24

@@ -100,7 +100,7 @@ def test_a_truncated_tar(cut: str, tmp_path: Path) -> None:
         last = tar.getmembers()[-2]
     path.write_bytes(path.read_bytes()[: last.offset if cut == "between two members" else last.offset_data + 50])
     done = train(str(path), tmp_path / "run")
-    refused(done, "a.tar", "truncated")
+    refused(done, "a.tar", "is cut short")
     assert not (tmp_path / "run").exists()
 
 

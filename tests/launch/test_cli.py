@@ -25,7 +25,7 @@ def test_help_comes_without_torch() -> None:
         "from treering.launch.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print([name for name in ('torch', 'open_clip', 'pydantic') if name in sys.modules])"
+        "print([name for name in ('torch', 'open_clip', 'numpy') if name in sys.modules])"
     )
     for command in ("train", "explain", "eval", "report", "status", "doctor", "data"):
         done = subprocess.run(
@@ -72,7 +72,7 @@ def test_a_folder_takes_only_its_own_run(treering: Command, refused: Refused, ti
 
 def test_explain_prints_a_recipe_with_origins(treering: Command, tiny: Path, tmp_path: Path) -> None:
     done = treering("explain", str(tiny), "seed=3")
-    assert done.stdout.startswith("# tiny: 1 stages, 32 samples, 4 steps of 8\n")
+    assert done.stdout.startswith("# tiny: 1 stage, 32 samples, 4 steps of 8\n")
     for line in ("name: tiny .*# line 1", "seed: 3 .*# override", "  batch: 8 .*# line 4", "  lr: .*# default"):
         assert any(re.fullmatch(line, printed) for printed in done.stdout.splitlines()), line
     (tmp_path / "printed.yaml").write_text(done.stdout)
@@ -110,9 +110,10 @@ def test_data_pack(treering: Command, refused: Refused, tmp_path: Path) -> None:
     assert "nothing is there" in refused("data", "pack", str(tmp_path / "none.tsv"), "shards/none")
 
 
-def test_doctor(treering: Command, tmp_path: Path) -> None:
-    secret = {"AWS_ACCESS_KEY_ID": "AKIAHUNTER", "AWS_SECRET_ACCESS_KEY": "hunter2hunter2"}
-    done = treering("doctor", "--json", "--store", str(tmp_path / "store"), **secret)
+def test_doctor(treering: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAHUNTER")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
+    done = treering("doctor", "--json", "--store", str(tmp_path / "store"))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     checks = {check["name"]: check for check in found["checks"]}
@@ -159,8 +160,8 @@ def test_doctor_says_what_is_lacking(treering: Command, tmp_path: Path) -> None:
         (["train", "emoji", "data.train=[{source: nowhere/*.tar}]", "eval.suites=[]"], ["nowhere/*.tar"]),
         (["train", "emoji", "data.train=[{source: samples://emojy}]", "eval.suites=[]"], ["samples://emojy"]),
         (["train", "emoji", "checkpoint.to=quux://x/y"], ["quux"]),
-        (["train", "emoji", "checkpoint.to=/proc/nowhere"], ["/proc/nowhere"]),
-        (["train", "emoji", "--out", "/proc/nowhere/run"], ["/proc/nowhere/run"]),
+        (["train", "emoji", "checkpoint.to=/proc/nowhere"], ["/proc"]),
+        (["train", "emoji", "--out", "/proc/nowhere/run"], ["/proc"]),
         (["train", "emoji", "--out", "/dev/null"], ["'/dev/null' is a file"]),
         (["train", "emoji", "--out", "/dev/null/x"], ["/dev/null"]),
         (["status", "nowhere"], ["nowhere", "no run folder"]),
@@ -176,6 +177,14 @@ def test_a_persons_mistake_is_one_short_message(refused: Refused, arguments: lis
     assert all(word in message for word in words), message
     assert "hunter2" not in message
     assert "\x1b" not in message
+
+
+def test_the_command_in_a_process_of_its_own_refuses_alike(process: Command, refused: Refused, here: Path) -> None:
+    for arguments in (["train", "emoji", "sed=1"], ["eval", "nowhere"]):
+        done = process(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == refused(*arguments)
+        assert list(here.iterdir()) == []
 
 
 def test_a_full_disk_is_found_before_anything_starts(refused: Refused) -> None:
@@ -201,9 +210,9 @@ def test_our_own_mistake_keeps_its_traceback(tmp_path: Path) -> None:
 # Several processes
 
 
-def test_two_processes_train_the_same(treering: Command, tiny: Path, tmp_path: Path) -> None:
-    for out, processes in (("one", "1"), ("two", "2")):
-        done = treering("train", str(tiny), "--out", out, "--processes", processes)
+def test_two_processes_train_the_same(process: Command, treering: Command, tiny: Path, tmp_path: Path) -> None:
+    for out, processes, command in (("one", "1", treering), ("two", "2", process)):
+        done = command("train", str(tiny), "--out", out, "--processes", processes)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("tensorboard") == 2  # one line: its name and its path
     losses = []
@@ -247,10 +256,10 @@ RANK_1 = "    if os.environ['RANK'] == '0': time.sleep(60)\n"
     ids=["data", "bug", "killed", "exit"],
 )
 def test_a_failing_process_is_reported_once(
-    treering: Command, tiny: Path, tmp_path: Path, body: str, code: int, words: str
+    process: Command, tiny: Path, tmp_path: Path, body: str, code: int, words: str
 ) -> None:
     begun = time.monotonic()
-    done = treering("train", str(tiny), "--processes", "2", **broken_loop(tmp_path / "site", body))
+    done = process("train", str(tiny), "--processes", "2", **broken_loop(tmp_path / "site", body))
     assert done.returncode == code, done.stderr
     assert done.stderr.count(words) == 1, done.stderr
     assert ("Traceback" in done.stderr) == (words.startswith("Zero"))
@@ -279,10 +288,31 @@ def test_nothing_is_left_running(tiny: Path, tmp_path: Path, number: signal.Sign
     if number == signal.SIGKILL:
         assert launcher.returncode == -number
     else:
-        assert launcher.returncode == 128 + number, errors
+        assert launcher.returncode == 130, errors
         assert f"stopped by {number.name}" in errors
         assert "Traceback" not in errors
         assert (tmp_path / "told-0").exists()
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_signal_ends_a_run_after_a_commit(tiny: Path, here: Path, processes: str) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-m", "treering.launch", "train", str(tiny), "stages=[{samples: 8_000_000}]"]
+    run = subprocess.Popen(
+        [*command, "--processes", processes], cwd=here, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics = here / "runs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and '"step": 3' in metrics.read_text()):
+        assert time.monotonic() < deadline, "no third step"
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, errors
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    assert (last["event"], last["reason"]) == ("commit", "signal")
 
 
 def wait_for(path: Path) -> int:

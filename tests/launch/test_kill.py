@@ -6,8 +6,10 @@ audit hook sees every open; it is put in by `sitecustomize`, and the product kno
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+KILLS = 5
 COMMAND = [
     *(sys.executable, "-P", "-m", "treering.launch", "train", "emoji"),
     "data.batch=12",
@@ -100,3 +103,24 @@ def test_the_same_command_continues_exactly(
     assert events.count("grow") == 1
     assert events.count("eval") == 3
     assert events[-1] == "end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_random_kills(processes: int, uninterrupted: dict[int, list[tuple[int, float, float]]], tmp_path: Path) -> None:
+    """Five kills of the whole group at any moment, start-up included; the seed is printed to try it again."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    chance, out = random.Random(seed), tmp_path / "run"
+    command = [*COMMAND, "--out", str(out), "--processes", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for _ in range(KILLS):
+        run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(chance.uniform(1, 12))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    done = train(out, processes)
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == uninterrupted[processes]

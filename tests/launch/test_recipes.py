@@ -265,6 +265,7 @@ def test_credentials_are_refused_and_never_echoed(tmp_path: Path, tiny: Path, ur
     text = message(f"checkpoint.to={url}")
     assert "AWS_ACCESS_KEY_ID" in text
     assert "hunter2" not in text
+    assert "AWS_ACCESS_KEY_ID" in message(f"checkpoint.to=['{url}'")  # also where the value cannot be parsed
     path = tmp_path / "secret.yaml"
     path.write_text(tiny.read_text() + f"checkpoint: {{to: '{url}'}}\n")
     text = message(recipe=str(path))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from treering.models.flops import forward_flops
+from treering.models.flops import forward_flops, parameters
 from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.models.transformer import Attention, Block, Packed
@@ -135,3 +135,9 @@ def test_flops_against_torchs_counter() -> None:
     blocks = SPEC.text.depth + SPEC.caption.depth
     masked = samples * blocks * 4 * length * (length - (length + 1) / 2) * SPEC.text.attention_width
     assert ours + masked == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+@pytest.mark.parametrize("spec", [SPEC, SPEC.model_copy(update={"caption": None}), SPEC.grown({"text.depth": 5})])
+def test_parameters_are_counted_exactly(spec: ModelSpec) -> None:
+    with torch.device("meta"):
+        assert parameters(spec) == sum(p.numel() for p in Model(spec).parameters())
