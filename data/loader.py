@@ -9,7 +9,7 @@ another, and each one met is an entry of the batch's ledger.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from math import floor
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ class Loader:
         self._items = _Items(self.sources, self.order, config, resolution, context)
         self._bad: dict[str, dict[tuple[str, str], LedgerEntry]] = {}
 
-    def batches(self, step: int) -> Iterator[Batch]:
+    def batches(self, step: int) -> Generator[Batch, None, None]:
         """This rank's share of global batch `step`, `step` + 1, ... without end. Close the iterator to end its
         processes. Raises DataError if a source cannot be read, or a decoding process dies."""
         batches, batch = iter(self._data_loader(step)), None

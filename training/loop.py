@@ -28,12 +28,13 @@ from .display import Display
 from .engine import Engine, StepResult
 from .evaluate.suites import evaluate
 from .growing import grow
-from .objectives.base import Inputs, build_objectives
+from .objectives.base import Inputs
+from .objectives.registry import build_objectives
 from .recipe import Recipe
 from .resume import check_same_run, newest_intact
 from .signals import StopRequest
 from .state import Event, RunState, TrainingError
-from .store import Store
+from .store import Store, StoreError
 from .world import World
 
 _DRY_STEPS = 10
@@ -115,6 +116,8 @@ class Run:
         names = self.world.objects(self.commits.names() if self.world.is_first else [])[0]
         clock.append(time.monotonic())
         found = newest_intact(self.commits, self.display.warn) if names else None
+        if len(set(self.world.objects(found[0].name if found else None))) > 1:
+            raise StoreError(f"store {self.commits.store.url}: the processes read different commits; start again")
         clock.append(time.monotonic())
         if found:
             commit, tensors = found
@@ -142,7 +145,6 @@ class Run:
             event, self.state, world=self.world.size, device=describe(self.world.device), seconds=seconds, **detail
         )
         self.loader = self._loader()
-        self.loader.check_bad(_entries(self.world.objects(self.display.known_bad())[0]))
 
     def _build(self, spec: ModelSpec) -> Engine:
         recipe = self.recipe
@@ -151,10 +153,11 @@ class Run:
         )
 
     def _loader(self) -> Loader:
-        spec, recipe = self.engine.model.spec, self.recipe
-        return Loader(
-            recipe.data, spec.image.resolution, spec.text.context, recipe.seed, self.world.rank, self.world.size
-        )
+        """The stream at the model's resolution and context; it knows which samples are bad already."""
+        spec, recipe, world = self.engine.model.spec, self.recipe, self.world
+        loader = Loader(recipe.data, spec.image.resolution, spec.text.context, recipe.seed, world.rank, world.size)
+        loader.check_bad(_entries(world.objects(self.display.known_bad())[0]))
+        return loader
 
     def _remember(self, event: str, detail: dict[str, Any], **changes: Any) -> None:
         """Add to the lineage."""
@@ -170,7 +173,8 @@ class Run:
         if stage == self.state.stage:
             return
         if self.specs[stage] != self.engine.model.spec:
-            probe = self._inputs(next(iter(self.loader.batches(self.state.step))))
+            with contextlib.closing(self.loader.batches(self.state.step)) as batches:
+                probe = self._inputs(next(batches))
             self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe)
             self._remember("grow", growth.json())
             self.loader = self._loader()
@@ -182,7 +186,7 @@ class Run:
         end = self.ends[self.state.stage]
         if self.state.step >= end:
             return
-        with contextlib.closing(iter(self.loader.batches(self.state.step))) as batches:  # type: ignore[type-var]
+        with contextlib.closing(self.loader.batches(self.state.step)) as batches:
             while self.state.step < end:
                 begun = time.monotonic()
                 batch = next(batches)

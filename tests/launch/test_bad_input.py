@@ -165,7 +165,8 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
     """Room enough for the checks before a run and for its first commits; then somebody else fills the disk."""
     source, place = shard(tmp_path / "a.tar", good()), tmp_path / "small"
     place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "none", str(place)], check=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "none", str(place)], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
     where = [f"data.train=[{{source: {json.dumps(source)}}}]", "--out", str(tmp_path / "run")]
     often = ["stages=[{samples: 400}]", "checkpoint.every=4", f"checkpoint.to={place}/commits"]
     command = [sys.executable, "-P", "-m", "treering.launch", "train", "emoji", *TINY, *where, *often]

@@ -177,7 +177,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
     place = tmp_path / "small"
     place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "none", str(place)], check=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "none", str(place)], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
     try:
         commits = Commits(Store(str(place / "commits")))
         with pytest.raises(StoreError, match="it is full; free some space, keep fewer commits"):

@@ -1,4 +1,4 @@
-"""What an objective sees, and the list of those a recipe asks for."""
+"""What an objective is, and what it sees."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...models.model import ModelOutput
 from ..world import World
-from .config import ObjectivesConfig
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,3 @@ class Objective(Protocol):
     def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """This rank's share of the term's mean over the global batch, a scalar; `table` is the token table [v, d]."""
         ...
-
-
-def build_objectives(config: ObjectivesConfig) -> list[Objective]:
-    """The objectives of a recipe, in a fixed order."""
-    from .caption import Caption
-    from .contrastive import Contrastive
-
-    built: list[Objective] = []
-    if config.contrastive:
-        built.append(Contrastive(config.contrastive.weight))
-    if config.caption:
-        built.append(Caption(config.caption.weight))
-    return built

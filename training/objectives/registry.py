@@ -1,0 +1,18 @@
+"""From a recipe's `objectives:` block to the terms of the loss."""
+
+from __future__ import annotations
+
+from .base import Objective
+from .caption import Caption
+from .config import ObjectivesConfig
+from .contrastive import Contrastive
+
+
+def build_objectives(config: ObjectivesConfig) -> list[Objective]:
+    """The objectives of a recipe, in a fixed order."""
+    built: list[Objective] = []
+    if config.contrastive:
+        built.append(Contrastive(config.contrastive.weight))
+    if config.caption:
+        built.append(Caption(config.caption.weight))
+    return built
