@@ -27,6 +27,7 @@ def _one_rank(
     faulthandler.dump_traceback_later(limit, exit=True)  # a hang shows its stacks and ends
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
+
     from treering.training.world import World
 
     torch.set_num_threads(1)

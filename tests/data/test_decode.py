@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+
 from treering.data.config import AugmentConfig
 from treering.data.decode import captions_and_labels, centre_crop, decode_image, picture, random_crop, resized
 from treering.data.ledger import BadSample

@@ -16,6 +16,7 @@ from pathlib import Path
 import emoji
 import numpy as np
 import pytest
+
 from treering.data import Source, Tokenizer, held_out, open_source
 from treering.data.decode import decode_image
 from treering.data.text import clean

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from treering.data import (
     Batch,
     DataConfig,

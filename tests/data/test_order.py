@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from treering.data.order import Order, permuted, stable_hash, stream
 
 mixtures = st.lists(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
+
 from treering.data import DataError, open_source
 from treering.data.pack import pack
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from treering.data import open_source
 from treering.data.config import DataError
 from treering.data.files import find, shown_url

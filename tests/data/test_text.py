@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from treering.data.text import END, START, Tokenizer, clean
 
 OURS = Tokenizer()

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+
 from treering.launch.lines import read_yaml, write_scalar, write_yaml
 from treering.launch.recipes import RecipeError
 

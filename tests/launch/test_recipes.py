@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from treering.launch.errors import clean, show
 from treering.launch.lines import read_yaml, write_scalar
 from treering.launch.overrides import Override, apply_override, parse_override

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from treering.models.growth.depth import Depth
 from treering.models.growth.plan import plan_growth
 from treering.models.growth.rules import grown

@@ -2,6 +2,7 @@
 
 import pytest
 from pydantic import ValidationError
+
 from treering.models.growth.plan import changes, plan_growth
 from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from treering.data.source import open_source
 from treering.launch.recipes import read_recipe
 from treering.training import loop

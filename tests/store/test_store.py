@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.training.commits import Commits, DamagedCommit, find_commit
 from treering.training.state import RunState

@@ -14,6 +14,7 @@ import pytest
 from markdown import markdown
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from treering.training.board import Board
 
 HOSTILE = "a | b <script>alert(1)</script> **bold** [x](http://evil.example) `c`"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from treering.launch.recipes import read_recipe
 from treering.models.model import build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from treering.data.config import DataError
 from treering.data.loader import EvaluationSet
 from treering.models.model import build

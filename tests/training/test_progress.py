@@ -7,6 +7,7 @@ import os
 import threading
 
 import pytest
+
 from treering.training.progress import Progress
 
 

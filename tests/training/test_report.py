@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+
 from treering.training.report import history, readable, write_report
 from treering.training.report.charts import LineChart, Marker, Series, downsample, nice_ticks
 from treering.training.report.reading import read_run, without_credentials

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from treering.launch.recipes import read_recipe
 from treering.training import loop
 from treering.training.commits import Commits, find_commit
