@@ -160,17 +160,22 @@ def _launch(out: Path, processes: int) -> None:
 
 
 def _first_failure(error: Any) -> RunError:
-    """What the first process to fail left in its error file, or how it died."""
+    """What the first process to fail left in its error file, or how it died.
+
+    The agent ends the others by SIGTERM and counts them as failed in the same second, so time alone does not tell: what
+    a process said for itself comes first, and what the agent ended comes last.
+    """
     failures = []
     for rank, failure in error.failures.items():
         said = failure.error_file_data.get("message")
         if isinstance(said, dict) and "time" in said:
-            failures.append((said["time"], RunError(said["message"], said["code"])))
+            failures.append((0, said["time"], RunError(said["message"], said["code"])))
             continue
         died = f"process {rank} ended with exit code {failure.exitcode} and did not say why"
         if failure.exitcode < 0:
             died = f"process {rank} was killed by {failure.signal_name()}"
         if failure.exitcode == -signal.SIGKILL:
             died += "; if memory ran out, start fewer --processes or set a smaller data.batch"
-        failures.append((failure.timestamp, RunError(died, 1)))
-    return min(failures, key=lambda item: item[0])[1]
+        ended_by_agent = failure.exitcode == -signal.SIGTERM
+        failures.append((2 if ended_by_agent else 1, failure.timestamp, RunError(died, 1)))
+    return min(failures, key=lambda item: item[:2])[2]
