@@ -5,14 +5,15 @@ from __future__ import annotations
 from .base import Objective
 from .caption import Caption
 from .config import ObjectivesConfig
-from .contrastive import Contrastive
+from .contrastive import Contrastive, SigmoidContrastive
 
 
 def build_objectives(config: ObjectivesConfig) -> list[Objective]:
     """The objectives of a recipe, in a fixed order."""
     built: list[Objective] = []
     if config.contrastive:
-        built.append(Contrastive(config.contrastive.weight))
+        kind = {"softmax": Contrastive, "sigmoid": SigmoidContrastive}[config.contrastive.kind]
+        built.append(kind(config.contrastive.weight))
     if config.caption:
         built.append(Caption(config.caption.weight))
     return built
