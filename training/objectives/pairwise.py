@@ -102,11 +102,10 @@ class _Scores:
             for columns in cuts:
                 scores_rc = self.image_be[rows] @ block.text_be[columns].T
                 matched = block.rank == self.world.rank and rows == columns
-                for own_b, theirs_b in zip(self.ids_bg.unbind(1), block.ids_bg.unbind(1), strict=True):
-                    same_rc = own_b[rows, None] == theirs_b[columns]
-                    if matched:
-                        same_rc.fill_diagonal_(False)
-                    scores_rc.masked_fill_(same_rc, float("-inf"))
+                same_rc = _same(self.ids_bg[rows], block.ids_bg[columns])
+                if matched:
+                    same_rc.fill_diagonal_(False)
+                scores_rc.masked_fill_(same_rc, float("-inf"))
                 yield _Tile(block.rank, rows, columns, scores_rc, matched)
 
     def all_tiles(self) -> Iterator[_Tile]:
@@ -132,6 +131,14 @@ class _Scores:
         if arrived:
             arrived()
         return image_grad_be, text_grad_be
+
+
+def _same(ids_rg: Tensor, ids_cg: Tensor) -> Tensor:
+    """bool [r, c]: which pairs share an id of any kind."""
+    same_rc = torch.zeros(len(ids_rg), len(ids_cg), dtype=torch.bool, device=ids_rg.device)
+    for ids_r, ids_c in zip(ids_rg.unbind(1), ids_cg.unbind(1), strict=True):
+        same_rc |= ids_r[:, None] == ids_c
+    return same_rc
 
 
 class _Softmax(torch.autograd.Function):

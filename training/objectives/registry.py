@@ -12,8 +12,8 @@ def build_objectives(config: ObjectivesConfig) -> list[Objective]:
     """The objectives of a recipe, in a fixed order."""
     built: list[Objective] = []
     if config.contrastive:
-        kind = {"softmax": Contrastive, "sigmoid": SigmoidContrastive}[config.contrastive.kind]
-        built.append(kind(config.contrastive.weight))
+        weight = config.contrastive.weight
+        built.append(SigmoidContrastive(weight) if config.contrastive.kind == "sigmoid" else Contrastive(weight))
     if config.caption:
         built.append(Caption(config.caption.weight))
     return built
