@@ -50,7 +50,7 @@ def parameters(spec: ModelSpec) -> int:
         return depth * block + norms
 
     image, text = spec.image, spec.text
-    total = blocks(image, image.depth) + blocks(text, text.depth) + 1
+    total = blocks(image, image.depth) + blocks(text, text.depth) + 1 + spec.logit_bias
     total += image.width * (3 * image.patch**2 + 1 + image.grid**2) + text.width * (text.vocabulary + text.context)
     total += spec.embed_dim * (image.width + text.width)
     return total + (blocks(text, spec.caption.depth, image.width) if spec.caption else 0)

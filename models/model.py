@@ -26,6 +26,8 @@ class ModelOutput(NamedTuple):
     text: TowerOutput
     scale: Tensor
     """[1]: multiplies cosine similarities"""
+    bias: Tensor | None
+    """[1]: added to scaled similarities by a sigmoid loss, or None if the model has none"""
     caption: Tensor | None
     """[t, d] states of the captioner in the text layout, or None without one"""
 
@@ -44,6 +46,7 @@ class Model(nn.Module):
         self.captioner = Captioner(spec) if spec.caption else None
         # Shape [1]: sharded engines refuse 0-dimensional parameters.
         self.logit_scale = nn.Parameter(torch.empty(1))
+        self.logit_bias = nn.Parameter(torch.empty(1)) if spec.logit_bias else None
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
@@ -63,7 +66,7 @@ class Model(nn.Module):
         """Both towers, and the captioner if there is one."""
         image, text = self.embed_images(images), self.embed_texts(tokens_t, lengths_b)
         caption = self.captioner(image, text) if self.captioner is not None else None
-        return ModelOutput(image, text, self.scale(), caption)
+        return ModelOutput(image, text, self.scale(), self.logit_bias, caption)
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -83,7 +86,10 @@ def initialise(model: Model, seed: int) -> None:
     writes["captioner"] = 3 * spec.caption.depth if spec.caption else 1
     for name, parameter in model.named_parameters():
         if name == "logit_scale":
-            parameter.fill_(math.log(1 / 0.07))
+            parameter.fill_(math.log(10.0 if spec.logit_bias else 1 / 0.07))
+        elif name == "logit_bias":
+            # Scale and bias start as in SigLIP (arXiv 2303.15343): nearly all pairs are negatives, and taken for such.
+            parameter.fill_(-10.0)
         elif parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         else:

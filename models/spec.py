@@ -7,7 +7,7 @@ A spec holds no tensors and no behaviour beyond checking itself; `treering.model
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -91,6 +91,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     image: ImageSpec
     text: TextSpec
     caption: CaptionSpec | None = Field(None, description="leave out for a pure dual encoder")
+    logit_bias: bool = Field(False, description="learn a bias on similarities, as the sigmoid loss needs")
 
     def grown(self, targets: Mapping[str, int | float]) -> ModelSpec:
         """The spec with dotted fields set, as in `{"image.depth": 8}`.
@@ -103,7 +104,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
             for part in parts[:-1]:
                 branch = branch.get(part) or {}
             current = branch.get(parts[-1]) if isinstance(branch, dict) else None
-            if not isinstance(current, int | float):
+            if not _is_size(current):
                 raise SpecError(f"grow: {path} = {value}: the model has no such size; it has {', '.join(self.sizes())}")
             if value < current:
                 raise SpecError(
@@ -126,8 +127,13 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
             for key, value in tree.items():
                 if isinstance(value, Mapping):
                     walk(f"{prefix}{key}.", value)
-                elif isinstance(value, int | float):
+                elif _is_size(value):
                     flat[prefix + key] = value
 
         walk("", self.model_dump())
         return flat
+
+
+def _is_size(value: Any) -> TypeGuard[int | float]:
+    """Whether a value of a spec is a number that can grow; Python counts True and False as numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -67,6 +67,21 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("eval.data is missing: name the shards to evaluate on, or set eval.suites to []")
         return self
 
+    @model_validator(mode="after")
+    def _bias_goes_with_the_sigmoid(self) -> Self:
+        sigmoid = self.objectives.contrastive is not None and self.objectives.contrastive.kind == "sigmoid"
+        if sigmoid and not self.model.logit_bias:
+            raise ValueError(
+                "objectives.contrastive.kind = sigmoid needs a learned bias; add `logit_bias: true` to model, "
+                "or set kind: softmax"
+            )
+        if self.model.logit_bias and not sigmoid:
+            raise ValueError(
+                "model.logit_bias is never trained, a softmax does not see it; "
+                "set objectives.contrastive.kind: sigmoid, or drop model.logit_bias"
+            )
+        return self
+
     def specs(self) -> list[ModelSpec]:
         """The model's spec in each stage. Raises SpecError if a stage asks for a growth that cannot be."""
         specs, spec = [], self.model

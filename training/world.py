@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -74,6 +75,46 @@ class World:
         total = value.detach().clone()
         dist.all_reduce(total)
         return total
+
+    def max(self, value: Tensor) -> Tensor:
+        """Elementwise largest over ranks; not differentiable."""
+        if self.size == 1:
+            return value
+        largest = value.detach().clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest
+
+    def each(self, own: Tensor) -> Iterator[Tensor]:
+        """Every rank's `own` in rank order, the next on its way while the caller works on one; not differentiable.
+
+        Takes the memory of a few of them, however many ranks there are. All ranks go through to the end together.
+        """
+        if self.size == 1:
+            yield own
+            return
+        own = own.detach().contiguous()
+
+        def send(rank: int) -> tuple[Tensor, dist.Work]:
+            part = own if rank == self.rank else torch.empty_like(own)
+            return part, dist.broadcast(part, rank, async_op=True)
+
+        coming = send(0)
+        for rank in range(self.size):
+            part, work = coming
+            if rank + 1 < self.size:
+                coming = send(rank + 1)
+            work.wait()
+            yield part
+
+    def sum_to(self, rank: int, value: Tensor) -> Callable[[], object]:
+        """Begin to add every rank's `value` up in that of rank `rank`, in place; calling the answer waits for it.
+
+        The other ranks' `value` is scratch from then on.
+        """
+        if self.size == 1:
+            return lambda: None
+        work: dist.Work = dist.reduce(value, rank, async_op=True)
+        return work.wait
 
     def any(self, *flags: bool) -> list[bool]:
         """Which flags are up on at least one rank. On the CPU, so it never waits for the device."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
 
 class ContrastiveConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """Symmetric softmax over all pairs of the global batch (InfoNCE)."""
+    """Which picture belongs to which caption, over all pairs of the global batch."""
 
+    kind: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="softmax: InfoNCE both ways; sigmoid: SigLIP, needs model.logit_bias"
+    )
     weight: float = Field(1.0, ge=0)
 
 

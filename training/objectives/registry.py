@@ -5,14 +5,15 @@ from __future__ import annotations
 from .base import Objective
 from .caption import Caption
 from .config import ObjectivesConfig
-from .contrastive import Contrastive
+from .contrastive import Contrastive, SigmoidContrastive
 
 
 def build_objectives(config: ObjectivesConfig) -> list[Objective]:
     """The objectives of a recipe, in a fixed order."""
     built: list[Objective] = []
     if config.contrastive:
-        built.append(Contrastive(config.contrastive.weight))
+        weight = config.contrastive.weight
+        built.append(SigmoidContrastive(weight) if config.contrastive.kind == "sigmoid" else Contrastive(weight))
     if config.caption:
         built.append(Caption(config.caption.weight))
     return built
