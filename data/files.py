@@ -129,7 +129,8 @@ def _reading(url: str) -> tuple[Any, str]:
     if not url.startswith(("s3://", "s3a://")):
         return filesystem(url)
     theirs = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-    system, path = fsspec.core.url_to_fs(url, config_kwargs={**theirs, "retries": {"max_attempts": 0}})
+    ours = {**theirs, "retries": {"max_attempts": 0}}
+    system, path = fsspec.core.url_to_fs(url, config_kwargs=ours, use_listings_cache=False)
     system.retries = 1
     _OPENED[id(system)] = system
     return system, path

@@ -27,7 +27,7 @@ _TRANSIENT_TYPES = frozenset((
     "TimeoutError", "ConnectionError", "HTTPClientError", "IncompleteRead", "IncompleteReadError",
     "ResponseParserError", "ClientConnectionError", "ClientPayloadError",
 ))  # fmt: skip
-_PERMANENT_TYPES = frozenset(("SSLError", "ClientSSLError", "SSLCertVerificationError", "ProxyConnectionError"))
+_PERMANENT_TYPES = frozenset(("SSLError", "ClientSSLError", "SSLCertVerificationError"))
 
 
 def persist(

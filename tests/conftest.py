@@ -96,7 +96,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
     """A URL of its own for the test, with the credentials in the environment, as a user has them."""
     import s3fs
 
@@ -105,4 +105,5 @@ def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    return f"{s3_server.url}/{abs(hash(request.node.nodeid))}"
+    yield f"{s3_server.url}/{abs(hash(request.node.nodeid))}"
+    s3fs.S3FileSystem.clear_instance_cache()  # an open client would serve later tests with these credentials

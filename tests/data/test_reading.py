@@ -145,10 +145,12 @@ def test_a_store_that_stays_away_is_given_up(
 
 def test_a_shard_written_anew_is_not_mixed_with_the_old_one(s3: str, s3_server: Server, uploaded: str) -> None:
     put(s3_server, f"{s3}/one", b"a" * 1000)
-    (shard,) = find(f"{s3}/one")
+    (shard,) = find(f"{s3}/on*")
     put(s3_server, f"{s3}/one", b"b" * 1000)
     with pytest.raises(DataError, match="changed while it was read"):
         read_range(shard, 0, 10)
+    (shard,) = find(f"{s3}/on*")
+    assert read_range(shard, 0, 3) == b"bbb"
 
 
 def test_a_web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
