@@ -1,6 +1,7 @@
 """What is streamed: tar shards of pictures and captions, as batches in an exact order.
 
-The way of a sample: `source` (shards, `shards` indexes them, `files` reads them) -> `Record` -> `decode`, `text` ->
+The way of a sample: `source` (shards, `shards` indexes them, `files` reads them, `retries` and
+`blocks` stand between them and a store) -> `Record` -> `decode`, `text` ->
 `Sample` -> `loader`, in the order of `order` -> `Batch`. `pack` makes shards, `emoji` is the built-in data set,
 `ledger` records what could not be used. Names are imported on first use: a recipe is checked without waiting for
 decoders.
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import AugmentConfig as AugmentConfig
+    from .config import CacheConfig as CacheConfig
     from .config import DataConfig as DataConfig
     from .config import DataError as DataError
     from .config import SourceConfig as SourceConfig
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from .text import Tokenizer as Tokenizer
 
 _MODULES = {
-    "config": ("AugmentConfig", "DataConfig", "DataError", "SourceConfig"),
+    "config": ("AugmentConfig", "CacheConfig", "DataConfig", "DataError", "SourceConfig"),
     "ledger": ("LedgerEntry",),
     "loader": ("EvaluationSet", "Loader"),
     "order": ("Order", "stream"),

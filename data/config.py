@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(MB|GB|TB)")
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class DataError(ValueError):
@@ -42,6 +46,27 @@ class AugmentConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return self
 
 
+class CacheConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """What a node keeps of remote shards in its cache folder ($TREERING_CACHE); local ones are read where they lie."""
+
+    limit: str | None = Field(
+        "50GB", description="500MB, 50GB, 1TB, or null for none; sources that do not fit are read sample by sample"
+    )
+
+    @field_validator("limit")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        if value is not None and not _SIZE.fullmatch(value):
+            raise ValueError(f"{value!r} is no size; write one such as 500MB, 50GB or 1TB, or null for no cache")
+        return value
+
+    @property
+    def bytes(self) -> int:
+        """The limit in bytes, 0 for no cache."""
+        match = _SIZE.fullmatch(self.limit or "")
+        return int(float(match[1]) * _UNITS[match[2]]) if match else 0
+
+
 class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The stream of training samples."""
 
@@ -52,3 +77,4 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         0.01, ge=0, lt=1, description="share of a source that may be unusable before the run stops"
     )
     augment: AugmentConfig = AugmentConfig()
+    cache: CacheConfig = CacheConfig()

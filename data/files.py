@@ -1,24 +1,34 @@
 """Where bytes come from: local paths and stores (fsspec), and the cache folder.
 
+What is read from a store is one ranged request, received piece by piece: a failure that passes (retries.py) costs the
+bytes that had not yet come, for the next request goes on behind the last one that had.
+
 File systems are opened where they are used: fsspec keeps its instances per process, so nothing crosses a fork.
 What a store refuses becomes a DataError with the remedy; its own words are not echoed, for they may hold secrets.
 """
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
+import fsspec.config
 import fsspec.core
 
 from .config import DataError
+from .retries import http_status, persist, reason
 
 _GLOB = frozenset("*?[")
+_LOCAL = frozenset(("file", "local", "memory"))
+_AHEAD = 8 << 20  # bytes that a walk over a remote shard asks for at a time
+_CHUNK = 1 << 18  # bytes taken at a time from an answer
+_START_SECONDS = 20.0  # a store that does not answer at all is more often misspelt than restarting
 # What a process opened stays alive in its forked children: collected there, it would close the parent's connections.
 _OPENED: dict[int, Any] = {}
 
@@ -53,25 +63,45 @@ def cache_folder(name: str) -> Path:
     return folder
 
 
+Reader = Callable[[ShardInfo, int, int], bytes]  # the bytes [start, end) of a shard
+
+
+def is_remote(url: str) -> bool:
+    """Whether reading goes over the network."""
+    protocol, separator, _ = url.partition("://")
+    return bool(separator) and protocol not in _LOCAL
+
+
 def find(url: str) -> list[ShardInfo]:
     """The files a URL without braces stands for. DataError if there is none, or the store does not answer."""
     with readable_errors(url):
-        system, path = filesystem(url)
+        system, path = _reading(url)
         if _GLOB & set(path):
-            matches = list(system.glob(path, detail=True).values())
-        elif not system.exists(path):
-            matches = []
-        elif system.isdir(path):
-            raise DataError(
-                f"{shown_url(url)} is a folder; name the tar files in it, as in {shown_url(url).rstrip('/')}/*.tar"
+            matches = list(
+                persist(shown_url(url), lambda: system.glob(path, detail=True), seconds=_START_SECONDS).values()
             )
         else:
-            matches = [system.info(path)]
+            match = persist(shown_url(url), lambda: _info(system, path), seconds=_START_SECONDS)
+            matches = [match] if match else []
+            if match and match["type"] == "directory":
+                raise DataError(
+                    f"{shown_url(url)} is a folder; name the tar files in it, as in {shown_url(url).rstrip('/')}/*.tar"
+                )
         files = [match for match in matches if match["type"] == "file"]
         if not files:
             where = "the bucket and the names in it" if "://" in url else "the path"
             raise DataError(f"no shards match {shown_url(url)}: nothing is there; check {where}")
         return [ShardInfo(_with_protocol(url, m["name"]), int(m["size"]), _stamp(m)) for m in files]
+
+
+def _info(system: Any, path: str) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = system.info(path)
+        return found
+    except FileNotFoundError as error:
+        if http_status(error) not in (None, 404, 410):  # of http: any failure, under this name
+            raise
+        return None
 
 
 def _with_protocol(url: str, name: str) -> str:
@@ -80,7 +110,7 @@ def _with_protocol(url: str, name: str) -> str:
 
 
 def _stamp(info: dict[str, Any]) -> str:
-    for field in ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated"):
+    for field in ("ETag", "etag", "mtime", "LastModified", "Last-Modified", "last_modified", "updated"):
         if info.get(field) is not None:
             return str(info[field])
     return ""
@@ -93,28 +123,138 @@ def filesystem(url: str) -> tuple[Any, str]:
     return system, path
 
 
-@contextmanager
-def open_shard(shard: ShardInfo) -> Iterator[BinaryIO]:
-    """The shard as a seekable file."""
+def _reading(url: str) -> tuple[Any, str]:
+    """The same for reading alone. S3 clients try again by themselves, in two layers; here they leave it to `persist`,
+    which knows how far a range came."""
+    if not url.startswith(("s3://", "s3a://")):
+        return filesystem(url)
+    theirs = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    ours = {**theirs, "retries": {"max_attempts": 0}}
+    system, path = fsspec.core.url_to_fs(url, config_kwargs=ours, use_listings_cache=False)
+    system.retries = 1
+    _OPENED[id(system)] = system
+    return system, path
+
+
+def read_range(shard: ShardInfo, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a shard. DataError where they are not there, or the shard is another one by now."""
     with readable_errors(shard.url):
+        data = _received(shard, start, end) if "://" in shard.url else _read_local(shard.url, start, end)
+    if len(data) != end - start:
+        raise _changed(shard, start, end)
+    return data
+
+
+def _changed(shard: ShardInfo, start: int, end: int) -> DataError:
+    return DataError(
+        f"{shown_url(shard.url)} changed while it was read: bytes {start} to {end} are not all there; start again"
+    )
+
+
+def _received(shard: ShardInfo, start: int, end: int) -> bytes:
+    """What a store sends of [start, end), less than that if the shard ends before."""
+    received = bytearray()
+    reached = -1
+    while reached < len(received) < end - start:
+        reached = len(received)
+        try:
+            persist(shown_url(shard.url), lambda: _receive(shard, start, end, received), lambda: len(received))
+        except DataError:
+            raise
+        except Exception as error:
+            if http_status(error) in (412, 416):
+                raise _changed(shard, start, end) from None
+            raise
+    return bytes(received)
+
+
+def _receive(shard: ShardInfo, start: int, end: int, received: bytearray) -> None:
+    """One request for what of [start, end) is not yet in `received`; appends what comes, also if it then fails."""
+    from fsspec.asyn import sync
+
+    system, path = _reading(shard.url)
+    at = start + len(received)
+    protocols = (system.protocol,) if isinstance(system.protocol, str) else system.protocol
+    if "s3" in protocols:
+        sync(system.loop, _receive_s3, system, path, shard, at, end, received)
+    elif "https" in protocols:
+        sync(system.loop, _receive_http, system, path, at, end, received)
+    else:
+        received += system.cat_file(path, start=at, end=end)
+
+
+async def _receive_s3(system: Any, path: str, shard: ShardInfo, start: int, end: int, received: bytearray) -> None:
+    bucket, key, version = system.split_path(path)
+    options = {"VersionId": version} if version else {}
+    if shard.stamp.startswith('"'):  # an etag: a shard written anew must not be mixed with the old one
+        options["IfMatch"] = shard.stamp
+    answer = await system._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **options)
+    body = answer["Body"]
+    try:
+        _check_range("ContentRange" in answer, shard.url)
+        while chunk := await body.read(_CHUNK):
+            received += chunk
+    finally:
+        body.close()
+
+
+async def _receive_http(system: Any, path: str, start: int, end: int, received: bytearray) -> None:
+    options = dict(system.kwargs)
+    options["headers"] = {**options.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
+    session = await system.set_session()
+    async with session.get(system.encode_url(path), **options) as answer:
+        if answer.status in (401, 403):
+            raise PermissionError
+        system._raise_not_found_for_status(answer, path)
+        _check_range(answer.status == 206, path)
+        async for chunk in answer.content.iter_chunked(_CHUNK):
+            received += chunk
+
+
+def _check_range(is_range: bool, url: str) -> None:
+    if not is_range:
+        raise DataError(f"{shown_url(url)}: the server does not send parts of files; copy the shards elsewhere")
+
+
+@contextmanager
+def open_shard(shard: ShardInfo, read: Reader = read_range) -> Iterator[BinaryIO]:
+    """The shard as a seekable file; a remote one is asked for in large ranges through `read`."""
+    with readable_errors(shard.url):
+        if is_remote(shard.url):
+            yield cast(BinaryIO, io.BufferedReader(_Ranges(shard, read), _AHEAD))
+            return
         system, path = filesystem(shard.url)
         with system.open(path, "rb") as file:
             yield cast(BinaryIO, file)
 
 
-def read_range(url: str, start: int, end: int) -> bytes:
-    """Bytes [start, end) of a file. DataError where they are not there."""
-    with readable_errors(url):
-        if "://" not in url:
-            data = _read_local(url, start, end)
-        else:
-            system, path = filesystem(url)
-            data = system.cat_file(path, start=start, end=end)
-    if len(data) != end - start:
-        raise DataError(
-            f"{shown_url(url)} changed while it was read: bytes {start} to {end} are not all there; start again"
-        )
-    return data
+class _Ranges(io.RawIOBase):
+    """A shard as an unbuffered file."""
+
+    def __init__(self, shard: ShardInfo, read: Reader) -> None:
+        self._shard, self._read, self._position = shard, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._shard.size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._shard.size)
+        if end <= self._position:
+            return 0
+        data = self._read(self._shard, self._position, end)
+        buffer[: len(data)] = data
+        self._position = end
+        return len(data)
 
 
 def _read_local(path: str, start: int, end: int) -> bytes:
@@ -155,6 +295,7 @@ def readable_errors(url: str) -> Iterator[None]:
             "aiohttp",
             "aiobotocore",
         ):
-            reason = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
-            raise DataError(f"cannot read {name}: {reason}; check that the store is reachable and try again") from None
+            raise DataError(
+                f"cannot read {name}: {reason(error)}; check that the store is reachable and try again"
+            ) from None
         raise

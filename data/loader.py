@@ -13,7 +13,8 @@ from collections.abc import Generator, Iterator, Sequence
 from math import floor
 from typing import TYPE_CHECKING, Any
 
-from .config import DataConfig, DataError
+from .blocks import BlockCache
+from .config import CacheConfig, DataConfig, DataError
 from .decode import captions_and_labels, centre_crop, picture, random_crop
 from .files import shown_url
 from .ledger import BadSample, LedgerEntry, reasons_table
@@ -39,7 +40,8 @@ class Loader:
         """Opens the sources. Pictures come at `resolution` pixels, captions at most `context` tokens long."""
         assert config.batch % world == 0, "the recipe checks this"
         self.config, self.rank, self.world = config, rank, world
-        self.sources = [open_source(each.source) for each in config.train]
+        cache = BlockCache(config.cache.bytes)
+        self.sources = [open_source(each.source, cache) for each in config.train]
         lengths = [len(source) for source in self.sources]
         self.order = Order(seed, lengths, [each.weight for each in config.train], config.batch)
         self._items = _Items(self.sources, self.order, config, resolution, context)
@@ -165,9 +167,9 @@ class _Items:
 class EvaluationSet:
     """A source read in index order and without chance: centre crops and first captions."""
 
-    def __init__(self, url: str, resolution: int, context: int) -> None:
+    def __init__(self, url: str, resolution: int, context: int, cache: CacheConfig | None = None) -> None:
         """Opens the source; raises DataError if it cannot be read."""
-        self.source, self.tokenizer = open_source(url), Tokenizer()
+        self.source, self.tokenizer = open_source(url, BlockCache((cache or CacheConfig()).bytes)), Tokenizer()
         self.resolution, self.context = resolution, context
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .config import DataError
-from .files import ShardInfo, cache_folder, find, open_shard, shown_url
+from .files import Reader, ShardInfo, cache_folder, find, open_shard, read_range, shown_url
 from .ledger import shown
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
@@ -37,10 +37,19 @@ _NEVER_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYP
 class ShardIndex:
     """Where the samples of one shard lie: samples[i] = {kind: (offset, size)} in bytes, for the key keys[i]."""
 
-    url: str
-    size: int  # bytes of the shard
+    shard: ShardInfo
     keys: list[str]
     samples: list[dict[str, tuple[int, int]]]
+
+    @property
+    def url(self) -> str:
+        """Where the shard lies."""
+        return self.shard.url
+
+    @property
+    def size(self) -> int:
+        """Bytes of the shard."""
+        return self.shard.size
 
 
 def expand(url: str) -> list[ShardInfo]:
@@ -71,17 +80,18 @@ def expand_braces(url: str) -> list[str]:
     return ["".join(combination) for combination in product(*choices)]
 
 
-def index_shard(shard: ShardInfo) -> ShardIndex:
-    """The index of a shard, from the cache folder if it is there. Raises DataError if the shard is damaged."""
+def index_shard(shard: ShardInfo, read: Reader = read_range) -> ShardIndex:
+    """The index of a shard, from the cache folder if it is there, else from the shard through `read`. Raises DataError
+    if the shard is damaged."""
     name = sha256(json.dumps([_INDEX_FORMAT, *asdict(shard).values()]).encode()).hexdigest()
     cached = cache_folder("index") / f"{name}.json"
     try:
         stored = json.loads(cached.read_text(encoding="ascii"))
         samples = [{kind: (offset, size) for kind, (offset, size) in sample.items()} for sample in stored["samples"]]
-        return ShardIndex(shard.url, shard.size, stored["keys"], samples)
+        return ShardIndex(shard, stored["keys"], samples)
     except (OSError, ValueError, KeyError):  # none yet, or damaged: made anew
         pass
-    index = _walked(shard)
+    index = _walked(shard, read)
     write_whole(cached, json.dumps({"keys": index.keys, "samples": index.samples}))
     return index
 
@@ -99,9 +109,9 @@ def write_whole(path: Path, text: str) -> None:
         ) from None
 
 
-def _walked(shard: ShardInfo) -> ShardIndex:
+def _walked(shard: ShardInfo, read: Reader) -> ShardIndex:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    with open_shard(shard) as file:
+    with open_shard(shard, read) as file:
         for name, offset, size in tar_members(file, shard):
             key, kind = split_name(name)
             if kind is None:
@@ -114,7 +124,7 @@ def _walked(shard: ShardInfo) -> ShardIndex:
                     f"rename one of them and pack the shard again"
                 )
             members[kind] = (offset, size)
-    return ShardIndex(shard.url, shard.size, list(samples), list(samples.values()))
+    return ShardIndex(shard, list(samples), list(samples.values()))
 
 
 def split_name(name: str) -> tuple[str, str | None]:

@@ -1,7 +1,8 @@
 """A source: one collection of shards, opened by URL, whose samples have numbers 0 .. len - 1.
 
 Samples are numbered by shard (sorted by URL), then in the order of the tar. All of a source's index is in memory;
-the bytes of a sample are read when it is asked for, one range a sample.
+the bytes of a sample are read when it is asked for, one range a sample, through the node's cache where it has room for
+the source (blocks.py).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
 
+from .blocks import BlockCache
 from .config import DataError
-from .files import read_range, shown_url
+from .files import Reader, ShardInfo, read_range, shown_url
 from .ledger import shown
 from .record import Record
 from .shards import IMAGE_KINDS, ShardIndex, expand, index_shard
@@ -24,8 +26,8 @@ _GAP = 1 << 16  # bytes between two members that are cheaper read than skipped
 class Source:
     """The samples of a URL. Reading is safe in any process and thread."""
 
-    def __init__(self, url: str, shards: list[ShardIndex]) -> None:
-        self.url = url
+    def __init__(self, url: str, shards: list[ShardIndex], read: Reader = read_range) -> None:
+        self.url, self._read = url, read
         self._shards = shards
         self._ends = list(accumulate(len(shard.keys) for shard in shards))
 
@@ -36,7 +38,7 @@ class Source:
         """The raw members of sample `number`: picture, caption and metadata. DataError if the shard is gone."""
         shard, i = self._place(number)
         places = {kind: place for kind, place in shard.samples[i].items() if kind in _READ_KINDS}
-        return Record(shard.keys[i], shard.url, self.offset(number), _read(shard.url, places))
+        return Record(shard.keys[i], shard.url, self.offset(number), _members(self._read, shard.shard, places))
 
     def key(self, number: int) -> str:
         """The key of sample `number`; nothing is read."""
@@ -59,27 +61,29 @@ class Source:
         return self._shards[shard], number - (self._ends[shard - 1] if shard else 0)
 
 
-def _read(url: str, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+def _members(read: Reader, shard: ShardInfo, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
     """The members at `places`, by one read where they lie close together, as those of one sample do."""
     if not places:
         return {}
     start = min(offset for offset, _ in places.values())
     end = max(offset + size for offset, size in places.values())
     if end - start > sum(size for _, size in places.values()) + _GAP:
-        return {kind: read_range(url, offset, offset + size) for kind, (offset, size) in places.items()}
-    span = read_range(url, start, end)
+        return {kind: read(shard, offset, offset + size) for kind, (offset, size) in places.items()}
+    span = read(shard, start, end)
     return {kind: span[offset - start : offset - start + size] for kind, (offset, size) in places.items()}
 
 
-def open_source(url: str) -> Source:
-    """Opens `samples://NAME` or a glob/brace URL of tar shards; raises DataError if it holds no usable sample."""
-    pattern = _samples(url) if url.startswith("samples://") else url
-    shards = [index_shard(shard) for shard in expand(pattern)]
+def open_source(url: str, cache: BlockCache | None = None) -> Source:
+    """Opens `samples://NAME` or a glob/brace URL of tar shards, read through `cache` if they are remote and it has room
+    for them; raises DataError if it holds no usable sample."""
+    found = expand(_samples(url) if url.startswith("samples://") else url)
+    read = cache.reader(found) if cache else read_range
+    shards = [index_shard(shard, read) for shard in found]
     _check_keys(shards)
     usable = sum(_is_usable(sample) for shard in shards for sample in shard.samples)
     if not usable:
         raise DataError(_nothing_usable(url, shards))
-    return Source(url, [shard for shard in shards if shard.keys])
+    return Source(url, [shard for shard in shards if shard.keys], read)
 
 
 def _check_keys(shards: list[ShardIndex]) -> None:

@@ -82,13 +82,15 @@ def _check_disk(recipe: Recipe, out: Path) -> None:
 
 def _check_sources(recipe: Recipe) -> None:
     """Open every source once, which resolves and indexes its shards (and packs samples:// ones)."""
+    from ..data.blocks import BlockCache
     from ..data.source import open_source
 
+    cache = BlockCache(recipe.data.cache.bytes)
     urls = [source.source for source in recipe.data.train]
     if recipe.eval.suites:
         urls.append(recipe.evaluation_source)
     for url in dict.fromkeys(urls):
-        open_source(url)
+        open_source(url, cache)
 
 
 def _check_store(recipe: Recipe, out: Path) -> None:

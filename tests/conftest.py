@@ -1,4 +1,5 @@
-"""What tests of every package share: running a function on several gloo ranks, with a hang turned into a failure."""
+"""What tests of every package share: running a function on several gloo ranks, with a hang turned into a failure, and
+a real S3 server."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from treering.tests.s3_server import KEY, SECRET, Server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -81,3 +83,28 @@ def on_ranks() -> Callable[..., list[Any]]:
                     process.kill()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("weed"))
+    server.start()
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A URL of its own for the test, with the credentials in the environment, as a user has them."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    yield f"{s3_server.url}/{abs(hash(request.node.nodeid))}"
+    s3fs.S3FileSystem.clear_instance_cache()  # an open client would serve later tests with these credentials

@@ -275,7 +275,8 @@ class Run:
 
     def _evaluate(self) -> None:
         begun = time.monotonic()
-        found = evaluate(self.engine.model, self.recipe.eval, self.recipe.evaluation_source, self.world)
+        recipe = self.recipe
+        found = evaluate(self.engine.model, recipe.eval, recipe.evaluation_source, self.world, recipe.data.cache)
         self.scores, self.chance = found.scores, found.chance
         self.display.evaluation(self.state, found, time.monotonic() - begun)
         self._log_time += time.monotonic() - begun  # not training time

@@ -17,7 +17,7 @@ from .store import StoreError
 
 CONTINUES = ("seed", "data", "model", "objectives", "stages", "optimizer", "schedule")
 """blocks of the recipe that decide what is computed; the others may change at a resume"""
-_FREE = {"data.workers", "data.bad_samples"}
+_FREE = {"data.workers", "data.bad_samples", "data.cache.limit"}
 
 
 def newest_intact(commits: Commits, warn: Callable[[str], None]) -> tuple[Commit, dict[str, Tensor]] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...data.config import DataError
+from ...data.config import CacheConfig, DataError
 from ...data.loader import EvaluationSet
 from ...data.record import Sample
 from ...data.text import Tokenizer
@@ -42,12 +42,13 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(model: Model, config: EvalConfig, url: str, world: World) -> Evaluation:
-    """Run the configured suites on the shards at `url`; every rank takes part and gets the same result.
+def evaluate(model: Model, config: EvalConfig, url: str, world: World, cache: CacheConfig | None = None) -> Evaluation:
+    """Run the configured suites on the shards at `url`, read through `cache`; every rank takes part and gets the same
+    result.
 
     Raises DataError if the shards cannot be read, or carry no labels for a zero-shot suite.
     """
-    samples = EvaluationSet(url, model.spec.image.resolution, model.spec.text.context)
+    samples = EvaluationSet(url, model.spec.image.resolution, model.spec.text.context, cache)
     data = embed(model, samples, config.batch, world)
     if not data.numbers:
         raise DataError(f"none of the {len(samples)} samples of {url} can be used: {data.bad[0]['reason']}")
