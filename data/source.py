@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import accumulate
 
 from .config import DataError
-from .files import read_range, shown_url
+from .files import ShardInfo, read_range, shown_url
 from .ledger import shown
 from .record import Record
 from .shards import IMAGE_KINDS, ShardIndex, expand, index_shard
@@ -31,6 +31,11 @@ class Source:
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """The bytes of each shard that holds samples."""
+        return [shard.size for shard in self._shards]
 
     def record(self, number: int) -> Record:
         """The raw members of sample `number`: picture, caption and metadata. DataError if the shard is gone."""
@@ -73,13 +78,17 @@ def _read(url: str, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
 
 def open_source(url: str) -> Source:
     """Opens `samples://NAME` or a glob/brace URL of tar shards; raises DataError if it holds no usable sample."""
-    pattern = _samples(url) if url.startswith("samples://") else url
-    shards = [index_shard(shard) for shard in expand(pattern)]
+    shards = [index_shard(shard) for shard in shards_of(url)]
     _check_keys(shards)
     usable = sum(_is_usable(sample) for shard in shards for sample in shard.samples)
     if not usable:
         raise DataError(_nothing_usable(url, shards))
     return Source(url, [shard for shard in shards if shard.keys])
+
+
+def shards_of(url: str) -> list[ShardInfo]:
+    """The shards behind `samples://NAME` or a glob/brace URL, sorted. DataError if there is none."""
+    return expand(_samples(url) if url.startswith("samples://") else url)
 
 
 def _check_keys(shards: list[ShardIndex]) -> None:
