@@ -20,7 +20,8 @@ from .config import DataError
 from .files import ShardInfo
 from .shards import ShardIndex, index_shard
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 Told = Callable[[int, int], None]
 """told(done, total), after each piece of work"""
 
