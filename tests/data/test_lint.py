@@ -200,6 +200,7 @@ def test_index_goes_on_where_it_was_cut_off(
 def test_sweep_keeps_the_order(workers: int) -> None:
     told: list[tuple[int, int]] = []
     assert list(sweep(lambda n: (n * n, os.getpid()), range(0), workers)) == []
+    assert list(sweep(abs, range(-300, 0), workers)) == [*range(300, 0, -1)]  # more than is handed out ahead
     numbers = [*range(100), 3, 3]
     results = list(sweep_samples(lambda n: (n * n, os.getpid()), numbers, workers, lambda *count: told.append(count)))
     assert [square for square, _ in results] == [n * n for n in numbers]
