@@ -5,7 +5,7 @@ The way of a sample: `source` (shards, `shards` indexes them, `files` reads them
 `ledger` records what could not be used. Names are imported on first use: a recipe is checked without waiting for
 decoders.
 
-`lint` and `inspect` look into a source before a run does, in parallel (`sweep`); `sheet` is the page that shows samples.
+`lint` and `inspect` look into a source before a run does, in parallel (`sweep`); `sheet` is the page of samples.
 """
 
 from __future__ import annotations

@@ -122,7 +122,14 @@ def walk(shard: ShardInfo) -> tuple[ShardIndex, list[str]]:
                 )
     except DataError as error:
         faults.append(str(error))
+        if samples and not is_usable(samples[last := next(reversed(samples))]):
+            del samples[last]  # the rest of it lies beyond the damage
     return ShardIndex(shard.url, shard.size, list(samples), list(samples.values())), faults
+
+
+def is_usable(sample: dict[str, tuple[int, int]]) -> bool:
+    """Whether a sample has a picture and something that may hold a caption."""
+    return any(kind in sample for kind in IMAGE_KINDS) and ("txt" in sample or "json" in sample)
 
 
 def split_name(name: str) -> tuple[str, str | None]:

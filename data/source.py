@@ -15,7 +15,7 @@ from .config import DataError
 from .files import ShardInfo, read_range, shown_url
 from .ledger import shown
 from .record import Record
-from .shards import IMAGE_KINDS, ShardIndex, expand, index_shard
+from .shards import IMAGE_KINDS, ShardIndex, expand, index_shard, is_usable
 
 _READ_KINDS = frozenset((*IMAGE_KINDS, "txt", "json"))
 _GAP = 1 << 16  # bytes between two members that are cheaper read than skipped
@@ -80,7 +80,7 @@ def open_source(url: str) -> Source:
     """Opens `samples://NAME` or a glob/brace URL of tar shards; raises DataError if it holds no usable sample."""
     shards = [index_shard(shard) for shard in shards_of(url)]
     _check_keys(shards)
-    usable = sum(_is_usable(sample) for shard in shards for sample in shard.samples)
+    usable = sum(is_usable(sample) for shard in shards for sample in shard.samples)
     if not usable:
         raise DataError(_nothing_usable(url, shards))
     return Source(url, [shard for shard in shards if shard.keys])
@@ -101,10 +101,6 @@ def _check_keys(shards: list[ShardIndex]) -> None:
                     f"{shown_url(other)} and {shown_url(shard.url)} both hold a sample with key {shown(key)}; "
                     f"keys must differ within a source, so pack one of them again"
                 )
-
-
-def _is_usable(sample: dict[str, tuple[int, int]]) -> bool:
-    return any(kind in sample for kind in IMAGE_KINDS) and ("txt" in sample or "json" in sample)
 
 
 def _nothing_usable(url: str, shards: list[ShardIndex]) -> str:

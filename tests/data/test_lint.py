@@ -113,7 +113,7 @@ def test_training_and_evaluation_meet_the_same(broken_url: str) -> None:
 def test_all_faults_of_all_shards(tmp_path: Path, write_tar: WriteTar) -> None:
     write_tar(tmp_path / "0.tar", [*good("a"), ("b.jpg", b"x"), ("b.txt", b"b")])
     whole = write_tar(tmp_path / "1.tar", [*good("c"), ("d.jpg", b"x"), ("d.txt", b"d"), *good("e")]).read_bytes()
-    (tmp_path / "1.tar").write_bytes(whole[: whole.index(b"e.jpg") + 600])
+    (tmp_path / "1.tar").write_bytes(whole[: whole.index(b"e.txt") + 100])  # of e, the picture is there
     write_tar(tmp_path / "2.tar", [*good("f"), ("f.png", b"2"), ("f.txt", b"3"), ("g.png", b"y"), *good("g")])
     write_tar(tmp_path / "3.tar", [*good("a"), *good("c"), *good("h")])
     (tmp_path / "4.tar").write_bytes(os.urandom(2048))
