@@ -5,6 +5,8 @@ The way of a sample: `source` (shards, `shards` indexes them, `files` reads them
 `Sample` -> `loader`, in the order of `order` -> `Batch`. `pack` makes shards, `emoji` is the built-in data set,
 `ledger` records what could not be used. Names are imported on first use: a recipe is checked without waiting for
 decoders.
+
+`lint` and `inspect` look into a source before a run does, in parallel (`sweep`); `sheet` is the page of samples.
 """
 
 from __future__ import annotations

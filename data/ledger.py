@@ -6,9 +6,13 @@ with the batch to the run's ledger.jsonl. A reason reads "what is wrong: detail"
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+from .config import DataError
 
 
 class BadSample(Exception):
@@ -25,6 +29,28 @@ class LedgerEntry:
     offset: int  # bytes into the shard where the sample's first member starts
     reason: str
     position: int = -1
+
+
+def read_ledger(path: Path) -> list[LedgerEntry]:
+    """The entries of a run's ledger.jsonl, in the order in which they were met. A last line that is still being
+    written is left out. Raises DataError."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"cannot read {shown(str(path))}: {error.strerror}; name a run's ledger.jsonl") from None
+    entries = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line)
+            texts = [row[name] for name in ("source", "shard", "key", "reason")]
+            offset, position = row["offset"], row["position"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            texts, offset, position = [], None, None
+        if not texts or not all(isinstance(text, str) for text in texts) or {type(offset), type(position)} != {int}:
+            raise DataError(f"{shown(str(path))}, line {number}: not an entry of a ledger; name a run's ledger.jsonl")
+        source, shard, key, reason = texts
+        entries.append(LedgerEntry(source, shard, key, offset, reason, position))
+    return entries
 
 
 def reasons_table(entries: Iterable[LedgerEntry]) -> str:

@@ -91,7 +91,9 @@ def index_shard(shard: ShardInfo, read: Reader = read_range) -> ShardIndex:
         return ShardIndex(shard, stored["keys"], samples)
     except (OSError, ValueError, KeyError):  # none yet, or damaged: made anew
         pass
-    index = _walked(shard, read)
+    index, faults = walk(shard, read)
+    if faults:
+        raise DataError(faults[0])
     write_whole(cached, json.dumps({"keys": index.keys, "samples": index.samples}))
     return index
 
@@ -109,22 +111,35 @@ def write_whole(path: Path, text: str) -> None:
         ) from None
 
 
-def _walked(shard: ShardInfo, read: Reader) -> ShardIndex:
+def walk(shard: ShardInfo, read: Reader = read_range) -> tuple[ShardIndex, list[str]]:
+    """What a walk over the shard's headers finds, as far as it gets, and everything that is wrong with the shard."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    with open_shard(shard, read) as file:
-        for name, offset, size in tar_members(file, shard):
-            key, kind = split_name(name)
-            if kind is None:
-                continue
-            members = samples.setdefault(key, {})
-            clash = next((k for k in members if k == kind or {k, kind} <= set(IMAGE_KINDS)), None)
-            if clash:
-                raise DataError(
+    faults = []
+    try:
+        with open_shard(shard, read) as file:
+            for name, offset, size in tar_members(file, shard):
+                key, kind = split_name(name)
+                if kind is None:
+                    continue
+                members = samples.setdefault(key, {})
+                clash = next((k for k in members if k == kind or {k, kind} <= set(IMAGE_KINDS)), None)
+                if clash is None:
+                    members[kind] = (offset, size)
+                    continue
+                faults.append(
                     f"{shown_url(shard.url)} holds two members for key {shown(key)}: {shown(clash)} and {shown(kind)}; "
                     f"rename one of them and pack the shard again"
                 )
-            members[kind] = (offset, size)
-    return ShardIndex(shard, list(samples), list(samples.values()))
+    except DataError as error:
+        faults.append(str(error))
+        if samples and not is_usable(samples[last := next(reversed(samples))]):
+            del samples[last]  # the rest of it lies beyond the damage
+    return ShardIndex(shard, list(samples), list(samples.values())), faults
+
+
+def is_usable(sample: dict[str, tuple[int, int]]) -> bool:
+    """Whether a sample has a picture and something that may hold a caption."""
+    return any(kind in sample for kind in IMAGE_KINDS) and ("txt" in sample or "json" in sample)
 
 
 def split_name(name: str) -> tuple[str, str | None]:

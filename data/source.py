@@ -17,7 +17,7 @@ from .config import DataError
 from .files import Reader, ShardInfo, read_range, shown_url
 from .ledger import shown
 from .record import Record
-from .shards import IMAGE_KINDS, ShardIndex, expand, index_shard
+from .shards import IMAGE_KINDS, ShardIndex, expand, index_shard, is_usable
 
 _READ_KINDS = frozenset((*IMAGE_KINDS, "txt", "json"))
 _GAP = 1 << 16  # bytes between two members that are cheaper read than skipped
@@ -33,6 +33,11 @@ class Source:
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """The bytes of each shard that holds samples."""
+        return [shard.size for shard in self._shards]
 
     def record(self, number: int) -> Record:
         """The raw members of sample `number`: picture, caption and metadata. DataError if the shard is gone."""
@@ -76,14 +81,19 @@ def _members(read: Reader, shard: ShardInfo, places: dict[str, tuple[int, int]])
 def open_source(url: str, cache: BlockCache | None = None) -> Source:
     """Opens `samples://NAME` or a glob/brace URL of tar shards, read through `cache` if they are remote and it has room
     for them; raises DataError if it holds no usable sample."""
-    found = expand(_samples(url) if url.startswith("samples://") else url)
+    found = shards_of(url)
     read = cache.reader(found) if cache else read_range
     shards = [index_shard(shard, read) for shard in found]
     _check_keys(shards)
-    usable = sum(_is_usable(sample) for shard in shards for sample in shard.samples)
+    usable = sum(is_usable(sample) for shard in shards for sample in shard.samples)
     if not usable:
         raise DataError(_nothing_usable(url, shards))
     return Source(url, [shard for shard in shards if shard.keys], read)
+
+
+def shards_of(url: str) -> list[ShardInfo]:
+    """The shards behind `samples://NAME` or a glob/brace URL, sorted. DataError if there is none."""
+    return expand(_samples(url) if url.startswith("samples://") else url)
 
 
 def _check_keys(shards: list[ShardIndex]) -> None:
@@ -96,10 +106,6 @@ def _check_keys(shards: list[ShardIndex]) -> None:
                     f"{shown_url(other)} and {shown_url(shard.url)} both hold a sample with key {shown(key)}; "
                     f"keys must differ within a source, so pack one of them again"
                 )
-
-
-def _is_usable(sample: dict[str, tuple[int, int]]) -> bool:
-    return any(kind in sample for kind in IMAGE_KINDS) and ("txt" in sample or "json" in sample)
 
 
 def _nothing_usable(url: str, shards: list[ShardIndex]) -> str:

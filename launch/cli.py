@@ -44,6 +44,11 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; left out: runs/NAME.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
+DataUrl = Annotated[str, typer.Argument(metavar="URL", help="samples://NAME, or a glob/brace URL of tar shards.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", metavar="N", min=1, help="Processes; left out: one a core, 16 for a store.")
+]
+
 
 @app.command()
 def train(
@@ -204,6 +209,89 @@ def pack(
     shards = packed.shards
     text = f"{packed.samples:,} samples with {packed.captions:,} captions in {len(shards)} shards\n{shards[0]}"
     Console().print(Text(text + (f" to\n{shards[-1]}" if len(shards) > 1 else "")), soft_wrap=True)
+
+
+@data_app.command("index")
+def index(url: DataUrl, workers: Workers = None, as_json: AsJson = False) -> None:
+    """Index all shards, in parallel; what was indexed before is not read again.
+
+    A run makes the index itself, shard after shard: this makes its start quick. Exit code 2 if a shard is damaged.
+
+        treering data index 's3://BUCKET/photos/{00000..01023}.tar'
+    """
+    from . import looking
+
+    found = looking.index_url(url, workers)
+    reasons = [fault["reason"] for fault in found["faults"]]
+    if as_json:
+        _print_json(found)
+        raise typer.Exit(2 if reasons else 0)
+    whole = found["shards"] - len(reasons)
+    text = f"{found['samples']:,} samples in {whole:,} shards, {looking.size(found['bytes'])}"
+    Console().print(Text(text), soft_wrap=True)
+    if reasons:
+        raise RunError(looking.faults_message(found["shards"], reasons), 2)
+
+
+@data_app.command("lint")
+def lint(url: DataUrl, workers: Workers = None, as_json: AsJson = False) -> None:
+    """Read and decode every sample as a run would, and list all that it could not use, with the reasons.
+
+    Exit code 0 if everything can be used, 2 if not.
+
+        treering data lint 'shards/photos/*.tar'
+    """
+    from ..data.lint import lint as lint_url
+    from ..data.sweep import enough_workers
+    from . import looking
+
+    with looking.progress("samples") as told:
+        found = lint_url(url, workers or enough_workers(url), told)
+    if as_json:
+        _print_json(looking.findings_json(found))
+        raise typer.Exit(0 if found.clean else 2)
+    console = Console()
+    for entry in found.bad:
+        console.print(Text(looking.bad_line(entry)), soft_wrap=True)
+    if found.bad:
+        console.print(looking.reasons_table(found.kinds))
+    total = f"{len(found.bad):,} of {found.samples:,} samples in {found.shards:,} shards cannot be used"
+    console.print(Text(total), soft_wrap=True)
+    if found.faults:
+        raise RunError(looking.faults_message(found.shards, [fault.reason for fault in found.faults]), 2)
+    raise typer.Exit(0 if found.clean else 2)
+
+
+@data_app.command("inspect")
+def inspect(
+    url: DataUrl,
+    samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="How many samples to draw.")] = 10_000,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PAGE", help="Write a contact sheet of them here, as one HTML page.")
+    ] = None,
+    ledger: Annotated[
+        Path | None, typer.Option("--ledger", metavar="FILE", help="Show the samples a run's ledger.jsonl names.")
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what pictures, captions and labels are like, from N samples drawn by chance, always the same ones.
+
+    The contact sheet shows the first 120 of them. With --ledger: instead, all samples that a run could not use.
+
+        treering data inspect 'shards/photos/*.tar' --out sheet.html
+        treering data inspect 'shards/photos/*.tar' --ledger runs/photos/ledger.jsonl
+    """
+    from .looking import inspect_url, replay_ledger
+
+    if ledger is not None:
+        found, text = replay_ledger(url, ledger, out, workers)
+    else:
+        found, text = inspect_url(url, samples, out, workers)
+    if as_json:
+        _print_json(found)
+        return
+    Console().print(text, soft_wrap=True)
 
 
 @data_app.command("batch")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 from treering.tests.s3_server import KEY, SECRET, Server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from treering.training.device import describe
 from treering.training.objectives.pairwise import sigmoid_losses, softmax_losses
 from treering.training.world import World

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from treering.data import CacheConfig, blocks
 from treering.data.blocks import BlockCache
 from treering.data.files import ShardInfo

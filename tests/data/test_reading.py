@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from treering.data import DataConfig, DataError, Loader, loader, open_source, retries
 from treering.data.blocks import BlockCache
 from treering.data.files import find, read_range

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
 from treering.training.objectives import pairwise
 from treering.training.objectives.pairwise import sigmoid_losses, softmax_losses
 from treering.training.world import World

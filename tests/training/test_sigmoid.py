@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
 from treering.launch.recipes import RecipeError, read_recipe
 from treering.models.flops import parameters
 from treering.models.model import Model, build
