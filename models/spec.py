@@ -18,6 +18,17 @@ class SpecError(ValueError):
     """A model that cannot be built or grown as asked; the message names the field, the value and the remedy."""
 
 
+def check_whole_factor(path: str, old: int, new: int) -> None:
+    """Raise SpecError if the width at `path` cannot grow from `old` to `new`: its norms allow whole factors only."""
+    if new % old:
+        below = new - new % old
+        nearest = below if new - below <= below + old - new else below + old
+        raise SpecError(
+            f"grow: {path} = {new} is no multiple of {old}, and the norms on a stream of {old} channels keep their "
+            f"statistics only under whole factors; set {path}: {nearest}"
+        )
+
+
 class TowerSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     """One transformer: `depth` pre-LN blocks on a stream of `width` channels."""
 
@@ -96,6 +107,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     def grown(self, targets: Mapping[str, int | float]) -> ModelSpec:
         """The spec with dotted fields set, as in `{"image.depth": 8}`.
 
+        Without a head_dim, heads that are not set follow their tower's width, so that a head keeps its channels.
         Raises SpecError if a field does not exist, shrinks, or makes a model that cannot be.
         """
         tree: dict[str, Any] = self.model_dump()
@@ -112,6 +124,12 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
                     f"set {path}: {current} or more (growing never shrinks)"
                 )
             branch[parts[-1]] = value
+        for tower, old in (("image", self.image), ("text", self.text)):
+            if f"{tower}.width" in targets:
+                width = int(targets[f"{tower}.width"])
+                check_whole_factor(f"{tower}.width", old.width, width)
+                if old.head_dim is None and f"{tower}.heads" not in targets:
+                    tree[tower]["heads"] = old.heads * width // old.width
         try:
             return ModelSpec.model_validate(tree)
         except ValidationError as error:

@@ -61,7 +61,8 @@ class Display:
             self._open_board().growth(row)
             sizes = ", ".join(f"{path} {row['from'][path]} -> {size}" for path, size in row["to"].items())
             before, after = row["parameters_before"] / 1e6, row["parameters_after"] / 1e6
-            moved = f"logits moved by {row['logit_difference']:.1e}"
+            difference = row["logit_difference"]
+            moved = "on other inputs" if difference is None else f"logits moved by {difference:.1e}"
             self.progress.note(f"grew {sizes}: {before:.1f} M -> {after:.1f} M parameters, {moved}")
         elif event == "commit":
             self.progress.note(f"committed {row['url']} ({row['bytes'] / 1e6:.0f} MB in {row['seconds']:.1f} s)")

@@ -112,12 +112,17 @@ class Engine:
         return state
 
     @torch.no_grad()
-    def load_logical_state(self, state: Mapping[str, Tensor], steps: int, skipped: int) -> None:
-        """Copy weights and moments in; `steps` optimizer steps have been applied and `skipped` were not."""
+    def load_logical_state(
+        self, state: Mapping[str, Tensor], steps: int, skipped: int, multipliers: Mapping[str, float]
+    ) -> None:
+        """Copy weights and moments in; `steps` optimizer steps have been applied and `skipped` were not.
+
+        `multipliers` are the factors on the learning rate, by parameter name, that are not 1.
+        """
         for name, parameter in self.model.named_parameters():
             parameter.copy_(state[f"model/{name}"])
         moments = {kind: {name: state[f"{kind}/{name}"] for name in self.optimizer.parameters} for kind in MOMENTS}
-        self.optimizer.load(moments, steps, skipped)
+        self.optimizer.load(moments, steps, skipped, multipliers)
 
     def close(self) -> None:
         """Release the wrapper; the model's tensors live on as long as somebody holds them."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.growth.plan import changes, plan_growth
-from ..models.growth.rules import grown
+from ..models.growth.plan import Copies, changes, plan_growth
+from ..models.growth.rules import grown, grown_rate
 from ..models.model import Model
 from ..models.spec import ModelSpec
 from .engine import Engine
@@ -32,7 +32,7 @@ class Growth:
     parameters_before: int
     parameters_after: int
     logit_difference: float | None
-    """largest change of a similarity on the probe pairs, at the model's own temperature"""
+    """largest change of a similarity on the probe pairs at its own temperature; None if pictures change size"""
     seconds: float
 
     def json(self) -> dict[str, Any]:
@@ -49,22 +49,36 @@ class Growth:
 
 
 def grow(
-    engine: Engine, build: Callable[[ModelSpec], Engine], spec: ModelSpec, probe: Inputs | None
+    engine: Engine,
+    build: Callable[[ModelSpec], Engine],
+    spec: ModelSpec,
+    probe: Inputs | None,
+    seed: int,
+    copies: Copies,
 ) -> tuple[Engine, Growth]:
     """A new engine for `spec` that continues `engine`, weights and moments mapped; the old one is closed.
 
-    `probe` is a batch on which the similarities before and after are compared. Raises SpecError for what cannot grow.
+    `probe` is a batch on which the similarities before and after are compared. New units are `copies` of old ones, told
+    apart by draws of `seed`. Raises SpecError for what cannot grow.
     """
     begun = time.monotonic()
     old = engine.model.spec
-    operators = plan_growth(old, spec)
+    operators = plan_growth(old, spec, seed, copies)
+    if old.image.resolution != spec.image.resolution:
+        probe = None  # the larger model sees other pictures
     before = None if probe is None else similarities(engine.model, probe)
     state, applied, skipped = engine.logical_state(), engine.optimizer.steps, engine.skipped
     parameters = engine.parameters
     larger = build(spec)
     read = grown(operators, lambda kind, name: state[f"{kind}/{name}"])
     wanted = [path.partition("/")[::2] for path in larger.logical_state()]
-    larger.load_logical_state({f"{kind}/{name}": read(kind, name) for kind, name in wanted}, applied, skipped)
+    rates = {name: grown_rate(operators, engine.optimizer.multipliers, name) for name in larger.optimizer.parameters}
+    larger.load_logical_state(
+        {f"{kind}/{name}": read(kind, name) for kind, name in wanted},
+        applied,
+        skipped,
+        {name: rate for name, rate in rates.items() if rate != 1.0},
+    )
     engine.close()
     moved = None if before is None or probe is None else (similarities(larger.model, probe) - before).abs().max().item()
     changed = changes(old, spec)

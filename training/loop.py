@@ -124,7 +124,7 @@ class Run:
             check_same_run(self.recipe, commit)
             self.state = commit.manifest.state
             self.engine = self._build(self.specs[self.state.stage])
-            self.engine.load_logical_state(tensors, self.state.applied, self.state.skipped)
+            self.engine.load_logical_state(tensors, self.state.applied, self.state.skipped, self.state.multipliers)
             self.last_commit = commit.url
         else:
             self.engine = self._build(self.specs[0])
@@ -175,7 +175,8 @@ class Run:
         if self.specs[stage] != self.engine.model.spec:
             with contextlib.closing(self.loader.batches(self.state.step)) as batches:
                 probe = self._inputs(next(batches))
-            self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe)
+            copies = self.recipe.stages[stage].copies
+            self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe, self.recipe.seed, copies)
             self._remember("grow", growth.json())
             self.loader = self._loader()
             self.display.event("grow", self.state, **growth.json())
@@ -298,7 +299,12 @@ class Run:
             return
         begun = time.monotonic()
         self.state = state.model_copy(
-            update={"applied": self.engine.optimizer.steps, "skipped": self.engine.skipped, "seconds": self._seconds()}
+            update={
+                "applied": self.engine.optimizer.steps,
+                "skipped": self.engine.skipped,
+                "multipliers": self.engine.optimizer.multipliers,
+                "seconds": self._seconds(),
+            }
         )
         tensors = self.engine.logical_state()
         name = self.commits.write(

@@ -1,7 +1,8 @@
-"""AdamW with two parameter groups, addressed by logical names.
+"""AdamW addressed by logical names.
 
 Matrices decay; biases, norms, embeddings and learned scalars do not. The state is read and written as
-`{kind: {parameter name: tensor}}`, which is what commits store and growth maps.
+`{kind: {parameter name: tensor}}`, which is what commits store and growth maps. Growth leaves multipliers: a parameter
+that became k times smaller steps 1/k as far and decays k times as fast, so that lr x decay stays what it was.
 """
 
 from __future__ import annotations
@@ -36,21 +37,27 @@ class Optimizer:
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
         self.config = config
         self.parameters = dict(parameters)
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        self.multipliers: dict[str, float] = {}
+        """factor on the learning rate, by parameter name, where it is not 1; weight decay is divided by it"""
+        self._adam = self._group()
+        self._skipped = torch.zeros(())
+
+    def _group(self) -> torch.optim.AdamW:
+        """A new AdamW with one group for each multiplier, of what decays and what does not."""
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
-            groups[decays(name, parameter)].append(parameter)
-        self._adam = torch.optim.AdamW(
+            groups.setdefault((decays(name, parameter), self.multipliers.get(name, 1.0)), []).append(parameter)
+        config = self.config
+        return torch.optim.AdamW(
             [
-                {"params": members, "weight_decay": config.weight_decay if decayed else 0.0}
-                for decayed, members in groups.items()
-                if members
+                {"params": members, "multiplier": factor, "weight_decay": decayed * config.weight_decay / factor}
+                for (decayed, factor), members in groups.items()
             ],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
             fused=True,
         )
-        self._skipped = torch.zeros(())
 
     def clip(self) -> Tensor:
         """Scale the gradients down to the configured norm; returns their norm before, as a tensor.
@@ -67,9 +74,9 @@ class Optimizer:
         return norm
 
     def step(self, lr: float) -> None:
-        """Apply the gradients at learning rate `lr` and drop them."""
+        """Apply the gradients at learning rate `lr`, times each parameter's multiplier, and drop them."""
         for group in self._adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["multiplier"]
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
 
@@ -94,8 +101,16 @@ class Optimizer:
             for kind in MOMENTS
         }
 
-    def load(self, moments: Mapping[str, Mapping[str, Tensor]], steps: int, skipped: int) -> None:
-        """Set the moments (copied), the number of steps they have seen and of those that were skipped."""
+    def load(
+        self,
+        moments: Mapping[str, Mapping[str, Tensor]],
+        steps: int,
+        skipped: int,
+        multipliers: Mapping[str, float],
+    ) -> None:
+        """Set the moments (copied), the number of steps they have seen, of those skipped, and the multipliers."""
+        self.multipliers = dict(multipliers)
+        self._adam = self._group()
         self._skipped = torch.tensor(float(skipped))
         for name, parameter in self.parameters.items():
             state = {kind: moments[kind][name].detach().to(parameter, copy=True) for kind in MOMENTS}

@@ -1,7 +1,7 @@
 """What a growth operator is: for every tensor of the grown model, one old tensor and one map per kind of state.
 
-The same rule makes a weight and its two Adam moments, so optimizer state is never thrown away, and a plan is applied
-one tensor at a time: memory is bounded by the largest tensor, not by the model.
+The same rule makes a weight and its two Adam moments, and carries its learning rate, so optimizer state is never thrown
+away, and a plan is applied one tensor at a time: memory is bounded by the largest tensor, not by the model.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Rule:
     """name of the tensor it is made from, in the model before the operator"""
     maps: Mapping[str, TensorMap] = field(default_factory=dict)
     """by kind of state: `model`, `exp_avg`, `exp_avg_sq`"""
+    rate: float = 1.0
+    """factor on the source's learning rate; its weight decay is divided by it"""
 
     def apply(self, kind: str, tensor: Tensor) -> Tensor:
         """The new tensor of this kind."""
@@ -70,3 +72,12 @@ def _through(operator: Operator, read: Read) -> Read:
         return rule.apply(kind, read(kind, rule.source))
 
     return read_grown
+
+
+def grown_rate(operators: Sequence[Operator], rates: Mapping[str, float], name: str) -> float:
+    """The learning-rate multiplier of tensor `name` of the grown model; `rates` are the old ones that are not 1."""
+    factor = 1.0
+    for operator in reversed(operators):
+        rule = operator.rule(name)
+        factor, name = factor * rule.rate, rule.source
+    return factor * rates.get(name, 1.0)

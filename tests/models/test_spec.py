@@ -48,8 +48,26 @@ def test_impossible_targets_are_refused(targets: dict[str, int], message: str) -
         SPEC.grown(targets)
 
 
-def test_sizes_without_an_operator_are_refused() -> None:
-    with pytest.raises(
-        SpecError, match=r"image.width = 64: it cannot grow from 32 yet; what can: image.depth, text.depth"
-    ):
-        plan_growth(SPEC, SPEC.grown({"image.width": 64}))
+def test_heads_follow_the_width_and_keep_their_channels() -> None:
+    grown = SPEC.grown({"image.width": 96})
+    assert (grown.image.heads, grown.image.attention_width) == (3 * SPEC.image.heads, 96)
+    assert SPEC.grown({"image.width": 96, "image.heads": grown.image.heads}) == grown
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({"image.width": 70}, r"image.width = 70 is no multiple of 32, .*; set image.width: 64$"),
+        ({"image.width": 90}, r"image.width = 90 is no multiple of 32, .*; set image.width: 96$"),
+        ({"image.patch": 8}, r"image.patch = 8: it cannot grow from 4 yet; what can: image.width, image.heads"),
+        (
+            {"image.heads": 8},
+            r"image.heads = 8 at image.width = 32 makes heads of 4 channels, and a head keeps its 8; "
+            r"set image.heads: 4",
+        ),
+        ({"image.width": 64, "image.heads": 4}, r"makes heads of 16 channels, .* set image.heads: 8"),
+    ],
+)
+def test_growth_that_no_operator_makes_is_refused(targets: dict[str, int], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        plan_growth(SPEC, SPEC.grown(targets))

@@ -1,0 +1,58 @@
+"""Axes: which dimension of which tensor runs along the stream, the heads or the hidden units of which tower.
+
+A layer writes one axis and reads another, so an axis that gets longer touches every tensor in at most one dimension,
+and there it is either written (the tensor makes its channels) or read (the tensor sums over them). That is all that a
+growth operator has to know about the model. The captioner's blocks stand on the text tower's axes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Use(NamedTuple):
+    """What a tensor does with an axis."""
+
+    axis: str
+    """`image.width`, `image.heads`, `image.mlp_width`, and the same of `text`"""
+    dim: int
+    """the dimension that runs along it"""
+    reads: bool
+    """whether it is summed over there; else it is written"""
+
+
+# By module: the axis written, and the axis read; None does not grow here.
+_LAYERS: dict[str, tuple[str | None, str | None]] = {
+    "patches": ("width", None),
+    "query": ("heads", "width"),
+    "key": ("heads", "width"),
+    "value": ("heads", "width"),
+    "out": ("width", "heads"),
+    "up": ("mlp_width", "width"),
+    "down": ("width", "mlp_width"),
+    "projection": (None, "width"),
+}
+# One vector a channel of the stream. A norm divides by statistics that a stream of copies does not change.
+_NORMS = {"attention_norm", "cross_norm", "mlp_norm", "norm"}
+# Rows that are looked up and added to the stream.
+_TABLES = {"token_embedding", "position_embedding"}
+# The captioner's states are summed against the token table, whose copies would count them k times; the token table is
+# also an input and stays as it is, so the factor 1/k goes to the norm that makes the states.
+_OUTPUT_NORM = "captioner.transformer.norm"
+
+
+def uses(name: str) -> list[Use]:
+    """The axes that the dimensions of tensor `name` run along."""
+    place, _, kind = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "weight")
+    part, *path = place.split(".")
+    tower, module = ("text" if part == "captioner" else part), path[-1] if path else ""
+    if module in _NORMS:
+        return [Use(f"{tower}.width", 0, reads=place == _OUTPUT_NORM)]
+    if module in _TABLES:
+        return [Use(f"{tower}.width", 1, reads=False)]
+    written, read = _LAYERS.get(module, (None, None))
+    found = [Use(f"{tower}.{written}", 0, reads=False)] if written else []
+    if read and kind == "weight":
+        memory = "cross" in path and module in ("key", "value")
+        found.append(Use(f"{'image' if memory else tower}.{read}", 1, reads=True))
+    return found

@@ -1,0 +1,54 @@
+"""A larger joint space: both projections get new rows, zero at first, so no cosine changes.
+
+A zero row on both sides has no gradient on either (each is multiplied by the other), and copied rows would stay copies,
+for the loss sees nothing but cosines. So the new rows start with a random momentum of the old rows' size instead: the
+function is exactly the old one, and the first step leads out of the dead point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..model import named_generator
+from .rules import Rule, TensorMap
+
+_PROJECTIONS = ("image.projection.weight", "text.projection.weight")
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Grow the joint embedding space from `old` to `new` channels."""
+
+    old: int
+    new: int
+    seed: int
+    preserves: ClassVar[bool] = True
+
+    def rule(self, name: str) -> Rule:
+        """Tensors other than the two projections are kept; a new row's second moment is the mean of the old rows'."""
+        if name not in _PROJECTIONS:
+            return Rule(name)
+        return Rule(name, {"model": self._zeros, "exp_avg": self._momentum(name), "exp_avg_sq": self._mean})
+
+    def _zeros(self, tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor.new_zeros(self.new - self.old, tensor.shape[1])])
+
+    def _mean(self, tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor.mean(0, keepdim=True).expand(self.new - self.old, -1)])
+
+    def _momentum(self, name: str) -> TensorMap:
+        def momentum(tensor: Tensor) -> Tensor:
+            generator = named_generator(self.seed, f"grow/embed_dim/{self.old}-{self.new}/{name}")
+            draws = torch.randn(self.new - self.old, tensor.shape[1], generator=generator).to(tensor)
+            return torch.cat([tensor, draws * tensor.square().mean().sqrt()])
+
+        return momentum
+
+    def describe(self) -> dict[str, Any]:
+        """For the lineage."""
+        numbers = {"from": self.old, "to": self.new, "seed": self.seed}
+        return {"operator": "joint", "field": "embed_dim", **numbers}
