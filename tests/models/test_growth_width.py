@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+
 from treering.models.growth import axes
 from treering.models.growth.axes import uses
 from treering.models.growth.plan import Copies, plan_growth

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from treering.launch.recipes import read_recipe
 from treering.models.model import build
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
