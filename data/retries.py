@@ -91,7 +91,7 @@ def http_status(error: BaseException) -> int | None:
     for each in _chain(error):
         response = getattr(each, "response", None)
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        # aiohttp gives a body that was cut short the code 400, though nobody answered that: of `code`, gcsfs's alone counts
+        # aiohttp gives a body that was cut short the code 400, though nobody answered that: only gcsfs's code counts
         code = getattr(each, "code", None) if type(each).__name__ == "HttpError" else None
         for status in (metadata.get("HTTPStatusCode"), getattr(each, "status", None), code):
             if isinstance(status, int) and status >= 100:
