@@ -9,7 +9,8 @@ Two questions, each asked of Treering's tiled losses and of open_clip's `ClipLos
   least (local_loss, gather_with_grad); its default flags need more, and are in the table.
 - *Peak memory and time* of forward and backward over one batch in one process, 32,768 pairs (8,192 with `--quick`), in
   turns; the least time of the rounds counts. open_clip makes all logits of the batch: it is the dense reference.
-  Peak is what the process (on a GPU: the allocator) held at most beyond what it held before, gradients included.
+  On a CPU one thread computes, and its processor time is taken: a busy machine does not change it. Peak is what the
+  process (on a GPU: the allocator) held at most beyond what it held before, gradients included.
 
 Losses and gradients of both are compared before anything is printed. The default needs 20 GB of free memory.
 """
@@ -17,6 +18,7 @@ Losses and gradients of both are compared before anything is printed. The defaul
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -171,6 +173,7 @@ def peak_of(work: Callable[[], None], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)  # else what an earlier loss freed serves this one, unseen
     Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
     before = proc_bytes("self/status", "VmRSS")
     work()
@@ -180,10 +183,11 @@ def peak_of(work: Callable[[], None], device: torch.device) -> int:
 def check_memory(pairs: int, device: torch.device) -> None:
     """Say so before the dense loss takes the machine down."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else proc_bytes("meminfo", "MemAvailable")
-    if free < DENSE_BYTES * pairs**2:
+    needed = DENSE_BYTES * pairs**2
+    if free < needed:
         raise SystemExit(
-            f"the dense loss of {pairs:,} pairs needs {DENSE_BYTES * pairs**2 / 1e9:.0f} GB and {free / 1e9:.0f} GB are "
-            f"free; take a larger machine, or --quick"
+            f"the dense loss of {pairs:,} pairs needs {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free; "
+            f"take a larger machine, or --quick"
         )
 
 
@@ -192,6 +196,7 @@ def one_batch(pairs: int, rounds: int, device: torch.device) -> dict[str, dict[s
     check_memory(pairs, device)
     world = World(0, 1, device)
     losses = {"ours": ours(world), "ours_sigmoid": ours_sigmoid(world), "open_clip": open_clip_loss(world)}
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     inputs = features(pairs, 0, device)
     leaves = inputs[:3]
     found: dict[str, dict[str, float]] = {name: {"seconds": float("inf"), "peak": 0.0} for name in losses}
@@ -202,13 +207,13 @@ def one_batch(pairs: int, rounds: int, device: torch.device) -> dict[str, dict[s
                 leaf.grad = None
 
             def work(name: str = name, loss: Loss = loss) -> None:
-                begun = time.perf_counter()
+                begun = clock()
                 value = loss(*inputs)
                 value.backward()
                 found[name]["loss"] = value.item()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                found[name]["seconds"] = min(found[name]["seconds"], time.perf_counter() - begun)
+                found[name]["seconds"] = min(found[name]["seconds"], clock() - begun)
 
             found[name]["peak"] = max(found[name]["peak"], peak_of(work, device))
             if name not in gradients:
