@@ -9,14 +9,16 @@ Two questions, each asked of Treering's tiled losses and of open_clip's `ClipLos
   least (local_loss, gather_with_grad); its default flags need more, and are in the table.
 - *Peak memory and time* of forward and backward over one batch in one process, 32,768 pairs (8,192 with `--quick`), in
   turns; the least time of the rounds counts. open_clip makes all logits of the batch: it is the dense reference.
-  Peak is what the process (on a GPU: the allocator) held at most beyond what it held before, gradients included.
+  On a CPU one thread computes, and its processor time is taken: a busy machine does not change it. Peak is what the
+  process (on a GPU: the allocator) held at most beyond what it held before, gradients included.
 
-Losses and gradients of both are compared before anything is printed. The default takes about 20 GB of memory.
+Losses and gradients of both are compared before anything is printed. The default needs 20 GB of free memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -40,6 +42,8 @@ from treering.training.world import World
 PAIRS_A_RANK, CHANNELS, SCALE = 512, 512, 14.3
 WORLDS = (1, 2, 4, 8)
 LARGE, LARGE_QUICK = 32_768, 8_192
+DENSE_BYTES = 18
+"""of memory for each pair of pairs: four fp32 matrices, and room"""
 MIB = 1 << 20
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(image_be, text_be, scale, ids_bg) -> this rank's loss"""
@@ -152,12 +156,13 @@ def over_ranks(size: int) -> dict[str, int]:
 # One large batch
 
 
-def status_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("the peak memory of a process is read from /proc: run this on Linux, or on a GPU")
+def proc_bytes(file: str, field: str) -> int:
+    """A line in kB of a file under /proc."""
+    try:
+        lines = Path("/proc", file).read_text().splitlines()
+    except FileNotFoundError:
+        raise SystemExit("memory is read from /proc: run this on Linux, or on a GPU") from None
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
 def peak_of(work: Callable[[], None], device: torch.device) -> int:
@@ -169,16 +174,30 @@ def peak_of(work: Callable[[], None], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)  # else what an earlier loss freed serves this one, unseen
     Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
-    before = status_bytes("VmRSS")
+    before = proc_bytes("self/status", "VmRSS")
     work()
-    return status_bytes("VmHWM") - before
+    return proc_bytes("self/status", "VmHWM") - before
+
+
+def check_memory(pairs: int, device: torch.device) -> None:
+    """Say so before the dense loss takes the machine down."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else proc_bytes("meminfo", "MemAvailable")
+    needed = DENSE_BYTES * pairs**2
+    if free < needed:
+        raise SystemExit(
+            f"the dense loss of {pairs:,} pairs needs {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free; "
+            f"take a larger machine, or --quick"
+        )
 
 
 def one_batch(pairs: int, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Peak bytes, least seconds, loss and largest relative gradient difference of each loss."""
+    check_memory(pairs, device)
     world = World(0, 1, device)
     losses = {"ours": ours(world), "ours_sigmoid": ours_sigmoid(world), "open_clip": open_clip_loss(world)}
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     inputs = features(pairs, 0, device)
     leaves = inputs[:3]
     found: dict[str, dict[str, float]] = {name: {"seconds": float("inf"), "peak": 0.0} for name in losses}
@@ -189,13 +208,13 @@ def one_batch(pairs: int, rounds: int, device: torch.device) -> dict[str, dict[s
                 leaf.grad = None
 
             def work(name: str = name, loss: Loss = loss) -> None:
-                begun = time.perf_counter()
+                begun = clock()
                 value = loss(*inputs)
                 value.backward()
                 found[name]["loss"] = value.item()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                found[name]["seconds"] = min(found[name]["seconds"], time.perf_counter() - begun)
+                found[name]["seconds"] = min(found[name]["seconds"], clock() - begun)
 
             found[name]["peak"] = max(found[name]["peak"], peak_of(work, device))
             if name not in gradients:

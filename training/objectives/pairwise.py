@@ -115,7 +115,7 @@ class _Scores:
 
     def pull_back(self, slope: Callable[[_Tile], Tensor]) -> tuple[Tensor, Tensor]:
         """Gradients [b, e] of `image_be` and `text_be`, given the slope of the loss in each score of a tile."""
-        image_grad_be, text_grad_be = torch.zeros_like(self.image_be), torch.zeros_like(self.text_be)
+        image_grad_be, text_grad_be = torch.zeros_like(self.image_be), self.text_be.new_empty(0)
         arrived: Callable[[], object] | None = None
         for block in self.blocks():
             part_be = torch.zeros_like(block.text_be)
