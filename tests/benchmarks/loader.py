@@ -203,10 +203,10 @@ def main() -> None:
         os.environ["TREERING_CACHE"] = f"{temporary}/cache"
         folder = Path(temporary, "photos")
         folder.mkdir()
-        table = options.photos / "captions.tsv" if options.photos else make_photos(folder, 96 if options.quick else 480)
-        packed = pack(table, f"{temporary}/shards", shard_size=12 if options.quick else 48)
+        table = options.photos / "captions.tsv" if options.photos else make_photos(folder, 64 if options.quick else 480)
+        packed = pack(table, f"{temporary}/shards", shard_size=8 if options.quick else 48)
         source = open_source(f"{temporary}/shards/*.tar")
-        rounds, batches = (3, 8) if options.quick else (7, 40)
+        rounds, batches = (3, 6) if options.quick else (7, 40)
         figures = measure(source, list(packed.shards), options.workers, rounds, batches)
         photos = [record.fields for record in map(source.record, range(len(source)))]
         figures["photos"] = len(photos)
