@@ -5,8 +5,9 @@
 Three arms take turns on the same tar shards, 224 pixels, 77 tokens, with N processes each (left out: one a core):
 `ours` (Loader), `webdataset` (as open_clip feeds its trainer: PIL, its own image_transform and tokenizer) and
 `ceiling` (nothing but our decode and crop of the same bytes, in memory, in a bare loop). Ratios are medians over the
-rounds of photos per second in one round. Photos are made here (1/f noise with edges, JPEG quality 90, 500 x 375) unless
-DIR holds some, with a captions.tsv. `--quick` ends within a minute.
+rounds of photos per second in one round; "per cpu" is the same per second of processor time, which a busy machine
+disturbs less. Photos are made here (1/f noise with edges, JPEG quality 90, 500 x 375) unless DIR holds some, with a
+captions.tsv. `--quick` ends within a minute.
 """
 
 from __future__ import annotations
@@ -98,16 +99,26 @@ def webdataset(shards: list[str], workers: int) -> Iterator[int]:
         del batches
 
 
-def throughput(start: Callable[[], Iterator[int]], batches: int, warm: int) -> tuple[float, float]:
-    """Photos per second after `warm` batches, and the memory of its own that a worker holds at the end, in MB."""
+def throughput(start: Callable[[], Iterator[int]], batches: int, warm: int) -> tuple[float, float, float]:
+    """Photos per second after `warm` batches, photos per second of all processes' processor time, and the memory of
+    its own that a worker holds at the end, in MB."""
     with closing(start()) as stream_:  # type: ignore[type-var]
         for _ in range(warm):
             next(stream_)
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), processor_seconds()
         photos = sum(next(stream_) for _ in range(batches))
-        seconds = time.perf_counter() - begun
+        seconds, busy = time.perf_counter() - begun, processor_seconds() - busy
         memory = [private_memory(process.pid) for process in multiprocessing.active_children() if process.pid]
-    return photos / seconds, statistics.mean(memory) / 1e6 if memory else 0.0
+    return photos / seconds, photos / busy, statistics.mean(memory) / 1e6 if memory else 0.0
+
+
+def processor_seconds() -> float:
+    """What this process and its living children have taken of the processors (Linux: proc(5), fields 14 and 15)."""
+    ticks = 0
+    for process in multiprocessing.active_children():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def private_memory(pid: int) -> int:
@@ -119,8 +130,9 @@ def private_memory(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
 
 
-def ceiling(source: Source, workers: int, photos: int) -> float:
-    """Photos per second of decode and crop alone, in `workers` processes; reading is not timed."""
+def ceiling(source: Source, workers: int, photos: int) -> tuple[float, float]:
+    """Photos per second, and per second of processor time, of decode and crop alone, in `workers` processes; reading
+    is not timed."""
     records = [source.record(n) for n in range(len(source))]
     context = multiprocessing.get_context("fork")
     ready, results = context.Barrier(workers), context.SimpleQueue()
@@ -130,17 +142,18 @@ def ceiling(source: Source, workers: int, photos: int) -> float:
         torch.set_num_threads(1)
         random = stream(0, "ceiling", worker)
         ready.wait()
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         for n in range(worker * share, (worker + 1) * share):
             random_crop(picture(records[n % len(records)].fields), RESOLUTION, AUGMENT, random)
-        results.put(time.perf_counter() - begun)
+        results.put((time.perf_counter() - begun, time.process_time() - busy))
 
     processes = [context.Process(target=loop, args=(worker,)) for worker in range(workers)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    return workers * share / max(results.get() for _ in processes)
+    seconds, busy = zip(*(results.get() for _ in processes), strict=True)
+    return workers * share / max(seconds), workers * share / sum(busy)
 
 
 def agreement(source: Source) -> list[float]:
@@ -172,21 +185,23 @@ def torchvision_beside_cpu_torch() -> list[torch.library.Library]:
 
 def measure(source: Source, shards: list[str], workers: int, rounds: int, batches: int) -> dict[str, float]:
     """All arms in turns; the figures."""
-    rates: dict[str, list[float]] = {"ours": [], "webdataset": [], "ceiling": []}
+    rates: dict[str, list[tuple[float, float]]] = {"ours": [], "webdataset": [], "ceiling": []}
     memory: dict[str, float] = {}
     warm = 2 * max(workers, 1)  # what was decoded ahead before the clock ran
     for _ in range(rounds):
         rates["ceiling"].append(ceiling(source, max(workers, 1), batches * BATCH))
-        rate, memory["ours"] = throughput(lambda: ours(source.url, workers), batches, warm)
-        rates["ours"].append(rate)
-        rate, memory["webdataset"] = throughput(lambda: webdataset(shards, workers), batches, warm)
-        rates["webdataset"].append(rate)
+        *rate, memory["ours"] = throughput(lambda: ours(source.url, workers), batches, warm)
+        rates["ours"].append((rate[0], rate[1]))
+        *rate, memory["webdataset"] = throughput(lambda: webdataset(shards, workers), batches, warm)
+        rates["webdataset"].append((rate[0], rate[1]))
     psnr = agreement(source)
-    figures = {f"{arm}_photos_per_second": statistics.median(values) for arm, values in rates.items()}
+    figures = {f"{arm}_photos_per_second": statistics.median(r for r, _ in values) for arm, values in rates.items()}
     for other in ("ceiling", "webdataset"):
-        ratios = [mine / theirs for mine, theirs in zip(rates["ours"], rates[other], strict=True)]
+        pairs = list(zip(rates["ours"], rates[other], strict=True))
+        ratios = [mine[0] / theirs[0] for mine, theirs in pairs]
         figures |= {f"ratio_to_{other}": statistics.median(ratios), f"ratio_to_{other}_low": min(ratios)}
         figures[f"ratio_to_{other}_high"] = max(ratios)
+        figures[f"cpu_ratio_to_{other}"] = statistics.median(mine[1] / theirs[1] for mine, theirs in pairs)
     figures |= {f"{arm}_worker_mb": size for arm, size in memory.items()}
     return figures | {"psnr_median_db": statistics.median(psnr), "psnr_least_db": min(psnr)}
 
@@ -204,10 +219,10 @@ def main() -> None:
         os.environ["TREERING_CACHE"] = f"{temporary}/cache"
         folder = Path(temporary, "photos")
         folder.mkdir()
-        table = options.photos / "captions.tsv" if options.photos else make_photos(folder, 96 if options.quick else 480)
-        packed = pack(table, f"{temporary}/shards", shard_size=12 if options.quick else 48)
+        table = options.photos / "captions.tsv" if options.photos else make_photos(folder, 64 if options.quick else 480)
+        packed = pack(table, f"{temporary}/shards", shard_size=8 if options.quick else 48)
         source = open_source(f"{temporary}/shards/*.tar")
-        rounds, batches = (3, 8) if options.quick else (7, 40)
+        rounds, batches = (3, 6) if options.quick else (7, 40)
         figures = measure(source, list(packed.shards), options.workers, rounds, batches)
         photos = [record.fields for record in map(source.record, range(len(source)))]
         figures["photos"] = len(photos)
@@ -226,7 +241,7 @@ def main() -> None:
 
 def print_table(figures: dict[str, Any], device: str, workers: int) -> None:
     print(f"{device}; {workers} processes; {figures['photos']} photos, median {figures['median_photo_kb']:.0f} kB")
-    print(f"{'arm':12}{'photos/s':>10}{'ours / it':>22}{'MB a worker':>14}")
+    print(f"{'arm':12}{'photos/s':>10}{'ours / it':>22}{'per cpu':>10}{'MB a worker':>14}")
     for arm in ("ours", "webdataset", "ceiling"):
         name = f"ratio_to_{arm}"
         ratio = (
@@ -235,7 +250,8 @@ def print_table(figures: dict[str, Any], device: str, workers: int) -> None:
             else ""
         )
         size = f"{figures[f'{arm}_worker_mb']:.0f}" if f"{arm}_worker_mb" in figures else ""
-        print(f"{arm:12}{figures[f'{arm}_photos_per_second']:10.1f}{ratio:>22}{size:>14}")
+        busy = f"{figures[f'cpu_ratio_to_{arm}']:.2f}" if name in figures else ""
+        print(f"{arm:12}{figures[f'{arm}_photos_per_second']:10.1f}{ratio:>22}{busy:>10}{size:>14}")
     print(
         f"pixels against Pillow's: PSNR median {figures['psnr_median_db']:.1f} dB, "
         f"least {figures['psnr_least_db']:.1f} dB"
