@@ -19,8 +19,8 @@ from ..models.flops import parameters
 from ..training.recipe import Recipe
 from .errors import RecipeError, RunError, show
 from .recipes import ResolvedRecipe
+from .worker import LAUNCHER, work
 from .worker import STOPPED as STOPPED
-from .worker import work
 
 RECIPE_FILE = "recipe.yaml"
 SHUTDOWN_SECONDS = 120  # what a worker has to commit after SIGTERM, before it is killed
@@ -152,6 +152,7 @@ def _launch(out: Path, processes: int) -> None:
         max_restarts=0,
         shutdown_timeout=SHUTDOWN_SECONDS,
     )
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         elastic_launch(config, sys.executable)("-P", "-m", "treering.launch.worker", str(out))
     except ChildFailedError as error:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1
 STOPPED = 130
+LAUNCHER = "TREERING_LAUNCHER"
+"""environment variable that tells a worker the process id of the launcher it belongs to"""
 """exit code of a run that was asked to stop, as a shell gives it for Ctrl-C"""
 
 
@@ -99,9 +101,15 @@ def main() -> None:
 
 
 def _die_with_launcher() -> None:
-    """Ask Linux to kill this process with its launcher: torchrun's agent puts workers in sessions of their own."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ and sys.platform == "linux":
+    """Ask Linux to kill this process with its launcher: torchrun's agent puts workers in sessions of their own.
+
+    A launcher that died before it was asked for is seen by who the parent is now.
+    """
+    launcher = os.environ.get(LAUNCHER)
+    if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(launcher):
+            sys.exit(1)
 
 
 def _report(message: str, code: int) -> None:

@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,19 @@ def test_the_same_command_continues_exactly(
     assert events[-1] == "end"
 
 
+def nothing_left(out: Path) -> bool:
+    """Whether, within ten seconds, no process of the run is alive: workers end with their launcher."""
+    for _ in range(100):
+        commands = []
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                commands.append(process.read_bytes())
+        if not any(str(out).encode() in command for command in commands):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_random_kills(processes: int, uninterrupted: dict[int, list[tuple[int, float, float]]], tmp_path: Path) -> None:
@@ -121,6 +135,7 @@ def test_random_kills(processes: int, uninterrupted: dict[int, list[tuple[int, f
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
         run.wait()
+        assert nothing_left(out)
     done = train(out, processes)
     assert done.returncode == 0, done.stderr
     assert losses(out) == uninterrupted[processes]
