@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1
 STOPPED = 130
+"""exit code of a run that was asked to stop, as a shell gives it for Ctrl-C"""
 LAUNCHER = "TREERING_LAUNCHER"
 """environment variable that tells a worker the process id of the launcher it belongs to"""
-"""exit code of a run that was asked to stop, as a shell gives it for Ctrl-C"""
 
 
 def work(out: Path) -> None:
