@@ -6,9 +6,11 @@ the very run, or says what differs.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from .commits import Commit, Commits, DamagedCommit
@@ -41,7 +43,10 @@ def newest_intact(commits: Commits, warn: Callable[[str], None]) -> tuple[Commit
 
 def check_same_run(recipe: Recipe, commit: Commit) -> None:
     """Raise StoreError if the commit belongs to a run that computes something else."""
-    ours, theirs = _flat(recipe.model_dump(mode="json")), _flat(commit.manifest.recipe)
+    written = commit.manifest.recipe
+    with contextlib.suppress(ValidationError):  # a field that is newer than the commit has its default there
+        written = Recipe.model_validate(written).model_dump(mode="json")
+    ours, theirs = _flat(recipe.model_dump(mode="json")), _flat(written)
     different = [
         f"{path}: {theirs.get(path)!r} there, {ours.get(path)!r} here"
         for path in sorted(ours.keys() | theirs.keys())

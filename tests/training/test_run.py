@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from treering.training import loop
 from treering.training.commits import Commits, find_commit
 from treering.training.loop import Summary, train
 from treering.training.recipe import Recipe
+from treering.training.resume import check_same_run
 from treering.training.store import Store, StoreError
 from treering.training.world import World
 
@@ -159,6 +161,14 @@ def test_another_recipe_is_refused(whole: tuple[Path, Summary]) -> None:
         StoreError, match=r"another recipe \(optimizer.lr: 0.001 there, 0.002 here\); use the same recipe"
     ):
         train(recipe("optimizer.lr=0.002"), whole[0])
+
+
+def test_a_field_newer_than_the_commit_does_not_matter(whole: tuple[Path, Summary]) -> None:
+    commit = find_commit(str(whole[0]))
+    older = commit.manifest.recipe | {"stages": [s | {} for s in commit.manifest.recipe["stages"]]}
+    for stage in older["stages"]:
+        del stage["copies"]
+    check_same_run(recipe(), replace(commit, manifest=commit.manifest.model_copy(update={"recipe": older})))
 
 
 def test_a_damaged_commit_is_named_and_the_one_before_taken(
