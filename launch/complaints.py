@@ -106,6 +106,7 @@ def _from_validator(path: Path, message: str, tree: Any, places: Mapping[Path, s
     for named, value in _NAMED_VALUE.findall(message):
         for place in places:
             ours = place[: len(path)] == path and f".{dotted(place)}".endswith(f".{named}")
+            ours = ours and ("grow" in place or not message.startswith("grow: "))  # a stage's size, not the model's
             if ours and str(_value(tree, place)) == value:
                 owner = dotted(place).removesuffix(named).rstrip(".")
                 if owner.endswith(".grow"):
