@@ -118,7 +118,7 @@ def test_it_trains_and_grows() -> None:
     assert losses[-1] < 0.5 * losses[0]
     before = {kind: small.logical_state()[f"{kind}/logit_bias"].clone() for kind in ("model", "exp_avg", "exp_avg_sq")}
     assert before["model"].item() != -10
-    large, growth = grow(small, engine, SPEC.grown({"image.depth": 2}), batch())
+    large, growth = grow(small, engine, SPEC.grown({"image.depth": 2}), batch(), seed=1, copies="noise")
     assert growth.logit_difference < 1e-5
     for kind, value in before.items():
         assert torch.equal(large.logical_state()[f"{kind}/logit_bias"], value)
