@@ -210,7 +210,10 @@ def _torchvision() -> Check:
 def _slurm() -> Check:
     if shutil.which("sbatch") is None:
         return Check(
-            "slurm", "note", "no sbatch here", "only for treering submit: run it on a login node of the cluster"
+            "slurm",
+            "note",
+            "no sbatch here",
+            "needed only for running under Slurm: look on a login node of the cluster",
         )
     try:
         answer = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=10, check=True)
