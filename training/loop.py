@@ -99,6 +99,7 @@ class Run:
         self._start(imports)
         self._commit_time = self._log_time = time.monotonic()
         self._log_step, self._log_flops = self.state.step, self.state.flops
+        self._log_skipped = self.state.skipped
         self._seconds_before = self.state.seconds
 
     def __enter__(self) -> Run:
@@ -236,7 +237,7 @@ class Run:
         elapsed = max(now - self._log_time, 1e-9)
         rate = steps * self.recipe.data.batch / elapsed
         peak = peak_flops(self.world.device)
-        self._count_dry(skipped - state.skipped, steps)
+        self._count_dry(skipped - self._log_skipped, steps)
         self.state = state.model_copy(update={"skipped": skipped})
         self.display.step(
             self.state,
@@ -255,6 +256,7 @@ class Run:
             seconds={"data": self._waited, "compute": elapsed - self._waited},
         )
         self._log_time, self._log_step, self._log_flops, self._waited = now, state.step, state.flops, 0.0
+        self._log_skipped = skipped
 
     def _count_dry(self, skipped: int, steps: int) -> None:
         """Say that steps were skipped; give up when nothing else happens any more."""

@@ -125,6 +125,24 @@ def test_a_run_without_finite_gradients_stops_and_says_so(
     assert "1 of the last 1 steps had a gradient that is not finite" in capsys.readouterr().err
 
 
+def test_a_commit_between_two_log_lines_hides_no_skipped_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [
+        "data.batch=4",
+        "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
+        "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+        "stages=[{samples: 40}]",
+        "schedule.warmup=4",
+        "eval.suites=[]",
+        "checkpoint.every=20",
+    ]
+    clip, calls = torch.nn.utils.get_total_norm, iter(range(1, 1000))
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda g: clip(g) * (float("nan") if next(calls) == 3 else 1))
+    train(read_recipe("emoji", overrides).recipe, tmp_path)
+    assert "1 of the last 10 steps had a gradient that is not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("batch", [1, 7, 128])
 def test_the_schedule_warms_up_stays_and_decays(batch: int) -> None:
     config = ScheduleConfig(warmup=1000, cooldown=0.2, final=0.1)
