@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -20,6 +20,18 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     source: str = Field(min_length=1, description="samples://NAME, or a glob/brace URL of tar shards")
     weight: float = Field(1.0, gt=0, description="share of the stream, relative to the other sources")
+    filter: str | None = Field(
+        None, description="keep the samples whose metadata fit, as in similarity > 0.28 and not nsfw (data/filter.py)"
+    )
+
+    @field_validator("filter")
+    @classmethod
+    def _is_a_filter(cls, value: str | None) -> str | None:
+        if value is not None:
+            from .filter import Filter  # brings numpy, which a recipe without filters does not need
+
+            Filter(value)
+        return value
 
 
 class AugmentConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -75,6 +87,9 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     workers: int = Field(0, ge=0, description="decoding processes beside each training process; 0: decode in line")
     bad_samples: float = Field(
         0.01, ge=0, lt=1, description="share of a source that may be unusable before the run stops"
+    )
+    bad_shards: Literal["refuse", "skip"] = Field(
+        "refuse", description="a damaged shard: refuse the source, or leave the shard out of it and tell the ledger"
     )
     augment: AugmentConfig = AugmentConfig()
     cache: CacheConfig = CacheConfig()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from math import floor
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ class Loader:
         assert config.batch % world == 0, "the recipe checks this"
         self.config, self.rank, self.world = config, rank, world
         cache = BlockCache(config.cache.bytes)
-        self.sources = [open_source(each.source, cache) for each in config.train]
+        self.sources = [open_source(each.source, cache, each.filter, config.bad_shards) for each in config.train]
         lengths = [len(source) for source in self.sources]
         self.order = Order(seed, lengths, [each.weight for each in config.train], config.batch)
         self._items = _Items(self.sources, self.order, config, resolution, context)
@@ -51,6 +52,7 @@ class Loader:
         """This rank's share of global batch `step`, `step` + 1, ... without end. Close the iterator to end its
         processes. Raises DataError if a source cannot be read, or a decoding process dies."""
         batches, batch = iter(self._data_loader(step)), None
+        left_out = self._shards_left_out() if self.rank == 0 else ()
         try:
             while True:
                 try:
@@ -61,10 +63,16 @@ class Loader:
                     batch = DataError(self._worker_died(step, error))
                 if isinstance(batch, DataError):
                     raise batch
-                yield batch
+                yield replace(batch, bad=(*left_out, *batch.bad)) if left_out else batch
+                left_out = ()
                 step += 1
         finally:  # end the processes here and now, not when a traceback that holds this frame is collected
             del batches, batch
+
+    def _shards_left_out(self) -> tuple[LedgerEntry, ...]:
+        """The damaged shards that the ledger does not name yet; they travel with the first batch."""
+        every = [entry for source in self.sources for entry in source.left_out]
+        return tuple(entry for entry in every if (entry.shard, entry.key) not in self._bad.get(entry.source, {}))
 
     def keys(self, step: int) -> list[str]:
         """The keys of the whole global batch `step`; nothing is read. A bad sample is named, not its spare."""
@@ -77,7 +85,7 @@ class Loader:
         for entry in entries:
             self._bad.setdefault(entry.source, {})[entry.shard, entry.key] = entry
         for source in self.sources:
-            bad = self._bad.get(source.url, {})
+            bad = {place: entry for place, entry in self._bad.get(source.url, {}).items() if entry.key}
             allowed = floor(self.config.bad_samples * len(source))
             if len(bad) > allowed:
                 raise DataError(

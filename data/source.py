@@ -148,7 +148,7 @@ def open_source(
     usable sample.
     """
     wanted = _read_filter(url, filter)
-    pattern = _pattern(url)
+    pattern = pattern_of(url)
     found = expand(pattern)
     read = cache.reader(found) if cache else read_range
     summary = summed_up(pattern, found, read, bad_shards == "skip", workers, told)
@@ -169,7 +169,7 @@ def open_source(
 
 def shards_of(url: str) -> list[ShardInfo]:
     """The shards behind `samples://NAME` or a glob/brace URL, sorted. DataError if there is none."""
-    return expand(_pattern(url))
+    return expand(pattern_of(url))
 
 
 def _read_filter(url: str, text: str | None) -> Filter | None:
@@ -215,7 +215,7 @@ def _nothing_usable(url: str, shards: Sequence[ShardIndex], left_out: Sequence[L
     )
 
 
-def _pattern(url: str) -> str:
+def pattern_of(url: str) -> str:
     """The glob/brace URL of a source, which samples:// stands for."""
     if not url.startswith("samples://"):
         return url
