@@ -29,6 +29,7 @@ from .config import DataError
 from .retries import http_status, persist, reason
 
 _GLOB = frozenset("*?[")
+_MAGIC = re.compile(r"[*?\[]")
 _LISTED = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs"))  # stores that list the names with a prefix
 _MANY = 16  # names in a folder from which it is listed; requests at a time where it cannot be
 BESIDE = ".treering"
@@ -85,14 +86,18 @@ def find_all(urls: Sequence[str]) -> list[ShardInfo]:
     ask for each of tens of thousands would take minutes. Raises what `find` does."""
     found: list[ShardInfo] = []
     single: list[str] = []
+    local: list[str] = []
     folders: dict[str, list[str]] = {}
     for url in urls:
-        if _GLOB & set(url) or not is_remote(url):
+        if _is_local(url):
+            local.append(url)
+        elif _GLOB & set(url):
             found += find(url)
         elif url.partition("://")[0] in _LISTED:
             folders.setdefault(url.rpartition("/")[0], []).append(url)
         else:
             single.append(url)
+    found += _find_local(local)
     for folder, names in folders.items():
         if len(names) < _MANY:
             single += names
@@ -126,40 +131,54 @@ def _listed(folder: str, urls: Sequence[str]) -> list[ShardInfo]:
     return [ShardInfo(url, int(there[url]["size"]), _stamp(there[url])) for url in urls]
 
 
-def _find_local(url: str) -> list[ShardInfo]:
-    """`find` on this machine's own file systems, with one call of the system a file."""
-    path = url.removeprefix("file://").removeprefix("local://")
-    before = url[: len(url) - len(path)]
-    if not path.startswith("/") or "/." in path or "//" in path:
-        path = os.path.abspath(os.path.expanduser(path))
-    folder, _, name = path.rpartition("/")
-    if not _GLOB & set(path):
-        stats = [(path, os.stat(path))] if os.path.exists(path) else []
-        if stats and S_ISDIR(stats[0][1].st_mode):
-            raise DataError(f"{shown_url(url)} is a folder; name the tar files in it, as in {shown_url(url)}/*.tar")
-    elif _GLOB & set(folder) or "**" in name:
-        names = [each for each in filesystem(path)[0].glob(path) if f"/{BESIDE}/" not in each]
-        stats = [(each, os.stat(each)) for each in names]
-    else:
-        fits = re.compile(glob_translate(name)).match
+def _is_local(url: str) -> bool:
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def _find_local(urls: Sequence[str]) -> list[ShardInfo]:
+    """`find` on this machine's own file systems, with one call of the system a file. Raises DataError."""
+    found = []
+    for url in urls:
+        path = url if url[0] == "/" else url.removeprefix("file://").removeprefix("local://")
+        before = url[: len(url) - len(path)]
+        if not path.startswith("/") or "/." in path or "//" in path:
+            path = os.path.abspath(os.path.expanduser(path))
         try:
-            with os.scandir(folder or "/") as entries:
-                stats = [(entry.path, entry.stat()) for entry in entries if fits(entry.name)]
+            stats = _matches(path) if _MAGIC.search(path) else [(path, os.stat(path))]
         except FileNotFoundError:
             stats = []
-    return [
-        ShardInfo(before + name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats if S_ISREG(stat.st_mode)
-    ]
+        except OSError as error:
+            with readable_errors(url):
+                raise error
+        shards = [
+            ShardInfo(before + name, stat.st_size, str(stat.st_mtime_ns))
+            for name, stat in stats
+            if S_ISREG(stat.st_mode)
+        ]
+        if not shards:
+            if stats and S_ISDIR(stats[0][1].st_mode) and not _MAGIC.search(path):
+                where = shown_url(url).rstrip("/")
+                raise DataError(f"{shown_url(url)} is a folder; name the tar files in it, as in {where}/*.tar")
+            raise DataError(f"no shards match {shown_url(url)}: nothing is there; check the path")
+        found += shards
+    return found
+
+
+def _matches(path: str) -> list[tuple[str, os.stat_result]]:
+    """What a local glob matches."""
+    folder, _, name = path.rpartition("/")
+    if _MAGIC.search(folder) or "**" in name:
+        names = [each for each in filesystem(path)[0].glob(path) if f"/{BESIDE}/" not in each]
+        return [(each, os.stat(each)) for each in names]
+    fits = re.compile(glob_translate(name)).match
+    with os.scandir(folder or "/") as entries:
+        return [(entry.path, entry.stat()) for entry in entries if fits(entry.name)]
 
 
 def find(url: str) -> list[ShardInfo]:
     """The files a URL without braces stands for. DataError if there is none, or the store does not answer."""
-    if "://" not in url or url.startswith(("file://", "local://")):
-        with readable_errors(url):
-            shards = _find_local(url)
-        if not shards:
-            raise DataError(f"no shards match {shown_url(url)}: nothing is there; check the path")
-        return shards
+    if _is_local(url):
+        return _find_local([url])
     with readable_errors(url):
         system, path = _reading(url)
         if _GLOB & set(path):

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 
@@ -149,6 +149,26 @@ class ShardIndex:
                         f"the index of {shown_url(self.url)} cannot be read ({reason}); start again"
                     ) from None
         raise AssertionError("the second attempt returns or raises")
+
+
+class Handles(Sequence[ShardIndex]):
+    """The indexes of many shards, as handles that are made when they are asked for."""
+
+    def __init__(self, shards: Sequence[ShardInfo], counts: Sequence[int], make: Callable[[ShardInfo], Table]) -> None:
+        """`counts`: the samples of each shard."""
+        self._shards, self._counts, self._indexes = shards, counts, Indexes(make)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @overload
+    def __getitem__(self, place: int) -> ShardIndex: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[ShardIndex]: ...
+    def __getitem__(self, place: int | slice) -> ShardIndex | list[ShardIndex]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        return ShardIndex(self._shards[place], self._counts[place], self._indexes)
 
 
 def index_bytes(shard: ShardInfo, content: int, samples: Samples, columns: Collector) -> bytes:

@@ -45,10 +45,9 @@ def summed_up(
     DataError if two shards hold one key. The last is looked for when the shards change, among as many samples as a
     process can compare (a million); `lint` looks at all.
     """
-    known = read_summary(url)
-    before = [known.get(shard) for shard in shards]
+    before = read_summary(url, shards)
     wanted = [s for s, row in zip(shards, before, strict=True) if row is None or (row.fault and not skip_damaged)]
-    if not wanted and len(known) == len(shards):
+    if not wanted:
         return [row for row in before if row is not None]
     made: dict[ShardInfo, ShardSummary] = {}
     few = len(wanted) < _FEW
@@ -59,8 +58,10 @@ def summed_up(
             made[shard] = ShardSummary(shard, fault=str(found), offset=found.offset)
         else:
             made[shard] = ShardSummary(shard, len(found), found.usable, found.content_size)
-    summary = [made.get(shard) or known[shard] for shard in shards]
-    if made and sum(each.samples for each in summary) <= _MOST_COMPARED:
+    rows = [made.get(shard, row) for shard, row in zip(shards, before, strict=True)]
+    summary = [row for row in rows if row is not None]
+    assert len(summary) == len(shards)
+    if sum(each.samples for each in summary) <= _MOST_COMPARED:
         _check_keys(summary, read)
     write_summary(url, summary)
     return summary

@@ -15,7 +15,7 @@ import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import accumulate, compress
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ from .blocks import BlockCache
 from .config import DataError
 from .files import Reader, ShardInfo, read_range, shown_url
 from .filter import Filter
-from .index import IMAGE_KINDS, Indexes, ShardIndex
+from .index import IMAGE_KINDS, Handles, ShardIndex
 from .ledger import LedgerEntry, shown
 from .opening import Accepted, accepted, summed_up
 from .record import Record
@@ -50,14 +50,14 @@ class Source:
         left_out: Sequence[LedgerEntry] = (),
     ) -> None:
         """`accepted` says which samples of `shards` are the source (None: all); `left_out` names damaged shards."""
-        lengths = [len(shard) for shard in shards] if accepted is None else accepted.counts.tolist()
-        held = [length > 0 for length in lengths]
+        whole = [len(shard) for shard in shards]
+        lengths = whole if accepted is None else accepted.counts.tolist()
         self.url, self.left_out = url, tuple(left_out)
-        self.samples_before_filter = sum(len(shard) for shard in shards)
+        self.samples_before_filter = sum(whole)
         self._read, self._accepted = read, accepted
-        self._places = list(compress(range(len(shards)), held))  # of those that hold samples, in `accepted`
-        self._shards = list(compress(shards, held))
-        self._ends = list(accumulate(compress(lengths, held)))
+        self._shards = shards
+        self._places = [i for i, length in enumerate(lengths) if length]  # in `shards`, of those that hold samples
+        self._ends = list(accumulate(length for length in lengths if length))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -71,7 +71,7 @@ class Source:
     @property
     def shard_sizes(self) -> list[int]:
         """The bytes of each shard that holds samples."""
-        return [shard.size for shard in self._shards]
+        return [self._shards[place].size for place in self._places]
 
     @property
     def size(self) -> int:
@@ -92,7 +92,7 @@ class Source:
 
     def shard(self, number: int) -> str:
         """The URL of the shard that holds sample `number`; nothing is read."""
-        return self._shards[self._shard_of(number)].url
+        return self._shards[self._places[self._shard_of(number)]].url
 
     def offset(self, number: int) -> int:
         """Where the data of the sample's first member starts in its shard (of a .tar.gz, in the unpacked tar), in
@@ -111,7 +111,7 @@ class Source:
         i = number - (self._ends[shard - 1] if shard else 0)
         if self._accepted is not None:
             i = int(self._accepted.numbers(self._places[shard])[i])
-        return self._shards[shard], i
+        return self._shards[self._places[shard]], i
 
 
 def _first(places: dict[str, tuple[int, int]]) -> int:
@@ -158,8 +158,9 @@ def open_source(
         for each in summary
         if each.fault
     ]
-    indexes = Indexes(lambda shard: index_table(shard, read))
-    shards = [ShardIndex(each.shard, each.samples, indexes) for each in whole]
+    shards = Handles(
+        [each.shard for each in whole], [each.samples for each in whole], lambda shard: index_table(shard, read)
+    )
     if not sum(each.usable for each in whole):
         raise DataError(_nothing_usable(url, shards, left_out))
     kept = accepted(pattern, wanted, whole, shards, workers, told) if wanted else None

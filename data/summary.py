@@ -37,18 +37,18 @@ class ShardSummary:
     offset: int = 0
 
 
-def read_summary(url: str) -> dict[ShardInfo, ShardSummary]:
-    """What is known of the shards behind a URL; nothing if nobody has summed them up yet."""
+def read_summary(url: str, shards: Sequence[ShardInfo]) -> list[ShardSummary | None]:
+    """What is known of each of the shards behind a URL; None of those that nobody has summed up as they are now."""
     place = _Place(url)
     try:
-        return _parsed(Table.open(place.cached), place.folder)
+        return _parsed(Table.open(place.cached), place.folder, shards)
     except (OSError, DamagedTable):
         pass
     data = fetch(place.beside)
     try:
-        return {} if data is None else _parsed(Table.parse(data), place.folder)
+        return [None] * len(shards) if data is None else _parsed(Table.parse(data), place.folder, shards)
     except DamagedTable:
-        return {}
+        return [None] * len(shards)
 
 
 def write_summary(url: str, shards: Iterable[ShardSummary], beside: bool = False) -> None:
@@ -102,19 +102,24 @@ def _packed(shards: list[ShardSummary], folder: str) -> bytes:
     return table_bytes({"format": FORMAT, "faults": faults}, arrays)
 
 
-def _parsed(table: Table, folder: str) -> dict[ShardInfo, ShardSummary]:
-    """Raises DamagedTable."""
+def _parsed(table: Table, folder: str, shards: Sequence[ShardInfo]) -> list[ShardSummary | None]:
+    """What a summary says of each shard. Raises DamagedTable."""
     try:
         if table.header["format"] != FORMAT:
             raise DamagedTable("it is of another version")
         names = [name if name[:1] == "/" or "://" in name else f"{folder}/{name}" for name in table.texts("names")]
-        columns = [table.rows(name).tolist() for name in ("size", "samples", "usable", "content")]
-        rows = list(zip(names, table.texts("stamps"), *columns, strict=True))
+        sizes, *numbers = (table.rows(name).tolist() for name in ("size", "samples", "usable", "content"))
+        stamps, counts = table.texts("stamps"), list(zip(*numbers, strict=True))
         faults = {int(i): (str(reason), int(offset)) for i, offset, reason in table.header["faults"]}
     except (KeyError, TypeError, ValueError):
         raise DamagedTable("it is no summary of a source") from None
-    found = {}
-    for i, (name, stamp, size, samples, usable, content) in enumerate(rows):
-        shard = ShardInfo(name, size, stamp)
-        found[shard] = ShardSummary(shard, samples, usable, content, *faults.get(i, ("", 0)))
+    if not len(names) == len(sizes) == len(stamps) == len(counts):
+        raise DamagedTable("its lists differ in length")
+    rows = {name: i for i, name in enumerate(names)}
+    found: list[ShardSummary | None] = []
+    for shard in shards:
+        i = rows.get(shard.url, -1)
+        same = i >= 0 and sizes[i] == shard.size and stamps[i] == shard.stamp
+        samples, usable, content = counts[i] if same else (0, 0, 0)
+        found.append(ShardSummary(shard, samples, usable, content, *faults.get(i, ("", 0))) if same else None)
     return found

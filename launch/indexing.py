@@ -12,7 +12,7 @@ from ..data.beside import put_index
 from ..data.config import DataError
 from ..data.files import shown_url
 from ..data.filter import Filter
-from ..data.index import Indexes, ShardIndex
+from ..data.index import Handles
 from ..data.ledger import shown
 from ..data.opening import accepted, summed_up
 from ..data.shards import expand, index_table
@@ -50,8 +50,7 @@ def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -
         "faults": faults,
     }
     if wanted is not None:
-        indexes = Indexes(index_table)
-        handles = [ShardIndex(each.shard, each.samples, indexes) for each in whole]
+        handles = Handles([each.shard for each in whole], [each.samples for each in whole], index_table)
         with progress("shards") as told:
             found["accepted"] = int(accepted(pattern, wanted, whole, handles, workers, told).counts.sum())
     if beside:
