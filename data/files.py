@@ -182,9 +182,8 @@ def find(url: str) -> list[ShardInfo]:
     with readable_errors(url):
         system, path = _reading(url)
         if _GLOB & set(path):
-            matches = list(
-                persist(shown_url(url), lambda: system.glob(path, detail=True), seconds=_START_SECONDS).values()
-            )
+            found = persist(shown_url(url), lambda: system.glob(path, detail=True), seconds=_START_SECONDS)
+            matches = [match for name, match in found.items() if f"/{BESIDE}/" not in name]
         else:
             match = persist(shown_url(url), lambda: _info(system, path), seconds=_START_SECONDS)
             matches = [match] if match else []
@@ -192,7 +191,7 @@ def find(url: str) -> list[ShardInfo]:
                 raise DataError(
                     f"{shown_url(url)} is a folder; name the tar files in it, as in {shown_url(url).rstrip('/')}/*.tar"
                 )
-        files = [match for match in matches if match["type"] == "file" and f"/{BESIDE}/" not in match["name"]]
+        files = [match for match in matches if match["type"] == "file"]
         if not files:
             raise DataError(f"no shards match {shown_url(url)}: nothing is there; check the bucket and the names in it")
         return [ShardInfo(_with_protocol(url, m["name"]), int(m["size"]), _stamp(m)) for m in files]

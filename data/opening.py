@@ -26,7 +26,7 @@ from .sweep import Told, enough_workers, index_all, silent, sweep
 from .tables import DamagedTable, Table, smallest, table_bytes, write_whole
 from .tar import DamagedShard
 
-_FEW = 16  # shards that one process indexes
+_FEW = 8  # shards, for each process that is worth starting
 _MOST_COMPARED = 1 << 20  # samples up to which keys are compared over all shards
 _KEPT = 256  # shards whose accepted samples are kept in memory
 
@@ -50,8 +50,7 @@ def summed_up(
     if not wanted:
         return [row for row in before if row is not None]
     made: dict[ShardInfo, ShardSummary] = {}
-    few = len(wanted) < _FEW
-    for shard, found in index_all(wanted, workers or (1 if few else enough_workers(url)), told, read):
+    for shard, found in index_all(wanted, workers or _useful(url, wanted), told, read):
         if isinstance(found, DataError):
             if not isinstance(found, DamagedShard) or not skip_damaged:
                 raise found
@@ -65,6 +64,11 @@ def summed_up(
         _check_keys(summary, read)
     write_summary(url, summary)
     return summary
+
+
+def _useful(url: str, work: Sequence[object]) -> int:
+    """Processes that are worth starting for so many shards."""
+    return max(1, min(enough_workers(url), len(work) // _FEW))
 
 
 def _check_keys(summary: Sequence[ShardSummary], read: Reader) -> None:
@@ -130,7 +134,7 @@ def accepted(
         mask = wanted.accepted(columns)
         return int(mask.sum()), np.packbits(mask).tobytes(), Known().add(columns)
 
-    workers = workers or (1 if len(indexes) < _FEW else enough_workers(url))
+    workers = workers or _useful(url, indexes)
     for count, packed, seen in sweep(evaluate, indexes, workers, told):
         counts.append(count)
         bits.append(packed)

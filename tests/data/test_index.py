@@ -173,7 +173,7 @@ def test_many_shards_are_indexed_by_several_processes(
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path / "other"))
     assert content(open_source(url, workers=1)) == many
     open_source(str(tmp_path / "data" / "part-00[01].tar"))
-    assert workers == [3, 1, 1]
+    assert workers == [2, 1, 1]
 
 
 def test_few_indexes_are_open_at_a_time(
@@ -389,7 +389,7 @@ def test_local_listing_equals_a_plain_one(tmp_path: Path, write_tar: WriteTar, m
     for url in (*globs, f"file://{os.getcwd()}/a/*.tar", "./a/1.tar"):
         found = expand(url)
         names = {name for part in shards.expand_braces(url) for name in system.glob(part.removeprefix("file://"))}
-        expected = {(name, os.stat(name).st_size) for name in names if os.path.isfile(name)}
+        expected = {(os.path.normpath(n), os.stat(n).st_size) for n in names if os.path.isfile(n)}
         assert {(shard.url.removeprefix("file://"), shard.size) for shard in found} == expected, url
         assert [shard.url for shard in found] == sorted(shard.url for shard in found)
         assert all(open_content(shard) for shard in found)
