@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -26,6 +26,18 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         description="share of the stream, relative to the other sources; stages may change it",
     )
     name: str = Field("", description="what stages and logs call it; the URL where it has none")
+    filter: str | None = Field(
+        None, description="keep the samples whose metadata fit, as in similarity > 0.28 and not nsfw (data/filter.py)"
+    )
+
+    @field_validator("filter")
+    @classmethod
+    def _is_a_filter(cls, value: str | None) -> str | None:
+        if value is not None:
+            from .filter import Filter  # brings numpy, which a recipe without filters does not need
+
+            Filter(value)
+        return value
 
     @property
     def label(self) -> str:
@@ -95,6 +107,9 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     lanes: int = Field(
         1_024, gt=0, description="places at which a large source is read at once; at best a multiple of the world size"
+    )
+    bad_shards: Literal["refuse", "skip"] = Field(
+        "refuse", description="a damaged shard: refuse the source, or leave the shard out of it and tell the ledger"
     )
     augment: AugmentConfig = AugmentConfig()
     cache: CacheConfig = CacheConfig()

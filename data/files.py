@@ -11,20 +11,29 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 import fsspec.config
 import fsspec.core
+from fsspec.utils import glob_translate
 
 from .config import DataError
 from .retries import http_status, persist, reason
 
 _GLOB = frozenset("*?[")
+_MAGIC = re.compile(r"[*?\[]")
+_LISTED = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs"))  # stores that list the names with a prefix
+_MANY = 16  # names in a folder from which it is listed; requests at a time where it cannot be
+BESIDE = ".treering"
+"""the folder, beside shards, of what is known about them"""
 _LOCAL = frozenset(("file", "local", "memory"))
 _AHEAD = 8 << 20  # bytes that a walk over a remote shard asks for at a time
 _CHUNK = 1 << 18  # bytes taken at a time from an answer
@@ -72,14 +81,109 @@ def is_remote(url: str) -> bool:
     return bool(separator) and protocol not in _LOCAL
 
 
+def find_all(urls: Sequence[str]) -> list[ShardInfo]:
+    """The files that URLs without braces stand for. Names in one folder of a store are looked up by listing it, for to
+    ask for each of tens of thousands would take minutes. Raises what `find` does."""
+    found: list[ShardInfo] = []
+    single: list[str] = []
+    local: list[str] = []
+    folders: dict[str, list[str]] = {}
+    for url in urls:
+        if _is_local(url):
+            local.append(url)
+        elif _GLOB & set(url):
+            found += find(url)
+        elif url.partition("://")[0] in _LISTED:
+            folders.setdefault(url.rpartition("/")[0], []).append(url)
+        else:
+            single.append(url)
+    found += _find_local(local)
+    for folder, names in folders.items():
+        if len(names) < _MANY:
+            single += names
+        else:
+            found += _listed(folder, names)
+    if len(single) < _MANY:
+        return found + [each for url in single for each in find(url)]
+    with ThreadPoolExecutor(_MANY) as pool:
+        return found + [each for few in pool.map(find, single) for each in few]
+
+
+def _listed(folder: str, urls: Sequence[str]) -> list[ShardInfo]:
+    """Files of one folder of a store, all named by `urls`."""
+    first, last = min(urls), max(urls)  # what these two share, all between them do
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    prefix = first[len(folder) + 1 : length]
+    with readable_errors(folder):
+        system, path = _reading(folder)
+        matches = persist(
+            shown_url(folder),
+            lambda: system.find(path, maxdepth=1, prefix=prefix, detail=True),
+            seconds=_START_SECONDS,
+        )
+    there = {_with_protocol(folder, name): match for name, match in matches.items() if match["type"] == "file"}
+    missing = [url for url in urls if url not in there]
+    if missing:
+        more = f" (and {len(missing) - 1:,} more of {len(urls):,})" if len(missing) > 1 else ""
+        raise DataError(
+            f"no shards match {shown_url(missing[0])}{more}: nothing is there; check the bucket and the names in it"
+        )
+    return [ShardInfo(url, int(there[url]["size"]), _stamp(there[url])) for url in urls]
+
+
+def _is_local(url: str) -> bool:
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def _find_local(urls: Sequence[str]) -> list[ShardInfo]:
+    """`find` on this machine's own file systems, with one call of the system a file. Raises DataError."""
+    found = []
+    for url in urls:
+        path = url if url[0] == "/" else url.removeprefix("file://").removeprefix("local://")
+        before = url[: len(url) - len(path)]
+        if not path.startswith("/") or "/." in path or "//" in path:
+            path = os.path.abspath(os.path.expanduser(path))
+        try:
+            stats = _matches(path) if _MAGIC.search(path) else [(path, os.stat(path))]
+        except FileNotFoundError:
+            stats = []
+        except OSError as error:
+            with readable_errors(url):
+                raise error
+        shards = [
+            ShardInfo(before + name, stat.st_size, str(stat.st_mtime_ns))
+            for name, stat in stats
+            if S_ISREG(stat.st_mode)
+        ]
+        if not shards:
+            if stats and S_ISDIR(stats[0][1].st_mode) and not _MAGIC.search(path):
+                where = shown_url(url).rstrip("/")
+                raise DataError(f"{shown_url(url)} is a folder; name the tar files in it, as in {where}/*.tar")
+            raise DataError(f"no shards match {shown_url(url)}: nothing is there; check the path")
+        found += shards
+    return found
+
+
+def _matches(path: str) -> list[tuple[str, os.stat_result]]:
+    """What a local glob matches."""
+    folder, _, name = path.rpartition("/")
+    if _MAGIC.search(folder) or "**" in name:
+        names = [each for each in filesystem(path)[0].glob(path) if f"/{BESIDE}/" not in each]
+        return [(each, os.stat(each)) for each in names]
+    fits = re.compile(glob_translate(name)).match
+    with os.scandir(folder or "/") as entries:
+        return [(entry.path, entry.stat()) for entry in entries if fits(entry.name)]
+
+
 def find(url: str) -> list[ShardInfo]:
     """The files a URL without braces stands for. DataError if there is none, or the store does not answer."""
+    if _is_local(url):
+        return _find_local([url])
     with readable_errors(url):
         system, path = _reading(url)
         if _GLOB & set(path):
-            matches = list(
-                persist(shown_url(url), lambda: system.glob(path, detail=True), seconds=_START_SECONDS).values()
-            )
+            found = persist(shown_url(url), lambda: system.glob(path, detail=True), seconds=_START_SECONDS)
+            matches = [match for name, match in found.items() if f"/{BESIDE}/" not in name]
         else:
             match = persist(shown_url(url), lambda: _info(system, path), seconds=_START_SECONDS)
             matches = [match] if match else []
@@ -89,8 +193,7 @@ def find(url: str) -> list[ShardInfo]:
                 )
         files = [match for match in matches if match["type"] == "file"]
         if not files:
-            where = "the bucket and the names in it" if "://" in url else "the path"
-            raise DataError(f"no shards match {shown_url(url)}: nothing is there; check {where}")
+            raise DataError(f"no shards match {shown_url(url)}: nothing is there; check the bucket and the names in it")
         return [ShardInfo(_with_protocol(url, m["name"]), int(m["size"]), _stamp(m)) for m in files]
 
 
@@ -141,11 +244,12 @@ def read_range(shard: ShardInfo, start: int, end: int) -> bytes:
     with readable_errors(shard.url):
         data = _received(shard, start, end) if "://" in shard.url else _read_local(shard.url, start, end)
     if len(data) != end - start:
-        raise _changed(shard, start, end)
+        raise changed(shard, start, end)
     return data
 
 
-def _changed(shard: ShardInfo, start: int, end: int) -> DataError:
+def changed(shard: ShardInfo, start: int, end: int) -> DataError:
+    """What to say of a shard that is no longer the one that was listed."""
     return DataError(
         f"{shown_url(shard.url)} changed while it was read: bytes {start} to {end} are not all there; start again"
     )
@@ -163,7 +267,7 @@ def _received(shard: ShardInfo, start: int, end: int) -> bytes:
             raise
         except Exception as error:
             if http_status(error) in (412, 416):
-                raise _changed(shard, start, end) from None
+                raise changed(shard, start, end) from None
             raise
     return bytes(received)
 

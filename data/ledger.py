@@ -21,7 +21,8 @@ class BadSample(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """One bad sample met at one position of the stream (-1: outside the training stream)."""
+    """One bad sample met at one position of the stream (-1: outside the training stream), or, with an empty key, a
+    damaged shard that was left out; `offset` is then the byte where the damage shows."""
 
     source: str
     shard: str

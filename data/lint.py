@@ -57,7 +57,7 @@ def lint(url: str, workers: int = 1, told: Told = silent) -> Findings:
         indexes.append(index)
         faults += [Fault(index.url, reason) for reason in own]
     faults += _shared_keys(indexes)
-    source = Source(url, [index for index in indexes if index.keys] or indexes)
+    source = Source(url, indexes)
     if not len(source) and not faults:
         faults.append(Fault(shards[0].url, f"{shown_url(url)} is empty: there is no sample in its shards"))
     bad = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from math import floor
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class Loader:
         assert config.batch % world == 0, "the recipe checks this"
         self.config, self.rank, self.world = config, rank, world
         self.cache = BlockCache(config.cache.bytes)
-        self.sources = [open_source(each.source, self.cache) for each in config.train]
+        self.sources = [open_source(each.source, self.cache, each.filter, config.bad_shards) for each in config.train]
         shards = [source.shard_lengths for source in self.sources]
         mixtures = mixtures or [Mixture(0, tuple(each.weight for each in config.train))]
         self.order = Order(seed, shards, mixtures, config.batch, config.shuffle, config.lanes)
@@ -64,7 +65,7 @@ class Loader:
         """Reads a source that is too large for the cache through it all the same, where its windows are not."""
         if source.is_cached or not is_remote(source.url) or not self.cache.limit:
             return
-        total, need = sum(source.shard_sizes), sum(source.shard_sizes)
+        total = need = source.size
         if line.lanes:  # of each lane a window, the one after it, and the blocks at their ends
             window = line.most_in_window * total // len(source) + min(self.cache.block, max(source.shard_sizes))
             need = min(need, 2 * line.lanes * window)
@@ -87,6 +88,7 @@ class Loader:
         if any(source.is_cached for source in self.sources):
             ahead = Ahead(self.order, self.sources, self.cache, self.rank, self.world, step)
         batches, batch = iter(self._data_loader(step)), None
+        left_out = self._shards_left_out() if self.rank == 0 else ()
         try:
             while True:
                 if ahead:
@@ -99,12 +101,18 @@ class Loader:
                     batch = DataError(self._worker_died(step, error))
                 if isinstance(batch, DataError):
                     raise batch
-                yield batch
+                yield replace(batch, bad=(*left_out, *batch.bad)) if left_out else batch
+                left_out = ()
                 step += 1
         finally:  # end the processes here and now, not when a traceback that holds this frame is collected
             del batches, batch
             if ahead:
                 ahead.close()
+
+    def _shards_left_out(self) -> tuple[LedgerEntry, ...]:
+        """The damaged shards that the ledger does not name yet; they travel with the first batch."""
+        every = [entry for source in self.sources for entry in source.left_out]
+        return tuple(entry for entry in every if (entry.shard, entry.key) not in self._bad.get(entry.source, {}))
 
     def keys(self, step: int) -> list[str]:
         """The keys of the whole global batch `step`; nothing is read. A bad sample is named, not its spare."""
@@ -122,7 +130,7 @@ class Loader:
         for entry in entries:
             self._bad.setdefault(entry.source, {})[entry.shard, entry.key] = entry
         for source in self.sources:
-            bad = self._bad.get(source.url, {})
+            bad = {place: entry for place, entry in self._bad.get(source.url, {}).items() if entry.key}
             allowed = floor(self.config.bad_samples * len(source))
             if len(bad) > allowed:
                 raise DataError(

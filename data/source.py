@@ -1,23 +1,38 @@
 """A source: one collection of shards, opened by URL, whose samples have numbers 0 .. len - 1.
 
-Samples are numbered by shard (sorted by URL), then in the order of the tar. All of a source's index is in memory;
-the bytes of a sample are read when it is asked for, one range a sample, through the node's cache where it has room for
-the source (blocks.py).
+Samples are numbered by shard (sorted by URL), then in the order of the tar; with a filter, those that it accepts are
+the source, and only they are numbered. Opening reads one small file whatever the number of shards (opening.py): the
+index of a shard is not touched before one of its samples is asked for, and the sample's bytes are then read by one
+range, through the node's cache where it has room for the source (blocks.py).
+
+Keys must differ within a shard. Whether two shards hold one key is looked for in small sources alone (opening.py):
+at a billion samples the keys would not fit in memory, and `treering data lint` is the place to find out.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .blocks import BlockCache
 from .config import DataError
 from .files import Reader, ShardInfo, read_range, shown_url
-from .ledger import shown
+from .filter import Filter
+from .index import IMAGE_KINDS, Handles, ShardIndex
+from .ledger import LedgerEntry, shown
+from .opening import Accepted, accepted, summed_up
 from .record import Record
-from .shards import IMAGE_KINDS, ShardIndex, expand, index_shard, is_usable
+from .shards import expand, index_table
+from .summary import ShardSummary
+from .sweep import Told, silent
+from .unpack import Unpacked, is_packed
 
 _READ_KINDS = frozenset((*IMAGE_KINDS, "txt", "json"))
 _GAP = 1 << 16  # bytes between two members that are cheaper read than skipped
@@ -26,72 +41,104 @@ _GAP = 1 << 16  # bytes between two members that are cheaper read than skipped
 class Source:
     """The samples of a URL. Reading is safe in any process and thread."""
 
-    def __init__(self, url: str, shards: list[ShardIndex], read: Reader = read_range) -> None:
-        self.url, self._read = url, read
+    def __init__(
+        self,
+        url: str,
+        shards: Sequence[ShardIndex],
+        read: Reader = read_range,
+        accepted: Accepted | None = None,
+        left_out: Sequence[LedgerEntry] = (),
+    ) -> None:
+        """`accepted` says which samples of `shards` are the source (None: all); `left_out` names damaged shards."""
+        whole = [len(shard) for shard in shards]
+        lengths = whole if accepted is None else accepted.counts.tolist()
+        self.url, self.left_out = url, tuple(left_out)
+        self.samples_before_filter = sum(whole)
+        self._read, self._accepted = read, accepted
         self._shards = shards
-        self._ends = list(accumulate(len(shard.keys) for shard in shards))
+        self._places = [i for i, length in enumerate(lengths) if length]  # in `shards`, of those that hold samples
+        self._ends = list(accumulate(length for length in lengths if length))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def shard_lengths(self) -> NDArray[np.int64]:
+        """The samples of each shard that holds some, int64 [shards]; numbers run through the shards in order."""
+        ends = np.array(self._ends, np.int64)
+        return ends - np.concatenate(([0], ends[:-1]))
 
     @property
     def shard_sizes(self) -> list[int]:
         """The bytes of each shard that holds samples."""
-        return [shard.size for shard in self._shards]
+        return [self._shards[place].size for place in self._places]
 
     @property
-    def shard_lengths(self) -> list[int]:
-        """The samples of each shard; numbers run through the shards in this order."""
-        return [len(shard.keys) for shard in self._shards]
+    def size(self) -> int:
+        """The bytes of all shards that hold samples."""
+        return sum(self.shard_sizes)
 
     def record(self, number: int) -> Record:
         """The raw members of sample `number`: picture, caption and metadata. DataError if the shard is gone."""
         shard, i = self._place(number)
-        places = {kind: place for kind, place in shard.samples[i].items() if kind in _READ_KINDS}
-        return Record(shard.keys[i], shard.url, self.offset(number), _members(self._read, shard.shard, places))
+        places = shard.places(i)
+        wanted = {kind: place for kind, place in places.items() if kind in _READ_KINDS}
+        return Record(shard.key(i), shard.url, _first(places), _members(self._read, shard.shard, wanted))
 
     def span(self, number: int) -> tuple[ShardInfo, int, int]:
         """The shard of sample `number`, and from where to where in it the sample lies, in bytes."""
         shard, i = self._place(number)
-        places = shard.samples[i].values()
-        return shard.shard, min(offset for offset, _ in places), max(offset + size for offset, size in places)
+        places = shard.places(i)
+        return shard.shard, _first(places), max(offset + size for offset, size in places.values())
 
     @property
     def is_cached(self) -> bool:
         """Whether it is read through the node's cache."""
-        return self._read is not read_range
+        return isinstance(getattr(self._read, "__self__", None), BlockCache)
 
     def read_through(self, cache: BlockCache, need: int) -> None:
         """Read through the cache if that has room for the `need` bytes that are drawn from at a time."""
-        if not self.is_cached:
+        if self._read is read_range:
             self._read = cache.reader([shard.shard for shard in self._shards], need)
 
     def key(self, number: int) -> str:
-        """The key of sample `number`; nothing is read."""
+        """The key of sample `number`; nothing but the shard's index is read."""
         shard, i = self._place(number)
-        return shard.keys[i]
+        return shard.key(i)
 
     def shard(self, number: int) -> str:
-        """The URL of the shard that holds sample `number`."""
-        return self._place(number)[0].url
+        """The URL of the shard that holds sample `number`; nothing is read."""
+        return self._shards[self._places[self._shard_of(number)]].url
 
     def offset(self, number: int) -> int:
-        """Where the data of the sample's first member starts in its shard, in bytes."""
+        """Where the data of the sample's first member starts in its shard (of a .tar.gz, in the unpacked tar), in
+        bytes."""
         shard, i = self._place(number)
-        return min(offset for offset, _ in shard.samples[i].values())
+        return _first(shard.places(i))
 
-    def _place(self, number: int) -> tuple[ShardIndex, int]:
+    def _shard_of(self, number: int) -> int:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        shard = bisect_right(self._ends, number)
-        return self._shards[shard], number - (self._ends[shard - 1] if shard else 0)
+        return bisect_right(self._ends, number)
+
+    def _place(self, number: int) -> tuple[ShardIndex, int]:
+        """The shard of a sample, and the sample's number in it."""
+        shard = self._shard_of(number)
+        i = number - (self._ends[shard - 1] if shard else 0)
+        if self._accepted is not None:
+            i = int(self._accepted.numbers(self._places[shard])[i])
+        return self._shards[self._places[shard]], i
+
+
+def _first(places: dict[str, tuple[int, int]]) -> int:
+    return min(offset for offset, _ in places.values())
 
 
 def _members(read: Reader, shard: ShardInfo, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
     """The members at `places`, by one read where they lie close together, as those of one sample do."""
     if not places:
         return {}
-    start = min(offset for offset, _ in places.values())
+    start = _first(places)
     end = max(offset + size for offset, size in places.values())
     if end - start > sum(size for _, size in places.values()) + _GAP:
         return {kind: read(shard, offset, offset + size) for kind, (offset, size) in places.items()}
@@ -99,38 +146,82 @@ def _members(read: Reader, shard: ShardInfo, places: dict[str, tuple[int, int]])
     return {kind: span[offset - start : offset - start + size] for kind, (offset, size) in places.items()}
 
 
-def open_source(url: str, cache: BlockCache | None = None) -> Source:
+def open_source(
+    url: str,
+    cache: BlockCache | None = None,
+    filter: str | None = None,
+    bad_shards: Literal["refuse", "skip"] = "refuse",
+    workers: int | None = None,
+    told: Told = silent,
+) -> Source:
     """Opens `samples://NAME` or a glob/brace URL of tar shards, read through `cache` if they are remote and it has room
-    for them; raises DataError if it holds no usable sample."""
-    found = shards_of(url)
+    for them.
+
+    `filter` keeps the samples that an expression over their metadata accepts (filter.py). A damaged shard refuses the
+    source, or is left out of it (`bad_shards="skip"`) and named in `left_out`: a shard that is only out of reach, or
+    missing, always refuses it, for it would come back and change the order. Shards without an index get one, by
+    `workers` processes (None: as many as are useful); `told` hears of shards. Raises DataError, also if there is no
+    usable sample.
+    """
+    wanted = _read_filter(url, filter)
+    pattern = pattern_of(url)
+    found = expand(pattern)
     read = cache.reader(found) if cache else read_range
-    shards = [index_shard(shard, read) for shard in found]
-    _check_keys(shards)
-    usable = sum(is_usable(sample) for shard in shards for sample in shard.samples)
-    if not usable:
-        raise DataError(_nothing_usable(url, shards))
-    return Source(url, [shard for shard in shards if shard.keys], read)
+    summary = summed_up(pattern, found, read, bad_shards == "skip", workers, told)
+    whole = [each for each in summary if not each.fault]
+    left_out = [
+        LedgerEntry(url, each.shard.url, "", each.offset, f"damaged shard: {each.fault}")
+        for each in summary
+        if each.fault
+    ]
+    shards = Handles(
+        [each.shard for each in whole], [each.samples for each in whole], lambda shard: index_table(shard, read)
+    )
+    if not sum(each.usable for each in whole):
+        raise DataError(_nothing_usable(url, shards, left_out))
+    kept = accepted(pattern, wanted, whole, shards, workers, told) if wanted else None
+    limit = cache.limit if cache else None
+    return Source(url, shards, _unpacking(url, whole, Unpacked(read, limit)), kept, left_out)
 
 
 def shards_of(url: str) -> list[ShardInfo]:
     """The shards behind `samples://NAME` or a glob/brace URL, sorted. DataError if there is none."""
-    return expand(_samples(url) if url.startswith("samples://") else url)
+    return expand(pattern_of(url))
 
 
-def _check_keys(shards: list[ShardIndex]) -> None:
-    first: dict[str, str] = {}
-    for shard in shards:
-        for key in shard.keys:
-            other = first.setdefault(key, shard.url)
-            if other != shard.url:
-                raise DataError(
-                    f"{shown_url(other)} and {shown_url(shard.url)} both hold a sample with key {shown(key)}; "
-                    f"keys must differ within a source, so pack one of them again"
-                )
+def _read_filter(url: str, text: str | None) -> Filter | None:
+    try:
+        return None if text is None else Filter(text)
+    except ValueError as error:
+        raise DataError(f"{shown_url(url)}: {error}") from None
 
 
-def _nothing_usable(url: str, shards: list[ShardIndex]) -> str:
-    total = sum(len(shard.keys) for shard in shards)
+def _unpacking(url: str, summary: Sequence[ShardSummary], unpacked: Unpacked) -> Reader:
+    """How to read shards that may be .tar.gz. DataError if their copies do not fit in the cache."""
+    packed = [each for each in summary if is_packed(each.shard.url)]
+    need = sum(each.content for each in packed)
+    if not packed:
+        return unpacked.inner
+    if need > unpacked.limit:
+        raise DataError(
+            f"{shown_url(url)}: {len(packed)} of its shards are .tar.gz and need {need:,} bytes unpacked, the cache "
+            f"may hold {unpacked.limit:,}; unpack the shards with gunzip, or raise data.cache.limit"
+        )
+    logging.getLogger(__name__).warning(
+        "%s: %d of %d shards are .tar.gz, which can only be read from unpacked copies in the cache folder (%s bytes); "
+        "write plain .tar shards, pictures do not get smaller by gzip",
+        shown_url(url),
+        len(packed),
+        len(summary),
+        f"{need:,}",
+    )
+    return unpacked.read
+
+
+def _nothing_usable(url: str, shards: Sequence[ShardIndex], left_out: Sequence[LedgerEntry]) -> str:
+    total = sum(len(shard) for shard in shards)
+    if left_out and not total:
+        return f"{shown_url(url)}: nothing is left of it, all shards with samples are damaged; {left_out[0].reason}"
     if not total:
         return f"{shown_url(url)} is empty: {len(shards)} shards and no sample in them; check how they were written"
     kinds = Counter(kind for shard in shards for sample in shard.samples for kind in sample)
@@ -141,8 +232,10 @@ def _nothing_usable(url: str, shards: list[ShardIndex]) -> str:
     )
 
 
-def _samples(url: str) -> str:
-    """The glob of the shards behind a samples:// URL."""
+def pattern_of(url: str) -> str:
+    """The glob/brace URL of a source, which samples:// stands for."""
+    if not url.startswith("samples://"):
+        return url
     from . import emoji  # packs on first use; nobody else pays for it
 
     known: dict[str, Callable[[], str]] = {"emoji": emoji.train_shards, "emoji/held_out": emoji.held_out_shards}

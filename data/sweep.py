@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from .config import DataError
-from .files import ShardInfo
+from .files import Reader, ShardInfo, read_range
 from .shards import ShardIndex, index_shard
 
 T = TypeVar("T")
@@ -95,20 +95,20 @@ def sweep_samples(work: Callable[[int], R], numbers: Sequence[int], workers: int
 
 
 def index_all(
-    shards: Sequence[ShardInfo], workers: int, told: Told = silent
+    shards: Sequence[ShardInfo], workers: int, told: Told = silent, read: Reader = read_range
 ) -> Iterator[tuple[ShardInfo, ShardIndex | DataError]]:
     """Each shard with its index, from the cache or made now, or with what is wrong with it.
 
     Every index is in the cache folder as soon as it is made: cut off, the next call goes on where this one was.
     """
-    return zip(shards, sweep(_indexed, shards, workers, told), strict=True)
 
+    def indexed(shard: ShardInfo) -> ShardIndex | DataError:
+        try:
+            return index_shard(shard, read)
+        except DataError as error:
+            return error
 
-def _indexed(shard: ShardInfo) -> ShardIndex | DataError:
-    try:
-        return index_shard(shard)
-    except DataError as error:
-        return error
+    return zip(shards, sweep(indexed, shards, workers, told), strict=True)
 
 
 def _begin(work: Callable[[Any], Any]) -> None:

@@ -212,23 +212,31 @@ def pack(
 
 
 @data_app.command("index")
-def index(url: DataUrl, workers: Workers = None, as_json: AsJson = False) -> None:
+def index(
+    url: DataUrl,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Also put the indexes in .treering beside the shards, for other machines.")
+    ] = False,
+    filter: Annotated[
+        str | None, typer.Option("--filter", metavar="EXPR", help="Say how many samples it accepts, and keep that.")
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
     """Index all shards, in parallel; what was indexed before is not read again.
 
-    A run makes the index itself, shard after shard: this makes its start quick. Exit code 2 if a shard is damaged.
+    A run makes the index itself: this makes its start quick. Exit code 2 if a shard is damaged.
 
-        treering data index 's3://BUCKET/photos/{00000..01023}.tar'
+        treering data index 's3://BUCKET/photos/{00000..01023}.tar' --beside --filter 'similarity > 0.28 and not nsfw'
     """
-    from . import looking
+    from . import indexing, looking
 
-    found = looking.index_url(url, workers)
+    found = indexing.index_url(url, workers, beside, filter)
     reasons = [fault["reason"] for fault in found["faults"]]
     if as_json:
         _print_json(found)
         raise typer.Exit(2 if reasons else 0)
-    whole = found["shards"] - len(reasons)
-    text = f"{found['samples']:,} samples in {whole:,} shards, {looking.size(found['bytes'])}"
-    Console().print(Text(text), soft_wrap=True)
+    Console().print(Text(indexing.as_text(found, filter)), soft_wrap=True)
     if reasons:
         raise RunError(looking.faults_message(found["shards"], reasons), 2)
 

@@ -15,14 +15,13 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from ..data.config import DataError
 from ..data.files import shown_url
 from ..data.inspect import drawn, inspect, met, opened
 from ..data.ledger import LedgerEntry, read_ledger, shown
 from ..data.lint import Findings
 from ..data.sheet import Card, cards, noted, write_sheet
-from ..data.source import Source, shards_of
-from ..data.sweep import Told, enough_workers, index_all
+from ..data.source import Source
+from ..data.sweep import Told, enough_workers
 from .errors import clean
 
 MOST_FAULTS = 8
@@ -46,20 +45,6 @@ def progress(what: str) -> Iterator[Told]:
             bar.update(task, completed=done, total=total)
 
         yield told
-
-
-def index_url(url: str, workers: int | None) -> dict[str, Any]:
-    """Indexes all shards of a URL; what there is, and what is wrong with which shard."""
-    shards = shards_of(url)
-    samples, faults = 0, []
-    with progress("shards") as told:
-        for shard, index in index_all(shards, workers or enough_workers(url), told):
-            if isinstance(index, DataError):
-                faults.append({"shard": shown_url(shard.url), "reason": str(index)})
-            else:
-                samples += len(index.keys)
-    size = sum(shard.size for shard in shards)
-    return {"source": shown_url(url), "shards": len(shards), "samples": samples, "bytes": size, "faults": faults}
 
 
 def faults_message(shards: int, reasons: Sequence[str]) -> str:

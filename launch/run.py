@@ -15,6 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.text import Text
+
 from ..models.flops import parameters
 from ..training.recipe import Recipe
 from .errors import RecipeError, RunError, show
@@ -84,13 +87,15 @@ def _check_sources(recipe: Recipe) -> None:
     """Open every source once, which resolves and indexes its shards (and packs samples:// ones)."""
     from ..data.blocks import BlockCache
     from ..data.source import open_source
+    from .indexing import told_of
 
     cache = BlockCache(recipe.data.cache.bytes)
-    urls = [source.source for source in recipe.data.train]
-    if recipe.eval.suites:
-        urls.append(recipe.evaluation_source)
-    for url in dict.fromkeys(urls):
-        open_source(url, cache)
+    for each in recipe.data.train:
+        source = open_source(each.source, cache, each.filter, recipe.data.bad_shards)
+        for line in told_of(source, each.filter):
+            Console(stderr=True).print(Text(line), soft_wrap=True)
+    if recipe.eval.suites and recipe.evaluation_source not in {each.source for each in recipe.data.train}:
+        open_source(recipe.evaluation_source, cache)
 
 
 def _check_store(recipe: Recipe, out: Path) -> None:

@@ -241,11 +241,13 @@ def test_index_is_cached_until_the_shard_changes(
     path = write_tar(tmp_path / "t.tar", [("a.jpg", b"1"), ("a.txt", b"2")])
     first = index(path)
     (cached,) = (tmp_path / "cache" / "index").iterdir()
-    written = cached.stat().st_mtime_ns
-    assert index(path) == first
+    written, whole = cached.stat().st_mtime_ns, cached.read_bytes()
+    assert index(path).samples == first.samples == [{"jpg": (512, 1), "txt": (1536, 1)}]
     assert cached.stat().st_mtime_ns == written
-    cached.write_text('{"keys": [')  # damaged: made anew, not believed
-    assert index(path) == first
+    for damage in (whole[:-9], whole[:-9] + bytes(9), b"", b"x" * 200):
+        cached.write_bytes(damage)  # made anew, not believed
+        assert index(path).keys == ["a"]
+        assert cached.read_bytes() == whole
     write_tar(path, [("b.jpg", b"1"), ("b.txt", b"2")])
     os.utime(path, ns=(1, 1))
     assert index(path).keys == ["b"]
