@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .columns import MOST_TEXTS, Columns
+from .metadata import MOST_TEXTS, Columns
 from .config import DataError
 from .ledger import shown
 

@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from .columns import Collector, Columns
+from .metadata import Collector, Columns
 from .config import DataError
 from .files import ShardInfo, cache_folder, shown_url
 from .tables import DamagedTable, Table, packed_texts, smallest, table_bytes

@@ -14,7 +14,7 @@ import re
 from itertools import product
 
 from .beside import fetch_index
-from .columns import LONGEST_JSON, Collector
+from .metadata import LONGEST_JSON, Collector
 from .config import DataError
 from .files import Reader, ShardInfo, changed, find_all, read_range, shown_url
 from .index import IMAGE_KINDS as IMAGE_KINDS
