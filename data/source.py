@@ -19,7 +19,7 @@ from .ledger import shown
 from .record import Record
 from .shards import IMAGE_KINDS, ShardIndex, expand, index_shard, is_usable
 
-_READ_KINDS = frozenset((*IMAGE_KINDS, "txt", "json"))
+READ_KINDS = frozenset((*IMAGE_KINDS, "txt", "json"))
 _GAP = 1 << 16  # bytes between two members that are cheaper read than skipped
 
 
@@ -39,11 +39,18 @@ class Source:
         """The bytes of each shard that holds samples."""
         return [shard.size for shard in self._shards]
 
-    def record(self, number: int) -> Record:
-        """The raw members of sample `number`: picture, caption and metadata. DataError if the shard is gone."""
+    def record(self, number: int, kinds: frozenset[str] = READ_KINDS) -> Record:
+        """The raw members of sample `number` that are of these kinds: picture, caption and metadata. DataError if the
+        shard is gone."""
         shard, i = self._place(number)
-        places = {kind: place for kind, place in shard.samples[i].items() if kind in _READ_KINDS}
-        return Record(shard.keys[i], shard.url, self.offset(number), _members(self._read, shard.shard, places))
+        places = {kind: place for kind, place in shard.samples[i].items() if kind in kinds}
+        fields = _members(self._read, shard.shard, places)
+        return Record(shard.keys[i], shard.url, self.offset(number), fields, tuple(shard.samples[i]))
+
+    def kinds(self, number: int) -> tuple[str, ...]:
+        """The kinds of all members of sample `number`; nothing is read."""
+        shard, i = self._place(number)
+        return tuple(shard.samples[i])
 
     def key(self, number: int) -> str:
         """The key of sample `number`; nothing is read."""

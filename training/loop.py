@@ -279,7 +279,10 @@ class Run:
     def _evaluate(self) -> None:
         begun = time.monotonic()
         recipe = self.recipe
-        found = evaluate(self.engine.model, recipe.eval, recipe.evaluation_source, self.world, recipe.data.cache)
+        data = recipe.data
+        found = evaluate(
+            self.engine.model, recipe.eval, recipe.evaluation_source, self.world, data.cache, data.tokenizer
+        )
         self.scores, self.chance = found.scores, found.chance
         self.display.evaluation(self.state, found, time.monotonic() - begun)
         self._log_time += time.monotonic() - begun  # not training time
