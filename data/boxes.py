@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MOST_BOXES = 1000
 _LONGEST_TEXT = 10_000
+_NOTHING = 1e-9  # of a picture's area: rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def seen_boxes(boxes: SampleBoxes, crop: Crop, height: int, width: int, least: f
     inside = (boxes.corners.reshape(-1, 2, 2) - start) / size
     cut = inside.clip(0, 1)
     whole, left = (np.prod(each[:, 1] - each[:, 0], 1) for each in (inside, cut))
-    kept = (left > 0) & (left >= least * whole * (1 - 1e-9))  # at least = 1 a whole box stays, whatever the rounding
+    kept = (left > _NOTHING) & (left >= least * whole * (1 - _NOTHING))  # a whole box stays at least = 1
     corners = cut[kept].reshape(-1, 4)
     if crop.mirrored:
         corners = np.stack([1 - corners[:, 2], corners[:, 1], 1 - corners[:, 0], corners[:, 3]], 1)
