@@ -219,9 +219,9 @@ class EvaluationSet:
             record = self.source.record(number)
             captions, labels = captions_and_labels(record.fields)
             image = centre_crop(picture(record.fields, record.kinds), self.resolution)
+            tokens = self.tokenizer.encode(captions[0], self.context)
         except BadSample as error:
             return _entry(self.source, number, error)
-        tokens = self.tokenizer.encode(captions[0], self.context)
         return Sample(self.source.url, record.key, image, captions, captions[0], tokens, labels)
 
 

@@ -22,6 +22,7 @@ from .text import VOCABULARY, Tokenizer
 _MOST_BYTES = 1 << 28
 _STARTS = ("<|startoftext|>", "<start_of_text>", "<|begin_of_text|>", "<bos>", "<s>", "[CLS]", "[BOS]")
 _ENDS = ("<|endoftext|>", "<end_of_text>", "<|end_of_text|>", "<eos>", "</s>", "[SEP]", "[EOS]")
+_ODD = "\U000e0fff\u0378q"  # no vocabulary has it: only one with a token for the unknown, or for bytes, can go on
 _PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
 
 
@@ -105,7 +106,13 @@ class FileTokenizer:
 
 def _around(tokenizer: tokenizers.Tokenizer, where: str) -> tuple[int, int]:
     """The ids that start and end a text."""
-    around = tokenizer.encode("a")
+    try:
+        tokenizer.encode(_ODD)
+        around = tokenizer.encode("a")
+    except Exception as error:
+        raise DataError(
+            f"{where} cannot encode every text ({ascii(str(error))[1:-1][:100]}); give its model an unknown token"
+        ) from None
     words = [place for place, special in enumerate(around.special_tokens_mask) if not special]
     if words:
         before, after = around.ids[: words[0]], around.ids[words[-1] + 1 :]
