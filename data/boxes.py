@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .captions import check_text
-from .decode import Crop
 from .ledger import BadSample
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from .decode import Crop
     from .tokenizer_file import TextTokenizer
 
 _MOST_BOXES = 1000
