@@ -22,7 +22,13 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """One collection of shards and its share of the stream."""
 
     source: str = Field(min_length=1, description="samples://NAME, or a glob/brace URL of tar shards")
-    weight: float = Field(1.0, gt=0, description="share of the stream, relative to the other sources")
+    weight: float = Field(
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="share of the stream, relative to the other sources; stages may change it",
+    )
+    name: str = Field("", description="what stages and logs call it; the URL where it has none")
     captions: dict[str, float] = Field(
         default_factory=dict,
         description="weights of caption tags, as in {alt: 1, recaption: 3}; left out: all captions of a sample alike",
@@ -46,6 +52,11 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     def caption_shares(self) -> dict[str, int]:
         """The weights of the tags in millionths, in the order of their names, which is the order of the draw."""
         return {tag: round(weight * CAPTION_UNIT) for tag, weight in sorted(self.captions.items())}
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        return self.name or self.source
 
 
 class JitterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -129,6 +140,15 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     columns: dict[str, Literal["npy"]] = Field(
         default_factory=dict,
         description="further members to deliver: {teacher: npy} reads a vector from key.teacher.npy, or from key.npy",
+    )
+    shuffle: int = Field(
+        131_072,
+        gt=0,
+        description="samples among which the order is random; larger sources are read in lanes, each shuffled in "
+        "windows of shuffle / lanes samples",
+    )
+    lanes: int = Field(
+        1_024, gt=0, description="places at which a large source is read at once; at best a multiple of the world size"
     )
     augment: AugmentConfig = AugmentConfig()
     cache: CacheConfig = CacheConfig()
