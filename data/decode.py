@@ -49,10 +49,8 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise BadSample(f"picture too large: {image.width} x {image.height} pixels")
-            if simplejpeg and image.format == "JPEG" and image.mode == "RGB":
-                pixels = simplejpeg.decode_jpeg(data, "RGB")
-            else:
-                pixels = np.asarray(_rgb(image))
+            quick = _quick_jpeg(data) if image.format == "JPEG" and image.mode == "RGB" else None
+            pixels = np.asarray(_rgb(image)) if quick is None else quick
             return _upright(pixels, image.getexif().get(ExifTags.Base.Orientation, 1))
     except BadSample:
         raise
@@ -64,10 +62,23 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         raise BadSample(f"picture does not decode: {ascii(str(error))[1:-1][:100]}") from None
 
 
+def _quick_jpeg(data: bytes) -> NDArray[np.uint8] | None:
+    """The pixels of a colour JPEG by simplejpeg, or None without it and where it refuses: it stops at damage that
+    Pillow reads over, and whether a sample can be used must not depend on what is installed."""
+    if simplejpeg is None:
+        return None
+    try:
+        return np.asarray(simplejpeg.decode_jpeg(data, "RGB"))
+    except ValueError:
+        return None
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey; convert() would clip it
         deep = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.round(deep / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.round(deep / 257).clip(0, 255).astype(np.uint8)
+        clear = image.info.get("transparency")
+        return Image.fromarray(grey if clear is None else np.where(deep == clear, np.uint8(255), grey)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
