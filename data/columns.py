@@ -73,7 +73,7 @@ class Columns:
                     return read_vector(record.fields[kind])
                 except ValueError as error:
                     raise BadSample(f"column {name} is wrong: {error}") from None
-        raise BadSample(f"no column {name}: neither .{' nor .'.join(self._members[name])}")
+        raise BadSample(f"no column {name}: there is no .{' or .'.join(self._members[name])}")
 
     def _form(self, name: str, sources: Sequence[Source]) -> _Form:
         forms = {source.url: self._first(name, source) for source in sources}

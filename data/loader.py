@@ -25,7 +25,7 @@ from .ledger import BadSample, LedgerEntry, reasons_table
 from .order import Mixture, Order, Place, Places, stream
 from .record import Batch, Sample, collate
 from .source import READ_KINDS, Source, open_source
-from .tokenizer_file import open_tokenizer
+from .tokenizer_file import encoded, open_tokenizer
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -191,16 +191,18 @@ class _Items:
         image = cropped(whole, crop, self.resolution)
         if self.augment.jitter.active:
             image = jittered(image, self.augment.jitter, stream(seed, "jitter", position))
+        tokens, cut = encoded(self.tokenizer, caption, self.context)
         return Sample(
             source=source.url,
             key=record.key,
             image=image,
             captions=tuple(dict.fromkeys(each.text for each in texts.captions)),
             caption=caption,
-            tokens=self.tokenizer.encode(caption, self.context),
+            tokens=tokens,
             labels=texts.labels,
             columns=columns,
             boxes=boxes,
+            cut=cut,
         )
 
     def _boxes(self, of: int, metadata: dict[str, Any], crop: Crop, height: int, width: int) -> SampleBoxes | None:

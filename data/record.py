@@ -42,6 +42,7 @@ class Sample:
     labels: dict[str, str]
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [d]
     boxes: SampleBoxes | None = None
+    cut: bool = False  # whether the caption is longer than `tokens`
 
     @property
     def image_id(self) -> int:
@@ -75,6 +76,7 @@ class Batch:
     keys: tuple[str, ...]
     captions: tuple[str, ...]
     bad: tuple[LedgerEntry, ...]  # the samples that spares stand in for
+    cut: torch.Tensor  # bool [b], captions that are longer than the context and lost their end
     columns: dict[str, torch.Tensor] = field(default_factory=dict)  # float32 [b, d], those that the recipe asks for
     boxes: Boxes | None = None  # None where the recipe asks for none
 
@@ -92,6 +94,7 @@ def collate(samples: Sequence[Sample], bad: Sequence[LedgerEntry] = ()) -> Batch
         keys=tuple(sample.key for sample in samples),
         captions=tuple(sample.caption for sample in samples),
         bad=tuple(bad),
+        cut=torch.tensor([sample.cut for sample in samples], dtype=torch.bool),
         columns={name: torch.from_numpy(rows) for name, rows in stack([sample.columns for sample in samples]).items()},
         boxes=collate_boxes(boxes) if (boxes := [s.boxes for s in samples if s.boxes is not None]) else None,
     )

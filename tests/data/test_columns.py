@@ -186,7 +186,7 @@ def test_nothing_is_read_that_is_not_asked_for(
 def test_odd_ones_are_bad_samples(tmp_path: Path, write_tar: WriteTar, picture: Callable[..., bytes]) -> None:
     wrong, like = "column teacher is wrong:", "instead of float32 [6], as in '01'"
     odd: dict[int, tuple[dict[str, bytes], str]] = {
-        2: ({}, "no column teacher: neither .teacher.npy nor .npy"),
+        2: ({}, "no column teacher: there is no .teacher.npy or .npy"),
         5: ({"npy": npy(vector(5, length=7))}, f"{wrong} float32 [7] {like}"),
         6: ({"npy": npy(vector(6, "<f2"))}, f"{wrong} float16 [6] {like}"),
         8: ({"npy": npy(np.array([np.nan] * 6, "<f4"))}, f"{wrong} it holds infinity, or what is no number"),
@@ -227,6 +227,10 @@ def test_refused_before_a_run(tmp_path: Path, write_tar: WriteTar, picture: Call
         DataError, match=r"columns\.t: .*6\.tar holds float32 \[6\], but .*7\.tar float32 \[7\]; a batch"
     ):
         loader(six, seven, columns={"t": "npy"})
+    # One .npy cannot be two columns.
+    url = url_of(tmp_path / "one.tar", write_tar, picture, [{"a.npy": npy(vector(0)), "npy": npy(vector(1))}] * 9)
+    with pytest.raises(DataError, match=r"columns\.b asks for \.b\.npy, but of 9 samples looked at none"):
+        loader(url, columns={"a": "npy", "b": "npy"})
     with pytest.raises(ValidationError, match="'a/b' is no name"):
         loader(six, columns={"a/b": "npy"})
     assert open_source(six).kinds(0) == ("png", "txt", "t.npy")

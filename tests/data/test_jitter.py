@@ -151,13 +151,15 @@ def test_config() -> None:
 # In a run
 
 
-def batches(url: str, jitter: dict[str, float] | None, world: int = 1, workers: int = 0) -> list[list[Batch]]:
-    augment: dict[str, Any] = {"crop_scale": (0.5, 1.0)} | ({"jitter": jitter} if jitter is not None else {})
+def batches(
+    url: str, jitter: dict[str, float] | None, world: int = 1, workers: int = 0, steps: int = 3, **crop: Any
+) -> list[list[Batch]]:
+    augment: dict[str, Any] = {"crop_scale": (0.5, 1.0), **crop} | ({"jitter": jitter} if jitter is not None else {})
     config = DataConfig.model_validate({"train": [{"source": url}], "batch": 8, "augment": augment, "workers": workers})
     ranks = []
     for rank in range(world):
         with closing(Loader(config, 24, 16, 5, rank, world).batches(0)) as each:
-            ranks.append(list(islice(each, 3)))
+            ranks.append(list(islice(each, steps)))
     return ranks
 
 
@@ -176,6 +178,12 @@ def test_a_run(tmp_path: Path, write_source: Callable[..., str]) -> None:
     assert 0 < sum(same) < len(same)
     for world, workers in ((2, 0), (4, 0), (1, 2)):
         assert checksums(batches(url, some, world, workers)) == checksums(alone)
+    colours: dict[str, set[float]] = {}  # of the whole picture, pass after pass
+    still = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.2, 1.2)}
+    for batch in batches(url, {"hue": 0.5, "probability": 1.0}, steps=9, **still)[0]:
+        for key, image in zip(batch.keys, batch.images, strict=True):
+            colours.setdefault(key, set()).add(image[0].double().mean().item())
+    assert all(len(seen) > 3 for seen in colours.values())
     grey = batches(url, {"grey": 1.0})
     for ours, theirs in zip(grey[0], plain[0], strict=True):  # the crop is that of the plain run
         light = (theirs.images.double() * torch.tensor([0.299, 0.587, 0.114]).double()[:, None, None]).sum(1)

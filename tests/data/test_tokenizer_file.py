@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as Theirs
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from treering.data import DataConfig, DataError, EvaluationSet, Loader, Tokenizer
-from treering.data.tokenizer_file import FileTokenizer, open_tokenizer, vocabulary_size
+from treering.data.tokenizer_file import FileTokenizer, encoded, open_tokenizer, vocabulary_size
 from treering.launch.errors import RecipeError
 from treering.launch.recipes import read_recipe
 from treering.training.evaluate.config import EvalConfig
@@ -116,6 +116,13 @@ def test_ids_are_those_of_the_library(files: dict[str, tuple[str, Theirs]], kind
 def test_any_text(files: dict[str, tuple[str, Theirs]], text: str, context: int) -> None:
     for path, theirs in files.values():
         check(open_tokenizer(path), theirs, text, context)
+        whole = open_tokenizer(path).encode(text, 10_000)
+        assert encoded(open_tokenizer(path), text, context) == (
+            whole if len(whole) <= context else [*whole[: context - 1], whole[-1]],
+            len(whole) > context,
+        )
+    clip = open_tokenizer()
+    assert encoded(clip, text, context) == (clip.encode(text, context), len(clip.encode(text, 10_000)) > context)
 
 
 def opened(tmp_path: Path, tokenizer: Theirs) -> FileTokenizer:
@@ -214,6 +221,7 @@ def test_the_loader_uses_it(tmp_path: Path, files: dict[str, tuple[str, Theirs]]
             rows = [row.tolist() for row in batch.tokens.split(batch.lengths.tolist())]
             whole = [theirs.encode(caption).ids for caption in batch.captions]
             assert rows == [ids if len(ids) <= 9 else [*ids[:8], ids[-1]] for ids in whole]
+            assert batch.cut.tolist() == [len(ids) > 9 for ids in whole]
             assert {len(ids) for ids in rows} != {9}
     sample = EvaluationSet(url, 16, 9, tokenizer=path).sample(1)
     assert sample.tokens == open_tokenizer(path).encode(TEXTS[1], 9)  # type: ignore[union-attr]
