@@ -94,6 +94,7 @@ def test_refused(data: bytes, reason: str) -> None:
     assert len(str(error.value)) < 150
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")  # of Python's own parser
 @given(st.binary(max_size=40), st.integers(0, 140))
 @settings(max_examples=400, deadline=None)
 def test_hostile_bytes(noise: bytes, at: int) -> None:
