@@ -9,6 +9,9 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)(MB|GB|TB)")
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+_COLUMN = re.compile(r"[a-z][a-z0-9_]{0,31}")
+UNTAGGED = "untagged"  # the tag of a caption that has none
+CAPTION_UNIT = 1_000_000  # weights of captions count to a millionth
 
 
 class DataError(ValueError):
@@ -29,6 +32,13 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     filter: str | None = Field(
         None, description="keep the samples whose metadata fit, as in similarity > 0.28 and not nsfw (data/filter.py)"
     )
+    captions: dict[str, float] = Field(
+        default_factory=dict,
+        description="weights of caption tags, as in {alt: 1, recaption: 3}; left out: all captions of a sample alike",
+    )
+    boxes: Literal["pixels", "relative"] | None = Field(
+        None, description="deliver the boxes in the samples' .json: their unit; left out: none are read"
+    )
 
     @field_validator("filter")
     @classmethod
@@ -39,10 +49,43 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             Filter(value)
         return value
 
+    @field_validator("captions")
+    @classmethod
+    def _drawable(cls, value: dict[str, float]) -> dict[str, float]:
+        for tag, weight in value.items():
+            if not 1 / CAPTION_UNIT <= weight <= CAPTION_UNIT:
+                raise ValueError(
+                    f"captions.{tag} = {weight} must be a weight from 0.000001 to 1000000; leave a tag out to never "
+                    f"draw it"
+                )
+        return value
+
+    @property
+    def caption_shares(self) -> dict[str, int]:
+        """The weights of the tags in millionths, in the order of their names, which is the order of the draw."""
+        return {tag: round(weight * CAPTION_UNIT) for tag, weight in sorted(self.captions.items())}
+
     @property
     def label(self) -> str:
         """What it is called."""
         return self.name or self.source
+
+
+class JitterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Random changes of colour, as torchvision's ColorJitter and RandomGrayscale make them; all 0: none."""
+
+    brightness: float = Field(0.0, ge=0, le=1, description="factor on the light, drawn from 1 - x to 1 + x")
+    contrast: float = Field(0.0, ge=0, le=1, description="factor on the distance to the mean grey")
+    saturation: float = Field(0.0, ge=0, le=1, description="factor on the distance to the pixel's own grey")
+    hue: float = Field(0.0, ge=0, le=0.5, description="turn of the colour circle, drawn from -x to x")
+    probability: float = Field(0.8, ge=0, le=1, description="share of the pictures that are changed")
+    grey: float = Field(0.0, ge=0, le=1, description="share of the pictures that are made grey")
+
+    @property
+    def active(self) -> bool:
+        """Whether it changes any picture."""
+        strength = self.brightness + self.contrast + self.saturation + self.hue
+        return strength * self.probability + self.grey > 0
 
 
 class AugmentConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -55,6 +98,10 @@ class AugmentConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         (0.75, 4 / 3), strict=False, description="width / height of the random crop"
     )
     flip: bool = Field(False, description="mirror every second picture left to right; wrong for writing and arrows")
+    jitter: JitterConfig = JitterConfig()
+    least_box: float = Field(
+        0.25, ge=0, le=1, description="share of a box that must be left in the crop; boxes with less are dropped"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -99,6 +146,13 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     bad_samples: float = Field(
         0.01, ge=0, lt=1, description="share of a source that may be unusable before the run stops"
     )
+    tokenizer: str = Field(
+        "clip", min_length=1, description="clip, or the path or URL of a Hugging Face tokenizer.json"
+    )
+    columns: dict[str, Literal["npy"]] = Field(
+        default_factory=dict,
+        description="further members to deliver: {teacher: npy} reads a vector from key.teacher.npy, or from key.npy",
+    )
     shuffle: int = Field(
         131_072,
         gt=0,
@@ -113,3 +167,11 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     augment: AugmentConfig = AugmentConfig()
     cache: CacheConfig = CacheConfig()
+
+    @field_validator("columns")
+    @classmethod
+    def _nameable(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not _COLUMN.fullmatch(name):
+                raise ValueError(f"columns: {name!r} is no name; use small letters, digits and _, as in teacher")
+        return value

@@ -8,18 +8,18 @@ device, once a batch. Anything wrong with a sample is a BadSample with the reaso
 from __future__ import annotations
 
 import io
-import json
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from .captions import read_texts
 from .config import AugmentConfig
 from .ledger import BadSample
 from .shards import IMAGE_KINDS
-from .text import clean
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,16 +30,16 @@ except ImportError:  # an optional faster JPEG decoder, over the same libjpeg-tu
     simplejpeg = None
 
 MOST_PIXELS = 1 << 26  # 8192 x 8192; beyond it a file is a decompression bomb or no photo
-MOST_TEXT = 1 << 20  # bytes of a caption or its metadata
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is lower, and refuses
 
 
-def picture(fields: dict[str, bytes]) -> NDArray[np.uint8]:
-    """The picture among a record's members, uint8 [H, W, 3]. Raises BadSample."""
+def picture(fields: Mapping[str, bytes], kinds: Collection[str] = ()) -> NDArray[np.uint8]:
+    """The picture among a record's members, uint8 [H, W, 3]; `kinds` are all that the sample has, for the reason.
+    Raises BadSample."""
     for kind in IMAGE_KINDS:
         if kind in fields:
             return decode_image(fields[kind])
-    found = ", ".join(f".{ascii(kind)[1:-1][:20]}" for kind in fields) or "nothing"
+    found = ", ".join(f".{ascii(kind)[1:-1][:20]}" for kind in kinds or fields) or "nothing"
     raise BadSample(f"no picture: found {found}")
 
 
@@ -49,10 +49,8 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise BadSample(f"picture too large: {image.width} x {image.height} pixels")
-            if simplejpeg and image.format == "JPEG" and image.mode == "RGB":
-                pixels = simplejpeg.decode_jpeg(data, "RGB")
-            else:
-                pixels = np.asarray(_rgb(image))
+            quick = _quick_jpeg(data) if image.format == "JPEG" and image.mode == "RGB" else None
+            pixels = np.asarray(_rgb(image)) if quick is None else quick
             return _upright(pixels, image.getexif().get(ExifTags.Base.Orientation, 1))
     except BadSample:
         raise
@@ -64,10 +62,23 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         raise BadSample(f"picture does not decode: {ascii(str(error))[1:-1][:100]}") from None
 
 
+def _quick_jpeg(data: bytes) -> NDArray[np.uint8] | None:
+    """The pixels of a colour JPEG by simplejpeg, or None without it and where it refuses: it stops at damage that
+    Pillow reads over, and whether a sample can be used must not depend on what is installed."""
+    if simplejpeg is None:
+        return None
+    try:
+        return np.asarray(simplejpeg.decode_jpeg(data, "RGB"))
+    except ValueError:
+        return None
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey; convert() would clip it
         deep = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.round(deep / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.round(deep / 257).clip(0, 255).astype(np.uint8)
+        clear = image.info.get("transparency")
+        return Image.fromarray(grey if clear is None else np.where(deep == clear, np.uint8(255), grey)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -87,55 +98,24 @@ def _upright(pixels: NDArray[np.uint8], orientation: Any) -> NDArray[np.uint8]:
 
 
 def captions_and_labels(fields: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """All captions of a record, that of its .txt first, and its labels. Raises BadSample.
-
-    The .json may hold {"captions": [text, ...], "caption": text, "labels": {name: class}}; anything else in it is
-    left alone.
-    """
-    captions = [_text(fields["txt"], "caption")] if "txt" in fields else []
-    metadata = _metadata(fields["json"]) if "json" in fields else {}
-    further = metadata.get("captions", [metadata["caption"]] if metadata.get("caption") and not captions else [])
-    labels = metadata.get("labels", {})
-    if not isinstance(further, list) or not all(isinstance(caption, str) for caption in further):
-        raise BadSample("metadata is wrong: captions must be a list of texts")
-    if not isinstance(labels, dict) or not all(isinstance(value, str) for value in labels.values()):
-        raise BadSample("metadata is wrong: labels must map names to classes")
-    captions = list(dict.fromkeys(caption.strip() for caption in (*captions, *further)))
-    if not captions:
-        raise BadSample("no caption: neither .txt nor captions in .json")
-    for caption in captions:
-        if not clean(caption):
-            raise BadSample("caption is empty")
-        if not caption.isascii() and any("\ud800" <= c <= "\udfff" for c in caption):
-            raise BadSample("caption is not Unicode: it holds half of a surrogate pair")
-    return tuple(captions), labels
+    """All captions of a record, whatever their tags, that of its .txt first; and its labels. Raises BadSample."""
+    texts = read_texts(fields)
+    return tuple(dict.fromkeys(caption.text for caption in texts.captions)), texts.labels
 
 
-def _text(data: bytes, what: str) -> str:
-    if len(data) > MOST_TEXT:
-        raise BadSample(f"{what} is too long: {len(data):,} bytes")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadSample(f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at {error.start}") from None
+class Crop(NamedTuple):
+    """The part of a picture that is shown, in its pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mirrored: bool
 
 
-def _metadata(data: bytes) -> dict[str, Any]:
-    try:
-        metadata = json.loads(_text(data, "metadata"))
-    except (ValueError, RecursionError) as error:
-        raise BadSample(f"metadata is not JSON: {ascii(str(error))[1:-1][:100]}") from None
-    if not isinstance(metadata, dict):
-        raise BadSample("metadata is not JSON: an object is expected")
-    return metadata
-
-
-def random_crop(
-    image: NDArray[np.uint8], resolution: int, augment: AugmentConfig, random: np.random.Generator
-) -> NDArray[np.uint8]:
-    """A random part of the picture at resolution x resolution: area and shape as Inception crops them (Szegedy et al.
-    2015, section 6), the whole centre where ten tries do not fit."""
-    height, width = image.shape[:2]
+def drawn_crop(height: int, width: int, augment: AugmentConfig, random: np.random.Generator) -> Crop:
+    """A random part of a picture: area and shape as Inception crops them (Szegedy et al. 2015, section 6), the whole
+    centre where ten tries do not fit."""
     low, high = (math.log(ratio) for ratio in augment.crop_ratio)
     for _ in range(10):
         area = height * width * random.uniform(*augment.crop_scale)
@@ -148,8 +128,22 @@ def random_crop(
         w = min(width, max(1, round(height * augment.crop_ratio[1])))
         h = min(height, max(1, round(width / augment.crop_ratio[0])))
         top, left = (height - h) // 2, (width - w) // 2
-    crop = resized(image[top : top + h, left : left + w], resolution, resolution)
-    return crop[:, ::-1] if augment.flip and random.random() < 0.5 else crop
+    return Crop(top, left, h, w, augment.flip and random.random() < 0.5)
+
+
+def cropped(image: NDArray[np.uint8], crop: Crop, resolution: int) -> NDArray[np.uint8]:
+    """The part of the picture at resolution x resolution."""
+    part = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    shown = resized(part, resolution, resolution)
+    return shown[:, ::-1] if crop.mirrored else shown
+
+
+def random_crop(
+    image: NDArray[np.uint8], resolution: int, augment: AugmentConfig, random: np.random.Generator
+) -> NDArray[np.uint8]:
+    """A random part of the picture at resolution x resolution."""
+    height, width = image.shape[:2]
+    return cropped(image, drawn_crop(height, width, augment, random), resolution)
 
 
 def centre_crop(image: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .metadata import MOST_TEXTS, Columns
 from .config import DataError
 from .ledger import shown
+from .metadata import MOST_TEXTS, Columns
 
 _LONGEST = 2000  # characters
 _DEEPEST = 40

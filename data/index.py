@@ -26,9 +26,9 @@ from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from .metadata import Collector, Columns
 from .config import DataError
 from .files import ShardInfo, cache_folder, shown_url
+from .metadata import Collector, Columns
 from .tables import DamagedTable, Table, packed_texts, smallest, table_bytes
 
 T = TypeVar("T")

@@ -112,7 +112,7 @@ def look(source: Source, number: int, tokenizer: Tokenizer) -> Seen | str:
     record = source.record(number)
     try:
         captions, labels = captions_and_labels(record.fields)
-        pixels = picture(record.fields)
+        pixels = picture(record.fields, record.kinds)
     except BadSample as error:
         return str(error)
     height, width = pixels.shape[:2]

@@ -72,9 +72,9 @@ def lint(url: str, workers: int = 1, told: Told = silent) -> Findings:
 def examine(source: Source, number: int) -> LedgerEntry | Fault | None:
     """What keeps training from using sample `number`, by the steps of the loader; None if nothing does."""
     try:
-        fields = source.record(number).fields
-        captions_and_labels(fields)
-        picture(fields)
+        record = source.record(number)
+        captions_and_labels(record.fields)
+        picture(record.fields, record.kinds)
     except BadSample as error:
         return LedgerEntry(source.url, source.shard(number), source.key(number), source.offset(number), str(error))
     except DataError as error:  # the shard cannot be read, or changed since it was indexed

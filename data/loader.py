@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from .ahead import Ahead
 from .blocks import BlockCache
+from .boxes import SampleBoxes, read_boxes, seen_boxes
+from .captions import check_tags, drawn_caption, read_texts
+from .columns import Columns
 from .config import CacheConfig, DataConfig, DataError
-from .decode import captions_and_labels, centre_crop, picture, random_crop
+from .decode import Crop, captions_and_labels, centre_crop, cropped, drawn_crop, picture
 from .files import is_remote, shown_url
+from .jitter import jittered
 from .ledger import BadSample, LedgerEntry, reasons_table
 from .order import Line, Mixture, Order, Place, Places, stream
 from .record import Batch, Sample, collate
-from .source import Source, open_source
-from .text import Tokenizer
+from .source import READ_KINDS, Source, open_source
+from .tokenizer_file import encoded, open_tokenizer
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -53,6 +57,8 @@ class Loader:
         self.config, self.rank, self.world = config, rank, world
         self.cache = BlockCache(config.cache.bytes)
         self.sources = [open_source(each.source, self.cache, each.filter, config.bad_shards) for each in config.train]
+        for source, each in zip(self.sources, config.train, strict=True):
+            check_tags(source, each.captions)
         shards = [source.shard_lengths for source in self.sources]
         mixtures = mixtures or [Mixture(0, tuple(each.weight for each in config.train))]
         self.order = Order(seed, shards, mixtures, config.batch, config.shuffle, config.lanes)
@@ -179,8 +185,13 @@ class _Items:
     """For DataLoader: what lies at a place, a pure function of its position."""
 
     def __init__(self, sources: list[Source], order: Order, config: DataConfig, resolution: int, context: int) -> None:
-        self.sources, self.order, self.augment = sources, order, config.augment
-        self.resolution, self.context, self.tokenizer = resolution, context, Tokenizer()
+        self.sources, self.order, self.config, self.augment = sources, order, config, config.augment
+        self.resolution, self.context = resolution, context
+        self.tokenizer = open_tokenizer(config.tokenizer)
+        self.columns = Columns(config.columns, sources)
+        self.kinds = READ_KINDS | self.columns.kinds
+        self.any_boxes = any(each.boxes for each in config.train)
+        self.caption_shares = [each.caption_shares for each in config.train]
 
     def __getitem__(self, place: Place) -> Drawn | DataError:
         try:
@@ -193,7 +204,7 @@ class _Items:
         bad: list[LedgerEntry] = []
         for attempt in range(_MOST_SPARES):
             try:
-                return self._sample(source, number, place.position), bad
+                return self._sample(place.source, number, place.position), bad
             except BadSample as error:
                 bad.append(_entry(source, number, error, place.position))
             spare = self.order.spare(place, attempt)
@@ -205,23 +216,52 @@ class _Items:
             f"check what the shards hold"
         )
 
-    def _sample(self, source: Source, number: int, position: int) -> Sample:
-        record = source.record(number)
-        captions, labels = captions_and_labels(record.fields)
-        chosen = int(stream(self.order.seed, "caption", position).integers(len(captions)))
-        image = random_crop(
-            picture(record.fields), self.resolution, self.augment, stream(self.order.seed, "augment", position)
+    def _sample(self, of: int, number: int, position: int) -> Sample:
+        """Sample `number` of source `of`, as position `position` shows it."""
+        source, seed = self.sources[of], self.order.seed
+        record = source.record(number, self.kinds)
+        texts = read_texts(record.fields)
+        caption = drawn_caption(texts.captions, self.caption_shares[of], stream(seed, "caption", position)).text
+        columns = self.columns.read(record)
+        whole = picture(record.fields, record.kinds)
+        height, width = whole.shape[:2]
+        crop = drawn_crop(height, width, self.augment, stream(seed, "augment", position))
+        boxes = self._boxes(of, texts.metadata, crop, height, width)
+        image = cropped(whole, crop, self.resolution)
+        if self.augment.jitter.active:
+            image = jittered(image, self.augment.jitter, stream(seed, "jitter", position))
+        tokens, cut = encoded(self.tokenizer, caption, self.context)
+        return Sample(
+            source=source.url,
+            key=record.key,
+            image=image,
+            captions=tuple(dict.fromkeys(each.text for each in texts.captions)),
+            caption=caption,
+            tokens=tokens,
+            labels=texts.labels,
+            columns=columns,
+            boxes=boxes,
+            cut=cut,
         )
-        tokens = self.tokenizer.encode(captions[chosen], self.context)
-        return Sample(source.url, record.key, image, captions, captions[chosen], tokens, labels)
+
+    def _boxes(self, of: int, metadata: dict[str, Any], crop: Crop, height: int, width: int) -> SampleBoxes | None:
+        """The boxes that are left in the crop; none of a source that is not asked for them, None if no source is."""
+        unit = self.config.train[of].boxes
+        if unit is None:
+            return SampleBoxes.none() if self.any_boxes else None
+        boxes = seen_boxes(read_boxes(metadata, unit, height, width), crop, height, width, self.augment.least_box)
+        return boxes.tokenised(self.tokenizer, self.context)
 
 
 class EvaluationSet:
     """A source read in index order and without chance: centre crops and first captions."""
 
-    def __init__(self, url: str, resolution: int, context: int, cache: CacheConfig | None = None) -> None:
+    def __init__(
+        self, url: str, resolution: int, context: int, cache: CacheConfig | None = None, tokenizer: str = "clip"
+    ) -> None:
         """Opens the source; raises DataError if it cannot be read."""
-        self.source, self.tokenizer = open_source(url, BlockCache((cache or CacheConfig()).bytes)), Tokenizer()
+        self.source = open_source(url, BlockCache((cache or CacheConfig()).bytes))
+        self.tokenizer = open_tokenizer(tokenizer)
         self.resolution, self.context = resolution, context
 
     def __len__(self) -> int:
@@ -232,10 +272,10 @@ class EvaluationSet:
         try:
             record = self.source.record(number)
             captions, labels = captions_and_labels(record.fields)
-            image = centre_crop(picture(record.fields), self.resolution)
+            image = centre_crop(picture(record.fields, record.kinds), self.resolution)
+            tokens = self.tokenizer.encode(captions[0], self.context)
         except BadSample as error:
             return _entry(self.source, number, error)
-        tokens = self.tokenizer.encode(captions[0], self.context)
         return Sample(self.source.url, record.key, image, captions, captions[0], tokens, labels)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .boxes import Boxes, SampleBoxes, collate_boxes
+from .columns import stack
 from .ledger import LedgerEntry
 from .order import stable_hash
 from .text import clean
@@ -24,6 +26,7 @@ class Record:
     shard: str
     offset: int  # bytes, of the first member's data
     fields: dict[str, bytes]  # by lower-case extension
+    kinds: tuple[str, ...] = ()  # of all members, also of those that were not read
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,9 @@ class Sample:
     caption: str  # the chosen one of `captions`
     tokens: list[int]  # of `caption`, START and END included
     labels: dict[str, str]
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [d]
+    boxes: SampleBoxes | None = None
+    cut: bool = False  # whether the caption is longer than `tokens`
 
     @property
     def image_id(self) -> int:
@@ -63,13 +69,16 @@ class Batch:
     """One rank's b = batch / world pairs of a global batch; rank r holds positions [r b, (r + 1) b) of it."""
 
     images: torch.Tensor  # uint8 [b, 3, H, W]
-    tokens: torch.Tensor  # int64 [T], the captions one after another
-    lengths: torch.Tensor  # int64 [b], their sum is T
+    tokens: torch.Tensor  # int64 [T], the captions one after another, at their true lengths
+    lengths: torch.Tensor  # int64 [b], tokens of each caption, START and END included; their sum is T
     caption_ids: torch.Tensor  # int64 [b], equal for equal captions
     image_ids: torch.Tensor  # int64 [b], equal for equal samples
     keys: tuple[str, ...]
     captions: tuple[str, ...]
     bad: tuple[LedgerEntry, ...]  # the samples that spares stand in for
+    cut: torch.Tensor  # bool [b], captions that are longer than the context and lost their end
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)  # float32 [b, d], those that the recipe asks for
+    boxes: Boxes | None = None  # None where the recipe asks for none
 
 
 def collate(samples: Sequence[Sample], bad: Sequence[LedgerEntry] = ()) -> Batch:
@@ -85,4 +94,7 @@ def collate(samples: Sequence[Sample], bad: Sequence[LedgerEntry] = ()) -> Batch
         keys=tuple(sample.key for sample in samples),
         captions=tuple(sample.caption for sample in samples),
         bad=tuple(bad),
+        cut=torch.tensor([sample.cut for sample in samples], dtype=torch.bool),
+        columns={name: torch.from_numpy(rows) for name, rows in stack([sample.columns for sample in samples]).items()},
+        boxes=collate_boxes(boxes) if (boxes := [s.boxes for s in samples if s.boxes is not None]) else None,
     )

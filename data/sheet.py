@@ -63,7 +63,7 @@ def card(source: Source, number: int) -> Card:
     except BadSample as error:
         faults.append(str(error))
     try:
-        pixels = picture(record.fields)
+        pixels = picture(record.fields, record.kinds)
         thumbnail, size = _thumbnail(Image.fromarray(pixels)), f"{pixels.shape[1]} x {pixels.shape[0]}"
     except BadSample as error:
         faults.append(str(error))

@@ -34,7 +34,7 @@ from .summary import ShardSummary
 from .sweep import Told, silent
 from .unpack import Unpacked, is_packed
 
-_READ_KINDS = frozenset((*IMAGE_KINDS, "txt", "json"))
+READ_KINDS = frozenset((*IMAGE_KINDS, "txt", "json"))
 _GAP = 1 << 16  # bytes between two members that are cheaper read than skipped
 
 
@@ -78,12 +78,19 @@ class Source:
         """The bytes of all shards that hold samples."""
         return sum(self.shard_sizes)
 
-    def record(self, number: int) -> Record:
-        """The raw members of sample `number`: picture, caption and metadata. DataError if the shard is gone."""
+    def record(self, number: int, kinds: frozenset[str] = READ_KINDS) -> Record:
+        """The raw members of sample `number` that are of these kinds: picture, caption and metadata. DataError if the
+        shard is gone."""
         shard, i = self._place(number)
         places = shard.places(i)
-        wanted = {kind: place for kind, place in places.items() if kind in _READ_KINDS}
-        return Record(shard.key(i), shard.url, _first(places), _members(self._read, shard.shard, wanted))
+        wanted = {kind: place for kind, place in places.items() if kind in kinds}
+        fields = _members(self._read, shard.shard, wanted)
+        return Record(shard.key(i), shard.url, _first(places), fields, tuple(places))
+
+    def kinds(self, number: int) -> tuple[str, ...]:
+        """The kinds of all members of sample `number`; nothing but the shard's index is read."""
+        shard, i = self._place(number)
+        return tuple(shard.places(i))
 
     def span(self, number: int) -> tuple[ShardInfo, int, int]:
         """The shard of sample `number`, and from where to where in it the sample lies, in bytes."""

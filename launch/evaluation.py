@@ -38,7 +38,7 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
         parameter.data.copy_(weights[name])
     world = World.join()
     source = data or recipe.evaluation_source
-    found = evaluate(model.to(world.device), config, source, world, recipe.data.cache)
+    found = evaluate(model.to(world.device), config, source, world, recipe.data.cache, recipe.data.tokenizer)
     step, samples = commit.manifest.state.step, commit.manifest.state.samples
     return {
         "commit": commit.url,

@@ -83,10 +83,12 @@ class ImageSpec(TowerSpec, frozen=True, extra="forbid", strict=True):
 
 
 class TextSpec(TowerSpec, frozen=True, extra="forbid", strict=True):
-    """A causal transformer over CLIP's byte-pair tokens, pooled at the end-of-text token."""
+    """A causal transformer over a text's tokens, pooled at the last of them, which ends the text."""
 
     context: int = Field(77, ge=3, description="longest caption in tokens, start and end included; longer ones are cut")
-    vocabulary: int = Field(CLIP_VOCABULARY, ge=CLIP_VOCABULARY, description="rows of the token table")
+    vocabulary: int = Field(
+        CLIP_VOCABULARY, gt=0, description="rows of the token table: at least the ids of data.tokenizer"
+    )
 
 
 class CaptionSpec(BaseModel, frozen=True, extra="forbid", strict=True):

@@ -34,6 +34,7 @@ _GROUPS = {
     "peak_memory": "speed/peak_memory",
     "parameters": "model/parameters",
     "bad_samples": "data/bad_samples",
+    "captions_cut": "data/captions_cut",
 }
 _PICTURE = 96  # px, the side of a picture in a strip
 _STRIP = 480  # px, its width with the captions

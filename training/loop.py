@@ -206,6 +206,7 @@ class Run:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
+        self.captions_cut = batch.cut.float().sum() / size
         self.result: StepResult = self.engine.step(self._inputs(batch), self.lr)
         work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths))
         self.state = state.model_copy(
@@ -232,7 +233,8 @@ class Run:
     def _write_line(self) -> None:
         """Read the step's numbers back from the device (here, and only here, it is waited for) and write them down."""
         state, result = self.state, self.result
-        shares = self.world.sum(torch.stack(list(result.losses.values()))).tolist()
+        cut = self.captions_cut.to(self.world.device)
+        *shares, cut_share = self.world.sum(torch.stack([*result.losses.values(), cut])).tolist()
         losses = dict(zip(result.losses, shares, strict=True))
         skipped = self.engine.skipped
         now, steps = time.monotonic(), state.step - self._log_step
@@ -251,6 +253,7 @@ class Run:
             skipped=skipped,
             samples_per_second=rate,
             data_wait=self._waited / elapsed,
+            captions_cut=cut_share,
             mfu=(state.flops - self._log_flops) / elapsed / (peak * self.world.size) if peak else None,
             flops=state.flops,
             peak_memory=peak_memory(self.world.device),
@@ -282,7 +285,10 @@ class Run:
     def _evaluate(self) -> None:
         begun = time.monotonic()
         recipe = self.recipe
-        found = evaluate(self.engine.model, recipe.eval, recipe.evaluation_source, self.world, recipe.data.cache)
+        data = recipe.data
+        found = evaluate(
+            self.engine.model, recipe.eval, recipe.evaluation_source, self.world, data.cache, data.tokenizer
+        )
         self.scores, self.chance = found.scores, found.chance
         self.display.evaluation(self.state, found, time.monotonic() - begun)
         self._log_time += time.monotonic() - begun  # not training time

@@ -11,8 +11,10 @@ from typing import Self
 from pydantic import BaseModel, Field, model_validator
 
 from ..data.config import DataConfig
+from ..data.files import shown_url
 from ..data.order import Mixture
 from ..data.source import held_out
+from ..data.tokenizer_file import vocabulary_size
 from ..models.growth.plan import changes
 from ..models.spec import ModelSpec
 from .commits import CheckpointConfig
@@ -67,6 +69,16 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             )
         if self.eval.suites and not self.evaluation_source:
             raise ValueError("eval.data is missing: name the shards to evaluate on, or set eval.suites to []")
+        return self
+
+    @model_validator(mode="after")
+    def _every_token_has_a_row(self) -> Self:
+        needed, rows = vocabulary_size(self.data.tokenizer), self.model.text.vocabulary
+        if rows < needed:
+            raise ValueError(
+                f"model.text.vocabulary = {rows} has no row for some of the {needed} ids of "
+                f"data.tokenizer = {shown_url(self.data.tokenizer)}; set model.text.vocabulary: {needed} or more"
+            )
         return self
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from treering.data import decode
 from treering.data.config import AugmentConfig
 from treering.data.decode import captions_and_labels, centre_crop, decode_image, picture, random_crop, resized
 from treering.data.ledger import BadSample
@@ -87,24 +88,125 @@ def test_cmyk_jpeg() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_exif_orientation(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(Image.fromarray(SMOOTH), kind, exif=exif)
+    data = encoded(Image.fromarray(SMOOTH), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert expected.shape == ((90, 130, 3) if orientation < 5 else (130, 90, 3))
     assert np.abs(decode_image(data) - expected.astype(int)).max() <= 2
 
 
-def png_header(width: int, height: int) -> bytes:
+def png(width: int, height: int, bits: int, colour: int, rows: bytes) -> bytes:
+    """A PNG by hand: Pillow writes no 16-bit colours. PNG specification, section 11."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def png_header(width: int, height: int) -> bytes:
+    return png(width, height, 8, 2, bytes(1000))
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_of_every_kind(colour: int, channels: int) -> None:
+    """Grey, RGB, grey with alpha and RGB with alpha, against the formulas of the PNG specification."""
+    deep = np.random.default_rng(3).integers(0, 1 << 16, (5, 7, channels))
+    data = png(7, 5, 16, colour, b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep))
+    share = deep / 65535
+    shown = share[..., :3] if channels > 2 else share[..., :1].repeat(3, 2)
+    if channels in (2, 4):
+        alpha = share[..., -1:]
+        shown = shown * alpha + 1 - alpha
+    assert np.abs(decode_image(data) - 255 * shown).max() <= (0.51 if colour == 0 else 2)  # of colours: the high byte
+
+
+@pytest.mark.parametrize("bits", [1, 8, 16])
+def test_a_transparent_grey_lies_on_white(bits: int) -> None:
+    values = np.random.default_rng(4).integers(0, 2, (6, 9)) * np.array({1: 1, 8: 200, 16: 40_000}[bits])
+    values[0, 0] = 0
+    grey = Image.fromarray(values.astype({1: bool, 8: np.uint8, 16: np.uint16}[bits]))
+    expected = np.where(values == 0, 255, {1: 255, 8: 200, 16: 156}[bits])
+    pixels = decode_image(encoded(grey, "PNG", transparency=0))
+    assert np.array_equal(pixels, expected[..., None].repeat(3, 2))
+
+
+def test_grey_with_alpha_and_graded_palette() -> None:
+    grey, alpha = RGB[..., 0], RGB[..., 1]
+    expected = (grey * (alpha / 255.0) + 255 - alpha)[..., None]
+    both = Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+    assert np.abs(decode_image(encoded(both, "PNG")) - expected).max() <= 1
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255, 0, 255, 0])
+    palette.putdata([0, 1, 2])
+    pixels = decode_image(encoded(palette, "PNG", transparency=bytes([0, 128, 255])))
+    assert pixels.tolist() == [[[255, 255, 255], [127, 127, 255], [0, 255, 0]]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "MPO"])
+def test_of_several_frames_the_first(kind: str) -> None:
+    """Animations, and the two pictures that a phone's camera keeps in one JPEG."""
+    frames = [Image.fromarray(SMOOTH), Image.new("RGB", (130, 90), "lime")]
+    options: dict[str, Any] = {"PNG": {}, "WEBP": {"lossless": True}, "MPO": {"quality": 95}}[kind]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 2
+    difference = np.abs(decode_image(data).astype(int) - SMOOTH)
+    assert difference.max() == 0 if kind != "MPO" else difference.mean() < 8
+
+
+def test_cmyk_by_the_formula() -> None:
+    """CMYK JPEGs hold inverted inks, whether or not Adobe's marker says so: light is what no ink takes away."""
+    inks = np.random.default_rng(5).integers(0, 256, (2, 2, 4), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    image = Image.fromarray(inks, "CMYK")
+    data = encoded(image, "JPEG", quality=100, subsampling=0)
+    light = (255 - inks[..., :3].astype(float)) * (255 - inks[..., 3:]) / 255
+    assert b"Adobe" in data
+    assert np.abs(decode_image(data) - light).max() <= 6
+    at = data.index(b"\xff\xee")
+    plain = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+    assert np.abs(decode_image(plain) - light).max() <= 6
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_same_with_and_without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole or damaged: the same ones are refused, and the pixels are the same."""
+    if decode.simplejpeg is None:
+        pytest.skip("simplejpeg is not installed")
+    random = np.random.default_rng(6)
+    wholes = [
+        encoded(Image.fromarray(SMOOTH), "JPEG", quality=90, subsampling=s, progressive=p)
+        for s in (0, 1, 2)
+        for p in (False, True)
+    ]
+    counts = {True: 0, False: 0}
+    for n in range(900):
+        data = bytearray(wholes[n % 6])
+        if n % 4 == 1:
+            data = data[: random.integers(len(data))]
+        elif n % 4 == 2:
+            data[int(random.integers(len(data)))] = int(random.integers(256))
+        elif n % 4 == 3:
+            at = int(random.integers(len(data)))
+            data[at:at] = random.bytes(int(random.integers(1, 9)))
+        results = []
+        for module in (decode.simplejpeg, None):
+            with monkeypatch.context() as patch:
+                patch.setattr(decode, "simplejpeg", module)
+                try:
+                    results.append(decode_image(bytes(data)))
+                except BadSample as error:
+                    results.append(str(error))
+        ours, theirs = results
+        counts[isinstance(ours, str)] += 1
+        if isinstance(ours, str) or isinstance(theirs, str):
+            assert ours == theirs
+        else:
+            assert np.abs(ours.astype(int) - theirs).max() <= 2  # two builds of libjpeg-turbo
+    assert min(counts.values()) > 200
 
 
 WHOLE = encoded(Image.fromarray(SMOOTH), "JPEG")

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treering.data import DataConfig, DataError, Loader, open_source
-from treering.data.metadata import Collector, Columns
 from treering.data.config import SourceConfig
 from treering.data.filter import Filter
+from treering.data.metadata import Collector, Columns
 
 WriteTar = Callable[..., Path]
 Sample = dict[str, Any]

@@ -44,34 +44,26 @@ def test_any_text(theirs, text: str) -> None:
     assert_equal(theirs, text)
 
 
-def test_many_strings(theirs) -> None:
-    """Words in Latin letters merge most, and mixtures of scripts and entities meet the cleaning."""
-    draw = random.Random(0)
-    pieces = [
-        "the ",
-        "&amp;",
-        "'ll",
-        "é",
-        "e\u0301",
-        "ß",
-        "\u200d",
-        "🏾",
-        "9",
-        "_",
-        "-",
-        "Ã©",
-        "\n",
-        "İ",
-        "\x01",
-        "一",
-        "ا",
-        "'",
-    ]
-    for n in range(12_000):
-        if n % 2:
+PIECES = [
+    "the ", "&amp;", "&lt;", "&#x1F600;", "&eacute", "'ll", "é", "e\u0301", "ß", "\u200d", "🏾", "👩", "🇫🇷", "9", "_",
+    "-", "Ã©", "\n", "İ", "\x01", "\x1b[31m", "\x7f", "\x85", "一", "ا", "'", "<start_of_text>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [8_000, pytest.param(120_000, marks=pytest.mark.slow)])
+def test_many_strings(theirs, count: int) -> None:
+    """Words in Latin letters merge most; mixtures of scripts, emoji, entities and control characters meet the cleaning;
+    and captions as they are written, of words that recur."""
+    draw = random.Random(count)
+    words = ["".join(draw.choice("etaoinshrdlu") for _ in range(draw.randrange(1, 9))) for _ in range(500)]
+    for n in range(count):
+        if n % 3 == 0:
             text = "".join(draw.choice("etaoinshrdlu ") for _ in range(draw.randrange(80)))
+        elif n % 3 == 1:
+            text = draw.choice((" ", "-", ", ")).join(draw.choices(words, k=draw.randrange(1, 25))).capitalize()
         else:
-            text = "".join(draw.choice([*pieces, chr(draw.randrange(0xD7FF))]) for _ in range(draw.randrange(30)))
+            letters = [*PIECES, chr(draw.randrange(0xD7FF)), chr(draw.randrange(0x1F000, 0x1FB00))]
+            text = "".join(draw.choice(letters) for _ in range(draw.randrange(30)))
         assert_equal(theirs, text)
 
 

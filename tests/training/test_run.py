@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from treering.data import Loader, Tokenizer
 from treering.launch.recipes import read_recipe
 from treering.training import loop
 from treering.training.commits import Commits, find_commit
@@ -75,6 +78,16 @@ def test_a_whole_run_leaves_everything(whole: tuple[Path, Summary]) -> None:
     assert commit.url == summary.commit
     assert [event.event for event in commit.manifest.state.lineage] == ["start", "grow"]
     assert len(Commits(Store(str(out / "commits"))).names()) == 3  # checkpoint.keep
+
+
+def test_cut_captions_are_counted(tmp_path: Path) -> None:
+    made = recipe("model.text.context=6", "stages=[{samples: 48}]", "eval.suites=[]", "schedule.warmup=4")
+    train(made, tmp_path)
+    with closing(Loader(made.data, 24, 6, made.seed).batches(0)) as batches:
+        shares = [sum(len(Tokenizer().encode(c, 99)) > 6 for c in b.captions) / 12 for b in islice(batches, 4)]
+    logged = [row["captions_cut"] for row in events(tmp_path, "step")]
+    assert logged == pytest.approx(shares)
+    assert 0 < max(logged) < 1
 
 
 class Died(Exception):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ...data.ledger import LedgerEntry
 from ...data.loader import EvaluationSet
 from ...data.record import Sample
-from ...data.text import Tokenizer
+from ...data.tokenizer_file import TextTokenizer
 from ...models.model import Model
 from ..world import World
 
@@ -56,7 +56,8 @@ def embed(model: Model, data: EvaluationSet, batch: int, world: World) -> Embedd
         if not samples:
             continue
         images.append(embed_pictures(model, list(samples.values()), world))
-        texts.append(embed_captions(model, [c for s in samples.values() for c in s.captions], batch, world))
+        captions = [c for s in samples.values() for c in s.captions]
+        texts.append(embed_captions(model, data.tokenizer, captions, batch, world))
         facts += [
             {"number": number, "key": s.key, "captions": list(s.captions), "labels": s.labels}
             for number, s in samples.items()
@@ -74,9 +75,9 @@ def embed_pictures(model: Model, samples: Sequence[Sample], world: World) -> Ten
     return F.normalize(model.embed_images(pixels).pooled.float(), dim=-1).cpu()
 
 
-def embed_captions(model: Model, captions: Sequence[str], batch: int, world: World) -> Tensor:
+def embed_captions(model: Model, tokenizer: TextTokenizer, captions: Sequence[str], batch: int, world: World) -> Tensor:
     """Unit embeddings [len(captions), e] of texts, on the CPU in fp32."""
-    tokenizer, rows = Tokenizer(), []
+    rows = []
     for some in _chunks(captions, batch):
         ids = [tokenizer.encode(caption, model.spec.text.context) for caption in some]
         tokens = torch.tensor([i for one in ids for i in one], device=world.device)

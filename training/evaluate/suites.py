@@ -16,7 +16,6 @@ import torch
 from ...data.config import CacheConfig, DataError
 from ...data.loader import EvaluationSet
 from ...data.record import Sample
-from ...data.text import Tokenizer
 from ...models.model import Model
 from ..world import World
 from . import retrieval, zero_shot
@@ -42,13 +41,20 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(model: Model, config: EvalConfig, url: str, world: World, cache: CacheConfig | None = None) -> Evaluation:
-    """Run the configured suites on the shards at `url`, read through `cache`; every rank takes part and gets the same
-    result.
+def evaluate(
+    model: Model,
+    config: EvalConfig,
+    url: str,
+    world: World,
+    cache: CacheConfig | None = None,
+    tokenizer: str = "clip",
+) -> Evaluation:
+    """Run the configured suites on the shards at `url`, read through `cache`, with the run's `tokenizer`; every rank
+    takes part and gets the same result.
 
     Raises DataError if the shards cannot be read, or carry no labels for a zero-shot suite.
     """
-    samples = EvaluationSet(url, model.spec.image.resolution, model.spec.text.context, cache)
+    samples = EvaluationSet(url, model.spec.image.resolution, model.spec.text.context, cache, tokenizer)
     data = embed(model, samples, config.batch, world)
     if not data.numbers:
         raise DataError(f"none of the {len(samples)} samples of {url} can be used: {data.bad[0]['reason']}")
@@ -58,7 +64,7 @@ def evaluate(model: Model, config: EvalConfig, url: str, world: World, cache: Ca
         found.chance.update(_prefixed("retrieval", retrieval.chance(len(data.images), data.owners)))
         found.sizes["retrieval"] = len(data.captions)
     if "zero_shot" in config.suites:
-        _zero_shot(model, config, url, data, world, found)
+        _zero_shot(model, config, samples, data, world, found)
     if config.examples and world.is_first:
         found.examples.update(_examples(model, config.examples, samples, data, world))
     return found
@@ -69,19 +75,21 @@ def _prefixed(prefix: str, scores: dict[str, float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _zero_shot(model: Model, config: EvalConfig, url: str, data: Embedded, world: World, found: Evaluation) -> None:
+def _zero_shot(
+    model: Model, config: EvalConfig, samples: EvaluationSet, data: Embedded, world: World, found: Evaluation
+) -> None:
     """One accuracy per label that the data carries."""
     tasks = sorted({label for labels in data.labels for label in labels})
     if not tasks:
         raise DataError(
-            f"eval.suites has zero_shot, but no sample of {url} has labels; "
+            f"eval.suites has zero_shot, but no sample of {samples.source.url} has labels; "
             'add "labels": {...} to the .json of its samples, or drop the suite'
         )
     for task in tasks:
         rows = torch.tensor([i for i, labels in enumerate(data.labels) if task in labels])
         classes, numbers = zero_shot.label_numbers([data.labels[i][task] for i in rows])
         texts = zero_shot.prompts(classes, config.templates.get(task, ("{}",)))
-        prompt_ce = embed_captions(model, texts, config.batch, world)
+        prompt_ce = embed_captions(model, samples.tokenizer, texts, config.batch, world)
         class_ce = zero_shot.class_embeddings(prompt_ce, len(classes))
         found.scores[f"zero_shot/{task}"] = zero_shot.accuracy(data.images[rows], class_ce, numbers)
         found.chance[f"zero_shot/{task}"] = 1 / len(classes)
@@ -105,9 +113,9 @@ def _examples(
             {"key": sample.key, "image": _data_url(sample.image), "caption": sample.captions[0], "nearest": nearest}
         )
     if model.captioner is not None:
-        tokenizer = Tokenizer()
+        tokenizer = samples.tokenizer
         pixels = torch.stack([torch.from_numpy(s.image) for s in pictures]).permute(0, 3, 1, 2).to(world.device)
-        written = greedy(model, pixels, Tokenizer.START, Tokenizer.END, min(model.spec.text.context, 40))
+        written = greedy(model, pixels, tokenizer.START, tokenizer.END, min(model.spec.text.context, 40))
         for sample, ids in zip(pictures, written, strict=True):
             row = {"key": sample.key, "image": _data_url(sample.image), "true": list(sample.captions)}
             shown["captions"].append(row | {"generated": tokenizer.decode(ids)})
