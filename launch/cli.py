@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -182,33 +183,52 @@ def doctor(
 @data_app.command("pack")
 def pack(
     input: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="INPUT", help="A .tsv or .csv table (picture path, caption), or a folder of key.jpg and key.txt."
+            metavar="INPUT",
+            help="A table (.tsv, .csv, .jsonl: picture path, caption), a folder of key.jpg and key.txt, or shards.",
         ),
     ],
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="A folder or URL that does not exist yet.")],
-    shard_size: Annotated[int, typer.Option("--shard-size", metavar="N", help="Samples in a shard, at most.")] = 1000,
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="A folder or URL of its own for the shards.")],
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="SIZE", help="About the size of a shard, 300MB; or samples, 1000.")
+    ] = "300MB",
     images: Annotated[
         Path | None, typer.Option("--images", metavar="DIR", help="Where the table's paths begin; left out: beside it.")
     ] = None,
+    part: Annotated[
+        str,
+        typer.Option("--part", metavar="I/N", help="Write one part of the shards: 0/8, 1/8, ... 7/8 are the whole."),
+    ] = "0/1",
+    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Of the order of the samples.")] = 0,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out what training could not use, and list it beside the shard.")
+    ] = False,
+    workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Pack pictures and captions into tar shards, each picture checked; all of them or none.
+    """Pack pictures and captions into tar shards of one size, in mixed order, each sample checked.
 
-    Several lines of a table for one picture are several captions.
+    The same command goes on where an earlier one was cut off. Shards as INPUT are packed anew. Several lines of a table
+    for one picture are several captions; columns beside path and caption become metadata. Parts may run anywhere, at
+    any time, in any order, as under Slurm: sbatch --array=0-7 with --part $SLURM_ARRAY_TASK_ID/8.
 
         treering data pack captions.tsv shards/photos --images photos/
+        treering data pack 's3://BUCKET/raw/*.tar' s3://BUCKET/photos --shard-size 1GB --part 0/8
     """
     from ..data.pack import pack as pack_shards
+    from ..data.sweep import enough_workers
+    from . import looking
 
-    packed = pack_shards(input, output, shard_size, images)
+    with looking.progress("shards") as told:
+        packed = pack_shards(
+            input, output, shard_size, images,
+            part=part, seed=seed, skip_bad=skip_bad, workers=workers or enough_workers(input), told=told,
+        )  # fmt: skip
     if as_json:
-        _print_json({"shards": packed.shards, "samples": packed.samples, "captions": packed.captions})
+        _print_json(asdict(packed))
         return
-    shards = packed.shards
-    text = f"{packed.samples:,} samples with {packed.captions:,} captions in {len(shards)} shards\n{shards[0]}"
-    Console().print(Text(text + (f" to\n{shards[-1]}" if len(shards) > 1 else "")), soft_wrap=True)
+    Console().print(Text("\n".join(looking.packed_lines(packed))), soft_wrap=True)
 
 
 @data_app.command("index")

@@ -20,6 +20,7 @@ from ..data.files import shown_url
 from ..data.inspect import drawn, inspect, met, opened
 from ..data.ledger import LedgerEntry, read_ledger, shown
 from ..data.lint import Findings
+from ..data.pack import Packed
 from ..data.sheet import Card, cards, noted, write_sheet
 from ..data.source import Source, shards_of
 from ..data.sweep import Told, enough_workers, index_all
@@ -60,6 +61,21 @@ def index_url(url: str, workers: int | None) -> dict[str, Any]:
                 samples += len(index.keys)
     size = sum(shard.size for shard in shards)
     return {"source": shown_url(url), "shards": len(shards), "samples": samples, "bytes": size, "faults": faults}
+
+
+def packed_lines(packed: Packed) -> list[str]:
+    """What pack did, for a terminal."""
+    shards = packed.shards
+    captions = f" with {packed.captions:,} captions" if packed.captions is not None else ""
+    lines = [f"{packed.samples:,} samples{captions} in {len(shards):,} shards", clean(shards[0])]
+    lines += [f"to\n{clean(shards[-1])}"] if len(shards) > 1 else []
+    if packed.bad:
+        lines.append(f"{packed.bad:,} samples could not be used and are left out: see the .bad.jsonl files")
+    if packed.written < len(shards):
+        lines.append(f"{packed.written:,} shards written now")
+    if packed.missing:
+        lines.append(f"{packed.missing:,} shards are not there yet: the other parts' work")
+    return lines
 
 
 def faults_message(shards: int, reasons: Sequence[str]) -> str:
