@@ -23,13 +23,13 @@ from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 
+from .archive import TarWriter, archive_size, member_size
 from .config import DataError
 from .files import shown_url
 from .intake import FileItem, Item, check_key, items_of
 from .ledger import BadSample, LedgerEntry
 from .order import permuted, stable_hash
 from .sweep import Told, silent, sweep
-from .tar import TarWriter, archive_size, member_size
 from .target import Target
 
 _FORMAT = 1  # of the plan; raise it when equal input gives other bytes
