@@ -254,29 +254,36 @@ def index(url: DataUrl, workers: Workers = None, as_json: AsJson = False) -> Non
 
 
 @data_app.command("lint")
-def lint(url: DataUrl, workers: Workers = None, as_json: AsJson = False) -> None:
-    """Read and decode every sample as a run would, and list all that it could not use, with the reasons.
+def lint(
+    url: DataUrl,
+    ledger: Annotated[
+        Path | None,
+        typer.Option("--ledger", metavar="FILE", help="Write all bad samples here, as a run does."),
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read and decode every sample as a run would, and list what it could not use, with the reasons.
 
-    Exit code 0 if everything can be used, 2 if not.
+    Cut off, the same command goes on where it was; shards that did not change are not read again. Exit code 0 if
+    everything can be used, 2 if not.
 
-        treering data lint 'shards/photos/*.tar'
+        treering data lint 'shards/photos/*.tar' --ledger bad.jsonl
+        treering data inspect 'shards/photos/*.tar' --ledger bad.jsonl --out bad.html
     """
     from ..data.lint import lint as lint_url
+    from ..data.lint import write_ledger
     from ..data.sweep import enough_workers
     from . import looking
 
     with looking.progress("samples") as told:
         found = lint_url(url, workers or enough_workers(url), told)
+    if ledger is not None:
+        write_ledger(ledger, found.bad)
     if as_json:
         _print_json(looking.findings_json(found))
         raise typer.Exit(0 if found.clean else 2)
-    console = Console()
-    for entry in found.bad:
-        console.print(Text(looking.bad_line(entry)), soft_wrap=True)
-    if found.bad:
-        console.print(looking.reasons_table(found.kinds))
-    total = f"{len(found.bad):,} of {found.samples:,} samples in {found.shards:,} shards cannot be used"
-    console.print(Text(total), soft_wrap=True)
+    Console().print(looking.findings(found, ledger), soft_wrap=True)
     if found.faults:
         raise RunError(looking.faults_message(found.shards, [fault.reason for fault in found.faults]), 2)
     raise typer.Exit(0 if found.clean else 2)

@@ -27,6 +27,7 @@ from ..data.sweep import Told, enough_workers, index_all
 from .errors import clean
 
 MOST_FAULTS = 8
+MOST_BAD = 40
 _MOST_ROWS = 12
 _ON_A_SHEET = 120
 _QUANTILES = ("mean", "least", "p10", "p50", "p90", "p99", "most")
@@ -107,6 +108,21 @@ def findings_json(found: Findings) -> dict[str, Any]:
         "bad": [{"shard": shown_url(e.shard), "key": e.key, "offset": e.offset, "reason": e.reason} for e in found.bad],
         "faults": [{"shard": shown_url(fault.shard), "reason": fault.reason} for fault in found.faults],
     }
+
+
+def findings(found: Findings, ledger: Path | None) -> Group:
+    """What lint found, for a terminal: the first bad samples, a table of all reasons, the sum."""
+    parts: list[Any] = [Text(bad_line(entry)) for entry in found.bad[:MOST_BAD]]
+    more = len(found.bad) - len(parts)
+    if more:
+        parts.append(Text(f"and {more:,} more; " + ("the ledger" if ledger else "--ledger FILE") + " names all"))
+    if found.bad:
+        parts.append(reasons_table(found.kinds))
+    total = f"{len(found.bad):,} of {found.samples:,} samples in {found.shards:,} shards cannot be used"
+    parts.append(Text(total))
+    if ledger is not None:
+        parts.append(Text(f"ledger: {clean(str(ledger))}"))
+    return Group(*parts)
 
 
 def reasons_table(kinds: Mapping[str, int]) -> Table:
