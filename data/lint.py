@@ -123,7 +123,8 @@ def _kept_at(shard: ShardInfo) -> Path:
 def _kept(source: str, shard: ShardInfo) -> list[Found] | None:
     """What an earlier lint found in a shard; None if there was none."""
     try:
-        rows = json.loads(_kept_at(shard).read_text(encoding="ascii"))
+        digest, text = _kept_at(shard).read_text(encoding="ascii").splitlines()
+        rows = json.loads(text if sha256(text.encode()).hexdigest() == digest else "")
         return [LedgerEntry(source, shard.url, str(key), int(offset), str(reason)) for key, offset, reason in rows]
     except (OSError, ValueError, TypeError):  # none, or damaged
         return None
@@ -136,7 +137,8 @@ def _keep(shard: ShardInfo, found: Iterable[Found]) -> None:
         if isinstance(each, Fault):
             return
         rows.append([each.key, each.offset, each.reason])
-    write_lines(_kept_at(shard), [json.dumps(rows)])
+    text = json.dumps(rows)
+    write_lines(_kept_at(shard), [sha256(text.encode()).hexdigest(), text])
 
 
 def write_ledger(path: Path, entries: Iterable[LedgerEntry]) -> None:
