@@ -294,7 +294,7 @@ def inspect(
     url: DataUrl,
     samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="How many samples to draw.")] = 10_000,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="PAGE", help="Write a contact sheet of them here, as one HTML page.")
+        Path | None, typer.Option("--out", metavar="PAGE", help="Write a contact sheet here: .html or .png.")
     ] = None,
     ledger: Annotated[
         Path | None, typer.Option("--ledger", metavar="FILE", help="Show the samples a run's ledger.jsonl names.")
@@ -302,9 +302,10 @@ def inspect(
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what pictures, captions and labels are like, from N samples drawn by chance, always the same ones.
+    """Tell what pictures, captions, labels and columns are like, from N samples drawn by chance, always the same ones.
 
-    The contact sheet shows the first 120 of them. With --ledger: instead, all samples that a run could not use.
+    The contact sheet shows the first 120 of them, and pictures that look alike. With --ledger: instead, all samples
+    that a run could not use.
 
         treering data inspect 'shards/photos/*.tar' --out sheet.html
         treering data inspect 'shards/photos/*.tar' --ledger runs/photos/ledger.jsonl

@@ -17,11 +17,11 @@ from rich.text import Text
 
 from ..data.config import DataError
 from ..data.files import shown_url
-from ..data.inspect import drawn, inspect, met, opened
+from ..data.inspect import drawn, in_order, inspect, met, opened
 from ..data.ledger import LedgerEntry, read_ledger, shown
 from ..data.lint import Findings
 from ..data.pack import Packed
-from ..data.sheet import Card, cards, noted, write_sheet
+from ..data.sheet import Card, Section, cards, noted, write_sheet
 from ..data.source import Source, shards_of
 from ..data.sweep import Told, enough_workers, index_all
 from .errors import clean
@@ -149,6 +149,9 @@ def statistics(found: Mapping[str, Any]) -> Group:
         parts.append(reasons_table(found["bad"]))
     rows = {name.replace("_", " "): pictures[name] for name in ("width", "height", "short_side", "width_over_height")}
     rows |= {"captions a sample": captions["a_sample"], "tokens a caption": captions["tokens"]}
+    rows |= {"characters a caption": captions["characters"]}
+    columns = list(found["columns"].items())
+    rows |= {f"column {_quoted(name, 30)}": column["numbers"] for name, column in columns if column["numbers"]}
     table = Table("", box=box.SIMPLE_HEAD)
     for name in _QUANTILES:
         table.add_column(name, justify="right")
@@ -161,11 +164,26 @@ def statistics(found: Mapping[str, Any]) -> Group:
     for what, equal in (("pictures", pictures["equal"]), ("captions", captions["equal"])):
         named = ", ".join(f"{_quoted(group['first'])} {group['times']} times" for group in equal["largest"][:3])
         parts.append(Text(f"{what} that are copies: {equal['copies']:,}" + (f" (most: {named})" if named else "")))
+    parts.append(Text(_alike_line(pictures["alike"])))
     names = list(found["labels"])
     parts += [Text(f"label {_quoted(name)}: {_counts(found['labels'][name])}") for name in names[:_MOST_ROWS]]
     if len(names) > _MOST_ROWS:
         parts.append(Text(f"and {len(names) - _MOST_ROWS} more labels; --json lists all"))
+    parts += [Text(_column_line(name, column, found["looked_at"])) for name, column in columns[:_MOST_ROWS]]
+    if len(columns) > _MOST_ROWS:
+        parts.append(Text(f"and {len(columns) - _MOST_ROWS} more columns; --json lists all"))
     return Group(*parts)
+
+
+def _alike_line(alike: Mapping[str, Any]) -> str:
+    groups = "; ".join(", ".join(_quoted(key, 24) for key in group["keys"][:4]) for group in alike["largest"][:3])
+    return f"pictures that look like an earlier one: {alike['copies']:,}" + (f" (as {groups})" if groups else "")
+
+
+def _column_line(name: str, column: Mapping[str, Any], looked: int) -> str:
+    texts = f": {_counts(column['texts'])}" if column["texts"] else ""
+    more = f" ({column['different']:,} different)" if column["different"] > _MOST_ROWS else ""
+    return f"column {_quoted(name, 40)}: {'/'.join(column['types'])} in {column['samples'] / looked:.0%}{texts}{more}"
 
 
 def _quoted(text: str, most: int = 60) -> str:
@@ -181,15 +199,26 @@ def _counts(counts: Mapping[str, int]) -> str:
 def inspect_url(url: str, samples: int, out: Path | None, workers: int | None) -> tuple[dict[str, Any], Group]:
     """The statistics of `samples` drawn samples, as data and as a text; a contact sheet goes to `out`."""
     source, workers = _opened(url, workers)
-    numbers = drawn(source, samples)
     with progress("samples") as told:
-        found = inspect(source, numbers, workers, told)
+        found = inspect(source, in_order(source, samples), workers, told)
     text = statistics(found)
     if out is not None:
-        chosen = cards(source, numbers[:_ON_A_SHEET], workers)
-        write_sheet(out, shown_url(url), f"{len(chosen):,} of {len(source):,} samples, drawn by chance.", chosen)
+        chosen = cards(source, drawn(source, min(samples, _ON_A_SHEET)), workers)
+        lead = f"{len(chosen):,} of {len(source):,} samples, drawn by chance."
+        write_sheet(out, shown_url(url), lead, [Section("", chosen), *_alike(source, found, workers)])
         text.renderables.append(Text(f"contact sheet: {clean(str(out))}"))
     return found, text
+
+
+def _alike(source: Source, found: Mapping[str, Any], workers: int) -> list[Section]:
+    """The groups of pictures that look alike, to judge whether they are."""
+    groups = found["pictures"]["alike"]["largest"]
+    keys = {key for group in groups for key in group["keys"]}
+    numbers = {source.key(n): n for n in range(len(source)) if source.key(n) in keys} if keys else {}
+    return [
+        Section(f"{group['times']:,} that look alike", cards(source, [numbers[key] for key in group["keys"]], workers))
+        for group in groups
+    ]
 
 
 def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None) -> tuple[dict[str, Any], Group]:
@@ -205,7 +234,7 @@ def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None)
     if named.elsewhere:
         total += f"; {named.elsewhere:,} more are in shards of another source"
     if out is not None:
-        write_sheet(out, shown_url(url), f"{total}.", named_cards)
+        write_sheet(out, shown_url(url), f"{total}.", [Section("", named_cards)])
     found = {
         "source": shown_url(url),
         "samples": [

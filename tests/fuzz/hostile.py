@@ -435,7 +435,7 @@ def changed_jpeg(random: random.Random, data: bytes) -> bytes:
     frames = [own for marker, own in segments if 0xC0 <= marker <= 0xC2 and len(own) > 5]
     match random.randrange(6):
         case 0 if frames:
-            frames[0][1:5] = struct.pack(">HH", *random.choices((0, 1, 8, 8000, 0x7FFF, 0xFFFF), k=2))
+            frames[0][1:5] = struct.pack(">HH", *random.choices((0, 1, 8, 700, 8000, 0x7FFF, 0xFFFF), k=2))
         case 1 if frames:
             own = frames[0]
             own[random.randrange(len(own))] = random.choice((0, 1, 4, 16, 255))
@@ -460,7 +460,8 @@ def changed_jpeg(random: random.Random, data: bytes) -> bytes:
             scan = rest.removesuffix(b"\xff\xd9")
             rest = scan[:14] * random.choice((10, 3000)) + rest
             if frames and random.random() < 0.5:  # each scan goes over the whole picture
-                frames[0][1:5] = struct.pack(">HH", 8000, 8000)
+                side = random.choice((900, 900, 900, 8000))
+                frames[0][1:5] = struct.pack(">HH", side, side)
         case _:
             segments = segments * random.choice((2, 300)) if random.random() < 0.5 else segments[::-1]
     parts = [bytes((0xFF, marker)) + struct.pack(">H", len(own) + 2) + own for marker, own in segments]

@@ -41,7 +41,7 @@ from treering.data.ledger import BadSample
 from treering.data.lint import lint, write_ledger
 from treering.data.order import stream
 from treering.data.pack import pack
-from treering.data.sheet import cards, write_sheet
+from treering.data.sheet import Section, cards, write_sheet
 from treering.data.text import clean
 from treering.tests.fuzz import hostile
 
@@ -82,7 +82,9 @@ def exercise(folder: Path, random: Random, counts: Counter[str]) -> None:
             if not found.faults:
                 assert {(source.shard(n), source.key(n)) for n in bad} == named, "lint and source disagree"
             inspect(source, drawn(source, 9))
-            write_sheet(folder / "out" / "sheet.html", url, "", cards(source, drawn(source, 9)))
+            seen = [Section("", cards(source, drawn(source, 9)))]
+            for name in ("sheet.html", "sheet.png"):
+                write_sheet(folder / "out" / name, url, "", seen)
         with _refusals(counts, "loader"):
             config = {"train": [{"source": url}], "batch": 2, "bad_samples": 0.9}
             with contextlib.closing(Loader(DataConfig.model_validate(config), 16, 16, seed=0).batches(0)) as batches:
