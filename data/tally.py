@@ -1,7 +1,7 @@
 """Statistics of what goes by, in bounded memory: numbers, classes, copies, and pictures that look alike.
 
-Everything is exact up to a bound, and says so where it no longer is. Quantiles beyond it come from every 2nd, then every
-4th, 8th number. Copies beyond it are counted among those items whose hash is small (Gibbons, "Distinct sampling",
+Everything is exact up to a bound, and says so where it no longer is. Quantiles beyond it come from every 2nd, then
+every 4th, 8th number. Copies beyond it are counted among those items whose hash is small (Gibbons, "Distinct sampling",
 2001): all copies of an item have its hash, so a share of the items stands for all, whatever came first.
 """
 
