@@ -16,6 +16,8 @@ from functools import cache
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
+
 from .decode import captions_and_labels, picture
 from .files import shown_url
 from .ledger import BadSample, LedgerEntry

@@ -23,6 +23,8 @@ from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
+
 from .archive import TarWriter, archive_size, member_size
 from .config import DataError
 from .files import shown_url
@@ -123,7 +125,7 @@ def pack(
 def plan_of(items: Sequence[Item], name: str, seed: int, most_bytes: int | None, most_samples: int | None) -> Plan:
     """The plan: the items in an order drawn by the seed, cut into shards of nearly equal bytes, or numbers."""
     key = stable_hash("pack", seed)
-    items = [items[permuted(i, len(items), key)] for i in range(len(items))]
+    items = [items[i] for i in permuted(np.arange(len(items)), len(items), key).tolist()]
     if most_samples is not None:
         count = -(-len(items) // most_samples)
         ends = [len(items) * (i + 1) // count for i in range(count)]
