@@ -54,7 +54,8 @@ class Seen:
 
     key: str
     size: tuple[int, int]  # width, height of the upright picture
-    digest: bytes  # of the picture's file
+    file: bytes  # checksum of the picture's file
+    pixels: bytes  # checksum of what it decodes to
     hash: int | None  # of what it looks like
     captions: tuple[str, ...]
     tokens: tuple[int, ...]  # of each caption: START and END included, uncut
@@ -146,11 +147,14 @@ def look(source: Source, number: int, tokenizer: Tokenizer) -> Seen | str:
     except BadSample as error:
         return str(error)
     data = next(record.fields[kind] for kind in IMAGE_KINDS if kind in record.fields)
+    size = (pixels.shape[1], pixels.shape[0])
+    checksum = blake2b(np.ascontiguousarray(pixels).data, digest_size=16, salt=f"{size[0]}x{size[1]}".encode())
     metadata = json.loads(record.fields["json"].decode("utf-8-sig")) if "json" in record.fields else {}
     return Seen(
         key=record.key,
-        size=(pixels.shape[1], pixels.shape[0]),
-        digest=blake2b(data, digest_size=16).digest(),
+        size=size,
+        file=blake2b(data, digest_size=16).digest(),
+        pixels=checksum.digest(),
         hash=difference_hash(pixels),
         captions=captions,
         tokens=tuple(len(tokenizer.encode(caption, _UNCUT)) for caption in captions),
@@ -167,7 +171,7 @@ def _plain(value: Any) -> Any:
 class _Pictures:
     def __init__(self) -> None:
         self._values = {name: Values() for name in ("width", "height", "short_side", "width_over_height")}
-        self._equal, self._alike = Copies(), Alike()
+        self._files, self._equal, self._alike = Copies(), Copies(), Alike()
 
     def add(self, seen: Seen) -> None:
         width, height = seen.size
@@ -175,13 +179,15 @@ class _Pictures:
             self._values.values(), (width, height, min(width, height), width / height), strict=True
         ):
             values.add(value)
-        self._equal.add(seen.digest, seen.key)
+        self._files.add(seen.file, seen.key)
+        self._equal.add(seen.pixels, seen.key)
         self._alike.add(seen.hash, seen.key)
 
     def summary(self) -> dict[str, Any]:
         return {
             **{name: values.summary() for name, values in self._values.items()},
             "equal": self._equal.summary(),
+            "equal_files": self._files.summary(),
             "alike": self._alike.summary(),
         }
 

@@ -133,11 +133,7 @@ def _png(title: str, lead: str, sections: Sequence[Section]) -> bytes:
     rows: list[Image.Image] = [_line(f"{title}   {lead}", large)]
     for section in sections:
         rows += [_line(section.heading, large)] if section.heading else []
-        for at in range(0, len(section.cards), _COLUMNS):
-            row = Image.new("RGB", (_WIDTH, _SIDE + _LINES * 15 + 16), "white")
-            for i, card in enumerate(section.cards[at : at + _COLUMNS]):
-                _draw_card(row, i * (_SIDE + _GAP) + _GAP, card, small)
-            rows.append(row)
+        rows += [_row(section.cards[at : at + _COLUMNS], small) for at in range(0, len(section.cards), _COLUMNS)]
     sheet = Image.new("RGB", (_WIDTH, sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
@@ -148,20 +144,32 @@ def _png(title: str, lead: str, sections: Sequence[Section]) -> bytes:
     return file.getvalue()
 
 
-def _draw_card(row: Image.Image, left: int, card: Card, font: Font) -> None:
+def _row(cards: Sequence[Card], font: Font) -> Image.Image:
+    images = [_decoded(card.thumbnail) for card in cards]
+    height = max(image.height for image in images)
+    row = Image.new("RGB", (_WIDTH, height + _LINES * 15 + 16), "white")
     draw = ImageDraw.Draw(row)
-    if card.thumbnail:
-        with Image.open(io.BytesIO(base64.b64decode(card.thumbnail.partition(",")[2]))) as picture:
-            row.paste(picture, (left + (_SIDE - picture.width) // 2, _SIDE - picture.height))
-    else:
-        draw.text((left + 30, _SIDE // 2), "no picture to show", "gray", font)
+    for i, (card, image) in enumerate(zip(cards, images, strict=True)):
+        left = i * (_SIDE + _GAP) + _GAP
+        row.paste(image, (left + (_SIDE - image.width) // 2, height - image.height))
+        _write_texts(draw, left, height + 4, card, font)
+    return row
+
+
+def _decoded(thumbnail: str | None) -> Image.Image:
+    if thumbnail is None:
+        return Image.new("RGB", (_SIDE // 2, _SIDE // 4), "lightgray")
+    return Image.open(io.BytesIO(base64.b64decode(thumbnail.partition(",")[2]))).convert("RGB")
+
+
+def _write_texts(draw: ImageDraw.ImageDraw, left: int, top: int, card: Card, font: Font) -> None:
     faults = dict.fromkeys([*card.notes, *([card.fault] if card.fault else [])])
     lines = [(line, "firebrick") for fault in faults for line in _wrapped(fault, font, 2)]
     room = max(1, _LINES - 1 - len(lines))
     lines += [(line, "black") for line in _wrapped(" | ".join(card.captions), font, room)]
     place = _wrapped(f"{card.size}  {card.key}".strip(), font, 1)
     for i, (line, colour) in enumerate([*lines[: _LINES - 1], *((each, "gray") for each in place)]):
-        draw.text((left, _SIDE + 4 + 15 * i), line, colour, font)
+        draw.text((left, top + 15 * i), line, colour, font)
 
 
 def _wrapped(text: str, font: Font, most: int) -> list[str]:

@@ -164,6 +164,7 @@ def statistics(found: Mapping[str, Any]) -> Group:
     for what, equal in (("pictures", pictures["equal"]), ("captions", captions["equal"])):
         named = ", ".join(f"{_quoted(group['first'])} {group['times']} times" for group in equal["largest"][:3])
         parts.append(Text(f"{what} that are copies: {equal['copies']:,}" + (f" (most: {named})" if named else "")))
+    parts.append(Text(f"pictures in files that are copies: {pictures['equal_files']['copies']:,}"))
     parts.append(Text(_alike_line(pictures["alike"])))
     names = list(found["labels"])
     parts += [Text(f"label {_quoted(name)}: {_counts(found['labels'][name])}") for name in names[:_MOST_ROWS]]
@@ -176,7 +177,7 @@ def statistics(found: Mapping[str, Any]) -> Group:
 
 
 def _alike_line(alike: Mapping[str, Any]) -> str:
-    groups = "; ".join(", ".join(_quoted(key, 24) for key in group["keys"][:4]) for group in alike["largest"][:3])
+    groups = "; ".join(", ".join(_quoted(key, 24) for key in group["keys"][:3]) for group in alike["largest"][:2])
     return f"pictures that look like an earlier one: {alike['copies']:,}" + (f" (as {groups})" if groups else "")
 
 
