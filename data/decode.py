@@ -30,6 +30,8 @@ except ImportError:  # an optional faster JPEG decoder, over the same libjpeg-tu
     simplejpeg = None
 
 MOST_PIXELS = 1 << 26  # 8192 x 8192; beyond it a file is a decompression bomb or no photo
+MOST_SCANS = 100  # of a progressive JPEG; encoders write a dozen, and each goes over the whole picture
+_SCAN = b"\xff\xda"  # starts a scan, and occurs nowhere else: in data 0xff is followed by zero
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound is lower, and refuses
 
 
@@ -49,6 +51,8 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise BadSample(f"picture too large: {image.width} x {image.height} pixels")
+            if image.info.get("progressive") and data.count(_SCAN) > MOST_SCANS:
+                raise BadSample(f"picture too slow: {data.count(_SCAN):,} scans")
             quick = _quick_jpeg(data) if image.format == "JPEG" and image.mode == "RGB" else None
             pixels = np.asarray(_rgb(image)) if quick is None else quick
             return _upright(pixels, image.getexif().get(ExifTags.Base.Orientation, 1))

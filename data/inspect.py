@@ -7,9 +7,10 @@ by reason and left out of the numbers.
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -22,14 +23,28 @@ from .files import shown_url
 from .ledger import BadSample, LedgerEntry
 from .order import permuted, stable_hash
 from .record import caption_id
+from .shards import IMAGE_KINDS
 from .source import Source, open_source, shards_of
 from .sweep import Told, index_all, silent, sweep_samples
+from .tally import Alike, Classes, Copies, Values, difference_hash
 from .text import Tokenizer
 
 CONTEXT = 77
 """CLIP's context length, at which captions are cut"""
 _UNCUT = 1 << 30
-_MOST_EQUAL = 10  # groups of equal pictures or captions that are named
+_MOST_COLUMNS, _MOST_TEXTS = 100, 20  # columns, and texts of one, that are told
+_LONGEST = 200  # characters of a text that is told
+_LARGEST = 1e300  # beyond it lies infinity, as 1e999 in a .json
+_TOLD_ELSEWHERE = {"caption", "captions", "labels"}
+_TYPES = {
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    str: "text",
+    list: "list",
+    dict: "object",
+    type(None): "null",
+}
 _SCRIPTS = {"CJK": "Han", "HIRAGANA": "Hiragana", "KATAKANA": "Katakana", "IDEOGRAPHIC": "Han"}
 
 
@@ -39,10 +54,13 @@ class Seen:
 
     key: str
     size: tuple[int, int]  # width, height of the upright picture
-    pixels: bytes  # checksum
+    file: bytes  # checksum of the picture's file
+    pixels: bytes  # checksum of what it decodes to
+    hash: int | None  # of what it looks like
     captions: tuple[str, ...]
     tokens: tuple[int, ...]  # of each caption: START and END included, uncut
     labels: dict[str, str]
+    columns: dict[str, Any]  # what else the .json holds
 
 
 def opened(url: str, workers: int = 1, told: Told = silent) -> Source:
@@ -56,6 +74,11 @@ def drawn(source: Source, most: int) -> list[int]:
     """The numbers of `most` samples, or of all there are, in the order in which they were drawn."""
     key = stable_hash("inspect", 0)
     return permuted(np.arange(min(most, len(source))), len(source), key).tolist()
+
+
+def in_order(source: Source, most: int) -> Sequence[int]:
+    """The numbers that `drawn` gives, in the order of the shards, which is read fastest."""
+    return range(len(source)) if most >= len(source) else sorted(drawn(source, most))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,25 +108,33 @@ def met(source: Source, entries: Iterable[LedgerEntry]) -> Met:
 
 
 def inspect(source: Source, numbers: Sequence[int], workers: int = 1, told: Told = silent) -> dict[str, Any]:
-    """The statistics of the samples `numbers`, as plain data. `told` hears of samples."""
+    """The statistics of the samples `numbers`, as plain data, in memory that does not grow with them (tally.py). `told`
+    hears of samples."""
     tokenizer = Tokenizer()
-    seen: list[Seen] = []
-    bad: Counter[str] = Counter()
-    for found in sweep_samples(lambda n: look(source, n, tokenizer), sorted(numbers), workers, told):
-        if isinstance(found, Seen):
-            seen.append(found)
-        else:
-            bad[found.partition(":")[0]] += 1
+    pictures, captions, columns = _Pictures(), _Captions(), _Columns()
+    labels: dict[str, Classes] = {}
+    bad = Classes()
+    for found in sweep_samples(lambda n: look(source, n, tokenizer), numbers, workers, told):
+        if not isinstance(found, Seen):
+            bad.add(found.partition(":")[0])
+            continue
+        pictures.add(found)
+        captions.add(found)
+        columns.add(found.columns)
+        for name, value in found.labels.items():
+            if name in labels or len(labels) < _MOST_COLUMNS:
+                labels.setdefault(name, Classes()).add(value)
     return {
         "source": shown_url(source.url),
         "shards": len(source.shard_sizes),
         "bytes": sum(source.shard_sizes),
         "samples": len(source),
         "looked_at": len(numbers),
-        "bad": dict(bad.most_common()),
-        "pictures": _pictures(seen),
-        "captions": _captions(seen),
-        "labels": _labels(seen),
+        "bad": bad.summary(),
+        "pictures": pictures.summary(),
+        "captions": captions.summary(),
+        "labels": {name: classes.summary() for name, classes in sorted(labels.items())},
+        "columns": columns.summary(),
     }
 
 
@@ -115,67 +146,107 @@ def look(source: Source, number: int, tokenizer: Tokenizer) -> Seen | str:
         pixels = picture(record.fields, record.kinds)
     except BadSample as error:
         return str(error)
-    height, width = pixels.shape[:2]
-    checksum = blake2b(np.ascontiguousarray(pixels).data, digest_size=16, salt=f"{width}x{height}".encode()).digest()
-    tokens = tuple(len(tokenizer.encode(caption, _UNCUT)) for caption in captions)
-    return Seen(record.key, (width, height), checksum, captions, tokens, labels)
+    data = next(record.fields[kind] for kind in IMAGE_KINDS if kind in record.fields)
+    size = (pixels.shape[1], pixels.shape[0])
+    checksum = blake2b(np.ascontiguousarray(pixels).data, digest_size=16, salt=f"{size[0]}x{size[1]}".encode())
+    metadata = json.loads(record.fields["json"].decode("utf-8-sig")) if "json" in record.fields else {}
+    return Seen(
+        key=record.key,
+        size=size,
+        file=blake2b(data, digest_size=16).digest(),
+        pixels=checksum.digest(),
+        hash=difference_hash(pixels),
+        captions=captions,
+        tokens=tuple(len(tokenizer.encode(caption, _UNCUT)) for caption in captions),
+        labels=labels,
+        columns={name: _plain(metadata[name]) for name in metadata.keys() - _TOLD_ELSEWHERE},
+    )
 
 
-def _pictures(seen: Sequence[Seen]) -> dict[str, Any]:
-    widths, heights = np.array([each.size for each in seen], dtype=np.int64).reshape(-1, 2).T
-    return {
-        "width": quantiles(widths),
-        "height": quantiles(heights),
-        "short_side": quantiles(np.minimum(widths, heights)),
-        "width_over_height": quantiles(widths / heights),
-        "equal": _equal((each.pixels, each.key) for each in seen),
-    }
+def _plain(value: Any) -> Any:
+    """A column's value, less what is told of none: the content of long texts, lists and objects."""
+    return value[:_LONGEST] if isinstance(value, str) else type(value)() if isinstance(value, list | dict) else value
 
 
-def _captions(seen: Sequence[Seen]) -> dict[str, Any]:
-    texts = [caption for each in seen for caption in each.captions]
-    tokens = np.array([count for each in seen for count in each.tokens], dtype=np.int64)
-    return {
-        "count": len(texts),
-        "a_sample": quantiles(np.array([len(each.captions) for each in seen])),
-        "tokens": quantiles(tokens),
-        "cut_at_77": float((tokens > CONTEXT).mean()) if len(tokens) else None,
-        "scripts": dict(Counter(map(script, texts)).most_common()),
-        "equal": _equal((caption_id(text), text) for text in texts),
-    }
+class _Pictures:
+    def __init__(self) -> None:
+        self._values = {name: Values() for name in ("width", "height", "short_side", "width_over_height")}
+        self._files, self._equal, self._alike = Copies(), Copies(), Alike()
+
+    def add(self, seen: Seen) -> None:
+        width, height = seen.size
+        for values, value in zip(
+            self._values.values(), (width, height, min(width, height), width / height), strict=True
+        ):
+            values.add(value)
+        self._files.add(seen.file, seen.key)
+        self._equal.add(seen.pixels, seen.key)
+        self._alike.add(seen.hash, seen.key)
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            **{name: values.summary() for name, values in self._values.items()},
+            "equal": self._equal.summary(),
+            "equal_files": self._files.summary(),
+            "alike": self._alike.summary(),
+        }
 
 
-def _labels(seen: Sequence[Seen]) -> dict[str, dict[str, int]]:
-    counts: dict[str, Counter[str]] = {}
-    for each in seen:
-        for name, value in each.labels.items():
-            counts.setdefault(name, Counter())[value] += 1
-    return {name: dict(classes.most_common()) for name, classes in sorted(counts.items())}
+class _Captions:
+    def __init__(self) -> None:
+        self._a_sample, self._tokens, self._characters = Values(), Values(), Values()
+        self._cut, self._scripts, self._equal = 0, Classes(), Copies()
+
+    def add(self, seen: Seen) -> None:
+        self._a_sample.add(len(seen.captions))
+        for caption, tokens in zip(seen.captions, seen.tokens, strict=True):
+            self._tokens.add(tokens)
+            self._characters.add(len(caption))
+            self._cut += tokens > CONTEXT
+            self._scripts.add(script(caption))
+            self._equal.add(caption_id(caption).to_bytes(8, "little", signed=True), caption[:_LONGEST])
+
+    def summary(self) -> dict[str, Any]:
+        count = self._tokens.count
+        return {
+            "count": count,
+            "a_sample": self._a_sample.summary(),
+            "tokens": self._tokens.summary(),
+            "characters": self._characters.summary(),
+            "cut_at_77": self._cut / count if count else None,
+            "scripts": self._scripts.summary(),
+            "equal": self._equal.summary(),
+        }
 
 
-def quantiles(values: np.ndarray) -> dict[str, float] | None:
-    """Mean, least, p10, p50, p90, p99 (numpy's linear interpolation) and most of a list; None of an empty one."""
-    if not len(values):
-        return None
-    least, p10, p50, p90, p99, most = (float(q) for q in np.quantile(values, [0, 0.1, 0.5, 0.9, 0.99, 1]))
-    return {
-        "mean": float(values.mean()), "least": least, "p10": p10, "p50": p50, "p90": p90, "p99": p99, "most": most
-    }  # fmt: skip
+class _Columns:
+    """The columns of the metadata beside captions and labels: how many samples have them, and what is in them."""
 
+    def __init__(self) -> None:
+        self._columns: dict[str, tuple[Classes, Values, Classes]] = {}
 
-def _equal(pairs: Iterable[tuple[Hashable, str]]) -> dict[str, Any]:
-    """How many items are copies of an earlier one, and the largest groups of equal ones by their first names."""
-    groups: dict[Hashable, list[Any]] = {}
-    total = 0
-    for identity, name in pairs:
-        groups.setdefault(identity, [0, name])[0] += 1
-        total += 1
-    largest = sorted((group for group in groups.values() if group[0] > 1), key=lambda group: -group[0])
-    return {
-        "copies": total - len(groups),
-        "groups": len(largest),
-        "largest": [{"times": times, "first": name} for times, name in largest[:_MOST_EQUAL]],
-    }
+    def add(self, columns: dict[str, Any]) -> None:
+        for name, value in columns.items():
+            if name not in self._columns and len(self._columns) >= _MOST_COLUMNS:
+                continue
+            types, numbers, texts = self._columns.setdefault(name, (Classes(), Values(), Classes()))
+            types.add(_TYPES[type(value)])
+            if isinstance(value, bool | str):
+                texts.add(value if isinstance(value, str) else str(value).lower())
+            elif isinstance(value, int | float) and abs(value) < _LARGEST:  # not so of NaN
+                numbers.add(float(value))
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            name: {
+                "samples": sum(types.summary().values()),
+                "types": types.summary(),
+                "numbers": numbers.summary(),
+                "texts": dict(list(texts.summary().items())[:_MOST_TEXTS]),
+                "different": len(texts.summary()),
+            }
+            for name, (types, numbers, texts) in sorted(self._columns.items())
+        }
 
 
 def script(text: str) -> str:

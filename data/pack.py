@@ -1,256 +1,267 @@
-"""Packing pictures and captions into WebDataset shards: NAME-000000.tar with key.jpg, key.txt and key.json.
+"""Packing: pictures and captions, or shards, become shards NAME-000000.tar of one size, well mixed.
 
-Pictures keep their bytes; each is decoded once to see that it can be. The shards appear under their final name only
-when all of them are whole: a refused input or a kill leaves nothing half-written. Equal input gives equal bytes.
+The one idea: a *plan*. From the input, the seed and the shard size follows which samples lie in which shard, in which
+order, and so each shard's bytes. Every process works the plan out for itself and writes the shards that are its own and
+not yet there: processes, parts of a Slurm array and a second start after a kill need no word with one another, and
+whatever they do, in whatever order and however often, the shards come out with equal bytes. `packing.json` beside the
+shards carries the plan's checksum, so that shards of two inputs never mix.
+
+Pictures keep their bytes; each sample is decoded once to see that training can use it. A shard appears under its name
+when it is whole and on the disk (or in the store); one that has not the size its plan gives it is written anew.
 """
 
 from __future__ import annotations
 
-import csv
 import errno
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 
-from fsspec.implementations.local import LocalFileSystem
+import numpy as np
 
+from .archive import TarWriter, archive_size, member_size
 from .config import DataError
-from .files import filesystem, readable_errors, shown_url
-from .ledger import BadSample, shown
-from .shards import IMAGE_KINDS, split_name
+from .files import shown_url
+from .intake import FileItem, Item, check_key, items_of
+from .ledger import BadSample, LedgerEntry
+from .order import permuted, stable_hash
+from .sweep import Told, silent, sweep
+from .target import Target
 
-_HEADERS = {"image", "path", "file", "filename", "filepath", "image_path", "image path", "picture", "key"}
-Members = tuple[str, dict[str, bytes]]  # a sample's key, and its bytes by kind
+_FORMAT = 1  # of the plan; raise it when equal input gives other bytes
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(kB|MB|GB)")
+_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
+_PLAN = "packing.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What was written."""
+    """What there is after packing, or after packing a part."""
 
-    shards: tuple[str, ...]
-    samples: int
-    captions: int
+    shards: tuple[str, ...]  # URLs of all shards of the plan
+    samples: int  # of the plan
+    captions: int | None  # of the plan; None where shards were packed anew, for their texts are not read beforehand
+    written: int  # shards that this call wrote
+    missing: int  # shards of the plan that are not there yet: other parts' work
+    bad: int  # samples left out of this call's shards
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """A picture to pack. `where` says, in words, which file or line it came from."""
+class Plan:
+    """What lies in which shard: shard i holds items[ends[i - 1]:ends[i]]."""
 
-    key: str
-    picture: Path
-    captions: tuple[str, ...]
-    metadata: dict[str, object]
-    where: str
+    items: Sequence[Item]
+    ends: list[int]
+    name: str
+    digest: str
+
+    def shard(self, number: int) -> str:
+        """The file name of a shard."""
+        return f"{self.name}-{number:06d}.tar"
+
+    def of(self, number: int) -> Sequence[Item]:
+        """The items of a shard."""
+        return self.items[self.ends[number - 1] if number else 0 : self.ends[number]]
 
 
-def pack(input: Path, output: str, shard_size: int = 1000, images: Path | None = None) -> Packed:
-    """Packs a table (.tsv or .csv: picture path, caption; several lines for a picture are several captions) or a folder
-    of key.jpg and key.txt into shards OUTPUT/NAME-000000.tar of at most `shard_size` samples, NAME being OUTPUT's last
-    part. Paths in a table are relative to `images`, else to the table's folder, and may not leave it.
+def pack(
+    input: str | Path,
+    output: str,
+    shard_size: str | int = "300MB",
+    images: Path | None = None,
+    *,
+    part: str = "0/1",
+    seed: int = 0,
+    skip_bad: bool = False,
+    workers: int = 1,
+    told: Told = silent,
+) -> Packed:
+    """Packs a table, a folder or shards (intake.py) into OUTPUT/NAME-000000.tar, NAME being OUTPUT's last part.
 
-    Raises DataError, and then leaves nothing behind, at the first thing that is wrong.
+    shard_size: about the bytes of a shard ("300MB"), or the most samples in it (1000); all come out nearly alike.
+    part: "i/n" writes the shards i, i + n, i + 2n, ... alone; all n parts make the whole.
+    skip_bad: leave out what training could not use and list it in NAME-000000.bad.jsonl; else it is a DataError.
+    workers: processes; `told` hears of shards. The bytes depend on neither.
+
+    Given again after an interruption it goes on where it was. Raises DataError: shards that are whole stay, nothing
+    else does.
     """
-    if shard_size < 1:
-        raise DataError(f"shard_size = {shard_size} must be at least 1")
-    if not input.exists():
-        raise DataError(f"{input}: nothing is there; name a .tsv or .csv table, or a folder of key.jpg and key.txt")
-    _refuse_existing(output)
-    items = folder_items(input) if input.is_dir() else table_items(input, images or input.parent)
-    name = output.rstrip("/").rpartition("/")[2]
-    final = _local_path(output)
+    target = Target(output)
+    first, parts = _part(part)
+    limit = _limit(str(shard_size))
+    _refuse_foreign(target)
+    plan = plan_of(items_of(str(input), images, workers), target.name, seed, *limit)
+    description = {"format": _FORMAT, "plan": plan.digest, "shards": len(plan.ends), "samples": len(plan.items)}
+    _refuse_other_plan(target, plan.digest)
+    numbers = range(first, len(plan.ends), parts)
+    there = target.sizes()
+    work = partial(_write, plan, target, there, skip_bad, json.dumps(description) + "\n")
     try:
-        if final is not None:
-            final.parent.mkdir(parents=True, exist_ok=True)
-        beside = final.absolute().parent if final is not None else None
-        with tempfile.TemporaryDirectory(prefix=".packing-", dir=beside) as temporary:
-            folder = Path(temporary) / "shards"
-            folder.mkdir()
-            names = write_shards(folder, name, (_checked(item) for item in items), len(items), shard_size)
-            if final is not None:
-                os.rename(folder, final)
-            else:
-                _upload(folder, output)
+        done = list(sweep(work, numbers, workers, told))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(f"{shown_url(output)}: the disk is full; free some space or choose another place") from None
         raise DataError(f"cannot write {shown_url(output)}: {error.strerror or error}; choose another place") from None
-    shards = tuple(f"{output.rstrip('/')}/{shard}" for shard in names)
-    return Packed(shards, len(items), sum(len(item.captions) for item in items))
+    finally:
+        target.forsake()
+    there = target.sizes()
+    files = [item for item in plan.items if isinstance(item, FileItem)]
+    return Packed(
+        shards=tuple(target.url(plan.shard(i)) for i in range(len(plan.ends))),
+        samples=len(plan.items),
+        captions=sum(item.captions for item in files) if len(files) == len(plan.items) else None,
+        written=sum(new for new, _ in done),
+        missing=sum(plan.shard(i) not in there for i in range(len(plan.ends))),
+        bad=sum(bad for _, bad in done),
+    )
 
 
-def write_shards(folder: Path, name: str, samples: Iterable[Members], total: int, shard_size: int) -> list[str]:
-    """Writes `total` samples into as few shards as hold them at `shard_size` each, all of nearly the same length.
-    Returns the file names. Equal samples give equal bytes."""
-    from webdataset import TarWriter  # 2 s
+def plan_of(items: Sequence[Item], name: str, seed: int, most_bytes: int | None, most_samples: int | None) -> Plan:
+    """The plan: the items in an order drawn by the seed, cut into shards of nearly equal bytes, or numbers."""
+    key = stable_hash("pack", seed)
+    items = [items[i] for i in permuted(np.arange(len(items)), len(items), key).tolist()]
+    if most_samples is not None:
+        count = -(-len(items) // most_samples)
+        ends = [len(items) * (i + 1) // count for i in range(count)]
+    else:
+        assert most_bytes is not None
+        sums = list(accumulate(_tar_size(item.key, item.sizes) for item in items))
+        count = -(-sums[-1] // most_bytes)
+        cuts = {bisect_left(sums, sums[-1] * (i + 1) // count) + 1 for i in range(count)}  # a set: no shard is empty
+        ends = sorted({*(cut for cut in cuts if cut < len(items)), len(items)})
+    digest = sha256(json.dumps([_FORMAT, name, ends]).encode())
+    for item in items:
+        own = (item.txt, item.json) if isinstance(item, FileItem) else ()
+        digest.update(b"".join([json.dumps([item.key, item.sizes]).encode(), b"\n", *own]))
+    return Plan(items, ends, name, digest.hexdigest())
 
+
+def write_shards(
+    folder: Path, name: str, samples: Iterable[tuple[str, dict[str, bytes]]], total: int, shard_size: int
+) -> list[str]:
+    """Writes `total` samples (key, bytes by kind), in their order, into as few shards as hold them at `shard_size`
+    each, all of nearly the same length. Returns the file names. Equal samples give equal bytes."""
     count = -(-total // shard_size)
     samples = iter(samples)
     names = []
     for i in range(count):
         names.append(f"{name}-{i:06d}.tar")
-        with open(folder / names[-1], "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+        with open(folder / names[-1], "wb") as file, TarWriter(file) as writer:
             for _ in range(total * i // count, total * (i + 1) // count):
-                key, members = next(samples)
-                writer.write({"__key__": key, **members})
+                writer.write(*next(samples))
     return names
 
 
-def table_items(table: Path, images: Path) -> list[Item]:
-    """The pictures of a table, in the order of their first lines."""
-    if table.suffix.lower() not in (".tsv", ".csv"):
-        raise DataError(f"{table}: a table must end in .tsv or .csv, or name a folder of key.jpg and key.txt")
-    captions: dict[Path, list[str]] = {}
-    lines: dict[Path, int] = {}
-    for line, path, caption in _rows(table):
-        picture = _inside(images, path, f"{table}, line {line}")
-        captions.setdefault(picture, []).append(caption)
-        lines.setdefault(picture, line)
-    if not captions:
-        raise DataError(f"{table} is empty: each line must hold a picture's path and a caption")
-    root = images.resolve()
-    items = []
-    for picture, texts in captions.items():
-        key = picture.relative_to(root).with_suffix("").as_posix().replace(".", "_")
-        items.append(Item(key, picture, tuple(dict.fromkeys(texts)), {}, f"{table}, line {lines[picture]}"))
-    _refuse_equal_keys(items)
-    return items
-
-
-def _rows(table: Path) -> Iterator[tuple[int, str, str]]:
-    """Line number, path and caption of each row; a first line of column names is passed over."""
-    tabs = table.suffix.lower() == ".tsv"
-    reader = csv.reader(
-        _decoded_lines(table), delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-    )
-    first = True
-    try:
-        for row in reader:
-            header = first and bool(row) and row[0].strip().lower() in _HEADERS
-            first = False
-            if header or not any(cell.strip() for cell in row):
-                continue
-            if len(row) != 2:
-                remedy = (
-                    "separate path and caption by one tab" if tabs else 'put the caption in "quotes" if it holds commas'
-                )
-                raise DataError(f"{table}, line {reader.line_num}: {len(row)} columns instead of 2; {remedy}")
-            if not row[1].strip():
-                raise DataError(f"{table}, line {reader.line_num}: the caption is empty; write one or drop the line")
-            yield reader.line_num, row[0].strip(), row[1].strip()
-    except csv.Error as error:
-        raise DataError(f"{table}, line {reader.line_num}: {error}; check the quotes") from None
-
-
-def _decoded_lines(table: Path) -> Iterator[str]:
-    with open(table, "rb") as file:
-        for number, line in enumerate(file, 1):
+def _write(
+    plan: Plan, target: Target, there: dict[str, int], skip_bad: bool, description: str, number: int
+) -> tuple[bool, int]:
+    """Writes one shard unless it is there: whether it did, and how many samples are left out of the shard."""
+    name, items = plan.shard(number), plan.of(number)
+    listed = name.removesuffix(".tar") + ".bad.jsonl"
+    if name in there:
+        left_out = target.text(listed).splitlines() if listed in there else []
+        bad_keys = {json.loads(line)["key"] for line in left_out}
+        if there[name] == _shard_size(item for item in items if item.key not in bad_keys):
+            if left_out and not skip_bad:
+                raise DataError(f"{target.shown(listed)} names samples that were left out; mend them, or skip bad ones")
+            target.clean(name)
+            return False, len(bad_keys)
+    bad: list[LedgerEntry] = []
+    with target.writing(name) as file, TarWriter(file) as writer:
+        for item in items:
             try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{table}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x}); save the table as UTF-8"
-                ) from None
+                writer.write(item.key, _checked(item))
+            except BadSample as error:
+                if not skip_bad:
+                    raise DataError(f"{_where(item)}: {error}; {_remedy(item)}") from None
+                bad.append(_entry(item, error))
+        if _PLAN not in target.sizes():
+            target.put_text(_PLAN, description)
+        if bad:
+            target.put_text(listed, "".join(json.dumps(asdict(entry)) + "\n" for entry in bad))
+    _refuse_other_plan(target, plan.digest)
+    return True, len(bad)
 
 
-def _inside(folder: Path, path: str, where: str) -> Path:
-    """The file a table names, shown to lie inside the folder and to exist."""
-    if "\0" in path or len(path) > 4096:
-        raise DataError(f"{where}: {shown(path)} is no path")
-    full = (folder / path).resolve()
-    if not full.is_relative_to(folder.resolve()):
-        raise DataError(
-            f"{where}: {shown(path)} lies outside {folder}; name the folder of the pictures, or move the file there"
-        )
-    if not full.is_file():
-        raise DataError(f"{where}: the picture {shown(path)} is missing from {folder}")
-    if full.suffix[1:].lower() not in IMAGE_KINDS:
-        raise DataError(f"{where}: {shown(path)} is not .{', .'.join(IMAGE_KINDS)}; convert it")
-    return full
+def _tar_size(key: str, sizes: Mapping[str, int]) -> int:
+    return sum(member_size(f"{key}.{kind}", size) for kind, size in sizes.items())
 
 
-def folder_items(folder: Path) -> list[Item]:
-    """The pictures of a folder of key.jpg, key.txt and perhaps key.json, sorted by name."""
-    files: dict[str, dict[str, Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        key, kind = split_name(path.relative_to(folder).as_posix())
-        if path.is_file() and kind in (*IMAGE_KINDS, "txt", "json"):
-            members = files.setdefault(key, {})
-            other = next((k for k in members if k == kind or {k, kind} <= set(IMAGE_KINDS)), None)
-            if other:
-                raise DataError(f"{path} and {members[other]} are two files for one key, {shown(key)}; rename one")
-            members[kind] = path
-    items = [_folder_item(folder, key, members) for key, members in files.items()]
-    if not items:
-        raise DataError(f"{folder} is empty: it must hold key.jpg (or .png, .webp) and key.txt files")
-    return items
+def _shard_size(items: Iterable[Item]) -> int:
+    return archive_size(sum(_tar_size(item.key, item.sizes) for item in items))
 
 
-def _folder_item(folder: Path, key: str, members: dict[str, Path]) -> Item:
-    from .decode import captions_and_labels
+def _checked(item: Item) -> dict[str, bytes]:
+    """An item's members, read by the steps of training. Raises BadSample."""
+    from .decode import captions_and_labels, picture
 
-    picture = next((members[kind] for kind in IMAGE_KINDS if kind in members), None)
-    if picture is None:
-        raise DataError(
-            f"{next(iter(members.values()))}: no picture with that name lies beside it; add one or drop the file"
-        )
-    texts = {kind: members[kind] for kind in ("txt", "json") if kind in members}
+    members = item.members()
+    if {kind: len(data) for kind, data in members.items()} != item.sizes:
+        raise DataError(f"{_where(item)} changed while it was packed; start again")
+    check_key(item.key, members)
+    captions_and_labels(members)
+    picture(members)
+    return members
+
+
+def _where(item: Item) -> str:
+    return f"{item.where}: {item.picture}" if isinstance(item, FileItem) else item.where
+
+
+def _remedy(item: Item) -> str:
+    what = "replace the picture or drop its lines" if isinstance(item, FileItem) else "mend the shard"
+    return f"{what}, or leave out bad samples with --skip-bad"
+
+
+def _entry(item: Item, error: BadSample) -> LedgerEntry:
+    if isinstance(item, FileItem):
+        return LedgerEntry(item.where, item.picture, item.key, 0, str(error))
+    offset = min(at for at, _ in item.places.values())
+    return LedgerEntry(item.shard.url, item.shard.url, item.key, offset, str(error))
+
+
+def _part(part: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
+    i, n = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not i < n:
+        raise DataError(f"part = {part!r} must be i/n with i from 0 to n - 1, as in 0/8, 1/8, ... 7/8")
+    return i, n
+
+
+def _limit(shard_size: str) -> tuple[int | None, int | None]:
+    """Most bytes, or most samples, of a shard."""
+    if re.fullmatch(r"\d{1,12}", shard_size) and int(shard_size):
+        return None, int(shard_size)
+    match = _SIZE.fullmatch(shard_size)
+    most = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if not most:
+        raise DataError(f"shard_size = {shard_size!r} must be a size such as 300MB or 1GB, or a number of samples")
+    return most, None
+
+
+def _refuse_foreign(target: Target) -> None:
+    """An output may hold this pack's work, and nothing else."""
+    own = re.compile(rf"{re.escape(_PLAN)}|{re.escape(target.name)}-\d{{6,}}\.(tar|bad\.jsonl)")
+    names = target.sizes()
+    if (names and _PLAN not in names) or not all(own.fullmatch(name) for name in names):
+        raise DataError(f"{target.shown()} is there already; remove it or choose another name")
+
+
+def _refuse_other_plan(target: Target, digest: str) -> None:
+    if _PLAN not in target.sizes():
+        return
     try:
-        captions, labels = captions_and_labels({kind: path.read_bytes() for kind, path in texts.items()})
-    except BadSample as error:
-        where = " and ".join(str(path) for path in texts.values()) or f"{picture}"
-        raise DataError(f"{where}: {error}; mend it or drop the key") from None
-    return Item(key, picture, captions, {"labels": labels} if labels else {}, str(picture))
-
-
-def _refuse_equal_keys(items: list[Item]) -> None:
-    seen: dict[str, Item] = {}
-    for item in items:
-        other = seen.setdefault(item.key, item)
-        if other is not item:
-            raise DataError(
-                f"{other.picture} and {item.picture} are two files for one key, {shown(item.key)}; rename one"
-            )
-
-
-def _checked(item: Item) -> Members:
-    """An item's members, its picture decoded once."""
-    from .decode import decode_image
-
-    data = item.picture.read_bytes()
-    try:
-        decode_image(data)
-    except BadSample as error:
-        raise DataError(f"{item.where}: {item.picture}: {error}; replace the picture or drop its lines") from None
-    kind = item.picture.suffix[1:].lower()
-    metadata = {"captions": list(item.captions), **item.metadata}
-    return item.key, {
-        kind: data,
-        "txt": item.captions[0].encode("utf-8"),
-        "json": json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode("utf-8"),
-    }
-
-
-def _local_path(output: str) -> Path | None:
-    """The output as a path, or None where it lies in a store."""
-    with readable_errors(output):
-        system, path = filesystem(output)
-    return Path(path) if isinstance(system, LocalFileSystem) else None
-
-
-def _refuse_existing(output: str) -> None:
-    with readable_errors(output):
-        system, path = filesystem(output)
-        if system.exists(path):
-            raise DataError(f"{shown_url(output)} is there already; remove it or choose another name")
-
-
-def _upload(folder: Path, output: str) -> None:
-    with readable_errors(output):
-        system, path = filesystem(output)
-        for shard in sorted(folder.iterdir()):
-            system.put_file(str(shard), f"{path.rstrip('/')}/{shard.name}")
-        shutil.rmtree(folder)
+        there = json.loads(target.text(_PLAN))["plan"]
+    except (ValueError, KeyError, TypeError):
+        there = None
+    if there != digest:
+        raise DataError(
+            f"{target.shown()} holds shards packed from another input, or with another seed or shard size; give the "
+            f"same again, or choose another output"
+        )

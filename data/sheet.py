@@ -1,4 +1,4 @@
-"""The contact sheet: samples as one HTML page to look at, everything in it and nothing fetched.
+"""The contact sheet: samples to look at, as one HTML page with everything in it and nothing fetched, or as a PNG.
 
 Keys, captions, labels and reasons come from outside: the template escapes them, what would turn the writing direction
 or hide text is replaced, and the page forbids itself every request and script by its content security policy.
@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from .config import DataError
 from .decode import captions_and_labels, picture
@@ -26,10 +26,15 @@ from .source import Source
 from .sweep import sweep_samples
 
 _SIDE = 192  # pixels of a thumbnail's longer side
+_COLUMNS, _GAP, _LINES = 8, 12, 5  # of a PNG: cards in a row, pixels between them, lines of text below each
+_WIDTH = _COLUMNS * (_SIDE + _GAP) + _GAP
 _MOST_CAPTIONS = 5
 _LONGEST = 300  # characters shown of a caption
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # moves a cursor, turns the writing direction, or is no character
 _JOINERS = "\u200c\u200d"  # join the parts of an emoji or of a Persian word
+
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +89,32 @@ def noted(card: Card, notes: Iterable[str]) -> Card:
     return replace(card, notes=tuple(printable(note) for note in notes))
 
 
-def write_sheet(path: Path, title: str, lead: str, cards: Sequence[Card]) -> None:
-    """Writes the page, whole or not at all; an earlier one is replaced. Raises DataError."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only a sheet needs it
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading on the sheet, and the cards below it."""
+
+    heading: str
+    cards: Sequence[Card]
+
+
+def write_sheet(path: Path, title: str, lead: str, sections: Sequence[Section]) -> None:
+    """Writes the sheet, a PNG if the name ends so, else a page; whole or not at all, an earlier one is replaced. Raises
+    DataError."""
+    title, lead = printable(title), printable(lead)
+    data = _png(title, lead, sections) if path.suffix.lower() == ".png" else _page(title, lead, sections)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write {shown(str(path))}: {error.strerror}; choose another place for it") from None
+
+
+def _page(title: str, lead: str, sections: Sequence[Section]) -> bytes:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only a page needs it
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -95,16 +123,78 @@ def write_sheet(path: Path, title: str, lead: str, cards: Sequence[Card]) -> Non
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("sheet.html").render(title=printable(title), lead=printable(lead), cards=cards)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    page = environment.get_template("sheet.html").render(title=title, lead=lead, sections=sections)
+    return page.encode("utf-8", "replace")
+
+
+def _png(title: str, lead: str, sections: Sequence[Section]) -> bytes:
+    """The sheet as a picture: captions in Latin script, others as far as the machine's DejaVu font goes."""
+    large, small = _font(18), _font(12)
+    rows: list[Image.Image] = [_line(f"{title}   {lead}", large)]
+    for section in sections:
+        rows += [_line(section.heading, large)] if section.heading else []
+        rows += [_row(section.cards[at : at + _COLUMNS], small) for at in range(0, len(section.cards), _COLUMNS)]
+    sheet = Image.new("RGB", (_WIDTH, sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    return file.getvalue()
+
+
+def _row(cards: Sequence[Card], font: Font) -> Image.Image:
+    images = [_decoded(card.thumbnail) for card in cards]
+    height = max(image.height for image in images)
+    row = Image.new("RGB", (_WIDTH, height + _LINES * 15 + 16), "white")
+    draw = ImageDraw.Draw(row)
+    for i, (card, image) in enumerate(zip(cards, images, strict=True)):
+        left = i * (_SIDE + _GAP) + _GAP
+        row.paste(image, (left + (_SIDE - image.width) // 2, height - image.height))
+        _write_texts(draw, left, height + 4, card, font)
+    return row
+
+
+def _decoded(thumbnail: str | None) -> Image.Image:
+    if thumbnail is None:
+        return Image.new("RGB", (_SIDE // 2, _SIDE // 4), "lightgray")
+    return Image.open(io.BytesIO(base64.b64decode(thumbnail.partition(",")[2]))).convert("RGB")
+
+
+def _write_texts(draw: ImageDraw.ImageDraw, left: int, top: int, card: Card, font: Font) -> None:
+    faults = dict.fromkeys([*card.notes, *([card.fault] if card.fault else [])])
+    lines = [(line, "firebrick") for fault in faults for line in _wrapped(fault, font, 2)]
+    room = max(1, _LINES - 1 - len(lines))
+    lines += [(line, "black") for line in _wrapped(" | ".join(card.captions), font, room)]
+    place = _wrapped(f"{card.size}  {card.key}".strip(), font, 1)
+    for i, (line, colour) in enumerate([*lines[: _LINES - 1], *((each, "gray") for each in place)]):
+        draw.text((left, top + 15 * i), line, colour, font)
+
+
+def _wrapped(text: str, font: Font, most: int) -> list[str]:
+    """The text in at most so many lines of a card's width."""
+    lines: list[str] = []
+    while text and len(lines) < most:
+        fits = next((n for n in range(min(len(text), 60), 1, -1) if font.getlength(text[:n]) <= _SIDE), 1)
+        if fits < len(text) and len(lines) < most - 1:
+            fits = max(text.rfind(" ", 0, fits + 1), 0) or fits
+        lines.append(text[:fits].strip() if fits == len(text) or len(lines) < most - 1 else text[: fits - 1] + "…")
+        text = text[fits:].lstrip()
+    return lines
+
+
+def _line(text: str, font: Font) -> Image.Image:
+    row = Image.new("RGB", (_WIDTH, 40), "white")
+    ImageDraw.Draw(row).text((_GAP, 10), text[:140], "black", font)
+    return row
+
+
+def _font(size: int) -> Font:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {shown(str(path))}: {error.strerror}; choose another place for it") from None
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:  # not on this machine
+        return ImageFont.load_default(size)
 
 
 def printable(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -182,33 +183,52 @@ def doctor(
 @data_app.command("pack")
 def pack(
     input: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="INPUT", help="A .tsv or .csv table (picture path, caption), or a folder of key.jpg and key.txt."
+            metavar="INPUT",
+            help="A table (.tsv, .csv, .jsonl: picture path, caption), a folder of key.jpg and key.txt, or shards.",
         ),
     ],
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="A folder or URL that does not exist yet.")],
-    shard_size: Annotated[int, typer.Option("--shard-size", metavar="N", help="Samples in a shard, at most.")] = 1000,
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="A folder or URL of its own for the shards.")],
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="SIZE", help="About the size of a shard, 300MB; or samples, 1000.")
+    ] = "300MB",
     images: Annotated[
         Path | None, typer.Option("--images", metavar="DIR", help="Where the table's paths begin; left out: beside it.")
     ] = None,
+    part: Annotated[
+        str,
+        typer.Option("--part", metavar="I/N", help="Write one part of the shards: 0/8, 1/8, ... 7/8 are the whole."),
+    ] = "0/1",
+    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Of the order of the samples.")] = 0,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out what training could not use, and list it beside the shard.")
+    ] = False,
+    workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Pack pictures and captions into tar shards, each picture checked; all of them or none.
+    """Pack pictures and captions into tar shards of one size, in mixed order, each sample checked.
 
-    Several lines of a table for one picture are several captions.
+    The same command goes on where an earlier one was cut off. Shards as INPUT are packed anew. Several lines of a table
+    for one picture are several captions; columns beside path and caption become metadata. Parts may run anywhere, at
+    any time, in any order, as under Slurm: sbatch --array=0-7 with --part $SLURM_ARRAY_TASK_ID/8.
 
         treering data pack captions.tsv shards/photos --images photos/
+        treering data pack 's3://BUCKET/raw/*.tar' s3://BUCKET/photos --shard-size 1GB --part 0/8
     """
     from ..data.pack import pack as pack_shards
+    from ..data.sweep import enough_workers
+    from . import looking
 
-    packed = pack_shards(input, output, shard_size, images)
+    with looking.progress("shards") as told:
+        packed = pack_shards(
+            input, output, shard_size, images,
+            part=part, seed=seed, skip_bad=skip_bad, workers=workers or enough_workers(input), told=told,
+        )  # fmt: skip
     if as_json:
-        _print_json({"shards": packed.shards, "samples": packed.samples, "captions": packed.captions})
+        _print_json(asdict(packed))
         return
-    shards = packed.shards
-    text = f"{packed.samples:,} samples with {packed.captions:,} captions in {len(shards)} shards\n{shards[0]}"
-    Console().print(Text(text + (f" to\n{shards[-1]}" if len(shards) > 1 else "")), soft_wrap=True)
+    Console().print(Text("\n".join(looking.packed_lines(packed))), soft_wrap=True)
 
 
 @data_app.command("index")
@@ -242,29 +262,36 @@ def index(
 
 
 @data_app.command("lint")
-def lint(url: DataUrl, workers: Workers = None, as_json: AsJson = False) -> None:
-    """Read and decode every sample as a run would, and list all that it could not use, with the reasons.
+def lint(
+    url: DataUrl,
+    ledger: Annotated[
+        Path | None,
+        typer.Option("--ledger", metavar="FILE", help="Write all bad samples here, as a run does."),
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read and decode every sample as a run would, and list what it could not use, with the reasons.
 
-    Exit code 0 if everything can be used, 2 if not.
+    Cut off, the same command goes on where it was; shards that did not change are not read again. Exit code 0 if
+    everything can be used, 2 if not.
 
-        treering data lint 'shards/photos/*.tar'
+        treering data lint 'shards/photos/*.tar' --ledger bad.jsonl
+        treering data inspect 'shards/photos/*.tar' --ledger bad.jsonl --out bad.html
     """
     from ..data.lint import lint as lint_url
+    from ..data.lint import write_ledger
     from ..data.sweep import enough_workers
     from . import looking
 
     with looking.progress("samples") as told:
         found = lint_url(url, workers or enough_workers(url), told)
+    if ledger is not None:
+        write_ledger(ledger, found.bad)
     if as_json:
         _print_json(looking.findings_json(found))
         raise typer.Exit(0 if found.clean else 2)
-    console = Console()
-    for entry in found.bad:
-        console.print(Text(looking.bad_line(entry)), soft_wrap=True)
-    if found.bad:
-        console.print(looking.reasons_table(found.kinds))
-    total = f"{len(found.bad):,} of {found.samples:,} samples in {found.shards:,} shards cannot be used"
-    console.print(Text(total), soft_wrap=True)
+    Console().print(looking.findings(found, ledger), soft_wrap=True)
     if found.faults:
         raise RunError(looking.faults_message(found.shards, [fault.reason for fault in found.faults]), 2)
     raise typer.Exit(0 if found.clean else 2)
@@ -275,7 +302,7 @@ def inspect(
     url: DataUrl,
     samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="How many samples to draw.")] = 10_000,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="PAGE", help="Write a contact sheet of them here, as one HTML page.")
+        Path | None, typer.Option("--out", metavar="PAGE", help="Write a contact sheet here: .html or .png.")
     ] = None,
     ledger: Annotated[
         Path | None, typer.Option("--ledger", metavar="FILE", help="Show the samples a run's ledger.jsonl names.")
@@ -283,9 +310,10 @@ def inspect(
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what pictures, captions and labels are like, from N samples drawn by chance, always the same ones.
+    """Tell what pictures, captions, labels and columns are like, from N samples drawn by chance, always the same ones.
 
-    The contact sheet shows the first 120 of them. With --ledger: instead, all samples that a run could not use.
+    The contact sheet shows the first 120 of them, and pictures that look alike. With --ledger: instead, all samples
+    that a run could not use.
 
         treering data inspect 'shards/photos/*.tar' --out sheet.html
         treering data inspect 'shards/photos/*.tar' --ledger runs/photos/ledger.jsonl

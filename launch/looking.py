@@ -16,15 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data.files import shown_url
-from ..data.inspect import drawn, inspect, met, opened
+from ..data.inspect import drawn, in_order, inspect, met, opened
 from ..data.ledger import LedgerEntry, read_ledger, shown
 from ..data.lint import Findings
-from ..data.sheet import Card, cards, noted, write_sheet
+from ..data.pack import Packed
+from ..data.sheet import Card, Section, cards, noted, write_sheet
 from ..data.source import Source
 from ..data.sweep import Told, enough_workers
 from .errors import clean
 
 MOST_FAULTS = 8
+MOST_BAD = 40
 _MOST_ROWS = 12
 _ON_A_SHEET = 120
 _QUANTILES = ("mean", "least", "p10", "p50", "p90", "p99", "most")
@@ -45,6 +47,21 @@ def progress(what: str) -> Iterator[Told]:
             bar.update(task, completed=done, total=total)
 
         yield told
+
+
+def packed_lines(packed: Packed) -> list[str]:
+    """What pack did, for a terminal."""
+    shards = packed.shards
+    captions = f" with {packed.captions:,} captions" if packed.captions is not None else ""
+    lines = [f"{packed.samples:,} samples{captions} in {len(shards):,} shards", clean(shards[0])]
+    lines += [f"to\n{clean(shards[-1])}"] if len(shards) > 1 else []
+    if packed.bad:
+        lines.append(f"{packed.bad:,} samples could not be used and are left out: see the .bad.jsonl files")
+    if packed.written < len(shards):
+        lines.append(f"{packed.written:,} shards written now")
+    if packed.missing:
+        lines.append(f"{packed.missing:,} shards are not there yet: the other parts' work")
+    return lines
 
 
 def faults_message(shards: int, reasons: Sequence[str]) -> str:
@@ -78,6 +95,21 @@ def findings_json(found: Findings) -> dict[str, Any]:
     }
 
 
+def findings(found: Findings, ledger: Path | None) -> Group:
+    """What lint found, for a terminal: the first bad samples, a table of all reasons, the sum."""
+    parts: list[Any] = [Text(bad_line(entry)) for entry in found.bad[:MOST_BAD]]
+    more = len(found.bad) - len(parts)
+    if more:
+        parts.append(Text(f"and {more:,} more; " + ("the ledger" if ledger else "--ledger FILE") + " names all"))
+    if found.bad:
+        parts.append(reasons_table(found.kinds))
+    total = f"{len(found.bad):,} of {found.samples:,} samples in {found.shards:,} shards cannot be used"
+    parts.append(Text(total))
+    if ledger is not None:
+        parts.append(Text(f"ledger: {clean(str(ledger))}"))
+    return Group(*parts)
+
+
 def reasons_table(kinds: Mapping[str, int]) -> Table:
     """Reasons by how many samples they took."""
     table = Table("reason", box=box.SIMPLE_HEAD)
@@ -102,6 +134,9 @@ def statistics(found: Mapping[str, Any]) -> Group:
         parts.append(reasons_table(found["bad"]))
     rows = {name.replace("_", " "): pictures[name] for name in ("width", "height", "short_side", "width_over_height")}
     rows |= {"captions a sample": captions["a_sample"], "tokens a caption": captions["tokens"]}
+    rows |= {"characters a caption": captions["characters"]}
+    columns = list(found["columns"].items())
+    rows |= {f"column {_quoted(name, 30)}": column["numbers"] for name, column in columns if column["numbers"]}
     table = Table("", box=box.SIMPLE_HEAD)
     for name in _QUANTILES:
         table.add_column(name, justify="right")
@@ -114,11 +149,27 @@ def statistics(found: Mapping[str, Any]) -> Group:
     for what, equal in (("pictures", pictures["equal"]), ("captions", captions["equal"])):
         named = ", ".join(f"{_quoted(group['first'])} {group['times']} times" for group in equal["largest"][:3])
         parts.append(Text(f"{what} that are copies: {equal['copies']:,}" + (f" (most: {named})" if named else "")))
+    parts.append(Text(f"pictures in files that are copies: {pictures['equal_files']['copies']:,}"))
+    parts.append(Text(_alike_line(pictures["alike"])))
     names = list(found["labels"])
     parts += [Text(f"label {_quoted(name)}: {_counts(found['labels'][name])}") for name in names[:_MOST_ROWS]]
     if len(names) > _MOST_ROWS:
         parts.append(Text(f"and {len(names) - _MOST_ROWS} more labels; --json lists all"))
+    parts += [Text(_column_line(name, column, found["looked_at"])) for name, column in columns[:_MOST_ROWS]]
+    if len(columns) > _MOST_ROWS:
+        parts.append(Text(f"and {len(columns) - _MOST_ROWS} more columns; --json lists all"))
     return Group(*parts)
+
+
+def _alike_line(alike: Mapping[str, Any]) -> str:
+    groups = "; ".join(", ".join(_quoted(key, 24) for key in group["keys"][:3]) for group in alike["largest"][:2])
+    return f"pictures that look like an earlier one: {alike['copies']:,}" + (f" (as {groups})" if groups else "")
+
+
+def _column_line(name: str, column: Mapping[str, Any], looked: int) -> str:
+    texts = f": {_counts(column['texts'])}" if column["texts"] else ""
+    more = f" ({column['different']:,} different)" if column["different"] > _MOST_ROWS else ""
+    return f"column {_quoted(name, 40)}: {'/'.join(column['types'])} in {column['samples'] / looked:.0%}{texts}{more}"
 
 
 def _quoted(text: str, most: int = 60) -> str:
@@ -134,15 +185,26 @@ def _counts(counts: Mapping[str, int]) -> str:
 def inspect_url(url: str, samples: int, out: Path | None, workers: int | None) -> tuple[dict[str, Any], Group]:
     """The statistics of `samples` drawn samples, as data and as a text; a contact sheet goes to `out`."""
     source, workers = _opened(url, workers)
-    numbers = drawn(source, samples)
     with progress("samples") as told:
-        found = inspect(source, numbers, workers, told)
+        found = inspect(source, in_order(source, samples), workers, told)
     text = statistics(found)
     if out is not None:
-        chosen = cards(source, numbers[:_ON_A_SHEET], workers)
-        write_sheet(out, shown_url(url), f"{len(chosen):,} of {len(source):,} samples, drawn by chance.", chosen)
+        chosen = cards(source, drawn(source, min(samples, _ON_A_SHEET)), workers)
+        lead = f"{len(chosen):,} of {len(source):,} samples, drawn by chance."
+        write_sheet(out, shown_url(url), lead, [Section("", chosen), *_alike(source, found, workers)])
         text.renderables.append(Text(f"contact sheet: {clean(str(out))}"))
     return found, text
+
+
+def _alike(source: Source, found: Mapping[str, Any], workers: int) -> list[Section]:
+    """The groups of pictures that look alike, to judge whether they are."""
+    groups = found["pictures"]["alike"]["largest"]
+    keys = {key for group in groups for key in group["keys"]}
+    numbers = {source.key(n): n for n in range(len(source)) if source.key(n) in keys} if keys else {}
+    return [
+        Section(f"{group['times']:,} that look alike", cards(source, [numbers[key] for key in group["keys"]], workers))
+        for group in groups
+    ]
 
 
 def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None) -> tuple[dict[str, Any], Group]:
@@ -158,7 +220,7 @@ def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None)
     if named.elsewhere:
         total += f"; {named.elsewhere:,} more are in shards of another source"
     if out is not None:
-        write_sheet(out, shown_url(url), f"{total}.", named_cards)
+        write_sheet(out, shown_url(url), f"{total}.", [Section("", named_cards)])
     found = {
         "source": shown_url(url),
         "samples": [

@@ -14,12 +14,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from treering.data import DataError, LedgerEntry, Source, open_source
-from treering.data.inspect import drawn, inspect, met, opened, quantiles, script
+from treering.data.inspect import drawn, in_order, inspect, met, opened, script
 from treering.data.ledger import read_ledger
-from treering.data.sheet import cards, noted, printable, write_sheet
+from treering.data.sheet import Section, cards, noted, printable, write_sheet
+from treering.data.tally import Alike, Copies, Values, difference_hash
 
 WriteTar = Callable[..., Path]
 CAPTIONS = [
@@ -58,13 +61,19 @@ def url(tmp_path_factory: pytest.TempPathFactory, write_tar: WriteTar) -> str:
             members += [
                 (f"{n:02}.png", photo(*SIZES[seed], seed)),
                 (f"{n:02}.txt", captions(n)[0].encode()),
-                (f"{n:02}.json", json.dumps(metadata).encode()),
+                (f"{n:02}.json", json.dumps(metadata | further(n)).encode()),
             ]
         write_tar(
             folder / f"{shard}.tar",
             [*members, (f"bad{shard}.png", b"x"), (f"bad{shard}.txt", b"y")][: 99 if shard else -2],
         )
     return str(folder / "*.tar")
+
+
+def further(n: int) -> dict[str, object]:
+    """Columns of the metadata."""
+    score: object = float("nan") if n == 7 else None if n == 8 else n / 2
+    return {"score": score, "url": f"https://{n}.example", "nsfw": n % 4 == 0} | ({"boxes": [[n]]} if n % 2 else {})
 
 
 def captions(n: int) -> list[str]:
@@ -74,7 +83,7 @@ def captions(n: int) -> list[str]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_statistics(url: str, workers: int, open_clip_tokenizer: ModuleType) -> None:
     source = opened(url, workers)
-    found = inspect(source, drawn(source, 1000), workers)
+    found = inspect(source, in_order(source, 1000), workers)
     widths, heights = np.array([SIZES[30 if 30 <= n < 34 else n] for n in range(40)]).T
     expected = {
         "width": widths,
@@ -102,6 +111,21 @@ def test_statistics(url: str, workers: int, open_clip_tokenizer: ModuleType) -> 
     assert found["captions"]["equal"]["largest"][0]["times"] == cleaned.most_common(1)[0][1]
     assert found["pictures"]["equal"] == {"copies": 3, "groups": 1, "largest": [{"times": 4, "first": "30"}]}
     assert found["labels"] == {"parity": {"0": 20, "1": 20}, "third": {"y": sum(n % 3 > 0 for n in range(40))}}
+    characters = [len(text) for text in texts]
+    assert found["captions"]["characters"]["p90"] == pytest.approx(np.percentile(characters, 90))
+    columns = found["columns"]
+    assert list(columns) == ["boxes", "nsfw", "score", "url"]
+    assert (columns["boxes"]["samples"], columns["boxes"]["types"]) == (20, {"list": 20})
+    assert columns["nsfw"]["texts"] == {"false": 30, "true": 10}
+    assert columns["score"]["types"] == {"number": 39, "null": 1}
+    scores = [n / 2 for n in range(40) if n not in (7, 8)]
+    assert columns["score"]["numbers"]["p50"] == pytest.approx(np.median(scores))
+    assert columns["score"]["numbers"]["mean"] == pytest.approx(np.mean(scores))
+    assert (columns["url"]["different"], columns["url"]["numbers"]) == (40, None)
+    assert len(columns["url"]["texts"]) == 20
+    assert found["pictures"]["equal_files"] == found["pictures"]["equal"]
+    assert found["pictures"]["alike"]["copies"] == 3  # of noise, only copies look alike
+    assert found["pictures"]["alike"]["largest"] == [{"times": 4, "keys": ["30", "33", "31", "32"]}]
     assert found["captions"]["scripts"]["Cyrillic"] == texts.count("собака бежит")
     assert sum(found["captions"]["scripts"].values()) == len(texts)
     assert found["bad"] == {"picture does not decode": 2}
@@ -111,12 +135,133 @@ def test_statistics(url: str, workers: int, open_clip_tokenizer: ModuleType) -> 
     json.dumps(found)
 
 
+# Tallies
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.sampled_from([5, 64, 1000]))
+def test_values(numbers: list[float], most: int) -> None:
+    values = Values(most)
+    for number in numbers:
+        values.add(number)
+    found = values.summary()
+    assert found is not None
+    assert (found["least"], found["most"]) == (min(numbers), max(numbers))
+    assert found["mean"] == pytest.approx(np.mean(numbers), abs=1e-6)
+    held = numbers
+    while len(held) > most:
+        held = held[::2]
+    if len(numbers) <= most:
+        assert found["p50"] == pytest.approx(np.percentile(numbers, 50))
+    assert min(numbers) <= found["p10"] <= found["p99"] <= max(numbers)
+    assert len(values._kept) <= most
+
+
+def test_quantiles_of_a_part_are_those_of_all() -> None:
+    values = Values(1000)
+    for number in np.random.default_rng(0).permutation(50_000):
+        values.add(float(number))
+    found = values.summary()
+    assert found is not None
+    for name, expected in {"p10": 5000, "p50": 25_000, "p90": 45_000}.items():
+        assert found[name] == pytest.approx(expected, abs=50_000 * 0.05)
+
+
+@given(st.lists(st.integers(0, 20), max_size=80))
+def test_copies(items: list[int]) -> None:
+    copies = Copies()
+    for n, item in enumerate(items):
+        copies.add(bytes([item]), f"{item} at {n}")
+    counts = Counter(items)
+    found = copies.summary()
+    assert found["copies"] == len(items) - len(counts)
+    assert found["groups"] == sum(times > 1 for times in counts.values())
+    assert sorted(group["times"] for group in found["largest"]) == sorted(
+        (times for _, times in counts.most_common(10) if times > 1)
+    )
+    for group in found["largest"]:
+        item, n = (int(part) for part in group["first"].split(" at "))
+        assert (items.index(item), group["times"]) == (n, counts[item])
+
+
+def test_copies_of_more_than_is_held_are_estimated() -> None:
+    """A third of 60,000 items come twice, in any order; 1,000 are held."""
+    copies = Copies(1000)
+    items = [*range(60_000), *range(20_000)]
+    for n in np.random.default_rng(1).permutation(len(items)):
+        copies.add(items[n].to_bytes(4, "big"), "")
+    found = copies.summary()
+    assert found["estimated_from"] < 1 / 32
+    assert found["copies"] == pytest.approx(20_000, rel=0.2)
+    assert len(copies._groups) <= 1000
+
+
+@given(st.integers(0, 2**32), st.integers(0, 60))
+def test_alike_equals_brute_force(seed: int, count: int) -> None:
+    """Hashes around a few centres: groups are the connected parts of the graph of near pairs."""
+    rng = np.random.default_rng(seed)
+    centres = rng.integers(0, 1 << 63, 4)
+    hashes = []
+    for _ in range(count):
+        hash = int(centres[rng.integers(4)])
+        for bit in rng.choice(64, rng.integers(0, 6), replace=False):
+            hash ^= 1 << int(bit)
+        hashes.append(hash)
+    alike = Alike()
+    for n, hash in enumerate(hashes):
+        alike.add(hash, str(n))
+    parts = [{n} for n in range(count)]
+    for i in range(count):
+        for j in range(i):
+            if (hashes[i] ^ hashes[j]).bit_count() <= 3:
+                one, two = (next(part for part in parts if n in part) for n in (i, j))
+                if one is not two:
+                    parts.remove(two)
+                    one |= two
+    found = alike.summary()
+    assert found["copies"] == count - len(parts)
+    assert found["groups"] == sum(len(part) > 1 for part in parts)
+    sizes = sorted((len(part) for part in parts if len(part) > 1), reverse=True)
+    assert [group["times"] for group in found["largest"]] == sizes[:10]
+    for group in found["largest"]:
+        assert {int(key) for key in group["keys"]} <= next(p for p in parts if int(group["keys"][0]) in p)
+
+
+def test_what_a_picture_looks_like(picture: Callable[..., bytes]) -> None:
+    rng = np.random.default_rng(3)
+    field = np.cumsum(np.cumsum(rng.normal(size=(300, 400, 3)), 0), 1)  # smooth, as photos are
+    field = np.uint8(255 * (field - field.min()) / np.ptp(field))
+    image, hash = Image.fromarray(field), difference_hash(field)
+    assert hash is not None
+    file = io.BytesIO()
+    image.resize((200, 150)).save(file, "JPEG", quality=60)
+    for other in (Image.open(file), image.point(lambda v: v * 0.8 + 20), image.resize((97, 61))):
+        near = difference_hash(np.asarray(other.convert("RGB")))
+        assert near is not None
+        assert (hash ^ near).bit_count() <= 3
+    mirrored = difference_hash(field[:, ::-1])
+    assert mirrored is not None
+    assert (hash ^ mirrored).bit_count() > 12
+    assert difference_hash(np.full((30, 30, 3), 200, np.uint8)) is None
+    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(int)
+    bits = "".join(str(int(small[y, x + 1] > small[y, x])) for y in range(8) for x in range(8))
+    assert hash == int(bits, 2)
+
+
+def test_equal_pictures_in_other_files(tmp_path: Path, write_tar: WriteTar) -> None:
+    image, members = Image.open(io.BytesIO(photo(30, 20, 1))), []
+    for level in (1, 9, 9):
+        file = io.BytesIO()
+        image.save(file, "PNG", compress_level=level)
+        members += [(f"{len(members)}.png", file.getvalue()), (f"{len(members)}.txt", b"x")]
+    found = inspect(open_source(str(write_tar(tmp_path / "t.tar", members))), [0, 1, 2])["pictures"]
+    assert (found["equal"]["copies"], found["equal_files"]["copies"], found["alike"]["copies"]) == (2, 1, 2)
+
+
 def test_nothing_usable_gives_no_numbers(tmp_path: Path, write_tar: WriteTar) -> None:
     source = open_source(str(write_tar(tmp_path / "t.tar", [("a.png", b"x"), ("a.txt", b"y")])))
     found = inspect(source, [0])
     assert found["bad"] == {"picture does not decode": 1}
     assert found["pictures"]["width"] is found["captions"]["tokens"] is found["captions"]["cut_at_77"] is None
-    assert quantiles(np.array([])) is None
 
 
 @pytest.mark.parametrize(
@@ -215,7 +360,7 @@ def hostile(tmp_path: Path, write_tar: WriteTar) -> Source:
 
 def test_nothing_gets_out_of_the_sheet(hostile: Source, tmp_path: Path) -> None:
     shown = [noted(card, HOSTILE) for card in cards(hostile, range(len(hostile)))]
-    write_sheet(tmp_path / "new" / "sheet.html", HOSTILE[1], HOSTILE[0], shown)
+    write_sheet(tmp_path / "new" / "sheet.html", HOSTILE[1], HOSTILE[0], [Section(HOSTILE[2], shown)])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.html"]
     text = (tmp_path / "new" / "sheet.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -229,6 +374,7 @@ def test_nothing_gets_out_of_the_sheet(hostile: Source, tmp_path: Path) -> None:
         "body",
         "header",
         "h1",
+        "h2",
         "p",
         "bdi",
         "main",
@@ -266,6 +412,22 @@ def test_thumbnails_show_the_picture(tmp_path: Path, write_tar: WriteTar) -> Non
     assert np.abs(np.asarray(image)[48, [20, 170]].astype(int) - [[0, 0, 0], [250, 10, 20]]).max() < 12
     assert card.size == "800 x 400"
     assert card.captions == ("x" * 300 + "…",)
+
+
+def test_a_sheet_as_a_picture(hostile: Source, tmp_path: Path) -> None:
+    shown = [noted(card, ["a note " * 20]) for card in cards(hostile, range(len(hostile)))]
+    write_sheet(
+        tmp_path / "sheet.png", "t", "l", [Section("", shown), Section("more", shown[:1] * 9), Section("x", [])]
+    )
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+        pixels = np.asarray(sheet)
+    assert pixels.shape[1] == 8 * 204 + 12
+    first = np.asarray(Image.open(io.BytesIO(base64.b64decode((shown[0].thumbnail or "").partition(",")[2]))))
+    assert first.shape == (128, 192, 3)
+    assert np.array_equal(pixels[40:168, 12:204], first)
+    assert 0.5 < (pixels[168:250, 12:204] == 255).mean() < 0.97  # text on white
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".tar"] == ["sheet.png"]
 
 
 def test_a_sheet_that_cannot_be_written_leaves_nothing(hostile: Source, tmp_path: Path) -> None:

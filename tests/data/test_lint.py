@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import zlib
@@ -13,12 +15,15 @@ from collections.abc import Callable
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from treering.data import DataConfig, DataError, EvaluationSet, LedgerEntry, Loader, open_source
-from treering.data.lint import lint
+from treering.data import DataConfig, DataError, EvaluationSet, LedgerEntry, Loader, Source, open_source
+from treering.data import lint as lint_module
+from treering.data.ledger import read_ledger
+from treering.data.lint import lint, write_ledger
 from treering.data.source import shards_of
 from treering.data.sweep import index_all, sweep, sweep_samples
 
@@ -158,6 +163,74 @@ def test_unreadable_shard_is_one_fault(tmp_path: Path, write_source: Callable[..
     assert len(found.faults) == 1
     assert "cut short" in found.faults[0].reason
     assert found.samples == 40
+
+
+# Going on
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_known_of_a_shard_is_not_read_again(
+    tmp_path: Path, write_tar: WriteTar, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Cut off at any time it goes on with the shards that are left; a changed shard, or another decoder, is read."""
+    monkeypatch.setenv("TREERING_CACHE", str(tmp_path / "cache"))
+    for shard in range(4):
+        bad = [(f"bad{shard}.jpg", b"x"), (f"bad{shard}.txt", b"y")]
+        write_tar(tmp_path / f"{shard}.tar", [*good(f"a{shard}"), *bad, *good(f"b{shard}")])
+    url, first = str(tmp_path / "*.tar"), lint(str(tmp_path / "0.tar"))
+    (tmp_path / "3.tar").rename(tmp_path / "3")
+    told: list[tuple[int, int]] = []
+
+    def stop(done: int, total: int) -> None:
+        told.append((done, total))
+        if workers == 1 and len(told) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("treering.data.sweep._TOGETHER", 3)
+    with contextlib.suppress(KeyboardInterrupt):
+        lint(url, workers, stop)
+    assert told[0] == (6, 9)  # the first shard was known
+    (tmp_path / "3").rename(tmp_path / "3.tar")
+    read = tmp_path / "read"
+    read.mkdir()
+    original = lint_module.examine
+
+    def counted(source: Source, number: int) -> Any:
+        (read / source.key(number)).touch()
+        return original(source, number)
+
+    monkeypatch.setattr(lint_module, "examine", counted)
+    found = lint(url, workers)
+    expected = {1: {"2", "3"}, 2: {"3"}}[workers]
+    assert {path.name[-1] for path in read.iterdir()} == expected
+    assert [entry.key for entry in found.bad] == ["bad0", "bad1", "bad2", "bad3"]
+    assert found.bad[0].offset == first.bad[0].offset
+    assert found.bad[0].reason == first.bad[0].reason
+    assert {entry.source for entry in found.bad} == {url}
+    shutil.rmtree(read)
+    read.mkdir()
+    assert lint(url, workers) == found
+    os.utime(tmp_path / "1.tar", (1, 1))
+    assert lint(url, workers) == found
+    assert {path.name for path in read.iterdir()} == {"a1", "bad1", "b1"}
+    for path in (tmp_path / "cache" / "lint").iterdir():
+        path.write_text('[["a", ')
+    assert lint(url, workers) == found
+    assert len(list(read.iterdir())) == 12
+    monkeypatch.setattr(lint_module, "version", lambda package: "another")
+    shutil.rmtree(read)
+    read.mkdir()
+    assert lint(url, workers) == found
+    assert len(list(read.iterdir())) == 12
+
+
+def test_a_ledger_of_what_lint_finds(broken_url: str, tmp_path: Path) -> None:
+    found = lint(broken_url)
+    write_ledger(tmp_path / "new" / "bad.jsonl", found.bad)
+    assert read_ledger(tmp_path / "new" / "bad.jsonl") == list(found.bad)
+    with pytest.raises(DataError, match=r"cannot write .*; choose another place"):
+        write_ledger(tmp_path / "new", found.bad)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["bad.jsonl"]
 
 
 # Index

@@ -77,11 +77,11 @@ def test_a_store_that_fails_changes_nothing(
     assert set(proxy.faults) == set(FAULTS)
 
 
-@pytest.mark.parametrize("limit", [None, "50GB"])
+@pytest.mark.parametrize(("limit", "workers"), [(None, 0), ("50GB", 0), (None, 2), ("50GB", 2)])
 def test_a_server_killed_in_mid_stream_changes_nothing(
-    local: str, uploaded: str, s3_server: Server, tmp_path: Path, limit: str | None
+    local: str, uploaded: str, s3_server: Server, tmp_path: Path, limit: str | None, workers: int
 ) -> None:
-    each, read = opened(uploaded, limit), []
+    each, read = opened(uploaded, limit, workers), []
     try:
         with closing(each.batches(0)) as stream:
             for step, batch in enumerate(islice(stream, STEPS)):

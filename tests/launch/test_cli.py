@@ -106,7 +106,11 @@ def test_data_pack(treering: Command, refused: Refused, tmp_path: Path) -> None:
     packed = json.loads(done.stdout)
     assert (packed["samples"], packed["captions"]) == (1, 2)
     assert all((tmp_path / "here" / shard).exists() for shard in packed["shards"])
-    assert "shards/red" in refused("data", "pack", str(tmp_path / "table.tsv"), "shards/red", "--images", str(folder))
+    again = ("data", "pack", str(tmp_path / "table.tsv"), "shards/red", "--images", str(folder))
+    assert "0 shards written now" in treering(*again).stdout
+    (tmp_path / "table.tsv").write_text("a.png\tanother\n")
+    assert "shards/red holds shards packed from another" in refused(*again)
+    assert "must be i/n" in refused(*again, "--part", "8/8")
     assert "nothing is there" in refused("data", "pack", str(tmp_path / "none.tsv"), "shards/none")
 
 
