@@ -89,7 +89,7 @@ def test_batches_are_what_the_order_says(urls: list[str]) -> None:
     for step, batch in enumerate(read(each, 0, 4)):
         assert batch.images.shape == (8, 3, RESOLUTION, RESOLUTION)
         assert batch.images.dtype == torch.uint8
-        assert batch.images.is_contiguous()
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert [batch.tokens.dtype, batch.lengths.dtype, batch.caption_ids.dtype, batch.image_ids.dtype] == [
             torch.int64
         ] * 4
