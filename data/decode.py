@@ -18,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .config import AugmentConfig
+from .draws import Draws
 from .ledger import BadSample
 from .shards import IMAGE_KINDS
 from .text import clean
@@ -152,7 +153,7 @@ def _metadata(data: bytes) -> dict[str, Any]:
 
 
 def random_crop(
-    image: NDArray[np.uint8], resolution: int, augment: AugmentConfig, random: np.random.Generator
+    image: NDArray[np.uint8], resolution: int, augment: AugmentConfig, random: Draws | np.random.Generator
 ) -> NDArray[np.uint8]:
     """A random part of the picture at resolution x resolution: area and shape as Inception crops them (Szegedy et al.
     2015, section 6), the whole centre where ten tries do not fit."""

@@ -1,33 +1,32 @@
 """The loader: batches of training samples, decoded beside the training process.
 
-Every position of the order (order.py) is one item of a map-style data set; torch's DataLoader brings the processes and
-the bounded prefetch. What an item is depends on its position alone, with its random streams named by the position, so
-neither world size nor workers can change a global batch. A bad sample is replaced by the order's spares, one after
-another, and each one met is an entry of the batch's ledger.
+What lies at a position of the order (order.py) depends on the position alone, with its random streams named by it, so
+neither world size nor decoding processes (workers.py) can change a global batch. A bad sample is replaced by the
+order's spares, one after another, and each one met is an entry of the batch's ledger.
 """
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
+from itertools import count
 from math import floor
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 from .blocks import BlockCache
 from .config import CacheConfig, DataConfig, DataError
 from .decode import captions_and_labels, centre_crop, picture, random_crop
+from .draws import Draws, rows
 from .files import shown_url
-from .ledger import BadSample, LedgerEntry, reasons_table
-from .order import Mixture, Order, Place, Places, stream
-from .record import Batch, Sample, collate
+from .ledger import BadSample, LedgerEntry, reasons_table, shown
+from .order import Mixture, Order, Place, Places
+from .record import Batch, Record, Sample, collate
 from .source import Source, open_source
 from .text import Tokenizer
-
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
+from .workers import Note, Workers
 
 _MOST_SPARES = 1000
-_AHEAD = 2  # batches a worker may be ahead
+_AT_ONCE = 16  # samples that are read before their pictures are decoded
+_MOST_DRAWS = 48  # for one sample: its caption, ten tries at a crop, a flip
 Drawn = tuple[Sample, list[LedgerEntry]]
 
 
@@ -58,22 +57,28 @@ class Loader:
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
         """This rank's share of global batch `step`, `step` + 1, ... without end. Close the iterator to end its
-        processes. Raises DataError if a source cannot be read, or a decoding process dies."""
-        batches, batch = iter(self._data_loader(step)), None
+        processes. Raises DataError if a source cannot be read, or a decoding process dies or hangs."""
+        places = (self.order.places(n, self.rank, self.world) for n in count(step))
+        if not self.config.workers:
+            note = Note()
+            yield from (self._items.batch(each, note) for each in places)
+            return
+        config, batch = self.config, self.config.batch // self.world
+        workers = Workers(
+            self._items.batch, places, self._named, config.workers, batch, self._items.resolution, config.patience
+        )
         try:
-            while True:
-                try:
-                    batch = next(batches)
-                except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died handing over
-                    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                        raise
-                    batch = DataError(self._worker_died(step, error))
-                if isinstance(batch, DataError):
-                    raise batch
-                yield batch
-                step += 1
-        finally:  # end the processes here and now, not when a traceback that holds this frame is collected
-            del batches, batch
+            yield from workers.batches()
+        finally:
+            workers.close()
+
+    def _named(self, position: int, source: int, number: int) -> str:
+        """A sample as an error names it."""
+        of = self.sources[source]
+        return (
+            f"sample {shown(of.key(number))} of {shown_url(of.shard(number))} in {shown_url(of.url)}, "
+            f"for position {position} on rank {self.rank}"
+        )
 
     def keys(self, step: int) -> list[str]:
         """The keys of the whole global batch `step`; nothing is read. A bad sample is named, not its spare."""
@@ -100,81 +105,75 @@ class Loader:
                     f"mend or leave out these samples (ledger.jsonl names them), or raise data.bad_samples"
                 )
 
-    def _data_loader(self, step: int) -> DataLoader[Any]:
-        from torch.utils.data import DataLoader
-
-        workers = self.config.workers
-        return DataLoader(
-            self._items,  # type: ignore[arg-type]
-            batch_sampler=_Steps(self.order, step, self.rank, self.world),  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=_collated,
-            prefetch_factor=_AHEAD if workers else None,
-            worker_init_fn=_quiet_worker,
-            multiprocessing_context="fork" if workers else None,
-        )
-
-    def _worker_died(self, step: int, error: Exception) -> str:
-        positions = sorted(self.order.places(step, self.rank, self.world).position.tolist())
-        reason = (str(error) or type(error).__name__).split("\n")[0]
-        return (
-            f"a decoding process of rank {self.rank} died at step {step}, positions {positions[0]} to {positions[-1]} "
-            f"({reason}); if memory ran out, lower data.workers; `data.workers=0` shows the fault in line"
-        )
-
-
-class _Steps:
-    """For DataLoader: the places of one rank's batch, step after step, without end."""
-
-    def __init__(self, order: Order, step: int, rank: int, world: int) -> None:
-        self.order, self.step, self.rank, self.world = order, step, rank, world
-
-    def __iter__(self) -> Iterator[Places]:
-        step = self.step
-        while True:
-            yield self.order.places(step, self.rank, self.world)
-            step += 1
-
 
 class _Items:
-    """For DataLoader: what lies at a place, a pure function of its position."""
+    """What lies at a place, a pure function of its position."""
 
     def __init__(self, sources: list[Source], order: Order, config: DataConfig, resolution: int, context: int) -> None:
         self.sources, self.order, self.augment = sources, order, config.augment
         self.resolution, self.context, self.tokenizer = resolution, context, Tokenizer()
 
-    def __getitem__(self, place: Place) -> Drawn | DataError:
-        try:
-            return self._drawn(place)
-        except DataError as error:  # handed over as a value: DataLoader would bury it in a traceback
-            return error
+    def batch(self, places: Places, note: Note) -> Batch:
+        """The samples at some places; `note` says at which of them it is. Raises DataError."""
+        drawn = [
+            each for at in range(0, len(places), _AT_ONCE) for each in self._some(places[at : at + _AT_ONCE], note)
+        ]
+        return collate([sample for sample, _ in drawn], [entry for _, bad in drawn for entry in bad])
 
-    def _drawn(self, place: Place) -> Drawn:
+    def _some(self, places: Places, note: Note) -> list[Drawn]:
+        """All is read before the first picture is decoded: each runs faster, for the processor's caches, by itself."""
+        chances = rows(self.order.seed, "sample", places.position, _MOST_DRAWS)
+        begun = [self._read(place, place.number, chance, note) for place, chance in zip(places, chances, strict=True)]
+        return [self._drawn(*each, note) for each in zip(places, chances, begun, strict=True)]
+
+    def _drawn(self, place: Place, chance: list[float], read: _Undecoded | BadSample, note: Note) -> Drawn:
         source, number = self.sources[place.source], place.number
         bad: list[LedgerEntry] = []
         for attempt in range(_MOST_SPARES):
             try:
-                return self._sample(source, number, place.position), bad
+                return self._decoded(read, place, number, note), bad
             except BadSample as error:
                 bad.append(_entry(source, number, error, place.position))
             spare = self.order.spare(place, attempt)
             if spare is None:
                 break
             number = spare
+            read = self._read(place, number, chance, note)
         raise DataError(
             f"{shown_url(source.url)}: no usable sample in {len(bad)} drawn for one place\n{reasons_table(bad)}\n"
             f"check what the shards hold"
         )
 
-    def _sample(self, source: Source, number: int, position: int) -> Sample:
-        record = source.record(number)
-        captions, labels = captions_and_labels(record.fields)
-        chosen = int(stream(self.order.seed, "caption", position).integers(len(captions)))
-        image = random_crop(
-            picture(record.fields), self.resolution, self.augment, stream(self.order.seed, "augment", position)
-        )
-        tokens = self.tokenizer.encode(captions[chosen], self.context)
-        return Sample(source.url, record.key, image, captions, captions[chosen], tokens, labels)
+    def _read(self, place: Place, number: int, chance: list[float], note: Note) -> _Undecoded | BadSample:
+        """Sample `number` but for its picture."""
+        note.write(place.position, place.source, number)
+        random = Draws(chance)
+        try:
+            record = self.sources[place.source].record(number)
+            captions, labels = captions_and_labels(record.fields)
+        except BadSample as error:
+            return error
+        caption = captions[random.integers(len(captions))]
+        return _Undecoded(record, captions, caption, self.tokenizer.encode(caption, self.context), labels, random)
+
+    def _decoded(self, read: _Undecoded | BadSample, place: Place, number: int, note: Note) -> Sample:
+        if isinstance(read, BadSample):
+            raise read
+        note.write(place.position, place.source, number)
+        image = random_crop(picture(read.record.fields), self.resolution, self.augment, read.random)
+        url = self.sources[place.source].url
+        return Sample(url, read.record.key, image, read.captions, read.caption, read.tokens, read.labels)
+
+
+class _Undecoded(NamedTuple):
+    """A sample that is read, all but its picture."""
+
+    record: Record
+    captions: tuple[str, ...]
+    caption: str
+    tokens: list[int]
+    labels: dict[str, str]
+    random: Draws  # for its picture
 
 
 class EvaluationSet:
@@ -204,20 +203,3 @@ def _entry(source: Source, number: int, error: BadSample, position: int = -1) ->
     return LedgerEntry(
         source.url, source.shard(number), source.key(number), source.offset(number), str(error), position
     )
-
-
-def _collated(items: list[Drawn | DataError]) -> Batch | DataError:
-    drawn = []
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-        drawn.append(item)
-    return collate([sample for sample, _ in drawn], [entry for _, bad in drawn for entry in bad])
-
-
-def _quiet_worker(_: int) -> None:
-    """A worker ends when its parent does or tells it to; the run's signal handlers, inherited by the fork, are the
-    parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import zlib
 from collections.abc import Callable
 from contextlib import closing
@@ -28,7 +27,6 @@ from treering.data import (
     Tokenizer,
     open_source,
 )
-from treering.data.order import Place
 from treering.data.record import caption_id
 
 WriteSource = Callable[..., str]
@@ -216,22 +214,6 @@ def test_a_shard_that_goes_away_is_an_error(tmp_path: Path, write_source: WriteS
     os.remove(tmp_path / "part-000.tar")
     with pytest.raises(DataError, match="nothing is there"):
         read(each, 0, 1)
-
-
-@pytest.mark.timeout(60)
-def test_a_dead_worker_is_an_error(urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    each = loader(*urls, workers=1)
-    parent = os.getpid()
-    drawn = type(each._items)._drawn
-
-    def die(self: Any, place: Place) -> Any:
-        if place.position == 8 * 3 and os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return drawn(self, place)
-
-    monkeypatch.setattr(type(each._items), "_drawn", die)
-    with pytest.raises((DataError, RuntimeError), match=r"worker|decoding process"):
-        read(each, 0, 5)
 
 
 def test_evaluation_set(tmp_path: Path, write_source: WriteSource, picture: Callable[..., bytes]) -> None:
