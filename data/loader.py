@@ -7,18 +7,21 @@ order's spares, one after another, and each one met is an entry of the batch's l
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from itertools import count
 from math import floor
 from typing import NamedTuple
 
+from .ahead import Ahead
 from .blocks import BlockCache
 from .config import CacheConfig, DataConfig, DataError
 from .decode import captions_and_labels, centre_crop, picture, random_crop
 from .draws import Draws, rows
-from .files import shown_url
+from .files import is_remote, shown_url
 from .ledger import BadSample, LedgerEntry, reasons_table, shown
-from .order import Mixture, Order, Place, Places
+from .order import Line, Mixture, Order, Place, Places
 from .record import Batch, Record, Sample, collate
 from .source import Source, open_source
 from .text import Tokenizer
@@ -47,17 +50,54 @@ class Loader:
         captions at most `context` tokens long."""
         assert config.batch % world == 0, "the recipe checks this"
         self.config, self.rank, self.world = config, rank, world
-        cache = BlockCache(config.cache.bytes)
-        self.sources = [open_source(each.source, cache) for each in config.train]
+        self.cache = BlockCache(config.cache.bytes)
+        self.sources = [open_source(each.source, self.cache) for each in config.train]
         shards = [source.shard_lengths for source in self.sources]
         mixtures = mixtures or [Mixture(0, tuple(each.weight for each in config.train))]
         self.order = Order(seed, shards, mixtures, config.batch, config.shuffle, config.lanes)
+        for source, line in zip(self.sources, self.order.sources, strict=True):
+            self._cache_windows(source, line)
         self._items = _Items(self.sources, self.order, config, resolution, context)
         self._bad: dict[str, dict[tuple[str, str], LedgerEntry]] = {}
+
+    def _cache_windows(self, source: Source, line: Line) -> None:
+        """Reads a source that is too large for the cache through it all the same, where its windows are not."""
+        if source.is_cached or not is_remote(source.url) or not self.cache.limit:
+            return
+        total, need = sum(source.shard_sizes), sum(source.shard_sizes)
+        if line.lanes:  # of each lane a window, the one after it, and the blocks at their ends
+            window = line.most_in_window * total // len(source) + min(self.cache.block, max(source.shard_sizes))
+            need = min(need, 2 * line.lanes * window)
+        source.read_through(self.cache, need)
+        if not source.is_cached and self.rank == 0:
+            logging.getLogger(__name__).warning(
+                "%s: data.cache.limit = %s has no room for the %.1f GB that are drawn from at a time, so every sample "
+                "is a request of its own; raise the limit, or lower data.shuffle = %d or data.lanes = %d",
+                shown_url(source.url),
+                self.config.cache.limit,
+                need / 1e9,
+                self.config.shuffle,
+                self.config.lanes,
+            )
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
         """This rank's share of global batch `step`, `step` + 1, ... without end. Close the iterator to end its
         processes. Raises DataError if a source cannot be read, or a decoding process dies or hangs."""
+        ahead = None
+        if any(source.is_cached for source in self.sources):
+            ahead = Ahead(self.order, self.sources, self.cache, self.rank, self.world, step)
+        try:
+            with closing(self._made(step)) as batches:
+                for reached in count(step):
+                    if ahead:
+                        ahead.reached(reached)
+                    yield next(batches)
+        finally:
+            if ahead:
+                ahead.close()
+
+    def _made(self, step: int) -> Generator[Batch, None, None]:
+        """The batches, in line or by processes."""
         places = (self.order.places(n, self.rank, self.world) for n in count(step))
         if not self.config.workers:
             note = Note()
