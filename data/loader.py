@@ -11,7 +11,7 @@ import logging
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from itertools import count
-from math import floor
+from math import ceil, floor, sqrt
 from typing import NamedTuple
 
 from .ahead import Ahead
@@ -24,7 +24,7 @@ from .ledger import BadSample, LedgerEntry, reasons_table, shown
 from .order import Line, Mixture, Order, Place, Places
 from .record import Batch, Record, Sample, collate
 from .source import Source, open_source
-from .text import Tokenizer
+from .text import Tokenizer, fitted
 from .workers import Note, Workers
 
 _MOST_SPARES = 1000
@@ -152,6 +152,8 @@ class _Items:
     def __init__(self, sources: list[Source], order: Order, config: DataConfig, resolution: int, context: int) -> None:
         self.sources, self.order, self.augment = sources, order, config.augment
         self.resolution, self.context, self.tokenizer = resolution, context, Tokenizer()
+        # A crop has at least its share of the area; it shall not have to be enlarged for having been decoded smaller.
+        self.least = ceil(resolution / sqrt(self.augment.crop_scale[0])) if config.decode == "scaled" else 0
 
     def batch(self, places: Places, note: Note) -> Batch:
         """The samples at some places; `note` says at which of them it is. Raises DataError."""
@@ -194,15 +196,16 @@ class _Items:
         except BadSample as error:
             return error
         caption = captions[random.integers(len(captions))]
-        return _Undecoded(record, captions, caption, self.tokenizer.encode(caption, self.context), labels, random)
+        tokens, cut = fitted(self.tokenizer, caption, self.context)
+        return _Undecoded(record, captions, caption, tokens, cut, labels, random)
 
     def _decoded(self, read: _Undecoded | BadSample, place: Place, number: int, note: Note) -> Sample:
         if isinstance(read, BadSample):
             raise read
         note.write(place.position, place.source, number)
-        image = random_crop(picture(read.record.fields), self.resolution, self.augment, read.random)
+        image = random_crop(picture(read.record.fields, self.least), self.resolution, self.augment, read.random)
         url = self.sources[place.source].url
-        return Sample(url, read.record.key, image, read.captions, read.caption, read.tokens, read.labels)
+        return Sample(url, read.record.key, image, read.captions, read.caption, read.tokens, read.labels, read.cut)
 
 
 class _Undecoded(NamedTuple):
@@ -212,6 +215,7 @@ class _Undecoded(NamedTuple):
     captions: tuple[str, ...]
     caption: str
     tokens: list[int]
+    cut: bool
     labels: dict[str, str]
     random: Draws  # for its picture
 

@@ -37,6 +37,7 @@ class Sample:
     caption: str  # the chosen one of `captions`
     tokens: list[int]  # of `caption`, START and END included
     labels: dict[str, str]
+    cut: bool = False  # the caption was longer than the context
 
     @property
     def image_id(self) -> int:
@@ -70,6 +71,7 @@ class Batch:
     keys: tuple[str, ...]
     captions: tuple[str, ...]
     bad: tuple[LedgerEntry, ...]  # the samples that spares stand in for
+    cut: torch.Tensor  # bool [b], which captions were longer than the context
 
 
 def collate(samples: Sequence[Sample], bad: Sequence[LedgerEntry] = ()) -> Batch:
@@ -85,4 +87,5 @@ def collate(samples: Sequence[Sample], bad: Sequence[LedgerEntry] = ()) -> Batch
         keys=tuple(sample.key for sample in samples),
         captions=tuple(sample.caption for sample in samples),
         bad=tuple(bad),
+        cut=torch.tensor([sample.cut for sample in samples]),
     )

@@ -67,6 +67,14 @@ class Tokenizer:
         return [token.id for token in self._bpe.tokenize("".join(letters[b] for b in word.encode("utf-8")))]
 
 
+def fitted(tokenizer: Tokenizer, caption: str, context: int) -> tuple[list[int], bool]:
+    """The ids of `tokenizer.encode(caption, context)`, and whether the caption was cut to make them fit."""
+    ids = tokenizer.encode(caption, context + 1)
+    if len(ids) <= context:
+        return ids, False
+    return [*ids[: context - 1], ids[-1]], True
+
+
 @lru_cache(maxsize=32)  # a caption is looked at thrice: is it empty, its ids, its hash
 def clean(text: str) -> str:
     """The text as the tokenizer sees it. Captions that are equal here are one caption to a model.

@@ -29,6 +29,8 @@ _GROUPS = {
     "skipped": "optimizer/skipped_steps",
     "samples_per_second": "speed/samples_per_second",
     "data_wait": "speed/data_wait",
+    "caption_length": "data/caption_length",
+    "captions_cut": "data/captions_cut",
     "mfu": "speed/mfu",
     "flops": "speed/flops",
     "peak_memory": "speed/peak_memory",

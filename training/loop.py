@@ -95,6 +95,7 @@ class Run:
         self._dry = 0
         self._waited = 0.0
         self._bad: list[dict[str, Any]] = []
+        self._captions = torch.zeros(3, dtype=torch.int64)  # since the last line: how many, their tokens, those cut
         self._begun = time.monotonic()
         self._start(imports)
         self._commit_time = self._log_time = time.monotonic()
@@ -212,6 +213,7 @@ class Run:
             update={"step": state.step + 1, "samples": state.samples + size, "flops": state.flops + work}
         )
         self._bad += [{"step": self.state.step, **asdict(entry)} for entry in batch.bad]
+        self._captions += torch.tensor([len(batch.lengths), len(batch.tokens), int(batch.cut.sum())])
 
     # The step edge
 
@@ -234,6 +236,7 @@ class Run:
         state, result = self.state, self.result
         shares = self.world.sum(torch.stack(list(result.losses.values()))).tolist()
         losses = dict(zip(result.losses, shares, strict=True))
+        captions, tokens, cut = self.world.sum(self._captions.to(self.world.device)).tolist()
         skipped = self.engine.skipped
         now, steps = time.monotonic(), state.step - self._log_step
         elapsed = max(now - self._log_time, 1e-9)
@@ -257,7 +260,10 @@ class Run:
             parameters=self.engine.parameters,
             passes=self.loader.coverage(state.step),
             seconds={"data": self._waited, "compute": elapsed - self._waited},
+            caption_length=tokens / captions,
+            captions_cut=cut / captions,
         )
+        self._captions.zero_()
         self._log_time, self._log_step, self._log_flops, self._waited = now, state.step, state.flops, 0.0
         self._log_skipped = skipped
 

@@ -94,6 +94,7 @@ def test_batches_are_what_the_order_says(urls: list[str]) -> None:
         ] * 4
         assert each.keys(step) == list(batch.keys)
         assert batch.bad == ()
+        assert not batch.cut.any()
         for place, (key, caption, tokens, _, _) in zip(each.order.places(step), rows(batch), strict=True):
             record = sources[place.source].record(place.number)
             assert record.key == key
@@ -117,6 +118,17 @@ def test_a_resume_at_any_step_reads_on(urls: list[str]) -> None:
     for step in range(8):
         world = (1, 2, 4)[step % 3]
         assert global_rows(urls, step, 8 - step, world=world)[0] == whole[step:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cut_captions_are_counted(urls: list[str], workers: int) -> None:
+    config = DataConfig.model_validate({"train": [{"source": urls[0]}], "batch": 8, "workers": workers})
+    cut = 0
+    for batch in read(Loader(config, RESOLUTION, 6, seed=5), 0, 4):
+        assert batch.cut.tolist() == [len(Tokenizer().encode(caption, 99)) > 6 for caption in batch.captions]
+        assert batch.lengths.tolist() == [6] * 8
+        cut += int(batch.cut.sum())
+    assert 0 < cut < 32  # "picture 8 number 1" is six ids, "picture 10 number 1" is seven
 
 
 def test_augmentation_and_captions_change_from_pass_to_pass(urls: list[str]) -> None:

@@ -44,10 +44,10 @@ def at_one_sample(monkeypatch: pytest.MonkeyPatch, each: Loader, position: int, 
     source, parent, decode = each.sources[0], os.getpid(), loader_module.picture
     victim = source.record(place.number).fields["png"]
 
-    def picture(fields: dict[str, bytes]) -> Any:
+    def picture(fields: dict[str, bytes], *options: Any) -> Any:
         if fields["png"] == victim and os.getpid() != parent:
             act()
-        return decode(fields)
+        return decode(fields, *options)
 
     monkeypatch.setattr(loader_module, "picture", picture)
     return [f"'{source.key(place.number)}'", source.shard(place.number), source.url, f"position {position} "]

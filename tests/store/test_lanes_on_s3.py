@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.faulty_proxy import FaultyProxy
-from tests.s3_server import Server
 from treering.data import DataConfig, Loader
 from treering.data.pack import write_shards
+from treering.tests.faulty_proxy import FaultyProxy
+from treering.tests.s3_server import Server
 
 SHARDS, EACH, BATCH, WORLD = 40, 24, 16, 2
 STEPS = SHARDS * EACH // BATCH
