@@ -11,7 +11,7 @@ import gzip
 import html
 import importlib.util
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import regex  # type: ignore[import-untyped,unused-ignore]
@@ -67,6 +67,7 @@ class Tokenizer:
         return [token.id for token in self._bpe.tokenize("".join(letters[b] for b in word.encode("utf-8")))]
 
 
+@lru_cache(maxsize=32)  # a caption is looked at thrice: is it empty, its ids, its hash
 def clean(text: str) -> str:
     """The text as the tokenizer sees it. Captions that are equal here are one caption to a model.
 

@@ -1,28 +1,34 @@
-"""How near is the loader to the speed of decoding, and how far ahead of WebDataset's usual pipeline?
+"""How near is the loader to the speed of decoding, and how far ahead of what others use?
 
     python -m tests.benchmarks.loader [--quick] [--json] [--photos DIR] [--workers N]
 
-Three arms take turns on the same tar shards, 224 pixels, 77 tokens, with N processes each (left out: one a core):
-`ours` (Loader), `webdataset` (as open_clip feeds its trainer: PIL, its own image_transform and tokenizer) and
-`ceiling` (nothing but our decode and crop of the same bytes, in memory, in a bare loop). Ratios are medians over the
-rounds of photos per second in one round; "per cpu" is the same per second of processor time, which a busy machine
-disturbs less. Photos are made here (1/f noise with edges, JPEG quality 90, 500 x 375) unless DIR holds some, with a
-captions.tsv. `--quick` ends within a minute.
+All take turns on the same photos: 224 pixels, 77 tokens, batches of 64, N processes each (left out: one a core).
+`ours` reads tar shards from the disk, `ours, S3` from a real S3 server on this machine into an empty cache;
+`webdataset` is how open_clip feeds its trainer (PIL, its own image_transform and tokenizer); MosaicML Streaming and
+LitData have the same transform, read their own formats from the disk, and run where they are installed. The `ceiling`
+is a bare loop in N processes that decodes and resizes the same bytes, in memory, with the fastest libraries, and does
+nothing else. Ratios are medians over the rounds of photos per second within a round; "per cpu" is the same per second
+of processor time, which a busy machine disturbs less. Photos are made here (1/f noise with edges, JPEG quality 90,
+500 x 375) unless DIR holds some, with a captions.tsv. `--quick` ends within a minute.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import importlib.util
 import io
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +36,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from treering.data import AugmentConfig, DataConfig, Loader, Source, open_source, stream
-from treering.data.decode import picture, random_crop, resized
+from treering.data import Source, open_source, stream
+from treering.data.decode import picture, resized
 from treering.data.pack import pack
 from treering.training.device import describe
 
-RESOLUTION, CONTEXT, BATCH = 224, 77, 32
-AUGMENT = AugmentConfig()  # crops as open_clip's default: 0.9 to 1 of the area
+from . import loader_arms as arms
+from .loader_arms import BATCH, RESOLUTION, Sizes
+
+Figures = dict[str, float]
+PEERS = {"streaming": "mosaicml-streaming", "litdata": "litdata"}
 WORDS = ("a", "photo", "of", "two", "small", "brown", "dogs", "running", "over", "wet", "grass", "near", "the", "house")
 
 
@@ -63,53 +72,34 @@ def make_photos(folder: Path, count: int) -> Path:
     return folder / "captions.tsv"
 
 
-def ours(url: str, workers: int) -> Iterator[int]:
-    """The loader; yields the size of each batch."""
-    config = DataConfig(train=[{"source": url}], batch=BATCH, workers=workers, augment=AUGMENT)  # type: ignore[list-item,arg-type]
-    with closing(Loader(config, RESOLUTION, CONTEXT, seed=0).batches(0)) as batches:
-        for batch in batches:
-            yield len(batch.images)
+@dataclass
+class Rate:
+    """What one arm did in one round."""
+
+    photos: float  # a second
+    per_cpu: float  # a second of the processor time of all its processes
+    private: float = 0.0  # MB that a process shares with no other
+    proportional: float = 0.0  # MB of a process, shared pages divided by those who share them
 
 
-def webdataset(shards: list[str], workers: int) -> Iterator[int]:
-    """The stages of open_clip_train 3.3.0's get_wds_dataset, with a shuffle buffer that such a small set can fill."""
-    import open_clip
-    import webdataset as wds
-
-    transform = open_clip.image_transform(RESOLUTION, is_train=True)
-    tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT)
-    stages = [
-        wds.SimpleShardList(shards),
-        wds.shuffle(100),
-        wds.split_by_worker,
-        wds.tarfile_to_samples(),
-        wds.shuffle(64, initial=32),
-        wds.decode("pilrgb"),
-        wds.rename(image="jpg;png;jpeg;webp", text="txt"),
-        wds.map_dict(image=transform, text=lambda text: tokenizer(text)[0]),
-        wds.to_tuple("image", "text"),
-        wds.batched(BATCH, partial=False),
-    ]
-    loader = wds.WebLoader(wds.DataPipeline(*stages).repeat(), batch_size=None, shuffle=False, num_workers=workers)
-    batches = iter(loader)
-    try:
-        for images, _ in batches:
-            yield len(images)
-    finally:
-        del batches
-
-
-def throughput(start: Callable[[], Iterator[int]], batches: int, warm: int) -> tuple[float, float, float]:
-    """Photos per second after `warm` batches, photos per second of all processes' processor time, and the memory of
-    its own that a worker holds at the end, in MB."""
-    with closing(start()) as stream_:  # type: ignore[type-var]
+def throughput(start: Callable[[], Sizes], batches: int, warm: int) -> Rate:
+    """What an arm does after `warm` batches."""
+    with closing(start()) as sizes:  # type: ignore[type-var]
         for _ in range(warm):
-            next(stream_)
+            next(sizes)
         begun, busy = time.perf_counter(), processor_seconds()
-        photos = sum(next(stream_) for _ in range(batches))
+        photos = sum(next(sizes) for _ in range(batches))
         seconds, busy = time.perf_counter() - begun, processor_seconds() - busy
-        memory = [private_memory(process.pid) for process in multiprocessing.active_children() if process.pid]
-    return photos / seconds, photos / busy, statistics.mean(memory) / 1e6 if memory else 0.0
+        memory = [found for process in multiprocessing.active_children() if (found := memory_of(process))]
+    private, proportional = np.mean(memory, axis=0) / 1e6 if memory else (0.0, 0.0)
+    return Rate(photos / seconds, photos / busy, float(private), float(proportional))
+
+
+def first_pass(start: Callable[[], Sizes], batches: int) -> float:
+    """Photos a second from the first question on, the start of the processes included."""
+    with closing(start()) as sizes:  # type: ignore[type-var]
+        begun = time.perf_counter()
+        return sum(next(sizes) for _ in range(batches)) / (time.perf_counter() - begun)
 
 
 def processor_seconds() -> float:
@@ -121,89 +111,148 @@ def processor_seconds() -> float:
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def private_memory(pid: int) -> int:
-    """Bytes that a process shares with no other; 0 where the system does not tell."""
+def memory_of(process: Any) -> tuple[int, int] | None:
+    """Bytes that a decoding process shares with no other, and its share of all its pages; None where the system does
+    not tell."""
+    if process.name == "reading ahead":
+        return None
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
     except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_"))
+        return None
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines[1:]}
+    return sizes["Private_Clean"] + sizes["Private_Dirty"], sizes["Pss"]
 
 
-def ceiling(source: Source, workers: int, photos: int) -> tuple[float, float]:
-    """Photos per second, and per second of processor time, of decode and crop alone, in `workers` processes; reading
-    is not timed."""
-    records = [source.record(n) for n in range(len(source))]
-    context = multiprocessing.get_context("fork")
-    ready, results = context.Barrier(workers), context.SimpleQueue()
-    share = photos // workers
+def agreement(source: Source) -> dict[str, float]:
+    """PSNR in dB of our pixels against those of the usual pipeline (Pillow, torchvision) for one crop of each photo;
+    and of scaled decoding against exact decoding."""
+    from torchvision.transforms.functional import InterpolationMode, resized_crop
 
-    def loop(worker: int) -> None:
-        torch.set_num_threads(1)
-        random = stream(0, "ceiling", worker)
-        ready.wait()
-        begun, busy = time.perf_counter(), time.process_time()
-        for n in range(worker * share, (worker + 1) * share):
-            random_crop(picture(records[n % len(records)].fields), RESOLUTION, AUGMENT, random)
-        results.put((time.perf_counter() - begun, time.process_time() - busy))
-
-    processes = [context.Process(target=loop, args=(worker,)) for worker in range(workers)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    seconds, busy = zip(*(results.get() for _ in processes), strict=True)
-    return workers * share / max(seconds), workers * share / sum(busy)
-
-
-def agreement(source: Source) -> list[float]:
-    """PSNR in dB of our pixels against Pillow's, for one crop of each photo."""
-    found = []
+    found, scaled = [], []
     for number in range(min(len(source), 50)):
         fields = source.record(number).fields
         pixels = picture(fields)
         height, width = pixels.shape[:2]
         top, left = height // 40, width // 40
-        data = next(fields[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in fields)
-        theirs = Image.open(io.BytesIO(data)).convert("RGB").crop((left, top, width - left, height - top))
-        theirs = theirs.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC)
         own = resized(pixels[top : height - top, left : width - left], RESOLUTION, RESOLUTION)
-        error = np.mean((own.astype(float) - np.asarray(theirs)) ** 2)
-        found.append(float(10 * np.log10(255**2 / max(error, 1e-12))))
+        theirs = resized_crop(
+            Image.open(io.BytesIO(arms.photo(fields))).convert("RGB"),
+            top,
+            left,
+            height - 2 * top,
+            width - 2 * left,
+            [RESOLUTION, RESOLUTION],
+            InterpolationMode.BICUBIC,
+        )
+        found.append(psnr(own, np.asarray(theirs)))
+        small = resized(picture(fields, round(RESOLUTION / 0.9**0.5)), RESOLUTION, RESOLUTION)
+        scaled.append(psnr(small, resized(pixels, RESOLUTION, RESOLUTION)))
+    return {
+        "psnr_median_db": statistics.median(found),
+        "psnr_least_db": min(found),
+        "psnr_scaled_median_db": statistics.median(scaled),
+        "psnr_scaled_least_db": min(scaled),
+    }
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """In dB; at most 100, for equal pixels."""
+    return float(10 * np.log10(255**2 / max(np.mean((one.astype(float) - other) ** 2), 255**2 / 1e10)))
+
+
+def s3_server(stack: ExitStack, folder: Path, shards: list[str]) -> str | None:
+    """The URL of the shards on a real S3 server of our own; None if its binary is not installed."""
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if importlib.util.find_spec("pytest") is None or not shutil.which("weed", path=places):
+        return None
+    import s3fs
+
+    from ..s3_server import BUCKET, KEY, SECRET, Server
+
+    folder.mkdir()
+    server = Server(folder)
+    stack.callback(server.kill)
+    server.start()
+    server.wait()
+    access = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_ENDPOINT_URL": server.endpoint}
+    os.environ |= access | {"AWS_DEFAULT_REGION": "us-east-1"}
+    system = s3fs.S3FileSystem(endpoint_url=server.endpoint, key=KEY, secret=SECRET, skip_instance_cache=True)
+    for shard in shards:
+        system.put_file(shard, f"{BUCKET}/photos/{Path(shard).name}")
+    return f"{server.url}/photos/*.tar"
+
+
+def warm_batches(workers: int) -> int:
+    """More than any arm decodes ahead, so that nothing of what is timed was made before."""
+    return 3 + 2 * workers
+
+
+def contestants(
+    stack: ExitStack, source: Source, shards: list[str], folder: Path, workers: int, epoch: int
+) -> dict[str, Callable[[], Sizes]]:
+    """All that can run here, by name. Those that know epochs get one of `epoch` photos, so as not to be stopped by
+    its end."""
+    found: dict[str, Callable[[], Sizes]] = {
+        "ours": partial(arms.ours, source.url, workers),
+        "ours, scaled": partial(arms.ours, source.url, workers, "scaled"),
+        "webdataset": partial(arms.webdataset, shards, workers),
+    }
+    if url := s3_server(stack, folder / "s3", shards):
+        found["ours, S3"] = partial(arms.ours, url, workers)
+    if arms.installed(PEERS["streaming"]):
+        arms.write_streaming(source, folder / "mds", epoch)
+        found["streaming"] = partial(arms.streaming, folder / "mds", workers)
+    if arms.installed(PEERS["litdata"]):
+        arms.write_litdata(source, folder / "lit", epoch)
+        found["litdata"] = partial(arms.litdata, folder / "lit", workers)
     return found
 
 
-def torchvision_beside_cpu_torch() -> list[torch.library.Library]:
-    """torchvision's wheel for CUDA, beside a CPU build of torch, misses two schemas; open_clip needs it to import."""
-    if torch.version.cuda is not None or torch.version.hip is not None:
-        return []
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return [library]
-
-
-def measure(source: Source, shards: list[str], workers: int, rounds: int, batches: int) -> dict[str, float]:
+def measure(source: Source, starts: dict[str, Callable[[], Sizes]], workers: int, rounds: int, batches: int) -> Figures:
     """All arms in turns; the figures."""
-    rates: dict[str, list[tuple[float, float]]] = {"ours": [], "webdataset": [], "ceiling": []}
-    memory: dict[str, float] = {}
-    warm = 2 * max(workers, 1)  # what was decoded ahead before the clock ran
-    for _ in range(rounds):
-        rates["ceiling"].append(ceiling(source, max(workers, 1), batches * BATCH))
-        *rate, memory["ours"] = throughput(lambda: ours(source.url, workers), batches, warm)
-        rates["ours"].append((rate[0], rate[1]))
-        *rate, memory["webdataset"] = throughput(lambda: webdataset(shards, workers), batches, warm)
-        rates["webdataset"].append((rate[0], rate[1]))
-    psnr = agreement(source)
-    figures = {f"{arm}_photos_per_second": statistics.median(r for r, _ in values) for arm, values in rates.items()}
-    for other in ("ceiling", "webdataset"):
-        pairs = list(zip(rates["ours"], rates[other], strict=True))
-        ratios = [mine[0] / theirs[0] for mine, theirs in pairs]
-        figures |= {f"ratio_to_{other}": statistics.median(ratios), f"ratio_to_{other}_low": min(ratios)}
-        figures[f"ratio_to_{other}_high"] = max(ratios)
-        figures[f"cpu_ratio_to_{other}"] = statistics.median(mine[1] / theirs[1] for mine, theirs in pairs)
-    figures |= {f"{arm}_worker_mb": size for arm, size in memory.items()}
-    return figures | {"psnr_median_db": statistics.median(psnr), "psnr_least_db": min(psnr)}
+    rates: dict[str, list[Rate]] = {"ceiling": [], **{arm: [] for arm in starts}}
+    first: list[float] = []
+    warm = warm_batches(workers)
+    photos = [arms.photo(source.record(n).fields) for n in range(len(source))]
+    in_a_pass = len(source) // BATCH
+    for turn in range(rounds):
+        empty_cache(turn)
+        if "ours, S3" in starts:
+            first.append(first_pass(starts["ours, S3"], in_a_pass) / first_pass(starts["ours"], in_a_pass))
+        for arm in sorted(rates, key=lambda arm: (list(rates).index(arm) + turn) % len(rates)):
+            if arm == "ceiling":
+                rates[arm].append(Rate(*arms.ceiling(photos, max(workers, 1), batches * BATCH)))
+            else:
+                rates[arm].append(throughput(starts[arm], batches, warm))
+    figures: Figures = {}
+    for arm, found in rates.items():
+        name = arm.replace(", ", "_").lower()
+        figures[f"{name}_photos_per_second"] = statistics.median(rate.photos for rate in found)
+        figures[f"{name}_private_mb"] = statistics.median(rate.private for rate in found)
+        figures[f"{name}_pss_mb"] = statistics.median(rate.proportional for rate in found)
+        if arm in ("ours", "ours, S3", "ours, scaled"):
+            continue
+        pairs = list(zip(rates["ours"], found, strict=True))
+        figures |= spread(f"ratio_to_{name}", [mine.photos / theirs.photos for mine, theirs in pairs])
+        figures[f"cpu_ratio_to_{name}"] = statistics.median(mine.per_cpu / theirs.per_cpu for mine, theirs in pairs)
+    for arm, name in (("ours, S3", "s3_ratio"), ("ours, scaled", "scaled_ratio")):
+        pairs = list(zip(rates["ours"], rates.get(arm, []), strict=False))
+        figures |= spread(name, [it.photos / mine.photos for mine, it in pairs])
+    return figures | spread("s3_first_pass_ratio", first) | agreement(source)
+
+
+def spread(name: str, ratios: list[float]) -> Figures:
+    """Median, least and largest; nothing of nothing."""
+    if not ratios:
+        return {}
+    return {name: statistics.median(ratios), f"{name}_low": min(ratios), f"{name}_high": max(ratios)}
+
+
+def empty_cache(turn: int) -> None:
+    """The next sources are indexed, and read from S3, as on a node that has not seen them."""
+    folder = Path(os.environ["TREERING_CACHE"]).parent / f"cache{turn}"
+    os.environ["TREERING_CACHE"] = str(folder)
 
 
 def main() -> None:
@@ -214,47 +263,56 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kept = torchvision_beside_cpu_torch()
-    with tempfile.TemporaryDirectory(prefix="loader-") as temporary:
+    kept = arms.torchvision_beside_cpu_torch()
+    with tempfile.TemporaryDirectory(prefix="loader-") as temporary, ExitStack() as stack:
         os.environ["TREERING_CACHE"] = f"{temporary}/cache"
         folder = Path(temporary, "photos")
         folder.mkdir()
-        table = options.photos / "captions.tsv" if options.photos else make_photos(folder, 64 if options.quick else 480)
-        packed = pack(table, f"{temporary}/shards", shard_size=8 if options.quick else 48)
-        source = open_source(f"{temporary}/shards/*.tar")
-        rounds, batches = (3, 6) if options.quick else (7, 40)
-        figures = measure(source, list(packed.shards), options.workers, rounds, batches)
-        photos = [record.fields for record in map(source.record, range(len(source)))]
-        figures["photos"] = len(photos)
-        figures["median_photo_kb"] = statistics.median(
-            len(next(data for kind, data in fields.items() if kind not in ("txt", "json"))) / 1000 for fields in photos
+        table = (
+            options.photos / "captions.tsv" if options.photos else make_photos(folder, 128 if options.quick else 512)
         )
+        packed = pack(table, f"{temporary}/shards", shard_size=16 if options.quick else 48)
+        source = open_source(f"{temporary}/shards/*.tar")
+        rounds, batches = (2, 4) if options.quick else (5, 16)
+        epoch = (warm_batches(options.workers) + batches + 1) * BATCH
+        starts = contestants(stack, source, list(packed.shards), Path(temporary), options.workers, epoch)
+        figures = measure(source, starts, options.workers, rounds, batches)
+        sizes = [len(arms.photo(source.record(n).fields)) / 1000 for n in range(len(source))]
+        figures |= {"photos": len(sizes), "median_photo_kb": statistics.median(sizes)}
     kept.clear()
     device = describe(torch.device("cpu"))
     if options.json:
-        names = ("torch", "treering", "webdataset", "open_clip_torch", "torchvision", "Pillow")
-        versions = {name: importlib.metadata.version(name) for name in names}
+        names = ("torch", "treering", "webdataset", "open_clip_torch", "torchvision", "Pillow", "simplejpeg")
+        versions = {name: arms.installed(name) for name in (*names, *PEERS.values())}
         print(json.dumps({"benchmark": "loader", "device": device, "versions": versions, "figures": figures}))
         return
     print_table(figures, device, options.workers)
 
 
-def print_table(figures: dict[str, Any], device: str, workers: int) -> None:
-    print(f"{device}; {workers} processes; {figures['photos']} photos, median {figures['median_photo_kb']:.0f} kB")
-    print(f"{'arm':12}{'photos/s':>10}{'ours / it':>22}{'per cpu':>10}{'MB a worker':>14}")
-    for arm in ("ours", "webdataset", "ceiling"):
-        name = f"ratio_to_{arm}"
-        ratio = (
-            f"{figures[name]:.2f} ({figures[name + '_low']:.2f}-{figures[name + '_high']:.2f})"
-            if name in figures
-            else ""
+def print_table(figures: Figures, device: str, workers: int) -> None:
+    def ratio(name: str) -> str:
+        if name not in figures:
+            return ""
+        return f"{figures[name]:.2f} ({figures[name + '_low']:.2f}-{figures[name + '_high']:.2f})"
+
+    print(f"{device}; {workers} processes; {figures['photos']:.0f} photos, median {figures['median_photo_kb']:.0f} kB")
+    print(f"{'arm':14}{'photos/s':>10}{'ours / it':>20}{'per cpu':>10}{'MB a worker: private':>22}{'PSS':>7}")
+    for arm in ("ours", "ours, scaled", "ours, S3", "ceiling", "webdataset", *PEERS):
+        name = arm.replace(", ", "_").lower()
+        if f"{name}_photos_per_second" not in figures:
+            print(f"{arm:14}  not installed")
+            continue
+        busy = f"{figures[f'cpu_ratio_to_{name}']:.2f}" if f"cpu_ratio_to_{name}" in figures else ""
+        sizes = [f"{figures[f'{name}_{kind}_mb']:.0f}" if arm != "ceiling" else "" for kind in ("private", "pss")]
+        print(
+            f"{arm:14}{figures[f'{name}_photos_per_second']:10.1f}{ratio(f'ratio_to_{name}'):>20}{busy:>10}"
+            f"{sizes[0]:>22}{sizes[1]:>7}"
         )
-        size = f"{figures[f'{arm}_worker_mb']:.0f}" if f"{arm}_worker_mb" in figures else ""
-        busy = f"{figures[f'cpu_ratio_to_{arm}']:.2f}" if name in figures else ""
-        print(f"{arm:12}{figures[f'{arm}_photos_per_second']:10.1f}{ratio:>22}{busy:>10}{size:>14}")
+    print(f"from S3: {ratio('s3_ratio')} of local; first pass, cache empty: {ratio('s3_first_pass_ratio')}")
     print(
-        f"pixels against Pillow's: PSNR median {figures['psnr_median_db']:.1f} dB, "
-        f"least {figures['psnr_least_db']:.1f} dB"
+        f"PSNR against torchvision's pixels: median {figures['psnr_median_db']:.1f} dB, least "
+        f"{figures['psnr_least_db']:.1f}; scaled decoding {ratio('scaled_ratio')} times as fast, PSNR against exact "
+        f"median {figures['psnr_scaled_median_db']:.1f} dB, least {figures['psnr_scaled_least_db']:.1f}"
     )
 
 
