@@ -24,8 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from treering.data import Batch, DataConfig, EvaluationSet, LedgerEntry, Loader
-from treering.data.order import stream
+from treering.data import Batch, DataConfig, EvaluationSet, LedgerEntry, Loader, draws
 
 RESOLUTION, CONTEXT, BATCH, SEED = 16, 12, 12, 4
 Members = dict[str, bytes]
@@ -215,7 +214,8 @@ def reference(members: Members, key: str, position: int, tokenizer: Any) -> dict
         return padded[: padded.index(49407) + 1]
 
     metadata = json.loads(members["json"])
-    caption = metadata["captions"][int(stream(SEED, "caption", position).integers(3)) // 2]["text"]
+    ((first,),) = draws.rows(SEED, "sample", np.array([position]), 1)
+    caption = metadata["captions"][int(first * 3) // 2]["text"]
     return {
         "key": key,
         "caption": caption,
