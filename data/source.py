@@ -45,16 +45,17 @@ class Source:
         self,
         url: str,
         shards: Sequence[ShardIndex],
-        read: Reader = read_range,
+        read: Reader | None = None,
         accepted: Accepted | None = None,
         left_out: Sequence[LedgerEntry] = (),
     ) -> None:
-        """`accepted` says which samples of `shards` are the source (None: all); `left_out` names damaged shards."""
+        """`read` reads ranges of shards (None: as they lie, .tar.gz unpacked); `accepted` says which samples are the
+        source (None: all); `left_out` names damaged shards."""
         whole = [len(shard) for shard in shards]
         lengths = whole if accepted is None else accepted.counts.tolist()
         self.url, self.left_out = url, tuple(left_out)
         self.samples_before_filter = sum(whole)
-        self._read, self._accepted = read, accepted
+        self._read, self._accepted = read or Unpacked().read, accepted
         self._shards = shards
         self._places = [i for i, length in enumerate(lengths) if length]  # in `shards`, of those that hold samples
         self._ends = list(accumulate(length for length in lengths if length))

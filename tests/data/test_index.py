@@ -23,6 +23,7 @@ from treering.data.beside import fetch_index, put_index
 from treering.data.blocks import BlockCache
 from treering.data.files import find, read_range
 from treering.data.index import cached_at, fits
+from treering.data.lint import lint
 from treering.data.shards import expand, index_shard
 from treering.data.summary import read_summary, write_summary
 from treering.data.tables import DamagedTable, Table, packed_texts, table_bytes
@@ -317,6 +318,11 @@ def test_tar_gz_gives_what_its_tar_gives(
     with_workers = Loader(config, 24, 16, seed=0).batches(0)
     assert len(next(with_workers).keys) == 4
     with_workers.close()
+
+
+def test_lint_looks_into_tar_gz(tmp_path: Path, write_source: WriteSource) -> None:
+    found = lint(zipped(tmp_path / "zipped", write_source(tmp_path / "plain", 1, 4)))
+    assert (found.clean, found.samples) == (True, 4)
 
 
 def test_gzip_of_many_parts_and_padding(tmp_path: Path, write_source: WriteSource) -> None:
