@@ -27,7 +27,7 @@ from .files import Reader, ShardInfo, read_range, shown_url
 from .filter import Filter
 from .index import IMAGE_KINDS, Handles, ShardIndex
 from .ledger import LedgerEntry, shown
-from .opening import Accepted, accepted, summed_up
+from .opening import Accepted, accepted, summed_up, undisturbed
 from .record import Record
 from .shards import expand, index_table
 from .summary import ShardSummary
@@ -150,7 +150,8 @@ def open_source(
     """
     wanted = _read_filter(url, filter)
     pattern = pattern_of(url)
-    found = expand(pattern)
+    with undisturbed():
+        found = expand(pattern)
     read = cache.reader(found) if cache else read_range
     summary = summed_up(pattern, found, read, bad_shards == "skip", workers, told)
     whole = [each for each in summary if not each.fault]

@@ -192,9 +192,7 @@ def test_a_shard_left_out_is_told_once_and_is_no_bad_sample(url: str) -> None:
 def test_a_run_does_not_continue_when_a_shard_it_left_out_was_mended(url: str, tmp_path: Path) -> None:
     _, ledger = rows([loader(url)], 0, 1)
     (tmp_path / "good" / "part-001-03.tar").write_bytes(WHOLE)
-    with pytest.raises(
-        DataError, match=r"part-001-03\.tar was damaged and left out when the run began"
-    ):
+    with pytest.raises(DataError, match=r"part-001-03\.tar was damaged and left out when the run began"):
         loader(url).check_bad(ledger)
     (tmp_path / "good" / "part-001-03.tar").write_bytes(b"damaged in another way")
     loader(url).check_bad(ledger)

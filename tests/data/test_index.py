@@ -162,13 +162,13 @@ def test_many_shards_are_indexed_by_several_processes(
 ) -> None:
     url = write_source(tmp_path / "data", 20, 2)
     workers: list[int] = []
-    whole = opening.index_all
+    whole = opening.sweep
 
-    def counted(wanted: Any, count: int, *rest: Any) -> Any:
+    def counted(work: Any, wanted: Any, count: int, *rest: Any) -> Any:
         workers.append(count)
-        return whole(wanted, count, *rest)
+        return whole(work, wanted, count, *rest)
 
-    monkeypatch.setattr(opening, "index_all", counted)
+    monkeypatch.setattr(opening, "sweep", counted)
     monkeypatch.setattr(opening, "enough_workers", lambda _: 3)
     many = content(open_source(url))
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path / "other"))
