@@ -154,6 +154,7 @@ class Loader:
         for entry in entries:
             self._bad.setdefault(entry.source, {})[entry.shard, entry.key] = entry
         for source in self.sources:
+            self._check_left_out(source)
             bad = {place: entry for place, entry in self._bad.get(source.url, {}).items() if entry.key}
             allowed = floor(self.config.bad_samples * len(source))
             if len(bad) > allowed:
@@ -161,6 +162,16 @@ class Loader:
                     f"{shown_url(source.url)}: {len(bad)} of {len(source)} samples are bad, {allowed} are allowed\n"
                     f"{reasons_table(bad.values())}\n"
                     f"mend or leave out these samples (ledger.jsonl names them), or raise data.bad_samples"
+                )
+
+    def _check_left_out(self, source: Source) -> None:
+        """DataError if the ledger names a shard as left out that is whole by now: the order would be another."""
+        out = {entry.shard for entry in source.left_out}
+        for shard, key in self._bad.get(source.url, {}):
+            if not key and shard not in out:
+                raise DataError(
+                    f"{shown_url(shard)} was damaged and left out when the run began, and is not now, which changes "
+                    f"the order of samples; put it elsewhere until the run is done, or start a new run"
                 )
 
 

@@ -27,7 +27,7 @@ from .files import Reader, ShardInfo, read_range, shown_url
 from .filter import Filter
 from .index import IMAGE_KINDS, Handles, ShardIndex
 from .ledger import LedgerEntry, shown
-from .opening import Accepted, accepted, summed_up
+from .opening import Accepted, accepted, summed_up, undisturbed
 from .record import Record
 from .shards import expand, index_table
 from .summary import ShardSummary
@@ -45,16 +45,17 @@ class Source:
         self,
         url: str,
         shards: Sequence[ShardIndex],
-        read: Reader = read_range,
+        read: Reader | None = None,
         accepted: Accepted | None = None,
         left_out: Sequence[LedgerEntry] = (),
     ) -> None:
-        """`accepted` says which samples of `shards` are the source (None: all); `left_out` names damaged shards."""
+        """`read` reads ranges of shards (None: as they lie, .tar.gz unpacked); `accepted` says which samples are the
+        source (None: all); `left_out` names damaged shards."""
         whole = [len(shard) for shard in shards]
         lengths = whole if accepted is None else accepted.counts.tolist()
         self.url, self.left_out = url, tuple(left_out)
         self.samples_before_filter = sum(whole)
-        self._read, self._accepted = read, accepted
+        self._read, self._accepted = read or Unpacked().read, accepted
         self._shards = shards
         self._places = [i for i, length in enumerate(lengths) if length]  # in `shards`, of those that hold samples
         self._ends = list(accumulate(length for length in lengths if length))
@@ -172,7 +173,8 @@ def open_source(
     """
     wanted = _read_filter(url, filter)
     pattern = pattern_of(url)
-    found = expand(pattern)
+    with undisturbed():
+        found = expand(pattern)
     read = cache.reader(found) if cache else read_range
     summary = summed_up(pattern, found, read, bad_shards == "skip", workers, told)
     whole = [each for each in summary if not each.fault]

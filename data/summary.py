@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ from .index import FORMAT
 from .tables import DamagedTable, Table, packed_texts, smallest, table_bytes, write_whole
 
 
-@dataclass(frozen=True, slots=True)
-class ShardSummary:
+class ShardSummary(NamedTuple):
     """One shard: its samples, those of them with picture and caption, the bytes of its tar; or what is wrong with it,
     and at which byte."""
 

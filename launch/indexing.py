@@ -95,5 +95,7 @@ def told_of(source: Source, filter: str | None) -> list[str]:
     name = clean(shown_url(source.url))
     lines = [] if filter is None else [f"{name}: {accepts(filter, len(source), source.samples_before_filter)}"]
     if source.left_out:
-        lines.append(f"{name}: {len(source.left_out)} damaged shards are left out; ledger.jsonl will name them")
+        count = len(source.left_out)
+        what = "1 damaged shard is" if count == 1 else f"{count} damaged shards are"
+        lines.append(f"{name}: {what} left out; see ledger.jsonl")
     return lines

@@ -189,6 +189,15 @@ def test_a_shard_left_out_is_told_once_and_is_no_bad_sample(url: str) -> None:
     assert rows([loader(url)], 2, 2)[1] == ledger  # a ledger that was lost is written anew
 
 
+def test_a_run_does_not_continue_when_a_shard_it_left_out_was_mended(url: str, tmp_path: Path) -> None:
+    _, ledger = rows([loader(url)], 0, 1)
+    (tmp_path / "good" / "part-001-03.tar").write_bytes(WHOLE)
+    with pytest.raises(DataError, match=r"part-001-03\.tar was damaged and left out when the run began"):
+        loader(url).check_bad(ledger)
+    (tmp_path / "good" / "part-001-03.tar").write_bytes(b"damaged in another way")
+    loader(url).check_bad(ledger)
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(WHOLE[:900])
     with pytest.raises(DataError, match=r"nothing is left of it, all shards with samples are damaged; .*cut short"):

@@ -23,6 +23,7 @@ from treering.data.beside import fetch_index, put_index
 from treering.data.blocks import BlockCache
 from treering.data.files import find, read_range
 from treering.data.index import cached_at, fits
+from treering.data.lint import lint
 from treering.data.shards import expand, index_shard
 from treering.data.summary import read_summary, write_summary
 from treering.data.tables import DamagedTable, Table, packed_texts, table_bytes
@@ -161,13 +162,13 @@ def test_many_shards_are_indexed_by_several_processes(
 ) -> None:
     url = write_source(tmp_path / "data", 20, 2)
     workers: list[int] = []
-    whole = opening.index_all
+    whole = opening.sweep
 
-    def counted(wanted: Any, count: int, *rest: Any) -> Any:
+    def counted(work: Any, wanted: Any, count: int, *rest: Any) -> Any:
         workers.append(count)
-        return whole(wanted, count, *rest)
+        return whole(work, wanted, count, *rest)
 
-    monkeypatch.setattr(opening, "index_all", counted)
+    monkeypatch.setattr(opening, "sweep", counted)
     monkeypatch.setattr(opening, "enough_workers", lambda _: 3)
     many = content(open_source(url))
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path / "other"))
@@ -317,6 +318,11 @@ def test_tar_gz_gives_what_its_tar_gives(
     with_workers = Loader(config, 24, 16, seed=0).batches(0)
     assert len(next(with_workers).keys) == 4
     with_workers.close()
+
+
+def test_lint_looks_into_tar_gz(tmp_path: Path, write_source: WriteSource) -> None:
+    found = lint(zipped(tmp_path / "zipped", write_source(tmp_path / "plain", 1, 4)))
+    assert (found.clean, found.samples) == (True, 4)
 
 
 def test_gzip_of_many_parts_and_padding(tmp_path: Path, write_source: WriteSource) -> None:
