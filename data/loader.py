@@ -18,7 +18,6 @@ from .ahead import Ahead
 from .blocks import BlockCache
 from .boxes import SampleBoxes, read_boxes, seen_boxes
 from .captions import check_tags, drawn_caption, read_texts
-from .columns import Columns
 from .config import CacheConfig, DataConfig, DataError
 from .decode import Crop, captions_and_labels, centre_crop, cropped, drawn_crop, picture
 from .files import is_remote, shown_url
@@ -28,6 +27,7 @@ from .order import Line, Mixture, Order, Place, Places, stream
 from .record import Batch, Sample, collate
 from .source import READ_KINDS, Source, open_source
 from .tokenizer_file import encoded, open_tokenizer
+from .vectors import Vectors
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -180,8 +180,8 @@ class _Items:
         self.sources, self.order, self.config, self.augment = sources, order, config, config.augment
         self.resolution, self.context = resolution, context
         self.tokenizer = open_tokenizer(config.tokenizer)
-        self.columns = Columns(config.columns, sources)
-        self.kinds = READ_KINDS | self.columns.kinds
+        self.vectors = Vectors(config.columns, sources)
+        self.kinds = READ_KINDS | self.vectors.kinds
         self.any_boxes = any(each.boxes for each in config.train)
         self.caption_shares = [each.caption_shares for each in config.train]
 
@@ -214,7 +214,7 @@ class _Items:
         record = source.record(number, self.kinds)
         texts = read_texts(record.fields)
         caption = drawn_caption(texts.captions, self.caption_shares[of], stream(seed, "caption", position)).text
-        columns = self.columns.read(record)
+        columns = self.vectors.read(record)
         whole = picture(record.fields, record.kinds)
         height, width = whole.shape[:2]
         crop = drawn_crop(height, width, self.augment, stream(seed, "augment", position))
