@@ -26,6 +26,7 @@ from .text import clean
 if TYPE_CHECKING:
     import numpy as np
 
+    from .draws import Draws
     from .source import Source
 
 MOST_TEXT = 1 << 20  # bytes of a caption or its metadata
@@ -80,7 +81,9 @@ def read_texts(fields: Mapping[str, bytes]) -> Texts:
     return Texts(tuple(unique.values()), labels, metadata)
 
 
-def drawn_caption(captions: Sequence[Caption], shares: Mapping[str, int], random: np.random.Generator) -> Caption:
+def drawn_caption(
+    captions: Sequence[Caption], shares: Mapping[str, int], random: Draws | np.random.Generator
+) -> Caption:
     """One caption, by the weights of the tags in `shares` (none: all tags together) and then by its own.
     Raises BadSample if none may be drawn."""
     allowed = [caption for caption in captions if caption.weight]
@@ -101,7 +104,7 @@ def _tags(captions: Iterable[Caption]) -> list[str]:
     return sorted({caption.tag for caption in captions})
 
 
-def _weighted(weights: Sequence[int], random: np.random.Generator) -> int:
+def _weighted(weights: Sequence[int], random: Draws | np.random.Generator) -> int:
     """An index, with a chance in exact proportion to its weight."""
     unit = gcd(*weights)
     at = int(random.integers(sum(weights) // unit))

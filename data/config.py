@@ -131,6 +131,12 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     train: tuple[SourceConfig, ...] = Field(min_length=1, strict=False, description="sources, mixed by weight")
     batch: int = Field(gt=0, description="pairs in a global batch, over all processes")
     workers: int = Field(0, ge=0, description="decoding processes beside each training process; 0: decode in line")
+    decode: Literal["exact", "scaled"] = Field(
+        "exact", description="scaled: large JPEGs are decoded at a smaller size, which is faster, and visibly softer"
+    )
+    patience: float = Field(
+        300.0, gt=0, description="seconds that a decoding process may be at one sample; then the run ends, naming it"
+    )
     bad_samples: float = Field(
         0.01, ge=0, lt=1, description="share of a source that may be unusable before the run stops"
     )

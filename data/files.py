@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -139,7 +140,7 @@ def _reading(url: str) -> tuple[Any, str]:
 def read_range(shard: ShardInfo, start: int, end: int) -> bytes:
     """Bytes [start, end) of a shard. DataError where they are not there, or the shard is another one by now."""
     with readable_errors(shard.url):
-        data = _received(shard, start, end) if "://" in shard.url else _read_local(shard.url, start, end)
+        data = _received(shard, start, end) if "://" in shard.url else _read_local(shard, start, end)
     if len(data) != end - start:
         raise _changed(shard, start, end)
     return data
@@ -257,12 +258,13 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-def _read_local(path: str, start: int, end: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.pread(descriptor, end - start, start)
-    finally:
-        os.close(descriptor)
+def _read_local(shard: ShardInfo, start: int, end: int) -> bytes:
+    return os.pread(_kept_open(shard).fileno(), end - start, start)
+
+
+@lru_cache(maxsize=64)  # one that is dropped is closed
+def _kept_open(shard: ShardInfo) -> io.FileIO:
+    return io.FileIO(shard.url)
 
 
 @contextmanager

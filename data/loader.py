@@ -1,39 +1,43 @@
 """The loader: batches of training samples, decoded beside the training process.
 
-Every position of the order (order.py) is one item of a map-style data set; torch's DataLoader brings the processes and
-the bounded prefetch. What an item is depends on its position alone, with its random streams named by the position, so
-neither world size nor workers can change a global batch. A bad sample is replaced by the order's spares, one after
-another, and each one met is an entry of the batch's ledger.
+What lies at a position of the order (order.py) depends on the position alone, with its random streams named by it, so
+neither world size nor decoding processes (workers.py) can change a global batch. A bad sample is replaced by the
+order's spares, one after another, and each one met is an entry of the batch's ledger.
 """
 
 from __future__ import annotations
 
 import logging
-import signal
-from collections.abc import Generator, Iterator, Sequence
-from math import floor
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from itertools import count
+from math import ceil, floor, sqrt
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .ahead import Ahead
 from .blocks import BlockCache
 from .boxes import SampleBoxes, read_boxes, seen_boxes
-from .captions import check_tags, drawn_caption, read_texts
+from .captions import Texts, check_tags, drawn_caption, read_texts
 from .config import CacheConfig, DataConfig, DataError
-from .decode import Crop, captions_and_labels, centre_crop, cropped, drawn_crop, picture
+from .decode import Crop, captions_and_labels, centre_crop, cropped, drawn_crop, picture, whole_sides
+from .draws import Draws, rows
 from .files import is_remote, shown_url
 from .jitter import jittered
-from .ledger import BadSample, LedgerEntry, reasons_table
+from .ledger import BadSample, LedgerEntry, reasons_table, shown
 from .order import Line, Mixture, Order, Place, Places, stream
-from .record import Batch, Sample, collate
+from .record import Batch, Record, Sample, collate
 from .source import READ_KINDS, Source, open_source
-from .tokenizer_file import encoded, open_tokenizer
+from .text import fitted
+from .tokenizer_file import open_tokenizer
 from .vectors import Vectors
-
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
+from .workers import Note, Workers
 
 _MOST_SPARES = 1000
-_AHEAD = 2  # batches a worker may be ahead
+_AT_ONCE = 16  # samples that are read before their pictures are decoded
+_MOST_DRAWS = 48  # for one sample: its caption's tag and its caption, ten tries at a crop, a flip
 Drawn = tuple[Sample, list[LedgerEntry]]
 
 
@@ -88,29 +92,43 @@ class Loader:
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
         """This rank's share of global batch `step`, `step` + 1, ... without end. Close the iterator to end its
-        processes. Raises DataError if a source cannot be read, or a decoding process dies."""
+        processes. Raises DataError if a source cannot be read, or a decoding process dies or hangs."""
         ahead = None
         if any(source.is_cached for source in self.sources):
             ahead = Ahead(self.order, self.sources, self.cache, self.rank, self.world, step)
-        batches, batch = iter(self._data_loader(step)), None
         try:
-            while True:
-                if ahead:
-                    ahead.reached(step)
-                try:
-                    batch = next(batches)
-                except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died handing over
-                    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                        raise
-                    batch = DataError(self._worker_died(step, error))
-                if isinstance(batch, DataError):
-                    raise batch
-                yield batch
-                step += 1
-        finally:  # end the processes here and now, not when a traceback that holds this frame is collected
-            del batches, batch
+            with closing(self._made(step)) as batches:
+                for reached in count(step):
+                    if ahead:
+                        ahead.reached(reached)
+                    yield next(batches)
+        finally:
             if ahead:
                 ahead.close()
+
+    def _made(self, step: int) -> Generator[Batch, None, None]:
+        """The batches, in line or by processes."""
+        places = (self.order.places(n, self.rank, self.world) for n in count(step))
+        if not self.config.workers:
+            note = Note()
+            yield from (self._items.batch(each, note) for each in places)
+            return
+        config, batch = self.config, self.config.batch // self.world
+        workers = Workers(
+            self._items.batch, places, self._named, config.workers, batch, self._items.resolution, config.patience
+        )
+        try:
+            yield from workers.batches()
+        finally:
+            workers.close()
+
+    def _named(self, position: int, source: int, number: int) -> str:
+        """A sample as an error names it."""
+        of = self.sources[source]
+        return (
+            f"sample {shown(of.key(number))} of {shown_url(of.shard(number))} in {shown_url(of.url)}, "
+            f"for position {position} on rank {self.rank}"
+        )
 
     def keys(self, step: int) -> list[str]:
         """The keys of the whole global batch `step`; nothing is read. A bad sample is named, not its spare."""
@@ -137,44 +155,9 @@ class Loader:
                     f"mend or leave out these samples (ledger.jsonl names them), or raise data.bad_samples"
                 )
 
-    def _data_loader(self, step: int) -> DataLoader[Any]:
-        from torch.utils.data import DataLoader
-
-        workers = self.config.workers
-        return DataLoader(
-            self._items,  # type: ignore[arg-type]
-            batch_sampler=_Steps(self.order, step, self.rank, self.world),  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=_collated,
-            prefetch_factor=_AHEAD if workers else None,
-            worker_init_fn=_quiet_worker,
-            multiprocessing_context="fork" if workers else None,
-        )
-
-    def _worker_died(self, step: int, error: Exception) -> str:
-        positions = sorted(self.order.places(step, self.rank, self.world).position.tolist())
-        reason = (str(error) or type(error).__name__).split("\n")[0]
-        return (
-            f"a decoding process of rank {self.rank} died at step {step}, positions {positions[0]} to {positions[-1]} "
-            f"({reason}); if memory ran out, lower data.workers; `data.workers=0` shows the fault in line"
-        )
-
-
-class _Steps:
-    """For DataLoader: the places of one rank's batch, step after step, without end."""
-
-    def __init__(self, order: Order, step: int, rank: int, world: int) -> None:
-        self.order, self.step, self.rank, self.world = order, step, rank, world
-
-    def __iter__(self) -> Iterator[Places]:
-        step = self.step
-        while True:
-            yield self.order.places(step, self.rank, self.world)
-            step += 1
-
 
 class _Items:
-    """For DataLoader: what lies at a place, a pure function of its position."""
+    """What lies at a place, a pure function of its position."""
 
     def __init__(self, sources: list[Source], order: Order, config: DataConfig, resolution: int, context: int) -> None:
         self.sources, self.order, self.config, self.augment = sources, order, config, config.augment
@@ -184,65 +167,100 @@ class _Items:
         self.kinds = READ_KINDS | self.vectors.kinds
         self.any_boxes = any(each.boxes for each in config.train)
         self.caption_shares = [each.caption_shares for each in config.train]
+        # A crop has at least its share of the area; it shall not have to be enlarged for having been decoded smaller.
+        self.least = ceil(resolution / sqrt(self.augment.crop_scale[0])) if config.decode == "scaled" else 0
 
-    def __getitem__(self, place: Place) -> Drawn | DataError:
-        try:
-            return self._drawn(place)
-        except DataError as error:  # handed over as a value: DataLoader would bury it in a traceback
-            return error
+    def batch(self, places: Places, note: Note) -> Batch:
+        """The samples at some places; `note` says at which of them it is. Raises DataError."""
+        drawn = [
+            each for at in range(0, len(places), _AT_ONCE) for each in self._some(places[at : at + _AT_ONCE], note)
+        ]
+        return collate([sample for sample, _ in drawn], [entry for _, bad in drawn for entry in bad])
 
-    def _drawn(self, place: Place) -> Drawn:
+    def _some(self, places: Places, note: Note) -> list[Drawn]:
+        """All is read before the first picture is decoded: each runs faster, for the processor's caches, by itself."""
+        chances = rows(self.order.seed, "sample", places.position, _MOST_DRAWS)
+        begun = [self._read(place, place.number, chance, note) for place, chance in zip(places, chances, strict=True)]
+        return [self._drawn(*each, note) for each in zip(places, chances, begun, strict=True)]
+
+    def _drawn(self, place: Place, chance: list[float], read: _Undecoded | BadSample, note: Note) -> Drawn:
         source, number = self.sources[place.source], place.number
         bad: list[LedgerEntry] = []
         for attempt in range(_MOST_SPARES):
             try:
-                return self._sample(place.source, number, place.position), bad
+                return self._decoded(read, place, number, note), bad
             except BadSample as error:
                 bad.append(_entry(source, number, error, place.position))
             spare = self.order.spare(place, attempt)
             if spare is None:
                 break
             number = spare
+            read = self._read(place, number, chance, note)
         raise DataError(
             f"{shown_url(source.url)}: no usable sample in {len(bad)} drawn for one place\n{reasons_table(bad)}\n"
             f"check what the shards hold"
         )
 
-    def _sample(self, of: int, number: int, position: int) -> Sample:
-        """Sample `number` of source `of`, as position `position` shows it."""
-        source, seed = self.sources[of], self.order.seed
-        record = source.record(number, self.kinds)
-        texts = read_texts(record.fields)
-        caption = drawn_caption(texts.captions, self.caption_shares[of], stream(seed, "caption", position)).text
-        columns = self.vectors.read(record)
-        whole = picture(record.fields, record.kinds)
+    def _read(self, place: Place, number: int, chance: list[float], note: Note) -> _Undecoded | BadSample:
+        """Sample `number` but for its picture."""
+        note.write(place.position, place.source, number)
+        random = Draws(chance)
+        try:
+            record = self.sources[place.source].record(number, self.kinds)
+            texts = read_texts(record.fields)
+            caption = drawn_caption(texts.captions, self.caption_shares[place.source], random).text
+            vectors = self.vectors.read(record)
+        except BadSample as error:
+            return error
+        tokens, cut = fitted(self.tokenizer, caption, self.context)
+        return _Undecoded(record, texts, caption, tokens, cut, vectors, random)
+
+    def _decoded(self, read: _Undecoded | BadSample, place: Place, number: int, note: Note) -> Sample:
+        if isinstance(read, BadSample):
+            raise read
+        note.write(place.position, place.source, number)
+        record, texts = read.record, read.texts
+        whole = picture(record.fields, record.kinds, self.least)
         height, width = whole.shape[:2]
-        crop = drawn_crop(height, width, self.augment, stream(seed, "augment", position))
-        boxes = self._boxes(of, texts.metadata, crop, height, width)
+        crop = drawn_crop(height, width, self.augment, read.random)
+        boxes = self._boxes(place.source, read, crop, height, width)
         image = cropped(whole, crop, self.resolution)
         if self.augment.jitter.active:
-            image = jittered(image, self.augment.jitter, stream(seed, "jitter", position))
-        tokens, cut = encoded(self.tokenizer, caption, self.context)
+            image = jittered(image, self.augment.jitter, stream(self.order.seed, "jitter", place.position))
         return Sample(
-            source=source.url,
+            source=self.sources[place.source].url,
             key=record.key,
             image=image,
             captions=tuple(dict.fromkeys(each.text for each in texts.captions)),
-            caption=caption,
-            tokens=tokens,
+            caption=read.caption,
+            tokens=read.tokens,
             labels=texts.labels,
-            columns=columns,
+            cut=read.cut,
+            columns=read.vectors,
             boxes=boxes,
-            cut=cut,
         )
 
-    def _boxes(self, of: int, metadata: dict[str, Any], crop: Crop, height: int, width: int) -> SampleBoxes | None:
-        """The boxes that are left in the crop; none of a source that is not asked for them, None if no source is."""
+    def _boxes(self, of: int, read: _Undecoded, crop: Crop, height: int, width: int) -> SampleBoxes | None:
+        """The boxes that are left in the crop of a picture decoded to these sides; none of a source that is not asked
+        for them, None if no source is."""
         unit = self.config.train[of].boxes
         if unit is None:
             return SampleBoxes.none() if self.any_boxes else None
-        boxes = seen_boxes(read_boxes(metadata, unit, height, width), crop, height, width, self.augment.least_box)
+        sides = whole_sides(read.record.fields) if self.least and unit == "pixels" else (height, width)
+        boxes = seen_boxes(read_boxes(read.texts.metadata, unit, *sides), crop, height, width, self.augment.least_box)
         return boxes.tokenised(self.tokenizer, self.context)
+
+
+class _Undecoded(NamedTuple):
+    """A sample that is read, all but its picture."""
+
+    record: Record
+    texts: Texts
+    caption: str
+    tokens: list[int]
+    cut: bool
+    vectors: dict[str, NDArray[np.float32]]
+    random: Draws  # for its picture
 
 
 class EvaluationSet:
@@ -275,20 +293,3 @@ def _entry(source: Source, number: int, error: BadSample, position: int = -1) ->
     return LedgerEntry(
         source.url, source.shard(number), source.key(number), source.offset(number), str(error), position
     )
-
-
-def _collated(items: list[Drawn | DataError]) -> Batch | DataError:
-    drawn = []
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-        drawn.append(item)
-    return collate([sample for sample, _ in drawn], [entry for _, bad in drawn for entry in bad])
-
-
-def _quiet_worker(_: int) -> None:
-    """A worker ends when its parent does or tells it to; the run's signal handlers, inherited by the fork, are the
-    parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -68,7 +68,7 @@ def _signed(number: int) -> int:
 class Batch:
     """One rank's b = batch / world pairs of a global batch; rank r holds positions [r b, (r + 1) b) of it."""
 
-    images: torch.Tensor  # uint8 [b, 3, H, W]
+    images: torch.Tensor  # uint8 [b, 3, H, W], channels last in memory
     tokens: torch.Tensor  # int64 [T], the captions one after another, at their true lengths
     lengths: torch.Tensor  # int64 [b], tokens of each caption, START and END included; their sum is T
     caption_ids: torch.Tensor  # int64 [b], equal for equal captions
@@ -86,7 +86,7 @@ def collate(samples: Sequence[Sample], bad: Sequence[LedgerEntry] = ()) -> Batch
     import torch  # 2 s: only what decodes pays it
 
     return Batch(
-        images=torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).contiguous(),
+        images=torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2),
         tokens=torch.tensor([i for sample in samples for i in sample.tokens], dtype=torch.int64),
         lengths=torch.tensor([len(sample.tokens) for sample in samples], dtype=torch.int64),
         caption_ids=torch.tensor([sample.caption_id for sample in samples], dtype=torch.int64),

@@ -29,12 +29,13 @@ _GROUPS = {
     "skipped": "optimizer/skipped_steps",
     "samples_per_second": "speed/samples_per_second",
     "data_wait": "speed/data_wait",
+    "caption_length": "data/caption_length",
+    "captions_cut": "data/captions_cut",
     "mfu": "speed/mfu",
     "flops": "speed/flops",
     "peak_memory": "speed/peak_memory",
     "parameters": "model/parameters",
     "bad_samples": "data/bad_samples",
-    "captions_cut": "data/captions_cut",
 }
 _PICTURE = 96  # px, the side of a picture in a strip
 _STRIP = 480  # px, its width with the captions

@@ -95,6 +95,7 @@ class Run:
         self._dry = 0
         self._waited = 0.0
         self._bad: list[dict[str, Any]] = []
+        self._captions = torch.zeros(3, dtype=torch.int64)  # since the last line: how many, their tokens, those cut
         self._begun = time.monotonic()
         self._start(imports)
         self._commit_time = self._log_time = time.monotonic()
@@ -206,13 +207,13 @@ class Run:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
-        self.captions_cut = batch.cut.float().sum() / size
         self.result: StepResult = self.engine.step(self._inputs(batch), self.lr)
         work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths))
         self.state = state.model_copy(
             update={"step": state.step + 1, "samples": state.samples + size, "flops": state.flops + work}
         )
         self._bad += [{"step": self.state.step, **asdict(entry)} for entry in batch.bad]
+        self._captions += torch.tensor([len(batch.lengths), len(batch.tokens), int(batch.cut.sum())])
 
     # The step edge
 
@@ -233,9 +234,9 @@ class Run:
     def _write_line(self) -> None:
         """Read the step's numbers back from the device (here, and only here, it is waited for) and write them down."""
         state, result = self.state, self.result
-        cut = self.captions_cut.to(self.world.device)
-        *shares, cut_share = self.world.sum(torch.stack([*result.losses.values(), cut])).tolist()
+        shares = self.world.sum(torch.stack(list(result.losses.values()))).tolist()
         losses = dict(zip(result.losses, shares, strict=True))
+        captions, tokens, cut = self.world.sum(self._captions.to(self.world.device)).tolist()
         skipped = self.engine.skipped
         now, steps = time.monotonic(), state.step - self._log_step
         elapsed = max(now - self._log_time, 1e-9)
@@ -253,14 +254,16 @@ class Run:
             skipped=skipped,
             samples_per_second=rate,
             data_wait=self._waited / elapsed,
-            captions_cut=cut_share,
             mfu=(state.flops - self._log_flops) / elapsed / (peak * self.world.size) if peak else None,
             flops=state.flops,
             peak_memory=peak_memory(self.world.device),
             parameters=self.engine.parameters,
             passes=self.loader.coverage(state.step),
             seconds={"data": self._waited, "compute": elapsed - self._waited},
+            caption_length=tokens / captions,
+            captions_cut=cut / captions,
         )
+        self._captions.zero_()
         self._log_time, self._log_step, self._log_flops, self._waited = now, state.step, state.flops, 0.0
         self._log_skipped = skipped
 

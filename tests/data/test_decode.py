@@ -350,3 +350,25 @@ def test_one_thread_or_two_give_the_same_pixels() -> None:
         results.append(resized(SMOOTH, 64, 64))
     torch.set_num_threads(threads)
     assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("exif", [False, True])
+def test_scaled_decoding(monkeypatch: pytest.MonkeyPatch, fast: bool, exif: bool) -> None:
+    if not fast:
+        monkeypatch.setattr(decode, "simplejpeg", None)
+    large = Image.fromarray(SMOOTH).resize((1300, 900), Image.Resampling.BICUBIC)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    data = encoded(large, "JPEG", quality=95, **({"exif": turned} if exif else {}))
+    whole = decode_image(data)
+    assert max(whole.shape) == 1300
+    for least, most in ((0, 900), (225, 225), (224, 225), (226, 450), (900, 900), (5000, 900)):
+        small = decode_image(data, least)
+        assert min(small.shape[:2]) >= min(least, 900)
+        assert min(small.shape[:2]) <= most
+        assert (small.shape[0] < small.shape[1]) == (not exif)
+        if small.shape != whole.shape:
+            assert 35 < psnr(resized(small, 224, 224), resized(whole, 224, 224)) < 60
+    png = encoded(large, "PNG")
+    assert decode_image(png, 100).shape == (900, 1300, 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import zlib
 from collections.abc import Callable
 from contextlib import closing
@@ -28,7 +27,6 @@ from treering.data import (
     Tokenizer,
     open_source,
 )
-from treering.data.order import Place
 from treering.data.record import caption_id
 
 WriteSource = Callable[..., str]
@@ -90,12 +88,13 @@ def test_batches_are_what_the_order_says(urls: list[str]) -> None:
     for step, batch in enumerate(read(each, 0, 4)):
         assert batch.images.shape == (8, 3, RESOLUTION, RESOLUTION)
         assert batch.images.dtype == torch.uint8
-        assert batch.images.is_contiguous()
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert [batch.tokens.dtype, batch.lengths.dtype, batch.caption_ids.dtype, batch.image_ids.dtype] == [
             torch.int64
         ] * 4
         assert each.keys(step) == list(batch.keys)
         assert batch.bad == ()
+        assert not batch.cut.any()
         for place, (key, caption, tokens, _, _) in zip(each.order.places(step), rows(batch), strict=True):
             record = sources[place.source].record(place.number)
             assert record.key == key
@@ -119,6 +118,17 @@ def test_a_resume_at_any_step_reads_on(urls: list[str]) -> None:
     for step in range(8):
         world = (1, 2, 4)[step % 3]
         assert global_rows(urls, step, 8 - step, world=world)[0] == whole[step:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cut_captions_are_counted(urls: list[str], workers: int) -> None:
+    config = DataConfig.model_validate({"train": [{"source": urls[0]}], "batch": 8, "workers": workers})
+    cut = 0
+    for batch in read(Loader(config, RESOLUTION, 6, seed=5), 0, 4):
+        assert batch.cut.tolist() == [len(Tokenizer().encode(caption, 99)) > 6 for caption in batch.captions]
+        assert batch.lengths.tolist() == [6] * 8
+        cut += int(batch.cut.sum())
+    assert 0 < cut < 32  # "picture 8 number 1" is six ids, "picture 10 number 1" is seven
 
 
 def test_augmentation_and_captions_change_from_pass_to_pass(urls: list[str]) -> None:
@@ -216,22 +226,6 @@ def test_a_shard_that_goes_away_is_an_error(tmp_path: Path, write_source: WriteS
     os.remove(tmp_path / "part-000.tar")
     with pytest.raises(DataError, match="nothing is there"):
         read(each, 0, 1)
-
-
-@pytest.mark.timeout(60)
-def test_a_dead_worker_is_an_error(urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    each = loader(*urls, workers=1)
-    parent = os.getpid()
-    drawn = type(each._items)._drawn
-
-    def die(self: Any, place: Place) -> Any:
-        if place.position == 8 * 3 and os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return drawn(self, place)
-
-    monkeypatch.setattr(type(each._items), "_drawn", die)
-    with pytest.raises((DataError, RuntimeError), match=r"worker|decoding process"):
-        read(each, 0, 5)
 
 
 def test_evaluation_set(tmp_path: Path, write_source: WriteSource, picture: Callable[..., bytes]) -> None:

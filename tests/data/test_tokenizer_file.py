@@ -21,7 +21,8 @@ from tokenizers import Tokenizer as Theirs
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from treering.data import DataConfig, DataError, EvaluationSet, Loader, Tokenizer
-from treering.data.tokenizer_file import FileTokenizer, encoded, open_tokenizer, vocabulary_size
+from treering.data.text import fitted
+from treering.data.tokenizer_file import FileTokenizer, open_tokenizer, vocabulary_size
 from treering.launch.errors import RecipeError
 from treering.launch.recipes import read_recipe
 from treering.training.evaluate.config import EvalConfig
@@ -117,12 +118,12 @@ def test_any_text(files: dict[str, tuple[str, Theirs]], text: str, context: int)
     for path, theirs in files.values():
         check(open_tokenizer(path), theirs, text, context)
         whole = open_tokenizer(path).encode(text, 10_000)
-        assert encoded(open_tokenizer(path), text, context) == (
+        assert fitted(open_tokenizer(path), text, context) == (
             whole if len(whole) <= context else [*whole[: context - 1], whole[-1]],
             len(whole) > context,
         )
     clip = open_tokenizer()
-    assert encoded(clip, text, context) == (clip.encode(text, context), len(clip.encode(text, 10_000)) > context)
+    assert fitted(clip, text, context) == (clip.encode(text, context), len(clip.encode(text, 10_000)) > context)
 
 
 def opened(tmp_path: Path, tokenizer: Theirs) -> FileTokenizer:

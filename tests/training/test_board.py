@@ -37,6 +37,8 @@ def step(number: int, **more: Any) -> dict[str, Any]:
         "bad_samples": 3,
         "samples_per_second": 256.0,
         "data_wait": 0.125,
+        "caption_length": 11.5,
+        "captions_cut": 0.25,
         "mfu": None,
         "flops": 1e12,
         "peak_memory": 1_000_000,
@@ -101,6 +103,8 @@ def test_scalars_are_grouped_over_samples(tmp_path: Path) -> None:
         "speed/peak_memory",
         "model/parameters",
         "data/bad_samples",
+        "data/caption_length",
+        "data/captions_cut",
     }
     assert values(events, "loss/total") == [(256, 5.0)]
     assert values(events, "optimizer/grad_norm") == [(256, 1.25)]
