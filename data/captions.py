@@ -27,6 +27,7 @@ from .text import clean
 if TYPE_CHECKING:
     import numpy as np
 
+    from .draws import Draws
     from .source import Source
 
 MOST_TEXT = 1 << 20  # bytes of a caption or its metadata

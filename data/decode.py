@@ -57,16 +57,14 @@ def decode_image(data: bytes, least: int = 0) -> NDArray[np.uint8]:
     coefficients of its cosine transforms, with sides of at least `least` pixels: faster for large photos, and softer.
     """
     try:
-        quick = _quick_jpeg(data, least) if simplejpeg and _is_plain_jpeg(data) else None
-        if quick is not None:
+        if _is_plain_jpeg(data) and (quick := _quick_jpeg(data, least)) is not None:
             return quick
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise BadSample(f"picture too large: {image.width} x {image.height} pixels")
             if image.info.get("progressive") and data.count(_SCAN) > MOST_SCANS:
                 raise BadSample(f"picture too slow: {data.count(_SCAN):,} scans")
-            if image.format == "JPEG" and image.mode == "RGB":
-                quick = _quick_jpeg(data, least)
+            quick = _quick_jpeg(data, least) if image.format == "JPEG" and image.mode == "RGB" else None
             if quick is None and least:
                 image.draft(None, (least, least))
             pixels = np.asarray(_rgb(image)) if quick is None else quick
@@ -79,6 +77,14 @@ def decode_image(data: bytes, least: int = 0) -> NDArray[np.uint8]:
         raise BadSample("picture does not decode: neither JPEG, PNG nor WebP") from None
     except Exception as error:  # decoders raise whatever they like on hostile bytes
         raise BadSample(f"picture does not decode: {ascii(str(error))[1:-1][:100]}") from None
+
+
+def whole_sides(fields: Mapping[str, bytes]) -> tuple[int, int]:
+    """Height and width of a record's picture, upright, at its full size: of one that was decoded smaller."""
+    kind = next(kind for kind in IMAGE_KINDS if kind in fields)
+    with Image.open(io.BytesIO(fields[kind]), formats=("JPEG", "PNG", "WEBP")) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _quick_jpeg(data: bytes, least: int) -> NDArray[np.uint8] | None:

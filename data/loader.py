@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import count
 from math import ceil, floor, sqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,8 @@ from .ahead import Ahead
 from .blocks import BlockCache
 from .boxes import SampleBoxes, read_boxes, seen_boxes
 from .captions import Texts, check_tags, drawn_caption, read_texts
-from .columns import Columns
-from .config import CacheConfig, DataConfig, DataError, SourceConfig
-from .decode import Crop, captions_and_labels, centre_crop, cropped, drawn_crop, picture
+from .config import CacheConfig, DataConfig, DataError
+from .decode import Crop, captions_and_labels, centre_crop, cropped, drawn_crop, picture, whole_sides
 from .draws import Draws, rows
 from .files import is_remote, shown_url
 from .jitter import jittered
@@ -32,12 +31,14 @@ from .ledger import BadSample, LedgerEntry, reasons_table, shown
 from .order import Line, Mixture, Order, Place, Places, stream
 from .record import Batch, Record, Sample, collate
 from .source import READ_KINDS, Source, open_source
-from .tokenizer_file import encoded, open_tokenizer
+from .text import fitted
+from .tokenizer_file import open_tokenizer
+from .vectors import Vectors
 from .workers import Note, Workers
 
 _MOST_SPARES = 1000
 _AT_ONCE = 16  # samples that are read before their pictures are decoded
-_MOST_DRAWS = 48  # for one sample: its caption, ten tries at a crop, a flip
+_MOST_DRAWS = 48  # for one sample: its caption's tag and its caption, ten tries at a crop, a flip
 Drawn = tuple[Sample, list[LedgerEntry]]
 
 
@@ -182,8 +183,8 @@ class _Items:
         self.sources, self.order, self.config, self.augment = sources, order, config, config.augment
         self.resolution, self.context = resolution, context
         self.tokenizer = open_tokenizer(config.tokenizer)
-        self.columns = Columns(config.columns, sources)
-        self.kinds = READ_KINDS | self.columns.kinds
+        self.vectors = Vectors(config.columns, sources)
+        self.kinds = READ_KINDS | self.vectors.kinds
         self.any_boxes = any(each.boxes for each in config.train)
         self.caption_shares = [each.caption_shares for each in config.train]
         # A crop has at least its share of the area; it shall not have to be enlarged for having been decoded smaller.
@@ -228,22 +229,21 @@ class _Items:
             record = self.sources[place.source].record(number, self.kinds)
             texts = read_texts(record.fields)
             caption = drawn_caption(texts.captions, self.caption_shares[place.source], random).text
-            columns = self.columns.read(record)
+            vectors = self.vectors.read(record)
         except BadSample as error:
             return error
-        tokens, cut = encoded(self.tokenizer, caption, self.context)
-        return _Undecoded(record, texts, caption, tokens, cut, columns, random)
+        tokens, cut = fitted(self.tokenizer, caption, self.context)
+        return _Undecoded(record, texts, caption, tokens, cut, vectors, random)
 
     def _decoded(self, read: _Undecoded | BadSample, place: Place, number: int, note: Note) -> Sample:
         if isinstance(read, BadSample):
             raise read
         note.write(place.position, place.source, number)
-        of, record = self.config.train[place.source], read.record
-        least = 0 if of.boxes == "pixels" else self.least  # those are pixels of the whole picture
-        whole = picture(record.fields, record.kinds, least)
+        record, texts = read.record, read.texts
+        whole = picture(record.fields, record.kinds, self.least)
         height, width = whole.shape[:2]
         crop = drawn_crop(height, width, self.augment, read.random)
-        boxes = self._boxes(of, read.texts.metadata, crop, height, width)
+        boxes = self._boxes(place.source, read, crop, height, width)
         image = cropped(whole, crop, self.resolution)
         if self.augment.jitter.active:
             image = jittered(image, self.augment.jitter, stream(self.order.seed, "jitter", place.position))
@@ -251,22 +251,23 @@ class _Items:
             source=self.sources[place.source].url,
             key=record.key,
             image=image,
-            captions=tuple(dict.fromkeys(each.text for each in read.texts.captions)),
+            captions=tuple(dict.fromkeys(each.text for each in texts.captions)),
             caption=read.caption,
             tokens=read.tokens,
-            labels=read.texts.labels,
-            columns=read.columns,
-            boxes=boxes,
+            labels=texts.labels,
             cut=read.cut,
+            columns=read.vectors,
+            boxes=boxes,
         )
 
-    def _boxes(
-        self, of: SourceConfig, metadata: dict[str, Any], crop: Crop, height: int, width: int
-    ) -> SampleBoxes | None:
-        """The boxes that are left in the crop; none of a source that is not asked for them, None if no source is."""
-        if of.boxes is None:
+    def _boxes(self, of: int, read: _Undecoded, crop: Crop, height: int, width: int) -> SampleBoxes | None:
+        """The boxes that are left in the crop of a picture decoded to these sides; none of a source that is not asked
+        for them, None if no source is."""
+        unit = self.config.train[of].boxes
+        if unit is None:
             return SampleBoxes.none() if self.any_boxes else None
-        boxes = seen_boxes(read_boxes(metadata, of.boxes, height, width), crop, height, width, self.augment.least_box)
+        sides = whole_sides(read.record.fields) if self.least and unit == "pixels" else (height, width)
+        boxes = seen_boxes(read_boxes(read.texts.metadata, unit, *sides), crop, height, width, self.augment.least_box)
         return boxes.tokenised(self.tokenizer, self.context)
 
 
@@ -278,7 +279,7 @@ class _Undecoded(NamedTuple):
     caption: str
     tokens: list[int]
     cut: bool
-    columns: dict[str, NDArray[np.float32]]
+    vectors: dict[str, NDArray[np.float32]]
     random: Draws  # for its picture
 
 

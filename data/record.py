@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .boxes import Boxes, SampleBoxes, collate_boxes
-from .columns import stack
 from .ledger import LedgerEntry
 from .order import stable_hash
 from .text import clean
+from .vectors import stack
 
 if TYPE_CHECKING:
     import torch

@@ -13,11 +13,15 @@ import importlib.util
 from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import regex  # type: ignore[import-untyped,unused-ignore]
 from tokenizers.models import BPE
 
 from .config import DataError
+
+if TYPE_CHECKING:
+    from .tokenizer_file import TextTokenizer
 
 START, END, VOCABULARY = 49406, 49407, 49408
 _SPECIAL = {"<start_of_text>": START, "<end_of_text>": END}
@@ -65,6 +69,14 @@ class Tokenizer:
     def _merged(self, word: str) -> list[int]:
         letters = _byte_letters()
         return [token.id for token in self._bpe.tokenize("".join(letters[b] for b in word.encode("utf-8")))]
+
+
+def fitted(tokenizer: TextTokenizer, caption: str, context: int) -> tuple[list[int], bool]:
+    """The ids of `tokenizer.encode(caption, context)`, and whether the caption was cut to make them fit."""
+    ids = tokenizer.encode(caption, context + 1)
+    if len(ids) <= context:
+        return ids, False
+    return [*ids[: context - 1], ids[-1]], True
 
 
 @lru_cache(maxsize=32)  # a caption is looked at thrice: is it empty, its ids, its hash

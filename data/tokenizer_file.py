@@ -58,14 +58,6 @@ def vocabulary_size(name: str = "clip") -> int:
     return VOCABULARY if name == "clip" else open_tokenizer(name).VOCABULARY
 
 
-def encoded(tokenizer: TextTokenizer, caption: str, context: int) -> tuple[list[int], bool]:
-    """The ids of a caption, at most `context` of them, and whether it lost its end to that."""
-    ids = tokenizer.encode(caption, context + 1)
-    if len(ids) <= context:
-        return ids, False
-    return [*ids[: context - 1], tokenizer.END], True
-
-
 @lru_cache(maxsize=4)
 def open_tokenizer(name: str = "clip") -> TextTokenizer:
     """The tokenizer `clip`, or that of a tokenizer.json at a path or URL. Raises DataError."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from pydantic import ValidationError
+
 from ..training.evaluate.config import EvalConfig, SuiteName
 from ..training.recipe import Recipe
 from .errors import RecipeError, clean, show
@@ -24,7 +26,11 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
     from ..training.world import World
 
     commit = find_commit(url)
-    recipe = Recipe.model_validate(commit.manifest.recipe)
+    try:
+        recipe = Recipe.model_validate(commit.manifest.recipe)
+    except ValidationError as error:  # written by another version
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"the recipe of {clean(commit.url)} cannot be used here: {clean(reason)}") from None
     config = EvalConfig.model_validate(
         recipe.eval.model_dump() | {"suites": suites or recipe.eval.suites, "examples": 0}
     )

@@ -161,10 +161,14 @@ def _refuse_secrets(tree: Any, origins: dict[Path, Origin]) -> None:
 
 def _check(tree: Any, origins: dict[Path, Origin]) -> Recipe:
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
+        recipe.check_tokenizer()
     except ValidationError as error:
         wrong = complaints(error, tree, {path: str(origin) for path, origin in origins.items()})
         raise RecipeError(wrong if "\n" not in wrong else "cannot run\n  " + wrong.replace("\n", "\n  ")) from None
+    except ValueError as error:
+        raise RecipeError(clean(str(error))) from None
+    return recipe
 
 
 def _leaf_origins(recipe: Recipe, tree: Any, origins: dict[Path, Origin]) -> dict[str, Origin]:

@@ -82,6 +82,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, out: Path, world: World, stop: StopRequest, imports: float) -> None:
         recipe.check_world(world.size)
+        recipe.check_tokenizer()
         self.recipe, self.out, self.world, self.stop = recipe, out, world, stop
         self.specs = recipe.specs()
         self.ends = list(accumulate(stage.steps(recipe.data.batch) for stage in recipe.stages))

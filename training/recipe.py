@@ -72,16 +72,6 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
         return self
 
     @model_validator(mode="after")
-    def _every_token_has_a_row(self) -> Self:
-        needed, rows = vocabulary_size(self.data.tokenizer), self.model.text.vocabulary
-        if rows < needed:
-            raise ValueError(
-                f"model.text.vocabulary = {rows} has no row for some of the {needed} ids of "
-                f"data.tokenizer = {shown_url(self.data.tokenizer)}; set model.text.vocabulary: {needed} or more"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _bias_goes_with_the_sigmoid(self) -> Self:
         sigmoid = self.objectives.contrastive is not None and self.objectives.contrastive.kind == "sigmoid"
         if sigmoid and not self.model.logit_bias:
@@ -151,6 +141,16 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     def total_samples(self) -> int:
         """Samples of the whole run; each stage is rounded up to whole batches."""
         return self.total_steps * self.data.batch
+
+    def check_tokenizer(self) -> None:
+        """Raises ValueError if an id of the tokenizer has no row in the model's token table, DataError if its file
+        cannot be read. (Not a validator: a recipe can be looked at where the file is not.)"""
+        needed, rows = vocabulary_size(self.data.tokenizer), self.model.text.vocabulary
+        if rows < needed:
+            raise ValueError(
+                f"model.text.vocabulary = {rows} has no row for some of the {needed} ids of "
+                f"data.tokenizer = {shown_url(self.data.tokenizer)}; set model.text.vocabulary: {needed} or more"
+            )
 
     def check_world(self, world: int) -> None:
         """Raises ValueError if `world` processes cannot share the global batch evenly."""

@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from treering.data import Batch, DataConfig, EvaluationSet, LedgerEntry, Loader, draws
+from treering.data import Batch, DataConfig, EvaluationSet, LedgerEntry, Loader
+from treering.data.draws import rows
 
 RESOLUTION, CONTEXT, BATCH, SEED = 16, 12, 12, 4
 Members = dict[str, bytes]
@@ -183,7 +184,7 @@ def loader(url: str, rank: int = 0, world: int = 1, workers: int = 0) -> Loader:
     return Loader(config, RESOLUTION, CONTEXT, SEED, rank, world)
 
 
-def rows(batch: Batch) -> list[dict[str, Any]]:
+def pairs_of(batch: Batch) -> list[dict[str, Any]]:
     """What a batch says of each pair."""
     tokens = [part.tolist() for part in batch.tokens.split(batch.lengths.tolist())]
     boxes = batch.boxes
@@ -214,8 +215,7 @@ def reference(members: Members, key: str, position: int, tokenizer: Any) -> dict
         return padded[: padded.index(49407) + 1]
 
     metadata = json.loads(members["json"])
-    ((first,),) = draws.rows(SEED, "sample", np.array([position]), 1)
-    caption = metadata["captions"][int(first * 3) // 2]["text"]
+    caption = metadata["captions"][int(3 * rows(SEED, "sample", np.array([position]), 1)[0][0]) // 2]["text"]
     return {
         "key": key,
         "caption": caption,
@@ -253,7 +253,7 @@ def test_a_run_over_broken_samples(
         keys = planned.keys(step)
         assert loader(dirty.url).keys(step) == keys
         positions = order.places(step).position.tolist()
-        found = [row for rank in ranks for row in rows(rank[step])]
+        found = [row for rank in ranks for row in pairs_of(rank[step])]
         entries: dict[int, list[LedgerEntry]] = {}
         for entry in (entry for rank in ranks for entry in rank[step].bad):
             entries.setdefault(entry.position, []).append(entry)
@@ -278,7 +278,7 @@ def test_the_spares_are_the_same_at_any_world_size(sources: tuple[Source, Source
         for rank in range(world):
             with closing(loader(sources[1].url, rank, world).batches(2)) as batches:
                 ranks.append(list(islice(batches, 4)))
-        pairs = [row for step in range(4) for rank in ranks for row in rows(rank[step])]
+        pairs = [row for step in range(4) for rank in ranks for row in pairs_of(rank[step])]
         ledger = [entry for step in range(4) for rank in ranks for entry in rank[step].bad]
         runs.append((pairs, ledger))
     assert runs[0] == runs[1] == runs[2]

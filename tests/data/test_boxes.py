@@ -227,5 +227,38 @@ def test_one_stream_and_only_where_asked_for(tmp_path: Path, write_tar: WriteTar
     assert any(not b.boxes.counts.all() for b in whole if b.boxes)
 
 
+def test_pixels_of_pictures_that_are_decoded_smaller(tmp_path: Path, write_tar: WriteTar) -> None:
+    """A large JPEG, stored on its side: the boxes are in pixels of the whole picture, upright."""
+    members = []
+    for n in range(8):
+        pixels = np.zeros((600, 900, 3), np.uint8)
+        pixels[100 : 300 + 20 * n, 200:700] = 255
+        box = {"box": [200, 100, 700, 300 + 20 * n], "text": "white"}
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be shown turned to the right
+        file = io.BytesIO()
+        Image.fromarray(np.rot90(pixels)).save(file, "JPEG", quality=95, exif=exif)
+        members += [
+            (f"{n}.jpg", file.getvalue()),
+            (f"{n}.txt", b"t"),
+            (f"{n}.json", json.dumps({"boxes": [box]}).encode()),
+        ]
+    url = str(write_tar(tmp_path / "0.tar", members))
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.5, 1.5)}
+    for decode in ("exact", "scaled"):
+        config = DataConfig.model_validate(
+            {"train": [{"source": url, "boxes": "pixels"}], "batch": 8, "augment": whole, "decode": decode}
+        )
+        with closing(Loader(config, 60, CONTEXT, 2).batches(0)) as each:
+            batch = next(each)
+        assert not batch.bad
+        assert batch.boxes is not None
+        for key, corners, image in zip(batch.keys, batch.boxes.corners.double().numpy(), batch.images, strict=True):
+            bottom = 300 + 20 * int(key)
+            assert np.allclose(corners, [200 / 900, 100 / 600, 700 / 900, bottom / 600], atol=1e-6)
+            rows = np.nonzero((image[0] > 127).any(1).numpy())[0]
+            assert np.abs(np.array([rows[0], rows[-1] + 1]) - corners[[1, 3]] * 60).max() < 1.5
+
+
 def test_pictures_without_boxes() -> None:
     assert SampleBoxes.none().tokenised(Tokenizer(), 8).tokens == ()

@@ -21,11 +21,14 @@ from tokenizers import Tokenizer as Theirs
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from treering.data import DataConfig, DataError, EvaluationSet, Loader, Tokenizer
-from treering.data.tokenizer_file import FileTokenizer, encoded, open_tokenizer, vocabulary_size
+from treering.data.text import fitted
+from treering.data.tokenizer_file import FileTokenizer, open_tokenizer, vocabulary_size
 from treering.launch.errors import RecipeError
+from treering.launch.evaluation import evaluate_commit
 from treering.launch.recipes import read_recipe
 from treering.training.evaluate.config import EvalConfig
 from treering.training.evaluate.suites import evaluate
+from treering.training.loop import train
 from treering.training.world import World
 
 TEXTS = [
@@ -117,12 +120,12 @@ def test_any_text(files: dict[str, tuple[str, Theirs]], text: str, context: int)
     for path, theirs in files.values():
         check(open_tokenizer(path), theirs, text, context)
         whole = open_tokenizer(path).encode(text, 10_000)
-        assert encoded(open_tokenizer(path), text, context) == (
+        assert fitted(open_tokenizer(path), text, context) == (
             whole if len(whole) <= context else [*whole[: context - 1], whole[-1]],
             len(whole) > context,
         )
     clip = open_tokenizer()
-    assert encoded(clip, text, context) == (clip.encode(text, context), len(clip.encode(text, 10_000)) > context)
+    assert fitted(clip, text, context) == (clip.encode(text, context), len(clip.encode(text, 10_000)) > context)
 
 
 def opened(tmp_path: Path, tokenizer: Theirs) -> FileTokenizer:
@@ -251,6 +254,26 @@ def test_evaluation_uses_it(tmp_path: Path, files: dict[str, tuple[str, Theirs]]
     for row in found.examples["captions"]:
         assert all(c.isprintable() for c in row["generated"])
         assert "[CLS]" not in row["generated"]
+
+
+def test_a_commit_whose_tokenizer_is_gone(files: dict[str, tuple[str, Theirs]], tmp_path: Path) -> None:
+    """It says which file is missing; with the file, the commit is evaluated with its ids."""
+    path, theirs = files["bpe"]
+    copy = tmp_path / "tokenizer.json"
+    copy.write_bytes(Path(path).read_bytes())
+    tiny = [
+        f"data.tokenizer={copy}", f"data.train=[{{source: {write_shard(tmp_path / '0.tar')}}}]", "data.batch=4",
+        "model.embed_dim=8", "model.image={width: 8, depth: 1, heads: 1, patch: 8, resolution: 16}",
+        f"model.text={{width: 8, depth: 1, heads: 1, context: 9, vocabulary: {theirs.get_vocab_size()}}}",
+        "model.caption.depth=1", "schedule.warmup=4", "stages=[{samples: 8}]", "eval.suites=[]",
+    ]  # fmt: skip
+    train(read_recipe("emoji", tiny).recipe, tmp_path / "run")
+    found = evaluate_commit(str(tmp_path / "run"), ["retrieval"], str(tmp_path / "0.tar"))
+    assert found["sizes"] == {"retrieval": 12}
+    copy.unlink()
+    open_tokenizer.cache_clear()
+    with pytest.raises(DataError, match=r"tokenizer\.json: nothing is there; check the path"):
+        evaluate_commit(str(tmp_path / "run"), ["retrieval"], str(tmp_path / "0.tar"))
 
 
 def test_the_recipe_checks_it(files: dict[str, tuple[str, Theirs]], tmp_path: Path) -> None:

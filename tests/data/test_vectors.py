@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from treering.data import Batch, DataConfig, DataError, EvaluationSet, Loader, Sample, Source, open_source
-from treering.data.columns import read_vector
+from treering.data.vectors import read_vector
 
 WriteTar = Callable[..., Path]
 

@@ -42,8 +42,8 @@ class _Form(NamedTuple):
         return f"{self.dtype} [{self.length}]"
 
 
-class Columns:
-    """The columns of a run. Neither reads nor costs anything where none is asked for."""
+class Vectors:
+    """The columns of vectors of a run. Neither reads nor costs anything where none is asked for."""
 
     def __init__(self, names: Collection[str], sources: Sequence[Source]) -> None:
         """Looks for a first vector of each column in each source. Raises DataError where there is none, or they
