@@ -15,11 +15,12 @@ from itertools import accumulate
 from .blocks import BlockCache
 from .config import DataError
 from .files import Reader, ShardInfo, read_range, shown_url
-from .ledger import shown
+from .ledger import BadSample, shown
 from .record import Record
 from .shards import IMAGE_KINDS, ShardIndex, expand, index_shard, is_usable
 
 _READ_KINDS = frozenset((*IMAGE_KINDS, "txt", "json"))
+MOST_BYTES = 1 << 28  # of a member; a photo of 64 megapixels has a tenth of it
 _GAP = 1 << 16  # bytes between two members that are cheaper read than skipped
 
 
@@ -45,9 +46,11 @@ class Source:
         return [len(shard.keys) for shard in self._shards]
 
     def record(self, number: int) -> Record:
-        """The raw members of sample `number`: picture, caption and metadata. DataError if the shard is gone."""
+        """The raw members of sample `number`: picture, caption and metadata. DataError if the shard is gone, BadSample
+        if a member is too large to be read."""
         shard, i = self._place(number)
         places = {kind: place for kind, place in shard.samples[i].items() if kind in _READ_KINDS}
+        check_sizes({kind: size for kind, (_, size) in places.items()})
         return Record(shard.keys[i], shard.url, self.offset(number), _members(self._read, shard.shard, places))
 
     def span(self, number: int) -> tuple[ShardInfo, int, int]:
@@ -85,6 +88,13 @@ class Source:
             raise IndexError(number)
         shard = bisect_right(self._ends, number)
         return self._shards[shard], number - (self._ends[shard - 1] if shard else 0)
+
+
+def check_sizes(sizes: dict[str, int]) -> None:
+    """Raises BadSample for members (bytes by kind) that are too large to be read into memory."""
+    for kind, size in sizes.items():
+        if size > MOST_BYTES:
+            raise BadSample(f"member too large: .{shown(kind, 20)[1:-1]} has {size:,} bytes")
 
 
 def _members(read: Reader, shard: ShardInfo, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
