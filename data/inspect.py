@@ -140,8 +140,8 @@ def inspect(source: Source, numbers: Sequence[int], workers: int = 1, told: Told
 
 def look(source: Source, number: int, tokenizer: Tokenizer) -> Seen | str:
     """One sample, or the reason why training could not use it."""
-    record = source.record(number)
     try:
+        record = source.record(number)
         captions, labels = captions_and_labels(record.fields)
         pixels = picture(record.fields, record.kinds)
     except BadSample as error:

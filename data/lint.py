@@ -25,9 +25,11 @@ from .config import DataError
 from .decode import captions_and_labels, picture
 from .files import ShardInfo, cache_folder, shown_url
 from .ledger import BadSample, LedgerEntry, shown
+from .pack import written
 from .shards import ShardIndex, index_shard, walk
 from .source import Source, shards_of
 from .sweep import Told, silent, sweep, sweep_samples
+from .target import Target
 
 _FORMAT = 1  # of what is kept; raise it when other samples are bad, or for other reasons
 
@@ -70,7 +72,7 @@ def lint(url: str, workers: int = 1, told: Told = silent) -> Findings:
         indexes.append(index)
         faults += [Fault(index.url, reason) for reason in own]
         damaged |= {index.url} if own else set()
-    faults += _shared_keys(indexes)
+    faults += _shared_keys(indexes) + _unfinished(shards)
     source = Source(url, indexes)
     if not len(source) and not faults:
         faults.append(Fault(shards[0].url, f"{shown_url(url)} is empty: there is no sample in its shards"))
@@ -177,6 +179,20 @@ def _examined(shard: ShardInfo) -> tuple[ShardIndex, list[str]]:
         return index_shard(shard), []
     except DataError:
         return walk(shard)
+
+
+def _unfinished(shards: Sequence[ShardInfo]) -> list[Fault]:
+    """A fault for each folder in which `treering data pack` has not written all shards yet."""
+    faults = []
+    for folder in dict.fromkeys(shard.url.rpartition("/")[0] for shard in shards):
+        target = Target(folder) if folder.rpartition("/")[2] else None
+        found = written(target) if target else None
+        if target and found and found[0] < found[1]:
+            reason = f"{target.shown()} is not packed to the end: {found[0]} of {found[1]} shards are there"
+            faults.append(
+                Fault(target.url("*.tar"), f"{reason}; give the command of the pack again, or its other parts")
+            )
+    return faults
 
 
 def _shared_keys(shards: Sequence[ShardIndex]) -> list[Fault]:

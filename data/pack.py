@@ -31,6 +31,7 @@ from .files import shown_url
 from .intake import FileItem, Item, check_key, items_of
 from .ledger import BadSample, LedgerEntry
 from .order import permuted, stable_hash
+from .source import check_sizes
 from .sweep import Told, silent, sweep
 from .target import Target
 
@@ -142,6 +143,18 @@ def plan_of(items: Sequence[Item], name: str, seed: int, most_bytes: int | None,
     return Plan(items, ends, name, digest.hexdigest())
 
 
+def written(target: Target) -> tuple[int, int] | None:
+    """How many shards of a pack are there, and of how many; None where nothing was packed."""
+    names = target.sizes()
+    if _PLAN not in names:
+        return None
+    try:
+        wanted = int(json.loads(target.text(_PLAN))["shards"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return sum(name.endswith(".tar") for name in names), wanted
+
+
 def write_shards(
     folder: Path, name: str, samples: Iterable[tuple[str, dict[str, bytes]]], total: int, shard_size: int
 ) -> list[str]:
@@ -201,6 +214,7 @@ def _checked(item: Item) -> dict[str, bytes]:
     """An item's members, read by the steps of training. Raises BadSample."""
     from .decode import captions_and_labels, picture
 
+    check_sizes(item.sizes)
     members = item.members()
     if {kind: len(data) for kind, data in members.items()} != item.sizes:
         raise DataError(f"{_where(item)} changed while it was packed; start again")

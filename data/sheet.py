@@ -59,23 +59,24 @@ def cards(source: Source, numbers: Sequence[int], workers: int = 1) -> list[Card
 
 def card(source: Source, number: int) -> Card:
     """One sample, with whatever can be shown of it if it is a bad one."""
-    record = source.record(number)
     captions: tuple[str, ...] = ()
     labels: dict[str, str] = {}
+    fields: dict[str, bytes] = {}
     thumbnail, size, faults = None, "", []
     try:
-        captions, labels = captions_and_labels(record.fields)
+        fields = source.record(number).fields
+        captions, labels = captions_and_labels(fields)
     except BadSample as error:
         faults.append(str(error))
     try:
-        pixels = picture(record.fields, record.kinds)
+        pixels = picture(fields, source.kinds(number))
         thumbnail, size = _thumbnail(Image.fromarray(pixels)), f"{pixels.shape[1]} x {pixels.shape[0]}"
     except BadSample as error:
         faults.append(str(error))
     return Card(
-        key=printable(record.key),
-        shard=printable(shown_url(record.shard)),
-        offset=record.offset,
+        key=printable(source.key(number)),
+        shard=printable(shown_url(source.shard(number))),
+        offset=source.offset(number),
         thumbnail=thumbnail,
         size=size,
         captions=tuple(printable(caption) for caption in captions[:_MOST_CAPTIONS]),

@@ -26,7 +26,7 @@ from .config import DataError
 from .files import Reader, ShardInfo, read_range, shown_url
 from .filter import Filter
 from .index import IMAGE_KINDS, Handles, ShardIndex
-from .ledger import LedgerEntry, shown
+from .ledger import BadSample, LedgerEntry, shown
 from .opening import Accepted, accepted, summed_up, undisturbed
 from .record import Record
 from .shards import expand, index_table
@@ -35,6 +35,7 @@ from .sweep import Told, silent
 from .unpack import Unpacked, is_packed
 
 READ_KINDS = frozenset((*IMAGE_KINDS, "txt", "json"))
+MOST_BYTES = 1 << 28  # of a member; a photo of 64 megapixels has a tenth of it
 _GAP = 1 << 16  # bytes between two members that are cheaper read than skipped
 
 
@@ -81,10 +82,11 @@ class Source:
 
     def record(self, number: int, kinds: frozenset[str] = READ_KINDS) -> Record:
         """The raw members of sample `number` that are of these kinds: picture, caption and metadata. DataError if the
-        shard is gone."""
+        shard is gone, BadSample if a member is too large to be read."""
         shard, i = self._place(number)
         places = shard.places(i)
         wanted = {kind: place for kind, place in places.items() if kind in kinds}
+        check_sizes({kind: size for kind, (_, size) in wanted.items()})
         fields = _members(self._read, shard.shard, wanted)
         return Record(shard.key(i), shard.url, _first(places), fields, tuple(places))
 
@@ -140,6 +142,13 @@ class Source:
 
 def _first(places: dict[str, tuple[int, int]]) -> int:
     return min(offset for offset, _ in places.values())
+
+
+def check_sizes(sizes: dict[str, int]) -> None:
+    """Raises BadSample for members (bytes by kind) that are too large to be read into memory."""
+    for kind, size in sizes.items():
+        if size > MOST_BYTES:
+            raise BadSample(f"member too large: .{shown(kind, 20)[1:-1]} has {size:,} bytes")
 
 
 def _members(read: Reader, shard: ShardInfo, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:

@@ -66,6 +66,10 @@ def sweep(work: Callable[[T], R], items: Sequence[T], workers: int, told: Told =
             "one of the processes that read the shards died; if memory ran out, give fewer with --workers; "
             "--workers 1 shows the fault in line"
         ) from None
+    except KeyboardInterrupt:  # a person waits; whatever is written anywhere is whole or not there
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -10,6 +10,10 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
+import tarfile
+import time
 import zlib
 from collections.abc import Callable
 from contextlib import closing
@@ -22,8 +26,11 @@ from PIL import Image
 
 from treering.data import DataConfig, DataError, EvaluationSet, LedgerEntry, Loader, Source, open_source
 from treering.data import lint as lint_module
+from treering.data.inspect import inspect
 from treering.data.ledger import read_ledger
 from treering.data.lint import lint, write_ledger
+from treering.data.pack import pack
+from treering.data.sheet import cards
 from treering.data.source import shards_of
 from treering.data.sweep import index_all, sweep, sweep_samples
 
@@ -140,6 +147,32 @@ def test_all_faults_of_all_shards(tmp_path: Path, write_tar: WriteTar) -> None:
     assert str(error.value) == found.faults[0].reason
 
 
+def test_a_member_too_large_for_the_memory(tmp_path: Path) -> None:
+    """Found by the fuzzer. The file is sparse: nothing of it is read, or the test would show it."""
+    header = tarfile.TarInfo("big.jpg")
+    header.size = 3 << 40
+    with open(tmp_path / "0.tar", "wb") as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        file.seek(header.size, os.SEEK_CUR)
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for name, data in [("big.txt", b"x"), *good("a")]:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    url = str(tmp_path / "0.tar")
+    found = lint(url)
+    assert [(entry.key, entry.reason) for entry in found.bad] == [
+        ("big", "member too large: .jpg has 3,298,534,883,328 bytes")
+    ]
+    config = DataConfig.model_validate({"train": [{"source": url}], "batch": 2, "bad_samples": 0.9})
+    with closing(Loader(config, 24, 16, seed=0).batches(0)) as batches:
+        assert set(next(batches).keys) == {"a"}
+    source = open_source(url)
+    assert inspect(source, [0, 1])["bad"] == {"member too large": 1}
+    assert [card.fault[:16] for card in cards(source, [0, 1])] == ["member too large", ""]
+    assert pack(url, str(tmp_path / "set"), "300MB", skip_bad=True).bad == 1
+
+
 def test_clean_and_empty(tmp_path: Path, write_source: Callable[..., str], write_tar: WriteTar) -> None:
     found = lint(write_source(tmp_path / "good", 2, 5))
     assert (found.clean, found.samples, found.kinds) == (True, 10, {})
@@ -163,6 +196,17 @@ def test_unreadable_shard_is_one_fault(tmp_path: Path, write_source: Callable[..
     assert len(found.faults) == 1
     assert "cut short" in found.faults[0].reason
     assert found.samples == 40
+
+
+def test_an_unfinished_pack(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for n in range(6):
+        (tmp_path / "in" / f"{n}.jpg").write_bytes(photo(seed=n))
+        (tmp_path / "in" / f"{n}.txt").write_text("x")
+    for part, missing in {"0/3": 2, "2/3": 1, "1/3": 0}.items():
+        pack(tmp_path / "in", str(tmp_path / "set"), 2, part=part)
+        faults = lint(str(tmp_path / "set" / "*.tar")).faults
+        assert [f"{3 - missing} of 3 shards are there" in fault.reason for fault in faults] == [True] * (missing > 0)
 
 
 # Going on
@@ -286,6 +330,28 @@ def test_sweep_keeps_the_order(workers: int) -> None:
 def test_a_dead_process_is_an_error() -> None:
     with pytest.raises(DataError, match="processes that read the shards died"):
         list(sweep(lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == 30 else n, range(60), 2))
+
+
+@pytest.mark.timeout(60)
+def test_an_interrupt_does_not_wait_for_the_work(tmp_path: Path) -> None:
+    code = (
+        "import signal, time\n"
+        "from treering.data.sweep import sweep\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # pytest may be one who ignores it
+        "list(sweep(lambda n: time.sleep(50), range(4), 2))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 50
+    while len(children(process.pid)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert b"KeyboardInterrupt" in process.communicate(timeout=30)[1]
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 @pytest.mark.timeout(60)

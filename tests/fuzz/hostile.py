@@ -342,8 +342,13 @@ def picture(random: random.Random) -> bytes:
     for start, change in ((b"\xff\xd8", changed_jpeg), (b"\x89PNG", changed_png), (b"RIFF", changed_webp)):
         changes += [change] * 3 if data.startswith(start) else []
     for _ in range(random.choice((1, 1, 1, 2, 4))):
-        data = random.choice(changes)(random, data)
+        data = small(random.choice(changes)(random, data))
     return data
+
+
+def small(data: bytes) -> bytes:
+    """Not more than 8 MB of it: large files are slow, not hostile."""
+    return data[: 8 << 20]
 
 
 def damaged(random: random.Random, data: bytes) -> bytes:
