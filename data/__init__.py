@@ -1,10 +1,10 @@
 """What is streamed: tar shards of pictures and captions, as batches in an exact order.
 
 The way of a sample: `source` (shards, `shards` indexes them, `files` reads them, `retries` and
-`blocks` stand between them and a store) -> `Record` -> `decode`, `text` ->
-`Sample` -> `loader`, in the order of `order` -> `Batch`. `pack` makes shards, `emoji` is the built-in data set,
-`ledger` records what could not be used. Names are imported on first use: a recipe is checked without waiting for
-decoders.
+`blocks` stand between them and a store) -> `Record` -> `decode`, `text`, by the `draws` of its position ->
+`Sample` -> `loader`, in the order of `order`, in the processes of `workers` -> `Batch`. `pack` makes shards, `emoji` is
+the built-in data set, `ledger` records what could not be used. Names are imported on first use: a recipe is checked
+without waiting for decoders.
 
 `lint` and `inspect` look into a source before a run does, in parallel (`sweep`); `sheet` is the page of samples.
 """
