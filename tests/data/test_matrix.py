@@ -44,7 +44,7 @@ def config(urls: list[str], workers: int, shuffle: int) -> DataConfig:
 def seen(batch: Batch) -> list[tuple[Any, ...]]:
     """Key, caption, tokens and a checksum of the pixels of each pair."""
     tokens = [tuple(part.tolist()) for part in batch.tokens.split(batch.lengths.tolist())]
-    sums = [zlib.crc32(image.numpy()) for image in batch.images]
+    sums = [zlib.crc32(image.numpy().tobytes()) for image in batch.images]
     return list(zip(batch.keys, batch.captions, tokens, sums, batch.image_ids.tolist(), strict=True))
 
 
