@@ -1,9 +1,10 @@
 """What is streamed: tar shards of pictures and captions, as batches in an exact order.
 
 The way of a sample: `source` (`opening` finds out about its shards and what its `filter` accepts; `shards` walks them,
-by `tar` or `unpack`, and makes an `index` each, with `columns`, in `tables`; `summary` sums them up, `beside` is where
-they lie; `files` reads, `retries` and `blocks` stand between them and a store) -> `Record` -> `decode`, `text` ->
-`Sample` -> `loader`, in the order of `order` -> `Batch`. `pack` makes shards, `emoji` is the built-in data set,
+by `tar` or `unpack`, and makes an `index` each, with the `metadata`, in `tables`; `summary` sums them up, `beside` is where
+they lie; `files` reads, `retries` and `blocks` stand between them and a store) -> `Record` -> `decode`, `text`, by the
+`draws` of its position ->
+`Sample` -> `loader`, in the order of `order`, in the processes of `workers`, which `ahead` runs before -> `Batch`. `pack` makes shards, `emoji` is the built-in data set,
 `ledger` records what could not be used. Names are imported on first use: a recipe is checked without waiting for
 decoders.
 

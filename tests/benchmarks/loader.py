@@ -1,6 +1,6 @@
 """How near is the loader to the speed of decoding, and how far ahead of what others use?
 
-    python -m tests.benchmarks.loader [--quick] [--json] [--photos DIR] [--workers N]
+    python -m tests.benchmarks.loader [--quick] [--json] [--photos DIR] [--workers N] [--rounds N]
 
 All take turns on the same photos: 224 pixels, 77 tokens, batches of 64, N processes each (left out: one a core).
 `ours` reads tar shards from the disk, `ours, S3` from a real S3 server on this machine into an empty cache;
@@ -225,6 +225,8 @@ def measure(source: Source, starts: dict[str, Callable[[], Sizes]], workers: int
                 rates[arm].append(Rate(*arms.ceiling(photos, max(workers, 1), batches * BATCH)))
             else:
                 rates[arm].append(throughput(starts[arm], batches, warm))
+            last = rates[arm][-1]
+            print(f"round {turn + 1}, {arm}: {last.photos:.0f} a second, {last.per_cpu:.0f} per cpu", file=sys.stderr)
     figures: Figures = {}
     for arm, found in rates.items():
         name = arm.replace(", ", "_").lower()
@@ -260,6 +262,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--photos", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -273,7 +276,7 @@ def main() -> None:
         )
         packed = pack(table, f"{temporary}/shards", shard_size=16 if options.quick else 48)
         source = open_source(f"{temporary}/shards/*.tar")
-        rounds, batches = (2, 4) if options.quick else (5, 16)
+        rounds, batches = (2, 4) if options.quick else (options.rounds, 16)
         epoch = (warm_batches(options.workers) + batches + 1) * BATCH
         starts = contestants(stack, source, list(packed.shards), Path(temporary), options.workers, epoch)
         figures = measure(source, starts, options.workers, rounds, batches)
