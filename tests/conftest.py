@@ -11,11 +11,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 from treering.tests.s3_server import KEY, SECRET, Server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+hypothesis.settings.register_profile("treering", deadline=None)  # a slow machine is no failure
+hypothesis.settings.load_profile("treering")
 
 
 def _one_rank(
