@@ -273,13 +273,13 @@ def test_members_far_apart_are_read_one_by_one(tmp_path: Path, write_tar: WriteT
 
 
 def test_shard_that_shrinks_while_it_is_read(tmp_path: Path, write_source: Callable[..., str]) -> None:
-    source = open_source(write_source(tmp_path, 1, 5))
+    source, other = (open_source(write_source(tmp_path / name, 1, 5)) for name in "ab")
     os.truncate(source.shard(0), 600)
     with pytest.raises(DataError, match="changed while it was read"):
         source.record(4)
-    os.remove(source.shard(0))
+    os.remove(other.shard(0))
     with pytest.raises(DataError, match="nothing is there"):
-        source.record(0)
+        other.record(0)
 
 
 def test_store_without_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
