@@ -9,10 +9,15 @@ from __future__ import annotations
 from .spec import ModelSpec, TowerSpec
 
 
+def _mlp_maps(spec: TowerSpec) -> int:
+    """Linear maps of one MLP."""
+    return 3 if spec.mlp == "swiglu" else 2
+
+
 def _block(spec: TowerSpec, tokens: float, attended: float, memory_tokens: float = 0, memory_width: int = 0) -> float:
     """One block's forward operations for one sample; `attended` keys are seen by a query on average."""
     inner = spec.attention_width
-    dense = tokens * (4 * spec.width * inner + 2 * spec.width * spec.mlp_width)
+    dense = tokens * (4 * spec.width * inner + _mlp_maps(spec) * spec.width * spec.mlp_width)
     mixing = 2 * tokens * attended * inner
     if memory_tokens:
         dense += tokens * 2 * spec.width * inner + memory_tokens * 2 * memory_width * inner
@@ -44,7 +49,8 @@ def parameters(spec: ModelSpec) -> int:
     def blocks(tower: TowerSpec, depth: int, memory_width: int | None = None) -> int:
         norms = 2 * tower.width
         block = 2 * norms + attention(tower, tower.width)
-        block += tower.mlp_width * (2 * tower.width + 1) + tower.width
+        maps = _mlp_maps(tower)
+        block += tower.mlp_width * (maps * tower.width + maps - 1) + tower.width
         if memory_width is not None:
             block += norms + attention(tower, memory_width)
         return depth * block + norms

@@ -117,16 +117,19 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with an exact GELU between them."""
+    """Two linear maps with an exact GELU between them; or SwiGLU, with a third map as a gate (arXiv 2002.05202)."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
+        self.gate = nn.Linear(spec.width, spec.mlp_width) if spec.mlp == "swiglu" else None
         self.up = nn.Linear(spec.width, spec.mlp_width)
         self.down = nn.Linear(spec.mlp_width, spec.width)
 
     def forward(self, x_td: Tensor) -> Tensor:
         """[t, d] -> [t, d]."""
-        return self.down(F.gelu(self.up(x_td)))
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x_td)))
+        return self.down(F.silu(self.gate(x_td)) * self.up(x_td))
 
 
 class Block(nn.Module):
@@ -134,12 +137,12 @@ class Block(nn.Module):
 
     def __init__(self, spec: TowerSpec, memory_width: int | None = None) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(spec.width)
+        self.attention_norm = nn.LayerNorm(spec.width, spec.norm_eps)
         self.attention = Attention(spec)
         if memory_width is not None:
-            self.cross_norm = nn.LayerNorm(spec.width)
+            self.cross_norm = nn.LayerNorm(spec.width, spec.norm_eps)
             self.cross = Attention(spec, memory_width)
-        self.mlp_norm = nn.LayerNorm(spec.width)
+        self.mlp_norm = nn.LayerNorm(spec.width, spec.norm_eps)
         self.mlp = Mlp(spec)
 
     def forward(
@@ -158,7 +161,7 @@ class Transformer(nn.Module):
     def __init__(self, spec: TowerSpec, depth: int, memory_width: int | None = None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(spec, memory_width) for _ in range(depth))
-        self.norm = nn.LayerNorm(spec.width)
+        self.norm = nn.LayerNorm(spec.width, spec.norm_eps)
 
     def forward(
         self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None

@@ -19,6 +19,8 @@ class Use(NamedTuple):
     """the dimension that runs along it"""
     reads: bool
     """whether it is summed over there; else it is written"""
+    norm: bool = False
+    """whether the tensor is a norm's, whose statistics run over the whole axis"""
 
 
 # By module: the axis written, and the axis read; None does not grow here.
@@ -28,6 +30,7 @@ _LAYERS: dict[str, tuple[str | None, str | None]] = {
     "key": ("heads", "width"),
     "value": ("heads", "width"),
     "out": ("width", "heads"),
+    "gate": ("mlp_width", "width"),
     "up": ("mlp_width", "width"),
     "down": ("width", "mlp_width"),
     "projection": (None, "width"),
@@ -47,7 +50,7 @@ def uses(name: str) -> list[Use]:
     part, *path = place.split(".")
     tower, module = ("text" if part == "captioner" else part), path[-1] if path else ""
     if module in _NORMS:
-        return [Use(f"{tower}.width", 0, reads=place == _OUTPUT_NORM)]
+        return [Use(f"{tower}.width", 0, reads=place == _OUTPUT_NORM, norm=True)]
     if module in _TABLES:
         return [Use(f"{tower}.width", 1, reads=False)]
     written, read = _LAYERS.get(module, (None, None))

@@ -6,9 +6,9 @@ away, and a plan is applied one tensor at a time: memory is bounded by the large
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,8 +47,10 @@ class Rule:
 class Operator(Protocol):
     """One step of a growth plan."""
 
-    preserves: ClassVar[bool]
-    """whether the grown model computes the same function"""
+    @property
+    def preserves(self) -> bool:
+        """Whether the new model computes the same function; where it does not, the operator is lossy."""
+        ...
 
     def rule(self, name: str) -> Rule:
         """How the tensor `name` of the grown model is made."""
@@ -81,3 +83,22 @@ def grown_rate(operators: Sequence[Operator], rates: Mapping[str, float], name: 
         rule = operator.rule(name)
         factor, name = factor * rule.rate, rule.source
     return factor * rates.get(name, 1.0)
+
+
+class GrownState(Mapping[str, Tensor]):
+    """The state of a grown model by `kind/name`: each tensor is made when it is asked for, and not kept."""
+
+    def __init__(self, operators: Sequence[Operator], old: Mapping[str, Tensor], paths: Iterable[str]) -> None:
+        """`old` is the state before, by `kind/name`; `paths` are those of the grown model."""
+        self._read = grown(operators, lambda kind, name: old[f"{kind}/{name}"])
+        self._paths = list(paths)
+
+    def __getitem__(self, path: str) -> Tensor:
+        kind, _, name = path.partition("/")
+        return self._read(kind, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)

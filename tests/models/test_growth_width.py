@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from treering.models.growth import axes
 from treering.models.growth.axes import uses
+from treering.models.growth.heads import HeadDim
 from treering.models.growth.plan import Copies, plan_growth
 from treering.models.growth.positions import Context, Resolution
 from treering.models.growth.rules import Operator, grown, grown_rate
@@ -38,7 +39,8 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         width = draw(st.sampled_from([heads * size, most]))
         tied = width == heads * size
         ratio = draw(st.sampled_from([1.5, 2.0, 4.0]))
-        return {"width": width, "heads": heads, "head_dim": None if tied else size, "mlp_ratio": ratio}
+        mlp = draw(st.sampled_from(["gelu", "swiglu"]))
+        return {"width": width, "heads": heads, "head_dim": None if tied else size, "mlp_ratio": ratio, "mlp": mlp}
 
     return ModelSpec(
         embed_dim=draw(st.integers(14, 18)),
@@ -51,13 +53,18 @@ def specs(draw: st.DrawFn) -> ModelSpec:
 OPERATIONS: dict[str, Callable[[ModelSpec, int], dict[str, int | float]]] = {
     "image.width": lambda s, n: {"image.width": s.image.width * (n + 1)},
     "text.width": lambda s, n: {"text.width": s.text.width * (n + 1)},
+    "image.width by a fraction": lambda s, n: {"image.width": s.image.width + n * s.image.head_width},
+    "text.width by a fraction": lambda s, n: {} if s.caption else {"text.width": s.text.width + n * s.text.head_width},
+    "image.head_dim": lambda s, n: {"image.head_dim": s.image.head_width + n},
+    "text.head_dim": lambda s, n: {"text.head_dim": s.text.head_width + n},
     "image.heads": lambda s, n: {"image.heads": s.image.heads + n} if s.image.head_dim else {},
     "text.heads": lambda s, n: {"text.heads": s.text.heads + n} if s.text.head_dim else {},
     "image.mlp_ratio": lambda s, n: {"image.mlp_ratio": s.image.mlp_ratio + 0.75 * n},
     "text.mlp_ratio": lambda s, n: {"text.mlp_ratio": s.text.mlp_ratio + 0.75 * n},
     "embed_dim": lambda s, n: {"embed_dim": s.embed_dim + n},
     "depth": lambda s, n: {"image.depth": s.image.depth + n, "text.depth": s.text.depth + n},
-    "caption": lambda s, n: {"caption.depth": s.caption.depth + n} if s.caption else {},
+    "caption": lambda s, n: {"caption.depth": (s.caption.depth if s.caption else 0) + n},
+    "vocabulary": lambda s, n: {"text.vocabulary": s.text.vocabulary + n},
 }
 
 
@@ -108,6 +115,8 @@ def outputs(model: Model, lengths: tuple[int, ...] = (4, 9, 2)) -> dict[str, Ten
 def difference(model: Model, larger: Model) -> float:
     """Largest difference of any output; new channels of the joint space count with what they hold."""
     before, after = outputs(model), outputs(larger)
+    if "caption" in before:  # the scores of new tokens are new
+        after["caption"] = after["caption"][:, : before["caption"].shape[1]]
     return max((F.pad(b, (0, after[k].shape[1] - b.shape[1])) - after[k]).abs().max().item() for k, b in before.items())
 
 
@@ -115,7 +124,7 @@ CASES = given(
     spec=specs(),
     chosen=st.lists(st.sampled_from(sorted(OPERATIONS)), min_size=1, max_size=3, unique=True),
     more=st.integers(1, 2),
-    copies=st.sampled_from(["noise", "duplicate"]),
+    copies=st.sampled_from(["noise", "duplicate", "lemon"]),
 )
 
 
@@ -127,13 +136,13 @@ def change(dtype: torch.dtype, spec: ModelSpec, chosen: list[str], more: int, co
 
 
 @CASES
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_growth_keeps_the_function_in_fp64(spec: ModelSpec, chosen: list[str], more: int, copies: Copies) -> None:
     assert change(torch.float64, spec, chosen, more, copies) < 1e-12
 
 
 @CASES
-@settings(max_examples=20, deadline=None, derandomize=True)  # rounding has a tail: 6.7e-6 was the largest of 100
+@settings(max_examples=12, deadline=None, derandomize=True)  # rounding has a tail: 6.7e-6 was the largest of 100
 def test_growth_keeps_the_function_in_fp32(spec: ModelSpec, chosen: list[str], more: int, copies: Copies) -> None:
     assert change(torch.float32, spec, chosen, more, copies) < 1e-5
 
@@ -141,11 +150,13 @@ def test_growth_keeps_the_function_in_fp32(spec: ModelSpec, chosen: list[str], m
 PAIRS = [(a, b) for i, a in enumerate(OPERATIONS) for b in list(OPERATIONS)[i:]]
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS, ids="+".join)
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=[f"{a}, {b}" for a, b in PAIRS])
 def test_every_pair_of_operators_keeps_the_function(first: str, second: str) -> None:
     """With heads of their own size, so that each operator has something to do."""
     free = {"image": {"head_dim": 5}, "text": {"head_dim": 3}}
     spec = TIED.model_copy(update={k: getattr(TIED, k).model_copy(update=v) for k, v in free.items()})
+    if "text.width by a fraction" in (first, second):
+        spec = spec.model_copy(update={"caption": None})
     targets = OPERATIONS[first](spec, 1) | OPERATIONS[second](spec, 2)
     assert all(OPERATIONS[name](spec, 1) for name in (first, second))
     model = perturbed(spec)
@@ -183,6 +194,15 @@ def test_broken_rules_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(axes, "_OUTPUT_NORM", "")
     assert difference(model, grow(model, {"text.width": 16})) > 1e-3
     monkeypatch.undo()
+    monkeypatch.setattr("treering.models.growth.width.padding_variance", lambda old, new: 1.0)
+    assert difference(model, grow(model, {"image.width": 18})) > 1e-3
+    monkeypatch.undo()
+    monkeypatch.setattr("treering.models.spec.padding_variance", lambda old, new: 1.0)
+    assert difference(model, grow(model, {"image.width": 18})) > 1e-9  # the eps, which tells in fp64 only
+    monkeypatch.undo()
+    monkeypatch.setattr(HeadDim, "_scaled", lambda self, factor, roots, name="": self._repeat(0, 0))
+    assert difference(model, grow(model, {"text.head_dim": 8})) > 1e-3
+    monkeypatch.undo()
     monkeypatch.setattr(
         "treering.models.growth.width.uses",
         lambda name: [use._replace(reads=use.reads and "projection" not in name) for use in uses(name)],
@@ -204,6 +224,7 @@ def score(found: dict[str, Tensor]) -> Tensor:
         {"text.width": 16},
         {"image.mlp_ratio": 5.5, "text.mlp_ratio": 4.5},
         {"image.width": 24, "text.width": 24, "text.mlp_ratio": 5.0},
+        {"image.head_dim": 12, "text.head_dim": 7},
     ],
     ids=str,
 )
@@ -269,7 +290,9 @@ def divergence(mapped: str, targets: dict[str, Any]) -> float:
     return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("targets", [{"image.width": 24, "text.width": 24}, {"image.mlp_ratio": 12.0}], ids=str)
+@pytest.mark.parametrize(
+    "targets", [{"image.width": 24, "text.width": 24}, {"image.mlp_ratio": 12.0}, {"text.head_dim": 12}], ids=str
+)
 def test_copies_with_mapped_state_follow_the_ungrown_run(targets: dict[str, Any]) -> None:
     assert divergence("all", targets) < 1e-6
 
