@@ -18,7 +18,7 @@ from .config import CacheConfig, DataConfig, DataError
 from .decode import captions_and_labels, centre_crop, picture, random_crop
 from .files import shown_url
 from .ledger import BadSample, LedgerEntry, reasons_table
-from .order import Order, stream
+from .order import Mixture, Order, Place, Places, stream
 from .record import Batch, Sample, collate
 from .source import Source, open_source
 from .text import Tokenizer
@@ -35,15 +35,24 @@ class Loader:
     """Rank `rank`'s share of the stream of a run, batch by batch, from any step on."""
 
     def __init__(
-        self, config: DataConfig, resolution: int, context: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        config: DataConfig,
+        resolution: int,
+        context: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        mixtures: Sequence[Mixture] = (),
     ) -> None:
-        """Opens the sources. Pictures come at `resolution` pixels, captions at most `context` tokens long."""
+        """Opens the sources, mixed by their weights unless `mixtures` says how. Pictures come at `resolution` pixels,
+        captions at most `context` tokens long."""
         assert config.batch % world == 0, "the recipe checks this"
         self.config, self.rank, self.world = config, rank, world
         cache = BlockCache(config.cache.bytes)
         self.sources = [open_source(each.source, cache) for each in config.train]
-        lengths = [len(source) for source in self.sources]
-        self.order = Order(seed, lengths, [each.weight for each in config.train], config.batch)
+        shards = [source.shard_lengths for source in self.sources]
+        mixtures = mixtures or [Mixture(0, tuple(each.weight for each in config.train))]
+        self.order = Order(seed, shards, mixtures, config.batch, config.shuffle, config.lanes)
         self._items = _Items(self.sources, self.order, config, resolution, context)
         self._bad: dict[str, dict[tuple[str, str], LedgerEntry]] = {}
 
@@ -68,8 +77,13 @@ class Loader:
 
     def keys(self, step: int) -> list[str]:
         """The keys of the whole global batch `step`; nothing is read. A bad sample is named, not its spare."""
-        places = [self.order.position(n) for n in self.order.positions(step)]
-        return [self.sources[place.source].key(place.number) for place in places]
+        return [self.sources[place.source].key(place.number) for place in self.order.places(step)]
+
+    def coverage(self, step: int) -> dict[str, float]:
+        """How often each source has been read through before global batch `step`, by its name: below 1 it is the share
+        of its samples that were seen, all of them different; from 1 on each was seen at least once."""
+        drawn = zip(self.config.train, self.order.counts(step), self.order.lengths, strict=True)
+        return {source.label: count / length for source, count, length in drawn}
 
     def check_bad(self, entries: Sequence[LedgerEntry]) -> None:
         """Counts the bad samples that all ranks met (and, after a resume, those of the ledger). Raises DataError once
@@ -101,7 +115,7 @@ class Loader:
         )
 
     def _worker_died(self, step: int, error: Exception) -> str:
-        positions = self.order.positions(step, self.rank, self.world)
+        positions = sorted(self.order.places(step, self.rank, self.world).position.tolist())
         reason = (str(error) or type(error).__name__).split("\n")[0]
         return (
             f"a decoding process of rank {self.rank} died at step {step}, positions {positions[0]} to {positions[-1]} "
@@ -110,41 +124,40 @@ class Loader:
 
 
 class _Steps:
-    """For DataLoader: the positions of one rank's batch, step after step, without end."""
+    """For DataLoader: the places of one rank's batch, step after step, without end."""
 
     def __init__(self, order: Order, step: int, rank: int, world: int) -> None:
         self.order, self.step, self.rank, self.world = order, step, rank, world
 
-    def __iter__(self) -> Iterator[range]:
+    def __iter__(self) -> Iterator[Places]:
         step = self.step
         while True:
-            yield self.order.positions(step, self.rank, self.world)
+            yield self.order.places(step, self.rank, self.world)
             step += 1
 
 
 class _Items:
-    """For DataLoader: what lies at a position, a pure function of the position."""
+    """For DataLoader: what lies at a place, a pure function of its position."""
 
     def __init__(self, sources: list[Source], order: Order, config: DataConfig, resolution: int, context: int) -> None:
         self.sources, self.order, self.augment = sources, order, config.augment
         self.resolution, self.context, self.tokenizer = resolution, context, Tokenizer()
 
-    def __getitem__(self, position: int) -> Drawn | DataError:
+    def __getitem__(self, place: Place) -> Drawn | DataError:
         try:
-            return self._drawn(position)
+            return self._drawn(place)
         except DataError as error:  # handed over as a value: DataLoader would bury it in a traceback
             return error
 
-    def _drawn(self, position: int) -> Drawn:
-        place = self.order.position(position)
+    def _drawn(self, place: Place) -> Drawn:
         source, number = self.sources[place.source], place.number
         bad: list[LedgerEntry] = []
         for attempt in range(_MOST_SPARES):
             try:
-                return self._sample(source, number, position), bad
+                return self._sample(source, number, place.position), bad
             except BadSample as error:
-                bad.append(_entry(source, number, error, position))
-            spare = self.order.spare(position, attempt)
+                bad.append(_entry(source, number, error, place.position))
+            spare = self.order.spare(place, attempt)
             if spare is None:
                 break
             number = spare

@@ -39,6 +39,11 @@ class Source:
         """The bytes of each shard that holds samples."""
         return [shard.size for shard in self._shards]
 
+    @property
+    def shard_lengths(self) -> list[int]:
+        """The samples of each shard; numbers run through the shards in this order."""
+        return [len(shard.keys) for shard in self._shards]
+
     def record(self, number: int) -> Record:
         """The raw members of sample `number`: picture, caption and metadata. DataError if the shard is gone."""
         shard, i = self._place(number)

@@ -120,9 +120,10 @@ class Run:
         if len(set(self.world.objects(found[0].name if found else None))) > 1:
             raise StoreError(f"store {self.commits.store.url}: the processes read different commits; start again")
         clock.append(time.monotonic())
+        changes: list[str] = []
         if found:
             commit, tensors = found
-            check_same_run(self.recipe, commit)
+            changes = check_same_run(self.recipe, commit)
             self.state = commit.manifest.state
             self.engine = self._build(self.specs[self.state.stage])
             self.engine.load_logical_state(tensors, self.state.applied, self.state.skipped, self.state.multipliers)
@@ -134,7 +135,7 @@ class Run:
         hosts = self.world.hosts()
         event = "resume" if found else "start"
         detail = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
-        self._remember(event, detail, life=life)
+        self._remember(event, {**detail, "changes": changes} if changes else detail, life=life)
         seconds = {
             "imports": imports,
             "find": clock[1] - clock[0],
@@ -156,7 +157,8 @@ class Run:
     def _loader(self) -> Loader:
         """The stream at the model's resolution and context; it knows which samples are bad already."""
         spec, recipe, world = self.engine.model.spec, self.recipe, self.world
-        loader = Loader(recipe.data, spec.image.resolution, spec.text.context, recipe.seed, world.rank, world.size)
+        resolution, context, mixtures = spec.image.resolution, spec.text.context, recipe.mixtures()
+        loader = Loader(recipe.data, resolution, context, recipe.seed, world.rank, world.size, mixtures)
         loader.check_bad(_entries(world.objects(self.display.known_bad())[0]))
         return loader
 
@@ -253,6 +255,7 @@ class Run:
             flops=state.flops,
             peak_memory=peak_memory(self.world.device),
             parameters=self.engine.parameters,
+            passes=self.loader.coverage(state.step),
             seconds={"data": self._waited, "compute": elapsed - self._waited},
         )
         self._log_time, self._log_step, self._log_flops, self._waited = now, state.step, state.flops, 0.0
