@@ -13,7 +13,6 @@ from pydantic import BaseModel, Field, model_validator
 from ..data.config import DataConfig
 from ..data.order import Mixture
 from ..data.source import held_out
-from ..models.growth.plan import changes
 from ..models.spec import ModelSpec
 from .commits import CheckpointConfig
 from .engine import EngineConfig
@@ -50,13 +49,13 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        self.specs()
+        captions = self.specs()[-1].caption is not None  # a stage may add a captioner, none takes it away
         self.mixtures()
-        if self.objectives.caption and self.model.caption is None:
+        if self.objectives.caption and not captions:
             raise ValueError(
                 "objectives.caption needs a captioner; add `caption: {depth: 2}` to model, or drop the objective"
             )
-        if self.model.caption and not self.objectives.caption:
+        if captions and not self.objectives.caption:
             raise ValueError(
                 "model.caption is never trained; add `caption: {weight: 2.0}` to objectives, or drop model.caption"
             )
@@ -88,10 +87,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
         """The model's spec in each stage. Raises SpecError if a stage asks for a growth that cannot be."""
         specs, spec = [], self.model
         for stage in self.stages:
-            grown = spec.grown(stage.grow)
-            changes(spec, grown)  # refuses what cannot grow
-            specs.append(grown)
-            spec = grown
+            spec = stage.resized(spec)  # refuses what cannot be
+            specs.append(spec)
         return specs
 
     def mixtures(self) -> list[Mixture]:

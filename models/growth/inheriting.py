@@ -1,4 +1,6 @@
-"""Parameter inheriting with momentum, after GrowCLIP (ICCV 2023). A RECONSTRUCTION: its formula is not public.
+"""How much is inherited, of weights and of the optimizer's state.
+
+Parameter inheriting with momentum is after GrowCLIP (ICCV 2023). A RECONSTRUCTION: its formula is not public.
 
 The reading here: the grown model starts from m * inherited + (1 - m) * fresh, with a momentum m < 1, which leaves the
 small model's local minimum and is shrink-and-perturb (Ash and Adams, arXiv 1910.08475). m = 1 inherits everything.
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from ..model import initialise
 from ..spec import ModelSpec
-from .rules import Rule
+from .rules import Rule, zero
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,19 @@ class Inherit:
     def describe(self) -> dict[str, Any]:
         """For the lineage."""
         return {"operator": "inherit", "momentum": self.momentum, "seed": self.seed, "reconstruction": True}
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Start moments anew: the weights stay."""
+
+    kinds: tuple[str, ...]
+    preserves: ClassVar[bool] = True
+
+    def rule(self, name: str) -> Rule:
+        """Zeros for the kinds that are forgotten."""
+        return Rule(name, dict.fromkeys(self.kinds, zero))
+
+    def describe(self) -> dict[str, Any]:
+        """For the lineage."""
+        return {"operator": "forget", "moments": list(self.kinds)}

@@ -7,6 +7,7 @@ runs. An operator that does not keep the function says so (`preserves`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ..spec import ModelSpec, SpecError
@@ -56,13 +57,28 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
     return changed
 
 
+def check_tokens(old: ModelSpec, new: ModelSpec, tokens: Sequence[Sequence[int]]) -> None:
+    """Raise SpecError if `tokens` does not say of every new row of the token table which old rows it is made of."""
+    more = new.text.vocabulary - old.text.vocabulary
+    if tokens and len(tokens) != more:
+        raise SpecError(
+            f"tokens has {len(tokens)} entries for {more} new rows of text.vocabulary; "
+            f"give one list of ids for each, or leave tokens out"
+        )
+    if not all(ids and all(0 <= i < old.text.vocabulary for i in ids) for ids in tokens):
+        raise SpecError(
+            f"tokens has a list that is empty or names an id that is not below {old.text.vocabulary}; "
+            f"each new row is made of some old ones"
+        )
+
+
 def plan_growth(
     old: ModelSpec,
     new: ModelSpec,
     seed: int = 0,
     copies: Copies = "noise",
     layers: Layers = "zero",
-    tokens: tuple[tuple[int, ...], ...] = (),
+    tokens: Sequence[Sequence[int]] = (),
     drop: Drops = "last",
     inherit: float = 1.0,
     read: Read | None = None,
@@ -74,13 +90,7 @@ def plan_growth(
     SpecError for a change that cannot be made.
     """
     changed = changes(old, new)
-    if tokens and len(tokens) != new.text.vocabulary - old.text.vocabulary:
-        raise SpecError(
-            f"tokens has {len(tokens)} entries for {new.text.vocabulary - old.text.vocabulary} new rows of "
-            f"text.vocabulary; give one list of ids for each, or leave tokens out"
-        )
-    if any(not 0 <= i < old.text.vocabulary for ids in tokens for i in ids):
-        raise SpecError(f"tokens names an id that is not below {old.text.vocabulary}; new rows are made of old ones")
+    check_tokens(old, new, tokens)
     if not changed:
         return []
     from .inheriting import Inherit
@@ -100,7 +110,7 @@ def plan_growth(
     if old.image.patch != new.image.patch:
         operators.append(Patch(old.image.patch, new.image.patch))
     if old.text.vocabulary != new.text.vocabulary:
-        operators.append(Vocabulary(old.text.vocabulary, new.text.vocabulary, tokens))
+        operators.append(Vocabulary(old.text.vocabulary, new.text.vocabulary, tuple(map(tuple, tokens))))
     operators += _blocks(old, new, layers, drop, seed, read)
     if inherit != 1.0:
         operators.append(Inherit(new, inherit, seed))
