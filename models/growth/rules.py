@@ -76,6 +76,13 @@ def _through(operator: Operator, read: Read) -> Read:
     return read_grown
 
 
+def origin(operators: Sequence[Operator], name: str) -> str:
+    """The tensor of the old model that tensor `name` of the grown one is made from."""
+    for operator in reversed(operators):
+        name = operator.rule(name).source
+    return name
+
+
 def grown_rate(operators: Sequence[Operator], rates: Mapping[str, float], name: str) -> float:
     """The learning-rate multiplier of tensor `name` of the grown model; `rates` are the old ones that are not 1."""
     factor = 1.0
