@@ -17,7 +17,9 @@ def _mlp_maps(spec: TowerSpec) -> int:
 def _block(spec: TowerSpec, tokens: float, attended: float, memory_tokens: float = 0, memory_width: int = 0) -> float:
     """One block's forward operations for one sample; `attended` keys are seen by a query on average."""
     inner = spec.attention_width
-    dense = tokens * (4 * spec.width * inner + _mlp_maps(spec) * spec.width * spec.mlp_width)
+    mlps, router = (spec.active, spec.experts) if spec.experts > 1 else (1, 0)
+    dense = tokens * (4 * spec.width * inner + mlps * _mlp_maps(spec) * spec.width * spec.mlp_width)
+    dense += tokens * router * spec.width
     mixing = 2 * tokens * attended * inner
     if memory_tokens:
         dense += tokens * 2 * spec.width * inner + memory_tokens * 2 * memory_width * inner
@@ -50,7 +52,8 @@ def parameters(spec: ModelSpec) -> int:
         norms = 2 * tower.width
         block = 2 * norms + attention(tower, tower.width)
         maps = _mlp_maps(tower)
-        block += tower.mlp_width * (maps * tower.width + maps - 1) + tower.width
+        block += tower.experts * (tower.mlp_width * (maps * tower.width + maps - 1) + tower.width)
+        block += tower.experts * tower.width if tower.experts > 1 else 0
         if memory_width is not None:
             block += norms + attention(tower, memory_width)
         return depth * block + norms

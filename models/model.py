@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .captioner import Captioner
 from .spec import ModelSpec
 from .towers import ImageTower, TextTower, TowerOutput
+from .transformer import Experts
 
 # The constants CLIP normalises pictures with (Radford et al., arXiv 2103.00020); weights are only portable with them.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -31,6 +32,8 @@ class ModelOutput(NamedTuple):
     """[1]: added to scaled similarities by a sigmoid loss, or None if the model has none"""
     caption: Tensor | None
     """[t, d] states of the captioner in the text layout, or None without one"""
+    routing: tuple[tuple[Tensor, Tensor], ...] = ()
+    """of every mixture of experts: tokens of each expert [e], and its gates summed over the tokens [e]"""
 
 
 class Model(nn.Module):
@@ -67,7 +70,8 @@ class Model(nn.Module):
         """Both towers, and the captioner if there is one."""
         image, text = self.embed_images(images), self.embed_texts(tokens_t, lengths_b)
         caption = self.captioner(image, text) if self.captioner is not None else None
-        return ModelOutput(image, text, self.scale(), self.logit_bias, caption)
+        routing = tuple((mlp.counts_e, mlp.gates_e) for mlp in self.modules() if isinstance(mlp, Experts))
+        return ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing)
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

@@ -37,6 +37,8 @@ class TowerSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     head_dim: int | None = Field(None, gt=0, description="channels of one head; left out: width / heads")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden units of the MLP per channel of the stream")
     mlp: Literal["gelu", "swiglu"] = Field("gelu", description="the MLP's non-linearity; swiglu: gated, one map more")
+    experts: int = Field(1, ge=1, description="MLPs of every block; 1: dense, more: a router chooses for each token")
+    active: int = Field(2, ge=1, description="experts that a token goes through, where there are several")
     norm_eps: float = Field(
         1e-5, gt=0, description="added to the variance in every norm; growth to a width that is no multiple scales it"
     )
@@ -50,6 +52,12 @@ class TowerSpec(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"heads = {self.heads} does not divide width = {self.width}; "
                 f"set heads: {nearest}, or give head_dim to make it independent of the width"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Self:
+        if 1 < self.experts < self.active:
+            raise ValueError(f"active = {self.active} of {self.experts} experts cannot be; set active: {self.experts}")
         return self
 
     @property

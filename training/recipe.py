@@ -69,6 +69,16 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
         return self
 
     @model_validator(mode="after")
+    def _balance_goes_with_experts(self) -> Self:
+        last = self.specs()[-1]
+        if self.objectives.balance and last.image.experts == last.text.experts == 1:
+            raise ValueError(
+                "objectives.balance needs a mixture of experts; set model.image.experts or model.text.experts to 2 or "
+                "more, or drop the objective"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _bias_goes_with_the_sigmoid(self) -> Self:
         sigmoid = self.objectives.contrastive is not None and self.objectives.contrastive.kind == "sigmoid"
         if sigmoid and not self.model.logit_bias:

@@ -33,6 +33,7 @@ _LAYERS: dict[str, tuple[str | None, str | None]] = {
     "gate": ("mlp_width", "width"),
     "up": ("mlp_width", "width"),
     "down": ("width", "mlp_width"),
+    "router": (None, "width"),
     "projection": (None, "width"),
 }
 # One vector a channel of the stream. A norm divides by statistics that a stream of copies does not change.

@@ -23,7 +23,7 @@ from .plan import Drops, Layers
 from .rules import Read, Rule, zero
 
 # The maps that write into the residual stream; with their biases they are all that has to be zero.
-WRITES = re.compile(r"\.(attention\.out|cross\.out|mlp\.down)\.(weight|bias)$")
+WRITES = re.compile(r"\.(attention\.out|cross\.out|mlp\.(?:experts\.\d+\.)?down)\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Drop:
         return {"operator": "drop", "field": self.field, "from": self.old, "to": len(self.kept), "dropped": dropped}
 
 
-def kept_blocks(stack: str, old: int, new: int, drop: Drops, read: Read | None) -> list[int]:
+def kept_blocks(stack: str, old: int, new: int, drop: Drops, experts: int, read: Read | None) -> list[int]:
     """Indices of the `new` blocks that stay: the first ones, or those with the largest writes into the stream.
 
     A block is worth what it writes: the sum of squares of its output maps, which a block that changes nothing has not.
@@ -102,8 +102,9 @@ def kept_blocks(stack: str, old: int, new: int, drop: Drops, read: Read | None) 
     if drop == "last":
         return list(range(new))
     assert read, "scores need the weights"
+    mlps = [f"mlp.experts.{number}.down" for number in range(experts)] if experts > 1 else ["mlp.down"]
     writes = [
-        sum(read("model", f"{stack}.{i}.{part}.weight").square().sum().item() for part in ("attention.out", "mlp.down"))
+        sum(read("model", f"{stack}.{i}.{part}.weight").square().sum().item() for part in ("attention.out", *mlps))
         for i in range(old)
     ]
     return sorted(sorted(range(old), key=lambda i: (-writes[i], i))[:new])

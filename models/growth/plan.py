@@ -46,6 +46,12 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
             )
     paths = [*before, *(path for path in after if path not in before)]
     changed = {p: (before.get(p, 0), after.get(p, 0)) for p in paths if before.get(p, 0) != after.get(p, 0)}
+    for tower, a, b in (("image", old.image, new.image), ("text", old.text, new.text)):
+        if a.experts > 1 and (a.experts, a.active) != (b.experts, b.active):
+            raise SpecError(
+                f"{tower}.experts = {b.experts} with active = {b.active}: only a dense MLP becomes a mixture without a "
+                f"change of the function; leave it at {a.experts} with active = {a.active}"
+            )
     for path in _ONLY_GROWS:
         if path in changed and changed[path][1] < changed[path][0]:
             raise SpecError(f"shrink: {path} = {changed[path][1]}: it only grows; leave it at {changed[path][0]}")
@@ -119,6 +125,7 @@ def plan_growth(
 
 def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Operator]:
     """Channels, heads and hidden units of both towers."""
+    from .experts import Upcycle
     from .heads import HeadDim
     from .width import Truncate, Widen
 
@@ -131,6 +138,8 @@ def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Op
         )
         operators += [Widen(f"{tower}.{axis}", m, n, unit, copies, seed) for axis, m, n, unit in axes if m < n]
         operators += [Truncate(f"{tower}.{axis}", m, n, unit) for axis, m, n, unit in axes if m > n]
+        if b.experts > a.experts:
+            operators.append(Upcycle(tower, b.experts, b.width, seed))
         if b.head_width > a.head_width:
             operators.append(HeadDim(f"{tower}.heads", a.head_width, b.head_width, b.heads, copies, seed))
     return operators
@@ -146,11 +155,12 @@ def _blocks(
     before, after = old.sizes(), new.sizes()
     operators: list[Operator] = []
     for path, stack in STACKS.items():
+        experts = (old.image if path == "image.depth" else old.text).experts
         small, large = int(before.get(path, 0)), int(after.get(path, 0))
         if 0 < small < large:
             operators.append(Depth(path, stack, small, large, layers))
         elif 0 < large < small:
-            operators.append(Drop(path, stack, small, tuple(kept_blocks(stack, small, large, drop, read))))
+            operators.append(Drop(path, stack, small, tuple(kept_blocks(stack, small, large, drop, experts, read))))
     if new.caption and not old.caption:
         operators.append(NewCaptioner(new, seed))
     return operators

@@ -64,6 +64,7 @@ OPERATIONS: dict[str, Callable[[ModelSpec, int], dict[str, int | float]]] = {
     "embed_dim": lambda s, n: {"embed_dim": s.embed_dim + n},
     "depth": lambda s, n: {"image.depth": s.image.depth + n, "text.depth": s.text.depth + n},
     "caption": lambda s, n: {"caption.depth": (s.caption.depth if s.caption else 0) + n},
+    "experts": lambda s, n: {"image.experts": n + 1, "text.experts": n + 2},
     "vocabulary": lambda s, n: {"text.vocabulary": s.text.vocabulary + n},
 }
 

@@ -165,6 +165,17 @@ def test_a_reset_counts_steps_anew(tmp_path: Path) -> None:
     assert find_commit(str(tmp_path)).manifest.state.applied == 2
 
 
+def test_a_run_gets_experts_and_balances_them(tmp_path: Path) -> None:
+    stages = "stages=[{samples: 36}, {grow: {text.experts: 3, image.experts: 2}, samples: 24}]"
+    train(recipe(stages, "objectives.caption=null", "objectives.balance={}"), tmp_path)
+    assert lines(tmp_path, "grow")[0]["logit_difference"] < 1e-5
+    steps = lines(tmp_path, "step")
+    assert "balance" not in steps[2]["losses"]
+    assert all(0.9 < row["losses"]["balance"] < 3 for row in steps[3:])
+    with pytest.raises(RecipeError, match="objectives.balance needs a mixture of experts"):
+        recipe("objectives.balance={}")
+
+
 @pytest.mark.parametrize(
     ("stage", "message"),
     [

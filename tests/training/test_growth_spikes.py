@@ -1,4 +1,4 @@
-"""Growth leaves no spike in the loss: the table of `tests/benchmarks/growth_spikes.py` at its small size, with bounds."""
+"""Growth leaves no spike in the loss: `tests/benchmarks/growth_spikes.py` at its small size, with bounds."""
 
 from __future__ import annotations
 

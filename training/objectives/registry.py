@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...models.spec import ModelSpec
+from .balance import Balance
 from .base import Objective
 from .caption import Caption
 from .config import ObjectivesConfig
@@ -17,4 +18,6 @@ def build_objectives(config: ObjectivesConfig, spec: ModelSpec | None = None) ->
         built.append(SigmoidContrastive(weight) if config.contrastive.kind == "sigmoid" else Contrastive(weight))
     if config.caption and (spec is None or spec.caption):
         built.append(Caption(config.caption.weight))
+    if config.balance and (spec is None or max(spec.image.experts, spec.text.experts) > 1):
+        built.append(Balance(config.balance.weight))
     return built
