@@ -148,6 +148,16 @@ def test_growth_keeps_the_function_in_fp32(spec: ModelSpec, chosen: list[str], m
     assert change(torch.float32, spec, chosen, more, copies) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@CASES
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_growth_keeps_the_function_on_many_specs(
+    dtype: torch.dtype, bound: float, spec: ModelSpec, chosen: list[str], more: int, copies: Copies
+) -> None:
+    assert change(dtype, spec, chosen, more, copies) < bound
+
+
 PAIRS = [(a, b) for i, a in enumerate(OPERATIONS) for b in list(OPERATIONS)[i:]]
 
 
