@@ -8,17 +8,19 @@ another, and each one met is an entry of the batch's ledger.
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from math import floor
 from typing import TYPE_CHECKING, Any
 
+from .ahead import Ahead
 from .blocks import BlockCache
 from .config import CacheConfig, DataConfig, DataError
 from .decode import captions_and_labels, centre_crop, picture, random_crop
-from .files import shown_url
+from .files import is_remote, shown_url
 from .ledger import BadSample, LedgerEntry, reasons_table
-from .order import Mixture, Order, Place, Places, stream
+from .order import Line, Mixture, Order, Place, Places, stream
 from .record import Batch, Sample, collate
 from .source import Source, open_source
 from .text import Tokenizer
@@ -48,20 +50,47 @@ class Loader:
         captions at most `context` tokens long."""
         assert config.batch % world == 0, "the recipe checks this"
         self.config, self.rank, self.world = config, rank, world
-        cache = BlockCache(config.cache.bytes)
-        self.sources = [open_source(each.source, cache) for each in config.train]
+        self.cache = BlockCache(config.cache.bytes)
+        self.sources = [open_source(each.source, self.cache) for each in config.train]
         shards = [source.shard_lengths for source in self.sources]
         mixtures = mixtures or [Mixture(0, tuple(each.weight for each in config.train))]
         self.order = Order(seed, shards, mixtures, config.batch, config.shuffle, config.lanes)
+        for source, line in zip(self.sources, self.order.sources, strict=True):
+            self._cache_windows(source, line)
         self._items = _Items(self.sources, self.order, config, resolution, context)
         self._bad: dict[str, dict[tuple[str, str], LedgerEntry]] = {}
+
+    def _cache_windows(self, source: Source, line: Line) -> None:
+        """Reads a source that is too large for the cache through it all the same, where its windows are not."""
+        if source.is_cached or not is_remote(source.url) or not self.cache.limit:
+            return
+        total, need = sum(source.shard_sizes), sum(source.shard_sizes)
+        if line.lanes:  # of each lane a window, the one after it, and the blocks at their ends
+            window = line.most_in_window * total // len(source) + min(self.cache.block, max(source.shard_sizes))
+            need = min(need, 2 * line.lanes * window)
+        source.read_through(self.cache, need)
+        if not source.is_cached and self.rank == 0:
+            logging.getLogger(__name__).warning(
+                "%s: data.cache.limit = %s has no room for the %.1f GB that are drawn from at a time, so every sample "
+                "is a request of its own; raise the limit, or lower data.shuffle = %d or data.lanes = %d",
+                shown_url(source.url),
+                self.config.cache.limit,
+                need / 1e9,
+                self.config.shuffle,
+                self.config.lanes,
+            )
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
         """This rank's share of global batch `step`, `step` + 1, ... without end. Close the iterator to end its
         processes. Raises DataError if a source cannot be read, or a decoding process dies."""
+        ahead = None
+        if any(source.is_cached for source in self.sources):
+            ahead = Ahead(self.order, self.sources, self.cache, self.rank, self.world, step)
         batches, batch = iter(self._data_loader(step)), None
         try:
             while True:
+                if ahead:
+                    ahead.reached(step)
                 try:
                     batch = next(batches)
                 except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died handing over
@@ -74,6 +103,8 @@ class Loader:
                 step += 1
         finally:  # end the processes here and now, not when a traceback that holds this frame is collected
             del batches, batch
+            if ahead:
+                ahead.close()
 
     def keys(self, step: int) -> list[str]:
         """The keys of the whole global batch `step`; nothing is read. A bad sample is named, not its spare."""

@@ -11,7 +11,8 @@ drawn before it. Then a resume is one integer, and world size and loader workers
   `shuffle` samples is permuted as a whole. A larger one could then only be read sample by sample, each node fetching
   every shard, so it is read in **lanes**: a pass permutes the shards, lays them end to end and cuts that line into L
   lanes of equal length; every lane is read front to back in windows of shuffle / L samples, permuted within, and
-  consecutive draws visit the lanes in turn.
+  consecutive draws visit the lanes in turn. The first windows differ in length, so that later ones do not all end at
+  once.
 - Who reads it: the places of a global batch are sorted by lane and dealt to the ranks in equal slices. So a rank has
   the same lanes step after step, in each of which it reads large stretches of a shard: a shard is read by one rank a
   pass, but for those at the edges of lanes. Which lanes follow one another is a golden stride over the line, so that
@@ -259,10 +260,11 @@ class Line:
         self.lanes = 0 if self.length <= shuffle else lanes
         """0: the source is permuted as a whole"""
         if self.lanes:
-            self._window = max(1, shuffle // lanes)
+            self.most_in_window = max(1, shuffle // lanes)
             self._stride = next(n for n in range(max(1, round(lanes * 0.618)), lanes + 1) if gcd(n, lanes) == 1)
             turn = np.empty(lanes, np.int64)  # the turn of each lane
             turn[np.arange(lanes) * self._stride % lanes] = np.arange(lanes)
+            self._phases = turn * self.most_in_window // lanes  # by how much a lane's first window is shorter
             self._sizes = self.length // lanes + (turn < self.length % lanes)
             self._starts = np.cumsum(self._sizes) - self._sizes
         self._layouts: dict[int, tuple[Ints, Ints]] = {}
@@ -292,8 +294,10 @@ class Line:
     def _windows(self, draw: Ints) -> tuple[Ints, Ints, Ints]:
         """For draws of one pass: lane, where on the line the window starts, and how long it is."""
         lane = draw % self.lanes * self._stride % self.lanes
-        within = draw // self.lanes // self._window * self._window
-        return lane, self._starts[lane] + within, np.minimum(self._window, self._sizes[lane] - within)
+        phase = self._phases[lane]
+        end = ((draw // self.lanes + phase) // self.most_in_window + 1) * self.most_in_window - phase
+        start = np.maximum(end - self.most_in_window, 0)
+        return lane, self._starts[lane] + start, np.minimum(end, self._sizes[lane]) - start
 
     def window(self, draw: int) -> tuple[int, int]:
         """Start and size, on the line, of the stretch that is read together with this draw."""
