@@ -20,6 +20,7 @@ from treering.training.loop import train
 from treering.training.optimizer import Optimizer
 from treering.training.recipe import Recipe
 from treering.training.stages import GrowthConfig, StageConfig, faded, rewarmed, since_growth
+from treering.training.world import World
 
 TINY = [
     "data.batch=12",
@@ -165,9 +166,17 @@ def test_a_reset_counts_steps_anew(tmp_path: Path) -> None:
     assert find_commit(str(tmp_path)).manifest.state.applied == 2
 
 
-def test_a_run_gets_experts_and_balances_them(tmp_path: Path) -> None:
+def test_a_run_gets_experts_and_balances_them_in_any_world(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
     stages = "stages=[{samples: 36}, {grow: {text.experts: 3, image.experts: 2}, samples: 24}]"
-    train(recipe(stages, "objectives.caption=null", "objectives.balance={}"), tmp_path)
+    balanced = recipe(stages, "objectives.caption=null", "objectives.balance={}")
+    train(balanced, tmp_path)
+
+    def one_rank(group: World) -> bool:
+        return train(balanced, tmp_path / "two").finished
+
+    assert on_ranks(2, one_rank, limit=120) == [True, True]
+    for ours, theirs in zip(losses(tmp_path / "two"), losses(tmp_path), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
     assert lines(tmp_path, "grow")[0]["logit_difference"] < 1e-5
     steps = lines(tmp_path, "step")
     assert "balance" not in steps[2]["losses"]
