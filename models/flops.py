@@ -35,6 +35,9 @@ def forward_flops(spec: ModelSpec, text_tokens: float) -> float:
     total += 2 * patches * 3 * spec.image.patch**2 * spec.image.width
     total += spec.text.depth * _block(spec.text, text_tokens, seen)
     total += 2 * (spec.image.width + spec.text.width) * spec.embed_dim
+    if spec.shared:
+        total += spec.shared.depth * (_block(spec.shared, patches, patches) + _block(spec.shared, text_tokens, seen))
+        total += 4 * spec.shared.width * (patches * spec.image.width + text_tokens * spec.text.width)
     if spec.caption:
         total += spec.caption.depth * _block(spec.text, text_tokens, seen, patches, spec.image.width)
         total += 2 * (text_tokens - 1) * spec.text.width * spec.text.vocabulary
@@ -62,6 +65,9 @@ def parameters(spec: ModelSpec) -> int:
     total = blocks(image, image.depth) + blocks(text, text.depth) + 1 + spec.logit_bias
     total += image.width * (3 * image.patch**2 + 1 + image.grid**2) + text.width * (text.vocabulary + text.context)
     total += spec.embed_dim * (image.width + text.width)
+    if spec.shared:
+        total += blocks(spec.shared, spec.shared.depth) + 2 * (spec.shared.width + 1)
+        total += (2 * spec.shared.width + 1) * (image.width + text.width)
     return total + (blocks(text, spec.caption.depth, image.width) if spec.caption else 0)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .captioner import Captioner
+from .shared import Shared
 from .spec import ModelSpec
 from .towers import ImageTower, TextTower, TowerOutput
 from .transformer import Experts
@@ -47,6 +48,7 @@ class Model(nn.Module):
         self.spec = spec
         self.image = ImageTower(spec.image, spec.embed_dim)
         self.text = TextTower(spec.text, spec.embed_dim)
+        self.shared = Shared(spec) if spec.shared else None
         self.captioner = Captioner(spec) if spec.caption else None
         # Shape [1]: sharded engines refuse 0-dimensional parameters.
         self.logit_scale = nn.Parameter(torch.empty(1))
@@ -56,11 +58,12 @@ class Model(nn.Module):
 
     def embed_images(self, images: Tensor) -> TowerOutput:
         """Embed uint8 pictures [b, 3, resolution, resolution]; they are normalised here, on the device."""
-        return self.image((images.to(self.image_std.dtype) / 255 - self.image_mean) / self.image_std)
+        pixels = (images.to(self.image_std.dtype) / 255 - self.image_mean) / self.image_std
+        return self.image(pixels, self.shared.image if self.shared else None)
 
     def embed_texts(self, tokens_t: Tensor, lengths_b: Tensor) -> TowerOutput:
         """Embed packed captions: int64 [t] ids, int64 [b] lengths."""
-        return self.text(tokens_t, lengths_b)
+        return self.text(tokens_t, lengths_b, self.shared.text if self.shared else None)
 
     def scale(self) -> Tensor:
         """The factor on cosine similarities, [1], at most 100."""
@@ -87,6 +90,7 @@ def initialise(spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]], seed: 
     Matrices that write into a residual stream are smaller by the root of its number of writes, as in CLIP and GPT-2.
     """
     writes = {"image": 2 * spec.image.depth, "text": 2 * spec.text.depth}
+    writes["shared"] = 2 * spec.shared.depth if spec.shared else 1
     writes["captioner"] = 3 * spec.caption.depth if spec.caption else 1
     for name, parameter in parameters:
         if name == "logit_scale":

@@ -111,6 +111,10 @@ class CaptionSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     depth: int = Field(gt=0, description="number of cross-attending blocks on top of the text tower")
 
 
+class SharedSpec(TowerSpec, frozen=True, extra="forbid", strict=True):
+    """Blocks that both towers send their tokens through before pooling, each behind a gate (after GrowCLIP)."""
+
+
 class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     """A dual encoder, with a captioner on its text tower if `caption` is given."""
 
@@ -118,6 +122,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     image: ImageSpec
     text: TextSpec
     caption: CaptionSpec | None = Field(None, description="leave out for a pure dual encoder")
+    shared: SharedSpec | None = Field(None, description="blocks that both towers share; leave out for none")
     logit_bias: bool = Field(False, description="learn a bias on similarities, as the sigmoid loss needs")
 
     def grown(self, targets: Mapping[str, int | float]) -> ModelSpec:
@@ -153,7 +158,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
                 branch[part] = branch[part] or {}
                 branch = branch[part]
             branch[key] = value
-        for tower, old in (("image", self.image), ("text", self.text)):
+        for tower, old in self.transformers().items():
             if f"{tower}.width" in targets:
                 self._follow_width(word, tower, old, tree[tower], targets)
         try:
@@ -165,9 +170,10 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
 
     def _current(self, word: str, path: str, value: int | float) -> int | float:
         """The size at `path` now."""
-        known = self.sizes() | {f"{t}.head_dim": getattr(self, t).head_width for t in ("image", "text")}
+        known = self.sizes() | {f"{name}.head_dim": spec.head_width for name, spec in self.transformers().items()}
         if word == "grow":
-            known.setdefault("caption.depth", 0)
+            for part in ("caption.depth", "shared.depth", "shared.width", "shared.heads"):
+                known.setdefault(part, 0)
         if path not in known:
             raise SpecError(f"{word}: {path} = {value}: the model has no such size; it has {', '.join(known)}")
         return known[path]
@@ -192,6 +198,10 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
                     f"set text.width: {max(nearest_multiple(width, old.width), 2 * old.width)}"
                 )
             new["norm_eps"] = old.norm_eps * padding_variance(old.width, width)
+
+    def transformers(self) -> dict[str, TowerSpec]:
+        """The transformers of the model by name; the captioner's is the text tower's."""
+        return {"image": self.image, "text": self.text} | ({"shared": self.shared} if self.shared else {})
 
     def sizes(self) -> dict[str, int | float]:
         """Every size of the spec by its dotted path, as `grow:` names them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ..spec import ModelSpec, SpecError
+from ..spec import ModelSpec, SpecError, TowerSpec
 
 if TYPE_CHECKING:  # the operators need torch, reading a recipe does not
     from .rules import Operator, Read
@@ -26,6 +26,7 @@ STACKS = {
     "image.depth": "image.transformer.blocks",
     "text.depth": "text.transformer.blocks",
     "caption.depth": "captioner.transformer.blocks",
+    "shared.depth": "shared.transformer.blocks",
 }
 _ONLY_GROWS = ("text.vocabulary",)
 
@@ -36,7 +37,7 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
     Raises SpecError for a difference that no operator makes.
     """
     before, after = old.sizes(), new.sizes()
-    for tower, a, b in (("image", old.image, new.image), ("text", old.text, new.text)):
+    for tower, a, b in _both(old, new):
         before[f"{tower}.head_dim"], after[f"{tower}.head_dim"] = a.head_width, b.head_width
         if b.head_width < a.head_width:
             raise SpecError(
@@ -46,7 +47,7 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
             )
     paths = [*before, *(path for path in after if path not in before)]
     changed = {p: (before.get(p, 0), after.get(p, 0)) for p in paths if before.get(p, 0) != after.get(p, 0)}
-    for tower, a, b in (("image", old.image, new.image), ("text", old.text, new.text)):
+    for tower, a, b in _both(old, new):
         if a.experts > 1 and (a.experts, a.active) != (b.experts, b.active):
             raise SpecError(
                 f"{tower}.experts = {b.experts} with active = {b.active}: only a dense MLP becomes a mixture without a "
@@ -61,6 +62,12 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
             f"set image.resolution: {old.image.grid * new.image.patch} with it"
         )
     return changed
+
+
+def _both(old: ModelSpec, new: ModelSpec) -> list[tuple[str, TowerSpec, TowerSpec]]:
+    """The transformers that both specs have, by name."""
+    after = new.transformers()
+    return [(name, a, after[name]) for name, a in old.transformers().items() if name in after]
 
 
 def check_tokens(old: ModelSpec, new: ModelSpec, tokens: Sequence[Sequence[int]]) -> None:
@@ -130,7 +137,7 @@ def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Op
     from .width import Truncate, Widen
 
     operators: list[Operator] = []
-    for tower, a, b in (("image", old.image, new.image), ("text", old.text, new.text)):
+    for tower, a, b in _both(old, new):
         axes = (
             ("width", a.width, b.width, 1),
             ("heads", a.heads, b.heads, a.head_width),
@@ -151,11 +158,13 @@ def _blocks(
     """Blocks of all stacks, and a captioner where there was none."""
     from .captioning import NewCaptioner
     from .depth import Depth, Drop, kept_blocks
+    from .sharing import NewShared
 
     before, after = old.sizes(), new.sizes()
     operators: list[Operator] = []
     for path, stack in STACKS.items():
-        experts = (old.image if path == "image.depth" else old.text).experts
+        tower = path.split(".")[0].replace("caption", "text")
+        experts = old.transformers()[tower].experts if tower in old.transformers() else 1
         small, large = int(before.get(path, 0)), int(after.get(path, 0))
         if 0 < small < large:
             operators.append(Depth(path, stack, small, large, layers))
@@ -163,4 +172,6 @@ def _blocks(
             operators.append(Drop(path, stack, small, tuple(kept_blocks(stack, small, large, drop, experts, read))))
     if new.caption and not old.caption:
         operators.append(NewCaptioner(new, seed))
+    if new.shared and not old.shared:
+        operators.append(NewShared(new, seed))
     return operators

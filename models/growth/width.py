@@ -63,7 +63,8 @@ class Widen:
             return Rule(name, {**maps, "exp_avg_sq": self._repeat(use.dim, 0)}, rate=self.old / self.new)
         if use.norm and self.padding:
             return self._norm(name)
-        return Rule(name, {kind: self._repeat(use.dim, power) for kind, power in _WRITER.items()})
+        fill = None if use.padded else 0.0
+        return Rule(name, {kind: self._repeat(use.dim, power, fill) for kind, power in _WRITER.items()})
 
     def _norm(self, name: str) -> Rule:
         """A norm over a padded stream: gain x sqrt s, its gradient the old / sqrt s, and no shift of the padding."""

@@ -122,6 +122,27 @@ def test_a_captioner_comes_with_any_other_growth() -> None:
     assert apart(model, resized(model, spec)) < 1e-12
 
 
+# Shared blocks where there were none
+
+
+def test_shared_blocks_enter_through_a_zero_gate() -> None:
+    model = perturbed(SPEC.grown({"caption.depth": 1}))
+    spec = model.spec.grown({"shared.depth": 2, "shared.width": 16, "shared.heads": 2})
+    sharing = resized(model, spec)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(sharing), strict=True))
+    with torch.device("meta"):
+        assert parameters(spec) == sum(p.numel() for p in Model(spec).parameters())
+    output = sharing(pictures(8), torch.arange(15), torch.tensor([4, 9, 2]))
+    (output.image.pooled.sin().sum() + output.text.pooled.sin().sum()).backward()
+    assert sharing.shared.image_gate.grad.abs() > 0
+    assert sharing.shared.text_gate.grad.abs() > 0
+    with torch.no_grad():
+        sharing.shared.image_gate.fill_(0.5)
+    before, after = outputs(model), outputs(sharing)
+    assert not torch.allclose(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+
+
 # Patches and words
 
 

@@ -19,7 +19,7 @@ from treering.models.growth.plan import Copies, plan_growth
 from treering.models.growth.positions import Context, Resolution
 from treering.models.growth.rules import Operator, grown, grown_rate
 from treering.models.model import Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SharedSpec, TextSpec
 from treering.training.optimizer import Optimizer, OptimizerConfig
 
 TIED = ModelSpec(
@@ -47,6 +47,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         image=ImageSpec(depth=draw(st.integers(1, 2)), patch=4, resolution=8, **tower(40)),
         text=TextSpec(depth=draw(st.integers(1, 2)), context=9, **tower(30)),
         caption=draw(st.sampled_from([None, CaptionSpec(depth=1), CaptionSpec(depth=2)])),
+        shared=draw(st.sampled_from([None, SharedSpec(width=8, depth=1, heads=2)])),
     )
 
 
@@ -65,6 +66,11 @@ OPERATIONS: dict[str, Callable[[ModelSpec, int], dict[str, int | float]]] = {
     "depth": lambda s, n: {"image.depth": s.image.depth + n, "text.depth": s.text.depth + n},
     "caption": lambda s, n: {"caption.depth": (s.caption.depth if s.caption else 0) + n},
     "experts": lambda s, n: {"image.experts": n + 1, "text.experts": n + 2},
+    "shared": lambda s, n: (
+        {"shared.depth": 1 + n, "shared.width": 8 + 4 * n, "shared.mlp_ratio": 4.0 + n}
+        if s.shared
+        else {"shared.depth": n, "shared.width": 8, "shared.heads": 2}
+    ),
     "vocabulary": lambda s, n: {"text.vocabulary": s.text.vocabulary + n},
 }
 
@@ -185,8 +191,7 @@ def test_growing_twice_keeps_the_function_and_draws_anew() -> None:
 @settings(max_examples=20, deadline=None)
 def test_every_dimension_is_on_the_axis_it_is_said_to_be(spec: ModelSpec) -> None:
     sizes = {}
-    for tower in ("image", "text"):
-        part = getattr(spec, tower)
+    for tower, part in spec.transformers().items():
         sizes |= {f"{tower}.width": part.width, f"{tower}.heads": part.attention_width}
         sizes[f"{tower}.mlp_width"] = part.mlp_width
     with torch.device("meta"):
@@ -195,7 +200,8 @@ def test_every_dimension_is_on_the_axis_it_is_said_to_be(spec: ModelSpec) -> Non
         found = uses(name)
         assert [p.shape[use.dim] for use in found] == [sizes[use.axis] for use in found], name
         fixed = {"patches.weight", "projection.weight", "token_embedding.weight", "position_embedding"}
-        complete = len(found) == p.ndim or name == "logit_scale" or name.split(".", 1)[1] in fixed
+        scalar = p.numel() == 1
+        complete = len(found) == p.ndim or scalar or name.split(".", 1)[1] in fixed
         assert complete, name
 
 
@@ -236,17 +242,19 @@ def score(found: dict[str, Tensor]) -> Tensor:
         {"image.mlp_ratio": 5.5, "text.mlp_ratio": 4.5},
         {"image.width": 24, "text.width": 24, "text.mlp_ratio": 5.0},
         {"image.head_dim": 12, "text.head_dim": 7},
+        {"shared.width": 16, "text.width": 16},
     ],
     ids=str,
 )
 def test_the_grown_gradient_is_the_mapped_one(targets: dict[str, Any]) -> None:
     """For plain copies: the first moment's map is the gradient's, the second's that of its square."""
-    model = perturbed(TIED)
+    spec = TIED.grown({"shared.depth": 1, "shared.width": 8, "shared.heads": 2})
+    model = perturbed(spec)
     score(outputs(model)).backward()
     larger = grow(model, targets, "duplicate")
     score(outputs(larger)).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    plan = plan_growth(TIED, larger.spec, 3, "duplicate")
+    plan = plan_growth(spec, larger.spec, 3, "duplicate")
     first = grown(plan, lambda kind, name: gradients[name])
     second = grown(plan, lambda kind, name: gradients[name].square())
     for name, p in larger.named_parameters():
