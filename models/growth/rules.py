@@ -40,8 +40,8 @@ class Rule:
     """factor on the source's learning rate; its weight decay is divided by it"""
 
     def apply(self, kind: str, tensor: Tensor) -> Tensor:
-        """The new tensor of this kind."""
-        return self.maps.get(kind, keep)(tensor)
+        """The new tensor of this kind; `ema`, a running average of the weights, is made as the weights are."""
+        return self.maps.get("model" if kind == "ema" else kind, keep)(tensor)
 
 
 class Operator(Protocol):

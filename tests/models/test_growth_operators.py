@@ -79,6 +79,18 @@ def apart(one: Model, other: Model) -> float:
     return max((a - b).abs().max().item() for a, b in zip(outputs(one), outputs(other), strict=False))
 
 
+def test_an_average_of_weights_grows_as_the_weights_do() -> None:
+    model = perturbed(SPEC)
+    plan = plan_growth(
+        SPEC, SPEC.grown({"image.width": 18, "text.depth": 3, "caption.depth": 1, "image.experts": 2}), 3
+    )
+    state = {f"{kind}/{name}": p.detach() for name, p in model.named_parameters() for kind in ("model", "ema")}
+    names = [name for name, _ in build(SPEC.grown({"caption.depth": 1, "text.depth": 3}), 0).named_parameters()]
+    names = [name for name in names if ".mlp." not in name or not name.startswith("image")]
+    found = GrownState(plan, state, [f"{kind}/{name}" for kind in ("model", "ema") for name in names])
+    assert all(torch.equal(found[f"model/{name}"], found[f"ema/{name}"]) for name in names)
+
+
 # Depth by name
 
 
