@@ -1,7 +1,7 @@
 """What is streamed: tar shards of pictures and captions, as batches in an exact order.
 
-The way of a sample: `source` -> `Record` -> `decode`, `text`, by the `draws` of its position -> `Sample` -> `loader`, in
-the order of `order`, in the processes of `workers` -> `Batch`; what a sample may carry beside its picture is in
+The way of a sample: `source` -> `Record` -> `decode`, `text`, by the `draws` of its position -> `Sample` -> `loader`,
+in the order of `order`, in the processes of `workers` -> `Batch`; what a sample may carry beside its picture is in
 `captions`, `boxes` and `vectors`. Under a source: `opening` finds out about its shards and what its `filter` accepts,
 `shards` walks them (`tar`, `unpack`) and makes an `index` each with the `metadata`, kept in `tables`; `summary` sums
 them up, `beside` is where they lie. `files` reads bytes; `retries`, `blocks` and `ahead` stand between it and a store.

@@ -131,6 +131,47 @@ def evaluate(
 
 
 @app.command()
+def grow(
+    commit: Annotated[
+        str, typer.Argument(metavar="COMMIT", help="A commit's URL, or a run folder for its newest commit.")
+    ],
+    out: Annotated[str, typer.Option("--out", metavar="URL", help="A new run folder, or the URL of an empty store.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="As in a stage: samples=40000, copies=noise, layers=zero, moments=map."
+        ),
+    ] = None,
+    to: Annotated[
+        list[str] | None, typer.Option("--to", metavar="SIZE=N", help="Sizes to reach: image.depth=12,text.depth=8.")
+    ] = None,
+    shrink: Annotated[
+        list[str] | None, typer.Option("--shrink", metavar="SIZE=N", help="Smaller sizes to reach; lossy.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Grow a commit offline, in memory for one tensor, and write the recipe that trains it on.
+
+    The new commit is what a run would have had that grew there. The grown model trains for what is left of the commit's
+    stage, and then in the stages that were to follow; or for samples=N, and then the run ends.
+
+        treering grow runs/emoji --to image.depth=12 --out runs/emoji-12 samples=48000
+    """
+    from .growing import grow_offline
+
+    found = grow_offline(commit, to or [], shrink or [], options or [], out)
+    if as_json:
+        _print_json(found)
+        return
+    before, after = found["parameters_before"], found["parameters_after"]
+    sizes = ", ".join(f"{path} {found['from'][path]} to {size}" for path, size in found["to"].items())
+    lossy = [step["operator"] for step in found["operators"] if step.get("lossy")]
+    kept = f"lossy: {', '.join(lossy)}" if lossy else "computes what it computed before"
+    text = f"{sizes}; {before:,} to {after:,} parameters; {kept}\ncommit  {found['commit']}\n"
+    Console().print(Text(f"{text}next    {' '.join(found['continue'])}"), soft_wrap=True)
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]) -> None:
     """Write the report page of a run again, at any time of its life, and print where it is."""
     from ..training.report import write_report

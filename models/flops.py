@@ -9,10 +9,17 @@ from __future__ import annotations
 from .spec import ModelSpec, TowerSpec
 
 
+def _mlp_maps(spec: TowerSpec) -> int:
+    """Linear maps of one MLP."""
+    return 3 if spec.mlp == "swiglu" else 2
+
+
 def _block(spec: TowerSpec, tokens: float, attended: float, memory_tokens: float = 0, memory_width: int = 0) -> float:
     """One block's forward operations for one sample; `attended` keys are seen by a query on average."""
     inner = spec.attention_width
-    dense = tokens * (4 * spec.width * inner + 2 * spec.width * spec.mlp_width)
+    mlps, router = (spec.active, spec.experts) if spec.experts > 1 else (1, 0)
+    dense = tokens * (4 * spec.width * inner + mlps * _mlp_maps(spec) * spec.width * spec.mlp_width)
+    dense += tokens * router * spec.width
     mixing = 2 * tokens * attended * inner
     if memory_tokens:
         dense += tokens * 2 * spec.width * inner + memory_tokens * 2 * memory_width * inner
@@ -28,6 +35,9 @@ def forward_flops(spec: ModelSpec, text_tokens: float) -> float:
     total += 2 * patches * 3 * spec.image.patch**2 * spec.image.width
     total += spec.text.depth * _block(spec.text, text_tokens, seen)
     total += 2 * (spec.image.width + spec.text.width) * spec.embed_dim
+    if spec.shared:
+        total += spec.shared.depth * (_block(spec.shared, patches, patches) + _block(spec.shared, text_tokens, seen))
+        total += 4 * spec.shared.width * (patches * spec.image.width + text_tokens * spec.text.width)
     if spec.caption:
         total += spec.caption.depth * _block(spec.text, text_tokens, seen, patches, spec.image.width)
         total += 2 * (text_tokens - 1) * spec.text.width * spec.text.vocabulary
@@ -44,7 +54,9 @@ def parameters(spec: ModelSpec) -> int:
     def blocks(tower: TowerSpec, depth: int, memory_width: int | None = None) -> int:
         norms = 2 * tower.width
         block = 2 * norms + attention(tower, tower.width)
-        block += tower.mlp_width * (2 * tower.width + 1) + tower.width
+        maps = _mlp_maps(tower)
+        block += tower.experts * (tower.mlp_width * (maps * tower.width + maps - 1) + tower.width)
+        block += tower.experts * tower.width if tower.experts > 1 else 0
         if memory_width is not None:
             block += norms + attention(tower, memory_width)
         return depth * block + norms
@@ -53,6 +65,9 @@ def parameters(spec: ModelSpec) -> int:
     total = blocks(image, image.depth) + blocks(text, text.depth) + 1 + spec.logit_bias
     total += image.width * (3 * image.patch**2 + 1 + image.grid**2) + text.width * (text.vocabulary + text.context)
     total += spec.embed_dim * (image.width + text.width)
+    if spec.shared:
+        total += blocks(spec.shared, spec.shared.depth) + 2 * (spec.shared.width + 1)
+        total += (2 * spec.shared.width + 1) * (image.width + text.width)
     return total + (blocks(text, spec.caption.depth, image.width) if spec.caption else 0)
 
 

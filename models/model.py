@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .captioner import Captioner
+from .shared import Shared
 from .spec import ModelSpec
 from .towers import ImageTower, TextTower, TowerOutput
+from .transformer import Experts
 
 # The constants CLIP normalises pictures with (Radford et al., arXiv 2103.00020); weights are only portable with them.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -30,6 +33,8 @@ class ModelOutput(NamedTuple):
     """[1]: added to scaled similarities by a sigmoid loss, or None if the model has none"""
     caption: Tensor | None
     """[t, d] states of the captioner in the text layout, or None without one"""
+    routing: tuple[tuple[Tensor, Tensor], ...] = ()
+    """of every mixture of experts: tokens of each expert [e], and its gates summed over the tokens [e]"""
 
 
 class Model(nn.Module):
@@ -43,6 +48,7 @@ class Model(nn.Module):
         self.spec = spec
         self.image = ImageTower(spec.image, spec.embed_dim)
         self.text = TextTower(spec.text, spec.embed_dim)
+        self.shared = Shared(spec) if spec.shared else None
         self.captioner = Captioner(spec) if spec.caption else None
         # Shape [1]: sharded engines refuse 0-dimensional parameters.
         self.logit_scale = nn.Parameter(torch.empty(1))
@@ -52,11 +58,12 @@ class Model(nn.Module):
 
     def embed_images(self, images: Tensor) -> TowerOutput:
         """Embed uint8 pictures [b, 3, resolution, resolution]; they are normalised here, on the device."""
-        return self.image((images.to(self.image_std.dtype) / 255 - self.image_mean) / self.image_std)
+        pixels = (images.to(self.image_std.dtype) / 255 - self.image_mean) / self.image_std
+        return self.image(pixels, self.shared.image if self.shared else None)
 
     def embed_texts(self, tokens_t: Tensor, lengths_b: Tensor) -> TowerOutput:
         """Embed packed captions: int64 [t] ids, int64 [b] lengths."""
-        return self.text(tokens_t, lengths_b)
+        return self.text(tokens_t, lengths_b, self.shared.text if self.shared else None)
 
     def scale(self) -> Tensor:
         """The factor on cosine similarities, [1], at most 100."""
@@ -66,7 +73,8 @@ class Model(nn.Module):
         """Both towers, and the captioner if there is one."""
         image, text = self.embed_images(images), self.embed_texts(tokens_t, lengths_b)
         caption = self.captioner(image, text) if self.captioner is not None else None
-        return ModelOutput(image, text, self.scale(), self.logit_bias, caption)
+        routing = tuple((mlp.counts_e, mlp.gates_e) for mlp in self.modules() if isinstance(mlp, Experts))
+        return ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing)
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -76,15 +84,15 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 
 
 @torch.no_grad()
-def initialise(model: Model, seed: int) -> None:
-    """Fill the parameters with CLIP's scales, each from a stream of its own name.
+def initialise(spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]], seed: int) -> None:
+    """Fill parameters of a model by their names with CLIP's scales, each from a stream of its own name.
 
     Matrices that write into a residual stream are smaller by the root of its number of writes, as in CLIP and GPT-2.
     """
-    spec = model.spec
     writes = {"image": 2 * spec.image.depth, "text": 2 * spec.text.depth}
+    writes["shared"] = 2 * spec.shared.depth if spec.shared else 1
     writes["captioner"] = 3 * spec.caption.depth if spec.caption else 1
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if name == "logit_scale":
             parameter.fill_(math.log(10.0 if spec.logit_bias else 1 / 0.07))
         elif name == "logit_bias":
@@ -106,5 +114,5 @@ def build(spec: ModelSpec, seed: int) -> Model:
     model.to_empty(device="cpu")
     model.image_mean.copy_(torch.tensor(IMAGE_MEAN).view(3, 1, 1))
     model.image_std.copy_(torch.tensor(IMAGE_STD).view(3, 1, 1))
-    initialise(model, seed)
+    initialise(spec, model.named_parameters(), seed)
     return model

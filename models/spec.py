@@ -7,7 +7,7 @@ A spec holds no tensors and no behaviour beyond checking itself; `treering.model
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self, TypeGuard
+from typing import Any, Literal, Self, TypeGuard
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -18,15 +18,14 @@ class SpecError(ValueError):
     """A model that cannot be built or grown as asked; the message names the field, the value and the remedy."""
 
 
-def check_whole_factor(path: str, old: int, new: int) -> None:
-    """Raise SpecError if the width at `path` cannot grow from `old` to `new`: its norms allow whole factors only."""
-    if new % old:
-        below = new - new % old
-        nearest = below if new - below <= below + old - new else below + old
-        raise SpecError(
-            f"grow: {path} = {new} is no multiple of {old}, and the norms on a stream of {old} channels keep their "
-            f"statistics only under whole factors; set {path}: {nearest}"
-        )
+def nearest_multiple(size: int, of: int) -> int:
+    """The multiple of `of` that is nearest to `size`, at least one `of`; the larger of two that are as near."""
+    return max(1, (2 * size + of) // (2 * of)) * of
+
+
+def padding_variance(old: int, new: int) -> float:
+    """Factor on a stream's variance when whole copies of it are padded with its mean, from `old` to `new` channels."""
+    return new // old * old / new
 
 
 class TowerSpec(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -37,6 +36,12 @@ class TowerSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     heads: int = Field(gt=0, description="attention heads of every block")
     head_dim: int | None = Field(None, gt=0, description="channels of one head; left out: width / heads")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden units of the MLP per channel of the stream")
+    mlp: Literal["gelu", "swiglu"] = Field("gelu", description="the MLP's non-linearity; swiglu: gated, one map more")
+    experts: int = Field(1, ge=1, description="MLPs of every block; 1: dense, more: a router chooses for each token")
+    active: int = Field(2, ge=1, description="experts that a token goes through, where there are several")
+    norm_eps: float = Field(
+        1e-5, gt=0, description="added to the variance in every norm; growth to a width that is no multiple scales it"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -49,10 +54,21 @@ class TowerSpec(BaseModel, frozen=True, extra="forbid", strict=True):
             )
         return self
 
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Self:
+        if 1 < self.experts < self.active:
+            raise ValueError(f"active = {self.active} of {self.experts} experts cannot be; set active: {self.experts}")
+        return self
+
+    @property
+    def head_width(self) -> int:
+        """Channels of one head."""
+        return self.head_dim or self.width // self.heads
+
     @property
     def attention_width(self) -> int:
         """Channels of queries, keys and values together over all heads."""
-        return self.heads * (self.head_dim or self.width // self.heads)
+        return self.heads * self.head_width
 
     @property
     def mlp_width(self) -> int:
@@ -97,6 +113,10 @@ class CaptionSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     depth: int = Field(gt=0, description="number of cross-attending blocks on top of the text tower")
 
 
+class SharedSpec(TowerSpec, frozen=True, extra="forbid", strict=True):
+    """Blocks that both towers send their tokens through before pooling, each behind a gate (after GrowCLIP)."""
+
+
 class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     """A dual encoder, with a captioner on its text tower if `caption` is given."""
 
@@ -104,50 +124,96 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     image: ImageSpec
     text: TextSpec
     caption: CaptionSpec | None = Field(None, description="leave out for a pure dual encoder")
+    shared: SharedSpec | None = Field(None, description="blocks that both towers share; leave out for none")
     logit_bias: bool = Field(False, description="learn a bias on similarities, as the sigmoid loss needs")
 
     def grown(self, targets: Mapping[str, int | float]) -> ModelSpec:
-        """The spec with dotted fields set, as in `{"image.depth": 8}`.
+        """The spec with dotted fields set to larger sizes, as in `{"image.depth": 8}`.
 
         Without a head_dim, heads that are not set follow their tower's width, so that a head keeps its channels.
+        A model without a captioner gets one by `caption.depth`. A patch may become smaller or larger.
         Raises SpecError if a field does not exist, shrinks, or makes a model that cannot be.
         """
+        return self._resized("grow", targets)
+
+    def shrunk(self, targets: Mapping[str, int | float]) -> ModelSpec:
+        """The spec with dotted fields set to smaller sizes; for the rest see `grown`."""
+        return self._resized("shrink", targets)
+
+    def _resized(self, word: str, targets: Mapping[str, int | float]) -> ModelSpec:
         tree: dict[str, Any] = self.model_dump()
         for path, value in targets.items():
-            branch, parts = tree, path.split(".")
-            for part in parts[:-1]:
-                branch = branch.get(part) or {}
-            current = branch.get(parts[-1]) if isinstance(branch, dict) else None
-            if not _is_size(current):
-                raise SpecError(f"grow: {path} = {value}: the model has no such size; it has {', '.join(self.sizes())}")
-            if value < current:
+            current = self._current(word, path, value)
+            if word == "grow" and value < current and path != "image.patch":
                 raise SpecError(
                     f"grow: {path} = {value} is smaller than the model's {current}; "
-                    f"set {path}: {current} or more (growing never shrinks)"
+                    f"set {path}: {current} or more, or write it under shrink (growing never shrinks)"
                 )
-            branch[parts[-1]] = value
-        for tower, old in (("image", self.image), ("text", self.text)):
+            if word == "shrink" and value > current:
+                raise SpecError(
+                    f"shrink: {path} = {value} is larger than the model's {current}; "
+                    f"set {path}: {current} or less, or write it under grow"
+                )
+            *parents, key = path.split(".")
+            branch = tree
+            for part in parents:
+                branch[part] = branch[part] or {}
+                branch = branch[part]
+            branch[key] = value
+        for tower, old in self.transformers().items():
             if f"{tower}.width" in targets:
-                width = int(targets[f"{tower}.width"])
-                check_whole_factor(f"{tower}.width", old.width, width)
-                if old.head_dim is None and f"{tower}.heads" not in targets:
-                    tree[tower]["heads"] = old.heads * width // old.width
+                self._follow_width(word, tower, old, tree[tower], targets)
         try:
             return ModelSpec.model_validate(tree)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(p) for p in first["loc"])
-            raise SpecError(f"grow: {dict(targets)} gives no possible model: {place}: {first['msg']}") from None
+            raise SpecError(f"{word}: {dict(targets)} gives no possible model: {place}: {first['msg']}") from None
+
+    def _current(self, word: str, path: str, value: int | float) -> int | float:
+        """The size at `path` now."""
+        known = self.sizes() | {f"{name}.head_dim": spec.head_width for name, spec in self.transformers().items()}
+        if word == "grow":
+            for part in ("caption.depth", "shared.depth", "shared.width", "shared.heads"):
+                known.setdefault(part, 0)
+        if path not in known:
+            raise SpecError(f"{word}: {path} = {value}: the model has no such size; it has {', '.join(known)}")
+        return known[path]
+
+    def _follow_width(
+        self, word: str, tower: str, old: TowerSpec, new: dict[str, Any], targets: Mapping[str, int | float]
+    ) -> None:
+        """Set what a new width brings with it: the number of heads, and the eps of norms over a padded stream."""
+        width = int(new["width"])
+        if old.head_dim is None and not {f"{tower}.heads", f"{tower}.head_dim"} & targets.keys():
+            if width % old.head_width:
+                raise SpecError(
+                    f"{word}: {tower}.width = {width} gives no whole number of heads of {old.head_width} channels; set "
+                    f"{tower}.width: {nearest_multiple(width, old.head_width)}, or give {tower}.head_dim and heads too"
+                )
+            new["heads"] = width // old.head_width
+        if width > old.width and width % old.width:
+            if tower == "text" and self.caption:
+                raise SpecError(
+                    f"grow: text.width = {width} is no multiple of {old.width}, and the captioner reads the text "
+                    f"tower's stream behind a norm, which only whole factors keep; "
+                    f"set text.width: {max(nearest_multiple(width, old.width), 2 * old.width)}"
+                )
+            new["norm_eps"] = old.norm_eps * padding_variance(old.width, width)
+
+    def transformers(self) -> dict[str, TowerSpec]:
+        """The transformers of the model by name; the captioner's is the text tower's."""
+        return {"image": self.image, "text": self.text} | ({"shared": self.shared} if self.shared else {})
 
     def sizes(self) -> dict[str, int | float]:
-        """Every number of the spec by its dotted path, as `grow:` names them."""
+        """Every size of the spec by its dotted path, as `grow:` names them."""
         flat: dict[str, int | float] = {}
 
         def walk(prefix: str, tree: Mapping[str, Any]) -> None:
             for key, value in tree.items():
                 if isinstance(value, Mapping):
                     walk(f"{prefix}{key}.", value)
-                elif _is_size(value):
+                elif _is_size(value) and key != "norm_eps":
                     flat[prefix + key] = value
 
         walk("", self.model_dump())

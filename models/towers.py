@@ -6,6 +6,7 @@ p patches of a picture.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from .spec import ImageSpec, TextSpec
 from .transformer import Dense, Layout, Packed, Transformer
+
+Shares = Callable[[Tensor, Layout], Tensor]
+"""what both towers share, on the tokens of one"""
 
 
 class TowerOutput(NamedTuple):
@@ -39,13 +43,14 @@ class ImageTower(nn.Module):
         self.transformer = Transformer(spec, spec.depth)
         self.projection = nn.Linear(spec.width, embed_dim, bias=False)
 
-    def forward(self, images: Tensor) -> TowerOutput:
-        """Embed pictures, float [b, 3, resolution, resolution], already normalised."""
+    def forward(self, images: Tensor, shared: Shares | None = None) -> TowerOutput:
+        """Embed pictures, float [b, 3, resolution, resolution], already normalised; through `shared` before pooling."""
         b, g, p = len(images), self.grid, self.patch
         unfolded = images.view(b, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, 3 * p * p)
         x_bpd = self.patches(unfolded) + self.position_embedding
         layout = Dense(b, g * g)
         x_td = self.transformer(x_bpd.flatten(0, 1), layout)
+        x_td = shared(x_td, layout) if shared else x_td
         return TowerOutput(self.projection(x_td.unflatten(0, (b, -1)).mean(1)), x_td, layout)
 
 
@@ -59,10 +64,11 @@ class TextTower(nn.Module):
         self.transformer = Transformer(spec, spec.depth)
         self.projection = nn.Linear(spec.width, embed_dim, bias=False)
 
-    def forward(self, tokens_t: Tensor, lengths_b: Tensor) -> TowerOutput:
+    def forward(self, tokens_t: Tensor, lengths_b: Tensor, shared: Shares | None = None) -> TowerOutput:
         """Embed captions, packed one after another: int64 [t] ids and int64 [b] lengths with sum t."""
         layout = Packed.of(lengths_b)
         x_td = self.token_embedding(tokens_t) + self.position_embedding[layout.positions_t]
         x_td = self.transformer(x_td, layout)
+        x_td = shared(x_td, layout) if shared else x_td
         last_b = lengths_b.cumsum(0) - 1
         return TowerOutput(self.projection(x_td[last_b]), x_td, layout)

@@ -5,7 +5,7 @@ another, and only attention asks a `Layout` which tokens belong together. So cap
 and text towers, and the captioner, are the same code.
 
 Shape suffixes: t tokens of the whole batch, d stream channels, h heads, c channels of one head, b samples, n tokens of
-one sample.
+one sample (or of one expert), e experts, k experts of one token.
 """
 
 from __future__ import annotations
@@ -117,16 +117,52 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with an exact GELU between them."""
+    """Two linear maps with an exact GELU between them; or SwiGLU, with a third map as a gate (arXiv 2002.05202)."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
+        self.gate = nn.Linear(spec.width, spec.mlp_width) if spec.mlp == "swiglu" else None
         self.up = nn.Linear(spec.width, spec.mlp_width)
         self.down = nn.Linear(spec.mlp_width, spec.width)
 
     def forward(self, x_td: Tensor) -> Tensor:
         """[t, d] -> [t, d]."""
-        return self.down(F.gelu(self.up(x_td)))
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x_td)))
+        return self.down(F.silu(self.gate(x_td)) * self.up(x_td))
+
+
+class Experts(nn.Module):
+    """A mixture of MLPs: each token goes through the `active` ones that the router gives most, mixed by their gates.
+
+    Gates are a softmax over all experts, and those that are chosen are scaled to sum to one (Mixtral, arXiv
+    2401.04088), so that experts which are alike are together what one of them is.
+    """
+
+    counts_e: Tensor
+    """of the last forward pass: tokens of each expert"""
+    gates_e: Tensor
+    """of the last forward pass: the softmax of each expert, summed over the tokens"""
+
+    def __init__(self, spec: TowerSpec) -> None:
+        super().__init__()
+        self.active = spec.active
+        self.router = nn.Linear(spec.width, spec.experts, bias=False)
+        self.experts = nn.ModuleList(Mlp(spec) for _ in range(spec.experts))
+
+    def forward(self, x_td: Tensor) -> Tensor:
+        """[t, d] -> [t, d]."""
+        scores_te = self.router(x_td).softmax(-1)
+        gates_tk, chosen_tk = scores_te.topk(self.active, dim=-1)
+        gates_tk = gates_tk / gates_tk.sum(-1, keepdim=True)
+        self.gates_e, self.counts_e = scores_te.sum(0), chosen_tk.flatten().bincount(minlength=len(self.experts))
+        mixed_td = torch.zeros_like(x_td)
+        for number, expert in enumerate(self.experts):
+            # An expert that nobody chose still runs, on nothing: every parameter has a gradient in every step.
+            tokens, places = (chosen_tk == number).nonzero(as_tuple=True)
+            made_nd = expert(x_td[tokens]) * gates_tk[tokens, places, None]
+            mixed_td = mixed_td.index_add(0, tokens, made_nd.to(mixed_td.dtype))
+        return mixed_td
 
 
 class Block(nn.Module):
@@ -134,13 +170,13 @@ class Block(nn.Module):
 
     def __init__(self, spec: TowerSpec, memory_width: int | None = None) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(spec.width)
+        self.attention_norm = nn.LayerNorm(spec.width, spec.norm_eps)
         self.attention = Attention(spec)
         if memory_width is not None:
-            self.cross_norm = nn.LayerNorm(spec.width)
+            self.cross_norm = nn.LayerNorm(spec.width, spec.norm_eps)
             self.cross = Attention(spec, memory_width)
-        self.mlp_norm = nn.LayerNorm(spec.width)
-        self.mlp = Mlp(spec)
+        self.mlp_norm = nn.LayerNorm(spec.width, spec.norm_eps)
+        self.mlp: Mlp | Experts = Experts(spec) if spec.experts > 1 else Mlp(spec)
 
     def forward(
         self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None
@@ -158,7 +194,7 @@ class Transformer(nn.Module):
     def __init__(self, spec: TowerSpec, depth: int, memory_width: int | None = None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(spec, memory_width) for _ in range(depth))
-        self.norm = nn.LayerNorm(spec.width)
+        self.norm = nn.LayerNorm(spec.width, spec.norm_eps)
 
     def forward(
         self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None

@@ -114,12 +114,16 @@ class Commit:
         found: dict[str, Tensor] = {}
         for part in self.manifest.parts:
             if kind is None or part.kind == kind:
-                data = _read(self.store, f"{self.name}/{part.file}", part.sha256)
-                try:
-                    found |= {f"{part.kind}/{name}": tensor for name, tensor in load(data).items()}
-                except SafetensorError as error:
-                    raise DamagedCommit(f"{self.url}/{part.file} holds no tensors: {error}") from None
+                found |= self.part(part)
         return found
+
+    def part(self, part: Part) -> dict[str, Tensor]:
+        """The tensors of one part by `kind/name`. Raises DamagedCommit naming the file."""
+        data = _read(self.store, f"{self.name}/{part.file}", part.sha256)
+        try:
+            return {f"{part.kind}/{name}": tensor for name, tensor in load(data).items()}
+        except SafetensorError as error:
+            raise DamagedCommit(f"{self.url}/{part.file} holds no tensors: {error}") from None
 
 
 class Commits:

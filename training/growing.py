@@ -7,19 +7,21 @@ before leads to the same grown model as the run that went straight on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models.growth.plan import Copies, changes, plan_growth
-from ..models.growth.rules import grown, grown_rate
+from ..models.growth.inheriting import Forget
+from ..models.growth.plan import changes, plan_growth
+from ..models.growth.rules import GrownState, Operator, Read, grown_rate
 from ..models.model import Model
 from ..models.spec import ModelSpec
 from .engine import Engine
 from .objectives.base import Inputs
+from .stages import GrowthConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Growth:
     parameters_before: int
     parameters_after: int
     logit_difference: float | None
-    """largest change of a similarity on the probe pairs at its own temperature; None if pictures change size"""
+    """largest change of a similarity on the probe pairs at its own temperature; None if pictures change size.
+    Rounding, unless an operator says that it is lossy."""
     seconds: float
 
     def json(self) -> dict[str, Any]:
@@ -54,30 +57,28 @@ def grow(
     spec: ModelSpec,
     probe: Inputs | None,
     seed: int,
-    copies: Copies,
+    how: GrowthConfig,
+    fade: float = 1.0,
 ) -> tuple[Engine, Growth]:
     """A new engine for `spec` that continues `engine`, weights and moments mapped; the old one is closed.
 
-    `probe` is a batch on which the similarities before and after are compared. New units are `copies` of old ones, told
-    apart by draws of `seed`. Raises SpecError for what cannot grow.
+    `probe` is a batch on which the similarities before and after are compared. Random draws are of `seed`; `fade` is
+    the power of the old multipliers now. Raises SpecError for what cannot be made.
     """
     begun = time.monotonic()
     old = engine.model.spec
-    operators = plan_growth(old, spec, seed, copies)
+    state, applied, skipped = engine.logical_state(), engine.optimizer.steps, engine.skipped
+    operators = planned(old, spec, seed, how, lambda kind, name: state[f"{kind}/{name}"])
     if old.image.resolution != spec.image.resolution:
         probe = None  # the larger model sees other pictures
     before = None if probe is None else similarities(engine.model, probe)
-    state, applied, skipped = engine.logical_state(), engine.optimizer.steps, engine.skipped
     parameters = engine.parameters
     larger = build(spec)
-    read = grown(operators, lambda kind, name: state[f"{kind}/{name}"])
-    wanted = [path.partition("/")[::2] for path in larger.logical_state()]
-    rates = {name: grown_rate(operators, engine.optimizer.multipliers, name) for name in larger.optimizer.parameters}
     larger.load_logical_state(
-        {f"{kind}/{name}": read(kind, name) for kind, name in wanted},
-        applied,
+        GrownState(operators, state, larger.logical_state()),
+        0 if how.moments == "reset" else applied,
         skipped,
-        {name: rate for name, rate in rates.items() if rate != 1.0},
+        grown_rates(operators, engine.optimizer.multipliers, fade, larger.optimizer.parameters),
     )
     engine.close()
     moved = None if before is None or probe is None else (similarities(larger.model, probe) - before).abs().max().item()
@@ -85,12 +86,33 @@ def grow(
     return larger, Growth(
         before={path: sizes[0] for path, sizes in changed.items()},
         after={path: sizes[1] for path, sizes in changed.items()},
-        operators=[operator.describe() for operator in operators],
+        operators=described(operators),
         parameters_before=parameters,
         parameters_after=larger.parameters,
         logit_difference=moved,
         seconds=time.monotonic() - begun,
     )
+
+
+def planned(old: ModelSpec, new: ModelSpec, seed: int, how: GrowthConfig, read: Read) -> list[Operator]:
+    """The operators from one spec to the other as `how` asks for them; `read` reads the old state."""
+    operators = plan_growth(old, new, seed, how.copies, how.layers, how.tokens, how.drop, how.inherit, read)
+    forgotten = {"map": (), "keep_v": ("exp_avg",), "reset": ("exp_avg", "exp_avg_sq")}[how.moments]
+    return [*operators, Forget(forgotten)] if operators and forgotten else operators
+
+
+def grown_rates(
+    operators: Sequence[Operator], multipliers: Mapping[str, float], fade: float, names: Iterable[str]
+) -> dict[str, float]:
+    """The multipliers of the grown model's tensors `names` that are not 1; the old ones are raised to `fade`."""
+    now = {name: factor**fade for name, factor in multipliers.items()}
+    rates = {name: grown_rate(operators, now, name) for name in names}
+    return {name: rate for name, rate in rates.items() if rate != 1.0}
+
+
+def described(operators: Sequence[Operator]) -> list[dict[str, Any]]:
+    """For the lineage: each operator, and whether it is lossy."""
+    return [operator.describe() | ({} if operator.preserves else {"lossy": True}) for operator in operators]
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from .objectives.registry import build_objectives
 from .recipe import Recipe
 from .resume import check_same_run, newest_intact
 from .signals import StopRequest
+from .stages import faded, rewarmed
 from .state import Event, RunState, TrainingError
 from .store import Store, StoreError
 from .world import World
@@ -153,7 +154,7 @@ class Run:
     def _build(self, spec: ModelSpec) -> Engine:
         recipe = self.recipe
         return Engine(
-            spec, build_objectives(recipe.objectives), recipe.engine, recipe.optimizer, self.world, recipe.seed
+            spec, build_objectives(recipe.objectives, spec), recipe.engine, recipe.optimizer, self.world, recipe.seed
         )
 
     def _loader(self) -> Loader:
@@ -180,8 +181,9 @@ class Run:
         if self.specs[stage] != self.engine.model.spec:
             with contextlib.closing(self.loader.batches(self.state.step)) as batches:
                 probe = self._inputs(next(batches))
-            copies = self.recipe.stages[stage].copies
-            self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe, self.recipe.seed, copies)
+            recipe, how = self.recipe, self.recipe.stages[stage]
+            fade = faded(recipe.stages, self.state.stage, self.state.samples, recipe.data.batch)
+            self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe, recipe.seed, how, fade)
             self._remember("grow", growth.json())
             self.loader = self._loader()
             self.display.event("grow", self.state, **growth.json())
@@ -207,7 +209,10 @@ class Run:
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
+        stages, place = self.recipe.stages, (state.stage, state.samples, size)
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
+        self.lr *= rewarmed(stages, *place)
+        self.engine.optimizer.fade = faded(stages, *place)
         self.result: StepResult = self.engine.step(self._inputs(batch), self.lr)
         work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths))
         self.state = state.model_copy(

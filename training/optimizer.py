@@ -39,6 +39,8 @@ class Optimizer:
         self.parameters = dict(parameters)
         self.multipliers: dict[str, float] = {}
         """factor on the learning rate, by parameter name, where it is not 1; weight decay is divided by it"""
+        self.fade = 1.0
+        """power that multipliers are raised to in the coming step: 1 leaves them, 0 makes them 1"""
         self._adam = self._group()
         self._skipped = torch.zeros(())
 
@@ -50,7 +52,7 @@ class Optimizer:
         config = self.config
         return torch.optim.AdamW(
             [
-                {"params": members, "multiplier": factor, "weight_decay": decayed * config.weight_decay / factor}
+                {"params": members, "multiplier": factor, "decay": decayed * config.weight_decay}
                 for (decayed, factor), members in groups.items()
             ],
             lr=config.lr,
@@ -76,7 +78,8 @@ class Optimizer:
     def step(self, lr: float) -> None:
         """Apply the gradients at learning rate `lr`, times each parameter's multiplier, and drop them."""
         for group in self._adam.param_groups:
-            group["lr"] = lr * group["multiplier"]
+            factor = group["multiplier"] ** self.fade
+            group["lr"], group["weight_decay"] = lr * factor, group["decay"] / factor
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
 

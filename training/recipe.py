@@ -15,7 +15,6 @@ from ..data.files import shown_url
 from ..data.order import Mixture
 from ..data.source import held_out
 from ..data.tokenizer_file import vocabulary_size
-from ..models.growth.plan import changes
 from ..models.spec import ModelSpec
 from .commits import CheckpointConfig
 from .engine import EngineConfig
@@ -52,13 +51,13 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        self.specs()
+        captions = self.specs()[-1].caption is not None  # a stage may add a captioner, none takes it away
         self.mixtures()
-        if self.objectives.caption and self.model.caption is None:
+        if self.objectives.caption and not captions:
             raise ValueError(
                 "objectives.caption needs a captioner; add `caption: {depth: 2}` to model, or drop the objective"
             )
-        if self.model.caption and not self.objectives.caption:
+        if captions and not self.objectives.caption:
             raise ValueError(
                 "model.caption is never trained; add `caption: {weight: 2.0}` to objectives, or drop model.caption"
             )
@@ -69,6 +68,16 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             )
         if self.eval.suites and not self.evaluation_source:
             raise ValueError("eval.data is missing: name the shards to evaluate on, or set eval.suites to []")
+        return self
+
+    @model_validator(mode="after")
+    def _balance_goes_with_experts(self) -> Self:
+        last = self.specs()[-1]
+        if self.objectives.balance and last.image.experts == last.text.experts == 1:
+            raise ValueError(
+                "objectives.balance needs a mixture of experts; set model.image.experts or model.text.experts to 2 or "
+                "more, or drop the objective"
+            )
         return self
 
     @model_validator(mode="after")
@@ -90,10 +99,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
         """The model's spec in each stage. Raises SpecError if a stage asks for a growth that cannot be."""
         specs, spec = [], self.model
         for stage in self.stages:
-            grown = spec.grown(stage.grow)
-            changes(spec, grown)  # refuses what cannot grow
-            specs.append(grown)
-            spec = grown
+            spec = stage.resized(spec)  # refuses what cannot be
+            specs.append(spec)
         return specs
 
     def mixtures(self) -> list[Mixture]:

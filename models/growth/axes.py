@@ -14,11 +14,15 @@ class Use(NamedTuple):
     """What a tensor does with an axis."""
 
     axis: str
-    """`image.width`, `image.heads`, `image.mlp_width`, and the same of `text`"""
+    """`image.width`, `image.heads`, `image.mlp_width`, and the same of `text` and `shared`"""
     dim: int
     """the dimension that runs along it"""
     reads: bool
     """whether it is summed over there; else it is written"""
+    norm: bool = False
+    """whether the tensor is a norm's, whose statistics run over the whole axis"""
+    padded: bool = True
+    """whether padding of the axis is the mean of what is written; behind a norm it is zero"""
 
 
 # By module: the axis written, and the axis read; None does not grow here.
@@ -28,14 +32,18 @@ _LAYERS: dict[str, tuple[str | None, str | None]] = {
     "key": ("heads", "width"),
     "value": ("heads", "width"),
     "out": ("width", "heads"),
+    "gate": ("mlp_width", "width"),
     "up": ("mlp_width", "width"),
     "down": ("width", "mlp_width"),
+    "router": (None, "width"),
     "projection": (None, "width"),
 }
 # One vector a channel of the stream. A norm divides by statistics that a stream of copies does not change.
 _NORMS = {"attention_norm", "cross_norm", "mlp_norm", "norm"}
 # Rows that are looked up and added to the stream.
 _TABLES = {"token_embedding", "position_embedding"}
+# Between a tower's stream, behind its last norm, and the shared blocks'.
+_BRIDGES = {f"{tower}_{way}": f"{tower}.width" for tower in ("image", "text") for way in ("in", "out")}
 # The captioner's states are summed against the token table, whose copies would count them k times; the token table is
 # also an input and stays as it is, so the factor 1/k goes to the norm that makes the states.
 _OUTPUT_NORM = "captioner.transformer.norm"
@@ -46,8 +54,14 @@ def uses(name: str) -> list[Use]:
     place, _, kind = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "weight")
     part, *path = place.split(".")
     tower, module = ("text" if part == "captioner" else part), path[-1] if path else ""
+    if tower == "shared" and module in _BRIDGES:
+        own, other = Use("shared.width", 0, reads=False), _BRIDGES[module]
+        if module.endswith("in"):
+            return [own, Use(other, 1, reads=True)] if kind == "weight" else [own]
+        out = Use(other, 0, reads=False, padded=False)
+        return [out, Use("shared.width", 1, reads=True)] if kind == "weight" else [out]
     if module in _NORMS:
-        return [Use(f"{tower}.width", 0, reads=place == _OUTPUT_NORM)]
+        return [Use(f"{tower}.width", 0, reads=place == _OUTPUT_NORM, norm=True)]
     if module in _TABLES:
         return [Use(f"{tower}.width", 1, reads=False)]
     written, read = _LAYERS.get(module, (None, None))

@@ -52,3 +52,25 @@ class Joint:
         """For the lineage."""
         numbers = {"from": self.old, "to": self.new, "seed": self.seed}
         return {"operator": "joint", "field": "embed_dim", **numbers}
+
+
+@dataclass(frozen=True)
+class TruncateJoint:
+    """Shrink the joint embedding space from `old` to its first `new` channels."""
+
+    old: int
+    new: int
+    preserves: ClassVar[bool] = False
+
+    def rule(self, name: str) -> Rule:
+        """Tensors other than the two projections are kept."""
+        if name not in _PROJECTIONS:
+            return Rule(name)
+        return Rule(name, dict.fromkeys(("model", "exp_avg", "exp_avg_sq"), self._cut))
+
+    def _cut(self, tensor: Tensor) -> Tensor:
+        return tensor[: self.new].contiguous()
+
+    def describe(self) -> dict[str, Any]:
+        """For the lineage."""
+        return {"operator": "truncate", "field": "embed_dim", "from": self.old, "to": self.new, "kept": "first"}

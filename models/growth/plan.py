@@ -1,82 +1,177 @@
 """From two specs to the operators that lead from one to the other.
 
-A plan is the difference of two specs: width first, then the joint space and positions, depth last, so that new blocks
-are copies of blocks that are wide already. A change that no operator can make is refused here, before anything runs.
+A plan is the difference of two specs: width first, then the joint space, positions and tables, depth last, so that new
+blocks are copies of blocks that are wide already. A change that no operator can make is refused here, before anything
+runs. An operator that does not keep the function says so (`preserves`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ..spec import ModelSpec, SpecError, check_whole_factor
+from ..spec import ModelSpec, SpecError, TowerSpec
 
 if TYPE_CHECKING:  # the operators need torch, reading a recipe does not
-    from .rules import Operator
+    from .rules import Operator, Read
 
-Copies = Literal["noise", "duplicate"]
-"""what new channels, heads and hidden units are: copies told apart by noise, or plain copies, which stay alike"""
+Copies = Literal["noise", "duplicate", "lemon"]
+"""what new channels, heads and hidden units are: copies told apart by noise, plain copies, or LEMON's projection"""
+Layers = Literal["zero", "stack", "interleave"]
+"""what new blocks are: zeroed copies, which keep the function, or live copies, which do not"""
+Drops = Literal["last", "smallest"]
+"""which blocks go when a stack shrinks: the last ones, or those that write least"""
 
 STACKS = {
     "image.depth": "image.transformer.blocks",
     "text.depth": "text.transformer.blocks",
     "caption.depth": "captioner.transformer.blocks",
+    "shared.depth": "shared.transformer.blocks",
 }
-GROWS = (
-    *(f"{tower}.{size}" for tower in ("image", "text") for size in ("width", "heads", "mlp_ratio")),
-    "embed_dim",
-    "text.context",
-    "image.resolution",
-    *STACKS,
-)
+_ONLY_GROWS = ("text.vocabulary",)
 
 
 def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int | float]]:
-    """Every size that differs, by dotted path: (before, after). Raises SpecError for one that no operator grows."""
+    """Every size that differs, by dotted path: (before, after), 0 for what is not there.
+
+    Raises SpecError for a difference that no operator makes.
+    """
     before, after = old.sizes(), new.sizes()
-    changed = {path: (before[path], after[path]) for path in before if before[path] != after.get(path)}
-    for path, (small, large) in changed.items():
-        if path not in GROWS:
-            raise SpecError(f"grow: {path} = {large}: it cannot grow from {small} yet; what can: {', '.join(GROWS)}")
-        if path.endswith(".width"):
-            check_whole_factor(path, int(small), int(large))
-    for tower, a, b in (("image", old.image, new.image), ("text", old.text, new.text)):
-        size = a.attention_width // a.heads
-        if b.attention_width != b.heads * size:
+    for tower, a, b in _both(old, new):
+        before[f"{tower}.head_dim"], after[f"{tower}.head_dim"] = a.head_width, b.head_width
+        if b.head_width < a.head_width:
             raise SpecError(
-                f"grow: {tower}.heads = {b.heads} at {tower}.width = {b.width} makes heads of "
-                f"{b.attention_width // b.heads} channels, and a head keeps its {size}; "
-                f"set {tower}.heads: {b.width // size}, or begin with a model that has {tower}.head_dim: {size}"
+                f"{tower}.heads = {b.heads} at {tower}.width = {b.width} makes heads of {b.head_width} "
+                f"channels, and a head keeps its {a.head_width}; set {tower}.heads: {b.width // a.head_width}, "
+                f"or begin with a model that has {tower}.head_dim: {a.head_width}"
             )
+    paths = [*before, *(path for path in after if path not in before)]
+    changed = {p: (before.get(p, 0), after.get(p, 0)) for p in paths if before.get(p, 0) != after.get(p, 0)}
+    for tower, a, b in _both(old, new):
+        if a.experts > 1 and (a.experts, a.active) != (b.experts, b.active):
+            raise SpecError(
+                f"{tower}.experts = {b.experts} with active = {b.active}: only a dense MLP becomes a mixture without a "
+                f"change of the function; leave it at {a.experts} with active = {a.active}"
+            )
+    for path in _ONLY_GROWS:
+        if path in changed and changed[path][1] < changed[path][0]:
+            raise SpecError(f"shrink: {path} = {changed[path][1]}: it only grows; leave it at {changed[path][0]}")
+    if "image.patch" in changed and new.image.grid < old.image.grid and new.image.resolution >= old.image.resolution:
+        raise SpecError(
+            f"grow: image.patch = {new.image.patch} leaves {new.image.grid} patches a side of {old.image.grid}; "
+            f"set image.resolution: {old.image.grid * new.image.patch} with it"
+        )
     return changed
 
 
-def plan_growth(old: ModelSpec, new: ModelSpec, seed: int = 0, copies: Copies = "noise") -> list[Operator]:
+def _both(old: ModelSpec, new: ModelSpec) -> list[tuple[str, TowerSpec, TowerSpec]]:
+    """The transformers that both specs have, by name."""
+    after = new.transformers()
+    return [(name, a, after[name]) for name, a in old.transformers().items() if name in after]
+
+
+def check_tokens(old: ModelSpec, new: ModelSpec, tokens: Sequence[Sequence[int]]) -> None:
+    """Raise SpecError if `tokens` does not say of every new row of the token table which old rows it is made of."""
+    more = new.text.vocabulary - old.text.vocabulary
+    if tokens and len(tokens) != more:
+        raise SpecError(
+            f"tokens has {len(tokens)} entries for {more} new rows of text.vocabulary; "
+            f"give one list of ids for each, or leave tokens out"
+        )
+    if not all(ids and all(0 <= i < old.text.vocabulary for i in ids) for ids in tokens):
+        raise SpecError(
+            f"tokens has a list that is empty or names an id that is not below {old.text.vocabulary}; "
+            f"each new row is made of some old ones"
+        )
+
+
+def plan_growth(
+    old: ModelSpec,
+    new: ModelSpec,
+    seed: int = 0,
+    copies: Copies = "noise",
+    layers: Layers = "zero",
+    tokens: Sequence[Sequence[int]] = (),
+    drop: Drops = "last",
+    inherit: float = 1.0,
+    read: Read | None = None,
+) -> list[Operator]:
     """The operators from `old` to `new`, in the order they are applied; empty if the specs are equal.
 
-    `seed` is that of every random draw. Raises SpecError for a change that cannot be made.
+    `seed` is that of every random draw, `tokens` says of each new row of the token table which rows it is the mean of,
+    `inherit` is the share of the inherited weights, and `read` reads the old model for `drop: smallest`. Raises
+    SpecError for a change that cannot be made.
     """
     changed = changes(old, new)
+    check_tokens(old, new, tokens)
     if not changed:
         return []
-    from .depth import Depth
-    from .joint import Joint
+    from .inheriting import Inherit
+    from .joint import Joint, TruncateJoint
     from .positions import Context, Resolution
-    from .width import Widen
+    from .tables import Patch, Vocabulary
 
-    operators: list[Operator] = []
-    for tower, a, b in (("image", old.image, new.image), ("text", old.text, new.text)):
-        head = a.attention_width // a.heads
-        axes = (
-            ("width", a.width, b.width, 1),
-            ("heads", a.heads, b.heads, head),
-            ("mlp_width", a.mlp_width, b.mlp_width, 1),
-        )
-        operators += [Widen(f"{tower}.{axis}", m, n, unit, copies, seed) for axis, m, n, unit in axes if m != n]
-    if old.embed_dim != new.embed_dim:
+    operators: list[Operator] = _units(old, new, copies, seed)
+    if new.embed_dim > old.embed_dim:
         operators.append(Joint(old.embed_dim, new.embed_dim, seed))
+    elif new.embed_dim < old.embed_dim:
+        operators.append(TruncateJoint(old.embed_dim, new.embed_dim))
     if old.text.context != new.text.context:
         operators.append(Context(old.text.context, new.text.context))
     if old.image.grid != new.image.grid:
         operators.append(Resolution(old.image.grid, new.image.grid))
-    depths = ((path, *changed[path]) for path in STACKS if path in changed)
-    return operators + [Depth(path, STACKS[path], int(small), int(large)) for path, small, large in depths]
+    if old.image.patch != new.image.patch:
+        operators.append(Patch(old.image.patch, new.image.patch))
+    if old.text.vocabulary != new.text.vocabulary:
+        operators.append(Vocabulary(old.text.vocabulary, new.text.vocabulary, tuple(map(tuple, tokens))))
+    operators += _blocks(old, new, layers, drop, seed, read)
+    if inherit != 1.0:
+        operators.append(Inherit(new, inherit, seed))
+    return operators
+
+
+def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Operator]:
+    """Channels, heads and hidden units of both towers."""
+    from .experts import Upcycle
+    from .heads import HeadDim
+    from .width import Truncate, Widen
+
+    operators: list[Operator] = []
+    for tower, a, b in _both(old, new):
+        axes = (
+            ("width", a.width, b.width, 1),
+            ("heads", a.heads, b.heads, a.head_width),
+            ("mlp_width", a.mlp_width, b.mlp_width, 1),
+        )
+        operators += [Widen(f"{tower}.{axis}", m, n, unit, copies, seed) for axis, m, n, unit in axes if m < n]
+        operators += [Truncate(f"{tower}.{axis}", m, n, unit) for axis, m, n, unit in axes if m > n]
+        if b.experts > a.experts:
+            operators.append(Upcycle(tower, b.experts, b.width, seed))
+        if b.head_width > a.head_width:
+            operators.append(HeadDim(f"{tower}.heads", a.head_width, b.head_width, b.heads, copies, seed))
+    return operators
+
+
+def _blocks(
+    old: ModelSpec, new: ModelSpec, layers: Layers, drop: Drops, seed: int, read: Read | None
+) -> list[Operator]:
+    """Blocks of all stacks, and a captioner where there was none."""
+    from .captioning import NewCaptioner
+    from .depth import Depth, Drop, kept_blocks
+    from .sharing import NewShared
+
+    before, after = old.sizes(), new.sizes()
+    operators: list[Operator] = []
+    for path, stack in STACKS.items():
+        tower = path.split(".")[0].replace("caption", "text")
+        experts = old.transformers()[tower].experts if tower in old.transformers() else 1
+        small, large = int(before.get(path, 0)), int(after.get(path, 0))
+        if 0 < small < large:
+            operators.append(Depth(path, stack, small, large, layers))
+        elif 0 < large < small:
+            operators.append(Drop(path, stack, small, tuple(kept_blocks(stack, small, large, drop, experts, read))))
+    if new.caption and not old.caption:
+        operators.append(NewCaptioner(new, seed))
+    if new.shared and not old.shared:
+        operators.append(NewShared(new, seed))
+    return operators

@@ -28,7 +28,7 @@ class Context:
     """Grow the longest caption from `old` to `new` tokens: the first 20 positions stay, the rest is stretched.
 
     Zhang et al. (Long-CLIP, arXiv 2403.15378). Captions of at most 20 tokens, start and end included, are embedded and
-    captioned exactly as before; longer ones are not.
+    captioned exactly as before; longer ones are not. A shorter context keeps the first positions.
     """
 
     old: int
@@ -40,6 +40,8 @@ class Context:
         return Rule(name, _everywhere(self._stretch) if name == "text.position_embedding" else {})
 
     def _stretch(self, tensor: Tensor) -> Tensor:
+        if self.new < self.old:
+            return tensor[: self.new].contiguous()
         kept = min(KEPT, self.old - 1)
         last_old, last_new = self.old - 1, self.new - 1
         places = kept + (torch.arange(kept, self.new) - kept) * (last_old - kept) / (last_new - kept)
@@ -56,7 +58,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Resolution:
-    """Grow the grid of patches from `old` to `new` a side: positions are interpolated linearly in both directions."""
+    """Change the grid of patches from `old` to `new` a side: positions are interpolated linearly in both directions."""
 
     old: int
     new: int

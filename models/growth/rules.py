@@ -6,9 +6,9 @@ away, and a plan is applied one tensor at a time: memory is bounded by the large
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,15 +40,17 @@ class Rule:
     """factor on the source's learning rate; its weight decay is divided by it"""
 
     def apply(self, kind: str, tensor: Tensor) -> Tensor:
-        """The new tensor of this kind."""
-        return self.maps.get(kind, keep)(tensor)
+        """The new tensor of this kind; `ema`, a running average of the weights, is made as the weights are."""
+        return self.maps.get("model" if kind == "ema" else kind, keep)(tensor)
 
 
 class Operator(Protocol):
     """One step of a growth plan."""
 
-    preserves: ClassVar[bool]
-    """whether the grown model computes the same function"""
+    @property
+    def preserves(self) -> bool:
+        """Whether the new model computes the same function; where it does not, the operator is lossy."""
+        ...
 
     def rule(self, name: str) -> Rule:
         """How the tensor `name` of the grown model is made."""
@@ -74,6 +76,13 @@ def _through(operator: Operator, read: Read) -> Read:
     return read_grown
 
 
+def origin(operators: Sequence[Operator], name: str) -> str:
+    """The tensor of the old model that tensor `name` of the grown one is made from."""
+    for operator in reversed(operators):
+        name = operator.rule(name).source
+    return name
+
+
 def grown_rate(operators: Sequence[Operator], rates: Mapping[str, float], name: str) -> float:
     """The learning-rate multiplier of tensor `name` of the grown model; `rates` are the old ones that are not 1."""
     factor = 1.0
@@ -81,3 +90,22 @@ def grown_rate(operators: Sequence[Operator], rates: Mapping[str, float], name: 
         rule = operator.rule(name)
         factor, name = factor * rule.rate, rule.source
     return factor * rates.get(name, 1.0)
+
+
+class GrownState(Mapping[str, Tensor]):
+    """The state of a grown model by `kind/name`: each tensor is made when it is asked for, and not kept."""
+
+    def __init__(self, operators: Sequence[Operator], old: Mapping[str, Tensor], paths: Iterable[str]) -> None:
+        """`old` is the state before, by `kind/name`; `paths` are those of the grown model."""
+        self._read = grown(operators, lambda kind, name: old[f"{kind}/{name}"])
+        self._paths = list(paths)
+
+    def __getitem__(self, path: str) -> Tensor:
+        kind, _, name = path.partition("/")
+        return self._read(kind, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)

@@ -10,9 +10,13 @@ copies receives 1/c of its original's, while a divided reader receives all of it
 
 so that plain copies follow the small model exactly, step by step (up to Adam's eps and the clipping of the whole
 gradient). They would do so for ever; the noise of `copies: noise` ends that. It sums to zero over the copies of a unit,
-so the function does not see it (HyperCloning, Samragh et al., arXiv 2409.12903).
+so the function does not see it (HyperCloning, Samragh et al., arXiv 2409.12903). With `copies: lemon` the copies of a
+reader are fresh draws, shifted alike so that their sum is right (LEMON, Wang et al., arXiv 2310.07999).
 
-A norm averages over the stream, so a stream grows by whole factors only; heads and hidden units grow to any number.
+Heads and hidden units grow to any number: some have a copy more than others. A norm averages over the stream, so there
+whole copies only, and what is left of the new channels is padded with the stream's mean (LEMON): the mean stays, the
+variance shrinks by s = `padding_variance`, which the norms' weights (x sqrt s) and their eps (x s, in the spec) undo,
+and behind a norm the padding is exactly zero. So what reads it is free, and starts at random.
 """
 
 from __future__ import annotations
@@ -24,12 +28,15 @@ import torch
 from torch import Tensor
 
 from ..model import named_generator
-from .axes import uses
+from ..spec import padding_variance
+from .axes import Use, uses
 from .plan import Copies
 from .rules import Rule, TensorMap
 
 _NOISE = 10 ** (-10 / 20)
 """size of the noise relative to the divided weights: a signal-to-noise ratio of 10 dB, as in HyperCloning"""
+_WRITER = {"model": 0, "exp_avg": 1, "exp_avg_sq": 2}
+"""the power of the number of copies that each kind of a writer is divided by"""
 
 
 @dataclass(frozen=True)
@@ -51,58 +58,133 @@ class Widen:
         if use is None:
             return Rule(name)
         if use.reads:
-            maps = {"model": self._split(use.dim, name), "exp_avg": self._repeat(use.dim, 0)}
+            assert not (use.norm and self.padding), "a spec with such a norm takes whole factors only"
+            maps = {"model": self._split(use.dim, name), "exp_avg": self._repeat(use.dim, 0, 0.0)}
             return Rule(name, {**maps, "exp_avg_sq": self._repeat(use.dim, 0)}, rate=self.old / self.new)
-        return Rule(name, {kind: self._repeat(use.dim, power) for kind, power in _WRITER.items()})
+        if use.norm and self.padding:
+            return self._norm(name)
+        fill = None if use.padded else 0.0
+        return Rule(name, {kind: self._repeat(use.dim, power, fill) for kind, power in _WRITER.items()})
+
+    def _norm(self, name: str) -> Rule:
+        """A norm over a padded stream: gain x sqrt s, its gradient the old / sqrt s, and no shift of the padding."""
+        s = padding_variance(self.old, self.new)
+        if name.endswith(".bias"):
+            return Rule(name, {k: self._repeat(0, n, None if k == "exp_avg_sq" else 0.0) for k, n in _WRITER.items()})
+        powers = {"model": 0.5, "exp_avg": -0.5, "exp_avg_sq": -1.0}
+        fills = {"model": None, "exp_avg": 0.0, "exp_avg_sq": None}
+        maps = {k: _times(s**p, self._repeat(0, _WRITER[k], fills[k])) for k, p in powers.items()}
+        return Rule(name, maps, rate=s**0.5)
+
+    @property
+    def padding(self) -> int:
+        """New channels that are no copies but the stream's mean."""
+        return self.new % self.old if self.axis.endswith(".width") else 0
 
     def channels(self) -> tuple[Tensor, Tensor]:
-        """Of every new channel: the old one that it copies, and how many copies of that there are; int64 [channels]."""
-        units = torch.arange(self.new) % self.old
+        """Of every copied channel: the old one that it copies, and how many copies of that there are; int64."""
+        units = torch.arange(self.new - self.padding) % self.old
         sources = (units[:, None] * self.unit + torch.arange(self.unit)).flatten()
         return sources, sources.bincount()[sources]
 
-    def _repeat(self, dim: int, power: int) -> TensorMap:
-        """Copies along `dim`, each divided by their number to the `power`."""
+    def _repeat(self, dim: int, power: int, fill: float | None = None) -> TensorMap:
+        """Copies along `dim`, each divided by their number to the `power`; the padding is their mean, or `fill`."""
 
         def repeat(tensor: Tensor) -> Tensor:
             sources, counts = self.channels()
             copied = tensor.index_select(dim, sources.to(tensor.device))
-            return copied / _along(counts, dim, copied) ** power if power else copied
+            copied = copied / along(counts, dim, copied) ** power if power else copied
+            if not self.padding:
+                return copied
+            mean = copied.mean(dim, keepdim=True)
+            padding = mean if fill is None else torch.full_like(mean, fill)
+            return torch.cat([copied, padding.repeat_interleave(self.padding, dim)], dim)
 
         return repeat
 
     def _split(self, dim: int, name: str) -> TensorMap:
         """Copies along `dim` that sum to their original."""
-        divide = self._repeat(dim, 1)
+        divide = self._repeat(dim, 1, 0.0)
 
         def split(tensor: Tensor) -> Tensor:
             parts = divide(tensor)
-            return parts if self.copies == "duplicate" else parts + self._noise(parts, dim, name)
+            if self.copies == "duplicate":
+                return parts
+            copied = parts.shape[dim] - self.padding
+            draws = torch.randn(parts.shape, generator=self._generator(name)).to(parts)
+            size = parts.narrow(dim, 0, copied).square().mean().sqrt()
+            made = self._told_apart(parts.narrow(dim, 0, copied), draws.narrow(dim, 0, copied), dim, size)
+            return torch.cat([made, draws.narrow(dim, copied, self.padding) * size], dim)
 
         return split
 
-    def _noise(self, parts: Tensor, dim: int, name: str) -> Tensor:
-        """Normal noise that sums to zero over the copies of every channel; zero where there is only one."""
-        generator = named_generator(self.seed, f"grow/{self.axis}/{self.old}-{self.new}/{name}")
-        noise = torch.randn(parts.shape, generator=generator).to(parts)
+    def _told_apart(self, parts: Tensor, draws: Tensor, dim: int, size: Tensor) -> Tensor:
+        """Divided copies with different draws added that sum to zero; where there is only one copy, that stays."""
         sources, counts = self.channels()
-        sources, c = sources.to(parts.device), _along(counts, dim, parts)
+        sources, c = sources.to(parts.device), along(counts, dim, parts)
         shape = list(parts.shape)
         shape[dim] = self.old * self.unit
-        means = noise.new_zeros(shape).index_add(dim, sources, noise).index_select(dim, sources) / c
+        means = draws.new_zeros(shape).index_add(dim, sources, draws).index_select(dim, sources) / c
+        apart = draws - means
+        if self.copies == "lemon":
+            return parts + apart * c.sqrt() * size  # as large as a fresh initialisation
         # Taking the mean of c draws away leaves (c - 1) / c of their power.
-        return (noise - means) * (c / (c - 1).clamp(min=1)).sqrt() * parts.square().mean().sqrt() * _NOISE
+        return parts + apart * (c / (c - 1).clamp(min=1)).sqrt() * size * _NOISE
+
+    def _generator(self, name: str) -> torch.Generator:
+        return named_generator(self.seed, f"grow/{self.axis}/{self.old}-{self.new}/{name}")
 
     def describe(self) -> dict[str, Any]:
         """For the lineage."""
         numbers = {"from": self.old, "to": self.new, "copies": self.copies, "seed": self.seed}
-        return {"operator": "widen", "field": self.axis, **numbers}
+        return {"operator": "widen", "field": self.axis, **numbers} | ({"padded": self.padding} if self.padding else {})
 
 
-_WRITER = {"model": 0, "exp_avg": 1, "exp_avg_sq": 2}
-"""the power of the number of copies that each kind of a writer is divided by"""
+@dataclass(frozen=True)
+class Truncate:
+    """Shrink one axis from `old` to `new` units: the first ones are kept. The inverse of growing by plain copies.
+
+    What reads the axis is multiplied by old/new for the units that no longer add to its sums, and what growth does to
+    moments and learning rates is undone likewise. Only plain copies lose nothing by it.
+    """
+
+    axis: str
+    old: int
+    new: int
+    unit: int
+    preserves: ClassVar[bool] = False
+
+    def rule(self, name: str) -> Rule:
+        """Tensors that do not touch the axis are kept."""
+        use = next((use for use in uses(name) if use.axis == self.axis), None)
+        if use is None:
+            return Rule(name)
+        factor = self.old / self.new
+        if use.reads:
+            cut = self._cut(use)
+            return Rule(name, {"model": _times(factor, cut), "exp_avg": cut, "exp_avg_sq": cut}, rate=factor)
+        return Rule(name, {kind: _times(factor**power, self._cut(use)) for kind, power in _WRITER.items()})
+
+    def _cut(self, use: Use) -> TensorMap:
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.narrow(use.dim, 0, self.new * self.unit).contiguous()
+
+        return cut
+
+    def describe(self) -> dict[str, Any]:
+        """For the lineage."""
+        return {"operator": "truncate", "field": self.axis, "from": self.old, "to": self.new, "kept": "first"}
 
 
-def _along(values: Tensor, dim: int, like: Tensor) -> Tensor:
+def _times(factor: float, tensor_map: TensorMap) -> TensorMap:
+    """A map whose result is multiplied by `factor`."""
+
+    def scaled(tensor: Tensor) -> Tensor:
+        return tensor_map(tensor) * factor
+
+    return scaled
+
+
+def along(values: Tensor, dim: int, like: Tensor) -> Tensor:
     """A vector laid along dimension `dim` of `like`, in its type."""
     return values.view([-1 if d == dim else 1 for d in range(like.ndim)]).to(like)

@@ -27,7 +27,7 @@ def test_help_comes_without_torch() -> None:
         "except SystemExit: pass\n"
         "print([name for name in ('torch', 'open_clip', 'numpy') if name in sys.modules])"
     )
-    for command in ("train", "explain", "eval", "report", "status", "doctor", "data"):
+    for command in ("train", "explain", "eval", "grow", "report", "status", "doctor", "data"):
         done = subprocess.run(
             [sys.executable, "-c", script.format(command)], capture_output=True, text=True, timeout=60, check=True
         )
@@ -333,3 +333,19 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_commit_is_grown_offline_and_trained_on(treering: Command, refused: Refused, tiny: Path) -> None:
+    assert treering("train", str(tiny), "--out", "small").returncode == 0
+    assert "say how long the next one is" in refused("grow", "small", "--out", "large", "--to", "image.depth=2")
+    done = treering("grow", "small", "--out", "large", "samples=16", "--to", "image.depth=2,text.width=24")
+    assert done.returncode == 0, done.stderr
+    assert "image.depth 1 to 2" in done.stdout
+    assert "computes what it computed before" in done.stdout
+    assert done.stdout.splitlines()[-1].split(maxsplit=1)[1] == "treering train large/recipe.yaml --out large"
+    done = treering("train", "large/recipe.yaml", "--out", "large")
+    assert done.returncode == 0, done.stderr
+    status = json.loads(treering("status", "large", "--json").stdout)
+    assert (status["finished"], status["samples"]) == (True, 48)
+    found = treering("grow", "large", "--out", "small2", "samples=16", "--shrink", "image.depth=1", "--json")
+    assert [step["operator"] for step in json.loads(found.stdout)["operators"]] == ["drop"]

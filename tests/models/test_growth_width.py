@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from treering.models.growth import axes
 from treering.models.growth.axes import uses
+from treering.models.growth.heads import HeadDim
 from treering.models.growth.plan import Copies, plan_growth
 from treering.models.growth.positions import Context, Resolution
 from treering.models.growth.rules import Operator, grown, grown_rate
 from treering.models.model import Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SharedSpec, TextSpec
 from treering.training.optimizer import Optimizer, OptimizerConfig
 
 TIED = ModelSpec(
@@ -38,26 +39,39 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         width = draw(st.sampled_from([heads * size, most]))
         tied = width == heads * size
         ratio = draw(st.sampled_from([1.5, 2.0, 4.0]))
-        return {"width": width, "heads": heads, "head_dim": None if tied else size, "mlp_ratio": ratio}
+        mlp = draw(st.sampled_from(["gelu", "swiglu"]))
+        return {"width": width, "heads": heads, "head_dim": None if tied else size, "mlp_ratio": ratio, "mlp": mlp}
 
     return ModelSpec(
         embed_dim=draw(st.integers(14, 18)),
         image=ImageSpec(depth=draw(st.integers(1, 2)), patch=4, resolution=8, **tower(40)),
         text=TextSpec(depth=draw(st.integers(1, 2)), context=9, **tower(30)),
         caption=draw(st.sampled_from([None, CaptionSpec(depth=1), CaptionSpec(depth=2)])),
+        shared=draw(st.sampled_from([None, SharedSpec(width=8, depth=1, heads=2)])),
     )
 
 
 OPERATIONS: dict[str, Callable[[ModelSpec, int], dict[str, int | float]]] = {
     "image.width": lambda s, n: {"image.width": s.image.width * (n + 1)},
     "text.width": lambda s, n: {"text.width": s.text.width * (n + 1)},
+    "image.width by a fraction": lambda s, n: {"image.width": s.image.width + n * s.image.head_width},
+    "text.width by a fraction": lambda s, n: {} if s.caption else {"text.width": s.text.width + n * s.text.head_width},
+    "image.head_dim": lambda s, n: {"image.head_dim": s.image.head_width + n},
+    "text.head_dim": lambda s, n: {"text.head_dim": s.text.head_width + n},
     "image.heads": lambda s, n: {"image.heads": s.image.heads + n} if s.image.head_dim else {},
     "text.heads": lambda s, n: {"text.heads": s.text.heads + n} if s.text.head_dim else {},
     "image.mlp_ratio": lambda s, n: {"image.mlp_ratio": s.image.mlp_ratio + 0.75 * n},
     "text.mlp_ratio": lambda s, n: {"text.mlp_ratio": s.text.mlp_ratio + 0.75 * n},
     "embed_dim": lambda s, n: {"embed_dim": s.embed_dim + n},
     "depth": lambda s, n: {"image.depth": s.image.depth + n, "text.depth": s.text.depth + n},
-    "caption": lambda s, n: {"caption.depth": s.caption.depth + n} if s.caption else {},
+    "caption": lambda s, n: {"caption.depth": (s.caption.depth if s.caption else 0) + n},
+    "experts": lambda s, n: {"image.experts": n + 1, "text.experts": n + 2},
+    "shared": lambda s, n: (
+        {"shared.depth": 1 + n, "shared.width": 8 + 4 * n, "shared.mlp_ratio": 4.0 + n}
+        if s.shared
+        else {"shared.depth": n, "shared.width": 8, "shared.heads": 2}
+    ),
+    "vocabulary": lambda s, n: {"text.vocabulary": s.text.vocabulary + n},
 }
 
 
@@ -108,6 +122,8 @@ def outputs(model: Model, lengths: tuple[int, ...] = (4, 9, 2)) -> dict[str, Ten
 def difference(model: Model, larger: Model) -> float:
     """Largest difference of any output; new channels of the joint space count with what they hold."""
     before, after = outputs(model), outputs(larger)
+    if "caption" in before:  # the scores of new tokens are new
+        after["caption"] = after["caption"][:, : before["caption"].shape[1]]
     return max((F.pad(b, (0, after[k].shape[1] - b.shape[1])) - after[k]).abs().max().item() for k, b in before.items())
 
 
@@ -115,7 +131,7 @@ CASES = given(
     spec=specs(),
     chosen=st.lists(st.sampled_from(sorted(OPERATIONS)), min_size=1, max_size=3, unique=True),
     more=st.integers(1, 2),
-    copies=st.sampled_from(["noise", "duplicate"]),
+    copies=st.sampled_from(["noise", "duplicate", "lemon"]),
 )
 
 
@@ -127,25 +143,37 @@ def change(dtype: torch.dtype, spec: ModelSpec, chosen: list[str], more: int, co
 
 
 @CASES
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_growth_keeps_the_function_in_fp64(spec: ModelSpec, chosen: list[str], more: int, copies: Copies) -> None:
     assert change(torch.float64, spec, chosen, more, copies) < 1e-12
 
 
 @CASES
-@settings(max_examples=20, deadline=None, derandomize=True)  # rounding has a tail: 6.7e-6 was the largest of 100
+@settings(max_examples=12, deadline=None, derandomize=True)  # rounding has a tail: 6.7e-6 was the largest of 100
 def test_growth_keeps_the_function_in_fp32(spec: ModelSpec, chosen: list[str], more: int, copies: Copies) -> None:
     assert change(torch.float32, spec, chosen, more, copies) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@CASES
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_growth_keeps_the_function_on_many_specs(
+    dtype: torch.dtype, bound: float, spec: ModelSpec, chosen: list[str], more: int, copies: Copies
+) -> None:
+    assert change(dtype, spec, chosen, more, copies) < bound
 
 
 PAIRS = [(a, b) for i, a in enumerate(OPERATIONS) for b in list(OPERATIONS)[i:]]
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS, ids="+".join)
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=[f"{a}, {b}" for a, b in PAIRS])
 def test_every_pair_of_operators_keeps_the_function(first: str, second: str) -> None:
     """With heads of their own size, so that each operator has something to do."""
     free = {"image": {"head_dim": 5}, "text": {"head_dim": 3}}
     spec = TIED.model_copy(update={k: getattr(TIED, k).model_copy(update=v) for k, v in free.items()})
+    if "text.width by a fraction" in (first, second):
+        spec = spec.model_copy(update={"caption": None})
     targets = OPERATIONS[first](spec, 1) | OPERATIONS[second](spec, 2)
     assert all(OPERATIONS[name](spec, 1) for name in (first, second))
     model = perturbed(spec)
@@ -163,8 +191,7 @@ def test_growing_twice_keeps_the_function_and_draws_anew() -> None:
 @settings(max_examples=20, deadline=None)
 def test_every_dimension_is_on_the_axis_it_is_said_to_be(spec: ModelSpec) -> None:
     sizes = {}
-    for tower in ("image", "text"):
-        part = getattr(spec, tower)
+    for tower, part in spec.transformers().items():
         sizes |= {f"{tower}.width": part.width, f"{tower}.heads": part.attention_width}
         sizes[f"{tower}.mlp_width"] = part.mlp_width
     with torch.device("meta"):
@@ -173,7 +200,8 @@ def test_every_dimension_is_on_the_axis_it_is_said_to_be(spec: ModelSpec) -> Non
         found = uses(name)
         assert [p.shape[use.dim] for use in found] == [sizes[use.axis] for use in found], name
         fixed = {"patches.weight", "projection.weight", "token_embedding.weight", "position_embedding"}
-        complete = len(found) == p.ndim or name == "logit_scale" or name.split(".", 1)[1] in fixed
+        scalar = p.numel() == 1
+        complete = len(found) == p.ndim or scalar or name.split(".", 1)[1] in fixed
         assert complete, name
 
 
@@ -182,6 +210,15 @@ def test_broken_rules_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = perturbed(TIED)
     monkeypatch.setattr(axes, "_OUTPUT_NORM", "")
     assert difference(model, grow(model, {"text.width": 16})) > 1e-3
+    monkeypatch.undo()
+    monkeypatch.setattr("treering.models.growth.width.padding_variance", lambda old, new: 1.0)
+    assert difference(model, grow(model, {"image.width": 18})) > 1e-3
+    monkeypatch.undo()
+    monkeypatch.setattr("treering.models.spec.padding_variance", lambda old, new: 1.0)
+    assert difference(model, grow(model, {"image.width": 18})) > 1e-9  # the eps, which tells in fp64 only
+    monkeypatch.undo()
+    monkeypatch.setattr(HeadDim, "_scaled", lambda self, factor, roots, name="": self._repeat(0, 0))
+    assert difference(model, grow(model, {"text.head_dim": 8})) > 1e-3
     monkeypatch.undo()
     monkeypatch.setattr(
         "treering.models.growth.width.uses",
@@ -204,17 +241,20 @@ def score(found: dict[str, Tensor]) -> Tensor:
         {"text.width": 16},
         {"image.mlp_ratio": 5.5, "text.mlp_ratio": 4.5},
         {"image.width": 24, "text.width": 24, "text.mlp_ratio": 5.0},
+        {"image.head_dim": 12, "text.head_dim": 7},
+        {"shared.width": 16, "text.width": 16},
     ],
     ids=str,
 )
 def test_the_grown_gradient_is_the_mapped_one(targets: dict[str, Any]) -> None:
     """For plain copies: the first moment's map is the gradient's, the second's that of its square."""
-    model = perturbed(TIED)
+    spec = TIED.grown({"shared.depth": 1, "shared.width": 8, "shared.heads": 2})
+    model = perturbed(spec)
     score(outputs(model)).backward()
     larger = grow(model, targets, "duplicate")
     score(outputs(larger)).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    plan = plan_growth(TIED, larger.spec, 3, "duplicate")
+    plan = plan_growth(spec, larger.spec, 3, "duplicate")
     first = grown(plan, lambda kind, name: gradients[name])
     second = grown(plan, lambda kind, name: gradients[name].square())
     for name, p in larger.named_parameters():
@@ -256,8 +296,8 @@ def continued(model: Model, optimizer: Optimizer, targets: dict[str, Any], mappe
     return larger, following
 
 
-def divergence(mapped: str, targets: dict[str, Any]) -> float:
-    """Largest difference of a loss between a run that only deepens and one that also widens, over 50 steps."""
+def divergence(mapped: str, targets: dict[str, Any], steps: int = 100) -> float:
+    """Largest difference of a loss between a run that only deepens and one that also widens."""
     torch.manual_seed(0)
     model = perturbed(TIED)
     optimizer = Optimizer(model.named_parameters(), OptimizerConfig(weight_decay=0.3, eps=1e-20))
@@ -265,18 +305,20 @@ def divergence(mapped: str, targets: dict[str, Any]) -> float:
     deeper = {"image.depth": 2, "text.depth": 2, "caption.depth": 2}
     alone = continued(model, optimizer, deeper, "all")
     both = continued(model, optimizer, deeper | targets, mapped)
-    ours, theirs = train(*both, range(10, 60)), train(*alone, range(10, 60))
+    ours, theirs = train(*both, range(10, 10 + steps)), train(*alone, range(10, 10 + steps))
     return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("targets", [{"image.width": 24, "text.width": 24}, {"image.mlp_ratio": 12.0}], ids=str)
+@pytest.mark.parametrize(
+    "targets", [{"image.width": 24, "text.width": 24}, {"image.mlp_ratio": 12.0}, {"text.head_dim": 12}], ids=str
+)
 def test_copies_with_mapped_state_follow_the_ungrown_run(targets: dict[str, Any]) -> None:
     assert divergence("all", targets) < 1e-6
 
 
 @pytest.mark.parametrize("mapped", ["moments", "rates"])
 def test_half_of_the_state_would_not_do(mapped: str) -> None:
-    assert divergence(mapped, {"image.width": 24, "text.width": 16}) > 1e-3
+    assert divergence(mapped, {"image.width": 24, "text.width": 16}, steps=20) > 1e-3
 
 
 def test_rates_multiply_over_growths_and_go_to_new_blocks() -> None:

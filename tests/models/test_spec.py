@@ -38,7 +38,8 @@ def test_growth_targets() -> None:
         ({"image.depth": 1}, "smaller than the model's 2; set image.depth: 2 or more"),
         ({"image.dpeth": 4}, "the model has no such size; it has embed_dim, image.width"),
         ({"audio.depth": 4}, "no such size"),
-        ({"caption.depth": 4}, "no such size"),
+        ({"caption.width": 4}, "no such size"),
+        ({"image.norm_eps": 1}, "no such size"),
         ({"image.depth.x": 4}, "no such size"),
         ({"image.heads": 5}, "does not divide width"),
     ],
@@ -57,17 +58,39 @@ def test_heads_follow_the_width_and_keep_their_channels() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ({"image.width": 70}, r"image.width = 70 is no multiple of 32, .*; set image.width: 64$"),
-        ({"image.width": 90}, r"image.width = 90 is no multiple of 32, .*; set image.width: 96$"),
-        ({"image.patch": 8}, r"image.patch = 8: it cannot grow from 4 yet; what can: image.width, image.heads"),
+        ({"image.width": 70}, r"image.width = 70 gives no whole number of heads of 8 .* set image.width: 72, or give"),
+        ({"image.width": 90}, r"image.width = 90 gives no whole number of heads of 8 .* set image.width: 88, or give"),
+        ({"image.patch": 8}, r"image.patch = 8 leaves 2 patches a side of 4; set image.resolution: 32 with it"),
         (
             {"image.heads": 8},
             r"image.heads = 8 at image.width = 32 makes heads of 4 channels, and a head keeps its 8; "
             r"set image.heads: 4",
         ),
-        ({"image.width": 64, "image.heads": 4}, r"makes heads of 16 channels, .* set image.heads: 8"),
     ],
 )
 def test_growth_that_no_operator_makes_is_refused(targets: dict[str, int], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         plan_growth(SPEC, SPEC.grown(targets))
+
+
+def test_a_captioner_keeps_the_text_tower_to_whole_factors() -> None:
+    captioning = SPEC.grown({"caption.depth": 1})
+    with pytest.raises(SpecError, match=r"text.width = 24 is no multiple of 16, and the captioner .* text.width: 32"):
+        captioning.grown({"text.width": 24})
+    assert captioning.grown({"image.width": 48}).image.norm_eps == pytest.approx(1e-5 * 32 / 48)
+    assert SPEC.grown({"text.width": 24, "caption.depth": 1}).text.norm_eps == pytest.approx(1e-5 * 16 / 24)
+    assert captioning.grown({"text.width": 32}).text.norm_eps == 1e-5
+
+
+def test_shrinking_has_a_word_of_its_own() -> None:
+    smaller = SPEC.shrunk({"text.depth": 2, "image.width": 16})
+    assert (smaller.text.depth, smaller.image.width, smaller.image.heads) == (2, 16, 2)
+    with pytest.raises(SpecError, match=r"shrink: text.depth = 4 is larger than the model's 3; .* write it under grow"):
+        SPEC.shrunk({"text.depth": 4})
+    with pytest.raises(SpecError, match=r"grow: text.depth = 2 is smaller .* write it under shrink"):
+        SPEC.grown({"text.depth": 2})
+    with pytest.raises(SpecError, match=r"shrink: caption.depth = 1: the model has no such size"):
+        SPEC.shrunk({"caption.depth": 1})
+    wide = SPEC.grown({"image.head_dim": 16})
+    with pytest.raises(SpecError, match=r"makes heads of 8 channels, and a head keeps its 16"):
+        changes(wide, wide.shrunk({"image.head_dim": 8}))

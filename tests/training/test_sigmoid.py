@@ -23,6 +23,7 @@ from treering.training.objectives.config import ObjectivesConfig
 from treering.training.objectives.contrastive import SigmoidContrastive
 from treering.training.objectives.registry import build_objectives
 from treering.training.optimizer import OptimizerConfig
+from treering.training.stages import GrowthConfig
 from treering.training.world import World
 
 SPEC = ModelSpec(
@@ -118,7 +119,7 @@ def test_it_trains_and_grows() -> None:
     assert losses[-1] < 0.5 * losses[0]
     before = {kind: small.logical_state()[f"{kind}/logit_bias"].clone() for kind in ("model", "exp_avg", "exp_avg_sq")}
     assert before["model"].item() != -10
-    large, growth = grow(small, engine, SPEC.grown({"image.depth": 2}), batch(), seed=1, copies="noise")
+    large, growth = grow(small, engine, SPEC.grown({"image.depth": 2}), batch(), seed=1, how=GrowthConfig())
     assert growth.logit_difference < 1e-5
     for kind, value in before.items():
         assert torch.equal(large.logical_state()[f"{kind}/logit_bias"], value)

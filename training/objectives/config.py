@@ -22,11 +22,18 @@ class CaptionObjectiveConfig(BaseModel, frozen=True, extra="forbid", strict=True
     weight: float = Field(2.0, ge=0)
 
 
+class BalanceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Equal work for all experts of a mixture (Switch)."""
+
+    weight: float = Field(0.01, ge=0)
+
+
 class ObjectivesConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The weighted terms of the loss; an objective left out does not run."""
 
     contrastive: ContrastiveConfig | None = None
     caption: CaptionObjectiveConfig | None = None
+    balance: BalanceConfig | None = None
 
     @model_validator(mode="after")
     def _contrastive_present(self) -> Self:

@@ -1,0 +1,269 @@
+"""The operators beside width and depth, and the lossy ones: what each keeps exactly, and what it says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from treering.models.flops import parameters
+from treering.models.growth.depth import Depth, Drop
+from treering.models.growth.plan import plan_growth
+from treering.models.growth.rules import GrownState, Operator, grown, grown_rate
+from treering.models.growth.tables import Patch
+from treering.models.model import Model, build
+from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
+from treering.models.transformer import Mlp
+
+SPEC = ModelSpec(
+    embed_dim=6,
+    image=ImageSpec(width=12, depth=2, heads=2, patch=4, resolution=8),
+    text=TextSpec(width=8, depth=2, heads=2, context=9, mlp="swiglu"),
+)
+KINDS = ("model", "exp_avg", "exp_avg_sq")
+
+
+def perturbed(spec: ModelSpec) -> Model:
+    """A model as after training, in fp64."""
+    model = build(spec, 0).double()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.05)
+    return model
+
+
+def state_of(model: Model) -> dict[str, Tensor]:
+    """Weights, and moments that are anything."""
+    state = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        state |= {f"exp_avg/{name}": p.detach().sin(), f"exp_avg_sq/{name}": p.detach().cos().square()}
+    return state
+
+
+def filled(spec: ModelSpec, operators: list[Operator], state: dict[str, Tensor]) -> Model:
+    read = grown(operators, lambda kind, name: state[f"{kind}/{name}"])
+    model = build(spec, 99).double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            for kind in KINDS:
+                assert read(kind, name).shape == p.shape, (kind, name)
+            assert (read("exp_avg_sq", name) >= 0).all(), name
+            p.copy_(read("model", name))
+    return model
+
+
+def resized(model: Model, spec: ModelSpec, **options: Any) -> Model:
+    state = state_of(model)
+    read = lambda kind, name: state[f"{kind}/{name}"]  # noqa: E731
+    return filled(spec, plan_growth(model.spec, spec, 3, read=read, **options), state)
+
+
+def pictures(side: int) -> Tensor:
+    return torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def outputs(model: Model, images: Tensor | None = None) -> list[Tensor]:
+    images = pictures(model.spec.image.resolution) if images is None else images
+    tokens = torch.randint(0, 49408, (15,), generator=torch.Generator().manual_seed(2))
+    output = model(images, tokens, torch.tensor([4, 9, 2]))
+    found = [output.image.pooled, output.text.pooled]
+    return found + ([output.caption @ model.text.token_embedding.weight.T] if output.caption is not None else [])
+
+
+def apart(one: Model, other: Model) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(outputs(one), outputs(other), strict=False))
+
+
+def test_an_average_of_weights_grows_as_the_weights_do() -> None:
+    model = perturbed(SPEC)
+    plan = plan_growth(
+        SPEC, SPEC.grown({"image.width": 18, "text.depth": 3, "caption.depth": 1, "image.experts": 2}), 3
+    )
+    state = {f"{kind}/{name}": p.detach() for name, p in model.named_parameters() for kind in ("model", "ema")}
+    names = [name for name, _ in build(SPEC.grown({"caption.depth": 1, "text.depth": 3}), 0).named_parameters()]
+    names = [name for name in names if ".mlp." not in name or not name.startswith("image")]
+    found = GrownState(plan, state, [f"{kind}/{name}" for kind in ("model", "ema") for name in names])
+    assert all(torch.equal(found[f"model/{name}"], found[f"ema/{name}"]) for name in names)
+
+
+# Depth by name
+
+
+def test_stack_repeats_and_interleave_doubles() -> None:
+    stack = Depth("image.depth", "image.transformer.blocks", 3, 6, "stack")
+    doubled = Depth("image.depth", "image.transformer.blocks", 3, 6, "interleave")
+    assert [stack.source(i)[0] for i in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert [doubled.source(i)[0] for i in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert Depth("image.depth", "image.transformer.blocks", 3, 6).preserves
+
+
+@pytest.mark.parametrize("layers", ["stack", "interleave"])
+def test_live_copies_are_lossy_and_say_so(layers: str) -> None:
+    model = perturbed(SPEC)
+    spec = SPEC.grown({"image.depth": 4, "text.depth": 3})
+    assert not any(operator.preserves for operator in plan_growth(SPEC, spec, layers=layers))
+    assert apart(model, resized(model, spec, layers=layers)) > 1e-2
+    assert apart(model, resized(model, spec)) == 0.0
+
+
+# A captioner where there was none
+
+
+def test_a_new_captioner_leaves_the_towers_bit_for_bit() -> None:
+    model = perturbed(SPEC)
+    spec = SPEC.grown({"caption.depth": 3})
+    captioning = resized(model, spec)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(captioning), strict=False))
+    assert len(outputs(captioning)) == 3
+    output = captioning(pictures(8), torch.arange(15), torch.tensor([4, 9, 2]))
+    assert torch.allclose(output.caption, F.layer_norm(output.text.tokens, (8,)), atol=1e-12)
+    (output.caption @ captioning.text.token_embedding.weight.T).sin().sum().backward()
+    for block in captioning.captioner.transformer.blocks:
+        assert block.cross.out.weight.grad.abs().max() > 0
+        assert block.mlp.down.weight.grad.abs().max() > 0
+
+
+def test_a_captioner_comes_with_any_other_growth() -> None:
+    model = perturbed(SPEC)
+    spec = SPEC.grown({"caption.depth": 1, "text.width": 12, "text.depth": 4, "image.width": 24, "image.head_dim": 8})
+    assert apart(model, resized(model, spec)) < 1e-12
+
+
+# Shared blocks where there were none
+
+
+def test_shared_blocks_enter_through_a_zero_gate() -> None:
+    model = perturbed(SPEC.grown({"caption.depth": 1}))
+    spec = model.spec.grown({"shared.depth": 2, "shared.width": 16, "shared.heads": 2})
+    sharing = resized(model, spec)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(sharing), strict=True))
+    with torch.device("meta"):
+        assert parameters(spec) == sum(p.numel() for p in Model(spec).parameters())
+    output = sharing(pictures(8), torch.arange(15), torch.tensor([4, 9, 2]))
+    (output.image.pooled.sin().sum() + output.text.pooled.sin().sum()).backward()
+    assert sharing.shared.image_gate.grad.abs() > 0
+    assert sharing.shared.text_gate.grad.abs() > 0
+    with torch.no_grad():
+        sharing.shared.image_gate.fill_(0.5)
+    before, after = outputs(model), outputs(sharing)
+    assert not torch.allclose(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+
+
+# Patches and words
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 8), (4, 6), (4, 2), (8, 6)])
+def test_a_resized_patch_is_the_best_that_there_is(old: int, new: int) -> None:
+    """Against least squares over every patch there can be; a larger one is exact on enlarged patches."""
+    operator = Patch(old, new)
+    kernel = torch.randn(5, 3 * old**2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = operator.rule("image.patches.weight").apply("model", kernel)
+    patches = torch.randn(200, 3, old, old, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    enlarged = F.interpolate(patches, size=(new, new), mode="bilinear", antialias=new < old).flatten(1)
+    wanted = patches.flatten(1) @ kernel.T
+    if new > old:
+        assert (enlarged @ ours.T - wanted).abs().max() < 1e-10
+    else:
+        best = torch.linalg.lstsq(operator._matrix().T, kernel.view(15, -1).T).solution.T.reshape(5, -1)
+        assert (ours - best).abs().max() < 1e-10
+    assert not operator.preserves
+    assert operator.rule("image.patches.bias").apply("model", kernel) is kernel
+
+
+def test_patch_growth_makes_a_model_that_runs() -> None:
+    model = perturbed(SPEC)
+    finer = resized(model, SPEC.grown({"image.patch": 2}))
+    assert apart(model, finer) > 0
+    same = SPEC.grown({"image.patch": 8, "image.resolution": 16})
+    assert [type(operator) for operator in plan_growth(SPEC, same)] == [Patch]
+    assert outputs(resized(model, same))[0].isfinite().all()
+
+
+def test_new_words_are_the_mean_of_their_parts() -> None:
+    model = perturbed(SPEC.grown({"caption.depth": 1}))
+    spec = model.spec.grown({"text.vocabulary": 49410})
+    table = model.text.token_embedding.weight
+    larger = resized(model, spec, tokens=((5, 7), (9,))).text.token_embedding.weight
+    assert torch.equal(larger[:49408], table)
+    assert torch.allclose(larger[49408:], torch.stack([(table[5] + table[7]) / 2, table[9]]))
+    means = resized(model, spec).text.token_embedding.weight[49408:]
+    assert torch.allclose(means, table.mean(0).expand(2, -1))
+    with pytest.raises(SpecError, match="tokens has 1 entries for 2 new rows"):
+        plan_growth(model.spec, spec, tokens=((5,),))
+    with pytest.raises(SpecError, match="not below 49408"):
+        plan_growth(model.spec, spec, tokens=((5,), (49409,)))
+
+
+# Shrinking
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [{"image.width": 24, "text.width": 16}, {"image.mlp_ratio": 8.0, "text.mlp_ratio": 12.0}, {"embed_dim": 9}],
+    ids=str,
+)
+def test_shrinking_undoes_growth_by_plain_copies(targets: dict[str, Any]) -> None:
+    """Weights, moments and rates; truncation keeps the first copies and gives them what all had."""
+    model = perturbed(SPEC)
+    state, large = state_of(model), SPEC.grown(targets)
+    there, back = plan_growth(SPEC, large, 3, "duplicate"), plan_growth(large, SPEC)
+    assert not any(operator.preserves for operator in back)
+    paths = list(state)
+    found = GrownState([*there, *back], state, paths)
+    assert list(found) == paths
+    for path in paths:
+        assert torch.allclose(found[path], state[path], rtol=1e-12), path
+        assert grown_rate([*there, *back], {}, path.partition("/")[2]) == pytest.approx(1.0)
+
+
+def test_blocks_that_write_least_go_first() -> None:
+    """Zeroed copies write nothing: dropping the smallest undoes the growth, dropping the last does not."""
+    model = perturbed(SPEC)
+    deep = resized(model, SPEC.grown({"image.depth": 5, "text.depth": 3}))
+    assert apart(model, resized(deep, SPEC, drop="smallest")) == 0.0
+    assert apart(model, resized(deep, SPEC, drop="last")) > 1e-3
+    operator = Drop("image.depth", "image.transformer.blocks", 5, (0, 2))
+    assert operator.rule("image.transformer.blocks.1.mlp.up.bias").source == "image.transformer.blocks.2.mlp.up.bias"
+    assert operator.describe()["dropped"] == [1, 3, 4]
+
+
+def test_everything_that_shrinks_makes_a_model_that_runs() -> None:
+    spec = SPEC.grown({"image.resolution": 16, "text.context": 30, "caption.depth": 2, "image.heads": 2})
+    model = perturbed(spec)
+    targets = {"image.resolution": 8, "text.context": 12, "caption.depth": 1, "text.mlp_ratio": 2.0, "image.width": 6}
+    small = resized(model, spec.shrunk(targets))
+    assert torch.equal(small.text.position_embedding, model.text.position_embedding[:12])
+    assert all(part.isfinite().all() for part in outputs(small))
+
+
+# The rest
+
+
+def test_a_gated_mlp_is_swiglu() -> None:
+    mlp = Mlp(SPEC.text).double()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    gate = x @ mlp.gate.weight.T + mlp.gate.bias
+    expected = (gate * torch.sigmoid(gate) * (x @ mlp.up.weight.T + mlp.up.bias)) @ mlp.down.weight.T + mlp.down.bias
+    assert torch.allclose(mlp(x), expected, atol=1e-12)
+    for spec in (SPEC, SPEC.grown({"caption.depth": 2})):
+        with torch.device("meta"):
+            assert parameters(spec) == sum(p.numel() for p in Model(spec).parameters())
+
+
+def test_inheriting_with_momentum_blends() -> None:
+    model = perturbed(SPEC)
+    spec = SPEC.grown({"image.depth": 3})
+    whole, none, half = (resized(model, spec, inherit=m) for m in (1.0, 0.0, 0.5))
+    assert apart(whole, resized(model, spec)) == 0.0
+    assert not plan_growth(SPEC, spec, inherit=0.5)[-1].preserves
+    for name, p in half.named_parameters():
+        ends = (dict(whole.named_parameters())[name] + dict(none.named_parameters())[name]) / 2
+        assert torch.allclose(p, ends, atol=1e-12), name
+    assert torch.equal(none.logit_scale, model.logit_scale)
+    assert not torch.equal(none.image.projection.weight, model.image.projection.weight)

@@ -1,0 +1,36 @@
+"""Balance: experts of a mixture are to get equal shares of the tokens (Switch, Fedus et al., arXiv 2101.03961).
+
+Shape suffix: e experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...models.model import ModelOutput
+from ..world import World
+from .base import Inputs
+
+
+@dataclass(frozen=True)
+class Balance:
+    """L = mean over mixtures of E * sum_e f_e p_e; 1 if all experts get the same.
+
+    f_e is the share of the global batch's choices that fell on expert e, p_e the mean of its gate, which alone has a
+    gradient.
+    """
+
+    weight: float
+    name: str = "balance"
+
+    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        """This rank's tokens against the choices of all ranks."""
+        total = output.scale.new_zeros(())
+        for counts_e, gates_e in output.routing:
+            choices_e = world.sum(counts_e.float())
+            tokens = world.sum(gates_e.detach().float().sum())  # a token's gates sum to one
+            total = total + len(choices_e) * torch.dot(choices_e / choices_e.sum(), gates_e.float()) / tokens
+        return total / max(1, len(output.routing))

@@ -1,0 +1,204 @@
+"""Growing a commit without the run: from one store to another, tensor by tensor.
+
+What comes out is the commit that the run would have continued from, had its recipe said so: the recipe in its manifest
+has the growth as a stage, so training goes on from it by that recipe, and the lineage says where it came from. Of the
+tensors no more is held at a time than one part of the old commit and one of the new; a part is at most 256 MiB, or one
+tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save
+from torch import Tensor
+
+from ..models.flops import parameters
+from ..models.growth.plan import changes
+from ..models.growth.rules import GrownState, origin
+from ..models.model import Model
+from ..models.spec import ModelSpec, SpecError
+from .commits import Commit, Commits, Manifest, Part, find_commit
+from .growing import described, grown_rates, planned
+from .recipe import Recipe
+from .stages import StageConfig, faded
+from .state import Event, RunState
+from .store import Store, StoreError
+
+PART_BYTES = 256 << 20
+"""largest part that is written, unless one tensor is larger"""
+
+
+@dataclass(frozen=True)
+class GrownCommit:
+    """What growing a commit left."""
+
+    url: str
+    recipe: Recipe
+    """the recipe that training continues by"""
+    event: dict[str, Any]
+    """what was done, as the lineage has it"""
+
+
+def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | None = None) -> GrownCommit:
+    """Grow the commit at URL `source` (or the newest one of a run) into a new store at URL `out`.
+
+    `stage` are fields of a `StageConfig`: `grow`, `shrink` and how. It is the run's last stage, of `samples`, or it
+    takes what is left of the commit's own. Raises SpecError for what cannot be, StoreError for a store that has commits
+    or cannot be used.
+    """
+    begun = time.monotonic()
+    commit = find_commit(source)
+    state, before = commit.manifest.state, Recipe.model_validate(commit.manifest.recipe)
+    recipe, number = with_stage(before, state, stage, samples)
+    old, new = commit.manifest.spec, recipe.specs()[number]
+    if old == new:
+        raise SpecError(f"{commit.url} has these sizes already; name one that changes")
+    held = OldState(commit)
+    how = recipe.stages[number]
+    operators = planned(old, new, recipe.seed, how, lambda kind, name: held[f"{kind}/{name}"])
+    shapes = tensor_shapes(new)
+    # In the order of the old parts, so that each is read once.
+    names = sorted(shapes, key=lambda name: (held.place(origin(operators, name)), name))
+    fade = faded(before.stages, state.stage, state.samples, before.data.batch)
+    rates = grown_rates(operators, state.multipliers, fade, names)
+    commits = Commits(Store(out))
+    if commits.names():
+        raise StoreError(f"{out} has commits already; give a new place")
+    life = commits.claim_life(f"grown from {commit.url}")
+    name = f"step-{state.step:012d}-life-{life:04d}"
+    grown = GrownState(operators, held, (f"{kind}/{name}" for kind in held.kinds for name in names))
+    parts = tuple(_written(commits.store, name, grown))
+    changed = changes(old, new)
+    detail = {
+        "from": {path: sizes[0] for path, sizes in changed.items()},
+        "to": {path: sizes[1] for path, sizes in changed.items()},
+        "operators": described(operators),
+        "parameters_before": parameters(old),
+        "parameters_after": parameters(new),
+        "logit_difference": None,
+        "seconds": time.monotonic() - begun,
+        "source": commit.url,
+        "seed": recipe.seed,
+        "multipliers": len(rates),
+    }
+    event = Event(event="grow", step=state.step, samples=state.samples, detail=detail)
+    following = state.model_copy(
+        update={
+            "stage": number,
+            "life": life,
+            "multipliers": rates,
+            "applied": 0 if how.moments == "reset" else state.applied,
+            "lineage": (*state.lineage, event),
+        }
+    )
+    commits._seal(name, Manifest(spec=new, state=following, recipe=recipe.model_dump(mode="json"), parts=parts))
+    return GrownCommit(f"{commits.store.url}/{name}", recipe, detail)
+
+
+def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: int | None) -> tuple[Recipe, int]:
+    """The recipe with its present stage ended at `state` and a new one after it, and the number of that one.
+
+    The new stage takes what is left of the present one, before the stages that follow it; or it is the last, of
+    `samples`. A captioner brings its objective with it.
+    """
+    batch, now = recipe.data.batch, recipe.stages[state.stage]
+    done = state.samples - batch * sum(s.steps(batch) for s in recipe.stages[: state.stage])
+    left = batch * now.steps(batch) - done
+    if not done:
+        raise SpecError("this commit has not trained since it grew; grow the one before it to all sizes at once")
+    if not (samples or left):
+        raise SpecError(f"this commit is at the end of its stage; say how long the next one is: samples={now.samples}")
+    tree = recipe.model_dump(mode="json")
+    following = {"samples": samples or left, **stage}
+    stages = tree["stages"]
+    later = [] if samples else stages[state.stage + 1 :]
+    tree["stages"] = [*stages[: state.stage], {**stages[state.stage], "samples": done}, following, *later]
+    captions = tree["model"]["caption"] or any("caption.depth" in each.get("grow", {}) for each in tree["stages"])
+    tree["objectives"]["caption"] = (tree["objectives"]["caption"] or {}) if captions else None
+    try:
+        StageConfig.model_validate(following)
+        return Recipe.model_validate(tree), state.stage + 1
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        said = first["msg"].removeprefix("Value error, ")
+        raise SpecError(f"{where}: {said}" if where else said) from None
+
+
+def tensor_shapes(spec: ModelSpec) -> dict[str, torch.Size]:
+    """Names and shapes of a model's parameters; nothing is built."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in Model(spec).named_parameters()}
+
+
+class OldState(Mapping[str, Tensor]):
+    """The tensors of a commit by `kind/name`, read and verified a part at a time; one part is kept."""
+
+    def __init__(self, commit: Commit) -> None:
+        self._commit = commit
+        self._shapes = tensor_shapes(commit.manifest.spec)
+        self._part: dict[str, Tensor] = {}
+        self._parts: dict[str, int] = {}
+        for number in range(len(commit.manifest.parts)):
+            self._parts.update(dict.fromkeys(self._load(number), number))
+
+    def _load(self, number: int) -> Iterable[str]:
+        part = self._commit.manifest.parts[number]
+        self._part = {}  # before the next one comes
+        found = self._commit.part(part)
+        if any(self._shapes.get(path.partition("/")[2]) != tensor.shape for path, tensor in found.items()):
+            # An engine that spreads its state leaves stretches: their kind is then put together as a whole.
+            found = self._commit.tensors(part.kind)
+        self._part = found
+        return found
+
+    @property
+    def kinds(self) -> list[str]:
+        """Weights and moments, as far as the commit has them."""
+        return list(dict.fromkeys(part.kind for part in self._commit.manifest.parts))
+
+    def place(self, name: str) -> int:
+        """Which of the parts the weights `name` lie in."""
+        return self._parts[f"model/{name}"]
+
+    def __getitem__(self, path: str) -> Tensor:
+        if path not in self._part:
+            self._load(self._parts[path])
+        return self._part[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[Part]:
+    """Write tensors one after another into parts of one kind each."""
+    chunk: dict[str, Tensor] = {}
+    kind, size, number = "", 0, 0
+    for path in state:
+        other, _, tensor_name = path.partition("/")
+        tensor = state[path].clone(memory_format=torch.contiguous_format)  # copies of one tensor share its memory
+        if chunk and (other != kind or size + tensor.nbytes > PART_BYTES):
+            yield _put(store, name, kind, number, chunk)
+            number = number + 1 if other == kind else 0
+            chunk, size = {}, 0
+        kind, size = other, size + tensor.nbytes
+        chunk[tensor_name] = tensor
+    if chunk:
+        yield _put(store, name, kind, number, chunk)
+
+
+def _put(store: Store, name: str, kind: str, number: int, chunk: dict[str, Tensor]) -> Part:
+    data = save(chunk)
+    file = f"{kind}-00000-{number:05d}.safetensors"
+    store.put(f"{name}/{file}", data)
+    return Part(file=file, kind=kind, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), tensors=len(chunk))
