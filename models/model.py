@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -76,15 +77,14 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 
 
 @torch.no_grad()
-def initialise(model: Model, seed: int) -> None:
-    """Fill the parameters with CLIP's scales, each from a stream of its own name.
+def initialise(spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]], seed: int) -> None:
+    """Fill parameters of a model by their names with CLIP's scales, each from a stream of its own name.
 
     Matrices that write into a residual stream are smaller by the root of its number of writes, as in CLIP and GPT-2.
     """
-    spec = model.spec
     writes = {"image": 2 * spec.image.depth, "text": 2 * spec.text.depth}
     writes["captioner"] = 3 * spec.caption.depth if spec.caption else 1
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if name == "logit_scale":
             parameter.fill_(math.log(10.0 if spec.logit_bias else 1 / 0.07))
         elif name == "logit_bias":
@@ -101,10 +101,23 @@ def initialise(model: Model, seed: int) -> None:
 
 def build(spec: ModelSpec, seed: int) -> Model:
     """A freshly initialised model on the CPU in fp32."""
+    model = empty(spec)
+    materialise(model, torch.device("cpu"))
+    initialise(spec, model.named_parameters(), seed)
+    return model
+
+
+def empty(spec: ModelSpec) -> Model:
+    """A model whose tensors have shapes and no memory yet."""
     with torch.device("meta"):
-        model = Model(spec)
-    model.to_empty(device="cpu")
+        return Model(spec)
+
+
+def materialise(model: Model, device: torch.device, wrapper: nn.Module | None = None) -> None:
+    """Give the tensors of an empty model, or of the `wrapper` around it, memory on `device`.
+
+    Its constants are filled, its parameters are not.
+    """
+    (wrapper or model).to_empty(device=device)
     model.image_mean.copy_(torch.tensor(IMAGE_MEAN).view(3, 1, 1))
     model.image_std.copy_(torch.tensor(IMAGE_STD).view(3, 1, 1))
-    initialise(model, seed)
-    return model

@@ -2,7 +2,8 @@
 
 A commit is a set of objects under `step-N-life-L/`: parts with the tensors, a manifest that lists them with sizes and
 checksums, and last of all a small COMMIT object that holds the manifest's checksum. Readers only look at sets that have
-one, so a writer killed anywhere leaves nothing a reader could see. Nothing in a commit is code.
+one, so a writer killed anywhere leaves nothing a reader could see. Nothing in a commit is code. Tensors lie in it by
+logical name, whole or in stretches as their engine held them, and are read whole or in any other stretches.
 """
 
 from __future__ import annotations
@@ -12,22 +13,24 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from ..models.spec import ModelSpec
+from .shards import Layout, Stretch
 from .state import RunState
 from .store import Store, StoreError
 from .world import World
+from .writing import Part, Writing, taken
 
-PART_BYTES = 256 << 20
-"""largest part: what a writer or reader holds beside the tensors themselves"""
 _SET = re.compile(r"^step-(\d{12})-life-(\d{4})$")
 _LIFE = re.compile(r"^life-(\d{4})\.json$")
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -71,17 +74,6 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return min((float(m[1]) * _UNITS[m[2]] for m in times if m), default=None)
 
 
-class Part(BaseModel, frozen=True, extra="forbid", strict=True):
-    """One object with tensors of one kind."""
-
-    # The pattern is a guard: a manifest cannot ask for anything outside its own set.
-    file: str = Field(pattern=r"^[a-z_]{1,32}-\d{5}-\d{5}\.safetensors$")
-    kind: str
-    bytes: int
-    sha256: str
-    tensors: int
-
-
 class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
     """What a commit holds."""
 
@@ -89,6 +81,8 @@ class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
     spec: ModelSpec
     state: RunState
     recipe: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """of parameters that lie here in stretches: the shape of the whole"""
     parts: tuple[Part, ...] = Field(strict=False)
 
 
@@ -109,17 +103,68 @@ class Commit:
         """Where it lies."""
         return f"{self.store.url}/{self.name}"
 
-    def tensors(self, kind: str | None = None) -> dict[str, Tensor]:
-        """All tensors by `kind/name`, or those of one kind. Raises DamagedCommit naming the file."""
-        found: dict[str, Tensor] = {}
+    def tensors(self, kind: str | None = None, layout: Layout | None = None) -> dict[str, Tensor]:
+        """All tensors by `kind/name`, or those of one kind; of each what `layout` names, flat, or the whole.
+
+        Holds one part beside what it returns. Raises DamagedCommit naming the file.
+        """
+        found = _Assembly(self.manifest.shapes, layout)
         for part in self.manifest.parts:
-            if kind is None or part.kind == kind:
+            if (kind is None or part.kind == kind) and found.needs(part):
                 data = _read(self.store, f"{self.name}/{part.file}", part.sha256)
                 try:
-                    found |= {f"{part.kind}/{name}": tensor for name, tensor in load(data).items()}
-                except SafetensorError as error:
-                    raise DamagedCommit(f"{self.url}/{part.file} holds no tensors: {error}") from None
-        return found
+                    found.add(part, load(data))
+                except (SafetensorError, KeyError, RuntimeError) as error:
+                    raise DamagedCommit(f"{self.url}/{part.file} does not hold what it should: {error}") from None
+        if missing := found.missing():
+            raise DamagedCommit(f"{self.url}: its parts do not hold all of {missing}; use another commit")
+        return found.tensors()
+
+
+class _Assembly:
+    """Stretches put together from the pieces that lie in parts."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], layout: Layout | None) -> None:
+        self._shapes, self._layout = shapes, layout
+        self._found: dict[str, Tensor] = {}
+        self._filled: dict[str, int] = {}
+
+    def _wanted(self, name: str, shape: tuple[int, ...]) -> Stretch:
+        return Stretch(shape, 0, prod(shape)) if self._layout is None else self._layout[name]
+
+    def needs(self, part: Part) -> bool:
+        """Whether a part may hold anything that is wanted; of stretches we know where they begin."""
+        ends = {name: self._wanted(name, self._shapes[name]) for name in part.starts if name in self._shapes}
+        return not ends or any(part.starts[name] < wanted.start + wanted.length for name, wanted in ends.items())
+
+    def add(self, part: Part, pieces: Mapping[str, Tensor]) -> None:
+        """Take what is wanted out of a part. Raises KeyError or RuntimeError if it does not fit the manifest."""
+        for name, piece in pieces.items():
+            path, start = f"{part.kind}/{name}", part.starts.get(name, 0)
+            shape = self._shapes[name] if name in part.starts else tuple(piece.shape)
+            if start < 0 or start + piece.numel() > prod(shape):
+                raise KeyError(f"{name} reaches beyond its shape {shape}")
+            wanted = self._wanted(name, shape)
+            if self._layout is None and piece.shape == shape:
+                self._found[path], self._filled[path] = piece, piece.numel()
+                continue
+            own = self._found.setdefault(path, torch.empty(wanted.length, dtype=piece.dtype))
+            first, end = max(start, wanted.start), min(start + piece.numel(), wanted.start + wanted.length)
+            if first < end:
+                own[first - wanted.start : end - wanted.start] = piece.view(-1)[first - start : end - start]
+                self._filled[path] = self._filled.get(path, 0) + end - first
+
+    def missing(self) -> str | None:
+        """A tensor that is not complete, if there is one."""
+        incomplete = (path for path, own in self._found.items() if self._filled.get(path, 0) != own.numel())
+        return next(incomplete, None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found, by `kind/name`."""
+        if self._layout is not None:
+            return self._found
+        names = {path: path.partition("/")[2] for path in self._found}
+        return {path: own.view(self._shapes.get(names[path], own.shape)) for path, own in self._found.items()}
 
 
 class Commits:
@@ -171,6 +216,34 @@ class Commits:
                 f"{self.store.url}/{name}: manifest or COMMIT is damaged ({where}); use another commit"
             ) from None
 
+    def begin(
+        self,
+        spec: ModelSpec,
+        state: RunState,
+        recipe: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        world: World,
+        layout: Layout | None = None,
+        keep: int | None = None,
+    ) -> Writing:
+        """Begin a commit of `tensors` as they are now; every rank calls this, and then leads its Writing to the end.
+
+        Without `layout` every rank has the same whole tensors and writes its share of them; with it, each writes all of
+        the stretches it has. `keep` commits are left once this one is complete.
+        """
+        own = dict(tensors) if layout else _share(tensors, world)
+
+        name = f"step-{state.step:012d}-life-{state.life:04d}"
+        starts = {path: stretch.start for path, stretch in (layout or {}).items()}
+        shapes = {path: stretch.shape for path, stretch in (layout or {}).items()}
+
+        def complete(parts: Sequence[Part]) -> None:
+            self._seal(name, Manifest(spec=spec, state=state, recipe=recipe, shapes=shapes, parts=tuple(parts)))
+            if keep is not None:
+                self.retain(keep, state.life)
+
+        return Writing(self.store, name, own, starts, world, complete, lambda: self._discard(name))
+
     def write(
         self, spec: ModelSpec, state: RunState, recipe: dict[str, Any], tensors: Mapping[str, Tensor], world: World
     ) -> str:
@@ -178,42 +251,9 @@ class Commits:
 
         Raises StoreError on every rank if any rank failed; what was written is then removed and was never visible.
         """
-        name = f"step-{state.step:012d}-life-{state.life:04d}"
-        taken = world.objects(world.is_first and name in self.names())[0]
-        if taken:
-            raise StoreError(
-                f"{self.store.url}/{name} was committed by another run; give each run its own checkpoint.to"
-            )
-        mine, failure = [], None
-        try:
-            mine = [part.model_dump() for part in self._write_parts(name, tensors, world)]
-        except StoreError as error:
-            failure = str(error)
-        reports = world.objects({"parts": mine, "failure": failure})
-        failure = next((r["failure"] for r in reports if r["failure"]), None)
-        if failure is None and world.is_first:
-            parts = tuple(Part.model_validate(p) for r in reports for p in r["parts"])
-            try:
-                self._seal(name, Manifest(spec=spec, state=state, recipe=recipe, parts=parts))
-            except StoreError as error:
-                failure = str(error)
-        failure = world.objects(failure)[0] or failure
-        if failure:
-            if world.is_first:
-                self._remove(name)
-            raise StoreError(failure)
-        return name
-
-    def _write_parts(self, name: str, tensors: Mapping[str, Tensor], world: World) -> list[Part]:
-        """Write this rank's share of the tensors, kind by kind."""
-        parts: list[Part] = []
-        for (kind, number), chunk in _chunks(_share(tensors, world)).items():
-            data = save({key: tensor.detach().cpu().contiguous() for key, tensor in chunk.items()})
-            file = f"{kind}-{world.rank:05d}-{number:05d}.safetensors"
-            self.store.put(f"{name}/{file}", data)
-            digest = hashlib.sha256(data).hexdigest()
-            parts.append(Part(file=file, kind=kind, bytes=len(data), sha256=digest, tensors=len(chunk)))
-        return parts
+        writing = self.begin(spec, state, recipe, tensors, world)
+        writing.finish()
+        return writing.name
 
     def _seal(self, name: str, manifest: Manifest) -> None:
         """Write the manifest and, when every part is there at its size, the COMMIT object."""
@@ -227,9 +267,7 @@ class Commits:
             )
         seal = json.dumps({"manifest_sha256": hashlib.sha256(data).hexdigest()}).encode()
         if not self.store.put_new(f"{name}/COMMIT", seal):
-            raise StoreError(
-                f"{self.store.url}/{name} was committed by another run; give each run its own checkpoint.to"
-            )
+            raise taken(self.store, name)
 
     def retain(self, keep: int, life: int) -> None:
         """Remove all but the `keep` newest commits, and what earlier lives left unfinished."""
@@ -240,6 +278,11 @@ class Commits:
             unfinished = "COMMIT" not in files and _life(name) < life
             if outdated or unfinished:
                 self._remove(name)
+
+    def _discard(self, name: str) -> None:
+        """Remove a set unless it is complete."""
+        if "COMMIT" not in self._sets().get(name, ()):
+            self._remove(name)
 
     def _remove(self, name: str) -> None:
         """Remove a set, its COMMIT first: from then on no reader sees it."""
@@ -289,17 +332,3 @@ def _share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
         if rank == world.rank:
             mine[name] = tensors[name]
     return mine
-
-
-def _chunks(tensors: Mapping[str, Tensor]) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """Tensors of one kind together, in chunks of at most PART_BYTES (or one tensor)."""
-    chunks: dict[tuple[str, int], dict[str, Tensor]] = {}
-    filled: dict[str, list[int]] = {}
-    for path in sorted(tensors):
-        kind, _, name = path.partition("/")
-        at = filled.setdefault(kind, [0, 0])
-        if at[1] and at[1] + tensors[path].nbytes > PART_BYTES:
-            at[0], at[1] = at[0] + 1, 0
-        at[1] += tensors[path].nbytes
-        chunks.setdefault((kind, at[0]), {})[name] = tensors[path]
-    return chunks

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..models.growth.plan import Copies, changes, plan_growth
 from ..models.growth.rules import grown, grown_rate
-from ..models.model import Model
 from ..models.spec import ModelSpec
 from .engine import Engine
 from .objectives.base import Inputs
@@ -66,21 +65,21 @@ def grow(
     operators = plan_growth(old, spec, seed, copies)
     if old.image.resolution != spec.image.resolution:
         probe = None  # the larger model sees other pictures
-    before = None if probe is None else similarities(engine.model, probe)
-    state, applied, skipped = engine.logical_state(), engine.optimizer.steps, engine.skipped
+    before = None if probe is None else similarities(engine, probe)
+    state, applied, skipped = engine.logical_state(), engine.applied, engine.skipped
     parameters = engine.parameters
     larger = build(spec)
-    read = grown(operators, lambda kind, name: state[f"{kind}/{name}"])
+    read = grown(operators, lambda kind, name: engine.whole(name, state[f"{kind}/{name}"]))
     wanted = [path.partition("/")[::2] for path in larger.logical_state()]
-    rates = {name: grown_rate(operators, engine.optimizer.multipliers, name) for name in larger.optimizer.parameters}
+    rates = {name: grown_rate(operators, engine.multipliers, name) for kind, name in wanted if kind == "model"}
     larger.load_logical_state(
-        {f"{kind}/{name}": read(kind, name) for kind, name in wanted},
+        {f"{kind}/{name}": larger.cut(name, read(kind, name)) for kind, name in wanted},
         applied,
         skipped,
         {name: rate for name, rate in rates.items() if rate != 1.0},
     )
     engine.close()
-    moved = None if before is None or probe is None else (similarities(larger.model, probe) - before).abs().max().item()
+    moved = None if before is None or probe is None else (similarities(larger, probe) - before).abs().max().item()
     changed = changes(old, spec)
     return larger, Growth(
         before={path: sizes[0] for path, sizes in changed.items()},
@@ -94,9 +93,9 @@ def grow(
 
 
 @torch.no_grad()
-def similarities(model: Model, inputs: Inputs) -> Tensor:
+def similarities(engine: Engine, inputs: Inputs) -> Tensor:
     """Scaled cosine similarities [b, b] of a batch's pictures and captions."""
-    output = model(inputs.images, inputs.tokens, inputs.lengths)
+    output = engine.output(inputs)
     image = torch.nn.functional.normalize(output.image.pooled, dim=-1)
     text = torch.nn.functional.normalize(output.text.pooled, dim=-1)
     return output.scale * image @ text.T

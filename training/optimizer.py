@@ -13,6 +13,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from .world import World
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -34,8 +36,12 @@ def decays(name: str, parameter: Tensor) -> bool:
 class Optimizer:
     """torch's fused AdamW over a module's named parameters."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, spread: World | None = None
+    ) -> None:
+        """`spread`: the processes that each hold a part of every parameter; left out where each holds all of it."""
         self.config = config
+        self._spread = spread
         self.parameters = dict(parameters)
         self.multipliers: dict[str, float] = {}
         """factor on the learning rate, by parameter name, where it is not 1; weight decay is divided by it"""
@@ -66,6 +72,8 @@ class Optimizer:
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if self._spread is not None:
+            norm = self._spread.sum(norm.square()).sqrt()
         torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         broken = (~norm.isfinite()).float()
         # The fused kernel reads this to leave weights, moments and step counts untouched: the door AMP's scaler uses.
