@@ -28,8 +28,9 @@ from .world import World
 class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How the model is spread over processes and in what precision it computes."""
 
-    kind: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="ddp: every process holds the whole state; fsdp: each a part of it (torch's FSDP2)"
+    kind: Literal["ddp", "fsdp", "deepspeed"] = Field(
+        "ddp",
+        description="ddp: every process holds the whole state; fsdp: each a part of it (FSDP2); deepspeed: ZeRO",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: matrix work in bf16; master weights, losses and sums of gradients stay in fp32"
@@ -39,8 +40,28 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         description="fsdp: drop a block's gathered weights after its forward pass; false: more memory, less traffic",
     )
 
+    zero: Literal[1, 2, 3] | None = Field(
+        None,
+        description="deepspeed: what is spread. 1: optimizer state, 2: gradients too (left out: 2), 3: weights too",
+    )
+    offload: bool = Field(False, description="deepspeed: keep masters and moments, and step, on the host")
+
+    @property
+    def zero_stage(self) -> int:
+        """The stage of ZeRO that deepspeed runs."""
+        return self.zero or 2
+
     @model_validator(mode="after")
     def _options_belong_to_the_kind(self) -> Self:
+        if self.zero is not None and self.kind != "deepspeed":
+            raise ValueError(
+                f"engine.zero = {self.zero} is a stage of DeepSpeed's; set engine.kind: deepspeed, or leave it out"
+            )
+        if self.offload and self.kind != "deepspeed":
+            raise ValueError(
+                f"engine.offload = true is not there for engine.kind = {self.kind}; set engine.kind: deepspeed, "
+                "or leave it out"
+            )
         if not self.reshard and self.kind != "fsdp":
             raise ValueError(
                 f"engine.reshard = false is for engine.kind = fsdp: {self.kind} gathers no weights; leave it out"
@@ -171,6 +192,9 @@ class Engine:
         """What this rank holds of a whole tensor."""
         return whole
 
+    def expect(self, multipliers: Mapping[str, float]) -> None:
+        """Get ready to be loaded with these multipliers: `layout` depends on them in some engines."""
+
     def logical_state(self) -> dict[str, Tensor]:
         """What this rank holds of weights and moments, by `kind/name`, as the live tensors."""
         state = {f"model/{name}": p.detach() for name, p in self.optimizer.parameters.items()}
@@ -223,4 +247,6 @@ def build_engine(
     kind = Engine
     if config.kind == "fsdp" and world.size > 1:  # one process has nothing to spread
         from .fsdp import FsdpEngine as kind
+    elif config.kind == "deepspeed":
+        from .zero import ZeroEngine as kind
     return kind(spec, objectives, config, optimizer, world, seed)

@@ -70,13 +70,16 @@ def grow(
     parameters = engine.parameters
     larger = build(spec)
     read = grown(operators, lambda kind, name: engine.whole(name, state[f"{kind}/{name}"]))
+    names = [name for name, _ in larger.model.named_parameters()]
+    rates = {name: grown_rate(operators, engine.multipliers, name) for name in names}
+    multipliers = {name: rate for name, rate in rates.items() if rate != 1.0}
+    larger.expect(multipliers)
     wanted = [path.partition("/")[::2] for path in larger.logical_state()]
-    rates = {name: grown_rate(operators, engine.multipliers, name) for kind, name in wanted if kind == "model"}
     larger.load_logical_state(
         {f"{kind}/{name}": larger.cut(name, read(kind, name)) for kind, name in wanted},
         applied,
         skipped,
-        {name: rate for name, rate in rates.items() if rate != 1.0},
+        multipliers,
     )
     engine.close()
     moved = None if before is None or probe is None else (similarities(larger, probe) - before).abs().max().item()

@@ -168,6 +168,7 @@ class Run:
         begun = time.monotonic()
         check_same_run(self.recipe, commit)
         self.engine = self._build(self.specs[commit.manifest.state.stage])
+        self.engine.expect(commit.manifest.state.multipliers)
         self._preparing += time.monotonic() - begun
         return self.engine.layout
 

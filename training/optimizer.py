@@ -37,16 +37,25 @@ class Optimizer:
     """torch's fused AdamW over a module's named parameters."""
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, spread: World | None = None
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimizerConfig,
+        spread: World | None = None,
+        multipliers: Mapping[str, float] | None = None,
     ) -> None:
         """`spread`: the processes that each hold a part of every parameter; left out where each holds all of it."""
         self.config = config
         self._spread = spread
         self.parameters = dict(parameters)
-        self.multipliers: dict[str, float] = {}
+        self.multipliers: dict[str, float] = dict(multipliers or {})
         """factor on the learning rate, by parameter name, where it is not 1; weight decay is divided by it"""
         self._adam = self._group()
         self._skipped = torch.zeros(())
+
+    @property
+    def adam(self) -> torch.optim.AdamW:
+        """The optimizer itself, for an engine that drives it."""
+        return self._adam
 
     def _group(self) -> torch.optim.AdamW:
         """A new AdamW with one group for each multiplier, of what decays and what does not."""

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.training.commits import Commit, Commits
 from treering.training.engine import Engine, EngineConfig, build_engine
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.optimizer import OptimizerConfig
+from treering.training.state import RunState
+from treering.training.store import Store
 from treering.training.world import World
+from treering.training.zero_partitions import require
 
 ALONE = World(0, 1, torch.device("cpu"))
-PAIRS = 8
+PAIRS = 12
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.3, clip=0.5)
-ENGINES = {"ddp": EngineConfig(), "fsdp": EngineConfig(kind="fsdp")}
+ENGINES = {
+    "ddp": EngineConfig(),
+    "fsdp": EngineConfig(kind="fsdp"),
+    **{f"zero{stage}": EngineConfig(kind="deepspeed", zero=stage) for stage in (1, 2, 3)},
+}
 RANKS = (1, 2, 4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported_once() -> None:
+    """Ranks are forked: what is imported here they need not import again."""
+    require(ALONE)
 
 
 def spec(caption: bool) -> ModelSpec:
@@ -87,8 +103,6 @@ def check_parity(kind: str, ranks: int, caption: bool, on_ranks: Callable[..., l
     assert expected[-1][0] < 0.8 * expected[0][0]
 
 
-
-
 @pytest.mark.parametrize("caption", [False, True], ids=["clip", "clip+caption"])
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("kind", ENGINES)
@@ -96,3 +110,115 @@ def test_fifty_steps_equal_one_process(
     kind: str, ranks: int, caption: bool, on_ranks: Callable[..., list[Any]]
 ) -> None:
     check_parity(kind, ranks, caption, on_ranks)
+
+
+CHAIN = [("zero3", 4), ("ddp", 1), ("fsdp", 3), ("zero1", 2), ("fsdp", 2), ("zero2", 3), ("zero3", 1), ("fsdp", 4)]
+STEPS = 5
+
+
+def test_a_run_hops_through_engines_and_worlds_by_commits(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
+    """Five steps each; then the losses, weights and moments are those of the run that stayed where it was."""
+    commits = Commits(Store(str(tmp_path)))
+
+    def one_leg(world: World, kind: str, leg: int) -> Any:
+        ours = engine(ENGINES[kind], world, seed=leg)
+        if leg:
+            commit = commits.open(commits.names()[-1])
+            load(ours, commit)
+        else:
+            load_initial(ours)
+        losses = train(ours, range(leg * STEPS, (leg + 1) * STEPS))
+        write(commits, ours, (leg + 1) * STEPS, world)
+        ours.close()
+        return losses
+
+    found: list[tuple[float, float]] = []
+    for leg, (kind, ranks) in enumerate(CHAIN):
+        found += on_ranks(ranks, one_leg, kind, leg, limit=100)[0]
+    plain = engine(EngineConfig(), ALONE)
+    expected = train(plain, range(STEPS * len(CHAIN)))
+    for (loss, _), (true_loss, _) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(true_loss, abs=1e-5)
+    commit = commits.open(commits.names()[-1])
+    assert commit.manifest.state.applied == plain.applied
+    theirs, state = commit.tensors(), plain.logical_state()
+    assert theirs.keys() == state.keys()
+    for path, tensor in state.items():
+        # Softmax is blind to the bias of keys: there Adam steps along rounding noise.
+        assert path.endswith("key.bias") or torch.allclose(theirs[path], tensor, rtol=1e-3, atol=1e-5), path
+
+
+def load_initial(ours: Engine) -> None:
+    """The state of a fresh engine of seed 1, whatever it was built with."""
+    fresh = engine(EngineConfig(), ALONE).logical_state()
+    ours.load_logical_state({p: ours.cut(p.partition("/")[2], t) for p, t in fresh.items()}, 0, 0, {})
+
+
+def write(commits: Commits, ours: Engine, step: int, world: World) -> None:
+    state = RunState(step=step, life=1, applied=ours.applied, skipped=ours.skipped, multipliers=ours.multipliers)
+    valid = ours.model.spec.model_copy(update={"text": TextSpec(width=18, depth=2, heads=3, context=9)})
+    commits.begin(valid, state, {}, ours.logical_state(), world, ours.layout).finish()
+
+
+def load(ours: Engine, commit: Commit) -> None:
+    state = commit.manifest.state
+    ours.expect(state.multipliers)
+    ours.load_logical_state(commit.tensors(layout=ours.layout), state.applied, state.skipped, state.multipliers)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)])
+def test_a_resume_where_nothing_changed_is_bit_identical(
+    kind: str, ranks: int, tmp_path: Path, on_ranks: Callable[..., list[Any]]
+) -> None:
+    """Also with multipliers, and with a step that was skipped on the way, and one that only one rank cannot take."""
+    commits = Commits(Store(str(tmp_path)))
+    factors = {"image.projection.weight": 0.25, "text.transformer.norm.weight": 0.5}
+
+    def straight(world: World) -> Any:
+        ours = engine(ENGINES[kind], world)
+        ours.expect(factors)
+        fresh = {path: ours.cut(path.partition("/")[2], t) for path, t in initial.items()}
+        ours.load_logical_state(fresh, 0, 0, factors)
+        train(ours, range(3))
+        before = wholes(ours)
+        inputs = batch(3, world)
+        with weight_of_caption(ours, float("inf") if world.rank == 1 else 0.5):
+            assert not ours.step(inputs, 1e-3).grad_norm.isfinite()
+        assert (ours.applied, ours.skipped) == (3, 1)
+        after = wholes(ours)
+        assert all((before[path] == after[path]).all() for path in before)
+        write(commits, ours, 4, world)
+        losses = train(ours, range(4, 8))
+        end = wholes(ours)
+        ours.close()
+        return losses, end
+
+    def resumed(world: World) -> Any:
+        ours = engine(ENGINES[kind], world, seed=9)
+        load(ours, commits.open(commits.names()[-1]))
+        assert (ours.applied, ours.skipped, ours.multipliers) == (3, 1, factors)
+        losses = train(ours, range(4, 8))
+        end = wholes(ours)
+        ours.close()
+        return losses, end
+
+    initial = {path: t.clone() for path, t in engine(EngineConfig(), ALONE).logical_state().items()}
+    first, second = on_ranks(ranks, straight, limit=100), on_ranks(ranks, resumed, limit=100)
+    for (losses, state), (again, same) in zip(first, second, strict=True):
+        assert losses == again
+        assert state.keys() == same.keys()
+        assert all((state[path] == same[path]).all() for path in state)
+    plain = engine(EngineConfig(), ALONE)
+    plain.load_logical_state(initial, 0, 0, factors)
+    train(plain, range(3))
+    for (loss, _), (true_loss, _) in zip(first[0][0], train(plain, range(4, 8)), strict=True):
+        assert loss == pytest.approx(true_loss, abs=1e-5)
+
+
+@contextlib.contextmanager
+def weight_of_caption(ours: Engine, weight: float) -> Iterator[None]:
+    """Another weight of the caption objective for a step."""
+    usual = ours.objectives[1]
+    ours.objectives[1] = Caption(weight)
+    yield
+    ours.objectives[1] = usual
