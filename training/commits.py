@@ -128,26 +128,33 @@ class _Assembly:
         self._shapes, self._layout = shapes, layout
         self._found: dict[str, Tensor] = {}
         self._filled: dict[str, int] = {}
+        self._complete: dict[str, int] = {}
+        """how many elements a tensor should have in the end, by its path"""
 
     def _wanted(self, name: str, shape: tuple[int, ...]) -> Stretch:
         return Stretch(shape, 0, prod(shape)) if self._layout is None else self._layout[name]
 
     def needs(self, part: Part) -> bool:
-        """Whether a part may hold anything that is wanted; of stretches we know where they begin."""
-        ends = {name: self._wanted(name, self._shapes[name]) for name in part.starts if name in self._shapes}
-        return not ends or any(part.starts[name] < wanted.start + wanted.length for name, wanted in ends.items())
+        """Whether a part may hold anything that is wanted: all wholes may."""
+        needed = len(part.stretches) < part.tensors
+        for name, (start, length) in part.stretches.items():
+            wanted = self._wanted(name, self._shapes.get(name, ()))
+            needed |= start < wanted.start + wanted.length and wanted.start < start + length
+            self._complete[f"{part.kind}/{name}"] = wanted.length
+        return needed
 
     def add(self, part: Part, pieces: Mapping[str, Tensor]) -> None:
         """Take what is wanted out of a part. Raises KeyError or RuntimeError if it does not fit the manifest."""
         for name, piece in pieces.items():
-            path, start = f"{part.kind}/{name}", part.starts.get(name, 0)
-            shape = self._shapes[name] if name in part.starts else tuple(piece.shape)
+            path, start = f"{part.kind}/{name}", part.stretches.get(name, (0, 0))[0]
+            shape = self._shapes[name] if name in part.stretches else tuple(piece.shape)
             if start < 0 or start + piece.numel() > prod(shape):
                 raise KeyError(f"{name} reaches beyond its shape {shape}")
             wanted = self._wanted(name, shape)
             if self._layout is None and piece.shape == shape:
                 self._found[path], self._filled[path] = piece, piece.numel()
                 continue
+            self._complete[path] = wanted.length
             own = self._found.setdefault(path, torch.empty(wanted.length, dtype=piece.dtype))
             first, end = max(start, wanted.start), min(start + piece.numel(), wanted.start + wanted.length)
             if first < end:
@@ -156,13 +163,12 @@ class _Assembly:
 
     def missing(self) -> str | None:
         """A tensor that is not complete, if there is one."""
-        incomplete = (path for path, own in self._found.items() if self._filled.get(path, 0) != own.numel())
-        return next(incomplete, None)
+        return next((path for path, size in self._complete.items() if self._filled.get(path, 0) != size), None)
 
     def tensors(self) -> dict[str, Tensor]:
         """What was found, by `kind/name`."""
         if self._layout is not None:
-            return self._found
+            return {path: torch.empty(0) for path in self._complete} | self._found
         names = {path: path.partition("/")[2] for path in self._found}
         return {path: own.view(self._shapes.get(names[path], own.shape)) for path, own in self._found.items()}
 

@@ -33,8 +33,8 @@ class Part(BaseModel, frozen=True, extra="forbid", strict=True):
     bytes: int
     sha256: str
     tensors: int
-    starts: dict[str, int] = Field(default_factory=dict)
-    """of tensors that are stretches: the place of their first element in the whole, laid out flat"""
+    stretches: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """of tensors that are no wholes: the first element's place in the whole, laid out flat, and how many there are"""
 
 
 def taken(store: Store, name: str) -> StoreError:
@@ -103,10 +103,10 @@ class Writing:
                 return
             pieces = {path.partition("/")[2]: self._snapshot.pop(path) for path in paths}
             data = save(pieces)
-            starts = {name: self._starts[name] for name in pieces if name in self._starts}
+            stretches = {name: (self._starts[name], p.numel()) for name, p in pieces.items() if name in self._starts}
             file = f"{kind}-{self._world.rank:05d}-{number:05d}.safetensors"
             digest = hashlib.sha256(data).hexdigest()
-            part = Part(file=file, kind=kind, bytes=len(data), sha256=digest, tensors=len(pieces), starts=starts)
+            part = Part(file=file, kind=kind, bytes=len(data), sha256=digest, tensors=len(pieces), stretches=stretches)
             del pieces
             self._store.put(f"{self.name}/{file}", data)
             self._parts.append(part)
@@ -124,7 +124,7 @@ class Writing:
             return
         reports = world.objects([part.model_dump() for part in self._parts])
         self._agree()
-        parts = [Part.model_validate(part) for report in reports for part in report]
+        parts = [Part.model_validate(part, strict=False) for report in reports for part in report]
         self.bytes = sum(part.bytes for part in parts)
         self._sealing = True
         if world.is_first:
