@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..models.model import Model, ModelOutput, build, empty, materialise
 from ..models.spec import ModelSpec
 from .objectives.base import Inputs, Objective
-from .optimizer import MOMENTS, Optimizer, OptimizerConfig
+from .optimizer import Optimizer, OptimizerConfig
 from .shards import Layout
 from .world import World
 
@@ -181,8 +181,8 @@ class Engine:
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[Model]:
-        """The model with whole weights, for as long as the context lasts: what evaluation runs."""
-        yield self.model
+        """What evaluation runs, for as long as the context lasts: whole weights, or their average if one is kept."""
+        yield assembled(self) if self.optimizer.config.ema else self.model
 
     def whole(self, name: str, own: Tensor) -> Tensor:
         """The whole of a tensor of the logical state, given what this rank has of it; all ranks call it together."""
@@ -216,7 +216,8 @@ class Engine:
         }
         for name, parameter in self.optimizer.parameters.items():
             parameter.copy_(shaped[f"model/{name}"])
-        moments = {kind: {name: shaped[f"{kind}/{name}"] for name in self.optimizer.parameters} for kind in MOMENTS}
+        kinds = self.optimizer.config.kinds
+        moments = {kind: {name: shaped[f"{kind}/{name}"] for name in self.optimizer.parameters} for kind in kinds}
         self.optimizer.load(moments, steps, skipped, multipliers)
 
     def close(self) -> None:
@@ -225,13 +226,14 @@ class Engine:
 
 
 def assembled(engine: Engine) -> Model:
-    """A plain model with the weights of an engine that spreads them, gathered one after another on every rank."""
+    """A plain model with an engine's weights, or their average if it keeps one, gathered one by one on every rank."""
     model = empty(engine.model.spec)
     materialise(model, engine.world.device)
     state = engine.logical_state()
+    kind = "ema" if any(path.startswith("ema/") for path in state) else "model"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(engine.whole(name, state[f"model/{name}"]))
+            parameter.copy_(engine.whole(name, state[f"{kind}/{name}"]))
     return model
 
 

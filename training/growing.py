@@ -70,13 +70,18 @@ def grow(
     parameters = engine.parameters
     larger = build(spec)
     read = grown(operators, lambda kind, name: engine.whole(name, state[f"{kind}/{name}"]))
+    # An average of weights grows as weights do.
+    read_average = grown(operators, lambda _, name: engine.whole(name, state[f"ema/{name}"]))
     names = [name for name, _ in larger.model.named_parameters()]
     rates = {name: grown_rate(operators, engine.multipliers, name) for name in names}
     multipliers = {name: rate for name, rate in rates.items() if rate != 1.0}
     larger.expect(multipliers)
     wanted = [path.partition("/")[::2] for path in larger.logical_state()]
     larger.load_logical_state(
-        {f"{kind}/{name}": larger.cut(name, read(kind, name)) for kind, name in wanted},
+        {
+            f"{kind}/{name}": larger.cut(name, read_average("model", name) if kind == "ema" else read(kind, name))
+            for kind, name in wanted
+        },
         applied,
         skipped,
         multipliers,

@@ -26,6 +26,17 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     betas: tuple[float, float] = Field((0.9, 0.98), strict=False, description="decay of the two moments")
     eps: float = Field(1.0e-6, gt=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of a running average of the weights that a step keeps; it is then evaluated",
+    )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is kept of each parameter beside its weights."""
+        return (*MOMENTS, "ema") if self.ema else MOMENTS
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -51,6 +62,9 @@ class Optimizer:
         """factor on the learning rate, by parameter name, where it is not 1; weight decay is divided by it"""
         self._adam = self._group()
         self._skipped = torch.zeros(())
+        self._applies = torch.ones(())
+        """1 if the coming step will be applied, else 0"""
+        self._ema = {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema else {}
 
     @property
     def adam(self) -> torch.optim.AdamW:
@@ -88,6 +102,7 @@ class Optimizer:
         # The fused kernel reads this to leave weights, moments and step counts untouched: the door AMP's scaler uses.
         self._adam.found_inf = broken  # type: ignore[attr-defined]
         self._skipped = self._skipped.to(broken.device) + broken
+        self._applies = 1 - broken
         return norm
 
     def step(self, lr: float) -> None:
@@ -96,6 +111,10 @@ class Optimizer:
             group["lr"] = lr * group["multiplier"]
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
+        if self.config.ema:
+            moves = (1 - self.config.ema) * self._applies
+            for name, average in self._ema.items():
+                average.lerp_(self.parameters[name].detach(), moves)
 
     @property
     def skipped(self) -> int:
@@ -109,8 +128,9 @@ class Optimizer:
         return int(self._adam.state[first]["step"]) if first in self._adam.state else 0
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """The moments by kind and parameter name, as the live tensors; zeros before the first step."""
-        return {
+        """Moments, and averages if there are any, by kind and parameter name, alive; moments are zero at first."""
+        averages = {"ema": self._ema} if self.config.ema else {}
+        return averages | {
             kind: {
                 name: self._adam.state[p][kind] if p in self._adam.state else torch.zeros_like(p)
                 for name, p in self.parameters.items()
@@ -125,10 +145,12 @@ class Optimizer:
         skipped: int,
         multipliers: Mapping[str, float],
     ) -> None:
-        """Set the moments (copied), the number of steps they have seen, of those skipped, and the multipliers."""
+        """Set moments and averages (copied), the steps they have seen, those skipped, and the multipliers."""
         self.multipliers = dict(multipliers)
         self._adam = self._group()
         self._skipped = torch.tensor(float(skipped))
+        for name, average in self._ema.items():
+            average.copy_(moments["ema"][name])
         for name, parameter in self.parameters.items():
             state = {kind: moments[kind][name].detach().to(parameter, copy=True) for kind in MOMENTS}
             self._adam.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **state}

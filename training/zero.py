@@ -19,7 +19,7 @@ from ..models.model import MAX_LOG_SCALE, Model, ModelOutput, build
 from ..models.spec import ModelSpec
 from .engine import Engine, EngineConfig, Forward, assembled
 from .objectives.base import Inputs
-from .optimizer import MOMENTS, Optimizer, OptimizerConfig
+from .optimizer import Optimizer, OptimizerConfig
 from .shards import gathered
 from .zero_partitions import Partitions, require
 
@@ -53,6 +53,8 @@ class ZeroEngine(Engine):
             deepspeed.zero.register_external_parameter(forward, self.model.text.token_embedding.weight)
         self._forward = self._engine
         self._partitions = Partitions(zero, stage, named, shapes, self.world)
+        if self._adamw.ema:
+            self._partitions.average(0.0)
         self.layout = self._partitions.layout
 
     def expect(self, multipliers: Mapping[str, float]) -> None:
@@ -68,6 +70,8 @@ class ZeroEngine(Engine):
         self._engine.step()
         overflowed = self._partitions.overflowed
         self._steps, self._skips = self._steps + (not overflowed), self._skips + overflowed
+        if self._adamw.ema and not overflowed:
+            self._partitions.average(self._adamw.ema)
         return self._partitions.norm
 
     @property
@@ -107,7 +111,11 @@ class ZeroEngine(Engine):
 
     def logical_state(self) -> dict[str, Tensor]:
         names = self._partitions.layout
-        return {f"{kind}/{name}": self._partitions.view(kind, name) for kind in ("model", *MOMENTS) for name in names}
+        return {
+            f"{kind}/{name}": self._partitions.view(kind, name)
+            for kind in ("model", *self._adamw.kinds)
+            for name in names
+        }
 
     @torch.no_grad()
     def load_logical_state(

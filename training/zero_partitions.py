@@ -58,6 +58,8 @@ class Partitions:
     ) -> None:  # fmt: skip
         self._zero, self._stage, self._parameters = optimizer, stage, parameters
         cut = self._cut_of_line if stage < 3 else self._cut_of_parameter
+        self._averages: list[Tensor] = []
+        """of the masters, in buffers like theirs"""
         self._places: dict[str, tuple[int, int]] = {}
         """by parameter, the number of its flat buffer here, and where in that it begins"""
         self.layout = {name: cut(name, shape, world.rank) for name, shape in shapes.items()}
@@ -90,6 +92,8 @@ class Partitions:
         """This rank's part of a master (`model`) or a moment, flat and alive; zeros for moments not yet there."""
         number, start = self._places[name]
         flat, length = self._flats[number], self.layout[name].length
+        if kind == "ema":
+            return self._averages[number][start : start + length]
         if kind == "model":
             return flat.detach()[start : start + length]
         state = self._zero.optimizer.state.get(flat, {})
@@ -100,6 +104,14 @@ class Partitions:
         for flat in self._flats:
             moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
             self._zero.optimizer.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **moments}
+
+    @torch.no_grad()
+    def average(self, keep: float) -> None:
+        """Move the averages of the masters towards them, keeping this share of what they were."""
+        if not self._averages:
+            self._averages = [flat.detach().clone() for flat in self._flats]
+        for average, flat in zip(self._averages, self._flats, strict=True):
+            average.lerp_(flat, 1 - keep)
 
     def publish(self) -> None:
         """Bring the weights that the model computes with in line with the masters; all ranks call it together."""
@@ -127,6 +139,7 @@ class Partitions:
         """Free what stage 3 would keep: its hooks hold the whole optimizer after `destroy`."""
         empty = torch.empty(0)
         self._zero.optimizer.state.clear()
+        self._averages = []
         for flat in self._flats:
             flat.data = empty
         if self._stage == 3:

@@ -25,7 +25,7 @@ from treering.training.zero_partitions import require
 
 ALONE = World(0, 1, torch.device("cpu"))
 PAIRS = 12
-OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.3, clip=0.5)
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.3, clip=0.5, ema=0.8)
 ENGINES = {
     "ddp": EngineConfig(),
     "fsdp": EngineConfig(kind="fsdp"),
@@ -102,7 +102,7 @@ def test_fifty_steps_equal_one_process(
 
     plain = engine(EngineConfig(), ALONE, caption)
     expected, scale = train(plain, range(50)), plain.scale()
-    for found, its_scale, *counts in on_ranks(ranks, one_rank, limit=100):
+    for found, its_scale, *counts in on_ranks(ranks, one_rank, limit=250):
         for (loss, norm), (true_loss, true_norm) in zip(found, expected, strict=True):
             assert loss == pytest.approx(true_loss, abs=1e-5)
             assert norm == pytest.approx(true_norm, rel=1e-3)
@@ -137,7 +137,7 @@ def test_a_run_hops_through_engines_and_worlds_by_commits(
 
     found: list[tuple[float, float]] = []
     for leg, (kind, ranks) in enumerate(chain):
-        found += on_ranks(ranks, one_leg, kind, leg, limit=100)[0]
+        found += on_ranks(ranks, one_leg, kind, leg, limit=250)[0]
     plain = engine(EngineConfig(), ALONE)
     expected = train(plain, range(STEPS * len(chain)))
     for (loss, _), (true_loss, _) in zip(found, expected, strict=True):
@@ -209,7 +209,7 @@ def test_a_resume_where_nothing_changed_is_bit_identical(
         return losses, end
 
     initial = {path: t.clone() for path, t in engine(EngineConfig(), ALONE).logical_state().items()}
-    first, second = on_ranks(ranks, straight, limit=100), on_ranks(ranks, resumed, limit=100)
+    first, second = on_ranks(ranks, straight, limit=250), on_ranks(ranks, resumed, limit=100)
     for (losses, state), (again, same) in zip(first, second, strict=True):
         assert losses == again
         assert state.keys() == same.keys()
