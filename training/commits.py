@@ -44,7 +44,11 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     every: tuple[int | str, ...] = Field(
         ("2min",), strict=False, description="2min, 30s, 1h, a number of samples such as 10_000, or a list of these"
     )
-    keep: int = Field(3, gt=0, description="newest commits to keep")
+    keep: int = Field(3, gt=0, description="newest commits to keep; those before a growth are kept as well")
+    keep_every: int | None = Field(None, gt=0, description="samples; keep the first commit of every so many as well")
+    keep_best: str | None = Field(
+        None, description="a score such as retrieval/image_to_text@1; keep the commit that has the best as well"
+    )
 
     @field_validator("every", mode="before")
     @classmethod
@@ -81,6 +85,9 @@ class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
     spec: ModelSpec
     state: RunState
     recipe: dict[str, Any]
+    reason: str = "interval"
+    scores: dict[str, float] = Field(default_factory=dict)
+    """of an evaluation at this very step"""
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     """of parameters that lie here in stretches: the shape of the whole"""
     parts: tuple[Part, ...] = Field(strict=False)
@@ -178,6 +185,7 @@ class Commits:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._manifests: dict[str, Manifest | None] = {}
 
     def _sets(self) -> dict[str, set[str]]:
         """Objects of every set, complete or not, by set name."""
@@ -230,12 +238,14 @@ class Commits:
         tensors: Mapping[str, Tensor],
         world: World,
         layout: Layout | None = None,
-        keep: int | None = None,
+        policy: CheckpointConfig | None = None,
+        reason: str = "interval",
+        scores: Mapping[str, float] | None = None,
     ) -> Writing:
         """Begin a commit of `tensors` as they are now; every rank calls this, and then leads its Writing to the end.
 
         Without `layout` every rank has the same whole tensors and writes its share of them; with it, each writes all of
-        the stretches it has. `keep` commits are left once this one is complete.
+        the stretches it has. What `policy` does not keep is removed once this commit is complete.
         """
         own = dict(tensors) if layout else _share(tensors, world)
 
@@ -244,9 +254,18 @@ class Commits:
         shapes = {path: stretch.shape for path, stretch in (layout or {}).items()}
 
         def complete(parts: Sequence[Part]) -> None:
-            self._seal(name, Manifest(spec=spec, state=state, recipe=recipe, shapes=shapes, parts=tuple(parts)))
-            if keep is not None:
-                self.retain(keep, state.life)
+            manifest = Manifest(
+                spec=spec,
+                state=state,
+                recipe=recipe,
+                reason=reason,
+                scores=dict(scores or {}),
+                shapes=shapes,
+                parts=tuple(parts),
+            )
+            self._seal(name, manifest)
+            if policy is not None:
+                self.retain(policy, state.life)
 
         return Writing(self.store, name, own, starts, world, complete, lambda: self._discard(name))
 
@@ -275,15 +294,39 @@ class Commits:
         if not self.store.put_new(f"{name}/COMMIT", seal):
             raise taken(self.store, name)
 
-    def retain(self, keep: int, life: int) -> None:
-        """Remove all but the `keep` newest commits, and what earlier lives left unfinished."""
+    def retain(self, policy: CheckpointConfig, life: int) -> None:
+        """Remove the commits that `policy` does not keep, and what lives before `life` left unfinished."""
         sets = self._sets()
         complete = sorted(name for name, files in sets.items() if "COMMIT" in files)
+        kept = self._kept(complete, policy)
         for name, files in sets.items():
-            outdated = name in complete[:-keep]
             unfinished = "COMMIT" not in files and _life(name) < life
-            if outdated or unfinished:
+            if unfinished or (name in complete and name not in kept):
                 self._remove(name)
+                self._manifests.pop(name, None)
+
+    def _kept(self, complete: Sequence[str], policy: CheckpointConfig) -> set[str]:
+        """Which complete commits, oldest first, stay. Whatever was removed before, the answer is the same."""
+        known = {name: manifest for name in complete if (manifest := self._manifest(name))}
+        kept = {*complete[-policy.keep :], *(name for name, manifest in known.items() if manifest.reason == "growth")}
+        if policy.keep_every:
+            first: dict[int, str] = {}
+            for name, manifest in known.items():
+                first.setdefault(manifest.state.samples // policy.keep_every, name)
+            kept |= {name for number, name in first.items() if number > 0}
+        scored = [name for name, manifest in known.items() if policy.keep_best in manifest.scores]
+        if policy.keep_best and scored:
+            kept.add(max(scored, key=lambda name: (known[name].scores[str(policy.keep_best)], name)))
+        return kept
+
+    def _manifest(self, name: str) -> Manifest | None:
+        """A commit's manifest, read once; None if it is damaged: there is nothing in it to keep."""
+        if name not in self._manifests:
+            try:
+                self._manifests[name] = self.open(name).manifest
+            except DamagedCommit:
+                self._manifests[name] = None
+        return self._manifests[name]
 
     def _discard(self, name: str) -> None:
         """Remove a set unless it is complete."""

@@ -112,6 +112,8 @@ class Run:
         self._bad: list[dict[str, Any]] = []
         self._writing: _Commit | None = None
         self._preparing = 0.0
+        self._scored = -1
+        """the step of the latest evaluation"""
         self._begun = time.monotonic()
         self._start(imports)
         self._commit_time = self._log_time = time.monotonic()
@@ -309,7 +311,10 @@ class Run:
         recipe = self.recipe
         with self.engine.whole_model() as model:
             found = evaluate(model, recipe.eval, recipe.evaluation_source, self.world, recipe.data.cache)
-        self.scores, self.chance = found.scores, found.chance
+        self.scores, self.chance, self._scored = found.scores, found.chance, self.state.step
+        best = recipe.checkpoint.keep_best
+        if best and best not in found.scores:
+            raise TrainingError(f"checkpoint.keep_best = {best!r} is no score; there are {', '.join(found.scores)}")
         self.display.evaluation(self.state, found, time.monotonic() - begun)
         self._log_time += time.monotonic() - begun  # not training time
 
@@ -350,7 +355,9 @@ class Run:
             self.engine.logical_state(),
             self.world,
             self.engine.layout,
-            checkpoint.keep,
+            checkpoint,
+            reason,
+            self.scores if self._scored == self.state.step else None,
         )
         self._commit_time = time.monotonic()
         self._writing = _Commit(writing, self.state, reason, self._commit_time - begun)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.training import writing
-from treering.training.commits import Commits, DamagedCommit
+from treering.training.commits import CheckpointConfig, Commits, DamagedCommit
 from treering.training.shards import Stretch, gathered, rows
 from treering.training.state import RunState
 from treering.training.store import Store, StoreError
@@ -39,7 +39,8 @@ def truth(kind: str = "model") -> dict[str, torch.Tensor]:
 
 
 def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALONE, **more: Any) -> writing.Writing:
-    return commits.begin(SPEC, RunState(step=more.pop("step", 1), life=1), {}, tensors, world, **more)
+    step = more.pop("step", 1)
+    return commits.begin(SPEC, RunState(step=step, samples=10 * step, life=1), {}, tensors, world, **more)
 
 
 def row_layout(world: World) -> dict[str, Stretch]:
@@ -114,7 +115,7 @@ def test_the_snapshot_is_of_the_moment_and_the_upload_waits_for_nobody(
     put = Store.put
     monkeypatch.setattr(Store, "put", lambda self, name, data: open_door.wait(30) and put(self, name, data))
     commits, weights = Commits(store), truth()
-    going = begin(commits, {f"model/{name}": t for name, t in weights.items()}, keep=1)
+    going = begin(commits, {f"model/{name}": t for name, t in weights.items()}, policy=CheckpointConfig(keep=1))
     for tensor in weights.values():
         tensor.fill_(-1.0)
     assert going.busy
@@ -154,6 +155,26 @@ def test_a_failure_in_one_thread_is_everybodys_and_leaves_nothing(
         assert on_ranks(2, one_rank, failing) == [f"the disk under {failing} is gone"] * 2
         assert commits.names() == good
         assert not [path for path in commits.store.sizes() if "000000000002" in path]
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    """The two newest, the first of every 50 samples, the best, and the one before a growth; each for its own reason."""
+    commits = Commits(Store(str(tmp_path)))
+    policy = CheckpointConfig(keep=2, keep_every=50, keep_best="zero_shot/role")
+    scores = {4: 0.2, 7: 0.9, 8: 0.9, 11: 0.5}
+    for step in range(1, 16):
+        begin(
+            commits,
+            {"model/b": torch.ones(1)},
+            step=step,
+            policy=policy,
+            reason="growth" if step == 3 else "interval",
+            scores={"zero_shot/role": scores[step]} if step in scores else {},
+        ).finish()
+    assert [int(name[5:17]) for name in commits.names()] == [3, 5, 8, 10, 14, 15]
+    assert not [path for path in commits.store.sizes() if path.startswith("step-000000000007")]
+    Commits(Store(str(tmp_path))).retain(CheckpointConfig(keep=1), life=1)  # another process, another policy
+    assert [int(name[5:17]) for name in commits.names()] == [3, 15]
 
 
 def test_giving_up_leaves_nothing_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
