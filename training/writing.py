@@ -22,6 +22,8 @@ from .world import World
 
 PART_BYTES = 256 << 20
 """largest part: what a writer or reader holds beside the tensors themselves"""
+_FEW_BYTES, _PARTS = 8 << 20, 32
+"""a share of more than the first is cut into this many parts or more: what it takes beside the snapshot is a 32nd"""
 
 
 class Part(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -165,13 +167,14 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _chunks(tensors: Mapping[str, Tensor]) -> dict[tuple[str, int], list[str]]:
-    """Paths of tensors of one kind together, in chunks of at most PART_BYTES (or one tensor)."""
+    """Paths of tensors of one kind together, in chunks of a limited size (or one tensor)."""
     chunks: dict[tuple[str, int], list[str]] = {}
+    limit = min(PART_BYTES, max(_FEW_BYTES, sum(t.nbytes for t in tensors.values()) // _PARTS))
     filled: dict[str, list[int]] = {}
     for path in sorted(tensors):
         kind = path.partition("/")[0]
         at = filled.setdefault(kind, [0, 0])
-        if at[1] and at[1] + tensors[path].nbytes > PART_BYTES:
+        if at[1] and at[1] + tensors[path].nbytes > limit:
             at[0], at[1] = at[0] + 1, 0
         at[1] += tensors[path].nbytes
         chunks.setdefault((kind, at[0]), []).append(path)
