@@ -5,9 +5,11 @@ there whole or not at all; every piece of it carries a checksum that each read t
 evicted is simply fetched again. So there are no locks, nobody's death leaves anything that others stumble over, and
 several processes that miss one block at once fetch it several times, which costs bytes but never the right answer.
 
-Files are named by a hash of shard, version and block number: nothing from outside becomes a path. The order of samples
-(order.py) draws from a whole source at random, so a source larger than the limit would be fetched over and over, a
-block for every sample: such a source is not cached at all.
+Files are named by a hash of shard, version and block number: nothing from outside becomes a path.
+
+The order of samples (order.py) draws a small source from all over, and a large one from a window in each of its lanes.
+Where what is drawn from at a time is more than the limit, blocks would be fetched over and over, one for every sample:
+such a source is not cached at all.
 """
 
 from __future__ import annotations
@@ -37,44 +39,64 @@ _ABANDONED = 600.0  # seconds after which an unfinished file is nobody's any mor
 _RESERVE = 5 * 10**9  # bytes of the disk, or a twentieth of it, that are left for commits and others
 _NAME = re.compile(r"[0-9a-f]{64}(\.[0-9a-f]+\.part)?")
 
+Block = tuple[ShardInfo, int]  # a shard and the number of the block in it
+
 
 class BlockCache:
     """Reads shards through the cache folder, which holds at most `limit` bytes (0: it is not used); each process may
     pass it by a 512th before it looks again."""
 
     def __init__(self, limit: int, block: int = _BLOCK) -> None:
-        self.limit, self._block = limit, block
+        self.limit, self.block = limit, block
         self._admitted = 0  # bytes of the shards that are read through it
         self._stopped = False  # nothing can be written
         self._held, self._unseen = 0, limit + 1  # bytes at the last look, and written since then
 
-    def reader(self, shards: Sequence[ShardInfo]) -> Reader:
-        """How to read these shards: through the cache if they are remote and fit beside those admitted before."""
+    def reader(self, shards: Sequence[ShardInfo], need: int | None = None) -> Reader:
+        """How to read these shards: through the cache if they are remote and it has room for the `need` bytes that are
+        drawn from at a time (None: all of them) beside what was admitted before."""
         size = sum(shard.size for shard in shards)
-        if not all(is_remote(shard.url) for shard in shards) or self._admitted + size > self.limit:
+        need = size if need is None else min(need, size)
+        if not all(is_remote(shard.url) for shard in shards) or self._admitted + need > self.limit:
             return read_range
-        self._admitted += size
+        self._admitted += need
         return self.read
+
+    def blocks(self, shard: ShardInfo, start: int, end: int) -> list[Block]:
+        """The blocks that hold bytes [start, end) of a shard."""
+        return [(shard, number) for number in range(start // self.block, (end - 1) // self.block + 1)]
+
+    def fetch(self, block: Block) -> int:
+        """Sees to it that a block is there, and returns how many bytes came over the network for it. Raises what
+        `read_range` does."""
+        shard, number = block
+        path = cache_folder("blocks") / _name(shard, self.block, number)
+        if self._stopped or path.exists():
+            return 0
+        first = number * self.block
+        data = read_range(shard, first, min(first + self.block, shard.size))
+        self._keep(path, data)
+        return len(data)
 
     def read(self, shard: ShardInfo, start: int, end: int) -> bytes:
         """Bytes [start, end) of a shard; raises what `read_range` does."""
         if not 0 <= start < end <= shard.size:
             return read_range(shard, start, end)
         parts = []
-        for number in range(start // self._block, (end - 1) // self._block + 1):
-            first = number * self._block
-            size = min(self._block, shard.size - first)
+        for number in range(start // self.block, (end - 1) // self.block + 1):
+            first = number * self.block
+            size = min(self.block, shard.size - first)
             parts.append(self._part(shard, number, size, max(start - first, 0), min(end - first, size)))
         return b"".join(parts)
 
     def _part(self, shard: ShardInfo, number: int, size: int, start: int, end: int) -> bytes:
         """Bytes [start, end) of block `number`, which has `size` of them."""
-        name = _name(shard, self._block, number)
+        name = _name(shard, self.block, number)
         path = cache_folder("blocks") / name
         kept = _read_kept(path, size, start, end)
         if kept is not None:
             return kept
-        first = number * self._block
+        first = number * self.block
         if self._stopped:
             return read_range(shard, first + start, first + end)
         data = read_range(shard, first, first + size)

@@ -19,7 +19,18 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """One collection of shards and its share of the stream."""
 
     source: str = Field(min_length=1, description="samples://NAME, or a glob/brace URL of tar shards")
-    weight: float = Field(1.0, gt=0, description="share of the stream, relative to the other sources")
+    weight: float = Field(
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="share of the stream, relative to the other sources; stages may change it",
+    )
+    name: str = Field("", description="what stages and logs call it; the URL where it has none")
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        return self.name or self.source
 
 
 class AugmentConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -75,6 +86,15 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     workers: int = Field(0, ge=0, description="decoding processes beside each training process; 0: decode in line")
     bad_samples: float = Field(
         0.01, ge=0, lt=1, description="share of a source that may be unusable before the run stops"
+    )
+    shuffle: int = Field(
+        131_072,
+        gt=0,
+        description="samples among which the order is random; larger sources are read in lanes, each shuffled in "
+        "windows of shuffle / lanes samples",
+    )
+    lanes: int = Field(
+        1_024, gt=0, description="places at which a large source is read at once; at best a multiple of the world size"
     )
     augment: AugmentConfig = AugmentConfig()
     cache: CacheConfig = CacheConfig()

@@ -55,7 +55,7 @@ def opened(url: str, workers: int = 1, told: Told = silent) -> Source:
 def drawn(source: Source, most: int) -> list[int]:
     """The numbers of `most` samples, or of all there are, in the order in which they were drawn."""
     key = stable_hash("inspect", 0)
-    return [permuted(i, len(source), key) for i in range(min(most, len(source)))]
+    return permuted(np.arange(min(most, len(source))), len(source), key).tolist()
 
 
 @dataclass(frozen=True, slots=True)

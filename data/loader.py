@@ -8,17 +8,19 @@ another, and each one met is an entry of the batch's ledger.
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from math import floor
 from typing import TYPE_CHECKING, Any
 
+from .ahead import Ahead
 from .blocks import BlockCache
 from .config import CacheConfig, DataConfig, DataError
 from .decode import captions_and_labels, centre_crop, picture, random_crop
-from .files import shown_url
+from .files import is_remote, shown_url
 from .ledger import BadSample, LedgerEntry, reasons_table
-from .order import Order, stream
+from .order import Line, Mixture, Order, Place, Places, stream
 from .record import Batch, Sample, collate
 from .source import Source, open_source
 from .text import Tokenizer
@@ -35,24 +37,60 @@ class Loader:
     """Rank `rank`'s share of the stream of a run, batch by batch, from any step on."""
 
     def __init__(
-        self, config: DataConfig, resolution: int, context: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        config: DataConfig,
+        resolution: int,
+        context: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        mixtures: Sequence[Mixture] = (),
     ) -> None:
-        """Opens the sources. Pictures come at `resolution` pixels, captions at most `context` tokens long."""
+        """Opens the sources, mixed by their weights unless `mixtures` says how. Pictures come at `resolution` pixels,
+        captions at most `context` tokens long."""
         assert config.batch % world == 0, "the recipe checks this"
         self.config, self.rank, self.world = config, rank, world
-        cache = BlockCache(config.cache.bytes)
-        self.sources = [open_source(each.source, cache) for each in config.train]
-        lengths = [len(source) for source in self.sources]
-        self.order = Order(seed, lengths, [each.weight for each in config.train], config.batch)
+        self.cache = BlockCache(config.cache.bytes)
+        self.sources = [open_source(each.source, self.cache) for each in config.train]
+        shards = [source.shard_lengths for source in self.sources]
+        mixtures = mixtures or [Mixture(0, tuple(each.weight for each in config.train))]
+        self.order = Order(seed, shards, mixtures, config.batch, config.shuffle, config.lanes)
+        for source, line in zip(self.sources, self.order.sources, strict=True):
+            self._cache_windows(source, line)
         self._items = _Items(self.sources, self.order, config, resolution, context)
         self._bad: dict[str, dict[tuple[str, str], LedgerEntry]] = {}
+
+    def _cache_windows(self, source: Source, line: Line) -> None:
+        """Reads a source that is too large for the cache through it all the same, where its windows are not."""
+        if source.is_cached or not is_remote(source.url) or not self.cache.limit:
+            return
+        total, need = sum(source.shard_sizes), sum(source.shard_sizes)
+        if line.lanes:  # of each lane a window, the one after it, and the blocks at their ends
+            window = line.most_in_window * total // len(source) + min(self.cache.block, max(source.shard_sizes))
+            need = min(need, 2 * line.lanes * window)
+        source.read_through(self.cache, need)
+        if not source.is_cached and self.rank == 0:
+            logging.getLogger(__name__).warning(
+                "%s: data.cache.limit = %s has no room for the %.1f GB that are drawn from at a time, so every sample "
+                "is a request of its own; raise the limit, or lower data.shuffle = %d or data.lanes = %d",
+                shown_url(source.url),
+                self.config.cache.limit,
+                need / 1e9,
+                self.config.shuffle,
+                self.config.lanes,
+            )
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
         """This rank's share of global batch `step`, `step` + 1, ... without end. Close the iterator to end its
         processes. Raises DataError if a source cannot be read, or a decoding process dies."""
+        ahead = None
+        if any(source.is_cached for source in self.sources):
+            ahead = Ahead(self.order, self.sources, self.cache, self.rank, self.world, step)
         batches, batch = iter(self._data_loader(step)), None
         try:
             while True:
+                if ahead:
+                    ahead.reached(step)
                 try:
                     batch = next(batches)
                 except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died handing over
@@ -65,11 +103,18 @@ class Loader:
                 step += 1
         finally:  # end the processes here and now, not when a traceback that holds this frame is collected
             del batches, batch
+            if ahead:
+                ahead.close()
 
     def keys(self, step: int) -> list[str]:
         """The keys of the whole global batch `step`; nothing is read. A bad sample is named, not its spare."""
-        places = [self.order.position(n) for n in self.order.positions(step)]
-        return [self.sources[place.source].key(place.number) for place in places]
+        return [self.sources[place.source].key(place.number) for place in self.order.places(step)]
+
+    def coverage(self, step: int) -> dict[str, float]:
+        """How often each source has been read through before global batch `step`, by its name: below 1 it is the share
+        of its samples that were seen, all of them different; from 1 on each was seen at least once."""
+        drawn = zip(self.config.train, self.order.counts(step), self.order.lengths, strict=True)
+        return {source.label: count / length for source, count, length in drawn}
 
     def check_bad(self, entries: Sequence[LedgerEntry]) -> None:
         """Counts the bad samples that all ranks met (and, after a resume, those of the ledger). Raises DataError once
@@ -101,7 +146,7 @@ class Loader:
         )
 
     def _worker_died(self, step: int, error: Exception) -> str:
-        positions = self.order.positions(step, self.rank, self.world)
+        positions = sorted(self.order.places(step, self.rank, self.world).position.tolist())
         reason = (str(error) or type(error).__name__).split("\n")[0]
         return (
             f"a decoding process of rank {self.rank} died at step {step}, positions {positions[0]} to {positions[-1]} "
@@ -110,41 +155,40 @@ class Loader:
 
 
 class _Steps:
-    """For DataLoader: the positions of one rank's batch, step after step, without end."""
+    """For DataLoader: the places of one rank's batch, step after step, without end."""
 
     def __init__(self, order: Order, step: int, rank: int, world: int) -> None:
         self.order, self.step, self.rank, self.world = order, step, rank, world
 
-    def __iter__(self) -> Iterator[range]:
+    def __iter__(self) -> Iterator[Places]:
         step = self.step
         while True:
-            yield self.order.positions(step, self.rank, self.world)
+            yield self.order.places(step, self.rank, self.world)
             step += 1
 
 
 class _Items:
-    """For DataLoader: what lies at a position, a pure function of the position."""
+    """For DataLoader: what lies at a place, a pure function of its position."""
 
     def __init__(self, sources: list[Source], order: Order, config: DataConfig, resolution: int, context: int) -> None:
         self.sources, self.order, self.augment = sources, order, config.augment
         self.resolution, self.context, self.tokenizer = resolution, context, Tokenizer()
 
-    def __getitem__(self, position: int) -> Drawn | DataError:
+    def __getitem__(self, place: Place) -> Drawn | DataError:
         try:
-            return self._drawn(position)
+            return self._drawn(place)
         except DataError as error:  # handed over as a value: DataLoader would bury it in a traceback
             return error
 
-    def _drawn(self, position: int) -> Drawn:
-        place = self.order.position(position)
+    def _drawn(self, place: Place) -> Drawn:
         source, number = self.sources[place.source], place.number
         bad: list[LedgerEntry] = []
         for attempt in range(_MOST_SPARES):
             try:
-                return self._sample(source, number, position), bad
+                return self._sample(source, number, place.position), bad
             except BadSample as error:
-                bad.append(_entry(source, number, error, position))
-            spare = self.order.spare(position, attempt)
+                bad.append(_entry(source, number, error, place.position))
+            spare = self.order.spare(place, attempt)
             if spare is None:
                 break
             number = spare

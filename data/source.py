@@ -39,11 +39,32 @@ class Source:
         """The bytes of each shard that holds samples."""
         return [shard.size for shard in self._shards]
 
+    @property
+    def shard_lengths(self) -> list[int]:
+        """The samples of each shard; numbers run through the shards in this order."""
+        return [len(shard.keys) for shard in self._shards]
+
     def record(self, number: int) -> Record:
         """The raw members of sample `number`: picture, caption and metadata. DataError if the shard is gone."""
         shard, i = self._place(number)
         places = {kind: place for kind, place in shard.samples[i].items() if kind in _READ_KINDS}
         return Record(shard.keys[i], shard.url, self.offset(number), _members(self._read, shard.shard, places))
+
+    def span(self, number: int) -> tuple[ShardInfo, int, int]:
+        """The shard of sample `number`, and from where to where in it the sample lies, in bytes."""
+        shard, i = self._place(number)
+        places = shard.samples[i].values()
+        return shard.shard, min(offset for offset, _ in places), max(offset + size for offset, size in places)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether it is read through the node's cache."""
+        return self._read is not read_range
+
+    def read_through(self, cache: BlockCache, need: int) -> None:
+        """Read through the cache if that has room for the `need` bytes that are drawn from at a time."""
+        if not self.is_cached:
+            self._read = cache.reader([shard.shard for shard in self._shards], need)
 
     def key(self, number: int) -> str:
         """The key of sample `number`; nothing is read."""

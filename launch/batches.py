@@ -19,6 +19,7 @@ def keys_by_rank(name: str, overrides: list[str], step: int, world: int) -> list
     from ..data.loader import Loader
 
     spec = recipe.specs()[0]
-    keys = Loader(recipe.data, spec.image.resolution, spec.text.context, recipe.seed, 0, 1).keys(step)
+    loader = Loader(recipe.data, spec.image.resolution, spec.text.context, recipe.seed, mixtures=recipe.mixtures())
+    keys = loader.keys(step)
     share = len(keys) // world
     return [keys[rank * share : (rank + 1) * share] for rank in range(world)]

@@ -25,6 +25,7 @@ class FaultyProxy:
     def __init__(self, port: int, plan: Callable[[int], str], stall: float = 1.5) -> None:
         self.plan, self.stall, self._upstream = plan, stall, port
         self.requests: list[tuple[str, str]] = []  # (range asked for, fault)
+        self.targets: list[str] = []  # the path of each
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -61,6 +62,7 @@ class FaultyProxy:
             asked = re.search(rb"(?im)^range: *bytes=(\S+)", head)
             with self._lock:
                 fault = self.plan(len(self.requests))
+                self.targets.append(head.split(b" ", 2)[1].decode())
                 self.requests.append((asked[1].decode() if asked else "", fault))
             try:
                 self._answer(client, head, fault)

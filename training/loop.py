@@ -112,6 +112,7 @@ class Run:
         self._bad: list[dict[str, Any]] = []
         self._writing: _Commit | None = None
         self._preparing = 0.0
+        self._changes: list[str] = []
         self._scored = -1
         """the step of the latest evaluation"""
         self._begun = time.monotonic()
@@ -152,7 +153,7 @@ class Run:
         hosts = self.world.hosts()
         event = "resume" if found else "start"
         detail = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
-        self._remember(event, detail, life=life)
+        self._remember(event, {**detail, "changes": self._changes} if self._changes else detail, life=life)
         seconds = {
             "imports": imports,
             "find": clock[1] - clock[0],
@@ -168,7 +169,7 @@ class Run:
     def _prepare(self, commit: Commit) -> Layout | None:
         """Build the engine for a commit of this very run; what of the commit's tensors it holds here."""
         begun = time.monotonic()
-        check_same_run(self.recipe, commit)
+        self._changes = check_same_run(self.recipe, commit)
         self.engine = self._build(self.specs[commit.manifest.state.stage])
         self.engine.expect(commit.manifest.state.multipliers)
         self._preparing += time.monotonic() - begun
@@ -183,7 +184,8 @@ class Run:
     def _loader(self) -> Loader:
         """The stream at the model's resolution and context; it knows which samples are bad already."""
         spec, recipe, world = self.engine.model.spec, self.recipe, self.world
-        loader = Loader(recipe.data, spec.image.resolution, spec.text.context, recipe.seed, world.rank, world.size)
+        resolution, context, mixtures = spec.image.resolution, spec.text.context, recipe.mixtures()
+        loader = Loader(recipe.data, resolution, context, recipe.seed, world.rank, world.size, mixtures)
         loader.check_bad(_entries(world.objects(self.display.known_bad())[0]))
         return loader
 
@@ -283,6 +285,7 @@ class Run:
             flops=state.flops,
             peak_memory=peak_memory(self.world.device),
             parameters=self.engine.parameters,
+            passes=self.loader.coverage(state.step),
             seconds={"data": self._waited, "compute": elapsed - self._waited},
         )
         self._log_time, self._log_step, self._log_flops, self._waited = now, state.step, state.flops, 0.0

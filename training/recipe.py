@@ -11,6 +11,7 @@ from typing import Self
 from pydantic import BaseModel, Field, model_validator
 
 from ..data.config import DataConfig
+from ..data.order import Mixture
 from ..data.source import held_out
 from ..models.growth.plan import changes
 from ..models.spec import ModelSpec
@@ -50,6 +51,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         self.specs()
+        self.mixtures()
         if self.objectives.caption and self.model.caption is None:
             raise ValueError(
                 "objectives.caption needs a captioner; add `caption: {depth: 2}` to model, or drop the objective"
@@ -91,6 +93,37 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             specs.append(grown)
             spec = grown
         return specs
+
+    def mixtures(self) -> list[Mixture]:
+        """The weights of the sources over the run, each from the step on at which they change. Raises ValueError."""
+        sources = [source.label for source in self.data.train]
+        twice = next((label for label in sources if sources.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"data.train has two sources called {twice!r}; give one of them another `name`")
+        mixtures = [Mixture(0, tuple(source.weight for source in self.data.train))]
+        step = 0
+        for number, stage in enumerate(self.stages):
+            unknown = next((name for name in stage.mixture if name not in sources), None)
+            if unknown is not None:
+                raise ValueError(
+                    f"stages.{number}.mixture names {unknown!r}, which is no source; there are {', '.join(sources)}"
+                )
+            weights = (
+                tuple(stage.mixture.get(label, 0.0) for label in sources) if stage.mixture else mixtures[-1].weights
+            )
+            if weights != mixtures[-1].weights:
+                mixtures = [mixture for mixture in mixtures if mixture.step < step] + [Mixture(step, weights)]
+            step += stage.steps(self.data.batch)
+        if not any(mixtures[0].weights):
+            raise ValueError("every source of data.train has weight 0; give one of them more")
+        idle = next(
+            (label for label, *each in zip(sources, *(m.weights for m in mixtures), strict=True) if not any(each)), None
+        )
+        if idle is not None:
+            raise ValueError(
+                f"source {idle!r} is never read; give it a weight, name it in a stage's mixture or drop it"
+            )
+        return mixtures
 
     @property
     def evaluation_source(self) -> str:

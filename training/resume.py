@@ -1,12 +1,12 @@
 """Where a run begins: at the newest intact commit of its store, or at the first step.
 
 A damaged commit is named and the one before it is taken. A commit of another experiment is refused: a resume continues
-the very run, or says what differs.
+the very run, or says what differs. What the run has not come to yet may be another: stages that have not begun, and
+sources that only they read, for data that arrives while it trains.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from torch import Tensor
 from .commits import Commit, Commits, DamagedCommit
 from .recipe import Recipe
 from .shards import Layout
+from .state import RunState
 from .store import StoreError
 from .world import World
 
@@ -65,22 +66,50 @@ def newest_intact(
     return None
 
 
-def check_same_run(recipe: Recipe, commit: Commit) -> None:
-    """Raise StoreError if the commit belongs to a run that computes something else."""
-    written = commit.manifest.recipe
-    with contextlib.suppress(ValidationError):  # a field that is newer than the commit has its default there
-        written = Recipe.model_validate(written).model_dump(mode="json")
-    ours, theirs = _flat(recipe.model_dump(mode="json")), _flat(written)
-    different = [
-        f"{path}: {theirs.get(path)!r} there, {ours.get(path)!r} here"
-        for path in sorted(ours.keys() | theirs.keys())
-        if path.split(".")[0] in CONTINUES and path not in _FREE and ours.get(path) != theirs.get(path)
-    ]
+def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
+    """What the recipe changes of the run's future, as sentences for the lineage. Raise StoreError if it changes what
+    the run has computed up to the commit."""
+    state = commit.manifest.state
+    try:  # a field that is newer than the commit has its default there
+        before = Recipe.model_validate(commit.manifest.recipe)
+    except ValidationError as error:
+        raise StoreError(
+            f"{commit.url} was written by another release, whose recipe says what this one does not know "
+            f"({'.'.join(map(str, error.errors()[0]['loc']))}); continue it with that release"
+        ) from None
+    different = _differences(_past(recipe, state), _past(before, state))
     if different:
         raise StoreError(
             f"{commit.url} is of a run with another recipe ({'; '.join(different[:4])}); "
             f"use the same recipe to continue it, or another --out to start a new run"
         )
+    cooling = before.total_samples * (1 - before.schedule.cooldown)
+    if recipe.total_samples != before.total_samples and state.samples > cooling:
+        raise StoreError(
+            f"{commit.url} is of a run whose learning rate is falling since sample {cooling:,.0f}: its stages are "
+            f"settled; leave them as they were, continue from an earlier commit, or start a new run"
+        )
+    return _differences(*(_flat(each.model_dump(mode="json", include={"data", "stages"})) for each in (recipe, before)))
+
+
+def _past(recipe: Recipe, state: RunState) -> dict[str, Any]:
+    """What of a recipe decides what was computed up to a state: stages that have begun, sources that were read."""
+    past = recipe.model_dump(mode="json", include=set(CONTINUES))
+    mixtures = [mixture for mixture in recipe.mixtures() if mixture.step < max(state.step, 1)]
+    for i, source in enumerate(past["data"]["train"]):
+        source["weight"] = {str(mixture.step): mixture.weights[i] for mixture in mixtures}
+    read = [source for source in past["data"]["train"] if any(source["weight"].values())]
+    past["data"]["train"] = {str(past["data"]["train"].index(source)): source for source in read}
+    past["stages"] = [{**stage, "mixture": None} for stage in past["stages"][: state.stage + 1]]
+    return _flat(past)
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return [
+        f"{path}: {theirs.get(path)!r} there, {ours.get(path)!r} here"
+        for path in sorted(ours.keys() | theirs.keys())
+        if path not in _FREE and ours.get(path) != theirs.get(path)
+    ]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

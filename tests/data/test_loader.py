@@ -28,6 +28,7 @@ from treering.data import (
     Tokenizer,
     open_source,
 )
+from treering.data.order import Place
 from treering.data.record import caption_id
 
 WriteSource = Callable[..., str]
@@ -95,8 +96,7 @@ def test_batches_are_what_the_order_says(urls: list[str]) -> None:
         ] * 4
         assert each.keys(step) == list(batch.keys)
         assert batch.bad == ()
-        for i, (key, caption, tokens, _, _) in enumerate(rows(batch)):
-            place = each.order.position(step * 8 + i)
+        for place, (key, caption, tokens, _, _) in zip(each.order.places(step), rows(batch), strict=True):
             record = sources[place.source].record(place.number)
             assert record.key == key
             assert caption.startswith(record.fields["txt"].decode()[:-1])
@@ -134,6 +134,18 @@ def test_augmentation_and_captions_change_from_pass_to_pass(urls: list[str]) -> 
     assert all(1 < len(captions[f"{n:05d}"]) <= 1 + n % 3 for n in (2, 5, 8))
 
 
+def test_coverage_counts_distinct_samples(urls: list[str]) -> None:
+    each, lengths = loader(*urls), [14, 11]
+    seen: list[set[str]] = [set(), set()]
+    for step, batch in enumerate(read(each, 0, 9)):
+        passes = [each.coverage(step)[url] for url in urls]
+        for done, keys, length in zip(passes, seen, lengths, strict=True):
+            assert len(keys) == pytest.approx(min(done, 1) * length)
+        for place, key in zip(each.order.places(step), batch.keys, strict=True):
+            seen[place.source].add(key)
+    assert [min(done, 1.0) for done in each.coverage(9).values()] == [1.0, 1.0]
+
+
 def test_ids_are_equal_for_equal_things(urls: list[str]) -> None:
     pairs = [row for batch in read(loader(*urls), 0, 6) for row in rows(batch)]
     by_id: dict[int, set[str]] = {}
@@ -160,11 +172,11 @@ def test_bad_samples_are_replaced_and_written_down(bad_url: str) -> None:
     for step, batch in enumerate(read(each, 0, 5)):
         assert len(batch.keys) == 8
         assert not set(batch.keys) & set(reasons)
-        for i, (planned, key) in enumerate(zip(each.keys(step), batch.keys, strict=True)):
-            own = [entry for entry in batch.bad if entry.position == step * 8 + i]
+        for place, planned, key in zip(each.order.places(step), each.keys(step), batch.keys, strict=True):
+            own = [entry for entry in batch.bad if entry.position == place.position]
             assert [planned, key][bool(own)] == key
             assert planned == (own[0].key if own else key)
-            replaced_by = [source.key(each.order.spare(step * 8 + i, n) or 0) for n in range(len(own))]
+            replaced_by = [source.key(each.order.spare(place, n) or 0) for n in range(len(own))]
             assert [entry.key for entry in own[1:]] + [key] * bool(own) == replaced_by
         for entry in batch.bad:
             assert entry.reason.startswith(reasons[entry.key])
@@ -212,10 +224,10 @@ def test_a_dead_worker_is_an_error(urls: list[str], monkeypatch: pytest.MonkeyPa
     parent = os.getpid()
     drawn = type(each._items)._drawn
 
-    def die(self: Any, position: int) -> Any:
-        if position == 8 * 3 and os.getpid() != parent:
+    def die(self: Any, place: Place) -> Any:
+        if place.position == 8 * 3 and os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
-        return drawn(self, position)
+        return drawn(self, place)
 
     monkeypatch.setattr(type(each._items), "_drawn", die)
     with pytest.raises((DataError, RuntimeError), match=r"worker|decoding process"):

@@ -168,7 +168,61 @@ def test_a_field_newer_than_the_commit_does_not_matter(whole: tuple[Path, Summar
     older = commit.manifest.recipe | {"stages": [s | {} for s in commit.manifest.recipe["stages"]]}
     for stage in older["stages"]:
         del stage["copies"]
-    check_same_run(recipe(), replace(commit, manifest=commit.manifest.model_copy(update={"recipe": older})))
+    manifest = commit.manifest.model_copy(update={"recipe": older})
+    assert check_same_run(recipe(), replace(commit, manifest=manifest)) == []
+
+
+OTHERS = "{source: samples://emoji/held_out, name: others, weight: 0}"
+
+
+def test_a_mixture_may_change_from_stage_to_stage(tmp_path: Path, whole: tuple[Path, Summary]) -> None:
+    """A source that arrives with the second stage: until then the run is the one without it."""
+    mixed = [
+        f"data.train=[{{source: samples://emoji}}, {OTHERS}]",
+        "stages=[{samples: 60}, {mixture: {others: 1, samples://emoji: 2}, samples: 84}]",
+    ]
+    train(recipe(*mixed), tmp_path / "mixed")
+    alone = losses(whole[0])
+    assert [losses(tmp_path / "mixed")[step] == alone[step] for step in range(1, 7)] == [True] * 5 + [False]
+
+
+def test_a_source_and_a_stage_may_come_while_the_run_trains(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
+    """Stopped in the first stage; continued with a source and a stage that are new: as if planned from the start. What
+    lies behind cannot be changed, nor the stages once the learning rate falls."""
+    steady = ["schedule.cooldown=0.25", "eval.suites=[]"]
+    planned = [
+        f"data.train=[{{source: samples://emoji}}, {OTHERS}]",
+        "stages=[{samples: 60}, {samples: 48}, {mixture: {others: 1}, samples: 36}]",
+    ]
+    first = recipe("stages=[{samples: 60}, {samples: 48}]", *steady)
+
+    def stopped_at_step(step: int) -> None:
+        original = loop.Run.log
+
+        def log(run: loop.Run) -> None:
+            original(run)
+            run.stopping = run.state.step == step
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop.Run, "log", log)
+            assert not train(first, tmp_path / "grown").finished
+
+    stopped_at_step(4)
+    with pytest.raises(StoreError, match=r"stages.0.samples: 60 there, 72 here"):
+        train(recipe("stages=[{samples: 72}]", *steady), tmp_path / "grown")
+    with pytest.raises(StoreError, match=r"data.train.0.weight.0: 1.0 there, 2.0 here"):
+        train(recipe("data.train.0.weight=2.0", "stages=[{samples: 60}]", *steady), tmp_path / "grown")
+    summary = train(recipe(*planned, *steady), tmp_path / "grown")
+    assert summary.finished
+    train(recipe(*planned, *steady), tmp_path / "planned")
+    assert losses(tmp_path / "grown") == losses(tmp_path / "planned")
+    lineage = json.loads((tmp_path / "grown" / "lineage.json").read_text())
+    (changes,) = [line["detail"]["changes"] for line in lineage if "changes" in line["detail"]]
+    assert any(
+        change.startswith("data.train.1.source: None there, 'samples://emoji/held_out' here") for change in changes
+    )
+    with pytest.raises(StoreError, match=r"is falling since sample 108: its stages are settled"):
+        train(recipe(*planned[:1], planned[1].replace("36}", "36}, {samples: 12}"), *steady), tmp_path / "grown")
 
 
 def test_a_damaged_commit_is_named_and_the_one_before_taken(
