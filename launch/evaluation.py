@@ -39,7 +39,8 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
             f"the recipe of {clean(commit.url)} names no suites; give some, as in --suite {','.join(known)}"
         )
     model = build(commit.manifest.spec, recipe.seed)
-    weights = {name.removeprefix("model/"): tensor for name, tensor in commit.tensors("model").items()}
+    kind = "ema" if recipe.optimizer.ema else "model"
+    weights = {name.removeprefix(f"{kind}/"): tensor for name, tensor in commit.tensors(kind).items()}
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name])
     world = World.join()

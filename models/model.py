@@ -109,10 +109,23 @@ def initialise(spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]], seed: 
 
 def build(spec: ModelSpec, seed: int) -> Model:
     """A freshly initialised model on the CPU in fp32."""
-    with torch.device("meta"):
-        model = Model(spec)
-    model.to_empty(device="cpu")
-    model.image_mean.copy_(torch.tensor(IMAGE_MEAN).view(3, 1, 1))
-    model.image_std.copy_(torch.tensor(IMAGE_STD).view(3, 1, 1))
+    model = empty(spec)
+    materialise(model, torch.device("cpu"))
     initialise(spec, model.named_parameters(), seed)
     return model
+
+
+def empty(spec: ModelSpec) -> Model:
+    """A model whose tensors have shapes and no memory yet."""
+    with torch.device("meta"):
+        return Model(spec)
+
+
+def materialise(model: Model, device: torch.device, wrapper: nn.Module | None = None) -> None:
+    """Give the tensors of an empty model, or of the `wrapper` around it, memory on `device`.
+
+    Its constants are filled, its parameters are not.
+    """
+    (wrapper or model).to_empty(device=device)
+    model.image_mean.copy_(torch.tensor(IMAGE_MEAN).view(3, 1, 1))
+    model.image_std.copy_(torch.tensor(IMAGE_STD).view(3, 1, 1))

@@ -2,7 +2,8 @@
 
 A commit is a set of objects under `step-N-life-L/`: parts with the tensors, a manifest that lists them with sizes and
 checksums, and last of all a small COMMIT object that holds the manifest's checksum. Readers only look at sets that have
-one, so a writer killed anywhere leaves nothing a reader could see. Nothing in a commit is code.
+one, so a writer killed anywhere leaves nothing a reader could see. Nothing in a commit is code. Tensors lie in it by
+logical name, whole or in stretches as their engine held them, and are read whole or in any other stretches.
 """
 
 from __future__ import annotations
@@ -12,22 +13,24 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from ..models.spec import ModelSpec
+from .shards import Layout, Stretch
 from .state import RunState
 from .store import Store, StoreError
 from .world import World
+from .writing import Part, Writing, taken
 
-PART_BYTES = 256 << 20
-"""largest part: what a writer or reader holds beside the tensors themselves"""
 _SET = re.compile(r"^step-(\d{12})-life-(\d{4})$")
 _LIFE = re.compile(r"^life-(\d{4})\.json$")
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -41,7 +44,11 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     every: tuple[int | str, ...] = Field(
         ("2min",), strict=False, description="2min, 30s, 1h, a number of samples such as 10_000, or a list of these"
     )
-    keep: int = Field(3, gt=0, description="newest commits to keep")
+    keep: int = Field(3, gt=0, description="newest commits to keep; those before a growth are kept as well")
+    keep_every: int | None = Field(None, gt=0, description="samples; keep the first commit of every so many as well")
+    keep_best: str | None = Field(
+        None, description="a score such as retrieval/image_to_text@1; keep the commit that has the best as well"
+    )
 
     @field_validator("every", mode="before")
     @classmethod
@@ -71,17 +78,6 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return min((float(m[1]) * _UNITS[m[2]] for m in times if m), default=None)
 
 
-class Part(BaseModel, frozen=True, extra="forbid", strict=True):
-    """One object with tensors of one kind."""
-
-    # The pattern is a guard: a manifest cannot ask for anything outside its own set.
-    file: str = Field(pattern=r"^[a-z_]{1,32}-\d{5}-\d{5}\.safetensors$")
-    kind: str
-    bytes: int
-    sha256: str
-    tensors: int
-
-
 class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
     """What a commit holds."""
 
@@ -89,6 +85,11 @@ class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
     spec: ModelSpec
     state: RunState
     recipe: dict[str, Any]
+    reason: str = "interval"
+    scores: dict[str, float] = Field(default_factory=dict)
+    """of an evaluation at this very step"""
+    shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """of parameters that lie here in stretches: the shape of the whole"""
     parts: tuple[Part, ...] = Field(strict=False)
 
 
@@ -109,21 +110,81 @@ class Commit:
         """Where it lies."""
         return f"{self.store.url}/{self.name}"
 
-    def tensors(self, kind: str | None = None) -> dict[str, Tensor]:
-        """All tensors by `kind/name`, or those of one kind. Raises DamagedCommit naming the file."""
-        found: dict[str, Tensor] = {}
-        for part in self.manifest.parts:
-            if kind is None or part.kind == kind:
-                found |= self.part(part)
-        return found
+    def tensors(self, kind: str | None = None, layout: Layout | None = None) -> dict[str, Tensor]:
+        """All tensors by `kind/name`, or those of one kind; of each what `layout` names, flat, or the whole.
 
-    def part(self, part: Part) -> dict[str, Tensor]:
-        """The tensors of one part by `kind/name`. Raises DamagedCommit naming the file."""
+        Holds one part beside what it returns. Raises DamagedCommit naming the file.
+        """
+        found = _Assembly(self.manifest.shapes, layout)
+        for part in self.manifest.parts:
+            if (kind is None or part.kind == kind) and found.needs(part):
+                try:
+                    found.add(part, self.pieces(part))
+                except (KeyError, RuntimeError) as error:
+                    raise DamagedCommit(f"{self.url}/{part.file} does not hold what it should: {error}") from None
+        if missing := found.missing():
+            raise DamagedCommit(f"{self.url}: its parts do not hold all of {missing}; use another commit")
+        return found.tensors()
+
+    def pieces(self, part: Part) -> dict[str, Tensor]:
+        """The tensors, or stretches of them, that lie in one part, by name. Raises DamagedCommit naming the file."""
         data = _read(self.store, f"{self.name}/{part.file}", part.sha256)
         try:
-            return {f"{part.kind}/{name}": tensor for name, tensor in load(data).items()}
+            return load(data)
         except SafetensorError as error:
             raise DamagedCommit(f"{self.url}/{part.file} holds no tensors: {error}") from None
+
+
+class _Assembly:
+    """Stretches put together from the pieces that lie in parts."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], layout: Layout | None) -> None:
+        self._shapes, self._layout = shapes, layout
+        self._found: dict[str, Tensor] = {}
+        self._filled: dict[str, int] = {}
+        self._complete: dict[str, int] = {}
+        """how many elements a tensor should have in the end, by its path"""
+
+    def _wanted(self, name: str, shape: tuple[int, ...]) -> Stretch:
+        return Stretch(shape, 0, prod(shape)) if self._layout is None else self._layout[name]
+
+    def needs(self, part: Part) -> bool:
+        """Whether a part may hold anything that is wanted: all wholes may."""
+        needed = len(part.stretches) < part.tensors
+        for name, (start, length) in part.stretches.items():
+            wanted = self._wanted(name, self._shapes.get(name, ()))
+            needed |= start < wanted.start + wanted.length and wanted.start < start + length
+            self._complete[f"{part.kind}/{name}"] = wanted.length
+        return needed
+
+    def add(self, part: Part, pieces: Mapping[str, Tensor]) -> None:
+        """Take what is wanted out of a part. Raises KeyError or RuntimeError if it does not fit the manifest."""
+        for name, piece in pieces.items():
+            path, start = f"{part.kind}/{name}", part.stretches.get(name, (0, 0))[0]
+            shape = self._shapes[name] if name in part.stretches else tuple(piece.shape)
+            if start < 0 or start + piece.numel() > prod(shape):
+                raise KeyError(f"{name} reaches beyond its shape {shape}")
+            wanted = self._wanted(name, shape)
+            if self._layout is None and piece.shape == shape:
+                self._found[path], self._filled[path] = piece, piece.numel()
+                continue
+            self._complete[path] = wanted.length
+            own = self._found.setdefault(path, torch.empty(wanted.length, dtype=piece.dtype))
+            first, end = max(start, wanted.start), min(start + piece.numel(), wanted.start + wanted.length)
+            if first < end:
+                own[first - wanted.start : end - wanted.start] = piece.view(-1)[first - start : end - start]
+                self._filled[path] = self._filled.get(path, 0) + end - first
+
+    def missing(self) -> str | None:
+        """A tensor that is not complete, if there is one."""
+        return next((path for path, size in self._complete.items() if self._filled.get(path, 0) != size), None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found, by `kind/name`."""
+        if self._layout is not None:
+            return {path: torch.empty(0) for path in self._complete} | self._found
+        names = {path: path.partition("/")[2] for path in self._found}
+        return {path: own.view(self._shapes.get(names[path], own.shape)) for path, own in self._found.items()}
 
 
 class Commits:
@@ -131,6 +192,7 @@ class Commits:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._manifests: dict[str, Manifest | None] = {}
 
     def _sets(self) -> dict[str, set[str]]:
         """Objects of every set, complete or not, by set name."""
@@ -175,6 +237,45 @@ class Commits:
                 f"{self.store.url}/{name}: manifest or COMMIT is damaged ({where}); use another commit"
             ) from None
 
+    def begin(
+        self,
+        spec: ModelSpec,
+        state: RunState,
+        recipe: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        world: World,
+        layout: Layout | None = None,
+        policy: CheckpointConfig | None = None,
+        reason: str = "interval",
+        scores: Mapping[str, float] | None = None,
+    ) -> Writing:
+        """Begin a commit of `tensors` as they are now; every rank calls this, and then leads its Writing to the end.
+
+        Without `layout` every rank has the same whole tensors and writes its share of them; with it, each writes all of
+        the stretches it has. What `policy` does not keep is removed once this commit is complete.
+        """
+        own = dict(tensors) if layout else _share(tensors, world)
+
+        name = f"step-{state.step:012d}-life-{state.life:04d}"
+        starts = {path: stretch.start for path, stretch in (layout or {}).items()}
+        shapes = {path: stretch.shape for path, stretch in (layout or {}).items()}
+
+        def complete(parts: Sequence[Part]) -> None:
+            manifest = Manifest(
+                spec=spec,
+                state=state,
+                recipe=recipe,
+                reason=reason,
+                scores=dict(scores or {}),
+                shapes=shapes,
+                parts=tuple(parts),
+            )
+            self.seal(name, manifest)
+            if policy is not None:
+                self.retain(policy, state.life)
+
+        return Writing(self.store, name, own, starts, world, complete, lambda: self._discard(name))
+
     def write(
         self, spec: ModelSpec, state: RunState, recipe: dict[str, Any], tensors: Mapping[str, Tensor], world: World
     ) -> str:
@@ -182,44 +283,11 @@ class Commits:
 
         Raises StoreError on every rank if any rank failed; what was written is then removed and was never visible.
         """
-        name = f"step-{state.step:012d}-life-{state.life:04d}"
-        taken = world.objects(world.is_first and name in self.names())[0]
-        if taken:
-            raise StoreError(
-                f"{self.store.url}/{name} was committed by another run; give each run its own checkpoint.to"
-            )
-        mine, failure = [], None
-        try:
-            mine = [part.model_dump() for part in self._write_parts(name, tensors, world)]
-        except StoreError as error:
-            failure = str(error)
-        reports = world.objects({"parts": mine, "failure": failure})
-        failure = next((r["failure"] for r in reports if r["failure"]), None)
-        if failure is None and world.is_first:
-            parts = tuple(Part.model_validate(p) for r in reports for p in r["parts"])
-            try:
-                self._seal(name, Manifest(spec=spec, state=state, recipe=recipe, parts=parts))
-            except StoreError as error:
-                failure = str(error)
-        failure = world.objects(failure)[0] or failure
-        if failure:
-            if world.is_first:
-                self._remove(name)
-            raise StoreError(failure)
-        return name
+        writing = self.begin(spec, state, recipe, tensors, world)
+        writing.finish()
+        return writing.name
 
-    def _write_parts(self, name: str, tensors: Mapping[str, Tensor], world: World) -> list[Part]:
-        """Write this rank's share of the tensors, kind by kind."""
-        parts: list[Part] = []
-        for (kind, number), chunk in _chunks(_share(tensors, world)).items():
-            data = save({key: tensor.detach().cpu().contiguous() for key, tensor in chunk.items()})
-            file = f"{kind}-{world.rank:05d}-{number:05d}.safetensors"
-            self.store.put(f"{name}/{file}", data)
-            digest = hashlib.sha256(data).hexdigest()
-            parts.append(Part(file=file, kind=kind, bytes=len(data), sha256=digest, tensors=len(chunk)))
-        return parts
-
-    def _seal(self, name: str, manifest: Manifest) -> None:
+    def seal(self, name: str, manifest: Manifest) -> None:
         """Write the manifest and, when every part is there at its size, the COMMIT object."""
         data = manifest.model_dump_json(indent=1).encode()
         self.store.put(f"{name}/manifest.json", data)
@@ -231,19 +299,46 @@ class Commits:
             )
         seal = json.dumps({"manifest_sha256": hashlib.sha256(data).hexdigest()}).encode()
         if not self.store.put_new(f"{name}/COMMIT", seal):
-            raise StoreError(
-                f"{self.store.url}/{name} was committed by another run; give each run its own checkpoint.to"
-            )
+            raise taken(self.store, name)
 
-    def retain(self, keep: int, life: int) -> None:
-        """Remove all but the `keep` newest commits, and what earlier lives left unfinished."""
+    def retain(self, policy: CheckpointConfig, life: int) -> None:
+        """Remove the commits that `policy` does not keep, and what lives before `life` left unfinished."""
         sets = self._sets()
         complete = sorted(name for name, files in sets.items() if "COMMIT" in files)
+        kept = self._kept(complete, policy)
         for name, files in sets.items():
-            outdated = name in complete[:-keep]
             unfinished = "COMMIT" not in files and _life(name) < life
-            if outdated or unfinished:
+            if unfinished or (name in complete and name not in kept):
                 self._remove(name)
+                self._manifests.pop(name, None)
+
+    def _kept(self, complete: Sequence[str], policy: CheckpointConfig) -> set[str]:
+        """Which complete commits, oldest first, stay. Whatever was removed before, the answer is the same."""
+        known = {name: manifest for name in complete if (manifest := self._manifest(name))}
+        kept = {*complete[-policy.keep :], *(name for name, manifest in known.items() if manifest.reason == "growth")}
+        if policy.keep_every:
+            first: dict[int, str] = {}
+            for name, manifest in known.items():
+                first.setdefault(manifest.state.samples // policy.keep_every, name)
+            kept |= {name for number, name in first.items() if number > 0}
+        scored = [name for name, manifest in known.items() if policy.keep_best in manifest.scores]
+        if policy.keep_best and scored:
+            kept.add(max(scored, key=lambda name: (known[name].scores[str(policy.keep_best)], name)))
+        return kept
+
+    def _manifest(self, name: str) -> Manifest | None:
+        """A commit's manifest, read once; None if it is damaged: there is nothing in it to keep."""
+        if name not in self._manifests:
+            try:
+                self._manifests[name] = self.open(name).manifest
+            except DamagedCommit:
+                self._manifests[name] = None
+        return self._manifests[name]
+
+    def _discard(self, name: str) -> None:
+        """Remove a set unless it is complete."""
+        if "COMMIT" not in self._sets().get(name, ()):
+            self._remove(name)
 
     def _remove(self, name: str) -> None:
         """Remove a set, its COMMIT first: from then on no reader sees it."""
@@ -293,17 +388,3 @@ def _share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
         if rank == world.rank:
             mine[name] = tensors[name]
     return mine
-
-
-def _chunks(tensors: Mapping[str, Tensor]) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """Tensors of one kind together, in chunks of at most PART_BYTES (or one tensor)."""
-    chunks: dict[tuple[str, int], dict[str, Tensor]] = {}
-    filled: dict[str, list[int]] = {}
-    for path in sorted(tensors):
-        kind, _, name = path.partition("/")
-        at = filled.setdefault(kind, [0, 0])
-        if at[1] and at[1] + tensors[path].nbytes > PART_BYTES:
-            at[0], at[1] = at[0] + 1, 0
-        at[1] += tensors[path].nbytes
-        chunks.setdefault((kind, at[0]), {})[name] = tensors[path]
-    return chunks

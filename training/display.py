@@ -38,7 +38,7 @@ class Display:
         if commit is None:
             self.records.clear()
         else:
-            self.records.cut_back(state.step, commit)
+            self.records.cut_back(state.step)
             self.progress.note(f"continuing from {commit} at {state.samples:,} samples")
         self._bad = len(self.known_bad())
         self._purge = state.samples + 1

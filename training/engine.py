@@ -1,34 +1,72 @@
 """The engine: how one optimizer step is spread over processes, behind a small interface.
 
 build, step, logical state in and out, close. State is *logical*: tensors by the model's own names and shapes, whatever
-holds them, so commits, growth and resumes never see an engine.
+holds them, so commits, growth and resumes never see an engine. `Engine` itself holds whole replicas (DDP); the engines
+that spread the state, each in a module of its own, change how it is held and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..models.model import Model, ModelOutput, build
+from ..models.model import Model, ModelOutput, build, empty, materialise
 from ..models.spec import ModelSpec
 from .objectives.base import Inputs, Objective
-from .optimizer import MOMENTS, Optimizer, OptimizerConfig
+from .optimizer import Optimizer, OptimizerConfig
+from .shards import Layout
 from .world import World
 
 
 class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How the model is spread over processes and in what precision it computes."""
 
-    kind: Literal["ddp"] = "ddp"
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: matrix work under autocast; weights, losses and gradients stay in fp32"
+    kind: Literal["ddp", "fsdp", "deepspeed"] = Field(
+        "ddp",
+        description="ddp: every process holds the whole state; fsdp: each a part of it (FSDP2); deepspeed: ZeRO",
     )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: matrix work in bf16; master weights, losses and sums of gradients stay in fp32"
+    )
+    reshard: bool = Field(
+        True,
+        description="fsdp: drop a block's gathered weights after its forward pass; false: more memory, less traffic",
+    )
+
+    zero: Literal[1, 2, 3] | None = Field(
+        None,
+        description="deepspeed: what is spread. 1: optimizer state, 2: gradients too (left out: 2), 3: weights too",
+    )
+    offload: bool = Field(False, description="deepspeed: keep masters and moments, and step, on the host")
+
+    @property
+    def zero_stage(self) -> int:
+        """The stage of ZeRO that deepspeed runs."""
+        return self.zero or 2
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_kind(self) -> Self:
+        if self.zero is not None and self.kind != "deepspeed":
+            raise ValueError(
+                f"engine.zero = {self.zero} is a stage of DeepSpeed's; set engine.kind: deepspeed, or leave it out"
+            )
+        if self.offload and self.kind != "deepspeed":
+            raise ValueError(
+                f"engine.offload = true is not there for engine.kind = {self.kind}; set engine.kind: deepspeed, "
+                "or leave it out"
+            )
+        if not self.reshard and self.kind != "fsdp":
+            raise ValueError(
+                f"engine.reshard = false is for engine.kind = fsdp: {self.kind} gathers no weights; leave it out"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -41,8 +79,8 @@ class StepResult:
     """norm of the whole gradient before clipping"""
 
 
-class _Forward(nn.Module):
-    """Model and objectives in one forward, so that DDP sees the whole graph."""
+class Forward(nn.Module):
+    """Model and objectives in one forward, so that what wraps it sees the whole graph."""
 
     def __init__(self, model: Model, objectives: list[Objective], world: World, precision: str) -> None:
         super().__init__()
@@ -51,15 +89,23 @@ class _Forward(nn.Module):
         self.world = world
         self.autocast = precision == "bf16"
 
-    def forward(self, inputs: Inputs) -> dict[str, Tensor]:
+    def forward(self, inputs: Inputs, losses: bool = True) -> dict[str, Tensor] | ModelOutput:
+        """This rank's share of each objective; or, without `losses`, the model's output."""
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.autocast):
             output: ModelOutput = self.model(inputs.images, inputs.tokens, inputs.lengths)
+        if not losses:
+            return output
         table = self.model.text.token_embedding.weight
         return {o.name: o.share(output, inputs, table, self.world) for o in self.objectives}
 
 
 class Engine:
     """Replicated data parallelism: torch's DDP, or the bare module in a world of one."""
+
+    model: Model
+    """the model by its names; under an engine that spreads it only `spec` and the names are of use"""
+    layout: Layout | None = None
+    """what this rank holds of each tensor; None where every rank holds all of them"""
 
     def __init__(
         self,
@@ -72,27 +118,42 @@ class Engine:
     ) -> None:
         self.world = world
         self.objectives = objectives
-        self.model = build(spec, seed).to(world.device)
+        self._build(spec, config, optimizer, seed)
+
+    def _build(self, spec: ModelSpec, config: EngineConfig, optimizer: OptimizerConfig, seed: int) -> None:
+        """Make the model, the optimizer and the wrapper of both."""
+        self.model = build(spec, seed).to(self.world.device)
         self.optimizer = Optimizer(self.model.named_parameters(), optimizer)
-        forward = _Forward(self.model, objectives, world, config.precision)
+        forward = Forward(self.model, self.objectives, self.world, config.precision)
         self._forward: nn.Module = (
             DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
-            if world.size > 1
+            if self.world.size > 1
             else forward
         )
 
-    def step(self, inputs: Inputs, lr: float) -> StepResult:
-        """One optimizer step on this rank's part of a global batch, at learning rate `lr`.
+    def step(self, inputs: Inputs, lr: float, fade: float = 1.0) -> StepResult:
+        """One optimizer step on this rank's part of a global batch, at learning rate `lr`; `fade` is the power that
+        growth's multipliers are raised to.
 
         A gradient that is not finite leaves weights and moments as they are; `skipped` counts it.
         """
         shares: dict[str, Tensor] = self._forward(inputs)
         loss = torch.stack([o.weight * shares[o.name] for o in self.objectives]).sum()
-        # Shares sum to the global loss, but DDP averages gradients: undo its division.
-        (loss * self.world.size).backward()
-        norm = self.optimizer.clip()
-        self.optimizer.step(lr)
+        # Shares sum to the global loss, but engines average gradients: undo their division.
+        norm = self._apply(loss * self.world.size, lr, fade)
         return StepResult({name: share.detach() for name, share in shares.items()}, norm)
+
+    def _apply(self, loss: Tensor, lr: float, fade: float) -> Tensor:
+        """Backward pass and optimizer step; the norm of the gradient."""
+        loss.backward()
+        norm = self.optimizer.clip()
+        self.optimizer.step(lr, fade)
+        return norm
+
+    @property
+    def applied(self) -> int:
+        """Optimizer steps applied; reading it waits for the device."""
+        return self.optimizer.steps
 
     @property
     def skipped(self) -> int:
@@ -100,13 +161,44 @@ class Engine:
         return self.optimizer.skipped
 
     @property
+    def multipliers(self) -> dict[str, float]:
+        """Factors on the learning rate, by parameter name, that are not 1."""
+        return self.optimizer.multipliers
+
+    @property
     def parameters(self) -> int:
         """Trained numbers of the model."""
         return sum(p.numel() for p in self.model.parameters())
 
+    @torch.no_grad()
+    def output(self, inputs: Inputs) -> ModelOutput:
+        """The model's output on this rank's pairs, without a graph; all ranks call it together."""
+        output: ModelOutput = self.model(inputs.images, inputs.tokens, inputs.lengths)
+        return output
+
+    def scale(self) -> float:
+        """The factor on cosine similarities; all ranks call it together."""
+        return self.model.scale().item()
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[Model]:
+        """What evaluation runs, for as long as the context lasts: whole weights, or their average if one is kept."""
+        yield assembled(self) if self.optimizer.config.ema else self.model
+
+    def whole(self, name: str, own: Tensor) -> Tensor:
+        """The whole of a tensor of the logical state, given what this rank has of it; all ranks call it together."""
+        return own
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank holds of a whole tensor."""
+        return whole
+
+    def expect(self, multipliers: Mapping[str, float]) -> None:
+        """Get ready to be loaded with these multipliers: `layout` depends on them in some engines."""
+
     def logical_state(self) -> dict[str, Tensor]:
-        """Weights and moments by `kind/name`, as the live tensors."""
-        state = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
+        """What this rank holds of weights and moments, by `kind/name`, as the live tensors."""
+        state = {f"model/{name}": p.detach() for name, p in self.optimizer.parameters.items()}
         for kind, tensors in self.optimizer.state().items():
             state |= {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
         return state
@@ -115,15 +207,49 @@ class Engine:
     def load_logical_state(
         self, state: Mapping[str, Tensor], steps: int, skipped: int, multipliers: Mapping[str, float]
     ) -> None:
-        """Copy weights and moments in; `steps` optimizer steps have been applied and `skipped` were not.
+        """Copy weights and moments in, of which `state` has this rank's part.
 
-        `multipliers` are the factors on the learning rate, by parameter name, that are not 1.
+        `steps` optimizer steps have been applied and `skipped` were not. `multipliers` are the factors on the learning
+        rate, by parameter name, that are not 1.
         """
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(state[f"model/{name}"])
-        moments = {kind: {name: state[f"{kind}/{name}"] for name in self.optimizer.parameters} for kind in MOMENTS}
+        shaped = {
+            path: part.view(self.optimizer.parameters[path.partition("/")[2]].shape) for path, part in state.items()
+        }
+        for name, parameter in self.optimizer.parameters.items():
+            parameter.copy_(shaped[f"model/{name}"])
+        kinds = self.optimizer.config.kinds
+        moments = {kind: {name: shaped[f"{kind}/{name}"] for name in self.optimizer.parameters} for kind in kinds}
         self.optimizer.load(moments, steps, skipped, multipliers)
 
     def close(self) -> None:
         """Release the wrapper; the model's tensors live on as long as somebody holds them."""
         del self._forward
+
+
+def assembled(engine: Engine) -> Model:
+    """A plain model with an engine's weights, or their average if it keeps one, gathered one by one on every rank."""
+    model = empty(engine.model.spec)
+    materialise(model, engine.world.device)
+    state = engine.logical_state()
+    kind = "ema" if any(path.startswith("ema/") for path in state) else "model"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(engine.whole(name, state[f"{kind}/{name}"]))
+    return model
+
+
+def build_engine(
+    spec: ModelSpec,
+    objectives: list[Objective],
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    world: World,
+    seed: int,
+) -> Engine:
+    """The engine that `config` asks for, with a freshly initialised model."""
+    kind = Engine
+    if config.kind == "fsdp" and world.size > 1:  # one process has nothing to spread
+        from .fsdp import FsdpEngine as kind
+    elif config.kind == "deepspeed":
+        from .zero import ZeroEngine as kind
+    return kind(spec, objectives, config, optimizer, world, seed)

@@ -7,7 +7,7 @@ before leads to the same grown model as the run that went straight on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,26 @@ from torch import Tensor
 from ..models.growth.inheriting import Forget
 from ..models.growth.plan import changes, plan_growth
 from ..models.growth.rules import GrownState, Operator, Read, grown_rate
-from ..models.model import Model
 from ..models.spec import ModelSpec
 from .engine import Engine
 from .objectives.base import Inputs
 from .stages import GrowthConfig
+
+
+class _Whole(Mapping[str, Tensor]):
+    """An engine's state by `kind/name`: each tensor is put together when all ranks ask for it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._state = engine, engine.logical_state()
+
+    def __getitem__(self, path: str) -> Tensor:
+        return self._engine.whole(path.partition("/")[2], self._state[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 @dataclass(frozen=True)
@@ -67,21 +82,26 @@ def grow(
     """
     begun = time.monotonic()
     old = engine.model.spec
-    state, applied, skipped = engine.logical_state(), engine.optimizer.steps, engine.skipped
-    operators = planned(old, spec, seed, how, lambda kind, name: state[f"{kind}/{name}"])
+    old_state, applied, skipped = _Whole(engine), engine.applied, engine.skipped
+    operators = planned(old, spec, seed, how, lambda kind, name: old_state[f"{kind}/{name}"])
     if old.image.resolution != spec.image.resolution:
         probe = None  # the larger model sees other pictures
-    before = None if probe is None else similarities(engine.model, probe)
+    before = None if probe is None else similarities(engine, probe)
     parameters = engine.parameters
     larger = build(spec)
+    multipliers = grown_rates(
+        operators, engine.multipliers, fade, [name for name, _ in larger.model.named_parameters()]
+    )
+    larger.expect(multipliers)
+    made = GrownState(operators, old_state, larger.logical_state())
     larger.load_logical_state(
-        GrownState(operators, state, larger.logical_state()),
+        {path: larger.cut(path.partition("/")[2], made[path]) for path in made},
         0 if how.moments == "reset" else applied,
         skipped,
-        grown_rates(operators, engine.optimizer.multipliers, fade, larger.optimizer.parameters),
+        multipliers,
     )
     engine.close()
-    moved = None if before is None or probe is None else (similarities(larger.model, probe) - before).abs().max().item()
+    moved = None if before is None or probe is None else (similarities(larger, probe) - before).abs().max().item()
     changed = changes(old, spec)
     return larger, Growth(
         before={path: sizes[0] for path, sizes in changed.items()},
@@ -116,9 +136,9 @@ def described(operators: Sequence[Operator]) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def similarities(model: Model, inputs: Inputs) -> Tensor:
+def similarities(engine: Engine, inputs: Inputs) -> Tensor:
     """Scaled cosine similarities [b, b] of a batch's pictures and captions."""
-    output = model(inputs.images, inputs.tokens, inputs.lengths)
+    output = engine.output(inputs)
     image = torch.nn.functional.normalize(output.image.pooled, dim=-1)
     text = torch.nn.functional.normalize(output.text.pooled, dim=-1)
     return output.scale * image @ text.T

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_AFTER_A_COMMIT = ("grow", "resume", "end")
+"""events that follow the commit of their step"""
+
 
 class JsonLines:
     """An append-only file of JSON objects."""
@@ -78,17 +81,13 @@ class RunLog:
         passing.write_text(json.dumps(value), encoding="utf-8")
         os.replace(passing, path)
 
-    def cut_back(self, step: int, commit: str) -> None:
-        """Drop what was written after the commit named `commit`, taken at `step`."""
+    def cut_back(self, step: int) -> None:
+        """Drop what happened after the commit of `step`. Its own line may stand anywhere: it is written in the end."""
 
-        def before(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            for number, row in enumerate(rows):
-                if row["event"] == "commit" and row["url"].endswith(f"/{commit}"):
-                    return rows[: number + 1]
-            # Killed between the commit and its line: nothing that follows a commit is there yet.
-            return [row for row in rows if row["step"] <= step]
+        def before(row: dict[str, Any]) -> bool:
+            return row["step"] < step or (row["step"] == step and row["event"] not in _AFTER_A_COMMIT)
 
-        self.metrics.cut(before)
+        self.metrics.cut(lambda rows: [row for row in rows if before(row)])
         self.ledger.cut(lambda rows: [row for row in rows if row["step"] <= step])
         for path in self.folder.glob("evaluations/step-*.json"):
             if int(path.stem.removeprefix("step-")) > step:

@@ -22,21 +22,23 @@ from ..data.loader import Loader
 from ..data.record import Batch
 from ..models.flops import training_flops
 from ..models.spec import ModelSpec
-from .commits import Commits
+from .commits import Commit, Commits
 from .device import describe, peak_flops, peak_memory
 from .display import Display
-from .engine import Engine, StepResult
+from .engine import Engine, StepResult, build_engine
 from .evaluate.suites import evaluate
 from .growing import grow
 from .objectives.base import Inputs
 from .objectives.registry import build_objectives
 from .recipe import Recipe
 from .resume import check_same_run, newest_intact
+from .shards import Layout
 from .signals import StopRequest
 from .stages import faded, rewarmed
 from .state import Event, RunState, TrainingError
-from .store import Store, StoreError
+from .store import Store
 from .world import World
+from .writing import Writing
 
 _DRY_STEPS = 10
 """steps without one finite gradient after which a run stops"""
@@ -78,8 +80,21 @@ def train(recipe: Recipe, out: Path, imports: float = 0.0) -> Summary:
         world.leave()
 
 
+@dataclass
+class _Commit:
+    """A commit under way."""
+
+    writing: Writing
+    state: RunState
+    reason: str
+    stall: float
+    """seconds that training stood still for it"""
+
+
 class Run:
     """The state of a run between two step edges, and what is done at them."""
+
+    engine: Engine
 
     def __init__(self, recipe: Recipe, out: Path, world: World, stop: StopRequest, imports: float) -> None:
         recipe.check_world(world.size)
@@ -98,6 +113,11 @@ class Run:
         self._waited = 0.0
         self._bad: list[dict[str, Any]] = []
         self._captions = torch.zeros(3, dtype=torch.int64)  # since the last line: how many, their tokens, those cut
+        self._writing: _Commit | None = None
+        self._preparing = 0.0
+        self._changes: list[str] = []
+        self._scored = -1
+        """the step of the latest evaluation"""
         self._begun = time.monotonic()
         self._start(imports)
         self._commit_time = self._log_time = time.monotonic()
@@ -110,6 +130,9 @@ class Run:
 
     def __exit__(self, *error: object) -> None:
         self.display.close()
+        if self._writing:
+            self._writing.writing.give_up()
+        self.engine.close()
         del self.engine  # it holds the process group, which is left next
 
     # Starting
@@ -119,16 +142,11 @@ class Run:
         clock = [time.monotonic()]
         names = self.world.objects(self.commits.names() if self.world.is_first else [])[0]
         clock.append(time.monotonic())
-        found = newest_intact(self.commits, self.display.warn) if names else None
-        if len(set(self.world.objects(found[0].name if found else None))) > 1:
-            raise StoreError(f"store {self.commits.store.url}: the processes read different commits; start again")
+        found = newest_intact(self.commits, names, self._prepare, self.display.warn, self.world)
         clock.append(time.monotonic())
-        changes: list[str] = []
         if found:
             commit, tensors = found
-            changes = check_same_run(self.recipe, commit)
             self.state = commit.manifest.state
-            self.engine = self._build(self.specs[self.state.stage])
             self.engine.load_logical_state(tensors, self.state.applied, self.state.skipped, self.state.multipliers)
             self.last_commit = commit.url
         else:
@@ -138,12 +156,12 @@ class Run:
         hosts = self.world.hosts()
         event = "resume" if found else "start"
         detail = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
-        self._remember(event, {**detail, "changes": changes} if changes else detail, life=life)
+        self._remember(event, {**detail, "changes": self._changes} if self._changes else detail, life=life)
         seconds = {
             "imports": imports,
             "find": clock[1] - clock[0],
-            "read": clock[2] - clock[1],
-            "build": time.monotonic() - clock[2],
+            "read": clock[2] - clock[1] - self._preparing,
+            "build": time.monotonic() - clock[2] + self._preparing,
         }
         self.display.begin(self.state, found[0].name if found else None)
         self.display.event(
@@ -151,9 +169,18 @@ class Run:
         )
         self.loader = self._loader()
 
+    def _prepare(self, commit: Commit) -> Layout | None:
+        """Build the engine for a commit of this very run; what of the commit's tensors it holds here."""
+        begun = time.monotonic()
+        self._changes = check_same_run(self.recipe, commit)
+        self.engine = self._build(self.specs[commit.manifest.state.stage])
+        self.engine.expect(commit.manifest.state.multipliers)
+        self._preparing += time.monotonic() - begun
+        return self.engine.layout
+
     def _build(self, spec: ModelSpec) -> Engine:
         recipe = self.recipe
-        return Engine(
+        return build_engine(
             spec, build_objectives(recipe.objectives, spec), recipe.engine, recipe.optimizer, self.world, recipe.seed
         )
 
@@ -212,8 +239,7 @@ class Run:
         stages, place = self.recipe.stages, (state.stage, state.samples, size)
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
         self.lr *= rewarmed(stages, *place)
-        self.engine.optimizer.fade = faded(stages, *place)
-        self.result: StepResult = self.engine.step(self._inputs(batch), self.lr)
+        self.result: StepResult = self.engine.step(self._inputs(batch), self.lr, faded(stages, *place))
         work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths))
         self.state = state.model_copy(
             update={"step": state.step + 1, "samples": state.samples + size, "flops": state.flops + work}
@@ -228,7 +254,10 @@ class Run:
         world, state = self.world, self.state
         clock = self.recipe.checkpoint.every_seconds
         due = world.is_first and clock is not None and time.monotonic() - self._commit_time >= clock
-        self.stopping, self._clock_due, bad = world.any(self.stop.requested, due, bool(self._bad))
+        busy = self._writing is not None and self._writing.writing.busy
+        self.stopping, self._clock_due, bad, busy = world.any(self.stop.requested, due, bool(self._bad), busy)
+        if self._writing and not busy:
+            self._lead(self._writing, wait=False)
         if bad:
             entries = [entry for rank in world.objects(self._bad) for entry in rank]
             self._bad = []
@@ -255,7 +284,7 @@ class Run:
             loss=sum(o.weight * losses[o.name] for o in self.engine.objectives),
             losses=losses,
             lr=self.lr,
-            logit_scale=self.engine.model.scale().item(),
+            logit_scale=self.engine.scale(),
             grad_norm=result.grad_norm.item(),
             skipped=skipped,
             samples_per_second=rate,
@@ -295,10 +324,12 @@ class Run:
         begun = time.monotonic()
         recipe = self.recipe
         data = recipe.data
-        found = evaluate(
-            self.engine.model, recipe.eval, recipe.evaluation_source, self.world, data.cache, data.tokenizer
-        )
-        self.scores, self.chance = found.scores, found.chance
+        with self.engine.whole_model() as model:
+            found = evaluate(model, recipe.eval, recipe.evaluation_source, self.world, data.cache, data.tokenizer)
+        self.scores, self.chance, self._scored = found.scores, found.chance, self.state.step
+        best = recipe.checkpoint.keep_best
+        if best and best not in found.scores:
+            raise TrainingError(f"checkpoint.keep_best = {best!r} is no score; there are {', '.join(found.scores)}")
         self.display.evaluation(self.state, found, time.monotonic() - begun)
         self._log_time += time.monotonic() - begun  # not training time
 
@@ -317,27 +348,62 @@ class Run:
             reason = "interval"
         else:
             return
-        begun = time.monotonic()
-        self.state = state.model_copy(
+        self._commit(reason)
+
+    def _commit(self, reason: str) -> None:
+        """Take a snapshot and begin to upload it; only interval commits are not waited for."""
+        begun, checkpoint = time.monotonic(), self.recipe.checkpoint
+        if self._writing:  # at most one is under way
+            self._lead(self._writing, wait=True)
+        self.state = self.state.model_copy(
             update={
-                "applied": self.engine.optimizer.steps,
+                "applied": self.engine.applied,
                 "skipped": self.engine.skipped,
-                "multipliers": self.engine.optimizer.multipliers,
+                "multipliers": self.engine.multipliers,
                 "seconds": self._seconds(),
             }
         )
-        tensors = self.engine.logical_state()
-        name = self.commits.write(
-            self.engine.model.spec, self.state, self.recipe.model_dump(mode="json"), tensors, self.world
+        writing = self.commits.begin(
+            self.engine.model.spec,
+            self.state,
+            self.recipe.model_dump(mode="json"),
+            self.engine.logical_state(),
+            self.world,
+            self.engine.layout,
+            checkpoint,
+            reason,
+            self.scores if self._scored == self.state.step else None,
         )
-        if self.world.is_first:
-            self.commits.retain(checkpoint.keep, self.state.life)
-        self.last_commit = f"{self.commits.store.url}/{name}"
-        size = sum(t.nbytes for t in tensors.values())
-        seconds = time.monotonic() - begun
-        self.display.event("commit", self.state, url=self.last_commit, bytes=size, seconds=seconds, reason=reason)
         self._commit_time = time.monotonic()
-        self._log_time += seconds
+        self._writing = _Commit(writing, self.state, reason, self._commit_time - begun)
+        self._log_time += self._commit_time - begun  # not training time
+        if reason != "interval":
+            self._lead(self._writing, wait=True)
+
+    def _lead(self, commit: _Commit, wait: bool) -> None:
+        """Bring the commit that is under way a step further, or to its end; write it down when it is complete."""
+        begun, writing = time.monotonic(), commit.writing
+        self._writing = None  # an error leaves nothing to wait for
+        if wait:
+            writing.finish()
+        else:
+            writing.advance()
+        spent = time.monotonic() - begun
+        commit.stall += spent
+        self._log_time += spent
+        if not writing.done:
+            self._writing = commit
+            return
+        self.last_commit = f"{self.commits.store.url}/{writing.name}"
+        self.display.event(
+            "commit",
+            commit.state,
+            url=self.last_commit,
+            bytes=writing.bytes,
+            seconds=time.monotonic() - writing.begun,
+            stall=commit.stall,
+            reason=commit.reason,
+        )
 
     # The end
 

@@ -24,15 +24,13 @@ from ..models.growth.plan import changes
 from ..models.growth.rules import GrownState, origin
 from ..models.model import Model
 from ..models.spec import ModelSpec, SpecError
-from .commits import Commit, Commits, Manifest, Part, find_commit
+from .commits import Commit, Commits, Manifest, find_commit
 from .growing import described, grown_rates, planned
 from .recipe import Recipe
 from .stages import StageConfig, faded
 from .state import Event, RunState
 from .store import Store, StoreError
-
-PART_BYTES = 256 << 20
-"""largest part that is written, unless one tensor is larger"""
+from .writing import PART_BYTES, Part
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,9 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
             "lineage": (*state.lineage, event),
         }
     )
-    commits._seal(name, Manifest(spec=new, state=following, recipe=recipe.model_dump(mode="json"), parts=parts))
+    commits.seal(
+        name, Manifest(spec=new, state=following, recipe=recipe.model_dump(mode="json"), reason="growth", parts=parts)
+    )
     return GrownCommit(f"{commits.store.url}/{name}", recipe, detail)
 
 
@@ -143,7 +143,6 @@ class OldState(Mapping[str, Tensor]):
 
     def __init__(self, commit: Commit) -> None:
         self._commit = commit
-        self._shapes = tensor_shapes(commit.manifest.spec)
         self._part: dict[str, Tensor] = {}
         self._parts: dict[str, int] = {}
         for number in range(len(commit.manifest.parts)):
@@ -152,8 +151,8 @@ class OldState(Mapping[str, Tensor]):
     def _load(self, number: int) -> Iterable[str]:
         part = self._commit.manifest.parts[number]
         self._part = {}  # before the next one comes
-        found = self._commit.part(part)
-        if any(self._shapes.get(path.partition("/")[2]) != tensor.shape for path, tensor in found.items()):
+        found = {f"{part.kind}/{name}": tensor for name, tensor in self._commit.pieces(part).items()}
+        if part.stretches:
             # An engine that spreads its state leaves stretches: their kind is then put together as a whole.
             found = self._commit.tensors(part.kind)
         self._part = found

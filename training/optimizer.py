@@ -13,6 +13,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from .world import World
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -24,6 +26,17 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     betas: tuple[float, float] = Field((0.9, 0.98), strict=False, description="decay of the two moments")
     eps: float = Field(1.0e-6, gt=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of a running average of the weights that a step keeps; it is then evaluated",
+    )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is kept of each parameter beside its weights."""
+        return (*MOMENTS, "ema") if self.ema else MOMENTS
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -31,18 +44,40 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and "embedding" not in name
 
 
+def pace(adam: torch.optim.Optimizer, lr: float, fade: float) -> None:
+    """Set the coming step's rates: `lr` and the decay by each group's multiplier raised to the power `fade`, which
+    leaves multipliers at 1 and makes them 1 at 0."""
+    for group in adam.param_groups:
+        factor = group["multiplier"] ** fade
+        group["lr"], group["weight_decay"] = lr * factor, group["decay"] / factor
+
+
 class Optimizer:
     """torch's fused AdamW over a module's named parameters."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimizerConfig,
+        spread: World | None = None,
+        multipliers: Mapping[str, float] | None = None,
+    ) -> None:
+        """`spread`: the processes that each hold a part of every parameter; left out where each holds all of it."""
         self.config = config
+        self._spread = spread
         self.parameters = dict(parameters)
-        self.multipliers: dict[str, float] = {}
+        self.multipliers: dict[str, float] = dict(multipliers or {})
         """factor on the learning rate, by parameter name, where it is not 1; weight decay is divided by it"""
-        self.fade = 1.0
-        """power that multipliers are raised to in the coming step: 1 leaves them, 0 makes them 1"""
         self._adam = self._group()
         self._skipped = torch.zeros(())
+        self._applies = torch.ones(())
+        """1 if the coming step will be applied, else 0"""
+        self._ema = {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema else {}
+
+    @property
+    def adam(self) -> torch.optim.AdamW:
+        """The optimizer itself, for an engine that drives it."""
+        return self._adam
 
     def _group(self) -> torch.optim.AdamW:
         """A new AdamW with one group for each multiplier, of what decays and what does not."""
@@ -68,20 +103,25 @@ class Optimizer:
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if self._spread is not None:
+            norm = self._spread.sum(norm.square()).sqrt()
         torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         broken = (~norm.isfinite()).float()
         # The fused kernel reads this to leave weights, moments and step counts untouched: the door AMP's scaler uses.
         self._adam.found_inf = broken  # type: ignore[attr-defined]
         self._skipped = self._skipped.to(broken.device) + broken
+        self._applies = 1 - broken
         return norm
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, fade: float = 1.0) -> None:
         """Apply the gradients at learning rate `lr`, times each parameter's multiplier, and drop them."""
-        for group in self._adam.param_groups:
-            factor = group["multiplier"] ** self.fade
-            group["lr"], group["weight_decay"] = lr * factor, group["decay"] / factor
+        pace(self._adam, lr, fade)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
+        if self.config.ema:
+            moves = (1 - self.config.ema) * self._applies
+            for name, average in self._ema.items():
+                average.lerp_(self.parameters[name].detach(), moves)
 
     @property
     def skipped(self) -> int:
@@ -95,8 +135,9 @@ class Optimizer:
         return int(self._adam.state[first]["step"]) if first in self._adam.state else 0
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """The moments by kind and parameter name, as the live tensors; zeros before the first step."""
-        return {
+        """Moments, and averages if there are any, by kind and parameter name, alive; moments are zero at first."""
+        averages = {"ema": self._ema} if self.config.ema else {}
+        return averages | {
             kind: {
                 name: self._adam.state[p][kind] if p in self._adam.state else torch.zeros_like(p)
                 for name, p in self.parameters.items()
@@ -111,10 +152,12 @@ class Optimizer:
         skipped: int,
         multipliers: Mapping[str, float],
     ) -> None:
-        """Set the moments (copied), the number of steps they have seen, of those skipped, and the multipliers."""
+        """Set moments and averages (copied), the steps they have seen, those skipped, and the multipliers."""
         self.multipliers = dict(multipliers)
         self._adam = self._group()
         self._skipped = torch.tensor(float(skipped))
+        for name, average in self._ema.items():
+            average.copy_(moments["ema"][name])
         for name, parameter in self.parameters.items():
             state = {kind: moments[kind][name].detach().to(parameter, copy=True) for kind in MOMENTS}
             self._adam.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **state}

@@ -7,34 +7,58 @@ sources that only they read, for data that arrives while it trains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from torch import Tensor
 
 from .commits import Commit, Commits, DamagedCommit
 from .recipe import Recipe
+from .shards import Layout
 from .state import RunState
 from .store import StoreError
+from .world import World
+
+_T = TypeVar("_T")
 
 CONTINUES = ("seed", "data", "model", "objectives", "stages", "optimizer", "schedule")
 """blocks of the recipe that decide what is computed; the others may change at a resume"""
 _FREE = {"data.workers", "data.bad_samples", "data.cache.limit"}
 
 
-def newest_intact(commits: Commits, warn: Callable[[str], None]) -> tuple[Commit, dict[str, Tensor]] | None:
-    """The newest commit that verifies, and its tensors; None if there never was one.
+def newest_intact(
+    commits: Commits,
+    names: Sequence[str],
+    prepare: Callable[[Commit], Layout | None],
+    warn: Callable[[str], None],
+    world: World,
+) -> tuple[Commit, dict[str, Tensor]] | None:
+    """The newest of the commits `names` whose every byte verifies, and this rank's part of its tensors; None of none.
 
-    Damaged ones are told to `warn`. Raises StoreError if all are damaged.
+    `prepare` makes what the tensors will go into, and says which part of them that is. Damaged commits are told to
+    `warn`; all ranks agree on the one that is taken. Raises StoreError if all are damaged.
     """
-    names = commits.names()
-    for name in reversed(names):
+
+    def attempt(read: Callable[[], _T]) -> _T | None:
+        found, damage = None, None
         try:
-            commit = commits.open(name)
-            return commit, commit.tensors()
-        except DamagedCommit as damage:
-            warn(str(damage))
+            found = read()
+        except DamagedCommit as error:
+            damage = str(error)
+        damages = [d for d in world.objects(damage) if d]
+        if damages:
+            warn(damages[0])
+        return None if damages else found
+
+    for name in reversed(names):
+        commit = attempt(partial(commits.open, name))
+        if commit is not None:
+            layout = prepare(commit)
+            tensors = attempt(partial(commit.tensors, layout=layout))
+            if tensors is not None:
+                return commit, tensors
     if names:
         raise StoreError(
             f"every commit in {commits.store.url} is damaged; move them away to start over, or restore one"

@@ -49,7 +49,7 @@ class World:
         gloo's threads need Python's lock to release the tensors of the last collective, and its destructor waits for
         them while holding that lock: a deadlock seen in one exit of ten. A pause without the lock lets them finish.
         """
-        if self.size > 1 and dist.is_initialized():
+        if dist.is_initialized():  # DeepSpeed makes a group also for one process
             time.sleep(_LET_GLOO_FINISH)
             dist.destroy_process_group()
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treering.data.text import END, START, Tokenizer, clean
-from treering.data.tokenizer_file import encoded
+from treering.data.text import END, START, Tokenizer, clean, fitted
 
 OURS = Tokenizer()
 TRICKY = [
@@ -96,6 +95,6 @@ def test_decode_every_id_as_open_clip(theirs) -> None:
 @given(st.text(max_size=60), st.integers(2, 12))
 @settings(deadline=None)
 def test_a_caption_that_does_not_fit_is_told_from_one_that_does(text: str, context: int) -> None:
-    ids, cut = encoded(OURS, text, context)
+    ids, cut = fitted(OURS, text, context)
     assert ids == OURS.encode(text, context)
     assert cut == (len(OURS.encode(text, 1000)) > context)

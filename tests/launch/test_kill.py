@@ -50,7 +50,8 @@ def train(out: Path, processes: int, kill_at: str | None = None) -> subprocess.C
         site = out.parent / "site"
         site.mkdir(exist_ok=True)
         (site / "sitecustomize.py").write_text(KILLER)
-        environment |= {"PYTHONPATH": str(site), "KILL_AT_OPEN_OF": kill_at}
+        path = os.pathsep.join([str(site), *filter(None, [environment.get("PYTHONPATH")])])
+        environment |= {"PYTHONPATH": path, "KILL_AT_OPEN_OF": kill_at}
     command = [*COMMAND, "--out", str(out), "--processes", str(processes)]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, start_new_session=True, check=False

@@ -57,6 +57,8 @@ def test_train_from_a_bucket_into_a_bucket(s3: str, tmp_path: Path, monkeypatch:
     shutil.rmtree(tmp_path / "first")
     second = train(recipe, tmp_path / "second")
     assert second.scores == whole.scores
-    assert losses(tmp_path / "second") == {s: v for s, v in losses(tmp_path).items() if s > 6}
+    again = losses(tmp_path / "second")
+    assert min(again) in (5, 7)  # the commit of step 6 may have been on its way
+    assert again == {s: v for s, v in losses(tmp_path).items() if s >= min(again)}
     ours, theirs = find_commit(f"{s3}/commits").tensors(), find_commit(str(tmp_path)).tensors()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

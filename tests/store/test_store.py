@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.training.commits import Commits, DamagedCommit, find_commit
+from treering.training.commits import CheckpointConfig, Commits, DamagedCommit, find_commit
 from treering.training.state import RunState
 from treering.training.store import Store, StoreError
 from treering.training.world import World
@@ -83,7 +83,7 @@ def test_commits_round_trip_and_retention(url: str) -> None:
     assert read.manifest.spec == SPEC
     assert all(torch.equal(read.tensors()[name], tensor) for name, tensor in tensors().items())
     assert set(read.tensors("model")) == {name for name in tensors() if name.startswith("model/")}
-    commits.retain(2, life=1)
+    commits.retain(CheckpointConfig(keep=2), life=1)
     assert commits.names() == names[1:]
     assert not [path for path in commits.store.sizes() if path.startswith(names[0])]
 
@@ -101,7 +101,7 @@ def test_an_unfinished_set_is_never_seen_and_is_swept_by_the_next_life(
     assert commits.names() == [done]
     assert any("step-000000000002" in path for path in commits.store.sizes())
     assert commits.claim_life("test") == 2
-    commits.retain(5, life=2)
+    commits.retain(CheckpointConfig(keep=5), life=2)
     assert not any("step-000000000002" in path for path in commits.store.sizes())
 
 

@@ -11,6 +11,7 @@ from treering.launch.recipes import read_recipe
 from treering.models.model import build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.engine import Engine, EngineConfig
+from treering.training.growing import grow
 from treering.training.loop import train
 from treering.training.objectives.base import Inputs
 from treering.training.objectives.caption import Caption
@@ -72,6 +73,40 @@ def test_steps_equal_plain_adamw_with_clipping() -> None:
         assert (p - q).abs().max() < (1e-5 if not name.endswith("key.bias") else 1e-3), name
     assert ours.optimizer.steps == 5
     assert ours.skipped == 0
+
+
+def test_the_average_of_the_weights_follows_its_formula_and_a_skipped_step_leaves_it() -> None:
+    ours = engine(OptimizerConfig(ema=0.75))
+    expected = {name: p.detach().double().clone() for name, p in ours.model.named_parameters()}
+    for step in range(3):
+        ours.step(batch(step), 1e-2)
+        for name, p in ours.model.named_parameters():
+            expected[name] = 0.75 * expected[name] + 0.25 * p.detach().double()
+    ours.objectives[0] = Contrastive(float("inf"))
+    ours.step(batch(3), 1e-2)
+    assert ours.skipped == 1
+    state = ours.logical_state()
+    assert all(torch.allclose(state[f"ema/{name}"].double(), e, atol=1e-6) for name, e in expected.items())
+    with ours.whole_model() as averaged:
+        assert all(torch.equal(p, state[f"ema/{name}"]) for name, p in averaged.named_parameters())
+        assert not any(torch.equal(p, state[f"model/{n}"]) for n, p in averaged.named_parameters())
+
+
+def test_the_average_grows_as_weights_do() -> None:
+    """Where it is equal to the weights before, it is after."""
+
+    def build_one(spec: ModelSpec) -> Engine:
+        return Engine(spec, list(OBJECTIVES), EngineConfig(), OptimizerConfig(ema=0.75), ALONE, seed=1)
+
+    small = build_one(SPEC)
+    small.step(batch(0), 1e-2)
+    state = small.logical_state()
+    for name, _ in small.model.named_parameters():
+        state[f"ema/{name}"].copy_(state[f"model/{name}"])
+    large, _ = grow(small, build_one, SPEC.grown({"image.width": 32, "text.depth": 2}), None, 3, "noise")
+    grown = large.logical_state()
+    for name, p in large.model.named_parameters():
+        assert torch.equal(grown[f"ema/{name}"], p), name
 
 
 def test_what_decays() -> None:

@@ -77,7 +77,7 @@ def test_a_whole_run_leaves_everything(whole: tuple[Path, Summary]) -> None:
     commit = find_commit(str(out))
     assert commit.url == summary.commit
     assert [event.event for event in commit.manifest.state.lineage] == ["start", "grow"]
-    assert len(Commits(Store(str(out / "commits"))).names()) == 3  # checkpoint.keep
+    assert len(Commits(Store(str(out / "commits"))).names()) == 4  # checkpoint.keep, and the one before the growth
 
 
 def test_cut_captions_are_counted(tmp_path: Path) -> None:

@@ -1,0 +1,197 @@
+"""Commits on their way: in stretches from many ranks, in the background, and when the store fails somebody."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treering.models.spec import ImageSpec, ModelSpec, TextSpec
+from treering.training import writing
+from treering.training.commits import CheckpointConfig, Commits, DamagedCommit
+from treering.training.shards import Stretch, gathered, rows
+from treering.training.state import RunState
+from treering.training.store import Store, StoreError
+from treering.training.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+SPEC = ModelSpec(
+    embed_dim=8,
+    image=ImageSpec(width=8, depth=1, heads=1, patch=4, resolution=8),
+    text=TextSpec(width=8, depth=1, heads=1),
+)
+SHAPES = {"a.weight": (5, 3), "b": (1,), "c.bias": (7,)}
+
+
+def truth(kind: str = "model") -> dict[str, torch.Tensor]:
+    """By name, every element another number."""
+    offset = {"model": 0.0, "exp_avg": 1000.0}[kind]
+    return {
+        name: torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape) + offset + 100 * i
+        for i, (name, shape) in enumerate(SHAPES.items())
+    }
+
+
+def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALONE, **more: Any) -> writing.Writing:
+    step = more.pop("step", 1)
+    return commits.begin(SPEC, RunState(step=step, samples=10 * step, life=1), {}, tensors, world, **more)
+
+
+def row_layout(world: World) -> dict[str, Stretch]:
+    return {name: rows(shape, world.rank, world.size) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_stretches_of_many_ranks_are_read_whole_and_in_any_other_stretches(
+    ranks: int, tmp_path: Path, on_ranks: Callable[..., list[Any]]
+) -> None:
+    commits = Commits(Store(str(tmp_path)))
+
+    def one_rank(world: World) -> None:
+        layout = row_layout(world)
+        mine = {f"{k}/{name}": layout[name].cut(t) for k in ("model", "exp_avg") for name, t in truth(k).items()}
+        begin(commits, mine, world, layout=layout).finish()
+        for name, whole in truth().items():
+            assert torch.equal(gathered(mine[f"model/{name}"], layout[name], world), whole)
+
+    on_ranks(ranks, one_rank)
+    commit = commits.open(commits.names()[-1])
+    assert {part.file.split("-")[1] for part in commit.manifest.parts} == {f"{r:05d}" for r in range(ranks)}
+    for kind in ("model", "exp_avg"):
+        assert all(torch.equal(commit.tensors(kind)[f"{kind}/{name}"], t) for name, t in truth(kind).items())
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.data())
+    def any_stretch(data: st.DataObject) -> None:
+        layout = {}
+        for name, shape in SHAPES.items():
+            total = torch.Size(shape).numel()
+            start = data.draw(st.integers(0, total))
+            layout[name] = Stretch(shape, start, data.draw(st.integers(0, total - start)))
+        read = commit.tensors(layout=layout)
+        for kind in ("model", "exp_avg"):
+            for name, stretch in layout.items():
+                assert torch.equal(read[f"{kind}/{name}"], stretch.cut(truth(kind)[name]))
+
+    any_stretch()
+
+
+def test_a_rank_reads_only_the_parts_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two halves in two parts, as two ranks leave them; who wants the second half of everything opens one file."""
+    monkeypatch.setattr(writing, "PART_BYTES", 1)
+    commits = Commits(Store(str(tmp_path)))
+    layout = {"a.weight": Stretch((5, 3), 0, 15), "c.bias": Stretch((7,), 0, 7)}
+    begin(commits, {f"model/{name}": truth()[name] for name in layout}, layout=layout).finish()
+    opened, get = [], Store.get
+    monkeypatch.setattr(Store, "get", lambda self, name: opened.append(name) or get(self, name))
+    commit = commits.open(commits.names()[-1])
+    commit.tensors(layout={"a.weight": Stretch((5, 3), 3, 6), "c.bias": Stretch((7,), 0, 0)})
+    assert [name for name in opened if "safetensors" in name] == [f"{commit.name}/model-00000-00000.safetensors"]
+
+
+def test_a_missing_stretch_and_one_out_of_bounds_are_damage(tmp_path: Path) -> None:
+    commits = Commits(Store(str(tmp_path)))
+    begin(commits, {"model/c.bias": torch.zeros(3)}, layout={"c.bias": Stretch((7,), 0, 3)}).finish()
+    with pytest.raises(DamagedCommit, match=r"do not hold all of model/c.bias"):
+        commits.open(commits.names()[-1]).tensors()
+    with pytest.raises(DamagedCommit, match=r"do not hold all of model/c.bias"):
+        commits.open(commits.names()[-1]).tensors(layout={"c.bias": Stretch((7,), 4, 2)})
+    begin(commits, {"model/c.bias": torch.zeros(3)}, layout={"c.bias": Stretch((7,), 5, 3)}, step=2).finish()
+    with pytest.raises(DamagedCommit, match="beyond its shape"):
+        commits.open(commits.names()[-1]).tensors()
+
+
+def test_the_snapshot_is_of_the_moment_and_the_upload_waits_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that does not answer: training goes on and changes the weights, the commit has the old ones."""
+    store, open_door = Store(str(tmp_path)), threading.Event()
+    put = Store.put
+    monkeypatch.setattr(Store, "put", lambda self, name, data: open_door.wait(30) and put(self, name, data))
+    commits, weights = Commits(store), truth()
+    going = begin(commits, {f"model/{name}": t for name, t in weights.items()}, policy=CheckpointConfig(keep=1))
+    for tensor in weights.values():
+        tensor.fill_(-1.0)
+    assert going.busy
+    assert not going.done
+    assert commits.names() == []
+    open_door.set()
+    going.finish()
+    assert going.done
+    read = commits.open(commits.names()[-1]).tensors()
+    assert all(torch.equal(read[f"model/{name}"], t) for name, t in truth().items())
+
+
+def test_a_failure_in_one_thread_is_everybodys_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_ranks: Callable[..., list[Any]]
+) -> None:
+    """Rank 1's store fails in the background, or the first rank's as it completes the commit: each rank says so."""
+    commits, put = Commits(Store(str(tmp_path))), Store.put
+
+    def one_rank(world: World, failing: str) -> str:
+        def broken(self: Store, name: str, data: bytes) -> None:
+            if failing in name:
+                raise StoreError(f"the disk under {failing} is gone")
+            put(self, name, data)
+
+        Store.put = broken  # type: ignore[method-assign]
+        layout = row_layout(world)
+        going = begin(
+            commits, {f"model/{n}": layout[n].cut(t) for n, t in truth().items()}, world, layout=layout, step=2
+        )
+        with pytest.raises(StoreError, match="is gone") as failure:
+            going.finish()
+        return str(failure.value)
+
+    begin(commits, {f"model/{name}": t for name, t in truth().items()}).finish()
+    good = commits.names()
+    for failing in ("model-00001", "manifest.json"):
+        assert on_ranks(2, one_rank, failing) == [f"the disk under {failing} is gone"] * 2
+        assert commits.names() == good
+        assert not [path for path in commits.store.sizes() if "000000000002" in path]
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    """The two newest, the first of every 50 samples, the best, and the one before a growth; each for its own reason."""
+    commits = Commits(Store(str(tmp_path)))
+    policy = CheckpointConfig(keep=2, keep_every=50, keep_best="zero_shot/role")
+    scores = {4: 0.2, 7: 0.9, 8: 0.9, 11: 0.5}
+    for step in range(1, 16):
+        begin(
+            commits,
+            {"model/b": torch.ones(1)},
+            step=step,
+            policy=policy,
+            reason="growth" if step == 3 else "interval",
+            scores={"zero_shot/role": scores[step]} if step in scores else {},
+        ).finish()
+    assert [int(name[5:17]) for name in commits.names()] == [3, 5, 8, 10, 14, 15]
+    assert not [path for path in commits.store.sizes() if path.startswith("step-000000000007")]
+    Commits(Store(str(tmp_path))).retain(CheckpointConfig(keep=1), life=1)  # another process, another policy
+    assert [int(name[5:17]) for name in commits.names()] == [3, 15]
+
+
+def test_giving_up_leaves_nothing_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "PART_BYTES", 1)
+    commits, put, door = Commits(Store(str(tmp_path))), Store.put, threading.Event()
+    written: list[str] = []
+
+    def slow(self: Store, name: str, data: bytes) -> None:
+        written.append(name)
+        door.wait(30)
+        put(self, name, data)
+
+    monkeypatch.setattr(Store, "put", slow)
+    going = begin(commits, {f"model/{name}": t for name, t in truth().items()})
+    while not written:
+        pass
+    threading.Timer(0.05, door.set).start()
+    going.give_up()
+    assert len(written) == 1  # of three parts
+    assert commits.names() == []

@@ -1,0 +1,230 @@
+"""Every engine at every world against one plain process: losses, state, and commits that go from any to any."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.training.commits import Commit, Commits
+from treering.training.engine import Engine, EngineConfig, build_engine
+from treering.training.objectives.base import Inputs, Objective
+from treering.training.objectives.caption import Caption
+from treering.training.objectives.contrastive import Contrastive
+from treering.training.optimizer import OptimizerConfig
+from treering.training.state import RunState
+from treering.training.store import Store
+from treering.training.world import World
+from treering.training.zero_partitions import require
+
+ALONE = World(0, 1, torch.device("cpu"))
+PAIRS = 12
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.3, clip=0.5, ema=0.8)
+ENGINES = {
+    "ddp": EngineConfig(),
+    "fsdp": EngineConfig(kind="fsdp"),
+    **{f"zero{stage}": EngineConfig(kind="deepspeed", zero=stage) for stage in (1, 2, 3)},
+}
+QUICK = {("fsdp", 2, True), ("zero3", 2, False)}
+MATRIX = [
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(ENGINES, (1, 2, 4), (False, True))
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported_once() -> None:
+    """Ranks are forked: what is imported here they need not import again."""
+    require(ALONE)
+
+
+def spec(caption: bool) -> ModelSpec:
+    """Widths that no number of ranks divides: shards are uneven, some are empty. A short token table saves time."""
+    text = TextSpec(width=18, depth=2, heads=3, context=9).model_copy(update={"vocabulary": 101})
+    return ModelSpec(
+        embed_dim=10,
+        image=ImageSpec(width=14, depth=2, heads=2, patch=4, resolution=8),
+        text=text,
+        caption=CaptionSpec(depth=1) if caption else None,
+    )
+
+
+def objectives(caption: bool) -> list[Objective]:
+    return [Contrastive(1.0), *([Caption(0.5)] if caption else [])]
+
+
+def batch(step: int, world: World) -> Inputs:
+    """This rank's part of a global batch."""
+    generator = torch.Generator().manual_seed(step)
+    lengths = torch.randint(3, 9, (PAIRS,), generator=generator)
+    tokens = torch.randint(0, 101, (int(lengths.sum()),), generator=generator)
+    images = torch.randint(0, 256, (PAIRS, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    mine = slice(world.rank * PAIRS // world.size, (world.rank + 1) * PAIRS // world.size)
+    ids = torch.arange(PAIRS)
+    return Inputs(images[mine], torch.cat(tokens.split(lengths.tolist())[mine]), lengths[mine], ids[mine], ids[mine])
+
+
+def engine(config: EngineConfig, world: World, caption: bool = True, seed: int = 1) -> Engine:
+    return build_engine(spec(caption), objectives(caption), config, OPTIMIZER, world, seed)
+
+
+def train(ours: Engine, steps: range) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    found = []
+    for step in steps:
+        result = ours.step(batch(step, ours.world), 1e-3 * min(1.0, (step + 1) / 10))
+        losses = ours.world.sum(torch.stack([o.weight * result.losses[o.name] for o in ours.objectives]))
+        found.append((losses.sum().item(), result.grad_norm.item()))
+    return found
+
+
+def wholes(ours: Engine) -> dict[str, Any]:
+    """The whole logical state, as numpy."""
+    state = ours.logical_state()
+    return {path: ours.whole(path.partition("/")[2], own).clone().numpy() for path, own in state.items()}
+
+
+@pytest.mark.parametrize(("kind", "ranks", "caption"), MATRIX)
+def test_fifty_steps_equal_one_process(
+    kind: str, ranks: int, caption: bool, on_ranks: Callable[..., list[Any]]
+) -> None:
+    def one_rank(world: World) -> Any:
+        ours = engine(ENGINES[kind], world, caption)
+        found = train(ours, range(50)), ours.scale(), ours.applied, ours.skipped, ours.parameters
+        ours.close()
+        return found
+
+    plain = engine(EngineConfig(), ALONE, caption)
+    expected, scale = train(plain, range(50)), plain.scale()
+    for found, its_scale, *counts in on_ranks(ranks, one_rank, limit=250):
+        for (loss, norm), (true_loss, true_norm) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(true_loss, abs=1e-5)
+            assert norm == pytest.approx(true_norm, rel=1e-3)
+        assert its_scale == pytest.approx(scale, rel=1e-5)
+        assert counts == [50, 0, plain.parameters]
+    assert expected[-1][0] < 0.8 * expected[0][0]
+
+
+CHAIN = [("zero3", 4), ("ddp", 1), ("fsdp", 3), ("zero1", 2), ("fsdp", 2), ("zero2", 3), ("zero3", 1), ("fsdp", 4)]
+SHORT = [("zero3", 2), ("fsdp", 3), ("ddp", 1)]
+STEPS = 5
+
+
+@pytest.mark.parametrize("chain", [SHORT, pytest.param(CHAIN, marks=pytest.mark.slow)], ids=["short", "long"])
+def test_a_run_hops_through_engines_and_worlds_by_commits(
+    chain: list[tuple[str, int]], tmp_path: Path, on_ranks: Callable[..., list[Any]]
+) -> None:
+    """Five steps each; then the losses, weights and moments are those of the run that stayed where it was."""
+    commits = Commits(Store(str(tmp_path)))
+
+    def one_leg(world: World, kind: str, leg: int) -> Any:
+        ours = engine(ENGINES[kind], world, seed=leg)
+        if leg:
+            commit = commits.open(commits.names()[-1])
+            load(ours, commit)
+        else:
+            load_initial(ours)
+        losses = train(ours, range(leg * STEPS, (leg + 1) * STEPS))
+        write(commits, ours, (leg + 1) * STEPS, world)
+        ours.close()
+        return losses
+
+    found: list[tuple[float, float]] = []
+    for leg, (kind, ranks) in enumerate(chain):
+        found += on_ranks(ranks, one_leg, kind, leg, limit=250)[0]
+    plain = engine(EngineConfig(), ALONE)
+    expected = train(plain, range(STEPS * len(chain)))
+    for (loss, _), (true_loss, _) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(true_loss, abs=1e-5)
+    commit = commits.open(commits.names()[-1])
+    assert commit.manifest.state.applied == plain.applied
+    theirs, state = commit.tensors(), plain.logical_state()
+    assert theirs.keys() == state.keys()
+    for path, tensor in state.items():
+        # Softmax is blind to the bias of keys: there Adam steps along rounding noise.
+        assert path.endswith("key.bias") or torch.allclose(theirs[path], tensor, rtol=1e-3, atol=1e-5), path
+
+
+def load_initial(ours: Engine) -> None:
+    """The state of a fresh engine of seed 1, whatever it was built with."""
+    fresh = engine(EngineConfig(), ALONE).logical_state()
+    ours.load_logical_state({p: ours.cut(p.partition("/")[2], t) for p, t in fresh.items()}, 0, 0, {})
+
+
+def write(commits: Commits, ours: Engine, step: int, world: World) -> None:
+    state = RunState(step=step, life=1, applied=ours.applied, skipped=ours.skipped, multipliers=ours.multipliers)
+    valid = ours.model.spec.model_copy(update={"text": TextSpec(width=18, depth=2, heads=3, context=9)})
+    commits.begin(valid, state, {}, ours.logical_state(), world, ours.layout).finish()
+
+
+def load(ours: Engine, commit: Commit) -> None:
+    state = commit.manifest.state
+    ours.expect(state.multipliers)
+    ours.load_logical_state(commit.tensors(layout=ours.layout), state.applied, state.skipped, state.multipliers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [("fsdp", 2), ("zero2", 2), *(pytest.param(kind, 2, marks=pytest.mark.slow) for kind in ("zero1", "zero3"))],
+)
+def test_a_resume_where_nothing_changed_is_bit_identical(
+    kind: str, ranks: int, tmp_path: Path, on_ranks: Callable[..., list[Any]]
+) -> None:
+    """Also with multipliers, and with a step that was skipped on the way, and one that only one rank cannot take."""
+    commits = Commits(Store(str(tmp_path)))
+    factors = {"image.projection.weight": 0.25, "text.transformer.norm.weight": 0.5}
+
+    def straight(world: World) -> Any:
+        ours = engine(ENGINES[kind], world)
+        ours.expect(factors)
+        fresh = {path: ours.cut(path.partition("/")[2], t) for path, t in initial.items()}
+        ours.load_logical_state(fresh, 0, 0, factors)
+        train(ours, range(3))
+        before = wholes(ours)
+        inputs = batch(3, world)
+        with weight_of_caption(ours, float("inf") if world.rank == 1 else 0.5):
+            assert not ours.step(inputs, 1e-3).grad_norm.isfinite()
+        assert (ours.applied, ours.skipped) == (3, 1)
+        after = wholes(ours)
+        assert all((before[path] == after[path]).all() for path in before)
+        write(commits, ours, 4, world)
+        losses = train(ours, range(4, 8))
+        end = wholes(ours)
+        ours.close()
+        return losses, end
+
+    def resumed(world: World) -> Any:
+        ours = engine(ENGINES[kind], world, seed=9)
+        load(ours, commits.open(commits.names()[-1]))
+        assert (ours.applied, ours.skipped, ours.multipliers) == (3, 1, factors)
+        losses = train(ours, range(4, 8))
+        end = wholes(ours)
+        ours.close()
+        return losses, end
+
+    initial = {path: t.clone() for path, t in engine(EngineConfig(), ALONE).logical_state().items()}
+    first, second = on_ranks(ranks, straight, limit=250), on_ranks(ranks, resumed, limit=100)
+    for (losses, state), (again, same) in zip(first, second, strict=True):
+        assert losses == again
+        assert state.keys() == same.keys()
+        assert all((state[path] == same[path]).all() for path in state)
+    plain = engine(EngineConfig(), ALONE)
+    plain.load_logical_state(initial, 0, 0, factors)
+    train(plain, range(3))
+    for (loss, _), (true_loss, _) in zip(first[0][0], train(plain, range(4, 8)), strict=True):
+        assert loss == pytest.approx(true_loss, abs=1e-5)
+
+
+@contextlib.contextmanager
+def weight_of_caption(ours: Engine, weight: float) -> Iterator[None]:
+    """Another weight of the caption objective for a step."""
+    usual = ours.objectives[1]
+    ours.objectives[1] = Caption(weight)
+    yield
+    ours.objectives[1] = usual
