@@ -53,9 +53,8 @@ def rows(url: str, rank: int, world: int, limit: str, steps: int = STEPS) -> lis
     loader, found = Loader(config, 24, 16, 3, rank, world), []
     with closing(loader.batches(0)) as batches:
         for batch in islice(batches, steps):
-            found += [
-                (key, zlib.crc32(image.numpy().tobytes())) for key, image in zip(batch.keys, batch.images, strict=True)
-            ]
+            sums = [zlib.crc32(image.numpy().tobytes()) for image in batch.images]
+            found += zip(batch.keys, sums, strict=True)
     return found
 
 

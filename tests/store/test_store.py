@@ -94,7 +94,7 @@ def test_an_unfinished_set_is_never_seen_and_is_swept_by_the_next_life(
     commits = Commits(Store(url))
     assert commits.claim_life("test") == 1
     done = write(commits, 1)
-    monkeypatch.setattr(commits, "_seal", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(commits, "seal", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write(commits, 2)
     monkeypatch.undo()

@@ -116,14 +116,14 @@ def test_a_resume_is_bit_identical(
     elif place == "report":
         dying("summary")
     elif place == "commit":
-        real = Commits._seal
+        real = Commits.seal
 
         def seal(self: Commits, name: str, manifest: Any) -> None:
             if manifest.state.step == int(number):
                 raise Died
             real(self, name, manifest)
 
-        monkeypatch.setattr(Commits, "_seal", seal)
+        monkeypatch.setattr(Commits, "seal", seal)
     else:
         dying({"step": "step", "evaluate": "_evaluate"}[place])
     with pytest.raises(Died):
