@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from . import job_commands
 from .errors import RecipeError, RunError, show, user_message
 
 app = typer.Typer(
@@ -177,6 +178,9 @@ def doctor(
         Console().print(checks.as_table(found))
     if checks.lacks_something(found):
         raise typer.Exit(1)
+
+
+job_commands.add_to(app)
 
 
 @data_app.command("pack")

@@ -35,6 +35,7 @@ from .resume import check_same_run, newest_intact
 from .signals import StopRequest
 from .state import Event, RunState, TrainingError
 from .store import Store, StoreError
+from .watchdog import Watchdog
 from .world import World
 
 _DRY_STEPS = 10
@@ -54,15 +55,20 @@ class Summary:
     seconds: float
 
 
-def train(recipe: Recipe, out: Path, imports: float = 0.0) -> Summary:
+def train(recipe: Recipe, out: Path, imports: float = 0.0, before: str | None = None) -> Summary:
     """Run the recipe in folder `out`, or continue it if its store has a commit. Every process of the run calls this.
 
-    `imports` is the seconds spent before this call, for the start-up record.
+    `imports` is the seconds spent before this call, for the start-up record; `before` says how the life before this one
+    ended, for the lineage.
     Raises DataError, StoreError or TrainingError.
     """
     world = World.join()
     try:
-        with StopRequest() as stop, Run(recipe, out, world, stop, imports) as run:
+        with (
+            StopRequest() as stop,
+            Watchdog(recipe.watchdog, out, world) as watch,
+            Run(recipe, out, world, stop, watch, imports, before) as run,
+        ):
             for stage in range(run.state.stage, len(recipe.stages)):
                 run.enter(stage)
                 for batch in run.batches():
@@ -80,9 +86,18 @@ def train(recipe: Recipe, out: Path, imports: float = 0.0) -> Summary:
 class Run:
     """The state of a run between two step edges, and what is done at them."""
 
-    def __init__(self, recipe: Recipe, out: Path, world: World, stop: StopRequest, imports: float) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        world: World,
+        stop: StopRequest,
+        watch: Watchdog,
+        imports: float,
+        before: str | None,
+    ) -> None:
         recipe.check_world(world.size)
-        self.recipe, self.out, self.world, self.stop = recipe, out, world, stop
+        self.recipe, self.out, self.world, self.stop, self.watch = recipe, out, world, stop, watch
         self.specs = recipe.specs()
         self.ends = list(accumulate(stage.steps(recipe.data.batch) for stage in recipe.stages))
         self.commits = Commits(Store(recipe.checkpoint.to or str(out / "commits")))
@@ -96,7 +111,7 @@ class Run:
         self._waited = 0.0
         self._bad: list[dict[str, Any]] = []
         self._begun = time.monotonic()
-        self._start(imports)
+        self._start(imports, before)
         self._commit_time = self._log_time = time.monotonic()
         self._log_step, self._log_flops = self.state.step, self.state.flops
         self._log_skipped = self.state.skipped
@@ -111,7 +126,7 @@ class Run:
 
     # Starting
 
-    def _start(self, imports: float) -> None:
+    def _start(self, imports: float, before: str | None) -> None:
         """Take up the newest commit, or initialise; claim the place; say so."""
         clock = [time.monotonic()]
         names = self.world.objects(self.commits.names() if self.world.is_first else [])[0]
@@ -135,6 +150,8 @@ class Run:
         hosts = self.world.hosts()
         event = "resume" if found else "start"
         detail = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
+        if before:
+            detail["before"] = before
         self._remember(event, {**detail, "changes": changes} if changes else detail, life=life)
         seconds = {
             "imports": imports,
@@ -176,6 +193,7 @@ class Run:
         if stage == self.state.stage:
             return
         if self.specs[stage] != self.engine.model.spec:
+            self.watch.at("grow", self.state.step)
             with contextlib.closing(self.loader.batches(self.state.step)) as batches:
                 probe = self._inputs(next(batches))
             copies = self.recipe.stages[stage].copies
@@ -192,6 +210,7 @@ class Run:
             return
         with contextlib.closing(self.loader.batches(self.state.step)) as batches:
             while self.state.step < end:
+                self.watch.at("data", self.state.step)
                 begun = time.monotonic()
                 batch = next(batches)
                 self._waited += time.monotonic() - begun
@@ -205,6 +224,7 @@ class Run:
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
+        self.watch.at("step", state.step)
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
         self.result: StepResult = self.engine.step(self._inputs(batch), self.lr)
         work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths))
@@ -280,6 +300,7 @@ class Run:
             self._evaluate()
 
     def _evaluate(self) -> None:
+        self.watch.at("evaluate", self.state.step)
         begun = time.monotonic()
         recipe = self.recipe
         found = evaluate(self.engine.model, recipe.eval, recipe.evaluation_source, self.world, recipe.data.cache)
@@ -302,6 +323,7 @@ class Run:
             reason = "interval"
         else:
             return
+        self.watch.at("commit", state.step)
         begun = time.monotonic()
         self.state = state.model_copy(
             update={
@@ -341,7 +363,9 @@ class Run:
 
     def summary(self, finished: bool) -> Summary:
         """What the run has come to, with its report written."""
+        self.watch.at("end", self.state.step)
         report = self.display.report()
+        self.world.barrier()  # a launcher ends what is left when the first process ends: not before all is written
         return Summary(
             finished, self.scores, self.chance, self.last_commit, report, self.out / "tensorboard", self._seconds()
         )
