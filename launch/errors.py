@@ -67,7 +67,7 @@ def user_message(error: BaseException) -> str | None:
 
 
 class RunError(Exception):
-    """A run that ended early: a message ready to print, the exit code of the command, and the error's class, if known."""
+    """A run that ended early: a message to print, the exit code of the command, and the error's class, if known."""
 
     def __init__(self, message: str, code: int, kind: str = "") -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""The commands about jobs: submit, stop, logs. What they do stands in the modules they call."""
+"""The commands about jobs: submit, stop, logs, plan. What they do stands in the modules they call."""
 
 from __future__ import annotations
 
@@ -114,7 +114,33 @@ def logs(
         raise RunError("", 0) from None
 
 
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled recipe, or the path of a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override values of the recipe.")
+    ] = None,
+    nodes: Annotated[int, typer.Option("--nodes", metavar="N", min=1)] = 1,
+    per_node: Annotated[int, typer.Option("--gpus-per-node", metavar="G", min=1)] = 1,
+    device: Annotated[str, typer.Option("--device", metavar="D", help="a100, b200, h100, h200, l40s or cpu.")] = "h100",
+    mfu: Annotated[float, typer.Option("--mfu", metavar="F", help="Share of the device's peak that is reached.")] = 0.4,
+    price: Annotated[float | None, typer.Option("--price", metavar="P", help="Of a device for an hour.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tell what a run will need before anything starts: memory, time, loader, network, store, cost; warn of what fails.
+
+    treering plan photos --nodes 4 --gpus-per-node 8 --device h100 --price 2.5
+    """
+    from . import plan as planning
+    from .recipes import read_recipe
+
+    found = planning.plan(read_recipe(recipe, overrides or []).recipe, nodes, per_node, device, mfu, price)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        Console().print(planning.as_table(found))
+
+
 def add_to(app: typer.Typer) -> None:
     """Make them commands of `app`."""
-    for command in (submit, stop, logs):
+    for command in (submit, stop, logs, plan):
         app.command()(command)

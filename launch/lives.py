@@ -20,6 +20,8 @@ CRASHES = 3
 """crashes without progress after which a run is given up"""
 OUTAGES = 12
 """the same, while it is the store that does not work: 40 minutes"""
+FOLLOWING = ("DistNetworkError", "DistStoreError", "RendezvousClosedError", "RendezvousConnectionError")
+"""errors of a node that lost another one: its own word comes last"""
 FIRST_PAUSE, LONGEST_PAUSE = 5, 300
 """seconds"""
 
@@ -63,13 +65,15 @@ def begin(run: Path, job: dict[str, str]) -> None:
 def end(run: Path, code: int, signal: str, most_restarts: int) -> str:
     """Write down how the life ended, and say what comes next: done, requeue, `again SECONDS`, or halt."""
     rows = read_rows(lives_file(run))
-    begun = rows[-1] if rows else {"event": "begin", "time": 0.0, "nodes": "?", "job": "?", "restart": "0"}
+    begun: dict[str, Any] = (
+        rows[-1] if rows else {"event": "begin", "time": 0.0, "nodes": "?", "job": "?", "restart": "0"}
+    )
     step = reached(run)
     kind, reason, error = _why(run, code, signal, begun["time"])
     row = {**begun, "event": "end", "kind": kind, "reason": reason, "step": step, "code": code}
     _write(run, row)
     if kind in ("finished", "asked", "ending"):
-        return "done" if kind == "finished" else "halt"
+        return "halt" if kind == "ending" else "done"
     if int(begun["restart"]) >= most_restarts:
         print(f"requeued {most_restarts} times already; submit again to go on", file=sys.stderr)
         return "halt"
@@ -107,10 +111,15 @@ def _why(run: Path, code: int, signal: str, begun: float) -> tuple[str, str, str
             told.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             continue
-    first = min(told, key=lambda failure: failure["time"], default=None)
+    first = min(told, key=lambda failure: (_follows(failure), failure["time"]), default=None)
     if first is None:
         return "crash", f"srun ended with code {code}", ""
     return "crash", f"{first['host']}: {first['message']}", first["kind"]
+
+
+def _follows(failure: dict[str, Any]) -> bool:
+    """Whether a failure is what the end of another process looks like from afar."""
+    return failure["kind"] in FOLLOWING or "by peer" in failure["message"] or "by SIGTERM" in failure["message"]
 
 
 def _crashes_without_progress(rows: list[dict[str, Any]]) -> int:

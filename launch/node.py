@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from .errors import RunError, user_message
-from .lives import STOPPED
+from .lives import FOLLOWING, STOPPED
 
 BAD_NODE = 3
 """exit code of a node that cannot train"""
@@ -54,9 +54,11 @@ def main() -> None:
         _leave_word(run, host, error)
         sys.exit(error.code)
     except Exception as error:
-        said = user_message(error) or f"{type(error).__name__}: {error}"
-        _leave_word(run, host, RunError(said, 1, type(error).__name__))
-        raise
+        kind = type(error).__name__
+        _leave_word(run, host, RunError(user_message(error) or f"{kind}: {error}", 1, kind))
+        if kind not in FOLLOWING and user_message(error) is None:
+            raise
+        sys.exit(1)
 
 
 def forward_signals() -> None:

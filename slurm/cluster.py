@@ -8,7 +8,7 @@
 
 A node is a slurmd in namespaces of its own (mount, host name, processes), held by one process: killing that one ends
 everything on the node at once. Network, disk, memory and cores are the machine's and shared. Every time-out is far
-below what a site has, so that a failure shows within seconds. Needs root; everything is stopped by the pid that was recorded.
+below what a site has, so that a failure shows within seconds. Needs root; everything is stopped by its recorded pid.
 """
 
 from __future__ import annotations
