@@ -103,8 +103,6 @@ def _why(run: Path, code: int, signal: str, begun: float) -> tuple[str, str, str
         return "ending", "Slurm ended it: cancelled, requeued by hand, preempted, or a node was lost", ""
     if signal == "USR1":
         return "stopped", "Slurm announced an end (preemption or time limit)", ""
-    if code == STOPPED:
-        return "stopped", "its processes were asked to stop", ""
     told = []
     for path in (run / "job" / "failures").glob("*.json"):
         try:
@@ -112,6 +110,8 @@ def _why(run: Path, code: int, signal: str, begun: float) -> tuple[str, str, str
         except (OSError, ValueError):
             continue
     first = min(told, key=lambda failure: (_follows(failure), failure["time"]), default=None)
+    if first is None and code == STOPPED:
+        return "stopped", "its processes were asked to stop", ""
     if first is None:
         return "crash", f"srun ended with code {code}", ""
     return "crash", f"{first['host']}: {first['message']}", first["kind"]

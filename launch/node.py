@@ -69,11 +69,8 @@ def forward_signals() -> None:
         if not workers:
             sys.exit(STOPPED)
         for worker in workers:
-            if worker not in told:
-                told.add(worker)  # a second one would kill it in its commit
-                os.kill(worker, signal.SIGTERM)
+            os.kill(worker, signal.SIGUSR1)
 
-    told: set[int] = set()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, forward)
 

@@ -24,9 +24,9 @@ import torch
 from treering.training.watchdog import Watchdog, WatchdogConfig
 from treering.training.world import World
 rank = int(os.environ["RANK"])
-with Watchdog(WatchdogConfig(limit="1s"), Path(sys.argv[1]), World(rank, 2, torch.device("cpu"))) as watch:
+with Watchdog(WatchdogConfig(limit="2s"), Path(sys.argv[1]), World(rank, 2, torch.device("cpu"))) as watch:
     print("here", flush=True)
-    for step in range(100 if rank else 5):
+    for step in range(300 if rank else 20):
         watch.at("step", step)
         time.sleep(0.1)
     def lost_in_thought(): time.sleep(60)
