@@ -19,6 +19,7 @@ from ..models.flops import parameters
 from ..training.recipe import Recipe
 from ..training.watchdog import HUNG
 from .errors import RecipeError, RunError, show
+from .lives import read_rows
 from .recipes import ResolvedRecipe
 from .worker import LAUNCHER, work
 from .worker import STOPPED as STOPPED
@@ -199,7 +200,8 @@ def _first_failure(error: Any, out: Path) -> RunError:
             continue
         died = f"process {rank} ended with exit code {failure.exitcode} and did not say why"
         if failure.exitcode == HUNG:
-            died = f"process {rank} waited in vain; {out}/hangs.jsonl and {out}/stacks tell where"
+            said = next(iter(read_rows(out / "hangs.jsonl")[-1:]), {}).get("message", "")
+            died = f"process {rank} waited in vain: {said}; stacks in {out / 'stacks'}"
         if failure.exitcode < 0:
             died = f"process {rank} was killed by {failure.signal_name()}"
         if failure.exitcode == -signal.SIGKILL:

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from ..training.recipe import Recipe
 from .errors import RecipeError, clean, show
 from .recipes import ResolvedRecipe
-from .run import RECIPE_FILE, check_sources, check_store, write_file
+from .run import RECIPE_FILE, check_sources, check_store, commits_url, write_file
 from .site import TIME, WORD, Site
 
 TEMPLATE = Path(__file__).parent.parent / "slurm" / "pretrain.sbatch"
@@ -236,6 +236,12 @@ def _ask_slurm(script: str) -> None:
 
 def _within(seconds: float, recipe: Recipe, out: Path) -> None:
     """Check the store, and do not wait for one that does not answer."""
+    place = Path(commits_url(recipe, out))
+    if "://" not in str(recipe.checkpoint.to or "") and not place.exists():  # looking into it would make it
+        existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+        if not os.access(existing, os.W_OK):
+            raise RecipeError(f"{show(str(existing), 200)} cannot be written; give another --out or checkpoint.to")
+        return
     url = clean(recipe.checkpoint.to or str(out))
     silent = f"store {url}: {{}}; check AWS_ENDPOINT_URL, the network, and that the server runs"
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

@@ -112,11 +112,11 @@ def test_a_crash_that_repeats_ends_the_job(bench: Bench, recipe: Path, tmp_path:
 
 
 def test_a_sweep_is_one_array_with_a_folder_for_each_run(bench: Bench, recipe: Path, tmp_path: Path) -> None:
-    words = [str(recipe), "--nodes", "1", "--out", str(tmp_path / "sweep"), "stages.0.samples=120"]
+    words = [str(recipe), "--nodes", "1", "--out", str(tmp_path / "sweep"), "stages.0.samples=240"]
     job = bench.submit(*words, "--sweep", "lr=1e-3,5e-4")
     folders = [tmp_path / "sweep" / name for name in ("lr=1e-3", "lr=5e-4")]
     until(lambda: all(any(r["event"] == "end" for r in rows(f)) for f in folders), lambda: log(folders[0]), 300)
-    assert [rows(folder)[-2]["step"] for folder in folders] == [10, 10]
+    assert [rows(folder)[-2]["step"] for folder in folders] == [20, 20]
     assert all((folder / "report.html").exists() for folder in folders)
     assert job
 
