@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from treering.tests.cluster.conftest import STEPS, Bench, log, rows, step, until
+from treering.tests.cluster.conftest import STEPS, Bench, log, losses, rows, step, until
 from treering.tests.s3_server import SECRET
 
 pytestmark = pytest.mark.timeout(900)
@@ -115,10 +115,10 @@ def test_a_sweep_is_one_array_with_a_folder_for_each_run(bench: Bench, recipe: P
     words = [str(recipe), "--nodes", "1", "--out", str(tmp_path / "sweep"), "stages.0.samples=240"]
     job = bench.submit(*words, "--sweep", "lr=1e-3,5e-4")
     folders = [tmp_path / "sweep" / name for name in ("lr=1e-3", "lr=5e-4")]
-    until(lambda: all(any(r["event"] == "end" for r in rows(f)) for f in folders), lambda: log(folders[0]), 300)
-    assert [rows(folder)[-2]["step"] for folder in folders] == [20, 20]
+    until(lambda: bench.state(job).split() == ["COMPLETED"] * 2, lambda: log(folders[0]), 300)
+    assert [step(folder) for folder in folders] == [20, 20]
     assert all((folder / "report.html").exists() for folder in folders)
-    assert job
+    assert losses(folders[0]) != losses(folders[1])
 
 
 def test_a_dry_run_writes_nothing_and_its_script_is_bash(bench: Bench, recipe: Path, tmp_path: Path) -> None:

@@ -116,6 +116,9 @@ def test_as_many_nodes_as_there_are(
     bench: Bench, recipe: Path, uninterrupted: list[tuple[int, float]], tmp_path: Path
 ) -> None:
     cluster, run = bench.cluster, tmp_path / "run"
+    idle = ["idle"] * len(cluster.names)
+    states = ("sinfo", "-h", "-N", "-p", "main", "-o", "%T")
+    until(lambda: cluster.run(*states).stdout.split() == idle, "the nodes are not free", 60)
     job = bench.submit(str(recipe), "--nodes", "2-3", "--processes-per-node", "1", "--out", str(run))
     until(lambda: step(run) >= 10, lambda: log(run), 300)
     cluster.kill_node("n3")
