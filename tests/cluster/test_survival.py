@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from treering.launch.lives import lives_file, read_rows
-from treering.tests.cluster.conftest import Bench, log, losses, rows, signal_rank, step, until
+from treering.tests.cluster.conftest import Bench, log, losses, rows, signal_rank, until
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -110,27 +110,3 @@ def test_everything_happens_to_one_run(
     assert "rank 1 on" in (run / "hangs.jsonl").read_text()
     assert list((run / "stacks").glob("*.txt"))
     assert "loop.py" in next((run / "stacks").glob("*.txt")).read_text()
-
-
-def test_as_many_nodes_as_there_are(
-    bench: Bench, recipe: Path, uninterrupted: list[tuple[int, float]], tmp_path: Path
-) -> None:
-    cluster, run = bench.cluster, tmp_path / "run"
-    idle = ["idle"] * len(cluster.names)
-    states = ("sinfo", "-h", "-N", "-p", "main", "-o", "%T")
-    until(lambda: cluster.run(*states).stdout.split() == idle, "the nodes are not free", 60)
-    job = bench.submit(str(recipe), "--nodes", "2-3", "--processes-per-node", "1", "--out", str(run))
-    until(lambda: step(run) >= 10, lambda: log(run), 300)
-    cluster.kill_node("n3")
-    until(lambda: len(_worlds(run)) > 1 and step(run) >= 20, lambda: log(run), 300)
-    cluster.start()
-    assert cluster.run("scontrol", "requeue", job).returncode == 0
-    until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(run)}", 300)
-    assert _worlds(run) == [3, 2, 3]
-    ours, theirs = losses(run), uninterrupted
-    assert [number for number, _ in ours] == [number for number, _ in theirs]
-    assert [value for _, value in ours] == pytest.approx([value for _, value in theirs], rel=1e-5)
-
-
-def _worlds(run: Path) -> list[int]:
-    return [row["world"] for row in rows(run) if row["event"] in ("start", "resume")]
