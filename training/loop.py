@@ -37,6 +37,7 @@ from .signals import StopRequest
 from .stages import faded, rewarmed
 from .state import Event, RunState, TrainingError
 from .store import Store
+from .watchdog import Watchdog
 from .world import World
 from .writing import Writing
 
@@ -57,15 +58,20 @@ class Summary:
     seconds: float
 
 
-def train(recipe: Recipe, out: Path, imports: float = 0.0) -> Summary:
+def train(recipe: Recipe, out: Path, imports: float = 0.0, before: str | None = None) -> Summary:
     """Run the recipe in folder `out`, or continue it if its store has a commit. Every process of the run calls this.
 
-    `imports` is the seconds spent before this call, for the start-up record.
+    `imports` is the seconds spent before this call, for the start-up record; `before` says how the life before this one
+    ended, for the lineage.
     Raises DataError, StoreError or TrainingError.
     """
     world = World.join()
     try:
-        with StopRequest() as stop, Run(recipe, out, world, stop, imports) as run:
+        with (
+            StopRequest() as stop,
+            Watchdog(recipe.watchdog, out, world) as watch,
+            Run(recipe, out, world, stop, watch, imports, before) as run,
+        ):
             for stage in range(run.state.stage, len(recipe.stages)):
                 run.enter(stage)
                 for batch in run.batches():
@@ -96,10 +102,19 @@ class Run:
 
     engine: Engine
 
-    def __init__(self, recipe: Recipe, out: Path, world: World, stop: StopRequest, imports: float) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        world: World,
+        stop: StopRequest,
+        watch: Watchdog,
+        imports: float,
+        before: str | None,
+    ) -> None:
         recipe.check_world(world.size)
         recipe.check_tokenizer()
-        self.recipe, self.out, self.world, self.stop = recipe, out, world, stop
+        self.recipe, self.out, self.world, self.stop, self.watch = recipe, out, world, stop, watch
         self.specs = recipe.specs()
         self.ends = list(accumulate(stage.steps(recipe.data.batch) for stage in recipe.stages))
         self.commits = Commits(Store(recipe.checkpoint.to or str(out / "commits")))
@@ -119,7 +134,7 @@ class Run:
         self._scored = -1
         """the step of the latest evaluation"""
         self._begun = time.monotonic()
-        self._start(imports)
+        self._start(imports, before)
         self._commit_time = self._log_time = time.monotonic()
         self._log_step, self._log_flops = self.state.step, self.state.flops
         self._log_skipped = self.state.skipped
@@ -137,7 +152,7 @@ class Run:
 
     # Starting
 
-    def _start(self, imports: float) -> None:
+    def _start(self, imports: float, before: str | None) -> None:
         """Take up the newest commit, or initialise; claim the place; say so."""
         clock = [time.monotonic()]
         names = self.world.objects(self.commits.names() if self.world.is_first else [])[0]
@@ -156,6 +171,8 @@ class Run:
         hosts = self.world.hosts()
         event = "resume" if found else "start"
         detail = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
+        if before:
+            detail["before"] = before
         self._remember(event, {**detail, "changes": self._changes} if self._changes else detail, life=life)
         seconds = {
             "imports": imports,
@@ -206,6 +223,7 @@ class Run:
         if stage == self.state.stage:
             return
         if self.specs[stage] != self.engine.model.spec:
+            self.watch.at("grow", self.state.step)
             with contextlib.closing(self.loader.batches(self.state.step)) as batches:
                 probe = self._inputs(next(batches))
             recipe, how = self.recipe, self.recipe.stages[stage]
@@ -223,6 +241,7 @@ class Run:
             return
         with contextlib.closing(self.loader.batches(self.state.step)) as batches:
             while self.state.step < end:
+                self.watch.at("data", self.state.step)
                 begun = time.monotonic()
                 batch = next(batches)
                 self._waited += time.monotonic() - begun
@@ -237,6 +256,7 @@ class Run:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
         stages, place = self.recipe.stages, (state.stage, state.samples, size)
+        self.watch.at("step", state.step)
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
         self.lr *= rewarmed(stages, *place)
         self.result: StepResult = self.engine.step(self._inputs(batch), self.lr, faded(stages, *place))
@@ -321,6 +341,7 @@ class Run:
             self._evaluate()
 
     def _evaluate(self) -> None:
+        self.watch.at("evaluate", self.state.step)
         begun = time.monotonic()
         recipe = self.recipe
         data = recipe.data
@@ -352,6 +373,7 @@ class Run:
 
     def _commit(self, reason: str) -> None:
         """Take a snapshot and begin to upload it; only interval commits are not waited for."""
+        self.watch.at("commit", self.state.step)
         begun, checkpoint = time.monotonic(), self.recipe.checkpoint
         if self._writing:  # at most one is under way
             self._lead(self._writing, wait=True)
@@ -422,7 +444,9 @@ class Run:
 
     def summary(self, finished: bool) -> Summary:
         """What the run has come to, with its report written."""
+        self.watch.at("end", self.state.step)
         report = self.display.report()
+        self.world.barrier()  # a launcher ends what is left when the first process ends: not before all is written
         return Summary(
             finished, self.scores, self.chance, self.last_commit, report, self.out / "tensorboard", self._seconds()
         )
