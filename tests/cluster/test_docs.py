@@ -15,7 +15,7 @@ from treering.slurm.cluster import Cluster
 from treering.tests.cluster.conftest import Bench, log, step, until
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def commands(page: str) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 from treering.tests.cluster.conftest import STEPS, Bench, log, losses, rows, step, until
 from treering.tests.s3_server import SECRET
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize(

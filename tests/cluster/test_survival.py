@@ -13,7 +13,7 @@ import pytest
 from treering.launch.lives import lives_file, read_rows
 from treering.tests.cluster.conftest import Bench, log, losses, rows, signal_rank, until
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 class Patient:
