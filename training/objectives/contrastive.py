@@ -19,6 +19,7 @@ from ...models.model import ModelOutput
 from ..world import World
 from .base import Inputs
 from .pairwise import sigmoid_losses, softmax_losses
+from .scores import Relations
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Contrastive:
     def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """The losses of this rank's images and captions over 2B."""
         image_be, text_be, ids_bg = _compared(output, inputs)
-        image_losses_b, text_losses_b = softmax_losses(image_be, text_be, output.scale.float(), ids_bg, world)
+        image_losses_b, text_losses_b = softmax_losses(
+            image_be, text_be, output.scale.float(), Relations.of(ids_bg), world
+        )
         return (image_losses_b + text_losses_b).sum() / (2 * len(image_be) * world.size)
 
 
@@ -52,7 +55,9 @@ class SigmoidContrastive:
         """The losses of this rank's images over B."""
         assert output.bias is not None
         image_be, text_be, ids_bg = _compared(output, inputs)
-        losses_b = sigmoid_losses(image_be, text_be, output.scale.float(), output.bias.float(), ids_bg, world)
+        losses_b = sigmoid_losses(
+            image_be, text_be, output.scale.float(), output.bias.float(), Relations.of(ids_bg), world
+        )
         return losses_b.sum() / (len(image_be) * world.size)
 
 
