@@ -19,6 +19,15 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_LOG_SCALE = math.log(100.0)
 
 
+class Extras(NamedTuple):
+    """What a forward pass is asked for beside its usual outputs."""
+
+    tokens: bool = False
+    """the tokens of both towers in the joint space"""
+    parallel_b: Tensor | None = None
+    """bool [b]: captions that the captioner sees masked, to predict all of their tokens at once; None: none"""
+
+
 class ModelOutput(NamedTuple):
     """Everything an objective may need of one forward pass."""
 
@@ -30,6 +39,10 @@ class ModelOutput(NamedTuple):
     """[1]: added to scaled similarities by a sigmoid loss, or None if the model has none"""
     caption: Tensor | None
     """[t, d] states of the captioner in the text layout, or None without one"""
+    image_tokens: Tensor | None = None
+    """[b, p, e] in the joint space, if asked for"""
+    text_tokens: Tensor | None = None
+    """[t, e] in the joint space, if asked for"""
 
 
 class Model(nn.Module):
@@ -62,11 +75,19 @@ class Model(nn.Module):
         """The factor on cosine similarities, [1], at most 100."""
         return self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
 
-    def forward(self, images: Tensor, tokens_t: Tensor, lengths_b: Tensor) -> ModelOutput:
+    def forward(self, images: Tensor, tokens_t: Tensor, lengths_b: Tensor, extras: Extras | None = None) -> ModelOutput:
         """Both towers, and the captioner if there is one."""
+        extras = extras or Extras()
         image, text = self.embed_images(images), self.embed_texts(tokens_t, lengths_b)
-        caption = self.captioner(image, text) if self.captioner is not None else None
-        return ModelOutput(image, text, self.scale(), self.logit_bias, caption)
+        caption = None
+        if self.captioner is not None:
+            read = text if extras.parallel_b is None else self.text.masked(text, lengths_b, extras.parallel_b)
+            caption = self.captioner(image, read)
+        output = ModelOutput(image, text, self.scale(), self.logit_bias, caption)
+        if extras.tokens:
+            tokens_bpe = self.image.projection(image.tokens).unflatten(0, (len(images), -1))
+            output = output._replace(image_tokens=tokens_bpe, text_tokens=self.text.projection(text.tokens))
+        return output
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

@@ -66,3 +66,15 @@ class TextTower(nn.Module):
         x_td = self.transformer(x_td, layout)
         last_b = lengths_b.cumsum(0) - 1
         return TowerOutput(self.projection(x_td[last_b]), x_td, layout)
+
+    def masked(self, text: TowerOutput, lengths_b: Tensor, masked_b: Tensor) -> TowerOutput:
+        """`text` with the streams of some captions, bool [b], made from masked inputs: positions without tokens.
+
+        They are the same for all captions, so one of the longest serves all of them.
+        """
+        layout = text.mask
+        assert isinstance(layout, Packed)
+        longest = torch.full((1,), layout.longest, device=lengths_b.device)
+        masks_nd = self.transformer(self.position_embedding[: layout.longest], Packed.of(longest))
+        masked_t = torch.repeat_interleave(masked_b, lengths_b)
+        return text._replace(tokens=torch.where(masked_t[:, None], masks_nd[layout.positions_t], text.tokens))

@@ -6,6 +6,7 @@ holds them, so commits, growth and resumes never see an engine.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..models.model import Model, ModelOutput, build
 from ..models.spec import ModelSpec
-from .objectives.base import Inputs, Objective
+from . import micro
+from .objectives.base import Inputs, Objective, extras_of
 from .optimizer import MOMENTS, Optimizer, OptimizerConfig
 from .world import World
 
@@ -28,6 +30,12 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     kind: Literal["ddp"] = "ddp"
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: matrix work under autocast; weights, losses and gradients stay in fp32"
+    )
+    micro_batches: int = Field(
+        1,
+        gt=0,
+        description="pieces in which a process takes its part of a batch through the model: with more than one it needs "
+        "less memory and a second forward pass, and the gradient is the same",
     )
 
 
@@ -51,9 +59,13 @@ class _Forward(nn.Module):
         self.world = world
         self.autocast = precision == "bf16"
 
-    def forward(self, inputs: Inputs) -> dict[str, Tensor]:
+    def forward(self, inputs: Inputs, losses: bool = True) -> dict[str, Tensor] | ModelOutput:
+        """This rank's share of each objective; or, without `losses`, the model's output."""
+        extras = extras_of(self.objectives, inputs)
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.autocast):
-            output: ModelOutput = self.model(inputs.images, inputs.tokens, inputs.lengths)
+            output: ModelOutput = self.model(inputs.images, inputs.tokens, inputs.lengths, extras)
+        if not losses:
+            return output
         table = self.model.text.token_embedding.weight
         return {o.name: o.share(output, inputs, table, self.world) for o in self.objectives}
 
@@ -72,6 +84,7 @@ class Engine:
     ) -> None:
         self.world = world
         self.objectives = objectives
+        self.micro_batches = config.micro_batches
         self.model = build(spec, seed).to(world.device)
         self.optimizer = Optimizer(self.model.named_parameters(), optimizer)
         forward = _Forward(self.model, objectives, world, config.precision)
@@ -86,13 +99,25 @@ class Engine:
 
         A gradient that is not finite leaves weights and moments as they are; `skipped` counts it.
         """
-        shares: dict[str, Tensor] = self._forward(inputs)
-        loss = torch.stack([o.weight * shares[o.name] for o in self.objectives]).sum()
-        # Shares sum to the global loss, but DDP averages gradients: undo its division.
-        (loss * self.world.size).backward()
+        if self.micro_batches > 1:
+            shares = micro.backward(self._output, self.objectives, inputs, self.micro_batches, self.world, self._hold)
+        else:
+            shares = self._forward(inputs)
+            loss = torch.stack([o.weight * shares[o.name] for o in self.objectives]).sum()
+            # Shares sum to the global loss, but DDP averages gradients: undo its division.
+            (loss * self.world.size).backward()
         norm = self.optimizer.clip()
         self.optimizer.step(lr)
         return StepResult({name: share.detach() for name, share in shares.items()}, norm)
+
+    def _output(self, inputs: Inputs) -> tuple[ModelOutput, Tensor]:
+        """The wrapped model's output and its token table."""
+        return self._forward(inputs, losses=False), self.model.text.token_embedding.weight
+
+    def _hold(self) -> contextlib.AbstractContextManager[object]:
+        """As long as it lasts no gradients are exchanged."""
+        wrapped = self._forward
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
     @property
     def skipped(self) -> int:

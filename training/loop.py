@@ -28,8 +28,8 @@ from .display import Display
 from .engine import Engine, StepResult
 from .evaluate.suites import evaluate
 from .growing import grow
-from .objectives.base import Inputs
-from .objectives.registry import build_objectives
+from .objectives.base import Inputs, Objective, load_states, states
+from .objectives.registry import advance, build_objectives
 from .recipe import Recipe
 from .resume import check_same_run, newest_intact
 from .signals import StopRequest
@@ -150,9 +150,13 @@ class Run:
 
     def _build(self, spec: ModelSpec) -> Engine:
         recipe = self.recipe
-        return Engine(
-            spec, build_objectives(recipe.objectives), recipe.engine, recipe.optimizer, self.world, recipe.seed
-        )
+        return Engine(spec, self._objectives(spec), recipe.engine, recipe.optimizer, self.world, recipe.seed)
+
+    def _objectives(self, spec: ModelSpec) -> list[Objective]:
+        """The terms of the loss, with the state they had in the commit or before the growth."""
+        objectives = build_objectives(self.recipe.objectives, spec, self.recipe.seed)
+        load_states(objectives, self.state.objectives)
+        return objectives
 
     def _loader(self) -> Loader:
         """The stream at the model's resolution and context; it knows which samples are bad already."""
@@ -179,6 +183,7 @@ class Run:
             with contextlib.closing(self.loader.batches(self.state.step)) as batches:
                 probe = self._inputs(next(batches))
             copies = self.recipe.stages[stage].copies
+            self.state = self.state.model_copy(update={"objectives": states(self.engine.objectives)})
             self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe, self.recipe.seed, copies)
             self._remember("grow", growth.json())
             self.loader = self._loader()
@@ -198,14 +203,16 @@ class Run:
                 yield batch
 
     def _inputs(self, batch: Batch) -> Inputs:
-        device = self.world.device
-        tensors = (batch.images, batch.tokens, batch.lengths, batch.caption_ids, batch.image_ids)
+        device, pairs = self.world.device, len(batch.lengths)
+        numbers = torch.arange(pairs) + (self.state.samples + self.world.rank * pairs)
+        tensors = (batch.images, batch.tokens, batch.lengths, batch.caption_ids, batch.image_ids, numbers)
         return Inputs(*(t.to(device, non_blocking=True) for t in tensors))
 
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
+        advance(self.engine.objectives, self.recipe.objectives, state.samples / self.recipe.total_samples)
         self.result: StepResult = self.engine.step(self._inputs(batch), self.lr)
         work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths))
         self.state = state.model_copy(
@@ -308,6 +315,7 @@ class Run:
                 "applied": self.engine.optimizer.steps,
                 "skipped": self.engine.skipped,
                 "multipliers": self.engine.optimizer.multipliers,
+                "objectives": states(self.engine.objectives),
                 "seconds": self._seconds(),
             }
         )

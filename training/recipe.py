@@ -19,6 +19,7 @@ from .commits import CheckpointConfig
 from .engine import EngineConfig
 from .evaluate.config import EvalConfig
 from .objectives.config import ObjectivesConfig
+from .objectives.registry import check_needs
 from .optimizer import OptimizerConfig
 from .schedule import ScheduleConfig
 from .stages import StageConfig
@@ -60,6 +61,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError(
                 "model.caption is never trained; add `caption: {weight: 2.0}` to objectives, or drop model.caption"
             )
+        if self.objectives.more:
+            check_needs(self.objectives, self.specs()[-1])
         if self.schedule.warmup >= self.total_samples:
             raise ValueError(
                 f"schedule.warmup = {self.schedule.warmup} samples does not end before the run's {self.total_samples}; "
