@@ -34,8 +34,8 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     micro_batches: int = Field(
         1,
         gt=0,
-        description="pieces in which a process takes its part of a batch through the model: with more than one it needs "
-        "less memory and a second forward pass, and the gradient is the same",
+        description="pieces in which a process takes its part of a batch through the model: with more than one it "
+        "needs less memory and a second forward pass, and the gradient is the same",
     )
 
 
