@@ -26,6 +26,8 @@ class Extras(NamedTuple):
     """the tokens of both towers in the joint space"""
     parallel_b: Tensor | None = None
     """bool [b]: captions that the captioner sees masked, to predict all of their tokens at once; None: none"""
+    patches_bk: Tensor | None = None
+    """int64 [b, k]: patches of each picture that are looked at; None: all"""
 
 
 class ModelOutput(NamedTuple):
@@ -63,9 +65,9 @@ class Model(nn.Module):
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
-    def embed_images(self, images: Tensor) -> TowerOutput:
+    def embed_images(self, images: Tensor, patches_bk: Tensor | None = None) -> TowerOutput:
         """Embed uint8 pictures [b, 3, resolution, resolution]; they are normalised here, on the device."""
-        return self.image((images.to(self.image_std.dtype) / 255 - self.image_mean) / self.image_std)
+        return self.image((images.to(self.image_std.dtype) / 255 - self.image_mean) / self.image_std, patches_bk)
 
     def embed_texts(self, tokens_t: Tensor, lengths_b: Tensor) -> TowerOutput:
         """Embed packed captions: int64 [t] ids, int64 [b] lengths."""
@@ -78,7 +80,8 @@ class Model(nn.Module):
     def forward(self, images: Tensor, tokens_t: Tensor, lengths_b: Tensor, extras: Extras | None = None) -> ModelOutput:
         """Both towers, and the captioner if there is one."""
         extras = extras or Extras()
-        image, text = self.embed_images(images), self.embed_texts(tokens_t, lengths_b)
+        image = self.embed_images(images, extras.patches_bk)
+        text = self.text(tokens_t, lengths_b, pooled_only=self.captioner is None and not extras.tokens)
         caption = None
         if self.captioner is not None:
             read = text if extras.parallel_b is None else self.text.masked(text, lengths_b, extras.parallel_b)

@@ -32,3 +32,9 @@ def _mix(x: Tensor) -> Tensor:
 def _shifted(x: Tensor, bits: int) -> Tensor:
     """x >> bits as unsigned numbers do."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def kept(seed: int, name: str, numbers_b: Tensor, of: int, share: float) -> Tensor:
+    """A fresh subset of 0 .. `of` - 1 for every sample, sorted, int64 [b, k]; k is `share` of `of`, at least one."""
+    ranks = uniform(seed, name, numbers_b, of).argsort(1)
+    return ranks[:, : max(1, round(of * share))].sort(1).values

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..models.model import Model, ModelOutput, build
 from ..models.spec import ModelSpec
+from ..models.transformer import Block, Transformer
 from . import micro
 from .objectives.base import Inputs, Objective, extras_of
 from .optimizer import MOMENTS, Optimizer, OptimizerConfig
@@ -31,6 +32,10 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: matrix work under autocast; weights, losses and gradients stay in fp32"
     )
+    recompute: bool = Field(
+        False, description="make the insides of blocks again in the backward pass instead of keeping them"
+    )
+    compile: bool = Field(False, description="compile each block with torch.compile; the first steps take minutes")
     micro_batches: int = Field(
         1,
         gt=0,
@@ -70,6 +75,15 @@ class _Forward(nn.Module):
         return {o.name: o.share(output, inputs, table, self.world) for o in self.objectives}
 
 
+def prepare(model: Model, config: EngineConfig) -> None:
+    """Switch a model's blocks to how the config wants them run; names and weights stay."""
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.recompute = config.recompute
+        if isinstance(module, Block) and config.compile:
+            module.compile(dynamic=True)
+
+
 class Engine:
     """Replicated data parallelism: torch's DDP, or the bare module in a world of one."""
 
@@ -86,6 +100,7 @@ class Engine:
         self.objectives = objectives
         self.micro_batches = config.micro_batches
         self.model = build(spec, seed).to(world.device)
+        prepare(self.model, config)
         self.optimizer = Optimizer(self.model.named_parameters(), optimizer)
         forward = _Forward(self.model, objectives, world, config.precision)
         self._forward: nn.Module = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from ..models.spec import ModelSpec
 from .commits import Commits
 from .device import describe, peak_flops, peak_memory
 from .display import Display
+from .draws import kept
 from .engine import Engine, StepResult
 from .evaluate.suites import evaluate
 from .growing import grow
 from .objectives.base import Inputs, Objective, load_states, states
 from .objectives.registry import advance, build_objectives
+from .profiling import Profile
 from .recipe import Recipe
 from .resume import check_same_run, newest_intact
 from .signals import StopRequest
@@ -95,6 +97,7 @@ class Run:
         self._dry = 0
         self._waited = 0.0
         self._bad: list[dict[str, Any]] = []
+        self.profile = Profile(out if recipe.log.profile else None, world.rank, world.device)
         self._begun = time.monotonic()
         self._start(imports)
         self._commit_time = self._log_time = time.monotonic()
@@ -106,6 +109,7 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.profile.close()
         self.display.close()
         del self.engine  # it holds the process group, which is left next
 
@@ -206,15 +210,22 @@ class Run:
         device, pairs = self.world.device, len(batch.lengths)
         numbers = torch.arange(pairs) + (self.state.samples + self.world.rank * pairs)
         tensors = (batch.images, batch.tokens, batch.lengths, batch.caption_ids, batch.image_ids, numbers)
-        return Inputs(*(t.to(device, non_blocking=True) for t in tensors))
+        inputs = Inputs(*(t.to(device, non_blocking=True) for t in tensors))
+        share, of = self.recipe.stages[self.state.stage].patches, self.engine.model.spec.image.grid**2
+        if share < 1:
+            inputs = replace(inputs, patches=kept(self.recipe.seed, "image/patches", numbers.to(device), of, share))
+        return inputs
 
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
         advance(self.engine.objectives, self.recipe.objectives, state.samples / self.recipe.total_samples)
-        self.result: StepResult = self.engine.step(self._inputs(batch), self.lr)
-        work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths))
+        inputs = self._inputs(batch)
+        self.result: StepResult = self.engine.step(inputs, self.lr)
+        self.profile.step()
+        patches = None if inputs.patches is None else inputs.patches.shape[1]
+        work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths), patches)
         self.state = state.model_copy(
             update={"step": state.step + 1, "samples": state.samples + size, "flops": state.flops + work}
         )

@@ -29,6 +29,7 @@ class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How often a line goes to metrics.jsonl, TensorBoard and the terminal."""
 
     every: int = Field(10, gt=0, description="steps between two log lines")
+    profile: bool = Field(False, description="trace steps 5 to 8 into trace-rank-N.json.gz of the run folder")
 
 
 class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):

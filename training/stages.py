@@ -21,6 +21,13 @@ class StageConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         description="weights of the sources from here on, by name, as in {photos: 3, drawings: 1}; those not named "
         "rest; empty: as before",
     )
+    patches: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each picture's patches that is looked at, drawn anew each time (FLIP); end with a stage "
+        "of 1",
+    )
     copies: Copies = Field(
         "noise",
         description="new channels, heads and hidden units are copies of old ones; noise: told apart by noise that "

@@ -34,6 +34,8 @@ class Inputs:
     """int64 [b]: equal for equal pictures"""
     numbers: Tensor | None = None
     """int64 [b]: place of each sample in the run, what `draws` draws by; None where nothing is drawn"""
+    patches: Tensor | None = None
+    """int64 [b, k]: patches of each picture that are looked at; None: all"""
 
 
 @dataclass
@@ -80,6 +82,7 @@ def extras_of(objectives: Iterable[Objective], inputs: Inputs) -> Extras:
     return Extras(
         tokens=any("tokens" in objective.needs for objective in objectives),
         parallel_b=parallel[0] if parallel else None,
+        patches_bk=inputs.patches,
     )
 
 
