@@ -46,7 +46,7 @@ class ImageTower(nn.Module):
         """
         b, g, p = len(images), self.grid, self.patch
         unfolded = images.view(b, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, 3 * p * p)
-        positions = self.position_embedding
+        positions: Tensor = self.position_embedding
         if patches_bk is not None:
             unfolded = unfolded.gather(1, patches_bk[..., None].expand(-1, -1, unfolded.shape[2]))
             positions = positions[patches_bk]

@@ -1,4 +1,4 @@
-"""Settings that make a step cheaper: what is exact equals the plain step, what is not (patch dropout) is what it says."""
+"""Settings that make a step cheaper: the exact ones equal the plain step, patch dropout is what it says."""
 
 from __future__ import annotations
 
