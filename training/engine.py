@@ -20,7 +20,7 @@ from ..models.model import Model, ModelOutput, build
 from ..models.spec import ModelSpec
 from ..models.transformer import Block, Transformer
 from . import micro
-from .objectives.base import Inputs, Objective, extras_of
+from .objectives.base import Inputs, Objective, extras_of, gradient_norms, load_states, states
 from .optimizer import MOMENTS, Optimizer, OptimizerConfig
 from .world import World
 
@@ -98,7 +98,7 @@ class Engine:
     ) -> None:
         self.world = world
         self.objectives = objectives
-        self.micro_batches = config.micro_batches
+        self.precision, self.micro_batches = config.precision, config.micro_batches
         self.model = build(spec, seed).to(world.device)
         prepare(self.model, config)
         self.optimizer = Optimizer(self.model.named_parameters(), optimizer)
@@ -124,6 +124,14 @@ class Engine:
         norm = self.optimizer.clip()
         self.optimizer.step(lr)
         return StepResult({name: share.detach() for name, share in shares.items()}, norm)
+
+    def gradient_norms(self, inputs: Inputs) -> dict[str, float]:
+        """The norm of each objective's gradient on this batch, unweighted; all ranks call it, and the device is waited
+        for."""
+        kept = states(self.objectives)
+        shares = _Forward(self.model, self.objectives, self.world, self.precision)(inputs)
+        load_states(self.objectives, kept)  # looking at a batch is not learning from it
+        return gradient_norms(self.objectives, shares, list(self.model.parameters()), self.world)
 
     def _output(self, inputs: Inputs) -> tuple[ModelOutput, Tensor]:
         """The wrapped model's output and its token table."""

@@ -221,10 +221,10 @@ class Run:
         state, size = self.state, self.recipe.data.batch
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
         advance(self.engine.objectives, self.recipe.objectives, state.samples / self.recipe.total_samples)
-        inputs = self._inputs(batch)
-        self.result: StepResult = self.engine.step(inputs, self.lr)
+        self.inputs = self._inputs(batch)
+        self.result: StepResult = self.engine.step(self.inputs, self.lr)
         self.profile.step()
-        patches = None if inputs.patches is None else inputs.patches.shape[1]
+        patches = None if self.inputs.patches is None else self.inputs.patches.shape[1]
         work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths), patches)
         self.state = state.model_copy(
             update={"step": state.step + 1, "samples": state.samples + size, "flops": state.flops + work}
@@ -275,6 +275,7 @@ class Run:
             parameters=self.engine.parameters,
             passes=self.loader.coverage(state.step),
             seconds={"data": self._waited, "compute": elapsed - self._waited},
+            **({"gradient_norms": self.engine.gradient_norms(self.inputs)} if self.recipe.log.gradients else {}),
         )
         self._log_time, self._log_step, self._log_flops, self._waited = now, state.step, state.flops, 0.0
         self._log_skipped = skipped

@@ -29,6 +29,7 @@ class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How often a line goes to metrics.jsonl, TensorBoard and the terminal."""
 
     every: int = Field(10, gt=0, description="steps between two log lines")
+    gradients: bool = Field(False, description="also the norm of each objective's gradient; costs a pass for each")
     profile: bool = Field(False, description="trace steps 5 to 8 into trace-rank-N.json.gz of the run folder")
 
 

@@ -143,7 +143,7 @@ def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     embed = Model.embed_images
 
     def embed_images(self: Model, images: torch.Tensor, patches: torch.Tensor | None = None) -> Any:
-        if self.training and len(images) == 2:
+        if len(images) == 2:
             seen.append(None if patches is None else tuple(patches.shape))
         return embed(self, images, patches)
 
@@ -158,7 +158,7 @@ def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "engine={micro_batches: 2, recompute: true}",
         "schedule.warmup=4",
         "eval={suites: [retrieval], writing: beam, examples: 2}",
-        "log={every: 1, profile: true}",
+        "log={every: 1, profile: true, gradients: true}",
     ]
     summary = train(read_recipe("emoji", overrides).recipe, tmp_path)
     assert summary.finished
@@ -167,6 +167,8 @@ def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(steps) == 10
     for row in steps:
         weight = 1 - (row["step"] - 1) * 4 / 40
+        assert row["gradient_norms"].keys() == {"contrastive", "caption"}
+        assert all(norm > 0 for norm in row["gradient_norms"].values())
         assert row["loss"] == pytest.approx(row["losses"]["contrastive"] + weight * row["losses"]["caption"], rel=1e-5)
     assert seen[:40] == [(2, 2)] * 20 + [None] * 20  # ten steps of two pieces, twice each
     with gzip.open(tmp_path / "trace-rank-0.json.gz") as file:
