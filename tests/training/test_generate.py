@@ -33,6 +33,7 @@ def model() -> Model:
         net.text.token_embedding.weight[VOCABULARY:] = -torch.eye(1, 12).double()
         net.text.token_embedding.weight[:VOCABULARY] = torch.randn(VOCABULARY, 12, generator=generator).double()
         net.text.token_embedding.weight[:VOCABULARY, 0] = 0.0
+        net.text.token_embedding.weight[END, 0] = 0.15  # captions of many lengths
     return net
 
 
@@ -95,7 +96,7 @@ def searched(model: Model, picture: Tensor, width: int, longest: int, power: flo
 def test_beams_are_those_of_a_plain_search(model: Model, width: int, power: float) -> None:
     found = beam(model, pictures(6), START, END, 7, width, power)
     assert found == [searched(model, picture, width, 7, power) for picture in pictures(6)]
-    assert len({tuple(one) for one in found}) > 1
+    assert len({len(one) for one in found}) > 1
     if width == 1:
         assert found == greedy(model, pictures(6), START, END, 7)
     else:
