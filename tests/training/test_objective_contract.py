@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -14,10 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from treering.launch.recipes import read_recipe
 from treering.models.model import Model, ModelOutput, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training import micro
 from treering.training.draws import uniform
+from treering.training.loop import train
 from treering.training.objectives import registry
 from treering.training.objectives.base import (
     Inputs,
@@ -292,3 +295,35 @@ def test_a_masked_caption_sees_no_token() -> None:
     torch.testing.assert_close(some[~masked_t], plain[~masked_t], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(some[masked_t], others[masked_t], rtol=1e-12, atol=1e-12)
     assert (some[masked_t] - plain[masked_t]).abs().min(1).values.max() > 1e-4
+
+
+def test_state_goes_through_growth_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of two stages, and the same one continued from its first commits: the last losses are the same."""
+    monkeypatch.undo()  # fp32, as runs are
+    overrides = [
+        "data.batch=4",
+        "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
+        "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+        "objectives.more={centred: {weight: 5.0}}",
+        "stages=[{samples: 16}, {grow: {image.depth: 2}, samples: 16}]",
+        "schedule.warmup=4",
+        "eval.suites=[]",
+        "log.every=1",
+        "checkpoint={every: 8, keep: 100}",
+    ]
+    recipe = read_recipe("emoji", overrides).recipe
+
+    def losses(folder: Path) -> list[float]:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [row["losses"]["centred"] for row in rows if row["event"] == "step"]
+
+    train(recipe, tmp_path / "whole")
+    whole = losses(tmp_path / "whole")
+    assert len(whole) == 8
+    for step in (2, 4):
+        again = tmp_path / f"from-{step}"
+        commits = sorted((tmp_path / "whole" / "commits").glob("step-*"))
+        for commit in commits[: step // 2]:
+            shutil.copytree(commit, again / "commits" / commit.name)
+        train(recipe, again)
+        assert losses(again) == whole[step:]
