@@ -84,13 +84,16 @@ class Packed:
         return self.slots_t % self.longest
 
     def grid(self, x_thc: Tensor) -> Tensor:
-        """[t, h, c] -> [b, h, n, c] with zeros in the padding."""
+        """[t, h, c] -> [b, h, n, c] with zeros in the padding; without copying if there is none."""
+        if len(x_thc) == self.samples * self.longest:
+            return x_thc.unflatten(0, (self.samples, self.longest)).transpose(1, 2)
         empty = x_thc.new_zeros(self.samples * self.longest, *x_thc.shape[1:])
         return empty.index_copy(0, self.slots_t, x_thc).unflatten(0, (self.samples, self.longest)).transpose(1, 2)
 
     def flat(self, x_bhnc: Tensor) -> Tensor:
         """[b, h, n, c] -> [t, h, c]."""
-        return x_bhnc.transpose(1, 2).flatten(0, 1).index_select(0, self.slots_t)
+        x_thc = x_bhnc.transpose(1, 2).flatten(0, 1)
+        return x_thc if len(x_thc) == len(self.slots_t) else x_thc.index_select(0, self.slots_t)
 
 
 class Attention(nn.Module):

@@ -176,10 +176,13 @@ class _Softmax(torch.autograd.Function):
             side.top, side.sums = top, sums
             folded.append(side.slopes(slope))
         of_images_kb = folded[0]
-        of_texts_wnk = world.gather(folded[1].T.contiguous()).view(world.size, len(text_top), -1)
+        of_texts_wkn = world.gather(folded[1]).view(world.size, *folded[1].shape)
 
         def slopes_of(tile: Tile) -> tuple[Tensor, Tensor]:
-            image_k, text_k = of_images_kb[:, tile.rows, None].unbind(0), of_texts_wnk[tile.place].unbind(-1)
+            image_k, text_k = (
+                of_images_kb[:, tile.rows, None].unbind(0),
+                of_texts_wkn[tile.block.rank, :, tile.columns].unbind(0),
+            )
             text_weights, image_weights = _weights(tile, relations)
             image_rc = _softened(tile.image_rc - image_k[0], text_weights).mul_(image_k[1])
             text_rc = _softened(tile.text_rc.sub_(text_k[0]), image_weights)
