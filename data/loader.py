@@ -25,7 +25,7 @@ from .captions import Texts, check_tags, drawn_caption, read_texts
 from .config import CacheConfig, DataConfig, DataError
 from .decode import Crop, captions_and_labels, centre_crop, cropped, drawn_crop, picture, whole_sides
 from .draws import Draws, rows
-from .files import is_remote, shown_url
+from .files import shown_url
 from .jitter import jittered
 from .ledger import BadSample, LedgerEntry, reasons_table, shown
 from .order import Line, Mixture, Order, Place, Places, stream
@@ -73,7 +73,7 @@ class Loader:
 
     def _cache_windows(self, source: Source, line: Line) -> None:
         """Reads a source that is too large for the cache through it all the same, where its windows are not."""
-        if source.is_cached or not is_remote(source.url) or not self.cache.limit:
+        if source.is_cached or not source.is_remote or not self.cache.limit:
             return
         total = need = source.size
         if line.lanes:  # of each lane a window, the one after it, and the blocks at their ends

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from .blocks import BlockCache
 from .config import DataError
-from .files import Reader, ShardInfo, read_range, shown_url
+from .files import Reader, ShardInfo, is_remote, read_range, shown_url
 from .filter import Filter
 from .index import IMAGE_KINDS, Handles, ShardIndex
 from .ledger import BadSample, LedgerEntry, shown
@@ -100,6 +100,11 @@ class Source:
         shard, i = self._place(number)
         places = shard.places(i)
         return shard.shard, _first(places), max(offset + size for offset, size in places.values())
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its shards come over the network."""
+        return any(is_remote(shard.url) for shard in self._shards[:1])
 
     @property
     def is_cached(self) -> bool:

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from . import job_commands
 from .errors import RecipeError, RunError, show, user_message
 
 app = typer.Typer(
@@ -189,12 +190,20 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run fol
 
 @app.command()
 def status(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")], as_json: AsJson = False
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the URL of its commits.")],
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again every two seconds, to the end.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Say where a run stands: samples, stage, loss, speed, time left, newest commit and scores."""
+    """Say where a run stands: state, nodes, samples, stage, loss, speed, time left, newest commit and scores."""
+    from . import status as reading
     from .status import as_table, read_status
 
-    found = read_status(folder)
+    if watch and not as_json:
+        try:
+            return reading.watch(run)
+        except KeyboardInterrupt:
+            raise RunError("no longer watching; the run goes on", 0) from None
+    found = read_status(run)
     if as_json:
         _print_json(found)
     else:
@@ -222,6 +231,9 @@ def doctor(
         Console().print(checks.as_table(found))
     if checks.lacks_something(found):
         raise typer.Exit(1)
+
+
+job_commands.add_to(app)
 
 
 @data_app.command("pack")

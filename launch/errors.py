@@ -67,8 +67,8 @@ def user_message(error: BaseException) -> str | None:
 
 
 class RunError(Exception):
-    """A run that ended early: a message ready to print, and the exit code of the command."""
+    """A run that ended early: a message to print, the exit code of the command, and the error's class, if known."""
 
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, code: int, kind: str = "") -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.kind = code, kind

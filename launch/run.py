@@ -20,12 +20,15 @@ from rich.text import Text
 
 from ..models.flops import parameters
 from ..training.recipe import Recipe
+from ..training.watchdog import HUNG
 from .errors import RecipeError, RunError, show
+from .lives import read_rows
 from .recipes import ResolvedRecipe
 from .worker import LAUNCHER, work
 from .worker import STOPPED as STOPPED
 
 RECIPE_FILE = "recipe.yaml"
+RENDEZVOUS_SECONDS = 600
 SHUTDOWN_SECONDS = 120  # what a worker has to commit after SIGTERM, before it is killed
 _RESERVE = 64 << 20
 
@@ -38,12 +41,12 @@ def start(resolved: ResolvedRecipe, out: Path, processes: int) -> None:
     recipe = resolved.recipe
     check(recipe, out, processes)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / RECIPE_FILE, resolved.text)
+    write_file(out / RECIPE_FILE, resolved.text)
     _set_threads(processes)
     if processes == 1:
         work(out)
     else:
-        _launch(out, processes)
+        launch_workers(out, processes, name=str(os.getpid()))
 
 
 def check(recipe: Recipe, out: Path, processes: int) -> None:
@@ -57,8 +60,8 @@ def check(recipe: Recipe, out: Path, processes: int) -> None:
     if out.exists() and not out.is_dir():
         raise RecipeError(f"--out {show(str(out))} is a file; give a folder")
     _check_disk(recipe, out)
-    _check_sources(recipe)
-    _check_store(recipe, out)
+    check_sources(recipe)
+    check_store(recipe, out)
 
 
 def commits_url(recipe: Recipe, out: Path) -> str:
@@ -83,7 +86,7 @@ def _check_disk(recipe: Recipe, out: Path) -> None:
         )
 
 
-def _check_sources(recipe: Recipe) -> None:
+def check_sources(recipe: Recipe) -> None:
     """Open every source once, which resolves and indexes its shards (and packs samples:// ones)."""
     from ..data.blocks import BlockCache
     from ..data.source import open_source
@@ -98,7 +101,7 @@ def _check_sources(recipe: Recipe) -> None:
         open_source(recipe.evaluation_source, cache)
 
 
-def _check_store(recipe: Recipe, out: Path) -> None:
+def check_store(recipe: Recipe, out: Path) -> None:
     """The store works, and the newest commit in it, if any, is one that this recipe can continue."""
     from ..training.commits import Commits, DamagedCommit
     from ..training.resume import check_same_run
@@ -114,7 +117,7 @@ def _check_store(recipe: Recipe, out: Path) -> None:
             return  # the run names it and takes the one before
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Write a file all or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -139,35 +142,56 @@ def _set_threads(processes: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _launch(out: Path, processes: int) -> None:
-    """Start worker processes under torchrun's elastic agent and wait for them."""
+def launch_workers(
+    out: Path,
+    processes: int,
+    nodes: int = 1,
+    head: str = "127.0.0.1:0",
+    name: str = "local",
+    address: str = "127.0.0.1",
+    signals: str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+) -> None:
+    """Start this node's worker processes under torchrun's elastic agent and wait for them.
+
+    `head` is where the agents of all `nodes` meet, `name` the same on each, `address` this node's own;
+    at `signals` the agent ends its processes, for others the caller has handlers.
+    Raises RunError with the first failure of this node.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it reports every failure; we do, once
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=nodes,
+        max_nodes=nodes,
         nproc_per_node=processes,
-        run_id=f"treering-{os.getpid()}",
+        run_id=f"treering-{name}",
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        rdzv_endpoint=head,
+        rdzv_configs={"timeout": RENDEZVOUS_SECONDS} | ({"is_host": _is_here(head, address)} if nodes > 1 else {}),
+        local_addr=address,
         max_restarts=0,
         shutdown_timeout=SHUTDOWN_SECONDS,
+        signals_to_handle=signals,
     )
     os.environ[LAUNCHER] = str(os.getpid())
     try:
         elastic_launch(config, sys.executable)("-P", "-m", "treering.launch.worker", str(out))
     except ChildFailedError as error:
-        raise _first_failure(error) from None
+        raise _first_failure(error, out) from None
     except SignalException as error:
-        name = signal.Signals(error.sigval).name
-        raise RunError(f"stopped by {name}; the same command continues from the last commit", STOPPED) from None
+        signal_name = signal.Signals(error.sigval).name
+        message = f"stopped by {signal_name}; the same command continues from the last commit"
+        raise RunError(message, STOPPED) from None
 
 
-def _first_failure(error: Any) -> RunError:
+def _is_here(head: str, address: str) -> bool:
+    """Whether the meeting place `head` is on the node that calls itself `address`; names may be short or full."""
+    return head.rpartition(":")[0].partition(".")[0] == address.partition(".")[0]
+
+
+def _first_failure(error: Any, out: Path) -> RunError:
     """What the first process to fail left in its error file, or how it died.
 
     The agent ends the others by SIGTERM and counts them as failed in the same second, so time alone does not tell: what
@@ -177,9 +201,12 @@ def _first_failure(error: Any) -> RunError:
     for rank, failure in error.failures.items():
         said = failure.error_file_data.get("message")
         if isinstance(said, dict) and "time" in said:
-            failures.append((0, said["time"], RunError(said["message"], said["code"])))
+            failures.append((0, said["time"], RunError(said["message"], said["code"], said.get("kind", ""))))
             continue
         died = f"process {rank} ended with exit code {failure.exitcode} and did not say why"
+        if failure.exitcode == HUNG:
+            said = next(iter(read_rows(out / "hangs.jsonl")[-1:]), {}).get("message", "")
+            died = f"process {rank} waited in vain: {said}; stacks in {out / 'stacks'}"
         if failure.exitcode < 0:
             died = f"process {rank} was killed by {failure.signal_name()}"
         if failure.exitcode == -signal.SIGKILL:

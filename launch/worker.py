@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from . import BEGUN
 from .errors import RecipeError, RunError, user_message
+from .lives import STOPPED as STOPPED
+from .lives import last_end
 from .recipes import read_recipe
 
 if TYPE_CHECKING:
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from ..training.loop import Summary
 
 _PR_SET_PDEATHSIG = 1
-STOPPED = 130
-"""exit code of a run that was asked to stop, as a shell gives it for Ctrl-C"""
 LAUNCHER = "TREERING_LAUNCHER"
 """environment variable that tells a worker the process id of the launcher it belongs to"""
 
@@ -41,7 +41,7 @@ def work(out: Path) -> None:
     recipe = read_recipe(str(out / "recipe.yaml")).recipe
     from ..training.loop import train
 
-    summary = train(recipe, out, imports=time.monotonic() - BEGUN)
+    summary = train(recipe, out, imports=time.monotonic() - BEGUN, before=last_end(out))
     if not summary.finished:
         raise RunError(f"stopped and committed to {summary.commit}; the same command continues from there", STOPPED)
     if os.environ.get("RANK", "0") == "0":
@@ -87,6 +87,7 @@ def main() -> None:
         if len(sys.argv) != 2:
             raise RecipeError("usage: python -m treering.launch.worker DIR, where DIR holds a recipe.yaml")
         _die_with_launcher()
+        _own_log(Path(sys.argv[1]))
         work(Path(sys.argv[1]))
     except RunError as stop:
         _report(str(stop), stop.code)
@@ -96,7 +97,7 @@ def main() -> None:
     except Exception as error:
         message = user_message(error)
         code = 1 if message is None else 2
-        _report(message or traceback.format_exc(), code)
+        _report(message or traceback.format_exc(), code, type(error).__name__)
         sys.exit(code)
 
 
@@ -112,15 +113,25 @@ def _die_with_launcher() -> None:
             sys.exit(1)
 
 
-def _report(message: str, code: int) -> None:
-    """Leave `message` for the launcher (torchrun's error file format, and two fields of ours), or print it."""
+def _own_log(out: Path) -> None:
+    """Under a job, processes but the first write into a file of their own, `DIR/logs/rank-N.log`, life after life."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank and (out / "job").is_dir():
+        (out / "logs").mkdir(exist_ok=True)
+        with (out / "logs" / f"rank-{rank:05d}.log").open("ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+
+
+def _report(message: str, code: int, kind: str = "") -> None:
+    """Leave `message` for the launcher (torchrun's error file format, and three fields of ours), or print it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         print(message, file=sys.stderr)
         return
     now = time.time()
     extra = {"py_callstack": message, "timestamp": str(int(now))}
-    content = {"message": {"message": message, "code": code, "time": now, "extraInfo": extra}}
+    content = {"message": {"message": message, "code": code, "kind": kind, "time": now, "extraInfo": extra}}
     Path(file).write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -110,6 +110,10 @@ class Commit:
         """Where it lies."""
         return f"{self.store.url}/{self.name}"
 
+    def written(self) -> float | None:
+        """Unix time at which it was sealed, if the store tells."""
+        return self.store.modified(f"{self.name}/COMMIT")
+
     def tensors(self, kind: str | None = None, layout: Layout | None = None) -> dict[str, Tensor]:
         """All tensors by `kind/name`, or those of one kind; of each what `layout` names, flat, or the whole.
 

@@ -39,6 +39,7 @@ from .signals import StopRequest
 from .stages import faded, rewarmed
 from .state import Event, RunState, TrainingError
 from .store import Store
+from .watchdog import Watchdog
 from .world import World
 from .writing import Writing
 
@@ -59,15 +60,20 @@ class Summary:
     seconds: float
 
 
-def train(recipe: Recipe, out: Path, imports: float = 0.0) -> Summary:
+def train(recipe: Recipe, out: Path, imports: float = 0.0, before: str | None = None) -> Summary:
     """Run the recipe in folder `out`, or continue it if its store has a commit. Every process of the run calls this.
 
-    `imports` is the seconds spent before this call, for the start-up record.
+    `imports` is the seconds spent before this call, for the start-up record; `before` says how the life before this one
+    ended, for the lineage.
     Raises DataError, StoreError or TrainingError.
     """
     world = World.join()
     try:
-        with StopRequest() as stop, Run(recipe, out, world, stop, imports) as run:
+        with (
+            StopRequest() as stop,
+            Watchdog(recipe.watchdog, out, world) as watch,
+            Run(recipe, out, world, stop, watch, imports, before) as run,
+        ):
             for stage in range(run.state.stage, len(recipe.stages)):
                 run.enter(stage)
                 for batch in run.batches():
@@ -98,10 +104,19 @@ class Run:
 
     engine: Engine
 
-    def __init__(self, recipe: Recipe, out: Path, world: World, stop: StopRequest, imports: float) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        world: World,
+        stop: StopRequest,
+        watch: Watchdog,
+        imports: float,
+        before: str | None,
+    ) -> None:
         recipe.check_world(world.size)
         recipe.check_tokenizer()
-        self.recipe, self.out, self.world, self.stop = recipe, out, world, stop
+        self.recipe, self.out, self.world, self.stop, self.watch = recipe, out, world, stop, watch
         self.specs = recipe.specs()
         self.ends = list(accumulate(stage.steps(recipe.data.batch) for stage in recipe.stages))
         self.commits = Commits(Store(recipe.checkpoint.to or str(out / "commits")))
@@ -122,7 +137,7 @@ class Run:
         """the step of the latest evaluation"""
         self.profile = Profile(out if recipe.log.profile else None, world.rank, world.device)
         self._begun = time.monotonic()
-        self._start(imports)
+        self._start(imports, before)
         self._commit_time = self._log_time = time.monotonic()
         self._log_step, self._log_flops = self.state.step, self.state.flops
         self._log_skipped = self.state.skipped
@@ -141,7 +156,7 @@ class Run:
 
     # Starting
 
-    def _start(self, imports: float) -> None:
+    def _start(self, imports: float, before: str | None) -> None:
         """Take up the newest commit, or initialise; claim the place; say so."""
         clock = [time.monotonic()]
         names = self.world.objects(self.commits.names() if self.world.is_first else [])[0]
@@ -161,6 +176,8 @@ class Run:
         hosts = self.world.hosts()
         event = "resume" if found else "start"
         detail = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
+        if before:
+            detail["before"] = before
         self._remember(event, {**detail, "changes": self._changes} if self._changes else detail, life=life)
         seconds = {
             "imports": imports,
@@ -210,6 +227,7 @@ class Run:
         if stage == self.state.stage:
             return
         if self.specs[stage] != self.engine.model.spec:
+            self.watch.at("grow", self.state.step)
             with contextlib.closing(self.loader.batches(self.state.step)) as batches:
                 probe = replace(self._inputs(next(batches)), patches=None)
             recipe, how = self.recipe, self.recipe.stages[stage]
@@ -229,6 +247,7 @@ class Run:
             return
         with contextlib.closing(self.loader.batches(self.state.step)) as batches:
             while self.state.step < end:
+                self.watch.at("data", self.state.step)
                 begun = time.monotonic()
                 batch = next(batches)
                 self._waited += time.monotonic() - begun
@@ -248,6 +267,7 @@ class Run:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
         stages, place = self.recipe.stages, (state.stage, state.samples, size)
+        self.watch.at("step", state.step)
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
         self.lr *= rewarmed(stages, *place)
         advance(self.engine.objectives, self.recipe.objectives, state.samples / self.recipe.total_samples)
@@ -337,6 +357,7 @@ class Run:
             self._evaluate()
 
     def _evaluate(self) -> None:
+        self.watch.at("evaluate", self.state.step)
         begun = time.monotonic()
         recipe = self.recipe
         data = recipe.data
@@ -368,6 +389,7 @@ class Run:
 
     def _commit(self, reason: str) -> None:
         """Take a snapshot and begin to upload it; only interval commits are not waited for."""
+        self.watch.at("commit", self.state.step)
         begun, checkpoint = time.monotonic(), self.recipe.checkpoint
         if self._writing:  # at most one is under way
             self._lead(self._writing, wait=True)
@@ -439,7 +461,9 @@ class Run:
 
     def summary(self, finished: bool) -> Summary:
         """What the run has come to, with its report written."""
+        self.watch.at("end", self.state.step)
         report = self.display.report()
+        self.world.barrier()  # a launcher ends what is left when the first process ends: not before all is written
         return Summary(
             finished, self.scores, self.chance, self.last_commit, report, self.out / "tensorboard", self._seconds()
         )

@@ -24,6 +24,7 @@ from .objectives.registry import check_needs
 from .optimizer import OptimizerConfig
 from .schedule import ScheduleConfig
 from .stages import StageConfig
+from .watchdog import WatchdogConfig
 
 
 class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -51,6 +52,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:

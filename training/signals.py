@@ -11,7 +11,8 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether one of the STOP signals has come. A second one acts as if this were not here."""
+    """Whether one of the STOP signals has come. A second Ctrl-C acts as if this were not here; of the others, which
+    schedulers send to every process two or three times, any number may come."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -30,7 +31,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        if number == signal.SIGINT:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -110,6 +110,18 @@ class Store:
         # Servers may list an emptied folder as an object of its own: only files with a name count.
         return {p[start:]: info["size"] for p, info in found.items() if info["type"] == "file" and len(p) > start}
 
+    def modified(self, name: str) -> float | None:
+        """Unix time at which an object was written, if the store tells."""
+        try:
+            moment = self._fs.modified(self._path(name))
+        except FileNotFoundError:
+            raise
+        except NotImplementedError:
+            return None
+        except Exception as error:
+            raise self._explained(error, f"looking at {name}") from error
+        return float(moment.timestamp())
+
     def delete(self, names: Iterable[str]) -> None:
         """Remove objects; one that is already gone is no error."""
         for name in names:

@@ -17,7 +17,7 @@ import emoji
 import numpy as np
 import pytest
 
-from treering.data import Source, Tokenizer, held_out, open_source
+from treering.data import DataConfig, Loader, Source, Tokenizer, held_out, open_source
 from treering.data.decode import decode_image
 from treering.data.text import clean
 
@@ -163,6 +163,13 @@ def test_pictures_lie_on_white(test: Split) -> None:
 def _open(cache: str, results: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
     os.environ["TREERING_CACHE"] = cache
     results.put(len(open_source("samples://emoji")))
+
+
+def test_local_shards_need_no_cache(train: Split, caplog: pytest.LogCaptureFixture) -> None:
+    config = DataConfig.model_validate({"train": [{"source": "samples://emoji"}], "batch": 4})
+    (source,) = Loader(config, 16, 16, seed=0).sources
+    assert not source.is_cached
+    assert not caplog.records
 
 
 def test_processes_that_race_to_pack(tmp_path: Path, train: Split) -> None:

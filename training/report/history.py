@@ -13,6 +13,8 @@ from .readable import is_number, number, printable
 from .reading import Line, Run, seconds_of, without_credentials
 
 View = dict[str, Any]
+_HOSTS = 16
+"""names of machines shown at once"""
 
 TIME_KINDS = {
     "startup": "Start-up",
@@ -163,7 +165,8 @@ def device(line: Mapping[str, Any]) -> str | None:
     if world is None:
         return None
     hosts = [printable(h) for h in dict.fromkeys(line.get("hosts") or [])]
-    places = f" on {hosts[0]}" if len(hosts) == 1 else f" on {len(hosts)} hosts" if hosts else ""
+    names = ", ".join(hosts[:_HOSTS]) + (", ..." if len(hosts) > _HOSTS else "")
+    places = f" on {names}" if len(hosts) == 1 else f" on {len(hosts)} hosts: {names}" if hosts else ""
     kind = printable(line.get("device") or "")
     kind = f" ({kind.upper() if kind in ('cpu', 'cuda') else kind})" if kind else ""
     return f"{world} process{'' if world == 1 else 'es'}{places}{kind}"

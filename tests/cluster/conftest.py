@@ -1,0 +1,178 @@
+"""A real Slurm cluster for the tests, and a run on it that the tests do bad things to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from treering.slurm.cluster import Cluster, lacking
+from treering.tests.s3_server import KEY, SECRET, Server
+
+STEPS = 120
+RECIPE = f"""\
+name: tiny
+data:
+  train: [{{source: samples://emoji}}]
+  batch: 12
+model:
+  embed_dim: 16
+  image: {{width: 16, depth: 1, heads: 2, patch: 24, resolution: 24}}
+  text: {{width: 16, depth: 1, heads: 2, context: 16}}
+objectives: {{contrastive: {{weight: 1.0}}}}
+stages: [{{samples: {12 * STEPS}}}]
+schedule: {{warmup: 120}}
+log: {{every: 1}}
+checkpoint: {{every: 60}}
+eval: {{suites: []}}
+watchdog: {{limit: 12s}}
+"""
+# So that there is time to act: the first process pauses at every line of its log. The product knows nothing of it.
+PACE = """
+import sys, time
+def hook(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("/metrics.jsonl") and arguments[1] == "a":
+        time.sleep(0.1)
+sys.addaudithook(hook)
+"""
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if reason := lacking():
+        pytest.skip(reason)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+class Bench:
+    """The command line in an environment with cluster and store, and a look at a run."""
+
+    def __init__(self, cluster: Cluster, server: Server, folder: Path) -> None:
+        self.cluster, self.server = cluster, server
+        site = folder / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(PACE)
+        paths = [str(site), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        self.environment = cluster.environment | {
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "100",
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ENDPOINT_URL": server.endpoint,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "TREERING_SITE": str(folder / "site.yaml"),
+        }
+        (folder / "site.yaml").write_text("notice: 30\n")
+
+    def treering(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "treering.launch", *words],
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    def submit(self, *words: str) -> str:
+        """Submit and return the job's number."""
+        done = self.treering("submit", *words, "--json")
+        assert done.returncode == 0, done.stderr
+        return str(json.loads(done.stdout)["job"])
+
+    def state(self, job: str) -> str:
+        return self.cluster.run("squeue", "-h", "-a", "-t", "all", "-j", job, "-o", "%T").stdout.strip()
+
+    def nodes(self, job: str) -> list[str]:
+        names = self.cluster.run("squeue", "-h", "-j", job, "-o", "%N").stdout.strip()
+        return self.cluster.run("scontrol", "show", "hostnames", names).stdout.split()
+
+
+@pytest.fixture(scope="session")
+def bench(cluster: Cluster, s3_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(cluster, s3_server, tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(autouse=True)
+def _no_jobs_left(cluster: Cluster) -> Iterator[None]:
+    yield
+    cluster.run("scancel", "-u", "root")
+    until(lambda: not cluster.run("squeue", "-h").stdout, "jobs do not end", 60)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    found = []
+    with contextlib.suppress(OSError):
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
+
+
+def step(run: Path) -> int:
+    return max((row["step"] for row in rows(run) if row["event"] == "step"), default=0)
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows(run) if row["event"] == "step"]
+
+
+def until(done: Callable[[], object], otherwise: str | Callable[[], str], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > end:
+            pytest.fail(otherwise if isinstance(otherwise, str) else otherwise())
+        time.sleep(0.2)
+
+
+def log(run: Path) -> str:
+    parts = [path.read_text(errors="replace") for path in (run / "job.log", *run.glob("logs/*.log")) if path.exists()]
+    return "\n---\n".join(parts)[-6000:]
+
+
+def workers(run: Path) -> dict[int, int]:
+    """Processes of a run by rank, as the machine numbers them."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"treering.launch.worker\0" + os.fsencode(run) in (process / "cmdline").read_bytes():
+                for variable in (process / "environ").read_bytes().split(b"\0"):
+                    if variable.startswith(b"RANK="):
+                        found[int(variable[5:])] = int(process.name)
+    return found
+
+
+def signal_rank(run: Path, rank: int, number: signal.Signals) -> None:
+    os.kill(workers(run)[rank], number)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(bench: Bench, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
+    """Losses of the run that nothing happened to, with two processes."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = bench.treering("train", str(recipe), "--out", str(out), "--processes", "2")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(out)) == STEPS
+    return losses(out)

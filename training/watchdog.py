@@ -1,0 +1,169 @@
+"""The watchdog: every process says where it is, and a run that goes nowhere ends itself and says which process hangs.
+
+A thread beside the training writes this process's phase and step into `DIR/heartbeats/` every few seconds. A process
+that stays in one phase for too long reads the files of the others, leaves the stacks of its threads in `DIR/stacks/`
+and a line in `DIR/hangs.jsonl`, and exits with a code of its own: whoever started the run starts it again. A stopped
+process cannot do any of that; the others see its heartbeat grow old and name it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import BaseModel, Field, field_validator
+
+from .world import World
+
+HUNG = 75
+"""exit code of a process that gave up waiting"""
+SLOW_FACTOR = 6
+"""how much longer than a step the other phases may take: start, evaluation, commit, growth"""
+_STEP_PHASES = ("data", "step")
+_INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """When a run that makes no progress is ended."""
+
+    limit: str = Field(
+        "10min", description="30s, 10min, 1h: the longest a step may take; evaluations, commits and growth six times it"
+    )
+
+    @field_validator("limit")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        if not _INTERVAL.fullmatch(value):
+            raise ValueError(f"{value!r} is no time; write one such as 30s, 10min or 1h")
+        return value
+
+    @property
+    def seconds(self) -> float:
+        """The limit of a step."""
+        match = _INTERVAL.fullmatch(self.limit)
+        assert match
+        return float(match[1]) * _UNITS[match[2]]
+
+
+class Watchdog:
+    """Watches this process from a thread of its own for as long as the context is open."""
+
+    def __init__(self, config: WatchdogConfig, folder: Path, world: World) -> None:
+        self.folder, self.world, self.limit = folder, world, config.seconds
+        self.pause = min(5.0, self.limit / 10)
+        self._now: tuple[str, int, float] = ("start", 0, time.monotonic())
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        (self.folder / "heartbeats").mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._now = ("end" if error is None else "failed", self._now[1], time.monotonic())
+        self._closed.set()
+        self._thread.join()
+
+    def at(self, phase: str, step: int) -> None:
+        """This process begins a phase (start, data, step, evaluate, commit, grow, end) after `step` steps."""
+        self._now = (phase, step, time.monotonic())
+
+    def _watch(self) -> None:
+        while True:
+            closed = self._closed.wait(self.pause)
+            self._beat()
+            if closed:
+                return
+            phase, step, since = self._now
+            limit = self.limit * (1 if phase in _STEP_PHASES else SLOW_FACTOR)
+            if time.monotonic() - since > limit:
+                self._give_up(phase, step, time.monotonic() - since)
+
+    def _beat(self) -> None:
+        """Write where this process is. A disk that is full for a while is no reason to end a run."""
+        phase, step, since = self._now
+        beat = {
+            "rank": self.world.rank,
+            "world": self.world.size,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "phase": phase,
+            "step": step,
+            "seconds": time.monotonic() - since,
+            "time": time.time(),
+        }
+        path = _path(self.folder, self.world.rank)
+        try:
+            passing = path.with_suffix(".partial")
+            passing.write_text(json.dumps(beat), encoding="utf-8")
+            os.replace(passing, path)
+        except OSError:
+            pass
+
+    def _give_up(self, phase: str, step: int, seconds: float) -> None:
+        """Say all there is to say, give the others the time to do the same, and end."""
+        silent = [beat for beat in read_heartbeats(self.folder) if time.time() - beat["time"] > 4 * self.pause + 1]
+        message = f"no progress for {seconds:.0f} s in phase {phase!r} after step {step}"
+        if silent:
+            message += "; without a heartbeat: " + ", ".join(
+                f"rank {beat['rank']} on {beat['host']} (process {beat['pid']}, last in {beat['phase']!r})"
+                for beat in silent
+            )
+        stacks = self.folder / "stacks" / f"rank-{self.world.rank:05d}.txt"
+        stacks.parent.mkdir(exist_ok=True)
+        with stacks.open("w", encoding="utf-8") as file:
+            file.write(f"{message}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        row = {"time": time.time(), "rank": self.world.rank, "host": socket.gethostname(), "message": message}
+        with (self.folder / "hangs.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        print(f"{message}; stacks in {stacks}", file=sys.stderr, flush=True)
+        time.sleep(2 * self.pause)
+        for beat in silent:
+            _kill_beside(beat)
+        os._exit(HUNG)
+
+
+def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
+    """The last heartbeat of every rank of the newest life of the run in `folder`, in rank order."""
+    beats = []
+    for path in sorted((folder / "heartbeats").glob("rank-*.json")):
+        try:
+            beats.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+    if not beats:
+        return []
+    world = max(beats, key=lambda beat: beat["time"])["world"]
+    return [beat for beat in beats if beat["rank"] < world]
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / "heartbeats" / f"rank-{rank:05d}.json"
+
+
+def _kill_beside(beat: dict[str, Any]) -> None:
+    """End a silent process of this very run and machine, which may be stopped and not end by itself."""
+    if beat["host"] != socket.gethostname() or beat["pid"] == os.getpid():
+        return
+    try:
+        ours, theirs = (Path(f"/proc/{pid}/cmdline").read_bytes() for pid in (os.getpid(), beat["pid"]))
+        if ours == theirs:
+            os.kill(beat["pid"], signal.SIGKILL)
+    except OSError:
+        pass
