@@ -60,6 +60,9 @@ def train(
     processes: Annotated[
         int | None, typer.Option("--processes", metavar="N", help="Processes; left out: one a GPU, or one on the CPU.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace steps 5 to 8 for a browser; the same as log.profile=true.")
+    ] = False,
 ) -> None:
     """Train a recipe on this machine.
 
@@ -72,7 +75,7 @@ def train(
     from .recipes import read_recipe
     from .run import STOPPED, start
 
-    resolved = read_recipe(recipe, overrides or [])
+    resolved = read_recipe(recipe, [*(overrides or []), *(["log.profile=true"] if profile else [])])
     if processes is None:
         import torch
 

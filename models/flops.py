@@ -27,9 +27,12 @@ def _block(spec: TowerSpec, tokens: float, attended: float, memory_tokens: float
     return 2 * (dense + mixing)
 
 
-def forward_flops(spec: ModelSpec, text_tokens: float) -> float:
-    """Operations of one forward pass for one pair whose caption has `text_tokens` tokens on average."""
-    patches = spec.image.grid**2
+def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = None) -> float:
+    """Operations of one forward pass for one pair whose caption has `text_tokens` tokens on average.
+
+    `patches` of the picture are looked at, all if left out.
+    """
+    patches = patches or spec.image.grid**2
     seen = (text_tokens + 1) / 2
     total = spec.image.depth * _block(spec.image, patches, patches)
     total += 2 * patches * 3 * spec.image.patch**2 * spec.image.width
@@ -71,6 +74,6 @@ def parameters(spec: ModelSpec) -> int:
     return total + (blocks(text, spec.caption.depth, image.width) if spec.caption else 0)
 
 
-def training_flops(spec: ModelSpec, text_tokens: float) -> float:
+def training_flops(spec: ModelSpec, text_tokens: float, patches: int | None = None) -> float:
     """Operations of forward and backward for one pair."""
-    return 3 * forward_flops(spec, text_tokens)
+    return 3 * forward_flops(spec, text_tokens, patches)

@@ -22,6 +22,17 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_LOG_SCALE = math.log(100.0)
 
 
+class Extras(NamedTuple):
+    """What a forward pass is asked for beside its usual outputs."""
+
+    tokens: bool = False
+    """the tokens of both towers in the joint space"""
+    parallel_b: Tensor | None = None
+    """bool [b]: captions that the captioner sees masked, to predict all of their tokens at once; None: none"""
+    patches_bk: Tensor | None = None
+    """int64 [b, k]: patches of each picture that are looked at; None: all"""
+
+
 class ModelOutput(NamedTuple):
     """Everything an objective may need of one forward pass."""
 
@@ -35,6 +46,10 @@ class ModelOutput(NamedTuple):
     """[t, d] states of the captioner in the text layout, or None without one"""
     routing: tuple[tuple[Tensor, Tensor], ...] = ()
     """of every mixture of experts: tokens of each expert [e], and its gates summed over the tokens [e]"""
+    image_tokens: Tensor | None = None
+    """[b, p, e] in the joint space, if asked for"""
+    text_tokens: Tensor | None = None
+    """[t, e] in the joint space, if asked for"""
 
 
 class Model(nn.Module):
@@ -56,25 +71,38 @@ class Model(nn.Module):
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
-    def embed_images(self, images: Tensor) -> TowerOutput:
+    def embed_images(self, images: Tensor, patches_bk: Tensor | None = None) -> TowerOutput:
         """Embed uint8 pictures [b, 3, resolution, resolution]; they are normalised here, on the device."""
         pixels = (images.to(self.image_std.dtype) / 255 - self.image_mean) / self.image_std
-        return self.image(pixels, self.shared.image if self.shared else None)
+        return self.image(pixels, patches_bk, self.shared.image if self.shared else None)
 
     def embed_texts(self, tokens_t: Tensor, lengths_b: Tensor) -> TowerOutput:
         """Embed packed captions: int64 [t] ids, int64 [b] lengths."""
-        return self.text(tokens_t, lengths_b, self.shared.text if self.shared else None)
+        return self.text(tokens_t, lengths_b, shared=self.shared.text if self.shared else None)
 
     def scale(self) -> Tensor:
         """The factor on cosine similarities, [1], at most 100."""
         return self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
 
-    def forward(self, images: Tensor, tokens_t: Tensor, lengths_b: Tensor) -> ModelOutput:
+    def forward(self, images: Tensor, tokens_t: Tensor, lengths_b: Tensor, extras: Extras | None = None) -> ModelOutput:
         """Both towers, and the captioner if there is one."""
-        image, text = self.embed_images(images), self.embed_texts(tokens_t, lengths_b)
-        caption = self.captioner(image, text) if self.captioner is not None else None
+        extras = extras or Extras()
+        image = self.embed_images(images, extras.patches_bk)
+        # What reads the tokens, and not the embedding alone, needs all of them.
+        pooled_only = self.captioner is None and self.shared is None and not extras.tokens
+        shared = self.shared.text if self.shared else None
+        text = self.text(tokens_t, lengths_b, pooled_only, shared)
+        caption = None
+        if self.captioner is not None:
+            masked_b = extras.parallel_b
+            read = text if masked_b is None else self.text.masked(text, lengths_b, masked_b, shared)
+            caption = self.captioner(image, read)
         routing = tuple((mlp.counts_e, mlp.gates_e) for mlp in self.modules() if isinstance(mlp, Experts))
-        return ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing)
+        output = ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing)
+        if extras.tokens:
+            tokens_bpe = self.image.projection(image.tokens).unflatten(0, (len(images), -1))
+            output = output._replace(image_tokens=tokens_bpe, text_tokens=self.text.projection(text.tokens))
+        return output
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:

@@ -25,7 +25,7 @@ class TowerOutput(NamedTuple):
     pooled: Tensor
     """[b, e]: one embedding a sample, not normalised."""
     tokens: Tensor
-    """[t, d]: the stream after the final norm."""
+    """[t, d]: the stream after the final norm; [0, d] where only the embedding was asked for."""
     mask: Layout
     """which tokens form a sample"""
 
@@ -43,12 +43,19 @@ class ImageTower(nn.Module):
         self.transformer = Transformer(spec, spec.depth)
         self.projection = nn.Linear(spec.width, embed_dim, bias=False)
 
-    def forward(self, images: Tensor, shared: Shares | None = None) -> TowerOutput:
-        """Embed pictures, float [b, 3, resolution, resolution], already normalised; through `shared` before pooling."""
+    def forward(self, images: Tensor, patches_bk: Tensor | None = None, shared: Shares | None = None) -> TowerOutput:
+        """Embed pictures, float [b, 3, resolution, resolution], already normalised; through `shared` before pooling.
+
+        `patches_bk` are the patches of each that are looked at, all by default (FLIP, Li et al., arXiv 2212.00794).
+        """
         b, g, p = len(images), self.grid, self.patch
         unfolded = images.view(b, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, 3 * p * p)
-        x_bpd = self.patches(unfolded) + self.position_embedding
-        layout = Dense(b, g * g)
+        positions: Tensor = self.position_embedding
+        if patches_bk is not None:
+            unfolded = unfolded.gather(1, patches_bk[..., None].expand(-1, -1, unfolded.shape[2]))
+            positions = positions[patches_bk]
+        x_bpd = self.patches(unfolded) + positions
+        layout = Dense(b, x_bpd.shape[1])
         x_td = self.transformer(x_bpd.flatten(0, 1), layout)
         x_td = shared(x_td, layout) if shared else x_td
         return TowerOutput(self.projection(x_td.unflatten(0, (b, -1)).mean(1)), x_td, layout)
@@ -64,11 +71,37 @@ class TextTower(nn.Module):
         self.transformer = Transformer(spec, spec.depth)
         self.projection = nn.Linear(spec.width, embed_dim, bias=False)
 
-    def forward(self, tokens_t: Tensor, lengths_b: Tensor, shared: Shares | None = None) -> TowerOutput:
-        """Embed captions, packed one after another: int64 [t] ids and int64 [b] lengths with sum t."""
+    def forward(
+        self, tokens_t: Tensor, lengths_b: Tensor, pooled_only: bool = False, shared: Shares | None = None
+    ) -> TowerOutput:
+        """Embed captions, packed one after another: int64 [t] ids and int64 [b] lengths with sum t.
+
+        If only the embedding is asked for, the last block computes only what it is read from; not with `shared`
+        blocks, to which all tokens go.
+        """
+        assert not (pooled_only and shared)
         layout = Packed.of(lengths_b)
         x_td = self.token_embedding(tokens_t) + self.position_embedding[layout.positions_t]
+        last_b = lengths_b.cumsum(0) - 1
+        if pooled_only:
+            x_bd = self.transformer(x_td, layout, rows_b=last_b)
+            return TowerOutput(self.projection(x_bd), x_bd[:0], layout)
         x_td = self.transformer(x_td, layout)
         x_td = shared(x_td, layout) if shared else x_td
-        last_b = lengths_b.cumsum(0) - 1
         return TowerOutput(self.projection(x_td[last_b]), x_td, layout)
+
+    def masked(
+        self, text: TowerOutput, lengths_b: Tensor, masked_b: Tensor, shared: Shares | None = None
+    ) -> TowerOutput:
+        """`text` with the streams of some captions, bool [b], made from masked inputs: positions without tokens.
+
+        They are the same for all captions, so one of the longest serves all of them.
+        """
+        layout = text.mask
+        assert isinstance(layout, Packed)
+        longest = torch.full((1,), layout.longest, device=lengths_b.device)
+        masks = Packed.of(longest)
+        masks_nd = self.transformer(self.position_embedding[: layout.longest], masks)
+        masks_nd = shared(masks_nd, masks) if shared else masks_nd
+        masked_t = torch.repeat_interleave(masked_b, lengths_b)
+        return text._replace(tokens=torch.where(masked_t[:, None], masks_nd[layout.positions_t], text.tokens))

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .spec import TowerSpec
 
@@ -83,13 +84,16 @@ class Packed:
         return self.slots_t % self.longest
 
     def grid(self, x_thc: Tensor) -> Tensor:
-        """[t, h, c] -> [b, h, n, c] with zeros in the padding."""
+        """[t, h, c] -> [b, h, n, c] with zeros in the padding; without copying if there is none."""
+        if len(x_thc) == self.samples * self.longest:
+            return x_thc.unflatten(0, (self.samples, self.longest)).transpose(1, 2)
         empty = x_thc.new_zeros(self.samples * self.longest, *x_thc.shape[1:])
         return empty.index_copy(0, self.slots_t, x_thc).unflatten(0, (self.samples, self.longest)).transpose(1, 2)
 
     def flat(self, x_bhnc: Tensor) -> Tensor:
         """[b, h, n, c] -> [t, h, c]."""
-        return x_bhnc.transpose(1, 2).flatten(0, 1).index_select(0, self.slots_t)
+        x_thc = x_bhnc.transpose(1, 2).flatten(0, 1)
+        return x_thc if len(x_thc) == len(self.slots_t) else x_thc.index_select(0, self.slots_t)
 
 
 class Attention(nn.Module):
@@ -105,15 +109,35 @@ class Attention(nn.Module):
         self.out = nn.Linear(inner, spec.width)
 
     def forward(
-        self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None
+        self,
+        x_td: Tensor,
+        layout: Layout,
+        memory_td: Tensor | None = None,
+        memory: Layout | None = None,
+        rows_b: Tensor | None = None,
     ) -> Tensor:
-        """Mix the tokens of each sample, [t, d] -> [t, d]; `memory` is the other stream, if there is one."""
+        """Mix the tokens of each sample, [t, d] -> [t, d]; `memory` is the other stream, if there is one.
+
+        With `rows_b`, a token of each sample of a packed stream of its own, only these look, [t, d] -> [b, d].
+        """
+        if rows_b is not None:
+            assert isinstance(layout, Packed)
+            return self._rows(x_td, layout, rows_b)
         source_td, source = (x_td, layout) if memory_td is None or memory is None else (memory_td, memory)
         q = layout.grid(self.query(x_td).unflatten(-1, (self.heads, -1)))
         k = source.grid(self.key(source_td).unflatten(-1, (self.heads, -1)))
         v = source.grid(self.value(source_td).unflatten(-1, (self.heads, -1)))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=layout.causal and source is layout)
         return self.out(layout.flat(mixed).flatten(1))
+
+    def _rows(self, x_td: Tensor, layout: Packed, rows_b: Tensor) -> Tensor:
+        """What the tokens `rows_b` take from themselves and those before them."""
+        q_bh1c = self.query(x_td[rows_b]).unflatten(-1, (self.heads, 1, -1))
+        k, v = (layout.grid(project(x_td).unflatten(-1, (self.heads, -1))) for project in (self.key, self.value))
+        places_n = torch.arange(layout.longest, device=rows_b.device)
+        seen_bn = places_n <= layout.positions_t[rows_b, None]
+        mixed_bh1c = F.scaled_dot_product_attention(q_bh1c, k, v, attn_mask=seen_bn[:, None, None])
+        return self.out(mixed_bh1c.flatten(1))
 
 
 class Mlp(nn.Module):
@@ -179,10 +203,18 @@ class Block(nn.Module):
         self.mlp: Mlp | Experts = Experts(spec) if spec.experts > 1 else Mlp(spec)
 
     def forward(
-        self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None
+        self,
+        x_td: Tensor,
+        layout: Layout,
+        memory_td: Tensor | None = None,
+        memory: Layout | None = None,
+        rows_b: Tensor | None = None,
     ) -> Tensor:
-        """[t, d] -> [t, d]."""
-        x_td = x_td + self.attention(self.attention_norm(x_td), layout)
+        """[t, d] -> [t, d]; or, of a packed stream without another, only the tokens `rows_b`, [b, d]."""
+        normed_td = self.attention_norm(x_td)
+        if rows_b is not None:
+            x_td = x_td[rows_b]
+        x_td = x_td + self.attention(normed_td, layout, rows_b=rows_b)
         if memory_td is not None:
             x_td = x_td + self.cross(self.cross_norm(x_td), layout, memory_td, memory)
         return x_td + self.mlp(self.mlp_norm(x_td))
@@ -195,11 +227,22 @@ class Transformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(spec, memory_width) for _ in range(depth))
         self.norm = nn.LayerNorm(spec.width, spec.norm_eps)
+        self.recompute = False
+        """whether the insides of blocks are made again in the backward pass instead of kept"""
 
     def forward(
-        self, x_td: Tensor, layout: Layout, memory_td: Tensor | None = None, memory: Layout | None = None
+        self,
+        x_td: Tensor,
+        layout: Layout,
+        memory_td: Tensor | None = None,
+        memory: Layout | None = None,
+        rows_b: Tensor | None = None,
     ) -> Tensor:
-        """[t, d] -> [t, d]."""
-        for block in self.blocks:
-            x_td = block(x_td, layout, memory_td, memory)
+        """[t, d] -> [t, d]; with `rows_b` the last block works for these tokens only, and they are returned, [b, d]."""
+        for number, block in enumerate(self.blocks):
+            wanted = rows_b if number == len(self.blocks) - 1 else None
+            if self.recompute and torch.is_grad_enabled():
+                x_td = checkpoint(block, x_td, layout, memory_td, memory, wanted, use_reentrant=False)
+            else:
+                x_td = block(x_td, layout, memory_td, memory, wanted)
         return self.norm(x_td)

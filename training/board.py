@@ -53,6 +53,7 @@ class Board:
         """Write one `step` line of metrics.jsonl; figures that are null are left out."""
         named = {_GROUPS[key]: value for key, value in line.items() if key in _GROUPS}
         named |= {f"loss/{name}": value for name, value in (line.get("losses") or {}).items()}
+        named |= {f"gradient/{name}": value for name, value in (line.get("gradient_norms") or {}).items()}
         named |= {f"data/passes/{printable(name)}": value for name, value in (line.get("passes") or {}).items()}
         self._add(named, line["samples"])
 

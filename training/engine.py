@@ -19,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..models.model import Model, ModelOutput, build, empty, materialise
 from ..models.spec import ModelSpec
-from .objectives.base import Inputs, Objective
+from ..models.transformer import Block, Transformer
+from . import micro
+from .objectives.base import Inputs, Objective, extras_of, gradient_norms, load_states, states
 from .optimizer import Optimizer, OptimizerConfig
 from .shards import Layout
 from .world import World
@@ -35,11 +37,20 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: matrix work in bf16; master weights, losses and sums of gradients stay in fp32"
     )
+    micro_batches: int = Field(
+        1,
+        gt=0,
+        description="pieces in which a process takes its part of a batch through the model: with more than one it "
+        "needs less memory and a second forward pass, and the gradient is the same",
+    )
+    recompute: bool = Field(
+        False, description="make the insides of blocks again in the backward pass instead of keeping them"
+    )
+    compile: bool = Field(False, description="compile each block with torch.compile; the first steps take minutes")
     reshard: bool = Field(
         True,
         description="fsdp: drop a block's gathered weights after its forward pass; false: more memory, less traffic",
     )
-
     zero: Literal[1, 2, 3] | None = Field(
         None,
         description="deepspeed: what is spread. 1: optimizer state, 2: gradients too (left out: 2), 3: weights too",
@@ -68,6 +79,20 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             )
         return self
 
+    @model_validator(mode="after")
+    def _deepspeed_goes_its_own_way(self) -> Self:
+        if self.kind == "deepspeed" and self.micro_batches > 1:
+            raise ValueError(
+                f"engine.micro_batches = {self.micro_batches} cannot be under engine.kind = deepspeed: it takes one "
+                "loss a step, not the gradient at the outputs of each piece; set engine.kind: fsdp, or leave it out"
+            )
+        if self.kind == "deepspeed" and self.compile:
+            raise ValueError(
+                "engine.compile = true cannot be under engine.kind = deepspeed: its hooks inside of blocks break them "
+                "up; set engine.kind: fsdp, or leave it out"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -91,12 +116,22 @@ class Forward(nn.Module):
 
     def forward(self, inputs: Inputs, losses: bool = True) -> dict[str, Tensor] | ModelOutput:
         """This rank's share of each objective; or, without `losses`, the model's output."""
+        extras = extras_of(self.objectives, inputs)
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.autocast):
-            output: ModelOutput = self.model(inputs.images, inputs.tokens, inputs.lengths)
+            output: ModelOutput = self.model(inputs.images, inputs.tokens, inputs.lengths, extras)
         if not losses:
             return output
         table = self.model.text.token_embedding.weight
         return {o.name: o.share(output, inputs, table, self.world) for o in self.objectives}
+
+
+def prepare(model: Model, config: EngineConfig) -> None:
+    """Switch a model's blocks to how the config wants them run; names and weights stay."""
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.recompute = config.recompute
+        if isinstance(module, Block) and config.compile:
+            module.compile(dynamic=True)
 
 
 class Engine:
@@ -118,11 +153,13 @@ class Engine:
     ) -> None:
         self.world = world
         self.objectives = objectives
+        self.precision, self.micro_batches = config.precision, config.micro_batches
         self._build(spec, config, optimizer, seed)
 
     def _build(self, spec: ModelSpec, config: EngineConfig, optimizer: OptimizerConfig, seed: int) -> None:
         """Make the model, the optimizer and the wrapper of both."""
         self.model = build(spec, seed).to(self.world.device)
+        prepare(self.model, config)
         self.optimizer = Optimizer(self.model.named_parameters(), optimizer)
         forward = Forward(self.model, self.objectives, self.world, config.precision)
         self._forward: nn.Module = (
@@ -137,18 +174,42 @@ class Engine:
 
         A gradient that is not finite leaves weights and moments as they are; `skipped` counts it.
         """
-        shares: dict[str, Tensor] = self._forward(inputs)
-        loss = torch.stack([o.weight * shares[o.name] for o in self.objectives]).sum()
-        # Shares sum to the global loss, but engines average gradients: undo their division.
-        norm = self._apply(loss * self.world.size, lr, fade)
+        if self.micro_batches > 1:
+            shares = micro.backward(self._output, self.objectives, inputs, self.micro_batches, self.world, self._hold)
+        else:
+            shares = self._forward(inputs)
+            loss = torch.stack([o.weight * shares[o.name] for o in self.objectives]).sum()
+            # Shares sum to the global loss, but engines average gradients: undo their division.
+            self._backward(loss * self.world.size)
+        norm = self._update(lr, fade)
         return StepResult({name: share.detach() for name, share in shares.items()}, norm)
 
-    def _apply(self, loss: Tensor, lr: float, fade: float) -> Tensor:
-        """Backward pass and optimizer step; the norm of the gradient."""
+    def _backward(self, loss: Tensor) -> None:
+        """Add the loss's gradient to that of the step."""
         loss.backward()
+
+    def _update(self, lr: float, fade: float) -> Tensor:
+        """Apply the gradient of the step; its norm."""
         norm = self.optimizer.clip()
         self.optimizer.step(lr, fade)
         return norm
+
+    def _output(self, inputs: Inputs) -> tuple[ModelOutput, Tensor]:
+        """The wrapped model's output and its token table."""
+        return self._forward(inputs, losses=False), self.model.text.token_embedding.weight
+
+    def _hold(self) -> contextlib.AbstractContextManager[object]:
+        """As long as it lasts no gradients are exchanged."""
+        wrapped = self._forward
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
+
+    def gradient_norms(self, inputs: Inputs) -> dict[str, float]:
+        """The norm of each objective's gradient on this batch, unweighted; all ranks call it, and the device is waited
+        for. Only where every process holds the whole model."""
+        kept = states(self.objectives)
+        shares = Forward(self.model, self.objectives, self.world, self.precision)(inputs)
+        load_states(self.objectives, kept)  # looking at a batch is not learning from it
+        return gradient_norms(self.objectives, shares, list(self.model.parameters()), self.world)
 
     @property
     def applied(self) -> int:

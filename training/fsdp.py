@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from ..models.model import MAX_LOG_SCALE, Model, ModelOutput, empty, initialise, materialise
 from ..models.spec import ModelSpec
 from ..models.transformer import Block
-from .engine import Engine, EngineConfig, Forward, assembled
+from .engine import Engine, EngineConfig, Forward, assembled, prepare
 from .objectives.base import Inputs
 from .optimizer import Optimizer, OptimizerConfig
 from .shards import Stretch, gathered, rows
@@ -35,6 +35,7 @@ class FsdpEngine(Engine):
         """Nowhere is there ever a whole model: it gets memory when it is sharded, and values one tensor at a time."""
         world = self.world
         self.model = empty(spec)
+        prepare(self.model, config)
         self._forward = Forward(self.model, self.objectives, world, config.precision)
         mesh = init_device_mesh(world.device.type, (world.size,))
         if config.precision == "bf16":
@@ -64,15 +65,12 @@ class FsdpEngine(Engine):
             assert mine.numel() == self.layout[name].length, f"{name} is not sharded by rows"
             mine.copy_(self.layout[name].cut(whole).view(mine.shape))
 
-    def _apply(self, loss: Tensor, lr: float, fade: float) -> Tensor:
-        loss.backward()
+    def _update(self, lr: float, fade: float) -> Tensor:
         for name, parameter in self.model.named_parameters():
             assert parameter.grad is not None, f"{name} has no gradient"
             self.optimizer.parameters[name].grad = _local(parameter.grad)
             parameter.grad = None
-        norm = self.optimizer.clip()
-        self.optimizer.step(lr, fade)
-        return norm
+        return super()._update(lr, fade)
 
     @torch.no_grad()
     def output(self, inputs: Inputs) -> ModelOutput:

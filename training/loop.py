@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from ..models.spec import ModelSpec
 from .commits import Commit, Commits
 from .device import describe, peak_flops, peak_memory
 from .display import Display
+from .draws import kept
 from .engine import Engine, StepResult, build_engine
 from .evaluate.suites import evaluate
 from .growing import grow
-from .objectives.base import Inputs
-from .objectives.registry import build_objectives
+from .objectives.base import Inputs, load_states, states
+from .objectives.registry import advance, build_objectives
+from .profiling import Profile
 from .recipe import Recipe
 from .resume import check_same_run, newest_intact
 from .shards import Layout
@@ -133,6 +135,7 @@ class Run:
         self._changes: list[str] = []
         self._scored = -1
         """the step of the latest evaluation"""
+        self.profile = Profile(out if recipe.log.profile else None, world.rank, world.device)
         self._begun = time.monotonic()
         self._start(imports, before)
         self._commit_time = self._log_time = time.monotonic()
@@ -144,6 +147,7 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.profile.close()
         self.display.close()
         if self._writing:
             self._writing.writing.give_up()
@@ -163,6 +167,7 @@ class Run:
             commit, tensors = found
             self.state = commit.manifest.state
             self.engine.load_logical_state(tensors, self.state.applied, self.state.skipped, self.state.multipliers)
+            load_states(self.engine.objectives, self.state.objectives)
             self.last_commit = commit.url
         else:
             self.engine = self._build(self.specs[0])
@@ -197,9 +202,8 @@ class Run:
 
     def _build(self, spec: ModelSpec) -> Engine:
         recipe = self.recipe
-        return build_engine(
-            spec, build_objectives(recipe.objectives, spec), recipe.engine, recipe.optimizer, self.world, recipe.seed
-        )
+        objectives = build_objectives(recipe.objectives, spec, recipe.seed)
+        return build_engine(spec, objectives, recipe.engine, recipe.optimizer, self.world, recipe.seed)
 
     def _loader(self) -> Loader:
         """The stream at the model's resolution and context; it knows which samples are bad already."""
@@ -225,10 +229,12 @@ class Run:
         if self.specs[stage] != self.engine.model.spec:
             self.watch.at("grow", self.state.step)
             with contextlib.closing(self.loader.batches(self.state.step)) as batches:
-                probe = self._inputs(next(batches))
+                probe = replace(self._inputs(next(batches)), patches=None)
             recipe, how = self.recipe, self.recipe.stages[stage]
             fade = faded(recipe.stages, self.state.stage, self.state.samples, recipe.data.batch)
+            learned = states(self.engine.objectives)
             self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe, recipe.seed, how, fade)
+            load_states(self.engine.objectives, learned)
             self._remember("grow", growth.json())
             self.loader = self._loader()
             self.display.event("grow", self.state, **growth.json())
@@ -248,9 +254,14 @@ class Run:
                 yield batch
 
     def _inputs(self, batch: Batch) -> Inputs:
-        device = self.world.device
-        tensors = (batch.images, batch.tokens, batch.lengths, batch.caption_ids, batch.image_ids)
-        return Inputs(*(t.to(device, non_blocking=True) for t in tensors))
+        device, pairs = self.world.device, len(batch.lengths)
+        numbers = torch.arange(pairs) + (self.state.samples + self.world.rank * pairs)
+        tensors = (batch.images, batch.tokens, batch.lengths, batch.caption_ids, batch.image_ids, numbers)
+        inputs = Inputs(*(t.to(device, non_blocking=True) for t in tensors))
+        share, of = self.recipe.stages[self.state.stage].patches, self.engine.model.spec.image.grid**2
+        if share < 1:
+            inputs = replace(inputs, patches=kept(self.recipe.seed, "image/patches", numbers.to(device), of, share))
+        return inputs
 
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
@@ -259,8 +270,12 @@ class Run:
         self.watch.at("step", state.step)
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
         self.lr *= rewarmed(stages, *place)
-        self.result: StepResult = self.engine.step(self._inputs(batch), self.lr, faded(stages, *place))
-        work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths))
+        advance(self.engine.objectives, self.recipe.objectives, state.samples / self.recipe.total_samples)
+        self.inputs = self._inputs(batch)
+        self.result: StepResult = self.engine.step(self.inputs, self.lr, faded(stages, *place))
+        self.profile.step()
+        patches = None if self.inputs.patches is None else self.inputs.patches.shape[1]
+        work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths), patches)
         self.state = state.model_copy(
             update={"step": state.step + 1, "samples": state.samples + size, "flops": state.flops + work}
         )
@@ -317,6 +332,7 @@ class Run:
             seconds={"data": self._waited, "compute": elapsed - self._waited},
             caption_length=tokens / captions,
             captions_cut=cut / captions,
+            **({"gradient_norms": self.engine.gradient_norms(self.inputs)} if self.recipe.log.gradients else {}),
         )
         self._captions.zero_()
         self._log_time, self._log_step, self._log_flops, self._waited = now, state.step, state.flops, 0.0
@@ -382,6 +398,7 @@ class Run:
                 "applied": self.engine.applied,
                 "skipped": self.engine.skipped,
                 "multipliers": self.engine.multipliers,
+                "objectives": states(self.engine.objectives),
                 "seconds": self._seconds(),
             }
         )

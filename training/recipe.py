@@ -20,6 +20,7 @@ from .commits import CheckpointConfig
 from .engine import EngineConfig
 from .evaluate.config import EvalConfig
 from .objectives.config import ObjectivesConfig
+from .objectives.registry import check_needs
 from .optimizer import OptimizerConfig
 from .schedule import ScheduleConfig
 from .stages import StageConfig
@@ -30,6 +31,8 @@ class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How often a line goes to metrics.jsonl, TensorBoard and the terminal."""
 
     every: int = Field(10, gt=0, description="steps between two log lines")
+    gradients: bool = Field(False, description="also the norm of each objective's gradient; costs a pass for each")
+    profile: bool = Field(False, description="trace steps 5 to 8 into trace-rank-N.json.gz of the run folder")
 
 
 class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -55,10 +58,6 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     def _parts_fit_together(self) -> Self:
         captions = self.specs()[-1].caption is not None  # a stage may add a captioner, none takes it away
         self.mixtures()
-        if self.objectives.caption and not captions:
-            raise ValueError(
-                "objectives.caption needs a captioner; add `caption: {depth: 2}` to model, or drop the objective"
-            )
         if captions and not self.objectives.caption:
             raise ValueError(
                 "model.caption is never trained; add `caption: {weight: 2.0}` to objectives, or drop model.caption"
@@ -73,16 +72,6 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
         return self
 
     @model_validator(mode="after")
-    def _balance_goes_with_experts(self) -> Self:
-        last = self.specs()[-1]
-        if self.objectives.balance and last.image.experts == last.text.experts == 1:
-            raise ValueError(
-                "objectives.balance needs a mixture of experts; set model.image.experts or model.text.experts to 2 or "
-                "more, or drop the objective"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _bias_goes_with_the_sigmoid(self) -> Self:
         sigmoid = self.objectives.contrastive is not None and self.objectives.contrastive.kind == "sigmoid"
         if sigmoid and not self.model.logit_bias:
@@ -94,6 +83,20 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError(
                 "model.logit_bias is never trained, a softmax does not see it; "
                 "set objectives.contrastive.kind: sigmoid, or drop model.logit_bias"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _objectives_have_their_parts(self) -> Self:
+        check_needs(self.objectives, self.specs()[-1])
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_need_the_whole_model(self) -> Self:
+        if self.log.gradients and self.engine.kind != "ddp":
+            raise ValueError(
+                f"log.gradients = true cannot be under engine.kind = {self.engine.kind}: the gradient of one objective "
+                "is taken where every process holds the whole model; set engine.kind: ddp, or leave it out"
             )
         return self
 

@@ -62,6 +62,13 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
         description="weights of the sources from here on, by name, as in {photos: 3, drawings: 1}; those not named "
         "rest; empty: as before",
     )
+    patches: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each picture's patches that is looked at, drawn anew each time (FLIP); end with a stage "
+        "of 1",
+    )
 
     @field_validator("mixture")
     @classmethod

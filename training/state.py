@@ -42,6 +42,8 @@ class RunState(BaseModel, frozen=True, extra="forbid", strict=True):
     """steps whose gradient was not finite"""
     multipliers: dict[str, float] = Field(default_factory=dict)
     """by parameter name, the factor on its learning rate that growth left; 1 where none is given"""
+    objectives: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """by objective name, the state of those that have one"""
     flops: float = 0.0
     """floating-point operations spent on training so far"""
     seconds: float = 0.0

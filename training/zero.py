@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..models.model import MAX_LOG_SCALE, Model, ModelOutput, build
 from ..models.spec import ModelSpec
-from .engine import Engine, EngineConfig, Forward, assembled
+from .engine import Engine, EngineConfig, Forward, assembled, prepare
 from .objectives.base import Inputs
 from .optimizer import Optimizer, OptimizerConfig, pace
 from .shards import gathered
@@ -40,6 +40,7 @@ class ZeroEngine(Engine):
         """Make the model and DeepSpeed's engine around it: the parameter groups it starts with are for good."""
         deepspeed, stage = require(self.world), self._config.zero_stage
         self.model = build(spec, self._seed).to(self.world.device)
+        prepare(self.model, self._config)
         self._multipliers = dict(multipliers)
         self._steps = self._skips = 0
         named = dict(self.model.named_parameters())
@@ -63,9 +64,11 @@ class ZeroEngine(Engine):
             self.close()
             self._initialise(spec, multipliers)
 
-    def _apply(self, loss: Tensor, lr: float, fade: float) -> Tensor:
-        pace(self._adam, lr, fade)
+    def _backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
+
+    def _update(self, lr: float, fade: float) -> Tensor:
+        pace(self._adam, lr, fade)
         self._engine.step()
         overflowed = self._partitions.overflowed
         self._steps, self._skips = self._steps + (not overflowed), self._skips + overflowed

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from treering.training.device import describe
 from treering.training.objectives.pairwise import sigmoid_losses, softmax_losses
+from treering.training.objectives.scores import Relations
 from treering.training.world import World
 
 PAIRS_A_RANK, CHANNELS, SCALE = 512, 512, 14.3
@@ -53,7 +54,7 @@ def ours(world: World) -> Loss:
     """As the contrastive objective calls it, with the ids that exclude duplicates."""
 
     def loss(image_be: Tensor, text_be: Tensor, scale: Tensor, ids_bg: Tensor) -> Tensor:
-        image_losses_b, text_losses_b = softmax_losses(image_be, text_be, scale, ids_bg, world)
+        image_losses_b, text_losses_b = softmax_losses(image_be, text_be, scale, Relations.of(ids_bg), world)
         return (image_losses_b + text_losses_b).sum() / (2 * len(image_be) * world.size)
 
     return loss
@@ -64,7 +65,9 @@ def ours_sigmoid(world: World) -> Loss:
 
     def loss(image_be: Tensor, text_be: Tensor, scale: Tensor, ids_bg: Tensor) -> Tensor:
         bias = torch.full_like(scale, -10.0).requires_grad_()
-        return sigmoid_losses(image_be, text_be, scale, bias, ids_bg, world).sum() / (len(image_be) * world.size)
+        return sigmoid_losses(image_be, text_be, scale, bias, Relations.of(ids_bg), world).sum() / (
+            len(image_be) * world.size
+        )
 
     return loss
 

@@ -183,7 +183,7 @@ def test_a_run_gets_experts_and_balances_them_in_any_world(tmp_path: Path, on_ra
     steps = lines(tmp_path, "step")
     assert "balance" not in steps[2]["losses"]
     assert all(0.9 < row["losses"]["balance"] < 3 for row in steps[3:])
-    with pytest.raises(RecipeError, match=r"objectives.balance needs a mixture of experts"):
+    with pytest.raises(RecipeError, match=r"objectives.balance needs a mixture of experts; set model.image.experts or"):
         recipe("objectives.balance={}")
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from treering.training.objectives import pairwise
+from treering.training.objectives import scores
 from treering.training.objectives.pairwise import sigmoid_losses, softmax_losses
+from treering.training.objectives.scores import Relations
 from treering.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -59,8 +60,8 @@ def tiled(
     kind: str, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids_bg: Tensor, world: World = ALONE
 ) -> tuple[Tensor, ...]:
     if kind == "sigmoid":
-        return (sigmoid_losses(images, texts, scale, bias, ids_bg, world),)
-    return softmax_losses(images, texts, scale, ids_bg, world)
+        return (sigmoid_losses(images, texts, scale, bias, Relations.of(ids_bg), world),)
+    return softmax_losses(images, texts, scale, Relations.of(ids_bg), world)
 
 
 def weights(number: int) -> Tensor:
@@ -91,7 +92,7 @@ def learned(scale: float, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 @contextmanager
 def tiles_of(side: int, itemsize: int = 8) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairwise, "_TILE_BYTES", itemsize * side * side)
+        patch.setattr(scores, "_TILE_BYTES", itemsize * side * side)
         yield
 
 
@@ -226,7 +227,8 @@ def test_saved_bytes_do_not_grow_with_the_world(kind: str, on_ranks: Callable[..
         return saved_bytes(lambda: torch.stack(tiled(kind, *leaves, ids(size), group)).sum())
 
     alone = one_rank(ALONE)
-    assert alone <= 8 * (2 * size * channels + 2 * size + 4 * size + 2)  # features, ids, two sums of two numbers
+    # Features, ids, and of each item its highest score, sum, positives' scores and number.
+    assert alone <= 8 * (2 * size * channels + 2 * size + 8 * size + 2)
     assert on_ranks(2, one_rank) == [alone] * 2
     assert on_ranks(4, one_rank) == [alone] * 4
 
@@ -238,7 +240,7 @@ def test_a_nan_is_seen(on_ranks: Callable[..., list[Any]]) -> None:
         images, texts = pairs(4)
         if group.rank == 1:
             texts[2] = math.nan
-        losses = softmax_losses(images, texts, *learned(14.3)[:1], ids_bg=torch.zeros(4, 0), world=group)
+        losses = softmax_losses(images, texts, *learned(14.3)[:1], Relations.of(torch.zeros(4, 0)), world=group)
         return bool(torch.stack(losses).sum().isnan())
 
     assert on_ranks(2, one_rank) == [True, True]

@@ -22,4 +22,7 @@ class EvalConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         default_factory=dict,
         description="zero-shot prompts by label, as in {animal: ['a photo of a {}']}; left out: the bare class name",
     )
+    writing: Literal["greedy", "beam", "nucleus"] = Field(
+        "greedy", description="how the captions of the report are written; beam: 4 wide, nucleus: draws from 90%"
+    )
     examples: int = Field(12, ge=0, description="pictures shown in the report with their nearest captions")

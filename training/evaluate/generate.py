@@ -1,30 +1,104 @@
-"""Writing captions: greedy decoding with the captioner, all pictures at once."""
+"""Writing captions, all pictures at once: the most likely token again and again, the most likely caption, or draws.
+
+Shape suffixes: b pictures, w beams of a picture, v vocabulary.
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ...models.decoding import Decoder
 from ...models.model import Model
+from ..draws import uniform
+
+Writing = Literal["greedy", "beam", "nucleus"]
+
+
+def write(kind: Writing, model: Model, images: Tensor, start: int, end: int, longest: int) -> list[list[int]]:
+    """Ids of each caption without `start` and `end`, at most `longest` with `start`.
+
+    images: uint8 [b, 3, resolution, resolution].
+    """
+    return {"greedy": greedy, "beam": beam, "nucleus": nucleus}[kind](model, images, start, end, longest)
+
+
+def greedy(model: Model, images: Tensor, start: int, end: int, longest: int) -> list[list[int]]:
+    """The most likely next token again and again."""
+    return nucleus(model, images, start, end, longest, mass=0.0)
 
 
 @torch.no_grad()
-def greedy(model: Model, images: Tensor, start: int, end: int, longest: int) -> list[list[int]]:
-    """The most likely next token again and again: ids of each caption without `start` and `end`.
-
-    images: uint8 [b, 3, resolution, resolution]. Every step runs the whole prefix again; captions are short.
-    """
-    assert model.captioner is not None
-    image = model.embed_images(images)
+def nucleus(
+    model: Model,
+    images: Tensor,
+    start: int,
+    end: int,
+    longest: int,
+    mass: float = 0.9,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Each token drawn from the likeliest ones that together have `mass` (Holtzman et al., arXiv 1904.09751)."""
+    decoder = Decoder(model, model.embed_images(images), longest)
+    draws = uniform(seed, "evaluate/nucleus", torch.arange(len(images), device=images.device), longest)
     written = torch.full((len(images), 1), start, device=images.device)
     done = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     for length in range(1, longest):
-        lengths = torch.full((len(images),), length, device=images.device)
-        text = model.embed_texts(written.flatten(), lengths)
-        states = model.captioner(image, text).unflatten(0, (len(images), length))[:, -1]
-        nearest = (states @ model.text.token_embedding.weight.T).argmax(1)
-        written = torch.cat([written, nearest.masked_fill(done, end)[:, None]], 1)
-        done |= nearest == end
+        logits_bv = decoder.next(written[:, -1])
+        chosen_b = _drawn(logits_bv / temperature, mass, draws[:, length]) if mass else logits_bv.argmax(1)
+        written = torch.cat([written, chosen_b.masked_fill(done, end)[:, None]], 1)
+        done |= chosen_b == end
         if bool(done.all()):
             break
-    return [[t for t in row[1:] if t != end] for row in written.tolist()]
+    return _captions(written, end)
+
+
+def _drawn(logits_bv: Tensor, mass: float, draws_b: Tensor) -> Tensor:
+    """One token of each row's nucleus, where the draw falls on the line of their probabilities."""
+    likely_bv, tokens_bv = logits_bv.softmax(1).double().sort(1, descending=True)
+    before_bv = likely_bv.cumsum(1) - likely_bv
+    kept_bv = likely_bv.masked_fill(before_bv >= mass, 0.0)
+    ends_bv = kept_bv.cumsum(1)
+    place_b1 = torch.searchsorted(ends_bv, (draws_b * ends_bv[:, -1])[:, None], right=True)
+    last_b1 = (kept_bv > 0).sum(1, keepdim=True) - 1
+    return tokens_bv.gather(1, torch.minimum(place_b1, last_b1))[:, 0]
+
+
+@torch.no_grad()
+def beam(
+    model: Model, images: Tensor, start: int, end: int, longest: int, width: int = 4, length_power: float = 1.0
+) -> list[list[int]]:
+    """The best of the `width` captions that stay likeliest at every length, a written end keeping its place among them.
+
+    Best is the log-probability over length^length_power: 0 prefers short captions, 1 compares means.
+    """
+    pictures, device = len(images), images.device
+    decoder = Decoder(model, model.embed_images(images), longest)
+    decoder.select(torch.arange(pictures, device=device).repeat_interleave(width))
+    first_b1 = torch.arange(pictures, device=device)[:, None] * width
+    written = torch.full((pictures * width, 1), start, device=device)
+    scores_bw = torch.full((pictures, width), float("-inf"), device=device)
+    scores_bw[:, 0] = 0.0  # all beams are the same at first: one of them counts
+    lengths, done = torch.zeros(pictures * width, device=device), torch.zeros(pictures * width, device=device).bool()
+    for _ in range(1, longest):
+        likely_v = decoder.next(written[:, -1]).float().log_softmax(1)
+        likely_v[done] = float("-inf")
+        likely_v[done, end] = 0.0  # an ended caption goes on as itself
+        vocabulary = likely_v.shape[1]
+        all_bv = (scores_bw[..., None] + likely_v.view(pictures, width, -1)).flatten(1)
+        scores_bw, places_bw = all_bv.topk(width, 1)
+        rows, tokens = (first_b1 + places_bw // vocabulary).flatten(), (places_bw % vocabulary).flatten()
+        decoder.select(rows)
+        written = torch.cat([written[rows], tokens[:, None]], 1)
+        lengths, done = lengths[rows] + ~done[rows], done[rows] | (tokens == end)
+        if bool(done.all()):
+            break
+    best_b = (scores_bw / lengths.view(pictures, width).clamp(min=1) ** length_power).argmax(1)
+    return _captions(written[first_b1[:, 0] + best_b], end)
+
+
+def _captions(written: Tensor, end: int) -> list[list[int]]:
+    return [[token for token in row[1:] if token != end] for row in written.tolist()]

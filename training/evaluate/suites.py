@@ -21,7 +21,7 @@ from ..world import World
 from . import retrieval, zero_shot
 from .config import EvalConfig
 from .embed import Embedded, embed, embed_captions
-from .generate import greedy
+from .generate import write
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def evaluate(
     if "zero_shot" in config.suites:
         _zero_shot(model, config, samples, data, world, found)
     if config.examples and world.is_first:
-        found.examples.update(_examples(model, config.examples, samples, data, world))
+        found.examples.update(_examples(model, config, samples, data, world))
     return found
 
 
@@ -97,9 +97,10 @@ def _zero_shot(
 
 
 def _examples(
-    model: Model, count: int, samples: EvaluationSet, data: Embedded, world: World
+    model: Model, config: EvalConfig, samples: EvaluationSet, data: Embedded, world: World
 ) -> dict[str, list[dict[str, Any]]]:
     """Pictures spread evenly over the set, with their nearest captions and what the captioner writes."""
+    count = config.examples
     chosen = list(range(0, len(data.numbers), max(1, len(data.numbers) // count)))[:count]
     pictures = [s for index in chosen if isinstance(s := samples.sample(data.numbers[index]), Sample)]
     shown: dict[str, list[dict[str, Any]]] = {"retrieval": [], "captions": []}
@@ -115,7 +116,8 @@ def _examples(
     if model.captioner is not None:
         tokenizer = samples.tokenizer
         pixels = torch.stack([torch.from_numpy(s.image) for s in pictures]).permute(0, 3, 1, 2).to(world.device)
-        written = greedy(model, pixels, tokenizer.START, tokenizer.END, min(model.spec.text.context, 40))
+        longest = min(model.spec.text.context, 40)
+        written = write(config.writing, model, pixels, tokenizer.START, tokenizer.END, longest)
         for sample, ids in zip(pictures, written, strict=True):
             row = {"key": sample.key, "image": _data_url(sample.image), "true": list(sample.captions)}
             shown["captions"].append(row | {"generated": tokenizer.decode(ids)})

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from ...models.model import ModelOutput
 from ..world import World
-from .base import Inputs
+from .base import Inputs, Objective
 
 
-@dataclass(frozen=True)
-class Balance:
+@dataclass
+class Balance(Objective):
     """L = mean over mixtures of E * sum_e f_e p_e; 1 if all experts get the same.
 
     f_e is the share of the global batch's choices that fell on expert e, p_e the mean of its gate, which alone has a
     gradient.
     """
 
-    weight: float
-    name: str = "balance"
+    name = "balance"
+    needs = frozenset({"routing"})
 
     def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """This rank's tokens against the choices of all ranks."""
@@ -34,3 +34,8 @@ class Balance:
             tokens = world.sum(gates_e.detach().float().sum())  # a token's gates sum to one
             total = total + len(choices_e) * torch.dot(choices_e / choices_e.sum(), gates_e.float()) / tokens
         return total / max(1, len(output.routing))
+
+    @torch.no_grad()
+    def values(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        """The term, for every sample: it is one of the batch."""
+        return world.sum(self.share(output, inputs, table, world)).expand(len(inputs.lengths))

@@ -1,14 +1,21 @@
-"""What an objective is, and what it sees."""
+"""What an objective is, and what it sees. How to write one: docs/objectives.md."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from ...models.model import ModelOutput
+from ...models.model import Extras, ModelOutput
 from ..world import World
+
+Need = Literal["embeddings", "tokens", "caption", "bias", "routing"]
+"""A part of `ModelOutput`: image and text `.pooled`, image and text tokens of the joint space, the captioner's states,
+the learned bias, the routing of mixtures of experts. The temperature and the token table are always there."""
 
 
 @dataclass(frozen=True)
@@ -25,21 +32,103 @@ class Inputs:
     """int64 [b]: equal for equal captions"""
     image_ids: Tensor
     """int64 [b]: equal for equal pictures"""
+    numbers: Tensor | None = None
+    """int64 [b]: place of each sample in the run, what `draws` draws by; None where nothing is drawn"""
+    patches: Tensor | None = None
+    """int64 [b, k]: patches of each picture that are looked at; None: all"""
 
 
-class Objective(Protocol):
+@dataclass
+class Objective(ABC):
     """A named term of the loss."""
 
-    @property
-    def name(self) -> str:
-        """Its key in the recipe and the logs."""
-        ...
+    name: ClassVar[str]
+    """its key in the recipe and the logs"""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """what it reads of a forward pass"""
 
-    @property
-    def weight(self) -> float:
-        """The factor of its share in the loss."""
-        ...
+    weight: float
+    """the factor of its share in the loss, at this step"""
 
+    @abstractmethod
     def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
-        """This rank's share of the term's mean over the global batch, a scalar; `table` is the token table [v, d]."""
-        ...
+        """This rank's share of the term's mean over the global batch, a scalar; `table` is the token table [v, d].
+
+        All ranks call it together, once a step, with the whole of their parts of the batch.
+        """
+
+    @abstractmethod
+    def values(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        """The term of each of this rank's samples, [b], without a gradient; their mean over all ranks is the term."""
+
+    def extras(self, inputs: Inputs) -> Extras:
+        """What the forward pass is asked for beside its usual outputs; `needs` are seen to already."""
+        return Extras()
+
+    def state(self) -> dict[str, Any]:
+        """What it has learned or counted, as plain JSON data that is the same on all ranks; commits keep it."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a `state()`."""
+        assert not state, f"{self.name} has no state"
+
+
+def extras_of(objectives: Iterable[Objective], inputs: Inputs) -> Extras:
+    """What all objectives together ask a forward pass for; at most one may mask captions."""
+    asked = [objective.extras(inputs) for objective in objectives]
+    parallel = [extras.parallel_b for extras in asked if extras.parallel_b is not None]
+    assert len(parallel) <= 1
+    return Extras(
+        tokens=any("tokens" in objective.needs for objective in objectives),
+        parallel_b=parallel[0] if parallel else None,
+        patches_bk=inputs.patches,
+    )
+
+
+def scheduled(schedule: Sequence[tuple[float, float]], progress: float) -> float:
+    """The factor on a weight when a share `progress` of the run is done: linear between the points given, 1 without."""
+    if not schedule:
+        return 1.0
+    (start, first), *rest = schedule
+    if progress <= start:
+        return first
+    for end, factor in rest:
+        if progress <= end:
+            return first + (factor - first) * (progress - start) / (end - start)
+        start, first = end, factor
+    return first
+
+
+def states(objectives: Iterable[Objective]) -> dict[str, dict[str, Any]]:
+    """The states of those objectives that have one."""
+    return {objective.name: state for objective in objectives if (state := objective.state())}
+
+
+def load_states(objectives: Iterable[Objective], states: dict[str, dict[str, Any]]) -> None:
+    """The inverse of `states`; objectives that were not there before start afresh."""
+    for objective in objectives:
+        if objective.name in states:
+            objective.load(states[objective.name])
+
+
+def gradient_norms(
+    objectives: Sequence[Objective],
+    shares: dict[str, Tensor],
+    parameters: Sequence[Tensor],
+    world: World,
+) -> dict[str, float]:
+    """The norm of each objective's gradient over the global batch, before weighting; one backward pass each.
+
+    `shares` come from a forward pass of the bare model (not of an engine's wrapper), whose graph is kept. All ranks
+    call it together.
+    """
+    norms = {}
+    for objective in objectives:
+        gradients = torch.autograd.grad(shares[objective.name], parameters, retain_graph=True, allow_unused=True)
+        squares = [
+            world.sum(torch.zeros_like(p) if g is None else g).double().square().sum()
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
+        norms[objective.name] = torch.stack(squares).sum().sqrt().item()
+    return norms

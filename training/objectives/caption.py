@@ -14,31 +14,73 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ...models.model import ModelOutput
+from ...models.model import Extras, ModelOutput
+from ..draws import uniform
 from ..world import World
-from .base import Inputs
+from .base import Inputs, Objective
 
 _CHUNK_LOGITS = 1 << 23
 """logits held at once: 32 MiB in fp32"""
 
 
-@dataclass(frozen=True)
-class Caption:
-    """Next-token cross-entropy of the captioner."""
+@dataclass
+class Caption(Objective):
+    """Next-token cross-entropy of the captioner; of some captions, that of all tokens at once.
 
-    weight: float
-    name: str = "caption"
+    A share `parallel` of the captions is predicted from the picture and masked inputs, in which nothing but positions
+    is to be seen (CapPa, Tschannen et al., arXiv 2306.07915; its decoder also drops the causal mask, here a token sees
+    the masks before it).
+    """
+
+    name = "caption"
+    needs = frozenset({"caption"})
+
+    parallel: float = 0.0
+    seed: int = 0
+
+    def extras(self, inputs: Inputs) -> Extras:
+        """Which captions are masked: by the sample's number in the run, so the same in any world."""
+        if not self.parallel:
+            return Extras()
+        assert inputs.numbers is not None
+        return Extras(parallel_b=uniform(self.seed, "caption/parallel", inputs.numbers)[:, 0] < self.parallel)
 
     def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """This rank's summed token losses over the global number of predicted tokens."""
         assert output.caption is not None
-        # Every token but a caption's last predicts the one after it.
-        predicts_t = torch.ones_like(inputs.tokens, dtype=torch.bool)
-        predicts_t[inputs.lengths.cumsum(0) - 1] = False
-        targets_t = inputs.tokens.roll(-1)[predicts_t]
+        predicts_t, targets_t = _predictions(inputs)
         count = world.sum(predicts_t.sum().float())
         return linear_cross_entropy(output.caption[predicts_t], table, targets_t) / count
+
+    @torch.no_grad()
+    def values(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        """Each caption's summed token losses over the mean number of predicted tokens of a caption."""
+        assert output.caption is not None
+        predicts_t, targets_t = _predictions(inputs)
+        states_td, losses = output.caption[predicts_t].to(table.dtype), []
+        for states_cd, targets_c in zip(states_td.split(_chunk(table)), targets_t.split(_chunk(table)), strict=True):
+            losses.append(F.cross_entropy(states_cd @ table.T, targets_c, reduction="none"))
+        samples = torch.arange(len(inputs.lengths), device=targets_t.device)
+        rows_t = torch.repeat_interleave(samples, inputs.lengths - 1)
+        mean = world.sum(predicts_t.sum().float()) / (len(samples) * world.size)
+        return (
+            torch.zeros(len(samples), dtype=table.dtype, device=table.device).index_add_(0, rows_t, torch.cat(losses))
+            / mean
+        )
+
+
+def _predictions(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """bool [t] and the target of each true one: every token but a caption's last predicts the one after it."""
+    predicts_t = torch.ones_like(inputs.tokens, dtype=torch.bool)
+    predicts_t[inputs.lengths.cumsum(0) - 1] = False
+    return predicts_t, inputs.tokens.roll(-1)[predicts_t]
+
+
+def _chunk(table_vd: Tensor) -> int:
+    """Tokens whose logits are made at once."""
+    return max(1, _CHUNK_LOGITS // len(table_vd))
 
 
 def linear_cross_entropy(states_td: Tensor, table_vd: Tensor, targets_t: Tensor) -> Tensor:
@@ -57,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         states_grad = torch.empty_like(states_td) if wanted else None
         table_grad = torch.zeros_like(table_vd) if wanted else None
         total = states_td.new_zeros(())
-        size = max(1, _CHUNK_LOGITS // len(table_vd))
+        size = _chunk(table_vd)
         for start in range(0, len(states_td), size):
             states_cd, targets_c = states_td[start : start + size], targets_t[start : start + size, None]
             logits_cv = states_cd @ table_vd.T

@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+Point = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0)]], Field(strict=False)]
 
 
-class ContrastiveConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+class ObjectiveConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """What every objective has."""
+
+    weight: float = Field(1.0, ge=0, description="factor of the term in the loss")
+    schedule: tuple[Point, ...] = Field(
+        (),
+        strict=False,
+        description="factors on the weight over the run, as in [[0.8, 0.0], [1.0, 1.0]]: after each share of the run "
+        "a factor, linear in between; empty: 1 throughout",
+    )
+
+    @field_validator("schedule")
+    @classmethod
+    def _forward_in_time(cls, value: tuple[Point, ...]) -> tuple[Point, ...]:
+        for (earlier, _), (later, _) in pairwise(value):
+            if later <= earlier:
+                raise ValueError(f"schedule goes from {earlier} to {later}; list its points in the order of the run")
+        return value
+
+
+class ContrastiveConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
     """Which picture belongs to which caption, over all pairs of the global batch."""
 
-    kind: Literal["softmax", "sigmoid"] = Field(
-        "softmax", description="softmax: InfoNCE both ways; sigmoid: SigLIP, needs model.logit_bias"
+    kind: Literal["softmax", "sigmoid", "filip"] = Field(
+        "softmax",
+        description="softmax: InfoNCE both ways; sigmoid: SigLIP, needs model.logit_bias; filip: InfoNCE of token-wise "
+        "maximum similarity",
     )
-    weight: float = Field(1.0, ge=0)
+    positives: Literal["own", "caption", "picture"] = Field(
+        "own",
+        description="own: a pair's own, and pairs of equal caption or picture are left out; caption, picture: those of "
+        "equal caption or equal picture are positives, too",
+    )
+    softening: float = Field(0.0, ge=0, lt=1, description="share of each target that is spread over all candidates")
 
 
-class CaptionObjectiveConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+class CaptionObjectiveConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
     """Next-token prediction of the caption from the picture (CoCa)."""
 
     weight: float = Field(2.0, ge=0)
+    parallel: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the captions whose tokens are all predicted at once, from the picture and masked inputs "
+        "(CapPa)",
+    )
 
 
-class BalanceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+class BalanceConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
     """Equal work for all experts of a mixture (Switch)."""
 
     weight: float = Field(0.01, ge=0)
@@ -34,6 +71,9 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     contrastive: ContrastiveConfig | None = None
     caption: CaptionObjectiveConfig | None = None
     balance: BalanceConfig | None = None
+    more: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="other registered objectives by name, as in {uniformity: {weight: 0.1}}"
+    )
 
     @model_validator(mode="after")
     def _contrastive_present(self) -> Self:
@@ -42,3 +82,19 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 "objectives has no contrastive term to train the embeddings; add `contrastive: {weight: 1.0}`"
             )
         return self
+
+    @field_validator("more")
+    @classmethod
+    def _registered(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        from .registry import registered  # which needs the classes above
+
+        resolved = {}
+        for name, fields in value.items():
+            if name in cls.model_fields:
+                raise ValueError(f"{name} has a key of its own; write it as objectives.{name}")
+            try:
+                resolved[name] = registered(name).config.model_validate(fields).model_dump(mode="json")
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise ValueError(f"{name}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        return resolved

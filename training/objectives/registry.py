@@ -1,23 +1,112 @@
-"""From a recipe's `objectives:` block to the terms of the loss."""
+"""From a recipe's `objectives:` block to the terms of the loss, and how other packages add theirs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple, TypeVar
+
 from ...models.spec import ModelSpec
 from .balance import Balance
-from .base import Objective
+from .base import Need, Objective, scheduled
 from .caption import Caption
-from .config import ObjectivesConfig
-from .contrastive import Contrastive, SigmoidContrastive
+from .config import BalanceConfig, CaptionObjectiveConfig, ContrastiveConfig, ObjectiveConfig, ObjectivesConfig
+from .contrastive import Contrastive, LateContrastive, SigmoidContrastive
+
+GROUP = "treering.objectives"
+"""The entry points of other packages' objectives: name = module, and importing the module registers."""
+
+Config = TypeVar("Config", bound=ObjectiveConfig)
 
 
-def build_objectives(config: ObjectivesConfig, spec: ModelSpec | None = None) -> list[Objective]:
+class Registered(NamedTuple):
+    """How an objective is configured and made."""
+
+    config: type[ObjectiveConfig]
+    build: Callable[[Any, int], Objective]
+    """(config, seed) -> the objective"""
+
+
+_registry: dict[str, Registered] = {}
+
+
+def register(name: str, config: type[Config]) -> Callable[[Callable[[Config, int], Objective]], Any]:
+    """Decorator of a function (config, seed) -> objective; the recipe then knows `name` under `objectives.more`."""
+
+    def keep(build: Callable[[Config, int], Objective]) -> Callable[[Config, int], Objective]:
+        assert name not in _registry, f"there are two objectives called {name!r}"
+        _registry[name] = Registered(config, build)
+        return build
+
+    return keep
+
+
+def registered(name: str) -> Registered:
+    """The objective called `name`, from this package or another one that is installed. Raises ValueError."""
+    if name not in _registry:
+        for entry in entry_points(group=GROUP, name=name):
+            entry.load()
+    if name not in _registry:
+        raise ValueError(
+            f"there is no objective {name!r}; there are {', '.join(sorted(_registry))}. "
+            f"A package offers its own through the entry point group {GROUP}"
+        )
+    return _registry[name]
+
+
+@register("contrastive", ContrastiveConfig)
+def _contrastive(config: ContrastiveConfig, seed: int) -> Objective:
+    if config.kind == "sigmoid":
+        return SigmoidContrastive(config.weight, config.positives, config.softening)
+    kind = LateContrastive if config.kind == "filip" else Contrastive
+    return kind(config.weight, config.positives, config.softening)
+
+
+@register("caption", CaptionObjectiveConfig)
+def _caption(config: CaptionObjectiveConfig, seed: int) -> Objective:
+    return Caption(config.weight, config.parallel, seed)
+
+
+@register("balance", BalanceConfig)
+def _balance(config: BalanceConfig, seed: int) -> Objective:
+    return Balance(config.weight)
+
+
+def _configs(config: ObjectivesConfig) -> dict[str, ObjectiveConfig]:
+    own = {"contrastive": config.contrastive, "caption": config.caption, "balance": config.balance}
+    more = {name: registered(name).config.model_validate(fields) for name, fields in config.more.items()}
+    return {name: one for name, one in {**own, **more}.items() if one is not None}
+
+
+def build_objectives(config: ObjectivesConfig, spec: ModelSpec | None = None, seed: int = 0) -> list[Objective]:
     """The objectives of a recipe, in a fixed order; with a `spec`, those that a model of it has the parts for."""
-    built: list[Objective] = []
-    if config.contrastive:
-        weight = config.contrastive.weight
-        built.append(SigmoidContrastive(weight) if config.contrastive.kind == "sigmoid" else Contrastive(weight))
-    if config.caption and (spec is None or spec.caption):
-        built.append(Caption(config.caption.weight))
-    if config.balance and (spec is None or max(spec.image.experts, spec.text.experts) > 1):
-        built.append(Balance(config.balance.weight))
-    return built
+    built = [registered(name).build(one, seed) for name, one in _configs(config).items()]
+    return [objective for objective in built if spec is None or not _missing(objective, spec)]
+
+
+def check_needs(config: ObjectivesConfig, spec: ModelSpec) -> None:
+    """Raises ValueError for an objective that a model of `spec` lacks a part for."""
+    parts = {
+        "bias": ("a learned bias", "add `logit_bias: true` to model"),
+        "caption": ("a captioner", "add `caption: {depth: 2}` to model"),
+        "routing": ("a mixture of experts", "set model.image.experts or model.text.experts to 2 or more"),
+    }
+    for objective in build_objectives(config):
+        for need in _missing(objective, spec):
+            part, remedy = parts[need]
+            key = f"{'more.' if objective.name in config.more else ''}{objective.name}"
+            raise ValueError(f"objectives.{key} needs {part}; {remedy}, or drop the objective")
+
+
+def _missing(objective: Objective, spec: ModelSpec) -> list[Need]:
+    mixtures = any(tower.experts > 1 for tower in spec.transformers().values())
+    there = {"caption": spec.caption is not None, "bias": spec.logit_bias, "routing": mixtures}
+    return sorted(need for need in objective.needs if not there.get(need, True))
+
+
+def advance(objectives: list[Objective], config: ObjectivesConfig, progress: float) -> None:
+    """Set the weights for the step at a share `progress` of the run."""
+    configs = _configs(config)
+    for objective in objectives:
+        one = configs[objective.name]
+        objective.weight = one.weight * scheduled(one.schedule, progress)

@@ -1,0 +1,99 @@
+"""Writing token by token: the captioner's next-token logits, with what earlier tokens left behind kept (KV cache).
+
+A new token needs of those before it only their keys and values in each block, and of the picture the keys and values of
+the cross-attention, which never change. So a step costs one token, not the whole prefix, and its logits are those of
+the uncached forward pass.
+
+Shape suffixes: b captions being written, d channels, h heads, c channels of a head, n tokens so far, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .model import Model
+from .towers import TowerOutput
+from .transformer import Attention, Block, Transformer
+
+
+class _Memory:
+    """Keys and values that one attention of one block looks at, [b, h, n, c]."""
+
+    def __init__(self, key_bhnc: Tensor, value_bhnc: Tensor) -> None:
+        self.key_bhnc, self.value_bhnc = key_bhnc, value_bhnc
+
+    def select(self, rows_b: Tensor) -> None:
+        self.key_bhnc, self.value_bhnc = self.key_bhnc[rows_b], self.value_bhnc[rows_b]
+
+
+class Decoder:
+    """Captions being written, one for each picture of `image`, `longest` tokens at most."""
+
+    def __init__(self, model: Model, image: TowerOutput, longest: int) -> None:
+        assert model.captioner is not None
+        self.text, self.shared, self.captioner = model.text, model.shared, model.captioner.transformer
+        self.written = 0
+        rows, device = len(image.pooled), image.pooled.device
+        self._own: dict[Block, _Memory] = {}
+        self._image: dict[Block, _Memory] = {}
+        shared = [] if self.shared is None else self._blocks(self.shared.transformer)
+        for block in (*self._blocks(self.text.transformer), *shared, *self._blocks(self.captioner)):
+            inner = block.attention.key.out_features
+            shape = (rows, block.attention.heads, longest, inner // block.attention.heads)
+            dtype = block.attention.key.weight.dtype
+            self._own[block] = _Memory(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+        for block in self._blocks(self.captioner):
+            key, value = block.cross.key(image.tokens), block.cross.value(image.tokens)
+            split = [image.mask.grid(x.unflatten(-1, (block.cross.heads, -1))) for x in (key, value)]
+            self._image[block] = _Memory(*split)
+
+    def next(self, tokens_b: Tensor) -> Tensor:
+        """Logits [b, v] of the token after `tokens_b`, the newest of each caption."""
+        x_bd = self.text.token_embedding(tokens_b) + self.text.position_embedding[self.written]
+        x_bd = self._through(self.text.transformer, x_bd)
+        if self.shared is not None:
+            mixed_bd = self._through(self.shared.transformer, self.shared.text_in(x_bd))
+            x_bd = x_bd + self.shared.text_gate * self.shared.text_out(mixed_bd)
+        x_bd = self._through(self.captioner, x_bd)
+        self.written += 1
+        return x_bd @ self.text.token_embedding.weight.T
+
+    def _through(self, transformer: Transformer, x_bd: Tensor) -> Tensor:
+        """One token of each caption through all blocks."""
+        for block in self._blocks(transformer):
+            x_bd = self._step(block, x_bd)
+        normed_bd: Tensor = transformer.norm(x_bd)
+        return normed_bd
+
+    def select(self, rows_b: Tensor) -> None:
+        """Go on with these captions, int64 [any number], each as often as it is named."""
+        for memory in (*self._own.values(), *self._image.values()):
+            memory.select(rows_b)
+
+    @staticmethod
+    def _blocks(transformer: Transformer) -> list[Block]:
+        return [block for block in transformer.blocks if isinstance(block, Block)]
+
+    def _step(self, block: Block, x_bd: Tensor) -> Tensor:
+        """One token of each caption through a block."""
+        normed_bd, own = block.attention_norm(x_bd), self._own[block]
+        for store, project in ((own.key_bhnc, block.attention.key), (own.value_bhnc, block.attention.value)):
+            store[:, :, self.written] = project(normed_bd).unflatten(-1, (block.attention.heads, -1))
+        x_bd = x_bd + _attended(block.attention, normed_bd, own, self.written + 1)
+        if block in self._image:
+            image = self._image[block]
+            x_bd = x_bd + _attended(block.cross, block.cross_norm(x_bd), image, image.key_bhnc.shape[2])
+        out_bd: Tensor = x_bd + block.mlp(block.mlp_norm(x_bd))
+        return out_bd
+
+
+def _attended(attention: Attention, x_bd: Tensor, memory: _Memory, tokens: int) -> Tensor:
+    """What a token of each caption takes from the first `tokens` of a memory."""
+    query_bh1c = attention.query(x_bd).unflatten(-1, (attention.heads, 1, -1))
+    mixed_bh1c = F.scaled_dot_product_attention(
+        query_bh1c, memory.key_bhnc[:, :, :tokens], memory.value_bhnc[:, :, :tokens]
+    )
+    out_bd: Tensor = attention.out(mixed_bh1c.flatten(1))
+    return out_bd

@@ -1,0 +1,176 @@
+"""Settings that make a step cheaper: the exact ones equal the plain step, patch dropout is what it says."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from treering.launch.recipes import read_recipe
+from treering.models.flops import training_flops
+from treering.models.model import Extras, Model, build
+from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.transformer import Block
+from treering.training.draws import kept
+from treering.training.engine import EngineConfig, prepare
+from treering.training.loop import train
+
+SPEC = ModelSpec(
+    embed_dim=12,
+    image=ImageSpec(width=16, depth=2, heads=2, patch=4, resolution=16),
+    text=TextSpec(width=16, depth=2, heads=2, head_dim=6, context=9),
+    caption=CaptionSpec(depth=1),
+)
+PLAIN = SPEC.model_copy(update={"caption": None})
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 9, 5, 3, 7])
+    tokens = torch.randint(0, 49408, (int(lengths.sum()),), generator=generator)
+    return torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=generator), tokens, lengths
+
+
+def gradients(model: Model, output: Any) -> dict[str, np.ndarray]:
+    parts = [output.image.pooled, output.text.pooled, *([] if output.caption is None else [output.caption])]
+    sum((part * torch.linspace(-1, 2, part.numel()).view_as(part)).sum() for part in parts).backward()
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_last_block_works_only_where_it_is_read() -> None:
+    """The embedding and every gradient are those of the whole block; with a captioner all tokens are there."""
+    pruned, whole = (build(PLAIN, 3).double() for _ in range(2))
+    rows: list[int] = []
+    pruned.text.transformer.blocks[-1].mlp.register_forward_hook(lambda m, i, o: rows.append(len(o)))
+    short = pruned(*batch())
+    images, tokens, lengths = batch()
+    long = short._replace(image=whole.embed_images(images), text=whole.embed_texts(tokens, lengths))
+    assert rows == [5]
+    assert (len(short.text.tokens), len(long.text.tokens)) == (0, int(lengths.sum()))
+    torch.testing.assert_close(short.text.pooled, long.text.pooled, rtol=1e-12, atol=1e-12)
+    mine, truth = gradients(pruned, short), gradients(whole, long)
+    for name, gradient in truth.items():
+        np.testing.assert_allclose(mine[name], gradient, rtol=1e-9, atol=1e-12, err_msg=name)
+    assert len(build(SPEC, 3)(*batch()).text.tokens) == int(lengths.sum())
+    assert len(build(PLAIN, 3)(*batch(), Extras(tokens=True)).text.tokens) == int(lengths.sum())
+
+
+def test_patches_that_are_left_out_do_not_exist() -> None:
+    """Against a tower that is given only the kept patches, picture by picture; all kept is the plain tower."""
+    model = build(PLAIN, 3).double()
+    images, tokens, lengths = batch()
+    patches = kept(1, "image/patches", torch.arange(5), 16, 0.3)
+    assert patches.shape == (5, 5)
+    pooled = model(images, tokens, lengths, Extras(patches_bk=patches)).image.pooled
+    tower = model.image
+    pixels = (images.double() / 255 - model.image_mean) / model.image_std
+    for i in range(5):
+        unfolded = F.unfold(pixels[i : i + 1], 4, stride=4)[0].T
+        x = tower.patches(unfolded[patches[i]]) + tower.position_embedding[patches[i]]
+        for block in tower.transformer.blocks:
+            h = block.attention_norm(x)
+            q, k, v = (
+                getattr(block.attention, part)(h).view(5, 2, 8).transpose(0, 1) for part in ("query", "key", "value")
+            )
+            mixed = (q @ k.transpose(1, 2) / 8**0.5).softmax(2) @ v
+            x = x + block.attention.out(mixed.transpose(0, 1).reshape(5, 16))
+            x = x + block.mlp(block.mlp_norm(x))
+        truth = tower.projection(tower.transformer.norm(x).mean(0))
+        torch.testing.assert_close(pooled[i], truth, rtol=1e-10, atol=1e-12)
+    everything = kept(1, "image/patches", torch.arange(5), 16, 1.0)
+    assert torch.equal(
+        model(images, tokens, lengths, Extras(patches_bk=everything)).image.pooled, model(*batch()).image.pooled
+    )
+
+
+def test_every_patch_is_kept_as_often() -> None:
+    drawn = kept(0, "image/patches", torch.arange(4000), 16, 0.25)
+    assert drawn.shape == (4000, 4)
+    assert (drawn[:, 1:] > drawn[:, :-1]).all()
+    counts = torch.bincount(drawn.flatten(), minlength=16)
+    assert ((counts - 1000).abs() < 5 * 750**0.5).all()
+    assert torch.equal(kept(0, "image/patches", torch.arange(7, 9), 16, 0.25), drawn[7:9])
+    assert training_flops(PLAIN, 9.0, 4) < 0.6 * training_flops(PLAIN, 9.0)
+
+
+def test_recomputed_blocks_give_the_same_gradient_and_keep_less() -> None:
+    found, kept_bytes = [], []
+    for recompute in (False, True):
+        model = build(SPEC, 3)
+        prepare(model, EngineConfig(recompute=recompute))
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = model(*batch())
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept_bytes.append(sum(size for place, size in sizes.items() if place not in weights))
+        found.append(gradients(model, output))
+    assert all(np.array_equal(gradient, found[1][name]) for name, gradient in found[0].items())
+    assert kept_bytes[1] < 0.5 * kept_bytes[0]
+
+
+def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the tracer of torch.compile; the code generator behind it is torch's affair."""
+    calls: list[dict[str, Any]] = []
+
+    def compile_eagerly(self: Block, **options: Any) -> None:
+        calls.append(options)
+        nn.Module.compile(self, backend="eager", **options)
+
+    monkeypatch.setattr(Block, "compile", compile_eagerly)
+    models = [build(SPEC, 3) for _ in range(2)]
+    prepare(models[1], EngineConfig(compile=True))
+    assert calls == [{"dynamic": True}] * 5
+    found = [gradients(model, model(*batch())) for model in models]
+    for name, gradient in found[0].items():
+        np.testing.assert_allclose(found[1][name], gradient, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FILIP, parallel captions, a schedule, micro-batches, recomputing, half of the patches and then all; a trace."""
+    seen: list[tuple[int, ...] | None] = []
+    embed = Model.embed_images
+
+    def embed_images(self: Model, images: torch.Tensor, patches: torch.Tensor | None = None) -> Any:
+        if len(images) == 2:
+            seen.append(None if patches is None else tuple(patches.shape))
+        return embed(self, images, patches)
+
+    monkeypatch.setattr(Model, "embed_images", embed_images)
+    overrides = [
+        "data.batch=4",
+        "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 24}, "
+        "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+        "objectives={contrastive: {kind: filip, softening: 0.1}, "
+        "caption: {weight: 1.0, parallel: 0.5, schedule: [[0.0, 1.0], [1.0, 0.0]]}}",
+        "stages=[{samples: 20, patches: 0.5}, {samples: 20}]",
+        "engine={micro_batches: 2, recompute: true}",
+        "schedule.warmup=4",
+        "eval={suites: [retrieval], writing: beam, examples: 2}",
+        "log={every: 1, profile: true, gradients: true}",
+    ]
+    summary = train(read_recipe("emoji", overrides).recipe, tmp_path)
+    assert summary.finished
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["event"] == "step"]
+    assert len(steps) == 10
+    for row in steps:
+        weight = 1 - (row["step"] - 1) * 4 / 40
+        assert row["gradient_norms"].keys() == {"contrastive", "caption"}
+        assert all(norm > 0 for norm in row["gradient_norms"].values())
+        assert row["loss"] == pytest.approx(row["losses"]["contrastive"] + weight * row["losses"]["caption"], rel=1e-5)
+    assert seen[:40] == [(2, 2)] * 20 + [None] * 20  # ten steps of two pieces, twice each
+    with gzip.open(tmp_path / "trace-rank-0.json.gz") as file:
+        trace = json.loads(file.read())
+    assert any(event.get("name") == "aten::addmm" for event in trace["traceEvents"])
