@@ -8,6 +8,7 @@ commit, and once to learn how that went.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import time
@@ -178,7 +179,8 @@ class Writing:
             raise error
         if failures:
             if self._world.is_first:
-                self._discard()
+                with contextlib.suppress(StoreError):  # the next life sweeps what is left
+                    self._discard()
             raise StoreError(failures[0])
 
 
