@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator
@@ -80,6 +80,16 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         """The shortest interval in seconds, if any is given."""
         times = [_INTERVAL.fullmatch(i) for i in self.every if isinstance(i, str)]
         return min((float(m[1]) * _UNITS[m[2]] for m in times if m), default=None)
+
+
+class OriginConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Where a new run begins. Once it has a commit of its own, it continues from that."""
+
+    commit: str = Field(description="a commit's URL, or the newest one of a run folder")
+    carry: Literal["weights", "all"] = Field(
+        "weights",
+        description="weights: the first step, with these weights; all: the commit's next step, with its optimizer too",
+    )
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -216,6 +226,10 @@ class Commits:
         for name in reversed(self.names()):
             if _step(name) > step:
                 self._remove(name)
+
+    def newest_until(self, step: int) -> int | None:
+        """The step of the newest complete commit up to this step."""
+        return max((at for name in self.names() if (at := _step(name)) <= step), default=None)
 
     def claim_life(self, who: str) -> int:
         """The number of a new life, one more than any before it, taken by at most one run.
