@@ -48,7 +48,7 @@ MB = 1_000_000
 SHAPE = (1024, 1024)
 INTERVAL = 120.0
 """seconds: the default of checkpoint.every"""
-ROUNDS = 4
+ROUNDS = 6
 SPEC = ModelSpec(
     embed_dim=8,
     image=ImageSpec(width=8, depth=1, heads=1, patch=4, resolution=8),

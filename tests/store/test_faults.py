@@ -8,6 +8,7 @@ the store, whatever n there is: changes are counted in `Store`'s three methods t
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -22,11 +23,14 @@ import s3fs
 import torch
 
 from treering.data import retries
+from treering.data.record import Batch
+from treering.launch.recipes import read_recipe
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.tests.faulty_proxy import FaultyProxy
 from treering.tests.s3_server import Server
-from treering.training import writing
+from treering.training import loop, writing
 from treering.training.commits import CheckpointConfig, Commits
+from treering.training.loop import train
 from treering.training.state import RunState
 from treering.training.store import Store, StoreError
 from treering.training.world import World
@@ -266,3 +270,95 @@ def test_multipart_uploads_left_by_a_kill_are_aborted(s3: str) -> None:
         patch.setattr("treering.training.commits._STALE", timedelta(0))
         write(s3, 4, 2)
     assert {name for name, _ in store.uploads()} == {"notes.txt"}
+
+
+TINY = [
+    "data.batch=4",
+    "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
+    "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+    "stages=[{samples: 40}]",
+    "schedule.warmup=4",
+    "checkpoint.every=8",
+    "eval.suites=[]",
+    "log.every=1",
+]
+
+
+def trained(out: Path, to: str | None, monkeypatch: pytest.MonkeyPatch, at_step: Callable[[int], None]) -> list[float]:
+    """The losses of a small run with its commits at `to`; `at_step` is called before each step."""
+    step = loop.Run.step
+
+    def watched(run: loop.Run, batch: Batch) -> None:
+        at_step(run.state.step)
+        step(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "step", watched)
+        train(read_recipe("emoji", [*TINY, f"checkpoint.to={to}"] if to else TINY).recipe, out)
+    return losses(out)
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["event"] == "step"]
+
+
+def test_training_outlives_its_server(own_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes away for some seconds in the middle of the run, which neither stops nor changes."""
+    torch.set_num_threads(1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    whole = trained(tmp_path / "whole", None, monkeypatch, lambda _: None)
+    reached: list[int] = []
+    back = threading.Timer(2, own_server.start)
+
+    def at_step(step: int) -> None:
+        reached.append(step)
+        if step == 3:
+            own_server.kill()
+            back.start()
+
+    url = f"{own_server.url}/training"
+    assert trained(tmp_path / "run", url, monkeypatch, at_step) == whole
+    back.join()
+    assert reached == list(range(10))
+    assert Commits(Store(url)).names()[-1] == "step-000000000010-life-0001"
+
+
+def test_credentials_that_expire_in_mid_run(
+    s3: str, s3_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence; renewed, the same command continues from the last good commit, to the same end."""
+    torch.set_num_threads(1)
+    whole = trained(tmp_path / "whole", None, monkeypatch, lambda _: None)
+    expired = threading.Event()
+
+    def at_step(step: int) -> None:
+        if step == 5:
+            expired.set()
+
+    with (
+        through(s3_server, lambda _: "400 ExpiredToken" if expired.is_set() else "", monkeypatch),
+        pytest.raises(StoreError, match="the credentials have expired; renew them, then the same command continues"),
+    ):
+        trained(tmp_path / "run", f"{s3}/training", monkeypatch, at_step)
+    steps = [int(name[5:17]) for name in Commits(Store(f"{s3}/training")).names()]
+    assert steps
+    assert max(steps) <= 6
+    trained(tmp_path / "run", f"{s3}/training", monkeypatch, lambda _: None)
+    assert losses(tmp_path / "run") == whole
+
+
+def test_two_runs_in_one_place(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other starts while the first is at step 5: the first is refused at its next commit and has lost nothing."""
+    torch.set_num_threads(1)
+
+    def at_step(step: int) -> None:
+        if step == 5:
+            Commits(Store(f"{s3}/training")).claim_life("CPU x 2")
+
+    with pytest.raises(StoreError, match=r"another run \('CPU x 2'\) took over .*, and this one is refused"):
+        trained(tmp_path / "run", f"{s3}/training", monkeypatch, at_step)
+    commits = Commits(Store(f"{s3}/training"))
+    assert commits.names()[-1] in ("step-000000000002-life-0001", "step-000000000004-life-0001")
+    assert commits.open(commits.names()[-1]).tensors()
