@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from treering.training.health import Health, RecoveryConfig
 from treering.training.loop import train
 from treering.training.state import Event, RunState, TrainingError
 from treering.training.store import Store
+from treering.training.world import World
 
 OVERRIDES = [
     "data.batch=4",
@@ -104,6 +106,22 @@ def test_ten_steps_without_a_finite_gradient(tmp_path: Path, capsys: pytest.Capt
         assert losses(out) == losses(tmp_path / "whole")
         assert rollbacks(out) == [(10, 12, 1)]
         assert all(whole.keys[step] == keys for step, keys in again.keys.items())
+
+
+def test_processes_that_share_the_state_go_back_together(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
+    """Two ranks under FSDP2; the losses are those of one process."""
+
+    def one_rank(world: World, engine: str) -> list[int]:
+        with pytest.MonkeyPatch.context() as patch:
+            trouble = Trouble(patch, nan=range(12, 22))
+            run(tmp_path / engine, f"engine.kind={engine}")
+        return trouble.cursors
+
+    assert on_ranks(2, one_rank, "fsdp", limit=120) == [list(range(52))] * 2
+    assert on_ranks(1, one_rank, "ddp", limit=120) == [list(range(52))]
+    assert rollbacks(tmp_path / "fsdp") == rollbacks(tmp_path / "ddp") == [(10, 12, 1)]
+    for ours, theirs in zip(losses(tmp_path / "fsdp"), losses(tmp_path / "ddp"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, nan_ok=True)
 
 
 def test_a_loss_that_leapt(tmp_path: Path) -> None:
