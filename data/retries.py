@@ -22,7 +22,9 @@ SECONDS = 120.0  # a store that restarts is back within 20
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0  # seconds
 _SILENCE = 5.0  # seconds after which a person is told what is waited for
 _TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529))
-_TRANSIENT_CODES = frozenset(("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "InternalError"))
+_TRANSIENT_CODES = frozenset(
+    ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "InternalError", "ConditionalRequestConflict")
+)
 _TRANSIENT_TYPES = frozenset((
     "TimeoutError", "ConnectionError", "HTTPClientError", "IncompleteRead", "IncompleteReadError",
     "ResponseParserError", "ClientConnectionError", "ClientPayloadError",
@@ -35,11 +37,12 @@ def persist(
     attempt: Callable[[], T],
     progress: Callable[[], int] = lambda: 0,
     seconds: float | None = None,
+    doing: str = "read",
 ) -> T:
     """The result of `attempt`, made again after transient failures: at most TRIES times and `seconds` (SECONDS) long,
     counted from the last try after which `progress()` had grown. Other failures pass through unchanged.
 
-    `name` is what a message may show. Raises DataError, with how often and how long it tried.
+    A message shows "cannot", `doing` and `name`. Raises DataError, with how often and how long it tried.
     """
     patience = SECONDS if seconds is None else seconds
     tries, begun, reached, told = 0, time.monotonic(), progress(), False
@@ -56,13 +59,13 @@ def persist(
             wait = _wait(name, tries)
             if tries >= TRIES or waited + wait > patience:
                 raise DataError(
-                    f"cannot read {name}: {reason(error)}; tried {tries} times in {waited:.0f} seconds; "
+                    f"cannot {doing} {name}: {reason(error)}; tried {tries} times in {waited:.0f} seconds; "
                     f"check that the store is reachable and try again"
                 ) from None
             if waited > _SILENCE and not told:
                 told = True
                 logging.getLogger(__name__).warning(
-                    "cannot read %s: %s; trying again for up to %.0f seconds", name, reason(error), patience
+                    "cannot %s %s: %s; trying again for up to %.0f seconds", doing, name, reason(error), patience
                 )
         time.sleep(wait)
 
@@ -103,7 +106,7 @@ def reason(error: BaseException) -> str:
     """What went wrong in a word or two: never a store's own text, which may hold secrets."""
     status = http_status(error)
     if status is not None and status >= 300:
-        return f"the store answers {status}"
+        return "the store is full (507)" if status == 507 else f"the store answers {status}"
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 

@@ -63,6 +63,13 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace steps 5 to 8 for a browser; the same as log.profile=true.")
     ] = False,
+    origin: Annotated[
+        str | None,
+        typer.Option("--from", metavar="COMMIT", help="Begin a new run with this commit, or a run's newest one."),
+    ] = None,
+    carry: Annotated[
+        str, typer.Option("--carry", metavar="WHAT", help="Of --from: weights, or all, the optimizer and place too.")
+    ] = "weights",
 ) -> None:
     """Train a recipe on this machine.
 
@@ -71,11 +78,14 @@ def train(
 
         treering train emoji
         treering train emoji --out runs/small data.batch=64 stages='[{samples: 3200}]' schedule.warmup=640
+        treering train emoji --out runs/again --from runs/emoji seed=1
     """
     from .recipes import read_recipe
     from .run import STOPPED, start
 
-    resolved = read_recipe(recipe, [*(overrides or []), *(["log.profile=true"] if profile else [])])
+    traced = ["log.profile=true"] if profile else []
+    beginning = [f"origin={json.dumps({'commit': origin, 'carry': carry})}"] if origin else []
+    resolved = read_recipe(recipe, [*(overrides or []), *traced, *beginning])
     if processes is None:
         import torch
 
@@ -173,6 +183,33 @@ def grow(
     kept = f"lossy: {', '.join(lossy)}" if lossy else "computes what it computed before"
     text = f"{sizes}; {before:,} to {after:,} parameters; {kept}\ncommit  {found['commit']}\n"
     Console().print(Text(f"{text}next    {' '.join(found['continue'])}"), soft_wrap=True)
+
+
+@app.command("export")
+def export(
+    commit: Annotated[
+        str, typer.Argument(metavar="COMMIT", help="A commit's URL, or a run folder for its newest commit.")
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="safetensors.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="WHICH", help="model or ema; left out: ema if the run keeps it."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the weights of a commit for other programs, with what the model is and where it came from beside them.
+
+    treering export runs/emoji --to safetensors --out emoji-weights
+    """
+    from .exporting import export_commit
+
+    found = export_commit(commit, to, out, weights)
+    if as_json:
+        _print_json(found)
+        return
+    rows = [f"{name:<12} {found[name]}" for name in ("commit", "weights", "parameters", "model", "spec", "lineage")]
+    Console().print(Text("\n".join(rows)), soft_wrap=True)
 
 
 @app.command()

@@ -104,12 +104,15 @@ def check_sources(recipe: Recipe) -> None:
 def check_store(recipe: Recipe, out: Path) -> None:
     """The store works, and the newest commit in it, if any, is one that this recipe can continue."""
     from ..training.commits import Commits, DamagedCommit
+    from ..training.origin import open_origin
     from ..training.resume import check_same_run
     from ..training.store import Store
 
     store = Store(commits_url(recipe, out))
-    store.check()
     commits = Commits(store)
+    if recipe.origin and not commits.names():
+        open_origin(recipe)
+    store.check()
     for name in commits.names()[-1:]:
         try:
             check_same_run(recipe, commits.open(name))

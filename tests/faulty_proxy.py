@@ -20,7 +20,8 @@ def one_in(n: int) -> Callable[[int], str]:
 
 
 class FaultyProxy:
-    """`plan(number of the request)` names what goes wrong with it: a status, short, timeout, reset, or nothing."""
+    """`plan(number of the request)` names what goes wrong with it: a status (and a code, as in "403 QuotaExceeded"),
+    short, timeout, reset, cut (done, and never answered), or nothing."""
 
     def __init__(self, port: int, plan: Callable[[int], str], stall: float = 1.5) -> None:
         self.plan, self.stall, self._upstream = plan, stall, port
@@ -59,6 +60,14 @@ class FaultyProxy:
                 if not piece:
                     return
                 head += piece
+            if b"\r\nexpect: 100-continue" in head.lower():
+                client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            length = re.search(rb"(?im)^content-length: *(\d+)", head)
+            end = head.index(b"\r\n\r\n") + 4 + (int(length[1]) if length else 0)
+            request = bytearray(head)
+            while len(request) < end and (piece := client.recv(1 << 18)):
+                request += piece
+            head = bytes(request)
             asked = re.search(rb"(?im)^range: *bytes=(\S+)", head)
             with self._lock:
                 fault = self.plan(len(self.requests))
@@ -74,17 +83,24 @@ class FaultyProxy:
             time.sleep(self.stall)
         elif fault == "reset" or (fault == "short" and head.startswith(b"HEAD")):
             _reset(client)
-        elif fault in STATUSES:
-            body = b"" if head.startswith(b"HEAD") else f"<Error><Code>{STATUSES[fault]}</Code></Error>".encode()
-            client.sendall(b"HTTP/1.1 %s No\r\nContent-Length: %d\r\n" % (fault.encode(), len(body)))
+        elif fault[:3].isdigit():
+            status, _, code = fault.partition(" ")
+            code = code or STATUSES[status]
+            body = b"" if head.startswith(b"HEAD") else f"<Error><Code>{code}</Code></Error>".encode()
+            client.sendall(b"HTTP/1.1 %s No\r\nContent-Length: %d\r\n" % (status.encode(), len(body)))
             client.sendall(b"Content-Type: application/xml\r\nConnection: close\r\n\r\n" + body)
         else:
             answer = self._forwarded(head)
+            if fault == "cut":
+                _reset(client)
+                return
             start = answer.index(b"\r\n\r\n") + 4
             client.sendall(answer if not fault else answer[: start + (len(answer) - start) // 2])
 
     def _forwarded(self, head: bytes) -> bytes:
-        head = re.sub(rb"(?im)^connection:.*\r\n", b"", head).replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+        head, gap, body = head.partition(b"\r\n\r\n")
+        head = re.sub(rb"(?im)^(connection|expect):[^\r\n]*\r\n", b"", head + b"\r\n")[:-2]
+        head = head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1) + gap + body
         with socket.create_connection(("127.0.0.1", self._upstream), timeout=20) as server:
             server.sendall(head)
             answer = bytearray()

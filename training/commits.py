@@ -2,7 +2,9 @@
 
 A commit is a set of objects under `step-N-life-L/`: parts with the tensors, a manifest that lists them with sizes and
 checksums, and last of all a small COMMIT object that holds the manifest's checksum. Readers only look at sets that have
-one, so a writer killed anywhere leaves nothing a reader could see. Nothing in a commit is code. Tensors lie in it by
+both, so a writer killed anywhere leaves nothing a reader could see; and what is removed loses its manifest first, so
+that a slow writer's COMMIT that comes after completes nothing. Of two runs in one place the later one has it: whoever
+claimed a life before is refused at its next commit. Nothing in a commit is code. Tensors lie in it by
 logical name, whole or in stretches as their engine held them, and are read whole or in any other stretches.
 """
 
@@ -13,10 +15,11 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator
@@ -33,6 +36,7 @@ from .writing import Part, Writing, taken
 
 _SET = re.compile(r"^step-(\d{12})-life-(\d{4})$")
 _LIFE = re.compile(r"^life-(\d{4})\.json$")
+_STALE = timedelta(days=1)
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 _INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
 
@@ -76,6 +80,16 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         """The shortest interval in seconds, if any is given."""
         times = [_INTERVAL.fullmatch(i) for i in self.every if isinstance(i, str)]
         return min((float(m[1]) * _UNITS[m[2]] for m in times if m), default=None)
+
+
+class OriginConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Where a new run begins. Once it has a commit of its own, it continues from that."""
+
+    commit: str = Field(description="a commit's URL, or the newest one of a run folder")
+    carry: Literal["weights", "all"] = Field(
+        "weights",
+        description="weights: the first step, with these weights; all: the commit's next step, with its optimizer too",
+    )
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -209,7 +223,17 @@ class Commits:
 
     def names(self) -> list[str]:
         """Complete commits, oldest first."""
-        return sorted(name for name, files in self._sets().items() if "COMMIT" in files)
+        return sorted(name for name, files in self._sets().items() if _complete(files))
+
+    def remove_after(self, step: int) -> None:
+        """Remove complete commits of later steps, the newest first."""
+        for name in reversed(self.names()):
+            if _step(name) > step:
+                self._remove(name)
+
+    def newest_until(self, step: int) -> int | None:
+        """The step of the newest complete commit up to this step."""
+        return max((at for name in self.names() if (at := _step(name)) <= step), default=None)
 
     def claim_life(self, who: str) -> int:
         """The number of a new life, one more than any before it, taken by at most one run.
@@ -219,7 +243,7 @@ class Commits:
         taken = [int(match[1]) for path in self.store.sizes() if (match := _LIFE.match(path))]
         life = max([*taken, *(_life(name) for name in self._sets())], default=0) + 1
         claim = json.dumps({"who": who, "time": time.time(), "token": secrets.token_hex(8)}).encode()
-        if not self.store.put_new(f"life-{life:04d}.json", claim):
+        if not self.store.put_new(_claim(life), claim):
             raise StoreError(
                 f"another run started in {self.store.url} at this moment; give each run its own checkpoint.to"
             )
@@ -228,18 +252,21 @@ class Commits:
     def open(self, name: str) -> Commit:
         """Read and verify a commit's manifest. Raises DamagedCommit or StoreError."""
         try:
-            seal = json.loads(self.store.get(f"{name}/COMMIT"))
-            data = _read(self.store, f"{name}/manifest.json", seal["manifest_sha256"])
+            seal = self.store.get(f"{name}/COMMIT")
+            digest = json.loads(seal)["manifest_sha256"]
+            if seal != _seal(digest):
+                raise DamagedCommit(f"{self.store.url}/{name}/COMMIT is damaged; use another commit")
+            data = _read(self.store, f"{name}/manifest.json", digest)
             return Commit(self.store, name, Manifest.model_validate_json(data))
         except FileNotFoundError:
             raise StoreError(
                 f"{self.store.url}/{name} is not a complete commit; complete ones: {self.names()[-5:]}"
             ) from None
         except (ValidationError, ValueError, KeyError, TypeError) as error:
-            where = error.errors()[0]["loc"] if isinstance(error, ValidationError) else error
-            raise DamagedCommit(
-                f"{self.store.url}/{name}: manifest or COMMIT is damaged ({where}); use another commit"
-            ) from None
+            file, where = "COMMIT", str(error)
+            if isinstance(error, ValidationError):
+                file, where = "manifest.json", ".".join(map(str, error.errors()[0]["loc"]))
+            raise DamagedCommit(f"{self.store.url}/{name}/{file} is damaged ({where!r}); use another commit") from None
 
     def begin(
         self,
@@ -277,6 +304,7 @@ class Commits:
             self.seal(name, manifest)
             if policy is not None:
                 self.retain(policy, state.life)
+                self.sweep_uploads(state.life)
 
         return Writing(self.store, name, own, starts, world, complete, lambda: self._discard(name))
 
@@ -296,25 +324,52 @@ class Commits:
         data = manifest.model_dump_json(indent=1).encode()
         self.store.put(f"{name}/manifest.json", data)
         there = self.store.sizes(name)
-        short = [p.file for p in manifest.parts if there.get(f"{name}/{p.file}") != p.bytes]
+        needed = {part.file: part.bytes for part in manifest.parts} | {"manifest.json": len(data)}
+        short = next((file for file, size in needed.items() if there.get(f"{name}/{file}") != size), None)
+        self._check_life(manifest.state.life)
         if short:
             raise StoreError(
-                f"store {self.store.url}: {short[0]} of {name} is missing or short right after it was written"
+                f"store {self.store.url}: {short} of {name} is missing or short right after it was written"
             )
-        seal = json.dumps({"manifest_sha256": hashlib.sha256(data).hexdigest()}).encode()
-        if not self.store.put_new(f"{name}/COMMIT", seal):
+        if not self.store.put_new(f"{name}/COMMIT", _seal(hashlib.sha256(data).hexdigest())):
             raise taken(self.store, name)
 
+    def _check_life(self, life: int) -> None:
+        """Raise StoreError if a later run has claimed this place: lives have no gaps."""
+        try:
+            claim = self.store.get(_claim(life + 1))
+        except FileNotFoundError:
+            return
+        try:
+            who = str(json.loads(claim)["who"])
+        except (ValueError, KeyError, TypeError):
+            who = "a run"
+        raise StoreError(
+            f"another run ({who!r}) took over {self.store.url}, and this one is refused; "
+            f"stop it, or give each run its own checkpoint.to"
+        )
+
     def retain(self, policy: CheckpointConfig, life: int) -> None:
-        """Remove the commits that `policy` does not keep, and what lives before `life` left unfinished."""
+        """Remove the commits that `policy` does not keep, and what `life` and those before it left unfinished.
+
+        None of this life may be under way.
+        """
         sets = self._sets()
-        complete = sorted(name for name, files in sets.items() if "COMMIT" in files)
+        complete = sorted(name for name, files in sets.items() if _complete(files))
         kept = self._kept(complete, policy)
-        for name, files in sets.items():
-            unfinished = "COMMIT" not in files and _life(name) < life
+        for name in sets:
+            unfinished = name not in complete and _life(name) <= life
             if unfinished or (name in complete and name not in kept):
                 self._remove(name)
                 self._manifests.pop(name, None)
+
+    def sweep_uploads(self, life: int) -> None:
+        """Abort multipart uploads that a kill left half way: those of lives before `life`, and those of a day ago."""
+        limit = datetime.now(UTC) - _STALE
+        for (path, upload), begun in self.store.uploads().items():
+            name = path.partition("/")[0]
+            if _SET.match(name) and (_life(name) < life or begun < limit):
+                self.store.abort(path, upload)
 
     def _kept(self, complete: Sequence[str], policy: CheckpointConfig) -> set[str]:
         """Which complete commits, oldest first, stay. Whatever was removed before, the answer is the same."""
@@ -341,12 +396,12 @@ class Commits:
 
     def _discard(self, name: str) -> None:
         """Remove a set unless it is complete."""
-        if "COMMIT" not in self._sets().get(name, ()):
+        if not _complete(self._sets().get(name, ())):
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        """Remove a set, its COMMIT first: from then on no reader sees it."""
-        files = sorted(self._sets().get(name, ()), key=lambda file: file != "COMMIT")
+        """Remove a set, its manifest first: from then on no reader sees it, and no writer can complete it."""
+        files = sorted(self._sets().get(name, ()), key=lambda file: (file != "manifest.json", file != "COMMIT"))
         self.store.delete(f"{name}/{file}" for file in files)
         self.store.prune(name)
 
@@ -363,6 +418,25 @@ def find_commit(url: str) -> Commit:
     raise StoreError(
         f"there is no commit at {url} nor in its folder commits/; give a commit, or the --out folder of a run"
     )
+
+
+def _complete(files: Collection[str]) -> bool:
+    return "COMMIT" in files and "manifest.json" in files
+
+
+def _seal(digest: str) -> bytes:
+    """The COMMIT object for a manifest; it has a checksum of its own, so that a damaged one is told from the other."""
+    return json.dumps({"manifest_sha256": digest, "check": hashlib.sha256(digest.encode()).hexdigest()[:16]}).encode()
+
+
+def _claim(life: int) -> str:
+    return f"life-{life:04d}.json"
+
+
+def _step(name: str) -> int:
+    match = _SET.match(name)
+    assert match
+    return int(match[1])
 
 
 def _life(name: str) -> int:

@@ -64,6 +64,8 @@ class Display:
             difference = row["logit_difference"]
             moved = "on other inputs" if difference is None else f"logits moved by {difference:.1e}"
             self.progress.note(f"grew {sizes}: {before:.1f} M -> {after:.1f} M parameters, {moved}")
+        elif event == "rollback":
+            self.warn(f"{row['reason']}; went back to {row['commit']} and passes over {row['batches']} batches")
         elif event == "commit":
             self.progress.note(f"committed {row['url']} ({row['bytes'] / 1e6:.0f} MB in {row['seconds']:.1f} s)")
 

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ..data.ledger import LedgerEntry
 from ..data.loader import Loader
+from ..data.order import Mixture
 from ..data.record import Batch
 from ..models.flops import training_flops
 from ..models.spec import ModelSpec
@@ -29,22 +30,21 @@ from .draws import kept
 from .engine import Engine, StepResult, build_engine
 from .evaluate.suites import evaluate
 from .growing import grow
+from .health import Health
 from .objectives.base import Inputs, load_states, states
 from .objectives.registry import advance, build_objectives
+from .origin import begin_with, open_origin
 from .profiling import Profile
 from .recipe import Recipe
 from .resume import check_same_run, newest_intact
 from .shards import Layout
 from .signals import StopRequest
 from .stages import faded, rewarmed
-from .state import Event, RunState, TrainingError
+from .state import Event, RolledBack, RunState, TrainingError
 from .store import Store
 from .watchdog import Watchdog
 from .world import World
 from .writing import Writing
-
-_DRY_STEPS = 10
-"""steps without one finite gradient after which a run stops"""
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,28 @@ def train(recipe: Recipe, out: Path, imports: float = 0.0, before: str | None = 
     """
     world = World.join()
     try:
-        with (
-            StopRequest() as stop,
-            Watchdog(recipe.watchdog, out, world) as watch,
-            Run(recipe, out, world, stop, watch, imports, before) as run,
-        ):
+        with StopRequest() as stop, Watchdog(recipe.watchdog, out, world) as watch:
+            end = _live(recipe, out, world, stop, watch, imports, before)
+            while isinstance(end, RolledBack):
+                end = _live(recipe, out, world, stop, watch, imports, None, end)
+            return end
+    finally:
+        world.leave()
+
+
+def _live(
+    recipe: Recipe,
+    out: Path,
+    world: World,
+    stop: StopRequest,
+    watch: Watchdog,
+    imports: float,
+    before: str | None,
+    back: RolledBack | None = None,
+) -> Summary | RolledBack:
+    """From the newest commit to the end of the run, or to where it has to go back; `back` is where it last had to."""
+    with Run(recipe, out, world, stop, watch, imports, before, back) as run:
+        try:
             for stage in range(run.state.stage, len(recipe.stages)):
                 run.enter(stage)
                 for batch in run.batches():
@@ -84,8 +101,8 @@ def train(recipe: Recipe, out: Path, imports: float = 0.0, before: str | None = 
                     if run.stopping:
                         return run.summary(finished=False)
             return run.finish()
-    finally:
-        world.leave()
+        except RolledBack as end:
+            return end.with_traceback(None)  # which holds the loader and its processes
 
 
 @dataclass
@@ -113,6 +130,7 @@ class Run:
         watch: Watchdog,
         imports: float,
         before: str | None,
+        back: RolledBack | None = None,
     ) -> None:
         recipe.check_world(world.size)
         recipe.check_tokenizer()
@@ -126,7 +144,6 @@ class Run:
         self.last_commit: str | None = None
         self.scores: dict[str, float] = {}
         self.chance: dict[str, float] = {}
-        self._dry = 0
         self._waited = 0.0
         self._bad: list[dict[str, Any]] = []
         self._captions = torch.zeros(3, dtype=torch.int64)  # since the last line: how many, their tokens, those cut
@@ -137,7 +154,7 @@ class Run:
         """the step of the latest evaluation"""
         self.profile = Profile(out if recipe.log.profile else None, world.rank, world.device)
         self._begun = time.monotonic()
-        self._start(imports, before)
+        self._start(imports, before, back)
         self._commit_time = self._log_time = time.monotonic()
         self._log_step, self._log_flops = self.state.step, self.state.flops
         self._log_skipped = self.state.skipped
@@ -156,8 +173,8 @@ class Run:
 
     # Starting
 
-    def _start(self, imports: float, before: str | None) -> None:
-        """Take up the newest commit, or initialise; claim the place; say so."""
+    def _start(self, imports: float, before: str | None, back: RolledBack | None) -> None:
+        """Take up the newest commit, or initialise, or begin with another run's; claim the place; say so."""
         clock = [time.monotonic()]
         names = self.world.objects(self.commits.names() if self.world.is_first else [])[0]
         clock.append(time.monotonic())
@@ -170,7 +187,9 @@ class Run:
             load_states(self.engine.objectives, self.state.objectives)
             self.last_commit = commit.url
         else:
-            self.engine = self._build(self.specs[0])
+            origin = open_origin(self.recipe) if self.recipe.origin else None
+            self.engine = self._build(origin.manifest.spec if origin else self.specs[0])
+            self.state = begin_with(self.recipe, origin, self.engine) if origin else self.state
         who = f"{describe(self.world.device)} x {self.world.size}"
         life = self.world.objects(self.commits.claim_life(who) if self.world.is_first else 0)[0]
         hosts = self.world.hosts()
@@ -178,6 +197,11 @@ class Run:
         detail = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
         if before:
             detail["before"] = before
+        if back:
+            event = "rollback"
+            detail |= {"batches": back.cursor - self.state.cursor, "times": back.times, "reason": back.reason}
+            fresh = self.state.health.model_copy(update={"ill": 0, "leapt": False})
+            self.state = self.state.model_copy(update={"health": fresh})
         self._remember(event, {**detail, "changes": self._changes} if self._changes else detail, life=life)
         seconds = {
             "imports": imports,
@@ -208,10 +232,14 @@ class Run:
     def _loader(self) -> Loader:
         """The stream at the model's resolution and context; it knows which samples are bad already."""
         spec, recipe, world = self.engine.model.spec, self.recipe, self.world
-        resolution, context, mixtures = spec.image.resolution, spec.text.context, recipe.mixtures()
+        resolution, context, mixtures = spec.image.resolution, spec.text.context, self._mixtures()
         loader = Loader(recipe.data, resolution, context, recipe.seed, world.rank, world.size, mixtures)
         loader.check_bad(_entries(world.objects(self.display.known_bad())[0]))
         return loader
+
+    def _mixtures(self) -> list[Mixture]:
+        """The mixtures by the number of the global batch they begin at: the step, and what was passed over before."""
+        return [Mixture(m.step + self.state.passed(before=m.step), m.weights) for m in self.recipe.mixtures()]
 
     def _remember(self, event: str, detail: dict[str, Any], **changes: Any) -> None:
         """Add to the lineage."""
@@ -228,7 +256,7 @@ class Run:
             return
         if self.specs[stage] != self.engine.model.spec:
             self.watch.at("grow", self.state.step)
-            with contextlib.closing(self.loader.batches(self.state.step)) as batches:
+            with contextlib.closing(self.loader.batches(self.state.cursor)) as batches:
                 probe = replace(self._inputs(next(batches)), patches=None)
             recipe, how = self.recipe, self.recipe.stages[stage]
             fade = faded(recipe.stages, self.state.stage, self.state.samples, recipe.data.batch)
@@ -238,14 +266,14 @@ class Run:
             self._remember("grow", growth.json())
             self.loader = self._loader()
             self.display.event("grow", self.state, **growth.json())
-        self.state = self.state.model_copy(update={"stage": stage})
+        self.state = self.state.model_copy(update={"stage": stage, "health": Health(well=self.state.step)})
 
     def batches(self) -> Iterator[Batch]:
         """This rank's part of every global batch that is left of the stage."""
         end = self.ends[self.state.stage]
         if self.state.step >= end:
             return
-        with contextlib.closing(self.loader.batches(self.state.step)) as batches:
+        with contextlib.closing(self.loader.batches(self.state.cursor)) as batches:
             while self.state.step < end:
                 self.watch.at("data", self.state.step)
                 begun = time.monotonic()
@@ -300,23 +328,29 @@ class Run:
             self.loader.check_bad(_entries(entries))
         if state.step % self.recipe.log.every == 0 or state.step == self.ends[-1]:
             self._write_line()
+            if self.state.health.ill >= self.recipe.recovery.after:
+                self._roll_back()
 
     def _write_line(self) -> None:
         """Read the step's numbers back from the device (here, and only here, it is waited for) and write them down."""
-        state, result = self.state, self.result
+        state, result, recipe = self.state, self.result, self.recipe
         shares = self.world.sum(torch.stack(list(result.losses.values()))).tolist()
         losses = dict(zip(result.losses, shares, strict=True))
         captions, tokens, cut = self.world.sum(self._captions.to(self.world.device)).tolist()
         skipped = self.engine.skipped
         now, steps = time.monotonic(), state.step - self._log_step
         elapsed = max(now - self._log_time, 1e-9)
-        rate = steps * self.recipe.data.batch / elapsed
+        rate = steps * recipe.data.batch / elapsed
         peak = peak_flops(self.world.device)
-        self._count_dry(skipped - self._log_skipped, steps)
-        self.state = state.model_copy(update={"skipped": skipped})
+        loss = sum(o.weight * losses[o.name] for o in self.engine.objectives)
+        new = skipped - self._log_skipped
+        health = state.health.after_line(recipe.recovery, state.step, steps, new, loss)
+        self.state = state.model_copy(update={"skipped": skipped, "health": health})
+        if new:
+            self.display.warn(f"{new} of the last {steps} steps had a gradient that is not finite and were skipped")
         self.display.step(
             self.state,
-            loss=sum(o.weight * losses[o.name] for o in self.engine.objectives),
+            loss=loss,
             losses=losses,
             lr=self.lr,
             logit_scale=self.engine.scale(),
@@ -328,7 +362,7 @@ class Run:
             flops=state.flops,
             peak_memory=peak_memory(self.world.device),
             parameters=self.engine.parameters,
-            passes=self.loader.coverage(state.step),
+            passes=self.loader.coverage(state.cursor),
             seconds={"data": self._waited, "compute": elapsed - self._waited},
             caption_length=tokens / captions,
             captions_cut=cut / captions,
@@ -338,16 +372,36 @@ class Run:
         self._log_time, self._log_step, self._log_flops, self._waited = now, state.step, state.flops, 0.0
         self._log_skipped = skipped
 
-    def _count_dry(self, skipped: int, steps: int) -> None:
-        """Say that steps were skipped; give up when nothing else happens any more."""
-        if skipped:
-            self.display.warn(f"{skipped} of the last {steps} steps had a gradient that is not finite and were skipped")
-        self._dry = self._dry + steps if skipped == steps else 0
-        if self._dry >= _DRY_STEPS:
+    def _roll_back(self) -> NoReturn:
+        """Leave for the last commit of when things were well. Raises TrainingError if that is of no use."""
+        state, recipe, health = self.state, self.recipe, self.state.health
+        if self._writing:
+            self._lead(self._writing, wait=True)
+        what = f"the loss leapt to {recipe.recovery.leap} times what it was" if health.leapt else "no finite gradient"
+        reason = f"{what} in the last {health.ill} steps up to step {state.step}"
+        last = next((e for e in reversed(state.lineage) if e.event == "rollback"), None)
+        times = last.detail["times"] if last and health.well <= last.step else 0  # since then nothing was well
+        good = self._last_good()
+        if good is None or times >= recipe.recovery.times:
+            why = f"again after {times} rollbacks" if times else "there is no commit to go back to"
             raise TrainingError(
-                f"no finite gradient in the last {self._dry} steps up to step {self.state.step}; "
-                f"lower optimizer.lr = {self.recipe.optimizer.lr}, lengthen schedule.warmup, or look at their data"
+                f"{reason}, and {why}; "
+                f"lower optimizer.lr = {recipe.optimizer.lr}, lengthen schedule.warmup, or look at their data"
             )
+        if self.world.is_first:
+            self.commits.remove_after(good)
+        raise RolledBack(state.cursor, times + 1, reason)
+
+    def _last_good(self) -> int | None:
+        """The step of the newest commit from before the trouble; where only steps were skipped, one from within it
+        will do: they leave the weights as they were."""
+        health, found = self.state.health, None
+        if self.world.is_first:
+            found = self.commits.newest_until(health.well)
+            if found is None and not health.leapt:
+                found = self.commits.newest_until(self.state.step)
+        step: int | None = self.world.objects(found)[0]
+        return step
 
     def evaluate(self) -> None:
         """Evaluate if the cadence or the end of the run asks for it."""

@@ -2,7 +2,7 @@
 
 What comes out is the commit that the run would have continued from, had its recipe said so: the recipe in its manifest
 has the growth as a stage, so training goes on from it by that recipe, and the lineage says where it came from. Of the
-tensors no more is held at a time than one part of the old commit and one of the new; a part is at most 256 MiB, or one
+tensors no more is held at a time than one part of the old commit and one of the new; a part is at most 64 MiB, or one
 tensor.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save
 from torch import Tensor
 
 from ..models.flops import parameters
@@ -26,6 +25,7 @@ from ..models.model import Model
 from ..models.spec import ModelSpec, SpecError
 from .commits import Commit, Commits, Manifest, find_commit
 from .growing import described, grown_rates, planned
+from .packing import Packed
 from .recipe import Recipe
 from .stages import StageConfig, faded
 from .state import Event, RunState
@@ -197,7 +197,7 @@ def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[P
 
 
 def _put(store: Store, name: str, kind: str, number: int, chunk: dict[str, Tensor]) -> Part:
-    data = save(chunk)
+    data = Packed(chunk).data()
     file = f"{kind}-00000-{number:05d}.safetensors"
     store.put(f"{name}/{file}", data)
     return Part(file=file, kind=kind, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), tensors=len(chunk))

@@ -16,9 +16,10 @@ from ..data.order import Mixture
 from ..data.source import held_out
 from ..data.tokenizer_file import vocabulary_size
 from ..models.spec import ModelSpec
-from .commits import CheckpointConfig
+from .commits import CheckpointConfig, OriginConfig
 from .engine import EngineConfig
 from .evaluate.config import EvalConfig
+from .health import RecoveryConfig
 from .objectives.config import ObjectivesConfig
 from .objectives.registry import check_needs
 from .optimizer import OptimizerConfig
@@ -53,6 +54,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    origin: OriginConfig | None = Field(None, description="the commit of another run to begin with")
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:

@@ -77,7 +77,7 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
             f"{commit.url} was written by another release, whose recipe says what this one does not know "
             f"({'.'.join(map(str, error.errors()[0]['loc']))}); continue it with that release"
         ) from None
-    different = _differences(_past(recipe, state), _past(before, state))
+    different = differences(_past(recipe, state), _past(before, state))
     if different:
         raise StoreError(
             f"{commit.url} is of a run with another recipe ({'; '.join(different[:4])}); "
@@ -89,7 +89,7 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
             f"{commit.url} is of a run whose learning rate is falling since sample {cooling:,.0f}: its stages are "
             f"settled; leave them as they were, continue from an earlier commit, or start a new run"
         )
-    return _differences(*(_flat(each.model_dump(mode="json", include={"data", "stages"})) for each in (recipe, before)))
+    return differences(*(each.model_dump(mode="json", include={"data", "stages"}) for each in (recipe, before)))
 
 
 def _past(recipe: Recipe, state: RunState) -> dict[str, Any]:
@@ -101,10 +101,12 @@ def _past(recipe: Recipe, state: RunState) -> dict[str, Any]:
     read = [source for source in past["data"]["train"] if any(source["weight"].values())]
     past["data"]["train"] = {str(past["data"]["train"].index(source)): source for source in read}
     past["stages"] = [{**stage, "mixture": None} for stage in past["stages"][: state.stage + 1]]
-    return _flat(past)
+    return past
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def differences(ours: Any, theirs: Any) -> list[str]:
+    """Where two trees of a recipe's values differ, as sentences."""
+    ours, theirs = _flat(ours), _flat(theirs)
     return [
         f"{path}: {theirs.get(path)!r} there, {ours.get(path)!r} here"
         for path in sorted(ours.keys() | theirs.keys())

@@ -11,9 +11,20 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from .health import Health
+
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message names what happened, where, and the remedy."""
+
+
+class RolledBack(Exception):
+    """A run leaves for the commit before things went wrong; who starts it again there gives it this."""
+
+    def __init__(self, cursor: int, times: int, reason: str) -> None:
+        """`cursor` is where the data goes on; it is the `times`-th rollback without a good step between."""
+        super().__init__(reason)
+        self.cursor, self.times, self.reason = cursor, times, reason
 
 
 class Event(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -28,12 +39,12 @@ class Event(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class RunState(BaseModel, frozen=True, extra="forbid", strict=True):
-    """The counters of a run. `step * batch` is the cursor: the position in the data order."""
+    """The counters of a run. `cursor` is the position in the data order, in global batches."""
 
     step: int = 0
     """optimizer steps taken, skipped ones included"""
     samples: int = 0
-    """samples seen: the cursor"""
+    """samples trained on: those that a rollback passed over do not count"""
     stage: int = 0
     """the stage whose model shape the tensors have"""
     applied: int = 0
@@ -50,5 +61,20 @@ class RunState(BaseModel, frozen=True, extra="forbid", strict=True):
     """wall-clock time of all lives so far"""
     life: int = 0
     """how many times the run was started or resumed"""
+    health: Health = Health()
+    """what the log lines of this stage said"""
     lineage: tuple[Event, ...] = Field((), strict=False)
-    """every start, resume and growth since the first step"""
+    """every start, resume, rollback and growth since the first step"""
+
+    @property
+    def cursor(self) -> int:
+        """The number of the global batch that comes next: the step, and what rollbacks passed over."""
+        return self.step + self.passed()
+
+    def passed(self, before: int | None = None) -> int:
+        """Global batches that rollbacks passed over, of those up to now or of those at steps before `before`."""
+        return sum(
+            event.detail["batches"]
+            for event in self.lineage
+            if event.event == "rollback" and (before is None or event.step < before)
+        )

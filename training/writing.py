@@ -1,29 +1,34 @@
 """A commit on its way to the store while training goes on.
 
-The snapshot is a copy of this rank's share in host memory, taken at once; a thread uploads it part by part. Processes
-only talk to each other on their main threads, at step edges: once to hand over what they have written, so that the
-first rank's thread can complete the commit, and once to learn how that went.
+The snapshot is a copy of this rank's share in host memory, taken at once and in the form of the files to be; threads
+upload them, a few at a time, and each is let go of when it is written. Processes only talk to each other on their main
+threads, at step edges: once to hand over what they have written, so that the first rank's thread can complete the
+commit, and once to learn how that went.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from pydantic import BaseModel, Field
-from safetensors.torch import save
 from torch import Tensor
 
+from .packing import Packed
 from .store import Store, StoreError
 from .world import World
 
-PART_BYTES = 256 << 20
-"""largest part: what a writer or reader holds beside the tensors themselves"""
-_FEW_BYTES, _PARTS = 8 << 20, 32
-"""a share of more than the first is cut into this many parts or more: what it takes beside the snapshot is a 32nd"""
+PART_BYTES = 64 << 20
+"""largest part, unless one tensor is larger: what a writer or reader holds beside the tensors themselves"""
+_FEW_BYTES, _PARTS = 4 << 20, 64
+"""a share of more than the first is cut into this many parts or more: what sending one takes is a 64th"""
+CONNECTIONS = 3
+"""parts that are on their way at a time"""
 
 
 class Part(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -74,8 +79,26 @@ class Writing:
         self._error: BaseException | None = None
         self._given_up = False
         self._sealing = False
-        self._snapshot = _copied({path: t for path, t in tensors.items() if t.numel()})
+        self._snapshot = self._copied({path: t for path, t in tensors.items() if t.numel()})
         self._start(self._upload)
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> list[tuple[Part, Packed]]:
+        """The files of this rank, kind by kind, their checksums still missing."""
+        snapshot = []
+        for (kind, number), paths in _chunks(tensors).items():
+            pieces = {path.partition("/")[2]: tensors[path] for path in paths}
+            part = Part(
+                file=f"{kind}-{self._world.rank:05d}-{number:05d}.safetensors",
+                kind=kind,
+                bytes=0,
+                sha256="",
+                tensors=len(pieces),
+                stretches={name: (self._starts[name], p.numel()) for name, p in pieces.items() if name in self._starts},
+            )
+            snapshot.append((part, Packed(pieces)))
+        if any(t.is_cuda for t in tensors.values()):
+            torch.cuda.synchronize()
+        return snapshot
 
     @property
     def busy(self) -> bool:
@@ -100,18 +123,23 @@ class Writing:
             pass
         else:
             raise taken(self._store, self.name)
-        for (kind, number), paths in _chunks(self._snapshot).items():
-            if self._given_up:
-                return
-            pieces = {path.partition("/")[2]: self._snapshot.pop(path) for path in paths}
-            data = save(pieces)
-            stretches = {name: (self._starts[name], p.numel()) for name, p in pieces.items() if name in self._starts}
-            file = f"{kind}-{self._world.rank:05d}-{number:05d}.safetensors"
-            digest = hashlib.sha256(data).hexdigest()
-            part = Part(file=file, kind=kind, bytes=len(data), sha256=digest, tensors=len(pieces), stretches=stretches)
-            del pieces
-            self._store.put(f"{self.name}/{file}", data)
-            self._parts.append(part)
+        with ThreadPoolExecutor(CONNECTIONS, "part") as senders:
+            for part in senders.map(lambda _: self._send(), range(len(self._snapshot))):
+                self._parts += [part] if part else []
+        self._parts.sort(key=lambda part: part.file)
+
+    def _send(self) -> Part | None:
+        """Write the next part, and let go of it. After a failure, or once given up, nothing more is sent."""
+        if self._given_up:
+            return None
+        part, packed = self._snapshot.pop(0)
+        try:
+            data = packed.data()
+            self._store.put(f"{self.name}/{part.file}", data)
+            return part.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+        except BaseException:
+            self._given_up = True
+            raise
 
     def advance(self) -> None:
         """The next of the two meetings; all ranks call it when none is busy.
@@ -151,19 +179,9 @@ class Writing:
             raise error
         if failures:
             if self._world.is_first:
-                self._discard()
+                with contextlib.suppress(StoreError):  # the next life sweeps what is left
+                    self._discard()
             raise StoreError(failures[0])
-
-
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy in host memory; from a device it is made through pinned memory, all tensors at once."""
-    copies = {
-        path: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t.detach(), non_blocking=True)
-        for path, t in tensors.items()
-    }
-    if any(t.is_cuda for t in tensors.values()):
-        torch.cuda.synchronize()
-    return copies
 
 
 def _chunks(tensors: Mapping[str, Tensor]) -> dict[tuple[str, int], list[str]]:

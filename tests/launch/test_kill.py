@@ -2,6 +2,9 @@
 
 The killed process kills its own group, so the point is exact: at the n-th time it opens a file of a given name. An
 audit hook sees every open; it is put in by `sitecustomize`, and the product knows nothing of it.
+
+And at random moments: two kills here, 200 over engines and worlds by `pytest -m slow tests/launch/test_kill.py` (KILLS
+sets another number for each of the eight cases, 25 by default).
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-KILLS = 5
+KILLS = int(os.environ.get("KILLS", "25"))
 COMMAND = [
     *(sys.executable, "-P", "-m", "treering.launch", "train", "emoji"),
     "data.batch=12",
@@ -44,7 +48,9 @@ sys.addaudithook(hook)
 """
 
 
-def train(out: Path, processes: int, kill_at: str | None = None) -> subprocess.CompletedProcess[str]:
+def train(
+    out: Path, processes: int, kill_at: str | None = None, engine: str = "{kind: ddp}"
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if kill_at:
         site = out.parent / "site"
@@ -52,7 +58,7 @@ def train(out: Path, processes: int, kill_at: str | None = None) -> subprocess.C
         (site / "sitecustomize.py").write_text(KILLER)
         path = os.pathsep.join([str(site), *filter(None, [environment.get("PYTHONPATH")])])
         environment |= {"PYTHONPATH": path, "KILL_AT_OPEN_OF": kill_at}
-    command = [*COMMAND, "--out", str(out), "--processes", str(processes)]
+    command = [*COMMAND, f"engine={engine}", "--out", str(out), "--processes", str(processes)]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, start_new_session=True, check=False
     )
@@ -120,23 +126,71 @@ def nothing_left(out: Path) -> bool:
     return False
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_random_kills(processes: int, uninterrupted: dict[int, list[tuple[int, float, float]]], tmp_path: Path) -> None:
-    """Five kills of the whole group at any moment, start-up included; the seed is printed to try it again."""
+def kill_at_random(tmp_path: Path, lives: list[tuple[str, int]], kills: int, same: Callable[[Path], bool]) -> None:
+    """Kill the whole group `kills` times at any moment, start-up included, each life being one of `lives`: an engine
+    and a number of processes. Every run that comes to its end must be the `same`; then another begins.
+
+    The seed is printed, to try it again.
+    """
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
-    chance, out = random.Random(seed), tmp_path / "run"
-    command = [*COMMAND, "--out", str(out), "--processes", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for _ in range(KILLS):
+    chance, environment = random.Random(seed), os.environ | {"OMP_NUM_THREADS": "1"}
+    left, runs, longest = kills, 0, 10.0
+    while True:
+        out = tmp_path / f"run-{runs}"
+        engine, processes = chance.choice(lives)
+        command = [*COMMAND, f"engine={engine}", "--out", str(out), "--processes", str(processes)]
+        begun = time.monotonic()
         run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            run.wait(chance.uniform(1, 12))
-        with contextlib.suppress(ProcessLookupError):
+        try:
+            # Up to the length of a whole run; the last one is left alone.
+            code = run.wait(chance.uniform(0.1, 1.1) * longest if left else 240)
+        except subprocess.TimeoutExpired:
+            assert left, f"seed {seed}: the last run hangs"
             os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
-        assert nothing_left(out)
-    done = train(out, processes)
+            run.wait()
+            assert nothing_left(out)
+            left -= 1
+            continue
+        assert code == 0, f"seed {seed}: the run ended with {code} after {kills - left} kills"
+        assert same(out), f"seed {seed}: not the run that was never killed, after {kills - left} kills"
+        longest = max(longest, time.monotonic() - begun)
+        if not left:
+            return
+        runs += 1
+
+
+def test_two_kills_at_random(uninterrupted: dict[int, list[tuple[int, float, float]]], tmp_path: Path) -> None:
+    kill_at_random(tmp_path, [("{kind: ddp}", 1)], 2, lambda out: losses(out) == uninterrupted[1])
+
+
+ENGINES = {
+    "ddp": "{kind: ddp}",
+    "fsdp": "{kind: fsdp}",
+    **{f"zero{stage}": f"{{kind: deepspeed, zero: {stage}}}" for stage in (1, 2, 3)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("engine", "processes"),
+    [("ddp", 1), ("ddp", 2), ("ddp", 3), ("fsdp", 2), ("fsdp", 3), ("zero1", 2), ("zero2", 2), ("zero3", 2)],
+)
+def test_random_kills(engine: str, processes: int, tmp_path: Path) -> None:
+    """Where engine and world stay: to the bit."""
+    done = train(tmp_path / "whole", processes, engine=ENGINES[engine])
     assert done.returncode == 0, done.stderr
-    assert losses(out) == uninterrupted[processes]
+    whole = losses(tmp_path / "whole")
+    kill_at_random(tmp_path, [(ENGINES[engine], processes)], KILLS, lambda out: losses(out) == whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_random_kills_and_each_life_another_engine(
+    uninterrupted: dict[int, list[tuple[int, float, float]]], tmp_path: Path
+) -> None:
+    def same(out: Path) -> bool:
+        return [pytest.approx(row, rel=1e-4) for row in uninterrupted[1]] == losses(out)
+
+    kill_at_random(tmp_path, [(each, n) for each in ENGINES.values() for n in (1, 2, 3)], KILLS, same)

@@ -133,8 +133,10 @@ def test_a_manifest_cannot_ask_for_anything_outside(url: str) -> None:
     manifest = json.loads(commits.store.get(f"{name}/manifest.json"))
     manifest["parts"][0]["file"] = "../../etc/passwd"
     data = json.dumps(manifest).encode()
+    digest = hashlib.sha256(data).hexdigest()
+    check = hashlib.sha256(digest.encode()).hexdigest()[:16]
     commits.store.put(f"{name}/manifest.json", data)
-    commits.store.put(f"{name}/COMMIT", json.dumps({"manifest_sha256": hashlib.sha256(data).hexdigest()}).encode())
+    commits.store.put(f"{name}/COMMIT", json.dumps({"manifest_sha256": digest, "check": check}).encode())
     with pytest.raises(DamagedCommit, match="parts"):
         commits.open(name)
 

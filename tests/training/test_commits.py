@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.training import writing
 from treering.training.commits import CheckpointConfig, Commits, DamagedCommit
+from treering.training.packing import Packed
 from treering.training.shards import Stretch, gathered, rows
 from treering.training.state import RunState
 from treering.training.store import Store, StoreError
@@ -157,6 +160,102 @@ def test_a_failure_in_one_thread_is_everybodys_and_leaves_nothing(
         assert not [path for path in commits.store.sizes() if "000000000002" in path]
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+)
+def test_packed_bytes_are_what_safetensors_reads(dtype: torch.dtype) -> None:
+    """Beside a tensor of an odd number of bytes, an empty one, one that is not contiguous and one of no dimension."""
+    from safetensors.torch import load
+
+    tensors = {
+        "a": torch.arange(6).reshape(2, 3).to(dtype),
+        "é": torch.arange(12).reshape(3, 4).to(dtype).T,
+        "odd": torch.tensor([1, 2, 3], dtype=torch.uint8),
+        "none": torch.zeros(0, 4, dtype=dtype),
+        "one": torch.tensor(7).to(dtype),
+    }
+    read = load(bytes(Packed(tensors).data()))
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+
+
+def test_a_run_that_was_taken_over_is_refused(tmp_path: Path) -> None:
+    """The later of two runs in one place goes on; the earlier one's commit is never complete, whenever it noticed."""
+    early, late = Commits(Store(str(tmp_path))), Commits(Store(str(tmp_path)))
+    tensors = {f"model/{name}": t for name, t in truth().items()}
+    assert early.claim_life("early") == 1
+    begin(early, tensors, step=1).finish()
+    assert late.claim_life("late") == 2
+    with pytest.raises(StoreError, match=r"another run \('late'\) took over .* this one is refused"):
+        begin(early, tensors, step=2).finish()
+    late.write(SPEC, RunState(step=2, life=2), {}, tensors, ALONE)
+    assert late.names() == ["step-000000000001-life-0001", "step-000000000002-life-0002"]
+
+
+def test_a_late_mark_on_what_was_swept_completes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The earlier run stands still between its last look and its COMMIT, while the later one sweeps."""
+    early, late, put_new = Commits(Store(str(tmp_path))), Commits(Store(str(tmp_path))), Store.put_new
+    tensors = {f"model/{name}": t for name, t in truth().items()}
+    assert early.claim_life("early") == 1
+
+    def slow(self: Store, name: str, data: bytes) -> bool:
+        if name.endswith("COMMIT") and "life-0001" in name:
+            assert late.claim_life("late") == 2
+            late.write(SPEC, RunState(step=1, life=2), {}, tensors, ALONE)
+            late.retain(CheckpointConfig(), life=2)
+        return put_new(self, name, data)
+
+    monkeypatch.setattr(Store, "put_new", slow)
+    begin(early, tensors, step=2).finish()
+    assert late.names() == ["step-000000000001-life-0002"]
+
+
+def test_a_flipped_byte_anywhere_is_found_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "PART_BYTES", 40)
+    commits = Commits(Store(str(tmp_path)))
+    begin(commits, {f"{kind}/{name}": t for kind in ("model", "exp_avg") for name, t in truth(kind).items()}).finish()
+    name = commits.names()[0]
+    files = sorted((tmp_path / name).iterdir())
+    assert len(files) == 6
+
+    @settings(max_examples=300)
+    @given(st.sampled_from(files), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+    def flipped(file: Path, place: float, bits: int) -> None:
+        whole = file.read_bytes()
+        data = bytearray(whole)
+        data[int(place * len(data))] ^= bits
+        file.write_bytes(data)
+        try:
+            with pytest.raises(DamagedCommit, match=f"{name}/{file.name}"):
+                commits.open(name).tensors()
+        finally:
+            file.write_bytes(whole)
+
+    flipped()
+    assert len(commits.open(name).tensors()) == 6
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1])
+        with pytest.raises(DamagedCommit, match=f"{name}/{file.name}"):
+            commits.open(name).tensors()
+        file.write_bytes(whole)
+
+
+@given(
+    st.one_of(
+        st.text(), st.from_regex(r"[a-z./\\%]*(\.safetensors)?\n?"), st.sampled_from(["../x-00000-00000.safetensors"])
+    )
+)
+def test_a_part_has_no_name_outside_its_commit(file: str) -> None:
+    try:
+        part = writing.Part(file=file, kind="model", bytes=1, sha256="", tensors=1)
+    except ValidationError:
+        return
+    assert re.fullmatch(r"[a-z_]+-[0-9]{5}-[0-9]{5}\.safetensors", part.file)
+
+
 def test_what_is_kept(tmp_path: Path) -> None:
     """The two newest, the first of every 50 samples, the best, and the one before a growth; each for its own reason."""
     commits = Commits(Store(str(tmp_path)))
@@ -179,6 +278,7 @@ def test_what_is_kept(tmp_path: Path) -> None:
 
 def test_giving_up_leaves_nothing_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "PART_BYTES", 1)
+    monkeypatch.setattr(writing, "CONNECTIONS", 1)
     commits, put, door = Commits(Store(str(tmp_path))), Store.put, threading.Event()
     written: list[str] = []
 

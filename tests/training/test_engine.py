@@ -155,7 +155,8 @@ def test_a_run_without_finite_gradients_stops_and_says_so(
         torch.nn.utils, "get_total_norm", lambda g: clip(g) * (float("nan") if next(calls) in broken else 1)
     )
     with pytest.raises(
-        TrainingError, match=r"no finite gradient in the last 10 steps up to step 19; lower optimizer.lr"
+        TrainingError,
+        match=r"no finite gradient in the last 10 steps up to step 19, and there is no commit to go back to; lower opt",
     ):
         train(read_recipe("emoji", overrides).recipe, tmp_path)
     assert "1 of the last 1 steps had a gradient that is not finite" in capsys.readouterr().err

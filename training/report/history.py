@@ -104,7 +104,7 @@ def growth(run: Run) -> View | None:
 
 def lineage(run: Run) -> list[View]:
     """Every start, resume, growth, change of world, commit and end, oldest first; long rows of commits are folded."""
-    lines = run.events("start", "resume", "grow", "commit", "end")
+    lines = run.events("start", "resume", "rollback", "grow", "commit", "end")
     known = {(line["event"], line.get("step")) for line in lines}
     older = [
         e
@@ -188,7 +188,7 @@ def _spans(lines: Iterable[Line], shift: float) -> list[Span]:
     before, between = -math.inf, 0.0  # the end of the last training, and what was done since that is not training
     for line in lines:
         end, length, event = line["time"] + shift, seconds_of(line), line["event"]
-        if event in ("start", "resume"):
+        if event in ("start", "resume", "rollback"):
             spans.append(Span(end - length, end, "startup", TIME_KINDS["startup"], length))
             before = end
         elif event == "step":
@@ -226,6 +226,11 @@ def _lineage_text(line: Line) -> str:
             f"in {readable.duration(line.get('seconds'))}",
         ]
         return " · ".join([*parts, *([f"reason: {printable(line['reason'])}"] if line.get("reason") else [])])
+    if event == "rollback":
+        back = f"back to {line.get('commit')}, {line.get('batches')} batches passed over: {line.get('reason')}"
+        return printable(without_credentials(back))
+    if event == "from":
+        return f"{printable(str(line.get('carry')))} of {printable(without_credentials(str(line.get('commit'))))}"
     return "the run came to its end" if event == "end" else ""
 
 
