@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch
 
 from ..data.ledger import LedgerEntry
 from ..data.loader import Loader
+from ..data.order import stable_hash
 from ..data.record import Batch
 from ..models.flops import training_flops
-from ..models.spec import ModelSpec
+from ..models.spec import ModelSpec, SpecError
 from .commits import Commit, Commits
 from .device import describe, peak_flops, peak_memory
 from .display import Display
@@ -30,12 +31,14 @@ from .evaluate.suites import evaluate
 from .growing import grow
 from .objectives.base import Inputs
 from .objectives.registry import build_objectives
+from .plateau import Tally, slopes
 from .recipe import Recipe
 from .resume import check_same_run, newest_intact
+from .search import choose, tried
 from .shards import Layout
 from .signals import StopRequest
-from .stages import faded, rewarmed
-from .state import Event, RunState, TrainingError
+from .stages import faded, rewarmed, steady_from
+from .state import Decision, Event, RunState, TrainingError
 from .store import Store
 from .world import World
 from .writing import Writing
@@ -70,6 +73,7 @@ def train(recipe: Recipe, out: Path, imports: float = 0.0) -> Summary:
                 run.enter(stage)
                 for batch in run.batches():
                     run.step(batch)
+                    run.decide()
                     run.log()
                     run.evaluate()
                     run.commit()
@@ -100,11 +104,10 @@ class Run:
         recipe.check_world(world.size)
         recipe.check_tokenizer()
         self.recipe, self.out, self.world, self.stop = recipe, out, world, stop
-        self.specs = recipe.specs()
-        self.ends = list(accumulate(stage.steps(recipe.data.batch) for stage in recipe.stages))
+        self.tally = Tally(world)
         self.commits = Commits(Store(recipe.checkpoint.to or str(out / "commits")))
         self.display = Display(recipe, out, world)
-        self.state = RunState()
+        self._take_up(RunState())
         self.stopping = False
         self.last_commit: str | None = None
         self.scores: dict[str, float] = {}
@@ -137,6 +140,13 @@ class Run:
 
     # Starting
 
+    def _take_up(self, state: RunState) -> None:
+        """Go on from a state, by the recipe as far as it is decided there."""
+        self.state = state
+        self.plan = self.recipe.settled(state.decisions)
+        self.specs = self.plan.specs()
+        self.ends = list(accumulate(stage.steps(self.plan.data.batch) for stage in self.plan.stages))
+
     def _start(self, imports: float) -> None:
         """Take up the newest commit, or initialise; claim the place; say so."""
         clock = [time.monotonic()]
@@ -146,10 +156,10 @@ class Run:
         clock.append(time.monotonic())
         if found:
             commit, tensors = found
-            self.state = commit.manifest.state
             self.engine.load_logical_state(tensors, self.state.applied, self.state.skipped, self.state.multipliers)
             self.last_commit = commit.url
         else:
+            self._take_up(RunState())
             self.engine = self._build(self.specs[0])
         who = f"{describe(self.world.device)} x {self.world.size}"
         life = self.world.objects(self.commits.claim_life(who) if self.world.is_first else 0)[0]
@@ -173,8 +183,9 @@ class Run:
         """Build the engine for a commit of this very run; what of the commit's tensors it holds here."""
         begun = time.monotonic()
         self._changes = check_same_run(self.recipe, commit)
-        self.engine = self._build(self.specs[commit.manifest.state.stage])
-        self.engine.expect(commit.manifest.state.multipliers)
+        self._take_up(commit.manifest.state)
+        self.engine = self._build(self.specs[self.state.stage])
+        self.engine.expect(self.state.multipliers)
         self._preparing += time.monotonic() - begun
         return self.engine.layout
 
@@ -187,7 +198,7 @@ class Run:
     def _loader(self) -> Loader:
         """The stream at the model's resolution and context; it knows which samples are bad already."""
         spec, recipe, world = self.engine.model.spec, self.recipe, self.world
-        resolution, context, mixtures = spec.image.resolution, spec.text.context, recipe.mixtures()
+        resolution, context, mixtures = spec.image.resolution, spec.text.context, self.plan.mixtures()
         loader = Loader(recipe.data, resolution, context, recipe.seed, world.rank, world.size, mixtures)
         loader.check_bad(_entries(world.objects(self.display.known_bad())[0]))
         return loader
@@ -205,24 +216,59 @@ class Run:
         """Make the model of a stage, growing the one there is."""
         if stage == self.state.stage:
             return
+        self._fold()
+        if self.plan.stages[stage].search:
+            self._search(stage)
         if self.specs[stage] != self.engine.model.spec:
             with contextlib.closing(self.loader.batches(self.state.step)) as batches:
                 probe = self._inputs(next(batches))
-            recipe, how = self.recipe, self.recipe.stages[stage]
+            recipe, how = self.plan, self.plan.stages[stage]
             fade = faded(recipe.stages, self.state.stage, self.state.samples, recipe.data.batch)
             self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe, recipe.seed, how, fade)
             self._remember("grow", growth.json())
             self.loader = self._loader()
             self.display.event("grow", self.state, **growth.json())
-        self.state = self.state.model_copy(update={"stage": stage})
+        self.state = self.state.model_copy(update={"stage": stage, "window": ()})
+
+    def _search(self, stage: int) -> None:
+        """Decide what a stage grows into, by trials from here."""
+        begun, state, plan, how = time.monotonic(), self.state, self.plan, self.plan.stages[stage]
+        assert how.search
+        size, world = plan.data.batch, self.world
+        steps = max(2, -(-how.search.samples // size))
+        fade = faded(plan.stages, state.stage, state.samples, size)
+        lr = plan.optimizer.lr * plan.schedule.factor(state.samples, size, plan.total_samples)
+        seed = stable_hash("search", plan.seed, stage)
+        trials = []
+        for candidate in how.candidates(self.engine.model.spec):
+            if not self._leads_on(stage, candidate[0]):
+                continue
+            image, text = candidate[1].image, candidate[1].text
+            newest = [plan.newest(stage)]
+            loader = Loader(plan.data, image.resolution, text.context, seed, world.rank, world.size, newest)
+            with contextlib.closing(loader.batches(0)) as batches:
+                inputs = map(self._inputs, islice(batches, steps))
+                trials.append(tried(self.engine, self._build, candidate, inputs, size, lr, plan.seed, how, fade))
+        choice = choose(trials)
+        made = Decision(stage=stage, grow=choice.sizes)
+        self._remember("search", choice.json(), decisions=(*state.decisions, made), flops=state.flops + choice.spent)
+        self._take_up(self.state)
+        self.display.event("search", self.state, **choice.json(), seconds=time.monotonic() - begun)
+
+    def _leads_on(self, stage: int, sizes: dict[str, int | float]) -> bool:
+        """Whether the stages that follow can be, if a stage has these sizes."""
+        try:
+            self.recipe.settled((*self.state.decisions, Decision(stage=stage, grow=sizes))).specs()
+        except SpecError:
+            return False
+        return True
 
     def batches(self) -> Iterator[Batch]:
         """This rank's part of every global batch that is left of the stage."""
-        end = self.ends[self.state.stage]
-        if self.state.step >= end:
+        if self.state.step >= self.ends[self.state.stage]:
             return
         with contextlib.closing(self.loader.batches(self.state.step)) as batches:
-            while self.state.step < end:
+            while self.state.step < self.ends[self.state.stage]:
                 begun = time.monotonic()
                 batch = next(batches)
                 self._waited += time.monotonic() - begun
@@ -236,18 +282,49 @@ class Run:
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
-        stages, place = self.recipe.stages, (state.stage, state.samples, size)
+        stages, place = self.plan.stages, (state.stage, state.samples, size)
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
         self.lr *= rewarmed(stages, *place)
         self.result: StepResult = self.engine.step(self._inputs(batch), self.lr, faded(stages, *place))
-        work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths))
-        self.state = state.model_copy(
-            update={"step": state.step + 1, "samples": state.samples + size, "flops": state.flops + work}
-        )
+        shares = torch.stack([o.weight * self.result.losses[o.name] for o in self.engine.objectives])
+        self.tally.add(shares.sum(), len(batch.tokens))
+        self.state = state.model_copy(update={"step": state.step + 1, "samples": state.samples + size})
         self._bad += [{"step": self.state.step, **asdict(entry)} for entry in batch.bad]
         self._captions += torch.tensor([len(batch.lengths), len(batch.tokens), int(batch.cut.sum())])
 
     # The step edge
+
+    def _fold(self) -> None:
+        """Count the FLOPs of the steps taken, and keep their losses where a rule measures them."""
+        state, size, spec = self.state, self.recipe.data.batch, self.engine.model.spec
+        flops, window = state.flops, list(state.window)
+        stages, samples = self.plan.stages, state.samples - len(self.tally) * size
+        steady = steady_from(stages, state.stage, size, self.plan.schedule.warmup)
+        for loss, tokens in self.tally.take():
+            flops += size * training_flops(spec, tokens / size)
+            if stages[state.stage].plateau and samples >= steady:
+                window.append((loss, tokens / size))
+            samples += size
+        self.state = state.model_copy(update={"flops": flops, "window": tuple(window)})
+
+    def decide(self) -> None:
+        """End the stage here if its plateau rule says so; the rule looks once in a window."""
+        rule, size = self.plan.stages[self.state.stage].plateau, self.recipe.data.batch
+        if rule is None or len(self.state.window) + len(self.tally) < rule.steps(size):
+            return
+        self._fold()
+        state = self.state
+        if len(state.window) < rule.steps(size) or state.step >= self.ends[state.stage]:
+            return
+        found = slopes(state.window, *self.specs[state.stage : state.stage + 2], size, state.flops, rule.exponent)
+        self.state = state.model_copy(update={"window": ()})
+        self.display.event("plateau", self.state, **found.json(), ended=found.flat)
+        if found.flat:
+            begun = self.ends[state.stage - 1] * size if state.stage else 0
+            made = Decision(stage=state.stage, samples=state.samples - begun)
+            self._remember("plateau", found.json(), decisions=(*state.decisions, made))
+            self._take_up(self.state)
+            self.loader = self._loader()  # mixtures change with the stages
 
     def log(self) -> None:
         """Agree on what happens at this edge; write a log line if one is due."""
@@ -267,7 +344,8 @@ class Run:
             self._write_line()
 
     def _write_line(self) -> None:
-        """Read the step's numbers back from the device (here, and only here, it is waited for) and write them down."""
+        """Read the step's numbers back from the device (here, it is waited for) and write them down."""
+        self._fold()
         state, result = self.state, self.result
         shares = self.world.sum(torch.stack(list(result.losses.values()))).tolist()
         losses = dict(zip(result.losses, shares, strict=True))
@@ -355,6 +433,7 @@ class Run:
         begun, checkpoint = time.monotonic(), self.recipe.checkpoint
         if self._writing:  # at most one is under way
             self._lead(self._writing, wait=True)
+        self._fold()
         self.state = self.state.model_copy(
             update={
                 "applied": self.engine.applied,

@@ -77,7 +77,7 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
             f"{commit.url} was written by another release, whose recipe says what this one does not know "
             f"({'.'.join(map(str, error.errors()[0]['loc']))}); continue it with that release"
         ) from None
-    different = _differences(_past(recipe, state), _past(before, state))
+    different = _differences(*(_past(each.settled(state.decisions), state) for each in (recipe, before)))
     if different:
         raise StoreError(
             f"{commit.url} is of a run with another recipe ({'; '.join(different[:4])}); "
@@ -100,7 +100,7 @@ def _past(recipe: Recipe, state: RunState) -> dict[str, Any]:
         source["weight"] = {str(mixture.step): mixture.weights[i] for mixture in mixtures}
     read = [source for source in past["data"]["train"] if any(source["weight"].values())]
     past["data"]["train"] = {str(past["data"]["train"].index(source)): source for source in read}
-    past["stages"] = [{**stage, "mixture": None} for stage in past["stages"][: state.stage + 1]]
+    past["stages"] = [{**stage, "mixture": None, "replay": None} for stage in past["stages"][: state.stage + 1]]
     return _flat(past)
 
 
