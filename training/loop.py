@@ -316,7 +316,8 @@ class Run:
         state = self.state
         if len(state.window) < rule.steps(size) or state.step >= self.ends[state.stage]:
             return
-        found = slopes(state.window, *self.specs[state.stage : state.stage + 2], size, state.flops, rule.exponent)
+        spec, following = self.specs[state.stage : state.stage + 2]
+        found = slopes(state.window, spec, following, size, state.flops, rule.exponent)
         self.state = state.model_copy(update={"window": ()})
         self.display.event("plateau", self.state, **found.json(), ended=found.flat)
         if found.flat:
