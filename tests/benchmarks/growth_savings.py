@@ -1,11 +1,11 @@
 """What growing saves: the training FLOPs to a tuned large model's final loss and score, on real data.
 
-    python -m tests.benchmarks.growth_savings [--quick] [--json] [--seeds 5] [--recipe emoji] [--runs DIR] [key=value ..]
+    python -m tests.benchmarks.growth_savings [--quick] [--json] [--seeds 5] [--recipe NAME] [--runs DIR] [key=value]
 
 Every run is a whole one through the training loop, with its own cool-down, so losses are compared at their ends:
 
 - `large`: the recipe's last shape from scratch, at the FLOPs F of the recipe, its learning rate tuned on another seed;
-- `grown`: the recipe's first shape for a share of the FLOPs, then grown to the last, at several budgets around F;
+- `grown`: at the same rate, the recipe's first shape for a share of the FLOPs, then grown to the last, at several budgets around F;
 - `small`: the first shape trained on, at the same budgets: a task that it does as well needs no growth.
 
 A budget at which an arm reaches the large model's loss (or score) is read off the line between its two nearest runs,
@@ -164,7 +164,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[float, list[Outc
     rate = min(rates, key=lambda rate: one("large", 1.0, rate, TUNING_SEED).loss)
     seeds = range(1 if options.quick else options.seeds)
     large = [one("large", 1.0, rate, seed) for seed in seeds]
-    others = [{arm: [one(arm, b, 1.0, seed) for b in budgets] for arm in ("grown", "small")} for seed in seeds]
+    others = [{arm: [one(arm, b, rate, seed) for b in budgets] for arm in ("grown", "small")} for seed in seeds]
     return rate, large, others
 
 
@@ -188,9 +188,8 @@ def figures_of(rate: float, large: list[Outcome], others: list[dict[str, list[Ou
 
 def show(figures: dict[str, float]) -> None:
     """The table."""
-    print(
-        f"learning rate of the large model: {figures['rate']:g} times the recipe's; {figures['seeds']:g} paired seeds"
-    )
+    tuned = f"{figures['rate']:g} times the recipe's, tuned for the large model"
+    print(f"learning rate: {tuned}; {figures['seeds']:g} paired seeds")
     print(f"{'saved of the large model’s FLOPs':44}{'median':>9}{'low':>9}{'high':>9}{'speed-up':>10}")
     rows = {
         "saved_flops": "grown, to its loss",
