@@ -5,7 +5,8 @@
 Every run is a whole one through the training loop, with its own cool-down, so losses are compared at their ends:
 
 - `large`: the recipe's last shape from scratch, at the FLOPs F of the recipe, its learning rate tuned on another seed;
-- `grown`: at the same rate, the recipe's first shape for a share of the FLOPs, then grown to the last, at several budgets around F;
+- `grown`: at the same rate, the recipe's first shape for a share of the FLOPs, then grown to the last, at several
+  budgets around F;
 - `small`: the first shape trained on, at the same budgets: a task that it does as well needs no growth.
 
 A budget at which an arm reaches the large model's loss (or score) is read off the line between its two nearest runs,
@@ -138,7 +139,7 @@ def reached(points: Sequence[tuple[float, float]], target: float) -> float | Non
 def saved(points: Sequence[tuple[float, float]], target: float, spent: float) -> float:
     """The share of `spent` that is saved on the way to `target`; a bound where the points do not enclose it."""
     found = reached(points, target)
-    return 1 - (max(flops for flops, _ in points) if found is None else found) / spent
+    return min(0.0, 1 - max(flops for flops, _ in points) / spent) if found is None else 1 - found / spent
 
 
 def compare(large: Outcome, arms: dict[str, list[Outcome]]) -> dict[str, float]:
@@ -148,6 +149,12 @@ def compare(large: Outcome, arms: dict[str, list[Outcome]]) -> dict[str, float]:
         found[f"{arm}_loss"] = saved([(r.flops, r.loss) for r in runs], large.loss, large.flops)
         found[f"{arm}_score"] = saved([(r.flops, -r.score) for r in runs], -large.score, large.flops)
     return found
+
+
+def first(ones: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]], target: float) -> bool:
+    """Whether `ones` come down to the target, and with fewer FLOPs than `others`."""
+    ours, theirs = reached(ones, target), reached(others, target)
+    return ours is not None and (theirs is None or ours < theirs)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> tuple[float, list[Outcome], list[dict[str, list[Outcome]]]]:
@@ -176,9 +183,15 @@ def figures_of(rate: float, large: list[Outcome], others: list[dict[str, list[Ou
         values = [seed[key] for seed in seeds]
         figures[f"{name}_median"] = statistics.median(values)
         figures[f"{name}_low"], figures[f"{name}_high"] = min(values), max(values)
-    figures["control_wins"] = sum(seed["small_loss"] > seed["grown_loss"] for seed in seeds)
-    figures["control_wins_score"] = sum(seed["small_score"] > seed["grown_score"] for seed in seeds)
-    for number, (one, arms) in enumerate(zip(large, others, strict=True)):
+    pairs = list(zip(large, others, strict=True))
+    ends = [{arm: [(r.flops, r.loss, -r.score) for r in runs] for arm, runs in arms.items()} for arms in others]
+    for name, by, targets in (
+        ("control_wins", 1, [one.loss for one in large]),
+        ("control_wins_score", 2, [-one.score for one in large]),
+    ):
+        points = [{arm: [(run[0], run[by]) for run in runs] for arm, runs in arms.items()} for arms in ends]
+        figures[name] = sum(first(p["small"], p["grown"], goal) for p, goal in zip(points, targets, strict=True))
+    for number, (one, arms) in enumerate(pairs):
         for arm, runs in {"large": [one], **arms}.items():
             for index, end in enumerate(runs):
                 place = f"seed{number}/{arm}{index}"

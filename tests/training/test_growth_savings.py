@@ -21,6 +21,7 @@ def test_the_place_of_a_target_is_on_the_line_over_log_flops() -> None:
     assert reached(points, 1.9) is None
     assert saved(points, 2.4, 5e9) == pytest.approx(0.6)
     assert saved(points, 1.9, 5e9) == pytest.approx(-0.6)
+    assert saved(points, 1.9, 1e10) == 0
 
 
 def test_arms_spend_their_budgets() -> None:
