@@ -142,19 +142,21 @@ def saved(points: Sequence[tuple[float, float]], target: float, spent: float) ->
     return min(0.0, 1 - max(flops for flops, _ in points) / spent) if found is None else 1 - found / spent
 
 
-def compare(large: Outcome, arms: dict[str, list[Outcome]]) -> dict[str, float]:
-    """One seed's savings of each arm, by loss and by score."""
-    found = {}
-    for arm, runs in arms.items():
-        found[f"{arm}_loss"] = saved([(r.flops, r.loss) for r in runs], large.loss, large.flops)
-        found[f"{arm}_score"] = saved([(r.flops, -r.score) for r in runs], -large.score, large.flops)
-    return found
-
-
 def first(ones: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]], target: float) -> bool:
     """Whether `ones` come down to the target, and with fewer FLOPs than `others`."""
     ours, theirs = reached(ones, target), reached(others, target)
     return ours is not None and (theirs is None or ours < theirs)
+
+
+def compare(large: Outcome, arms: dict[str, list[Outcome]]) -> dict[str, float]:
+    """One seed's savings of each arm, by loss and by score, and whether the control is first."""
+    found: dict[str, float] = {}
+    for by, height in (("loss", lambda end: end.loss), ("score", lambda end: -end.score)):
+        curves = {arm: [(end.flops, height(end)) for end in runs] for arm, runs in arms.items()}
+        for arm, points in curves.items():
+            found[f"{arm}_{by}"] = saved(points, height(large), large.flops)
+        found[f"control_{by}"] = first(curves["small"], curves["grown"], height(large))
+    return found
 
 
 def measure(options: argparse.Namespace, folder: Path) -> tuple[float, list[Outcome], list[dict[str, list[Outcome]]]]:
@@ -183,15 +185,9 @@ def figures_of(rate: float, large: list[Outcome], others: list[dict[str, list[Ou
         values = [seed[key] for seed in seeds]
         figures[f"{name}_median"] = statistics.median(values)
         figures[f"{name}_low"], figures[f"{name}_high"] = min(values), max(values)
-    pairs = list(zip(large, others, strict=True))
-    ends = [{arm: [(r.flops, r.loss, -r.score) for r in runs] for arm, runs in arms.items()} for arms in others]
-    for name, by, targets in (
-        ("control_wins", 1, [one.loss for one in large]),
-        ("control_wins_score", 2, [-one.score for one in large]),
-    ):
-        points = [{arm: [(run[0], run[by]) for run in runs] for arm, runs in arms.items()} for arms in ends]
-        figures[name] = sum(first(p["small"], p["grown"], goal) for p, goal in zip(points, targets, strict=True))
-    for number, (one, arms) in enumerate(pairs):
+    figures["control_wins"] = sum(seed["control_loss"] for seed in seeds)
+    figures["control_wins_score"] = sum(seed["control_score"] for seed in seeds)
+    for number, (one, arms) in enumerate(zip(large, others, strict=True)):
         for arm, runs in {"large": [one], **arms}.items():
             for index, end in enumerate(runs):
                 place = f"seed{number}/{arm}{index}"
