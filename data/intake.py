@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from .config import DataError
-from .files import ShardInfo, read_range, shown_url
+from .files import ShardInfo, shown_url
 from .ledger import BadSample, shown
 from .shards import IMAGE_KINDS, split_name
 from .source import shards_of
 from .sweep import Told, index_all, silent
+from .unpack import Unpacked
 
 _PATHS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path", "image path", "picture")
 _CAPTIONS = ("caption", "text")
@@ -83,11 +84,12 @@ class ShardItem:
         start = min(offset for offset, _ in self.places.values())
         end = max(offset + size for offset, size in self.places.values())
         if end - start > sum(self.sizes.values()) + _GAP:
-            return {kind: read_range(self.shard, at, at + size) for kind, (at, size) in self.places.items()}
-        span = read_range(self.shard, start, end)
+            return {kind: _read(self.shard, at, at + size) for kind, (at, size) in self.places.items()}
+        span = _read(self.shard, start, end)
         return {kind: span[at - start : at - start + size] for kind, (at, size) in self.places.items()}
 
 
+_read = Unpacked().read  # also of .tar.gz
 Item = FileItem | ShardItem
 
 
@@ -99,7 +101,11 @@ def items_of(input: str, images: Path | None, workers: int = 1, told: Told = sil
     items: list[Item]
     if path.is_dir():
         items = [*folder_items(path)]
-    elif input.lower().endswith(".tar") or "://" in input or (set("*?[{") & set(input) and not path.exists()):
+    elif (
+        input.lower().endswith((".tar", ".tar.gz", ".tgz"))
+        or "://" in input
+        or (set("*?[{") & set(input) and not path.exists())
+    ):
         items = [*shard_items(input, workers, told)]
     elif path.exists():
         items = [*table_items(path, images or path.parent)]
@@ -110,6 +116,11 @@ def items_of(input: str, images: Path | None, workers: int = 1, told: Told = sil
         )
     _refuse_equal_keys(items)
     return items
+
+
+def _names_shards(input: str, path: Path) -> bool:
+    is_pattern = set("*?[{") & set(input) and not path.exists()
+    return bool(input.lower().endswith((".tar", ".tar.gz", ".tgz")) or "://" in input or is_pattern)
 
 
 def check_key(key: str, kinds: Iterable[str]) -> None:

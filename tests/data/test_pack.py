@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import multiprocessing
 import os
@@ -489,6 +490,19 @@ def test_hostile_keys(tmp_path: Path, write_tar: Callable[..., Path], picture: P
 
 
 # Tar
+
+
+def test_gzipped_shards_are_packed_as_plain_ones(tmp_path: Path, many: Path) -> None:
+    plain = pack(many, str(tmp_path / "plain" / "set"), 30)
+    (tmp_path / "zipped").mkdir()
+    for shard in plain.shards:
+        (tmp_path / "zipped" / f"{Path(shard).name}.gz").write_bytes(gzip.compress(Path(shard).read_bytes()))
+    again = []
+    for name, wanted in (("plain", "set/*.tar"), ("zipped", "*.tar.gz")):
+        packed = pack(str(tmp_path / name / wanted), str(tmp_path / f"again-{name}" / "set"), 20)
+        again.append([Path(shard).read_bytes() for shard in packed.shards])
+    assert len(again[0]) == 3
+    assert again[0] == again[1]
 
 
 def test_archives_are_webdatasets_byte_for_byte(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.optimizer import OptimizerConfig, decays
 from treering.training.schedule import ScheduleConfig
+from treering.training.stages import GrowthConfig
 from treering.training.state import TrainingError
 from treering.training.world import World
 
@@ -103,7 +104,7 @@ def test_the_average_grows_as_weights_do() -> None:
     state = small.logical_state()
     for name, _ in small.model.named_parameters():
         state[f"ema/{name}"].copy_(state[f"model/{name}"])
-    large, _ = grow(small, build_one, SPEC.grown({"image.width": 32, "text.depth": 2}), None, 3, "noise")
+    large, _ = grow(small, build_one, SPEC.grown({"image.width": 32, "text.depth": 2}), None, 3, GrowthConfig())
     grown = large.logical_state()
     for name, p in large.model.named_parameters():
         assert torch.equal(grown[f"ema/{name}"], p), name

@@ -114,7 +114,9 @@ def test_multipliers_fade_to_one(whole: Path, tmp_path: Path, monkeypatch: pytes
     assert held["image.projection.weight"] == pytest.approx((2 / 3) ** (1 / 3))
     seen = []
     real = Optimizer.step
-    monkeypatch.setattr(Optimizer, "step", lambda self, lr: (real(self, lr), seen.append(_rates(self, lr)))[0])
+    monkeypatch.setattr(
+        Optimizer, "step", lambda self, lr, fade: (real(self, lr, fade), seen.append(_rates(self, lr)))[0]
+    )
     train(recipe("stages.1.samples=60", "stages.1.rewarm=0"), tmp_path)
     expected = [2 / 3, (2 / 3) ** (2 / 3), (2 / 3) ** (1 / 3), 1, 1]
     assert [rates["image.projection.weight"] for rates in seen[3:8]] == pytest.approx(expected)

@@ -97,8 +97,8 @@ def test_every_part_is_read_once_for_each_kind_and_one_is_kept(
     grow_commit(commit_at(whole, 3).url, {"grow": {"image.depth": 2}}, str(tmp_path / "a"), samples=24)
     source = find_commit(str(tmp_path / "a"))
     read: list[str] = []
-    real = Commit.part
-    monkeypatch.setattr(Commit, "part", lambda self, part: (read.append(part.file), real(self, part))[1])
+    real = Commit.pieces
+    monkeypatch.setattr(Commit, "pieces", lambda self, part: (read.append(part.file), real(self, part))[1])
     held = OldState(source)
     whole_state = {path: held[path] for path in held}  # in the order of the parts
     files = [part.file for part in source.manifest.parts]
