@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ import torch
 
 from ..data.ledger import LedgerEntry
 from ..data.loader import Loader
-from ..data.order import stable_hash
 from ..data.record import Batch
 from ..models.flops import training_flops
-from ..models.spec import ModelSpec, SpecError
+from ..models.spec import ModelSpec
 from .commits import Commit, Commits
 from .device import describe, peak_flops, peak_memory
 from .display import Display
@@ -34,7 +33,7 @@ from .objectives.registry import build_objectives
 from .plateau import Tally, slopes
 from .recipe import Recipe
 from .resume import check_same_run, newest_intact
-from .search import choose, tried
+from .search import search
 from .shards import Layout
 from .signals import StopRequest
 from .stages import faded, rewarmed, steady_from
@@ -232,36 +231,17 @@ class Run:
 
     def _search(self, stage: int) -> None:
         """Decide what a stage grows into, by trials from here."""
-        begun, state, plan, how = time.monotonic(), self.state, self.plan, self.plan.stages[stage]
-        assert how.search
-        size, world = plan.data.batch, self.world
-        steps = max(2, -(-how.search.samples // size))
-        fade = faded(plan.stages, state.stage, state.samples, size)
-        lr = plan.optimizer.lr * plan.schedule.factor(state.samples, size, plan.total_samples)
-        seed = stable_hash("search", plan.seed, stage)
-        trials = []
-        for candidate in how.candidates(self.engine.model.spec):
-            if not self._leads_on(stage, candidate[0]):
-                continue
-            image, text = candidate[1].image, candidate[1].text
-            newest = [plan.newest(stage)]
-            loader = Loader(plan.data, image.resolution, text.context, seed, world.rank, world.size, newest)
-            with contextlib.closing(loader.batches(0)) as batches:
-                inputs = map(self._inputs, islice(batches, steps))
-                trials.append(tried(self.engine, self._build, candidate, inputs, size, lr, plan.seed, how, fade))
-        choice = choose(trials)
-        made = Decision(stage=stage, grow=choice.sizes)
-        self._remember("search", choice.json(), decisions=(*state.decisions, made), flops=state.flops + choice.spent)
-        self._take_up(self.state)
-        self.display.event("search", self.state, **choice.json(), seconds=time.monotonic() - begun)
+        begun = time.monotonic()
+        choice = search(self.engine, self._build, self.recipe, self.state, stage, self._inputs)
+        spent, seconds = self.state.flops + choice.spent, time.monotonic() - begun
+        self._decide(Decision(stage=stage, grow=choice.sizes), "search", choice.json(), flops=spent)
+        self.display.event("search", self.state, **choice.json(), seconds=seconds)
+        self._log_time, self._log_flops = self._log_time + seconds, self._log_flops + choice.spent  # not training
 
-    def _leads_on(self, stage: int, sizes: dict[str, int | float]) -> bool:
-        """Whether the stages that follow can be, if a stage has these sizes."""
-        try:
-            self.recipe.settled((*self.state.decisions, Decision(stage=stage, grow=sizes))).specs()
-        except SpecError:
-            return False
-        return True
+    def _decide(self, made: Decision, event: str, detail: dict[str, Any], **changes: Any) -> None:
+        """Go on by a decision."""
+        self._remember(event, detail, decisions=(*self.state.decisions, made), **changes)
+        self._take_up(self.state)
 
     def batches(self) -> Iterator[Batch]:
         """This rank's part of every global batch that is left of the stage."""
@@ -322,9 +302,7 @@ class Run:
         self.display.event("plateau", self.state, **found.json(), ended=found.flat)
         if found.flat:
             begun = self.ends[state.stage - 1] * size if state.stage else 0
-            made = Decision(stage=state.stage, samples=state.samples - begun)
-            self._remember("plateau", found.json(), decisions=(*state.decisions, made))
-            self._take_up(self.state)
+            self._decide(Decision(stage=state.stage, samples=state.samples - begun), "plateau", found.json())
             self.loader = self._loader()  # mixtures change with the stages
 
     def log(self) -> None:

@@ -93,6 +93,7 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
             "stage": number,
             "life": life,
             "multipliers": rates,
+            "window": (),
             "applied": 0 if how.moments == "reset" else state.applied,
             "lineage": (*state.lineage, event),
         }

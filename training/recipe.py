@@ -120,6 +120,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
         """The recipe as a run has decided it so far: stages end where they ended, the budget is the same."""
         stages = list(self.stages)
         for made in decisions:
+            if made.stage >= len(stages):  # another run's recipe, which is refused for its stages
+                continue
             stage = stages[made.stage]
             if made.grow is not None:
                 stages[made.stage] = stage.model_copy(update={"grow": made.grow, "search": None})

@@ -77,7 +77,7 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
             f"{commit.url} was written by another release, whose recipe says what this one does not know "
             f"({'.'.join(map(str, error.errors()[0]['loc']))}); continue it with that release"
         ) from None
-    different = _differences(*(_past(each.settled(state.decisions), state) for each in (recipe, before)))
+    different = _differences(_past(recipe, state), _past(before, state))
     if different:
         raise StoreError(
             f"{commit.url} is of a run with another recipe ({'; '.join(different[:4])}); "
@@ -95,7 +95,7 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
 def _past(recipe: Recipe, state: RunState) -> dict[str, Any]:
     """What of a recipe decides what was computed up to a state: stages that have begun, sources that were read."""
     past = recipe.model_dump(mode="json", include=set(CONTINUES))
-    mixtures = [mixture for mixture in recipe.mixtures() if mixture.step < max(state.step, 1)]
+    mixtures = [mixture for mixture in recipe.settled(state.decisions).mixtures() if mixture.step < max(state.step, 1)]
     for i, source in enumerate(past["data"]["train"]):
         source["weight"] = {str(mixture.step): mixture.weights[i] for mixture in mixtures}
     read = [source for source in past["data"]["train"] if any(source["weight"].values())]

@@ -11,19 +11,26 @@ run that is killed in a search repeats it from the commit before, to the same ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from math import exp, fsum, inf, isfinite, log
 from typing import Any
 
 import torch
 
+from ..data.loader import Loader
+from ..data.order import stable_hash
+from ..data.record import Batch
 from ..models.flops import training_flops
-from ..models.spec import ModelSpec
+from ..models.spec import ModelSpec, SpecError
 from .engine import Engine
 from .growing import enlarged
 from .objectives.base import Inputs
 from .plateau import Tally
-from .stages import GrowthConfig
+from .recipe import Recipe
+from .stages import GrowthConfig, faded
+from .state import Decision, RunState
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,43 @@ class Choice:
             for row in (asdict(trial) | {"score": score} for trial, score in scored)
         ]
         return {"candidates": rows, "chosen": self.sizes, "exponent": self.exponent, "flops": self.spent}
+
+
+def search(
+    engine: Engine,
+    build: Callable[[ModelSpec], Engine],
+    recipe: Recipe,
+    state: RunState,
+    stage: int,
+    to_device: Callable[[Batch], Inputs],
+) -> Choice:
+    """Try everything that `stage` may grow into from `engine`, at its place in the run; all ranks call it together."""
+    plan, world = recipe.settled(state.decisions), engine.world
+    how, size = plan.stages[stage], plan.data.batch
+    assert how.search
+    steps = max(2, -(-how.search.samples // size))
+    fade = faded(plan.stages, state.stage, state.samples, size)
+    lr = plan.optimizer.lr * plan.schedule.factor(state.samples, size, plan.total_samples)
+    seed, newest = stable_hash("search", plan.seed, stage), [plan.newest(stage)]
+    trials = []
+    for sizes, spec in how.candidates(engine.model.spec):
+        if not _leads_on(recipe, (*state.decisions, Decision(stage=stage, grow=sizes))):
+            continue
+        resolution, context = spec.image.resolution, spec.text.context
+        loader = Loader(plan.data, resolution, context, seed, world.rank, world.size, newest)
+        with closing(loader.batches(0)) as batches:
+            inputs = map(to_device, islice(batches, steps))
+            trials.append(tried(engine, build, (sizes, spec), inputs, size, lr, plan.seed, how, fade))
+    return choose(trials)
+
+
+def _leads_on(recipe: Recipe, decisions: Sequence[Decision]) -> bool:
+    """Whether the stages that follow can be."""
+    try:
+        recipe.settled(decisions).specs()
+    except SpecError:
+        return False
+    return True
 
 
 def tried(

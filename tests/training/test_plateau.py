@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import torch
 from treering.launch.recipes import RecipeError, read_recipe
 from treering.models.flops import training_flops
 from treering.training import loop
-from treering.training.commits import find_commit
+from treering.training.commits import Commits, find_commit
 from treering.training.loop import train
 from treering.training.plateau import Tally, expected, slopes
 from treering.training.recipe import Recipe
 from treering.training.stages import StageConfig, steady_from
 from treering.training.state import Decision
+from treering.training.store import Store, StoreError
 from treering.training.world import World
 
 TINY = [
@@ -199,6 +201,20 @@ def test_settled_keeps_the_whole_budget() -> None:
     assert [stage.samples for stage in settled.stages] == [60, 72, 48]
     assert settled.total_steps == given.total_steps
     assert settled.settled((Decision(stage=0, samples=60), Decision(stage=1, samples=72))) == settled
+
+
+def test_an_early_end_is_taken_up_and_settled_stages_are_compared(whole: Path, tmp_path: Path) -> None:
+    """After a decision the stages that are over must be the same, and what is to come may change."""
+    shutil.copytree(whole / "commits", tmp_path / "commits")
+    for name in Commits(Store(str(tmp_path / "commits"))).names()[-4:]:
+        shutil.rmtree(tmp_path / "commits" / name)
+    assert find_commit(str(tmp_path)).manifest.state.decisions
+    with pytest.raises(StoreError, match=r"of a run with another recipe \(stages.0.samples: 120 there, 132 here"):
+        train(recipe("stages.0.samples=132"), tmp_path)
+    with pytest.raises(StoreError, match="of a run with another recipe"):
+        train(recipe("stages=[{samples: 180}]"), tmp_path)
+    assert train(recipe("stages.2.samples=24", "stages.2.grow={text.depth: 2}"), tmp_path).finished
+    assert find_commit(str(tmp_path)).manifest.state.samples == 192
 
 
 def test_a_rate_is_steady_after_its_warm_ups() -> None:

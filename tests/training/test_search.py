@@ -15,7 +15,7 @@ import torch
 
 from treering.launch.recipes import RecipeError, read_recipe
 from treering.models.flops import training_flops
-from treering.training import loop
+from treering.training import loop, search
 from treering.training.commits import find_commit
 from treering.training.loop import train
 from treering.training.recipe import Recipe
@@ -138,7 +138,7 @@ def test_a_kill_repeats_the_search_to_the_same_choice(
     at: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = itertools.count()
-    real_tried, real_step, real_grow = loop.tried, loop.Run.step, loop.grow
+    real_tried, real_step, real_grow = search.tried, loop.Run.step, loop.grow
 
     def tried(*arguments: Any) -> Any:
         if at == "in the second trial" and next(calls) == 1:
@@ -155,7 +155,7 @@ def test_a_kill_repeats_the_search_to_the_same_choice(
             raise Died
         real_step(run, batch)
 
-    monkeypatch.setattr(loop, "tried", tried)
+    monkeypatch.setattr(search, "tried", tried)
     monkeypatch.setattr(loop, "grow", grow)
     monkeypatch.setattr(loop.Run, "step", step)
     with pytest.raises(Died):
