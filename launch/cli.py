@@ -125,14 +125,27 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option("--data", metavar="URL", help="Shards to evaluate on; left out: as in the recipe.")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="OLD", help="An older commit: does what it indexed serve this one?"),
+    ] = None,
+    texts: Annotated[int, typer.Option("--texts", min=16, help="Captions to learn the map to OLD from.")] = 4096,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a commit and print every score beside what guessing would give.
 
     treering eval runs/emoji --suite retrieval
     """
-    from .evaluation import evaluate_commit
+    from .evaluation import compare_commits, compatibility_table, evaluate_commit
     from .worker import score_table
+
+    if against is not None:
+        compared = compare_commits(commit, against, data, texts)
+        if as_json:
+            _print_json(compared)
+        else:
+            Console().print(compatibility_table(compared))
+        return
 
     suites = [name.strip() for name in suite.split(",")] if suite is not None else None
     found = evaluate_commit(commit, suites, data)

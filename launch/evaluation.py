@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 
 from ..training.evaluate.config import EvalConfig, SuiteName
 from ..training.recipe import Recipe
 from .errors import RecipeError, clean, show
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..models.model import Model
+    from ..training.commits import Commit
+
+_TEXT_KINDS = frozenset({"txt", "json"})
 
 
 def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dict[str, Any]:
@@ -20,17 +30,10 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
     for suite in suites or ():
         if suite not in known:
             raise RecipeError(f"there is no suite {show(suite)}; there are {', '.join(known)}")
-    from ..models.model import build
-    from ..training.commits import find_commit
     from ..training.evaluate.suites import evaluate
     from ..training.world import World
 
-    commit = find_commit(url)
-    try:
-        recipe = Recipe.model_validate(commit.manifest.recipe)
-    except ValidationError as error:  # written by another version
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"the recipe of {clean(commit.url)} cannot be used here: {clean(reason)}") from None
+    commit, recipe = _opened(url)
     config = EvalConfig.model_validate(
         recipe.eval.model_dump() | {"suites": suites or recipe.eval.suites, "examples": 0}
     )
@@ -38,14 +41,11 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
         raise RecipeError(
             f"the recipe of {clean(commit.url)} names no suites; give some, as in --suite {','.join(known)}"
         )
-    model = build(commit.manifest.spec, recipe.seed)
-    kind = "ema" if recipe.optimizer.ema else "model"
-    weights = {name.removeprefix(f"{kind}/"): tensor for name, tensor in commit.tensors(kind).items()}
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(weights[name])
     world = World.join()
     source = data or recipe.evaluation_source
-    found = evaluate(model.to(world.device), config, source, world, recipe.data.cache, recipe.data.tokenizer)
+    found = evaluate(
+        _model(commit, recipe).to(world.device), config, source, world, recipe.data.cache, recipe.data.tokenizer
+    )
     step, samples = commit.manifest.state.step, commit.manifest.state.samples
     return {
         "commit": commit.url,
@@ -56,3 +56,91 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
         "chance": found.chance,
         "sizes": found.sizes,
     }
+
+
+def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[str, Any]:
+    """How the commit at URL `new` serves where the one at `old` did: recalls, flips, and new queries on an old gallery
+    through a map learnt from up to `texts` captions of the training sources.
+
+    Raises RecipeError, StoreError, DataError.
+    """
+    from ..data.loader import EvaluationSet
+    from ..training.evaluate.compatibility import compatibility
+    from ..training.evaluate.embed import embed, embed_captions
+    from ..training.world import World
+
+    pair = [_opened(url) for url in (old, new)]
+    recipe = pair[1][1]
+    source = data or recipe.evaluation_source
+    if not source:
+        raise RecipeError(f"the recipe of {clean(pair[1][0].url)} names no data to evaluate on; give some with --data")
+    captions = _captions(recipe, texts)
+    world, found = World.join(), []
+    for commit, of in pair:
+        model, size = _model(commit, of).to(world.device), of.eval.batch
+        spec = model.spec
+        samples = EvaluationSet(source, spec.image.resolution, spec.text.context, of.data.cache, of.data.tokenizer)
+        rows = embed_captions(model, samples.tokenizer, captions, size, world)
+        found.append((embed(model, samples, size, world), rows))
+    (old_data, old_rows), (new_data, new_rows) = found
+    try:
+        outcome = compatibility(old_data, new_data, old_rows, new_rows)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    urls = {"old": pair[0][0].url, "new": pair[1][0].url}
+    return {**urls, "data": source, "texts": len(captions), **outcome.json()}
+
+
+def _captions(recipe: Recipe, count: int) -> list[str]:
+    """About `count` captions of the training sources, as many of each; no picture is read."""
+    from ..data.captions import read_texts
+    from ..data.ledger import BadSample
+    from ..data.order import stream
+    from ..data.source import open_source
+
+    sources = [open_source(each.source) for each in recipe.data.train]
+    found = []
+    for number, source in enumerate(sources):
+        drawn = stream(recipe.seed, "compatibility", number).permutation(len(source))[: -(-count // len(sources))]
+        for i in drawn.tolist():
+            with suppress(BadSample):
+                found.append(read_texts(source.record(i, _TEXT_KINDS).fields).captions[0].text)
+    return found
+
+
+def compatibility_table(compared: Mapping[str, Any]) -> Table:
+    """Recalls of each pairing beside the old model's, and flips below."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", *compared["scores"], box=None, pad_edge=False)
+    for name in compared["scores"]["old"]:
+        table.add_row(Text(name), *(f"{scores[name]:.1%}" for scores in compared["scores"].values()))
+    for name, flips in compared["flips"].items():
+        said = f"{flips['negative_flips']:.1%} lost, {flips['positive_flips']:.1%} won, p = {flips['p_value']:.2g}"
+        table.add_row(Text(f"{name}@1"), Text(said))
+    return table
+
+
+def _opened(url: str) -> tuple[Commit, Recipe]:
+    """A commit and its recipe."""
+    from ..training.commits import find_commit
+
+    commit = find_commit(url)
+    try:
+        return commit, Recipe.model_validate(commit.manifest.recipe)
+    except ValidationError as error:  # written by another version
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"the recipe of {clean(commit.url)} cannot be used here: {clean(reason)}") from None
+
+
+def _model(commit: Commit, recipe: Recipe) -> Model:
+    """What a commit evaluates: its weights, or their average if it keeps one."""
+    from ..models.model import build
+
+    model = build(commit.manifest.spec, recipe.seed)
+    kind = "ema" if recipe.optimizer.ema else "model"
+    weights = {name.removeprefix(f"{kind}/"): tensor for name, tensor in commit.tensors(kind).items()}
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(weights[name])
+    return model

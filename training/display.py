@@ -66,6 +66,12 @@ class Display:
             self.progress.note(f"grew {sizes}: {before:.1f} M -> {after:.1f} M parameters, {moved}")
         elif event == "rollback":
             self.warn(f"{row['reason']}; went back to {row['commit']} and passes over {row['batches']} batches")
+        elif event == "search":
+            chosen = ", ".join(f"{path} {size}" for path, size in row["chosen"].items()) or "no growth"
+            self.progress.note(f"tried {len(row['candidates'])} candidates for {row['flops']:.1e} FLOPs: {chosen}")
+        elif event == "plateau":
+            said = "the stage ends" if row["ended"] else "the stage goes on"
+            self.progress.note(f"loss per FLOP falls by {row['slope']:.1e}, expected {row['expected']:.1e}: {said}")
         elif event == "commit":
             self.progress.note(f"committed {row['url']} ({row['bytes'] / 1e6:.0f} MB in {row['seconds']:.1f} s)")
 

@@ -82,24 +82,11 @@ def grow(
     """
     begun = time.monotonic()
     old = engine.model.spec
-    old_state, applied, skipped = _Whole(engine), engine.applied, engine.skipped
-    operators = planned(old, spec, seed, how, lambda kind, name: old_state[f"{kind}/{name}"])
     if old.image.resolution != spec.image.resolution:
         probe = None  # the larger model sees other pictures
     before = None if probe is None else similarities(engine, probe)
     parameters = engine.parameters
-    larger = build(spec)
-    multipliers = grown_rates(
-        operators, engine.multipliers, fade, [name for name, _ in larger.model.named_parameters()]
-    )
-    larger.expect(multipliers)
-    made = GrownState(operators, old_state, larger.logical_state())
-    larger.load_logical_state(
-        {path: larger.cut(path.partition("/")[2], made[path]) for path in made},
-        0 if how.moments == "reset" else applied,
-        skipped,
-        multipliers,
-    )
+    larger, operators = enlarged(engine, build, spec, seed, how, fade)
     engine.close()
     moved = None if before is None or probe is None else (similarities(larger, probe) - before).abs().max().item()
     changed = changes(old, spec)
@@ -112,6 +99,27 @@ def grow(
         logit_difference=moved,
         seconds=time.monotonic() - begun,
     )
+
+
+def enlarged(
+    engine: Engine, build: Callable[[ModelSpec], Engine], spec: ModelSpec, seed: int, how: GrowthConfig, fade: float
+) -> tuple[Engine, list[Operator]]:
+    """A new engine for `spec` that continues `engine`, which stays as it is, and how it was made. See `grow`."""
+    state = _Whole(engine)
+    operators = planned(engine.model.spec, spec, seed, how, lambda kind, name: state[f"{kind}/{name}"])
+    larger = build(spec)
+    multipliers = grown_rates(
+        operators, engine.multipliers, fade, [name for name, _ in larger.model.named_parameters()]
+    )
+    larger.expect(multipliers)
+    made = GrownState(operators, state, larger.logical_state())
+    larger.load_logical_state(
+        {path: larger.cut(path.partition("/")[2], made[path]) for path in made},
+        0 if how.moments == "reset" and operators else engine.applied,
+        engine.skipped,
+        multipliers,
+    )
+    return larger, operators
 
 
 def planned(old: ModelSpec, new: ModelSpec, seed: int, how: GrowthConfig, read: Read) -> list[Operator]:

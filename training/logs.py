@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_AFTER_A_COMMIT = ("grow", "resume", "rollback", "end")
+_AFTER_A_COMMIT = ("search", "grow", "resume", "rollback", "end")
 """events that follow the commit of their step"""
 
 

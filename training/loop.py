@@ -34,13 +34,15 @@ from .health import Health
 from .objectives.base import Inputs, load_states, states
 from .objectives.registry import advance, build_objectives
 from .origin import begin_with, open_origin
+from .plateau import Tally, slopes
 from .profiling import Profile
 from .recipe import Recipe
 from .resume import check_same_run, newest_intact
+from .search import search
 from .shards import Layout
 from .signals import StopRequest
-from .stages import faded, rewarmed
-from .state import Event, RolledBack, RunState, TrainingError
+from .stages import faded, rewarmed, steady_from
+from .state import Decision, Event, RolledBack, RunState, TrainingError
 from .store import Store
 from .watchdog import Watchdog
 from .world import World
@@ -95,6 +97,7 @@ def _live(
                 run.enter(stage)
                 for batch in run.batches():
                     run.step(batch)
+                    run.decide()
                     run.log()
                     run.evaluate()
                     run.commit()
@@ -135,11 +138,10 @@ class Run:
         recipe.check_world(world.size)
         recipe.check_tokenizer()
         self.recipe, self.out, self.world, self.stop, self.watch = recipe, out, world, stop, watch
-        self.specs = recipe.specs()
-        self.ends = list(accumulate(stage.steps(recipe.data.batch) for stage in recipe.stages))
+        self.tally = Tally(world)
         self.commits = Commits(Store(recipe.checkpoint.to or str(out / "commits")))
         self.display = Display(recipe, out, world)
-        self.state = RunState()
+        self._take_up(RunState())
         self.stopping = False
         self.last_commit: str | None = None
         self.scores: dict[str, float] = {}
@@ -173,6 +175,13 @@ class Run:
 
     # Starting
 
+    def _take_up(self, state: RunState) -> None:
+        """Go on from a state, by the recipe as far as it is decided there."""
+        self.state = state
+        self.plan = self.recipe.settled(state.decisions)
+        self.specs = self.plan.specs()
+        self.ends = list(accumulate(stage.steps(self.plan.data.batch) for stage in self.plan.stages))
+
     def _start(self, imports: float, before: str | None, back: RolledBack | None) -> None:
         """Take up the newest commit, or initialise, or begin with another run's; claim the place; say so."""
         clock = [time.monotonic()]
@@ -182,14 +191,15 @@ class Run:
         clock.append(time.monotonic())
         if found:
             commit, tensors = found
-            self.state = commit.manifest.state
             self.engine.load_logical_state(tensors, self.state.applied, self.state.skipped, self.state.multipliers)
             load_states(self.engine.objectives, self.state.objectives)
             self.last_commit = commit.url
         else:
             origin = open_origin(self.recipe) if self.recipe.origin else None
+            self._take_up(RunState())
             self.engine = self._build(origin.manifest.spec if origin else self.specs[0])
-            self.state = begin_with(self.recipe, origin, self.engine) if origin else self.state
+            if origin:
+                self._take_up(begin_with(self.recipe, origin, self.engine))
         who = f"{describe(self.world.device)} x {self.world.size}"
         life = self.world.objects(self.commits.claim_life(who) if self.world.is_first else 0)[0]
         hosts = self.world.hosts()
@@ -219,8 +229,9 @@ class Run:
         """Build the engine for a commit of this very run; what of the commit's tensors it holds here."""
         begun = time.monotonic()
         self._changes = check_same_run(self.recipe, commit)
-        self.engine = self._build(self.specs[commit.manifest.state.stage])
-        self.engine.expect(commit.manifest.state.multipliers)
+        self._take_up(commit.manifest.state)
+        self.engine = self._build(self.specs[self.state.stage])
+        self.engine.expect(self.state.multipliers)
         self._preparing += time.monotonic() - begun
         return self.engine.layout
 
@@ -239,7 +250,7 @@ class Run:
 
     def _mixtures(self) -> list[Mixture]:
         """The mixtures by the number of the global batch they begin at: the step, and what was passed over before."""
-        return [Mixture(m.step + self.state.passed(before=m.step), m.weights) for m in self.recipe.mixtures()]
+        return [Mixture(m.step + self.state.passed(before=m.step), m.weights) for m in self.plan.mixtures()]
 
     def _remember(self, event: str, detail: dict[str, Any], **changes: Any) -> None:
         """Add to the lineage."""
@@ -254,11 +265,14 @@ class Run:
         """Make the model of a stage, growing the one there is."""
         if stage == self.state.stage:
             return
+        self._fold()
+        if self.plan.stages[stage].search:
+            self._search(stage)
         if self.specs[stage] != self.engine.model.spec:
             self.watch.at("grow", self.state.step)
             with contextlib.closing(self.loader.batches(self.state.cursor)) as batches:
                 probe = replace(self._inputs(next(batches)), patches=None)
-            recipe, how = self.recipe, self.recipe.stages[stage]
+            recipe, how = self.plan, self.plan.stages[stage]
             fade = faded(recipe.stages, self.state.stage, self.state.samples, recipe.data.batch)
             learned = states(self.engine.objectives)
             self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe, recipe.seed, how, fade)
@@ -266,15 +280,30 @@ class Run:
             self._remember("grow", growth.json())
             self.loader = self._loader()
             self.display.event("grow", self.state, **growth.json())
-        self.state = self.state.model_copy(update={"stage": stage, "health": Health(well=self.state.step)})
+        self.state = self.state.model_copy(
+            update={"stage": stage, "window": (), "health": Health(well=self.state.step)}
+        )
+
+    def _search(self, stage: int) -> None:
+        """Decide what a stage grows into, by trials from here."""
+        begun = time.monotonic()
+        choice = search(self.engine, self._build, self.recipe, self.state, stage, self._inputs)
+        spent, seconds = self.state.flops + choice.spent, time.monotonic() - begun
+        self._decide(Decision(stage=stage, grow=choice.sizes), "search", choice.json(), flops=spent)
+        self.display.event("search", self.state, **choice.json(), seconds=seconds)
+        self._log_time, self._log_flops = self._log_time + seconds, self._log_flops + choice.spent  # not training
+
+    def _decide(self, made: Decision, event: str, detail: dict[str, Any], **changes: Any) -> None:
+        """Go on by a decision."""
+        self._remember(event, detail, decisions=(*self.state.decisions, made), **changes)
+        self._take_up(self.state)
 
     def batches(self) -> Iterator[Batch]:
         """This rank's part of every global batch that is left of the stage."""
-        end = self.ends[self.state.stage]
-        if self.state.step >= end:
+        if self.state.step >= self.ends[self.state.stage]:
             return
         with contextlib.closing(self.loader.batches(self.state.cursor)) as batches:
-            while self.state.step < end:
+            while self.state.step < self.ends[self.state.stage]:
                 self.watch.at("data", self.state.step)
                 begun = time.monotonic()
                 batch = next(batches)
@@ -294,7 +323,7 @@ class Run:
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
-        stages, place = self.recipe.stages, (state.stage, state.samples, size)
+        stages, place = self.plan.stages, (state.stage, state.samples, size)
         self.watch.at("step", state.step)
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
         self.lr *= rewarmed(stages, *place)
@@ -302,15 +331,45 @@ class Run:
         self.inputs = self._inputs(batch)
         self.result: StepResult = self.engine.step(self.inputs, self.lr, faded(stages, *place))
         self.profile.step()
-        patches = None if self.inputs.patches is None else self.inputs.patches.shape[1]
-        work = size * training_flops(self.engine.model.spec, len(batch.tokens) / len(batch.lengths), patches)
-        self.state = state.model_copy(
-            update={"step": state.step + 1, "samples": state.samples + size, "flops": state.flops + work}
-        )
+        shares = torch.stack([o.weight * self.result.losses[o.name] for o in self.engine.objectives])
+        self.tally.add(shares.sum(), len(batch.tokens))
+        self.state = state.model_copy(update={"step": state.step + 1, "samples": state.samples + size})
         self._bad += [{"step": self.state.step, **asdict(entry)} for entry in batch.bad]
         self._captions += torch.tensor([len(batch.lengths), len(batch.tokens), int(batch.cut.sum())])
 
     # The step edge
+
+    def _fold(self) -> None:
+        """Count the FLOPs of the steps taken, and keep their losses where a rule measures them."""
+        state, size, spec = self.state, self.recipe.data.batch, self.engine.model.spec
+        flops, window = state.flops, list(state.window)
+        stages, samples = self.plan.stages, state.samples - len(self.tally) * size
+        steady = steady_from(stages, state.stage, size, self.plan.schedule.warmup)
+        patches = None if not len(self.tally) or self.inputs.patches is None else self.inputs.patches.shape[1]
+        for loss, tokens in self.tally.take():
+            flops += size * training_flops(spec, tokens / size, patches)
+            if stages[state.stage].plateau and samples >= steady:
+                window.append((loss, tokens / size))
+            samples += size
+        self.state = state.model_copy(update={"flops": flops, "window": tuple(window)})
+
+    def decide(self) -> None:
+        """End the stage here if its plateau rule says so; the rule looks once in a window."""
+        rule, size = self.plan.stages[self.state.stage].plateau, self.recipe.data.batch
+        if rule is None or len(self.state.window) + len(self.tally) < rule.steps(size):
+            return
+        self._fold()
+        state = self.state
+        if len(state.window) < rule.steps(size) or state.step >= self.ends[state.stage]:
+            return
+        spec, following = self.specs[state.stage : state.stage + 2]
+        found = slopes(state.window, spec, following, size, state.flops, rule.exponent)
+        self.state = state.model_copy(update={"window": ()})
+        self.display.event("plateau", self.state, **found.json(), ended=found.flat)
+        if found.flat:
+            begun = self.ends[state.stage - 1] * size if state.stage else 0
+            self._decide(Decision(stage=state.stage, samples=state.samples - begun), "plateau", found.json())
+            self.loader = self._loader()  # mixtures change with the stages
 
     def log(self) -> None:
         """Agree on what happens at this edge; write a log line if one is due."""
@@ -332,7 +391,8 @@ class Run:
                 self._roll_back()
 
     def _write_line(self) -> None:
-        """Read the step's numbers back from the device (here, and only here, it is waited for) and write them down."""
+        """Read the step's numbers back from the device (here, it is waited for) and write them down."""
+        self._fold()
         state, result, recipe = self.state, self.result, self.recipe
         shares = self.world.sum(torch.stack(list(result.losses.values()))).tolist()
         losses = dict(zip(result.losses, shares, strict=True))
@@ -447,6 +507,7 @@ class Run:
         begun, checkpoint = time.monotonic(), self.recipe.checkpoint
         if self._writing:  # at most one is under way
             self._lead(self._writing, wait=True)
+        self._fold()
         self.state = self.state.model_copy(
             update={
                 "applied": self.engine.applied,

@@ -54,6 +54,7 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     begun = time.monotonic()
     commit = find_commit(source)
     state, before = commit.manifest.state, Recipe.model_validate(commit.manifest.recipe)
+    before = before.settled(state.decisions)
     recipe, number = with_stage(before, state, stage, samples)
     old, new = commit.manifest.spec, recipe.specs()[number]
     if old == new:
@@ -92,6 +93,7 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
             "stage": number,
             "life": life,
             "multipliers": rates,
+            "window": (),
             "applied": 0 if how.moments == "reset" else state.applied,
             "lineage": (*state.lineage, event),
         }

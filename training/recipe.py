@@ -6,6 +6,8 @@ that need more than one block. Reading YAML and overrides is `treering.launch.re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -25,7 +27,17 @@ from .objectives.registry import check_needs
 from .optimizer import OptimizerConfig
 from .schedule import ScheduleConfig
 from .stages import StageConfig
+from .state import Decision
 from .watchdog import WatchdogConfig
+
+
+def _blended(new: Sequence[float], old: Sequence[float], replay: float) -> tuple[float, ...]:
+    """A share `replay` of the mixture `old`, the rest of `new`."""
+    share = Fraction(repr(replay))
+    every = [[Fraction(repr(float(weight))) for weight in weights] for weights in (new, old)]
+    return tuple(
+        float((1 - share) * n / sum(every[0]) + share * o / sum(every[1])) for n, o in zip(*every, strict=True)
+    )
 
 
 class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -103,6 +115,31 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_plateau_is_left(self) -> Self:
+        if self.stages[-1].plateau:
+            raise ValueError(
+                f"stages.{len(self.stages) - 1}.plateau ends the last stage early, and no stage follows that its "
+                f"samples could go to; add a stage, or leave plateau out"
+            )
+        return self
+
+    def settled(self, decisions: Sequence[Decision]) -> Recipe:
+        """The recipe as a run has decided it so far: stages end where they ended, the budget is the same."""
+        stages = list(self.stages)
+        for made in decisions:
+            if made.stage >= len(stages):  # another run's recipe, which is refused for its stages
+                continue
+            stage = stages[made.stage]
+            if made.grow is not None:
+                stages[made.stage] = stage.model_copy(update={"grow": made.grow, "search": None})
+            if made.samples is not None and made.stage + 1 < len(stages):
+                left = stage.steps(self.data.batch) * self.data.batch - made.samples
+                following = stages[made.stage + 1]
+                stages[made.stage] = stage.model_copy(update={"samples": made.samples})
+                stages[made.stage + 1] = following.model_copy(update={"samples": following.samples + left})
+        return self.model_copy(update={"stages": tuple(stages)})
+
     def specs(self) -> list[ModelSpec]:
         """The model's spec in each stage. Raises SpecError if a stage asks for a growth that cannot be."""
         specs, spec = [], self.model
@@ -125,9 +162,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
                 raise ValueError(
                     f"stages.{number}.mixture names {unknown!r}, which is no source; there are {', '.join(sources)}"
                 )
-            weights = (
-                tuple(stage.mixture.get(label, 0.0) for label in sources) if stage.mixture else mixtures[-1].weights
-            )
+            weights = mixtures[-1].weights
+            if stage.mixture:
+                new = [stage.mixture.get(label, 0.0) for label in sources]
+                weights = _blended(new, weights, stage.replay) if stage.replay else tuple(new)
             if weights != mixtures[-1].weights:
                 mixtures = [mixture for mixture in mixtures if mixture.step < step] + [Mixture(step, weights)]
             step += stage.steps(self.data.batch)
@@ -141,6 +179,15 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"source {idle!r} is never read; give it a weight, name it in a stage's mixture or drop it"
             )
         return mixtures
+
+    def newest(self, stage: int) -> Mixture:
+        """The sources that a stage is the first to read, by their weights in it; all that it reads if none is new."""
+        steps = [each.steps(self.data.batch) for each in self.stages]
+        begin = sum(steps[:stage])
+        read = [mixture.weights for mixture in self.mixtures() if mixture.step < begin]
+        now = [mixture.weights for mixture in self.mixtures() if mixture.step <= begin][-1]
+        new = tuple(w if not any(each[i] for each in read) else 0.0 for i, w in enumerate(now))
+        return Mixture(0, new if any(new) else now)
 
     @property
     def evaluation_source(self) -> str:

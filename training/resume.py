@@ -95,12 +95,12 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
 def _past(recipe: Recipe, state: RunState) -> dict[str, Any]:
     """What of a recipe decides what was computed up to a state: stages that have begun, sources that were read."""
     past = recipe.model_dump(mode="json", include=set(CONTINUES))
-    mixtures = [mixture for mixture in recipe.mixtures() if mixture.step < max(state.step, 1)]
+    mixtures = [mixture for mixture in recipe.settled(state.decisions).mixtures() if mixture.step < max(state.step, 1)]
     for i, source in enumerate(past["data"]["train"]):
         source["weight"] = {str(mixture.step): mixture.weights[i] for mixture in mixtures}
     read = [source for source in past["data"]["train"] if any(source["weight"].values())]
     past["data"]["train"] = {str(past["data"]["train"].index(source)): source for source in read}
-    past["stages"] = [{**stage, "mixture": None} for stage in past["stages"][: state.stage + 1]]
+    past["stages"] = [{**stage, "mixture": None, "replay": None} for stage in past["stages"][: state.stage + 1]]
     return past
 
 

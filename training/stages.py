@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from math import inf
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from ..models.flops import training_flops
 from ..models.growth.plan import Copies, Drops, Layers, changes, check_tokens
 from ..models.spec import ModelSpec
 
@@ -47,6 +49,52 @@ class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
 
 
+class PlateauConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """The rule by which a stage ends before its budget does: the loss falls more slowly for its FLOPs than the next
+    size is expected to make it fall."""
+
+    window: int = Field(gt=0, description="samples over which the slope of the loss is measured, again and again")
+    exponent: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="power of compute with which the loss of larger and larger models should fall; more: ends sooner",
+    )
+
+    def steps(self, batch: int) -> int:
+        """Optimizer steps of a window at a global batch of `batch` pairs; a slope takes two."""
+        return max(2, -(-self.window // batch))
+
+
+_TOKENS = 16
+"""of a caption, where candidates are compared before any is read"""
+_MOST_CANDIDATES = 256
+
+
+class SearchConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """What a stage may grow into: the growth space, its bound, and how long each candidate is tried."""
+
+    space: dict[str, Annotated[tuple[int | float, ...], Field(strict=False)]] = Field(
+        min_length=1,
+        description="sizes to choose among, as in {image.depth: [6, 8], text.width: [256, 384]}; every combination is "
+        "a candidate, and the present size is always among them",
+    )
+    flops: float = Field(gt=1, description="most FLOPs a sample, as a multiple of the present model's")
+    samples: int = Field(gt=0, description="samples that each candidate is trained on, from the newest sources")
+
+    @field_validator("space")
+    @classmethod
+    def _few_enough(cls, value: dict[str, tuple[int | float, ...]]) -> dict[str, tuple[int | float, ...]]:
+        count = 1
+        for path, sizes in value.items():
+            count *= len(sizes) + 1
+            if not sizes:
+                raise ValueError(f"search.space.{path} is empty; name the sizes to try")
+        if count > _MOST_CANDIDATES:
+            raise ValueError(f"search.space has {count} candidates, more than {_MOST_CANDIDATES}; name fewer sizes")
+        return value
+
+
 class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
     """One stretch of a run. `shrink` and then `grow` happen before its first step."""
 
@@ -56,6 +104,14 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
     )
     shrink: dict[str, int | float] = Field(
         default_factory=dict, description="smaller sizes to reach before the stage, as in {image.depth: 4}; lossy"
+    )
+    plateau: PlateauConfig | None = Field(
+        None,
+        description="ends the stage early when its loss flattens, as in {window: 8_000}; the rest of its samples go to "
+        "the next stage; left out: it ends with its budget",
+    )
+    search: SearchConfig | None = Field(
+        None, description="sizes to choose among before the stage, by short trials, where `grow` would name them"
     )
     mixture: dict[str, float] = Field(
         default_factory=dict,
@@ -68,6 +124,12 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
         le=1,
         description="share of each picture's patches that is looked at, drawn anew each time (FLIP); end with a stage "
         "of 1",
+    )
+    replay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the samples that comes from the mixture before this stage; the rest is of `mixture`",
     )
 
     @field_validator("mixture")
@@ -89,8 +151,39 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sizes_are_said_once(self) -> Self:
+        if self.search and (self.grow or self.shrink):
+            raise ValueError("search chooses the sizes of the stage; leave out grow and shrink, or search")
+        if self.replay and not self.mixture:
+            raise ValueError(f"replay = {self.replay} is of the mixture before; name the new sources in mixture")
+        return self
+
+    def candidates(self, spec: ModelSpec) -> list[tuple[dict[str, int | float], ModelSpec]]:
+        """What `search` may make of `spec`: sizes and their spec, those of fewer FLOPs first, `spec` itself included.
+
+        Sizes below the present one are left out. Raises SpecError for what cannot be."""
+        assert self.search
+        present, found = spec.sizes(), []
+        choices = [
+            (None, *sorted({size for size in sizes if size > present.get(path, 0)}))
+            for path, sizes in self.search.space.items()
+        ]
+        for picked in product(*choices):
+            sizes = {p: size for p, size in zip(self.search.space, picked, strict=True) if size is not None}
+            grown = spec.grown(sizes)
+            changes(spec, grown)
+            found.append((sizes, grown))
+        most = self.search.flops * training_flops(spec, _TOKENS)
+        costs = [training_flops(grown, _TOKENS) for _, grown in found]
+        order = sorted((i for i, cost in enumerate(costs) if cost <= most), key=lambda i: costs[i])
+        return [found[i] for i in order]
+
     def resized(self, spec: ModelSpec) -> ModelSpec:
-        """The spec in this stage after `spec` in the one before. Raises SpecError for what cannot be."""
+        """The spec in this stage after `spec` in the one before: of a search that has not chosen yet, the largest that
+        it may choose. Raises SpecError for what cannot be."""
+        if self.search:
+            return self.candidates(spec)[-1][1]
         resized = spec.shrunk(self.shrink).grown(self.grow)
         changes(spec, resized)
         check_tokens(spec, resized, self.tokens)
@@ -105,6 +198,13 @@ def since_growth(stages: Sequence[StageConfig], stage: int, samples: int, batch:
     """The last stage up to `stage` that changed the model (or the first one), and the samples seen since it began."""
     last = max((i for i, s in enumerate(stages[: stage + 1]) if s.grow or s.shrink), default=0)
     return stages[last], samples - batch * sum(s.steps(batch) for s in stages[:last])
+
+
+def steady_from(stages: Sequence[StageConfig], stage: int, batch: int, warmup: int) -> int:
+    """The samples of the run from which on a stage's loss is that of a settled rate: warm-ups are over."""
+    begin = batch * sum(s.steps(batch) for s in stages[:stage])
+    grown, since = since_growth(stages, stage, begin, batch)
+    return max(begin, warmup, begin - since + grown.rewarm)
 
 
 def rewarmed(stages: Sequence[StageConfig], stage: int, samples: int, batch: int) -> float:

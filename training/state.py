@@ -27,6 +27,16 @@ class RolledBack(Exception):
         self.cursor, self.times, self.reason = cursor, times, reason
 
 
+class Decision(BaseModel, frozen=True, extra="forbid", strict=True):
+    """What a run decided about one of its stages where the recipe left it open."""
+
+    stage: int
+    samples: int | None = None
+    """the samples after which the stage ended; what was left of its budget is the next one's"""
+    grow: dict[str, int | float] | None = None
+    """the sizes that a search chose for it"""
+
+
 class Event(BaseModel, frozen=True, extra="forbid", strict=True):
     """One line of the lineage."""
 
@@ -59,6 +69,10 @@ class RunState(BaseModel, frozen=True, extra="forbid", strict=True):
     """floating-point operations spent on training so far"""
     seconds: float = 0.0
     """wall-clock time of all lives so far"""
+    decisions: tuple[Decision, ...] = Field((), strict=False)
+    """what the recipe left open, as far as it is decided"""
+    window: tuple[tuple[float, float], ...] = Field((), strict=False)
+    """loss and mean caption length of each step since the stage's rule last measured a slope"""
     life: int = 0
     """how many times the run was started or resumed"""
     health: Health = Health()

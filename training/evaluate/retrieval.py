@@ -19,15 +19,20 @@ def recalls(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> dict[str, flo
     A picture counts if any of its captions is found (the protocol of Karpathy and Fei-Fei, arXiv 1412.2306). Ties count
     against us, so a model that gives every pair the same score gets nothing.
     """
-    score_nm = image_ne @ text_me.T
-    own_nm = torch.arange(len(image_ne))[:, None] == owner_m[None, :]
-    image_rank_n = _ranks(score_nm, own_nm)
-    text_rank_m = _ranks(score_nm.T, own_nm.T)
+    image_rank_n, text_rank_m = ranks(image_ne, text_me, owner_m)
     scores = {}
     for k in CUTS:
         scores[f"image_to_text@{k}"] = (image_rank_n < k).double().mean().item()
         scores[f"text_to_image@{k}"] = (text_rank_m < k).double().mean().item()
     return scores
+
+
+def ranks(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [n] and [m]: of each picture among the captions, and of each caption among the pictures, how many wrong
+    ones are at least as similar as the right one."""
+    score_nm = image_ne @ text_me.T
+    own_nm = torch.arange(len(image_ne))[:, None] == owner_m[None, :]
+    return _ranks(score_nm, own_nm), _ranks(score_nm.T, own_nm.T)
 
 
 def _ranks(score_qc: Tensor, right_qc: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ TIME_KINDS = {
     "eval": "Evaluation",
     "commit": "Commits",
     "grow": "Growth",
+    "search": "Search for the next size",
     "rest": "Everything else",
 }
 
@@ -104,7 +105,7 @@ def growth(run: Run) -> View | None:
 
 def lineage(run: Run) -> list[View]:
     """Every start, resume, growth, change of world, commit and end, oldest first; long rows of commits are folded."""
-    lines = run.events("start", "resume", "rollback", "grow", "commit", "end")
+    lines = run.events("start", "resume", "rollback", "plateau", "search", "grow", "commit", "end")
     known = {(line["event"], line.get("step")) for line in lines}
     older = [
         e
@@ -200,7 +201,7 @@ def _spans(lines: Iterable[Line], shift: float) -> list[Span]:
             label = f"training to {readable.exact(line['samples'])} samples"
             spans.append(Span(max(before, end - length - between), end, "training", label, length, waited))
             before, between = end, 0.0
-        elif event in ("eval", "commit", "grow"):
+        elif event in ("eval", "commit", "search", "grow"):
             spans.append(Span(end - length, end, event, TIME_KINDS[event], length))
             between += length
     return spans
@@ -219,6 +220,13 @@ def _lineage_text(line: Line) -> str:
             f"{printable(k)} {readable.general((line.get('from') or {}).get(k))} → {readable.general(v)}"
             for k, v in (line.get("to") or {}).items()
         )
+    if event == "plateau":
+        slopes = (
+            f"slope {readable.general(line.get('slope'))} per FLOP, expected {readable.general(line.get('expected'))}"
+        )
+        return f"{slopes}: the stage {'goes on' if line.get('ended') is False else 'ends'}"
+    if event == "search":
+        return _search_text(line)
     if event == "commit":
         parts = [
             printable(without_credentials(str(line.get("url", "")))),
@@ -232,6 +240,22 @@ def _lineage_text(line: Line) -> str:
     if event == "from":
         return f"{printable(str(line.get('carry')))} of {printable(without_credentials(str(line.get('commit'))))}"
     return "the run came to its end" if event == "end" else ""
+
+
+def _search_text(line: Line) -> str:
+    """All candidates, what they reached and what they cost."""
+
+    def named(sizes: Any) -> str:
+        pairs = sizes.items() if isinstance(sizes, Mapping) else ()
+        return ", ".join(f"{printable(k)} {readable.general(v)}" for k, v in pairs) or "no growth"
+
+    rows = [row for row in line.get("candidates") or [] if isinstance(row, Mapping)]
+    tried = "; ".join(
+        f"{named(row.get('sizes'))}: loss {readable.general(row.get('loss'))}, "
+        f"score {readable.general(row.get('score'))}"
+        for row in rows
+    )
+    return f"chose {named(line.get('chosen'))} for {readable.general(line.get('flops'))} FLOPs of trials ({tried})"
 
 
 def _sizes(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
