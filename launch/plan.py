@@ -8,7 +8,6 @@ blocks keep them for the backward pass. What a CPU process takes before it has a
 from __future__ import annotations
 
 import os
-import resource
 import time
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -242,5 +241,6 @@ def _process_memory() -> float:
     """What a training process takes before it has a model: that of this one with the same imports."""
     from ..data import loader  # noqa: F401
     from ..training import loop  # noqa: F401
+    from ..training.device import process_memory
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return float(process_memory())
