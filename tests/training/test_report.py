@@ -419,6 +419,15 @@ def test_right_caption_is_marked_without_colour(whole: Path) -> None:
     assert page.source.count("The right one is not among these") == 8 - found
 
 
+def test_a_commit_takes_the_time_that_training_stood_still_for_it(tmp_path: Path) -> None:
+    lines = [line | {"seconds": 9.0, "stall": 0.8} if line["event"] == "commit" else line for line in lines_of_a_run()]
+    stood = history.time(read_run(write_run(tmp_path / "one", lines)))
+    waited = history.time(read_run(write_run(tmp_path / "two", lines_of_a_run())))
+    assert stood is not None
+    assert waited is not None
+    assert stood["rows"] == waited["rows"]
+
+
 def test_generated_captions_stand_beside_the_true_ones_with_their_history(whole: Path) -> None:
     row = page_of(whole).source.split('id="captions"')[1].split("</li>")
     first = " ".join(re.sub("<[^>]+>", " ", "".join(row[:3])).split())

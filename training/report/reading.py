@@ -127,8 +127,10 @@ def read_run(folder: Path) -> Run:
 
 
 def seconds_of(line: Line) -> float:
-    """Seconds a line accounts for, whether it gives one figure or one for each part."""
-    seconds = line.get("seconds")
+    """Seconds of the run's time that a line accounts for, whether it gives one figure or one for each part.
+
+    Of a commit, which is uploaded while training goes on, those for which training stood still."""
+    seconds = line.get("stall", line.get("seconds"))
     if isinstance(seconds, Mapping):
         return float(sum(v for v in seconds.values() if is_number(v)))
     return float(seconds) if is_number(seconds) and seconds is not None else 0.0
