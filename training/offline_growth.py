@@ -21,10 +21,9 @@ from torch import Tensor
 from ..models.flops import parameters
 from ..models.growth.plan import changes
 from ..models.growth.rules import GrownState, origin
-from ..models.model import Model
-from ..models.spec import ModelSpec, SpecError
+from ..models.spec import SpecError
 from .commits import Commit, Commits, Manifest, find_commit
-from .growing import described, grown_rates, planned
+from .growing import described, grown_rates, planned, tensor_shapes
 from .packing import Packed
 from .recipe import Recipe
 from .stages import StageConfig, faded
@@ -62,17 +61,17 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     held = OldState(commit)
     how = recipe.stages[number]
     operators = planned(old, new, recipe.seed, how, lambda kind, name: held[f"{kind}/{name}"])
-    shapes = tensor_shapes(new)
     # In the order of the old parts, so that each is read once.
-    names = sorted(shapes, key=lambda name: (held.place(origin(operators, name)), name))
+    names = sorted(tensor_shapes(new), key=lambda name: (held.place(origin(operators, name)), name))
     fade = faded(before.stages, state.stage, state.samples, before.data.batch)
-    rates = grown_rates(operators, state.multipliers, fade, names)
+    rates = grown_rates(operators, state.multipliers, fade, old, new, recipe.optimizer)
     commits = Commits(Store(out))
     if commits.names():
         raise StoreError(f"{out} has commits already; give a new place")
     life = commits.claim_life(f"grown from {commit.url}")
     name = f"step-{state.step:012d}-life-{life:04d}"
-    grown = GrownState(operators, held, (f"{kind}/{name}" for kind in held.kinds for name in names))
+    keeps = recipe.optimizer.keeps
+    grown = GrownState(operators, held, (f"{k}/{n}" for k in held.kinds for n in names if keeps(k, n)))
     parts = tuple(_written(commits.store, name, grown))
     changed = changes(old, new)
     detail = {
@@ -132,12 +131,6 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
         where = ".".join(map(str, first["loc"]))
         said = first["msg"].removeprefix("Value error, ")
         raise SpecError(f"{where}: {said}" if where else said) from None
-
-
-def tensor_shapes(spec: ModelSpec) -> dict[str, torch.Size]:
-    """Names and shapes of a model's parameters; nothing is built."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in Model(spec).named_parameters()}
 
 
 class OldState(Mapping[str, Tensor]):

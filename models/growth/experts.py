@@ -32,12 +32,12 @@ class Upcycle:
     preserves: ClassVar[bool] = True
 
     def rule(self, name: str) -> Rule:
-        """MLPs are copied; a router's second moment is the mean of its MLP's."""
+        """MLPs are copied; a router's second moment is the mean of its MLP's biases, which no optimizer lacks."""
         part = name.split(".", 1)[0]
         if ("text" if part == "captioner" else part) != self.tower:
             return Rule(name)
         if name.endswith(".mlp.router.weight"):
-            return Rule(name.replace("router", "up"), self._router(name))
+            return Rule(name.replace("router.weight", "up.bias"), self._router(name))
         if _EXPERT.search(name):
             return Rule(_EXPERT.sub(".mlp.", name), {"exp_avg": self._share(1), "exp_avg_sq": self._share(2)})
         return Rule(name)
