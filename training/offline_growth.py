@@ -58,8 +58,8 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     old, new = commit.manifest.spec, recipe.specs()[number]
     if old == new:
         raise SpecError(f"{commit.url} has these sizes already; name one that changes")
-    held = OldState(commit)
     how = recipe.stages[number]
+    held = OldState(commit, in_turn=how.inherit == "ema")
     operators = planned(old, new, recipe.seed, how, lambda kind, name: held[f"{kind}/{name}"])
     # In the order of the old parts, so that each is read once.
     names = sorted(tensor_shapes(new), key=lambda name: (held.place(origin(operators, name)), name))
@@ -136,9 +136,11 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
 class OldState(Mapping[str, Tensor]):
     """The tensors of a commit by `kind/name`, read and verified a part at a time; one part is kept."""
 
-    def __init__(self, commit: Commit) -> None:
-        self._commit = commit
+    def __init__(self, commit: Commit, in_turn: bool = False) -> None:
+        """`in_turn`: two kinds will be read in turn, so the part before is kept as well."""
+        self._commit, self._in_turn = commit, in_turn
         self._part: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
         self._parts: dict[str, int] = {}
         for number in range(len(commit.manifest.parts)):
             self._parts.update(dict.fromkeys(self._load(number), number))
@@ -163,6 +165,8 @@ class OldState(Mapping[str, Tensor]):
         return self._parts[f"model/{name}"]
 
     def __getitem__(self, path: str) -> Tensor:
+        if path not in self._part and self._in_turn:
+            self._part, self._before = self._before, self._part
         if path not in self._part:
             self._load(self._parts[path])
         return self._part[path]

@@ -19,6 +19,8 @@ Copies = Literal["noise", "duplicate", "lemon"]
 """what new channels, heads and hidden units are: copies told apart by noise, plain copies, or LEMON's projection"""
 Layers = Literal["zero", "stack", "interleave"]
 """what new blocks are: zeroed copies, which keep the function, or live copies, which do not"""
+Inheriting = float | Literal["ema"]
+"""the share of the inherited weights, the rest is fresh; or new parts from the running average"""
 Drops = Literal["last", "smallest"]
 """which blocks go when a stack shrinks: the last ones, or those that write least"""
 
@@ -93,20 +95,21 @@ def plan_growth(
     layers: Layers = "zero",
     tokens: Sequence[Sequence[int]] = (),
     drop: Drops = "last",
-    inherit: float = 1.0,
+    inherit: Inheriting = 1.0,
     read: Read | None = None,
 ) -> list[Operator]:
     """The operators from `old` to `new`, in the order they are applied; empty if the specs are equal.
 
     `seed` is that of every random draw, `tokens` says of each new row of the token table which rows it is the mean of,
-    `inherit` is the share of the inherited weights, and `read` reads the old model for `drop: smallest`. Raises
-    SpecError for a change that cannot be made.
+    `inherit` is the share of the inherited weights, or `ema` for new parts from their average, and `read` reads the old
+    model for `drop: smallest`. Raises SpecError for a change that cannot be made.
     """
     changed = changes(old, new)
     check_tokens(old, new, tokens)
     if not changed:
         return []
-    from .inheriting import Inherit
+    from .depth import Depth
+    from .inheriting import Inherit, InheritAverage
     from .joint import Joint, TruncateJoint
     from .positions import Context, Resolution
     from .tables import Patch, Vocabulary
@@ -125,7 +128,9 @@ def plan_growth(
     if old.text.vocabulary != new.text.vocabulary:
         operators.append(Vocabulary(old.text.vocabulary, new.text.vocabulary, tuple(map(tuple, tokens))))
     operators += _blocks(old, new, layers, drop, seed, read)
-    if inherit != 1.0:
+    if inherit == "ema":
+        operators.append(InheritAverage(old, new, tuple(each for each in operators if isinstance(each, Depth))))
+    elif inherit != 1.0:
         operators.append(Inherit(new, inherit, seed))
     return operators
 
