@@ -50,10 +50,10 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
     paths = [*before, *(path for path in after if path not in before)]
     changed = {p: (before.get(p, 0), after.get(p, 0)) for p in paths if before.get(p, 0) != after.get(p, 0)}
     for tower, a, b in _both(old, new):
-        if a.experts > 1 and (a.experts, a.active) != (b.experts, b.active):
+        if a.experts > b.experts or (a.experts > 1 and a.active > b.active):
             raise SpecError(
-                f"{tower}.experts = {b.experts} with active = {b.active}: only a dense MLP becomes a mixture without a "
-                f"change of the function; leave it at {a.experts} with active = {a.active}"
+                f"shrink: {tower}.experts = {b.experts} with active = {b.active}: a mixture only grows; "
+                f"leave it at {a.experts} with active = {a.active}, or more"
             )
     for path in _ONLY_GROWS:
         if path in changed and changed[path][1] < changed[path][0]:
@@ -137,7 +137,7 @@ def plan_growth(
 
 def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Operator]:
     """Channels, heads and hidden units of both towers."""
-    from .experts import Upcycle
+    from .experts import MoreExperts, Upcycle
     from .heads import HeadDim
     from .width import Truncate, Widen
 
@@ -150,8 +150,10 @@ def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Op
         )
         operators += [Widen(f"{tower}.{axis}", m, n, unit, copies, seed) for axis, m, n, unit in axes if m < n]
         operators += [Truncate(f"{tower}.{axis}", m, n, unit) for axis, m, n, unit in axes if m > n]
-        if b.experts > a.experts:
+        if b.experts > a.experts == 1:
             operators.append(Upcycle(tower, b.experts, b.width, seed))
+        elif a.experts > 1 and (a.experts, a.active) != (b.experts, b.active):
+            operators.append(MoreExperts(tower, a.experts, b.experts, (a.active, b.active), copies, seed))
         if b.head_width > a.head_width:
             operators.append(HeadDim(f"{tower}.heads", a.head_width, b.head_width, b.heads, copies, seed))
     return operators
