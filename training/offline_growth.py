@@ -22,8 +22,9 @@ from ..models.flops import parameters
 from ..models.growth.plan import changes
 from ..models.growth.rules import GrownState, origin
 from ..models.spec import SpecError
-from .commits import Commit, Commits, Manifest, find_commit
+from .commits import Commits, find_commit
 from .growing import described, grown_rates, planned, tensor_shapes
+from .manifest import Commit, Manifest
 from .packing import Packed
 from .recipe import Recipe
 from .stages import StageConfig, faded

@@ -34,7 +34,7 @@ from treering.training.shards import rows
 from treering.training.store import Store, StoreError
 from treering.training.world import World
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE, PLAIN = World(0, 1, torch.device("cpu")), EngineConfig()
 SPEC = ModelSpec(
     embed_dim=12,
     image=ImageSpec(width=16, depth=1, heads=2, patch=4, resolution=8, experts=2),
@@ -65,8 +65,8 @@ def batch(step: int, world: World = ALONE) -> Inputs:
     return Inputs(images[mine], torch.cat(tokens.split(lengths.tolist())[mine]), lengths[mine], ids[mine], ids[mine])
 
 
-def engine(config: OptimizerConfig, kind: Any = "ddp", world: World = ALONE) -> Engine:
-    return build_engine(SPEC, [Contrastive(1.0), Caption(0.5)], EngineConfig(kind=kind), config, world, seed=1)
+def engine(optimizer: OptimizerConfig, config: EngineConfig = PLAIN, world: World = ALONE) -> Engine:
+    return build_engine(SPEC, [Contrastive(1.0), Caption(0.5)], config, optimizer, world, seed=1)
 
 
 @pytest.fixture
@@ -210,10 +210,12 @@ def test_rows_on_many_ranks_step_as_the_whole_does_to_the_bit(ranks: int, on_ran
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_engines_step_alike(kind: str, on_ranks: Callable[..., list[Any]]) -> None:
+@pytest.mark.parametrize(
+    ("config", "ranks"), [(PLAIN, 2), (EngineConfig(kind="fsdp"), 2), (EngineConfig(kind="fsdp", shard=2), 4)]
+)
+def test_engines_step_alike(config: EngineConfig, ranks: int, on_ranks: Callable[..., list[Any]]) -> None:
     def stepped(world: World) -> tuple[list[float], dict[str, Any]]:
-        ours = engine(OptimizerConfig(kind="muon", ema=0.8), kind, world)
+        ours = engine(OptimizerConfig(kind="muon", ema=0.8), config if world.size > 1 else PLAIN, world)
         norms = [ours.step(batch(step, world), 1e-2).grad_norm.item() for step in range(3)]
         state = ours.logical_state()
         found = norms, {path: ours.whole(path.partition("/")[2], own).clone().numpy() for path, own in state.items()}
@@ -221,7 +223,7 @@ def test_engines_step_alike(kind: str, on_ranks: Callable[..., list[Any]]) -> No
         return found
 
     norms, state = stepped(ALONE)
-    for found, theirs in on_ranks(2, stepped, limit=120):
+    for found, theirs in on_ranks(ranks, stepped, limit=120):
         assert found == pytest.approx(norms, rel=1e-3)
         assert theirs.keys() == state.keys()
         for path in (path for path in state if not path.endswith("key.bias")):
