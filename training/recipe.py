@@ -6,7 +6,7 @@ that need more than one block. Reading YAML and overrides is `treering.launch.re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Self
 
@@ -23,7 +23,7 @@ from .engine import EngineConfig
 from .evaluate.config import EvalConfig
 from .health import RecoveryConfig
 from .objectives.config import ObjectivesConfig
-from .objectives.registry import check_needs
+from .objectives.registry import build_objectives, check_needs
 from .optimizer import OptimizerConfig
 from .schedule import ScheduleConfig
 from .stages import StageConfig
@@ -104,6 +104,23 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     @model_validator(mode="after")
     def _objectives_have_their_parts(self) -> Self:
         check_needs(self.objectives, self.specs()[-1])
+        return self
+
+    @model_validator(mode="after")
+    def _further_towers_are_fed_and_trained(self) -> Self:
+        for number, spec in enumerate(self.specs()):
+            trained = {name for objective in build_objectives(self.objectives, spec) for name in objective.further}
+            for name in spec.further:
+                if name not in self.data.columns:
+                    raise ValueError(
+                        f"model.further.{name} has nothing to read; add `{name}: npy` to data.columns, "
+                        f"or drop the tower"
+                    )
+                if name not in trained:
+                    raise ValueError(
+                        f"model.further.{name} is not trained in stages.{number}; add `{{between: [{name}, text]}}` "
+                        f"to objectives.further, or drop the tower"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -213,6 +230,17 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"model.text.vocabulary = {rows} has no row for some of the {needed} ids of "
                 f"data.tokenizer = {shown_url(self.data.tokenizer)}; set model.text.vocabulary: {needed} or more"
             )
+
+    def check_columns(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises ValueError if a further tower of any stage does not fit the `shapes` of its column's samples."""
+        for name, tower in self.specs()[-1].further.items():
+            *frames, features = shapes[name]
+            if (tower.frames, tower.features) != (frames[0] if frames else 1, features):
+                raise ValueError(
+                    f"model.further.{name} reads samples of frames = {tower.frames}, features = {tower.features}, and "
+                    f"the column holds {list(shapes[name])}; set frames: {frames[0] if frames else 1}, "
+                    f"features: {features}"
+                )
 
     def check_world(self, world: int) -> None:
         """Raises ValueError if `world` processes cannot share the global batch evenly."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..model import named_generator
+from ..spec import part_of
 from .rules import Rule, TensorMap
 
 _EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")
@@ -33,7 +34,7 @@ class Upcycle:
 
     def rule(self, name: str) -> Rule:
         """MLPs are copied; a router's second moment is the mean of its MLP's."""
-        part = name.split(".", 1)[0]
+        part = part_of(name)
         if ("text" if part == "captioner" else part) != self.tower:
             return Rule(name)
         if name.endswith(".mlp.router.weight"):
