@@ -216,7 +216,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
             for part in ("caption.depth", "shared.depth", "shared.width", "shared.heads", *self._new_tower(path)):
                 known.setdefault(part, 0)
         if path not in known:
-            near = get_close_matches(path, known, 1, 0.0)[0]
+            near, *_ = [one for one in known if one.endswith(f".{path}")] or get_close_matches(path, known, 1, 0.0)
             raise SpecError(
                 f"{word}: {path} = {value}: the model has no such size, the nearest is {near}; "
                 f"it has {', '.join(known)}"
@@ -250,6 +250,17 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
                     f"set text.width: {max(nearest_multiple(width, old.width), 2 * old.width)}"
                 )
             new["norm_eps"] = old.norm_eps * padding_variance(old.width, width)
+
+    def check_samples(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise SpecError if a further tower cannot read the samples of its data column; `shapes` are theirs."""
+        for name, tower in self.further.items():
+            *frames, features = shapes.get(name, (tower.frames, tower.features))
+            there = frames[0] if frames else 1
+            if (tower.frames, tower.features) != (there, features):
+                raise SpecError(
+                    f"model.further.{name} has frames = {tower.frames} and features = {tower.features}, but a sample "
+                    f"of column {name} is {list(shapes[name])}; set frames: {there}, features: {features}"
+                )
 
     def transformers(self) -> dict[str, TowerSpec]:
         """The transformers of the model by the path of their sizes; the captioner's is the text tower's."""

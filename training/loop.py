@@ -245,7 +245,7 @@ class Run:
         spec, recipe, world = self.engine.model.spec, self.recipe, self.world
         resolution, context, mixtures = spec.image.resolution, spec.text.context, self._mixtures()
         loader = Loader(recipe.data, resolution, context, recipe.seed, world.rank, world.size, mixtures)
-        recipe.check_columns(loader.columns)
+        self.specs[-1].check_samples(loader.columns)
         loader.check_bad(_entries(world.objects(self.display.known_bad())[0]))
         return loader
 

@@ -6,7 +6,7 @@ that need more than one block. Reading YAML and overrides is `treering.launch.re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Self
 
@@ -230,17 +230,6 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"model.text.vocabulary = {rows} has no row for some of the {needed} ids of "
                 f"data.tokenizer = {shown_url(self.data.tokenizer)}; set model.text.vocabulary: {needed} or more"
             )
-
-    def check_columns(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises ValueError if a further tower of any stage does not fit the `shapes` of its column's samples."""
-        for name, tower in self.specs()[-1].further.items():
-            *frames, features = shapes[name]
-            if (tower.frames, tower.features) != (frames[0] if frames else 1, features):
-                raise ValueError(
-                    f"model.further.{name} reads samples of frames = {tower.frames}, features = {tower.features}, and "
-                    f"the column holds {list(shapes[name])}; set frames: {frames[0] if frames else 1}, "
-                    f"features: {features}"
-                )
 
     def check_world(self, world: int) -> None:
         """Raises ValueError if `world` processes cannot share the global batch evenly."""

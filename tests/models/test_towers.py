@@ -132,6 +132,17 @@ def test_further_towers_equal_one_sample_at_a_time() -> None:
     assert torch.equal(plain.image.pooled, output.image.pooled)
 
 
+def test_experts_of_a_tower_that_does_not_run_route_nothing() -> None:
+    mixed = HEARING.further["type"].model_copy(update={"experts": 3})
+    model = build(SPEC.model_copy(update={"further": {"type": mixed}}), 1)
+    images, captions = inputs(2)
+    arguments = images, torch.cat(captions), torch.tensor([len(c) for c in captions])
+    assert model(*arguments).routing == ()
+    running = Extras(further={"type": torch.randn(2, 4, 5)})
+    assert [int(counts.sum()) for counts, _ in model(*arguments, running).routing] == [2 * 4 * 2] * mixed.depth
+    assert model(*arguments).routing == ()
+
+
 def test_a_name_does_not_make_a_tower_another() -> None:
     """Initialisation, decay and axes know tensors by their names; a tower's own name is none of their business."""
     stated = {"plain": SequenceSpec(width=64, depth=1, heads=2, features=48, frames=40)}
