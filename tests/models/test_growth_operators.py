@@ -198,6 +198,20 @@ def test_a_further_tower_leaves_the_others_bit_for_bit() -> None:
     assert not torch.equal(other["frames.weight"], hearing.further["audio"].frames.weight)
 
 
+def test_operators_name_the_sizes_of_a_tower_whatever_it_is_called() -> None:
+    """Depths, widths and heads of towers that are called like sizes and parts."""
+    for name in ("heads", "depth", "caption", "width"):
+        sizes = {key.replace("audio", name): value for key, value in HEARING.items()}
+        model = perturbed(SPEC.grown(sizes))
+        more = {f"further.{name}.{size}": value for size, value in {"head_dim": 6, "depth": 3, "width": 18}.items()}
+        spec = model.spec.grown(more)
+        fields = {operator.describe()["field"] for operator in plan_growth(model.spec, spec)}
+        assert fields == {f"further.{name}.{size}" for size in ("width", "mlp_width", "head_dim", "depth")}
+        larger = resized(model, spec)
+        frames = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+        assert torch.allclose(model.further[name](frames).pooled, larger.further[name](frames).pooled, atol=1e-12)
+
+
 def test_a_further_tower_shrinks() -> None:
     """As any other: what plain copies and empty blocks added goes without a trace."""
     model = perturbed(SPEC.grown(HEARING))
