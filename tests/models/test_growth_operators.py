@@ -214,7 +214,7 @@ def test_operators_name_the_sizes_of_a_tower_whatever_it_is_called() -> None:
 
 def test_a_further_tower_shrinks() -> None:
     """As any other: what plain copies and empty blocks added goes without a trace."""
-    model = perturbed(SPEC.grown(HEARING))
+    model = perturbed(SPEC.grown(HEARING | {"further.audio.experts": 2}))
     large = model.spec.grown({"further.audio.width": 24, "further.audio.depth": 3})
     state = state_of(model)
     read = lambda kind, name: state[f"{kind}/{name}"]  # noqa: E731

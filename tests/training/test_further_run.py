@@ -33,7 +33,7 @@ from treering.training.store import Store
 
 AUDIO = "{width: 8, depth: 1, heads: 2, features: 5, frames: 4}"
 ADDED = "further.audio.width: 8, further.audio.depth: 1, further.audio.heads: 2, further.audio.features: 5"
-LATER = "further.audio.depth: 2, further.audio.width: 12, further.audio.mlp_ratio: 5.0, text.depth: 2"
+LATER = "further.audio.depth: 2, further.audio.width: 12, further.audio.mlp_ratio: 5.0, image.depth: 2"
 STAGES = (
     f"{{samples: 36}}, {{grow: {{{ADDED}, further.audio.frames: 4}}, samples: 24}}, {{grow: {{{LATER}}}, samples: 24}}"
 )
