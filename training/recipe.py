@@ -18,7 +18,7 @@ from ..data.order import Mixture
 from ..data.source import held_out
 from ..data.tokenizer_file import vocabulary_size
 from ..models.spec import ModelSpec
-from .commits import CheckpointConfig, OriginConfig
+from .checkpoint import CheckpointConfig, OriginConfig
 from .engine import EngineConfig
 from .evaluate.config import EvalConfig
 from .health import RecoveryConfig
@@ -242,4 +242,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError(
                 f"{world} processes cannot share data.batch = {batch} evenly; start {nearest} processes, "
                 f"or set data.batch: {batch - batch % world or world}"
+            )
+        shard = self.engine.shard
+        if shard and world > shard and world % shard:
+            raise ValueError(
+                f"{world} processes cannot be split into groups of engine.shard = {shard}; "
+                f"start {world - world % shard} processes, or set engine.shard to a number that divides {world}"
             )
