@@ -259,6 +259,16 @@ def test_what_cannot_be_is_refused_with_its_remedy(overrides: list[str], message
         recipe(shard, *overrides)
 
 
+def test_a_tower_is_described_field_by_field_on_the_command_line(shard: str) -> None:
+    fields = {"width": 8, "depth": 1, "heads": 2, "features": 5, "frames": 4}
+    overrides = [f"model.further.audio.{key}={value}" for key, value in fields.items()]
+    found = recipe(shard, *overrides, "stages=[{samples: 36}, {samples: 36}]", "stages.1.grow.further.audio.depth=3")
+    assert found.model.further["audio"].model_dump(include=fields.keys()) == fields
+    assert found.specs()[1].further["audio"].depth == 3
+    with pytest.raises(RecipeError, match=r"model\.further\.audio\.widht .*did you mean width"):
+        recipe(shard, *overrides, "model.further.audio.widht=3")
+
+
 def test_samples_of_another_shape_are_refused_before_the_first_step(shard: str, tmp_path: Path) -> None:
     """Although the tower comes later."""
     of = recipe(shard, f"stages=[{{samples: 36}}, {{grow: {{{ADDED}, further.audio.frames: 6}}, samples: 24}}]")
