@@ -232,6 +232,7 @@ class Run:
         spec, recipe, world = self.engine.model.spec, self.recipe, self.world
         resolution, context, mixtures = spec.image.resolution, spec.text.context, self._mixtures()
         loader = Loader(recipe.data, resolution, context, recipe.seed, world.rank, world.size, mixtures)
+        self.specs[-1].check_samples(loader.columns)
         loader.check_bad(_entries(world.objects(self.display.known_bad())[0]))
         return loader
 
@@ -303,6 +304,9 @@ class Run:
         numbers = torch.arange(pairs) + (self.state.samples + self.world.rank * pairs)
         tensors = (batch.images, batch.tokens, batch.lengths, batch.caption_ids, batch.image_ids, numbers)
         inputs = Inputs(*(t.to(device, non_blocking=True) for t in tensors))
+        if batch.columns:
+            columns = {name: column.to(device, non_blocking=True) for name, column in batch.columns.items()}
+            inputs = replace(inputs, columns=columns)
         share, of = self.recipe.stages[self.state.stage].patches, self.engine.model.spec.image.grid**2
         if share < 1:
             inputs = replace(inputs, patches=kept(self.recipe.seed, "image/patches", numbers.to(device), of, share))
