@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..models.model import Model
-    from ..training.commits import Commit
+    from ..training.manifest import Commit
 
 _TEXT_KINDS = frozenset({"txt", "json"})
 

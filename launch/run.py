@@ -103,7 +103,8 @@ def check_sources(recipe: Recipe) -> None:
 
 def check_store(recipe: Recipe, out: Path) -> None:
     """The store works, and the newest commit in it, if any, is one that this recipe can continue."""
-    from ..training.commits import Commits, DamagedCommit
+    from ..training.commits import Commits
+    from ..training.manifest import DamagedCommit
     from ..training.origin import open_origin
     from ..training.resume import check_same_run
     from ..training.store import Store

@@ -4,8 +4,7 @@ A commit is a set of objects under `step-N-life-L/`: parts with the tensors, a m
 checksums, and last of all a small COMMIT object that holds the manifest's checksum. Readers only look at sets that have
 both, so a writer killed anywhere leaves nothing a reader could see; and what is removed loses its manifest first, so
 that a slow writer's COMMIT that comes after completes nothing. Of two runs in one place the later one has it: whoever
-claimed a life before is refused at its next commit. Nothing in a commit is code. Tensors lie in it by
-logical name, whole or in stretches as their engine held them, and are read whole or in any other stretches.
+claimed a life before is refused at its next commit. Nothing in a commit is code.
 """
 
 from __future__ import annotations
@@ -16,19 +15,16 @@ import re
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from math import prod
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from pydantic import BaseModel, Field, ValidationError, field_validator
-from safetensors import SafetensorError
-from safetensors.torch import load
+from pydantic import ValidationError
 from torch import Tensor
 
 from ..models.spec import ModelSpec
-from .shards import Layout, Stretch
+from .checkpoint import CheckpointConfig
+from .manifest import Commit, DamagedCommit, Manifest, read_verified
+from .shards import Layout
 from .state import RunState
 from .store import Store, StoreError
 from .world import World
@@ -37,172 +33,6 @@ from .writing import Part, Writing, taken
 _SET = re.compile(r"^step-(\d{12})-life-(\d{4})$")
 _LIFE = re.compile(r"^life-(\d{4})\.json$")
 _STALE = timedelta(days=1)
-_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
-_INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
-
-
-class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """Where, how often and how long commits are kept. A run always commits before growth and at its end."""
-
-    to: str | None = Field(None, description="any fsspec URL; left out: the folder commits/ of the run")
-    every: tuple[int | str, ...] = Field(
-        ("2min",), strict=False, description="2min, 30s, 1h, a number of samples such as 10_000, or a list of these"
-    )
-    keep: int = Field(3, gt=0, description="newest commits to keep; those before a growth are kept as well")
-    keep_every: int | None = Field(None, gt=0, description="samples; keep the first commit of every so many as well")
-    keep_best: str | None = Field(
-        None, description="a score such as retrieval/image_to_text@1; keep the commit that has the best as well"
-    )
-
-    @field_validator("every", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return value if isinstance(value, list | tuple) else (value,)
-
-    @field_validator("every")
-    @classmethod
-    def _readable(cls, value: tuple[int | str, ...]) -> tuple[int | str, ...]:
-        for item in value:
-            fits = item > 0 if isinstance(item, int) else _INTERVAL.fullmatch(item)
-            if not fits:
-                raise ValueError(
-                    f"{item!r} is no interval; write a time such as 30s, 2min or 1h, or samples such as 10_000"
-                )
-        return value
-
-    @property
-    def every_samples(self) -> int | None:
-        """The shortest interval in samples, if any is given."""
-        return min((i for i in self.every if isinstance(i, int)), default=None)
-
-    @property
-    def every_seconds(self) -> float | None:
-        """The shortest interval in seconds, if any is given."""
-        times = [_INTERVAL.fullmatch(i) for i in self.every if isinstance(i, str)]
-        return min((float(m[1]) * _UNITS[m[2]] for m in times if m), default=None)
-
-
-class OriginConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """Where a new run begins. Once it has a commit of its own, it continues from that."""
-
-    commit: str = Field(description="a commit's URL, or the newest one of a run folder")
-    carry: Literal["weights", "all"] = Field(
-        "weights",
-        description="weights: the first step, with these weights; all: the commit's next step, with its optimizer too",
-    )
-
-
-class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
-    """What a commit holds."""
-
-    format: int = 1
-    spec: ModelSpec
-    state: RunState
-    recipe: dict[str, Any]
-    reason: str = "interval"
-    scores: dict[str, float] = Field(default_factory=dict)
-    """of an evaluation at this very step"""
-    shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-    """of parameters that lie here in stretches: the shape of the whole"""
-    parts: tuple[Part, ...] = Field(strict=False)
-
-
-class DamagedCommit(StoreError):
-    """A commit whose bytes are not those that were committed."""
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A complete commit, its manifest verified; tensors are verified as they are read."""
-
-    store: Store
-    name: str
-    manifest: Manifest
-
-    @property
-    def url(self) -> str:
-        """Where it lies."""
-        return f"{self.store.url}/{self.name}"
-
-    def written(self) -> float | None:
-        """Unix time at which it was sealed, if the store tells."""
-        return self.store.modified(f"{self.name}/COMMIT")
-
-    def tensors(self, kind: str | None = None, layout: Layout | None = None) -> dict[str, Tensor]:
-        """All tensors by `kind/name`, or those of one kind; of each what `layout` names, flat, or the whole.
-
-        Holds one part beside what it returns. Raises DamagedCommit naming the file.
-        """
-        found = _Assembly(self.manifest.shapes, layout)
-        for part in self.manifest.parts:
-            if (kind is None or part.kind == kind) and found.needs(part):
-                try:
-                    found.add(part, self.pieces(part))
-                except (KeyError, RuntimeError) as error:
-                    raise DamagedCommit(f"{self.url}/{part.file} does not hold what it should: {error}") from None
-        if missing := found.missing():
-            raise DamagedCommit(f"{self.url}: its parts do not hold all of {missing}; use another commit")
-        return found.tensors()
-
-    def pieces(self, part: Part) -> dict[str, Tensor]:
-        """The tensors, or stretches of them, that lie in one part, by name. Raises DamagedCommit naming the file."""
-        data = _read(self.store, f"{self.name}/{part.file}", part.sha256)
-        try:
-            return load(data)
-        except SafetensorError as error:
-            raise DamagedCommit(f"{self.url}/{part.file} holds no tensors: {error}") from None
-
-
-class _Assembly:
-    """Stretches put together from the pieces that lie in parts."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], layout: Layout | None) -> None:
-        self._shapes, self._layout = shapes, layout
-        self._found: dict[str, Tensor] = {}
-        self._filled: dict[str, int] = {}
-        self._complete: dict[str, int] = {}
-        """how many elements a tensor should have in the end, by its path"""
-
-    def _wanted(self, name: str, shape: tuple[int, ...]) -> Stretch:
-        return Stretch(shape, 0, prod(shape)) if self._layout is None else self._layout[name]
-
-    def needs(self, part: Part) -> bool:
-        """Whether a part may hold anything that is wanted: all wholes may."""
-        needed = len(part.stretches) < part.tensors
-        for name, (start, length) in part.stretches.items():
-            wanted = self._wanted(name, self._shapes.get(name, ()))
-            needed |= start < wanted.start + wanted.length and wanted.start < start + length
-            self._complete[f"{part.kind}/{name}"] = wanted.length
-        return needed
-
-    def add(self, part: Part, pieces: Mapping[str, Tensor]) -> None:
-        """Take what is wanted out of a part. Raises KeyError or RuntimeError if it does not fit the manifest."""
-        for name, piece in pieces.items():
-            path, start = f"{part.kind}/{name}", part.stretches.get(name, (0, 0))[0]
-            shape = self._shapes[name] if name in part.stretches else tuple(piece.shape)
-            if start < 0 or start + piece.numel() > prod(shape):
-                raise KeyError(f"{name} reaches beyond its shape {shape}")
-            wanted = self._wanted(name, shape)
-            if self._layout is None and piece.shape == shape:
-                self._found[path], self._filled[path] = piece, piece.numel()
-                continue
-            self._complete[path] = wanted.length
-            own = self._found.setdefault(path, torch.empty(wanted.length, dtype=piece.dtype))
-            first, end = max(start, wanted.start), min(start + piece.numel(), wanted.start + wanted.length)
-            if first < end:
-                own[first - wanted.start : end - wanted.start] = piece.view(-1)[first - start : end - start]
-                self._filled[path] = self._filled.get(path, 0) + end - first
-
-    def missing(self) -> str | None:
-        """A tensor that is not complete, if there is one."""
-        return next((path for path, size in self._complete.items() if self._filled.get(path, 0) != size), None)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What was found, by `kind/name`."""
-        if self._layout is not None:
-            return {path: torch.empty(0) for path in self._complete} | self._found
-        names = {path: path.partition("/")[2] for path in self._found}
-        return {path: own.view(self._shapes.get(names[path], own.shape)) for path, own in self._found.items()}
 
 
 class Commits:
@@ -256,7 +86,7 @@ class Commits:
             digest = json.loads(seal)["manifest_sha256"]
             if seal != _seal(digest):
                 raise DamagedCommit(f"{self.store.url}/{name}/COMMIT is damaged; use another commit")
-            data = _read(self.store, f"{name}/manifest.json", digest)
+            data = read_verified(self.store, f"{name}/manifest.json", digest)
             return Commit(self.store, name, Manifest.model_validate_json(data))
         except FileNotFoundError:
             raise StoreError(
@@ -443,17 +273,6 @@ def _life(name: str) -> int:
     match = _SET.match(name)
     assert match
     return int(match[2])
-
-
-def _read(store: Store, name: str, sha256: str) -> bytes:
-    """An object whose checksum is known."""
-    try:
-        data = store.get(name)
-    except FileNotFoundError:
-        raise DamagedCommit(f"{store.url}/{name} is missing; use another commit") from None
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise DamagedCommit(f"{store.url}/{name} is damaged: its checksum is not the committed one; use another commit")
-    return data
 
 
 def _share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -23,14 +23,16 @@ from ..data.order import Mixture
 from ..data.record import Batch
 from ..models.flops import training_flops
 from ..models.spec import ModelSpec
-from .commits import Commit, Commits
-from .device import describe, peak_flops, peak_memory
+from .commits import Commits
+from .device import describe
 from .display import Display
 from .draws import kept
 from .engine import Engine, StepResult, build_engine
 from .evaluate.suites import evaluate
 from .growing import grow
 from .health import Health
+from .manifest import Commit
+from .meter import Meter
 from .objectives.base import Inputs, load_states, states
 from .objectives.registry import advance, build_objectives
 from .origin import begin_with, open_origin
@@ -38,15 +40,16 @@ from .plateau import Tally, slopes
 from .profiling import Profile
 from .recipe import Recipe
 from .resume import check_same_run, newest_intact
+from .rollback import roll_back
 from .search import search
 from .shards import Layout
 from .signals import StopRequest
 from .stages import faded, rewarmed, steady_from
 from .state import Decision, Event, RolledBack, RunState, TrainingError
 from .store import Store
+from .uploads import Uploads
 from .watchdog import Watchdog
 from .world import World
-from .writing import Writing
 
 
 @dataclass(frozen=True)
@@ -108,17 +111,6 @@ def _live(
             return end.with_traceback(None)  # which holds the loader and its processes
 
 
-@dataclass
-class _Commit:
-    """A commit under way."""
-
-    writing: Writing
-    state: RunState
-    reason: str
-    stall: float
-    """seconds that training stood still for it"""
-
-
 class Run:
     """The state of a run between two step edges, and what is done at them."""
 
@@ -141,15 +133,12 @@ class Run:
         self.tally = Tally(world)
         self.commits = Commits(Store(recipe.checkpoint.to or str(out / "commits")))
         self.display = Display(recipe, out, world)
+        self.uploads = Uploads(self.commits, world, self.display)
         self._take_up(RunState())
         self.stopping = False
-        self.last_commit: str | None = None
         self.scores: dict[str, float] = {}
         self.chance: dict[str, float] = {}
-        self._waited = 0.0
         self._bad: list[dict[str, Any]] = []
-        self._captions = torch.zeros(3, dtype=torch.int64)  # since the last line: how many, their tokens, those cut
-        self._writing: _Commit | None = None
         self._preparing = 0.0
         self._changes: list[str] = []
         self._scored = -1
@@ -157,9 +146,8 @@ class Run:
         self.profile = Profile(out if recipe.log.profile else None, world.rank, world.device)
         self._begun = time.monotonic()
         self._start(imports, before, back)
-        self._commit_time = self._log_time = time.monotonic()
-        self._log_step, self._log_flops = self.state.step, self.state.flops
-        self._log_skipped = self.state.skipped
+        self._commit_time = time.monotonic()
+        self.meter = Meter(self.state, world)
         self._seconds_before = self.state.seconds
 
     def __enter__(self) -> Run:
@@ -168,8 +156,7 @@ class Run:
     def __exit__(self, *error: object) -> None:
         self.profile.close()
         self.display.close()
-        if self._writing:
-            self._writing.writing.give_up()
+        self.uploads.give_up()
         self.engine.close()
         del self.engine  # it holds the process group, which is left next
 
@@ -193,7 +180,7 @@ class Run:
             commit, tensors = found
             self.engine.load_logical_state(tensors, self.state.applied, self.state.skipped, self.state.multipliers)
             load_states(self.engine.objectives, self.state.objectives)
-            self.last_commit = commit.url
+            self.uploads.last = commit.url
         else:
             origin = open_origin(self.recipe) if self.recipe.origin else None
             self._take_up(RunState())
@@ -291,7 +278,8 @@ class Run:
         spent, seconds = self.state.flops + choice.spent, time.monotonic() - begun
         self._decide(Decision(stage=stage, grow=choice.sizes), "search", choice.json(), flops=spent)
         self.display.event("search", self.state, **choice.json(), seconds=seconds)
-        self._log_time, self._log_flops = self._log_time + seconds, self._log_flops + choice.spent  # not training
+        self.meter.pause(seconds)
+        self.meter.aside(choice.spent)
 
     def _decide(self, made: Decision, event: str, detail: dict[str, Any], **changes: Any) -> None:
         """Go on by a decision."""
@@ -307,7 +295,7 @@ class Run:
                 self.watch.at("data", self.state.step)
                 begun = time.monotonic()
                 batch = next(batches)
-                self._waited += time.monotonic() - begun
+                self.meter.waited(time.monotonic() - begun)
                 yield batch
 
     def _inputs(self, batch: Batch) -> Inputs:
@@ -335,7 +323,7 @@ class Run:
         self.tally.add(shares.sum(), len(batch.tokens))
         self.state = state.model_copy(update={"step": state.step + 1, "samples": state.samples + size})
         self._bad += [{"step": self.state.step, **asdict(entry)} for entry in batch.bad]
-        self._captions += torch.tensor([len(batch.lengths), len(batch.tokens), int(batch.cut.sum())])
+        self.meter.saw(batch)
 
     # The step edge
 
@@ -376,10 +364,10 @@ class Run:
         world, state = self.world, self.state
         clock = self.recipe.checkpoint.every_seconds
         due = world.is_first and clock is not None and time.monotonic() - self._commit_time >= clock
-        busy = self._writing is not None and self._writing.writing.busy
-        self.stopping, self._clock_due, bad, busy = world.any(self.stop.requested, due, bool(self._bad), busy)
-        if self._writing and not busy:
-            self._lead(self._writing, wait=False)
+        asked = (self.stop.requested, due, bool(self._bad), self.uploads.busy)
+        self.stopping, self._clock_due, bad, busy = world.any(*asked)
+        if not busy:
+            self.meter.pause(self.uploads.advance())
         if bad:
             entries = [entry for rank in world.objects(self._bad) for entry in rank]
             self._bad = []
@@ -388,7 +376,8 @@ class Run:
         if state.step % self.recipe.log.every == 0 or state.step == self.ends[-1]:
             self._write_line()
             if self.state.health.ill >= self.recipe.recovery.after:
-                self._roll_back()
+                self.uploads.finish()
+                roll_back(self.recipe, self.state, self.commits, world)
 
     def _write_line(self) -> None:
         """Read the step's numbers back from the device (here, it is waited for) and write them down."""
@@ -396,14 +385,9 @@ class Run:
         state, result, recipe = self.state, self.result, self.recipe
         shares = self.world.sum(torch.stack(list(result.losses.values()))).tolist()
         losses = dict(zip(result.losses, shares, strict=True))
-        captions, tokens, cut = self.world.sum(self._captions.to(self.world.device)).tolist()
         skipped = self.engine.skipped
-        now, steps = time.monotonic(), state.step - self._log_step
-        elapsed = max(now - self._log_time, 1e-9)
-        rate = steps * recipe.data.batch / elapsed
-        peak = peak_flops(self.world.device)
+        steps, new = self.meter.since(state, skipped)
         loss = sum(o.weight * losses[o.name] for o in self.engine.objectives)
-        new = skipped - self._log_skipped
         health = state.health.after_line(recipe.recovery, state.step, steps, new, loss)
         self.state = state.model_copy(update={"skipped": skipped, "health": health})
         if new:
@@ -416,52 +400,11 @@ class Run:
             logit_scale=self.engine.scale(),
             grad_norm=result.grad_norm.item(),
             skipped=skipped,
-            samples_per_second=rate,
-            data_wait=self._waited / elapsed,
-            mfu=(state.flops - self._log_flops) / elapsed / (peak * self.world.size) if peak else None,
-            flops=state.flops,
-            peak_memory=peak_memory(self.world.device),
             parameters=self.engine.parameters,
             passes=self.loader.coverage(state.cursor),
-            seconds={"data": self._waited, "compute": elapsed - self._waited},
-            caption_length=tokens / captions,
-            captions_cut=cut / captions,
+            **self.meter.line(self.state, recipe.data.batch),
             **({"gradient_norms": self.engine.gradient_norms(self.inputs)} if self.recipe.log.gradients else {}),
         )
-        self._captions.zero_()
-        self._log_time, self._log_step, self._log_flops, self._waited = now, state.step, state.flops, 0.0
-        self._log_skipped = skipped
-
-    def _roll_back(self) -> NoReturn:
-        """Leave for the last commit of when things were well. Raises TrainingError if that is of no use."""
-        state, recipe, health = self.state, self.recipe, self.state.health
-        if self._writing:
-            self._lead(self._writing, wait=True)
-        what = f"the loss leapt to {recipe.recovery.leap} times what it was" if health.leapt else "no finite gradient"
-        reason = f"{what} in the last {health.ill} steps up to step {state.step}"
-        last = next((e for e in reversed(state.lineage) if e.event == "rollback"), None)
-        times = last.detail["times"] if last and health.well <= last.step else 0  # since then nothing was well
-        good = self._last_good()
-        if good is None or times >= recipe.recovery.times:
-            why = f"again after {times} rollbacks" if times else "there is no commit to go back to"
-            raise TrainingError(
-                f"{reason}, and {why}; "
-                f"lower optimizer.lr = {recipe.optimizer.lr}, lengthen schedule.warmup, or look at their data"
-            )
-        if self.world.is_first:
-            self.commits.remove_after(good)
-        raise RolledBack(state.cursor, times + 1, reason)
-
-    def _last_good(self) -> int | None:
-        """The step of the newest commit from before the trouble; where only steps were skipped, one from within it
-        will do: they leave the weights as they were."""
-        health, found = self.state.health, None
-        if self.world.is_first:
-            found = self.commits.newest_until(health.well)
-            if found is None and not health.leapt:
-                found = self.commits.newest_until(self.state.step)
-        step: int | None = self.world.objects(found)[0]
-        return step
 
     def evaluate(self) -> None:
         """Evaluate if the cadence or the end of the run asks for it."""
@@ -482,7 +425,7 @@ class Run:
         if best and best not in found.scores:
             raise TrainingError(f"checkpoint.keep_best = {best!r} is no score; there are {', '.join(found.scores)}")
         self.display.evaluation(self.state, found, time.monotonic() - begun)
-        self._log_time += time.monotonic() - begun  # not training time
+        self.meter.pause(time.monotonic() - begun)
 
     def commit(self) -> None:
         """Commit if anything asks for it: the end, a growth ahead, a signal, or the interval."""
@@ -504,9 +447,8 @@ class Run:
     def _commit(self, reason: str) -> None:
         """Take a snapshot and begin to upload it; only interval commits are not waited for."""
         self.watch.at("commit", self.state.step)
-        begun, checkpoint = time.monotonic(), self.recipe.checkpoint
-        if self._writing:  # at most one is under way
-            self._lead(self._writing, wait=True)
+        begun = time.monotonic()
+        self.uploads.finish()  # at most one is under way
         self._fold()
         self.state = self.state.model_copy(
             update={
@@ -517,47 +459,12 @@ class Run:
                 "seconds": self._seconds(),
             }
         )
-        writing = self.commits.begin(
-            self.engine.model.spec,
-            self.state,
-            self.recipe.model_dump(mode="json"),
-            self.engine.logical_state(),
-            self.world,
-            self.engine.layout,
-            checkpoint,
-            reason,
-            self.scores if self._scored == self.state.step else None,
-        )
-        self._commit_time = time.monotonic()
-        self._writing = _Commit(writing, self.state, reason, self._commit_time - begun)
-        self._log_time += self._commit_time - begun  # not training time
+        scores = self.scores if self._scored == self.state.step else None
+        self.uploads.begin(self.engine, self.state, self.recipe, reason, scores)
         if reason != "interval":
-            self._lead(self._writing, wait=True)
-
-    def _lead(self, commit: _Commit, wait: bool) -> None:
-        """Bring the commit that is under way a step further, or to its end; write it down when it is complete."""
-        begun, writing = time.monotonic(), commit.writing
-        self._writing = None  # an error leaves nothing to wait for
-        if wait:
-            writing.finish()
-        else:
-            writing.advance()
-        spent = time.monotonic() - begun
-        commit.stall += spent
-        self._log_time += spent
-        if not writing.done:
-            self._writing = commit
-            return
-        self.last_commit = f"{self.commits.store.url}/{writing.name}"
-        self.display.event(
-            "commit",
-            commit.state,
-            url=self.last_commit,
-            bytes=writing.bytes,
-            seconds=time.monotonic() - writing.begun,
-            stall=commit.stall,
-            reason=commit.reason,
-        )
+            self.uploads.finish()
+        self._commit_time = time.monotonic()
+        self.meter.pause(self._commit_time - begun)
 
     # The end
 
@@ -580,7 +487,7 @@ class Run:
         report = self.display.report()
         self.world.barrier()  # a launcher ends what is left when the first process ends: not before all is written
         return Summary(
-            finished, self.scores, self.chance, self.last_commit, report, self.out / "tensorboard", self._seconds()
+            finished, self.scores, self.chance, self.uploads.last, report, self.out / "tensorboard", self._seconds()
         )
 
 

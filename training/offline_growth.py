@@ -23,8 +23,9 @@ from ..models.growth.plan import changes
 from ..models.growth.rules import GrownState, origin
 from ..models.model import Model
 from ..models.spec import ModelSpec, SpecError
-from .commits import Commit, Commits, Manifest, find_commit
+from .commits import Commits, find_commit
 from .growing import described, grown_rates, planned
+from .manifest import Commit, Manifest
 from .packing import Packed
 from .recipe import Recipe
 from .stages import StageConfig, faded

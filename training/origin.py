@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from .commits import Commit, find_commit
+from .commits import find_commit
 from .engine import Engine
+from .manifest import Commit
 from .recipe import Recipe
 from .resume import differences
 from .state import Event, RunState

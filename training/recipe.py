@@ -18,7 +18,7 @@ from ..data.order import Mixture
 from ..data.source import held_out
 from ..data.tokenizer_file import vocabulary_size
 from ..models.spec import ModelSpec
-from .commits import CheckpointConfig, OriginConfig
+from .checkpoint import CheckpointConfig, OriginConfig
 from .engine import EngineConfig
 from .evaluate.config import EvalConfig
 from .health import RecoveryConfig

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from torch import Tensor
 
-from .commits import Commit, Commits, DamagedCommit
+from .commits import Commits
+from .manifest import Commit, DamagedCommit
 from .recipe import Recipe
 from .shards import Layout
 from .state import RunState

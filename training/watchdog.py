@@ -11,7 +11,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -23,6 +22,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field, field_validator
 
+from .duration import duration
 from .world import World
 
 HUNG = 75
@@ -30,8 +30,6 @@ HUNG = 75
 SLOW_FACTOR = 6
 """how much longer than a step the other phases may take: start, evaluation, commit, growth"""
 _STEP_PHASES = ("data", "step")
-_INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
-_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
 class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -44,16 +42,16 @@ class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @field_validator("limit")
     @classmethod
     def _readable(cls, value: str) -> str:
-        if not _INTERVAL.fullmatch(value):
+        if duration(value) is None:
             raise ValueError(f"{value!r} is no time; write one such as 30s, 10min or 1h")
         return value
 
     @property
     def seconds(self) -> float:
         """The limit of a step."""
-        match = _INTERVAL.fullmatch(self.limit)
-        assert match
-        return float(match[1]) * _UNITS[match[2]]
+        limit = duration(self.limit)
+        assert limit is not None
+        return limit
 
 
 class Watchdog:

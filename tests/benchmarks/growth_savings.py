@@ -52,7 +52,8 @@ MEAN_TOKENS = 6.5
 RATES = (0.5, 1.0, 2.0)
 """learning rates of the large model that are tried, as multiples of the recipe's"""
 TUNING_SEED = 1000
-BUDGETS = (0.4, 0.6, 0.8, 1.0, 1.25)
+BUDGETS = {"grown": (0.5, 0.8, 1.25), "small": (0.4, 0.8)}
+"""of each arm, as shares of the large model's FLOPs; behind the larger one of `small` it would save too little"""
 QUICK = [
     "data.batch=32",
     "model.embed_dim=32",
@@ -163,7 +164,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[float, list[Outc
     """The tuned rate, and of each seed the large run and those of the other arms."""
     base = [*(QUICK if options.quick else []), "eval.every=null", "eval.examples=0", *options.overrides]
     recipe = read_recipe(options.recipe, base).recipe
-    budgets = (0.6, 1.0) if options.quick else BUDGETS
+    budgets = {"grown": (0.6, 1.0), "small": (0.6, 1.0)} if options.quick else BUDGETS
 
     def one(arm: str, budget: float, rate: float, seed: int) -> Outcome:
         changed = overrides(recipe, arm, budget, options.share, rate)
@@ -173,7 +174,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[float, list[Outc
     rate = min(rates, key=lambda rate: one("large", 1.0, rate, TUNING_SEED).loss)
     seeds = range(1 if options.quick else options.seeds)
     large = [one("large", 1.0, rate, seed) for seed in seeds]
-    others = [{arm: [one(arm, b, rate, seed) for b in budgets] for arm in ("grown", "small")} for seed in seeds]
+    others = [{arm: [one(arm, b, rate, seed) for b in shares] for arm, shares in budgets.items()} for seed in seeds]
     return rate, large, others
 
 

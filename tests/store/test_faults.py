@@ -29,7 +29,8 @@ from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.tests.faulty_proxy import FaultyProxy
 from treering.tests.s3_server import Server
 from treering.training import loop, writing
-from treering.training.commits import CheckpointConfig, Commits
+from treering.training.checkpoint import CheckpointConfig
+from treering.training.commits import Commits
 from treering.training.loop import train
 from treering.training.state import RunState
 from treering.training.store import Store, StoreError

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.training.commits import CheckpointConfig, Commits, DamagedCommit, find_commit
+from treering.training.checkpoint import CheckpointConfig
+from treering.training.commits import Commits, find_commit
+from treering.training.manifest import DamagedCommit
 from treering.training.state import RunState
 from treering.training.store import Store, StoreError
 from treering.training.world import World

@@ -16,7 +16,9 @@ from pydantic import ValidationError
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.training import writing
-from treering.training.commits import CheckpointConfig, Commits, DamagedCommit
+from treering.training.checkpoint import CheckpointConfig
+from treering.training.commits import Commits
+from treering.training.manifest import DamagedCommit
 from treering.training.packing import Packed
 from treering.training.shards import Stretch, gathered, rows
 from treering.training.state import RunState

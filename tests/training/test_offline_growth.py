@@ -12,10 +12,12 @@ from treering.launch.growing import grow_offline
 from treering.launch.recipes import RecipeError, read_recipe
 from treering.models.spec import SpecError
 from treering.training import offline_growth
-from treering.training.commits import Commit, Commits, Part, find_commit
+from treering.training.commits import Commits, find_commit
 from treering.training.loop import train
+from treering.training.manifest import Commit
 from treering.training.offline_growth import OldState, grow_commit
 from treering.training.store import Store, StoreError
+from treering.training.writing import Part
 
 GROW = "{grow: {image.width: 24, text.width: 16, text.depth: 3, caption.depth: 1}, fade: 60, samples: 36}"
 TINY = [

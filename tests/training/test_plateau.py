@@ -148,8 +148,7 @@ def test_resumes_decide_alike(at: int, whole: Path, tmp_path: Path, monkeypatch:
 
     def dying(run: loop.Run, batch: Any) -> None:
         if run.state.step == at:
-            if run._writing:  # so that the resume begins inside the window
-                run._lead(run._writing, wait=True)
+            run.uploads.finish()  # so that the resume begins inside the window
             raise Died
         real(run, batch)
 
