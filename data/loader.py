@@ -287,12 +287,20 @@ class EvaluationSet:
     """A source read in index order and without chance: centre crops and first captions."""
 
     def __init__(
-        self, url: str, resolution: int, context: int, cache: CacheConfig | None = None, tokenizer: str = "clip"
+        self,
+        url: str,
+        resolution: int,
+        context: int,
+        cache: CacheConfig | None = None,
+        tokenizer: str = "clip",
+        resize: str = "crop",
+        interpolation: str = "bicubic",
     ) -> None:
-        """Opens the source; raises DataError if it cannot be read."""
+        """Opens the source; raises DataError if it cannot be read. For the last two see `centre_crop`."""
         self.source = open_source(url, BlockCache((cache or CacheConfig()).bytes))
         self.tokenizer = open_tokenizer(tokenizer)
         self.resolution, self.context = resolution, context
+        self._resize, self._interpolation = resize, interpolation
 
     def __len__(self) -> int:
         return len(self.source)
@@ -302,7 +310,8 @@ class EvaluationSet:
         try:
             record = self.source.record(number)
             captions, labels = captions_and_labels(record.fields)
-            image = centre_crop(picture(record.fields, record.kinds), self.resolution)
+            whole = picture(record.fields, record.kinds)
+            image = centre_crop(whole, self.resolution, self._resize, self._interpolation)
             tokens = self.tokenizer.encode(captions[0], self.context)
         except BadSample as error:
             return _entry(self.source, number, error)

@@ -102,6 +102,10 @@ class ImageSpec(TowerSpec, frozen=True, extra="forbid", strict=True):
     pool_heads: int = Field(8, gt=0, description="heads of the attention pooler")
     mean: tuple[float, float, float] = Field(CLIP_MEAN, strict=False, description="subtracted from pixels in 0..1")
     std: tuple[float, float, float] = Field(CLIP_STD, strict=False, description="that pixels are then divided by")
+    resize: Literal["crop", "squash"] = Field(
+        "crop", description="how pictures are made square where nothing is drawn; squash: whatever their shape"
+    )
+    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="how they are then resized")
 
     @model_validator(mode="after")
     def _pool_has_its_parts(self) -> Self:

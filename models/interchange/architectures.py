@@ -147,6 +147,8 @@ def _text_reasons(config: Config, text: Config) -> list[str]:
         found.append(f"text_cfg.proj_type = {text['proj_type']!r}: our towers end in a map to the joint space")
     if text.get("pad_id", 0) != 0:
         found.append(f"text_cfg.pad_id = {text['pad_id']}: texts are filled with 0 here")
+    if "mt5" in (text.get("hf_tokenizer_name") or ""):
+        found.append(f"its tokenizer {text['hf_tokenizer_name']} begins a text with no token, and ours always do")
     if text.get("embed_cls") and (text.get("no_causal_mask") or not config.get("custom_text")):
         found.append("text_cfg.embed_cls without CoCa's causal mask")
     return found
@@ -174,7 +176,13 @@ def _decoder_reasons(config: Config, vision: Config, text: Config) -> list[str]:
     return found
 
 
-def spec_of(config: Config, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> ModelSpec:
+def spec_of(
+    config: Config,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+    resize: str = "crop",
+    interpolation: str = "bicubic",
+) -> ModelSpec:
     """The spec that computes what a config of open_clip does, on pictures normalised by `mean` and `std`.
 
     Raises InterchangeError with all reasons if there is none.
@@ -197,6 +205,8 @@ def spec_of(config: Config, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[floa
         "norm_after_pool": average and bool(vision.get("final_ln_after_pool")),
         "mean": mean,
         "std": std,
+        "resize": resize,
+        "interpolation": interpolation,
     }
     if pooler:
         image |= {"queries": vision.get("attn_pooler_queries", 256), "pool_heads": vision.get("attn_pooler_heads", 8)}

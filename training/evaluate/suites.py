@@ -54,7 +54,10 @@ def evaluate(
 
     Raises DataError if the shards cannot be read, or carry no labels for a zero-shot suite.
     """
-    samples = EvaluationSet(url, model.spec.image.resolution, model.spec.text.context, cache, tokenizer)
+    image = model.spec.image
+    samples = EvaluationSet(
+        url, image.resolution, model.spec.text.context, cache, tokenizer, image.resize, image.interpolation
+    )
     data = embed(model, samples, config.batch, world)
     if not data.numbers:
         raise DataError(f"none of the {len(samples)} samples of {url} can be used: {data.bad[0]['reason']}")
