@@ -98,7 +98,8 @@ def _open_clip_config(manifest: Manifest) -> dict[str, Any]:
     from ..models.interchange.architectures import config_of
     from ..training.imported import words_of
 
-    words, tokenizer = words_of(manifest.state), manifest.recipe["data"]["tokenizer"]
+    words = words_of(manifest.state)
+    tokenizer = manifest.recipe["data"]["tokenizer"]
     if tokenizer != "clip" and not words:
         raise RecipeError(
             f"this model reads the tokens of {show(tokenizer)}; open_clip takes CLIP's, or those of a model on the "

@@ -34,6 +34,6 @@ def import_weights(source: str, to: str, data: str | None, tokenizer: str | None
         "commit": url,
         "parameters": parameters(weights.spec),
         "recipe": str(file),
-        "continue": ["treering", "train", str(file), "--out", f"runs/{recipe.name}"],
+        "continue": ["treering", "train", str(file), "--out", f"runs/{recipe.name}-trained"],
         "notes": notes(weights),
     }
