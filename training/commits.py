@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -136,7 +137,8 @@ class Commits:
                 self.retain(policy, state.life)
                 self.sweep_uploads(state.life)
 
-        return Writing(self.store, name, own, starts, world, complete, lambda: self._discard(name))
+        discard = partial(self._discard, name)
+        return Writing(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
 
     def write(
         self, spec: ModelSpec, state: RunState, recipe: dict[str, Any], tensors: Mapping[str, Tensor], world: World

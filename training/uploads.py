@@ -59,6 +59,11 @@ class Uploads:
         self._upload = _Upload(writing, state, reason, time.monotonic() - begun)
 
     @property
+    def under_way(self) -> bool:
+        """Whether there is a commit that is not complete; the same on every rank."""
+        return self._upload is not None
+
+    @property
     def busy(self) -> bool:
         """Whether this rank still sends; when none does, all should `advance`."""
         return self._upload is not None and self._upload.writing.busy
