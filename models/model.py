@@ -103,8 +103,8 @@ class Model(nn.Module):
         routing = tuple((mlp.counts_e, mlp.gates_e) for mlp in self.modules() if isinstance(mlp, Experts))
         output = ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing)
         if extras.tokens:
-            tokens_bpe = self.image.projection(image.tokens).unflatten(0, (len(images), -1))
-            output = output._replace(image_tokens=tokens_bpe, text_tokens=self.text.projection(text.tokens))
+            tokens_bpe = self.image.project(image.tokens).unflatten(0, (len(images), -1))
+            output = output._replace(image_tokens=tokens_bpe, text_tokens=self.text.project(text.tokens))
         return output
 
 

@@ -99,8 +99,12 @@ class ImageTower(nn.Module):
         if self.class_embedding is not None or self.pool is not None:
             first_bd, x_bnd = x_bnd[:, 0], x_bnd[:, 1:]
             x_td, layout = x_bnd.flatten(0, 1), Dense(layout.samples, layout.length - 1)
-        x_bd = first_bd if self.reads_first else x_bnd.mean(1)
-        return TowerOutput(self.projection(x_bd if self.norm is None else self.norm(x_bd)), x_td, layout)
+        return TowerOutput(self.project(first_bd if self.reads_first else x_bnd.mean(1)), x_td, layout)
+
+    def project(self, x_nd: Tensor) -> Tensor:
+        """Tokens, or what was pooled of them, in the joint space: [n, d] -> [n, e]."""
+        joint_ne: Tensor = self.projection(x_nd if self.norm is None else self.norm(x_nd))
+        return joint_ne
 
 
 class TextTower(nn.Module):
@@ -137,10 +141,10 @@ class TextTower(nn.Module):
         last_b = lengths_b.cumsum(0) - (lengths_b if self.pool == "first" else 1)
         if pooled_only:
             x_bd = self.transformer(x_td, layout, rows_b=last_b)
-            return TowerOutput(self.projection(x_bd), x_bd[:0], layout)
+            return TowerOutput(self.project(x_bd), x_bd[:0], layout)
         x_td = self.transformer(x_td, layout)
         x_td = shared(x_td, layout) if shared else x_td
-        return TowerOutput(self.projection(x_td[last_b]), x_td, layout)
+        return TowerOutput(self.project(x_td[last_b]), x_td, layout)
 
     def _filled(self, tokens_t: Tensor, lengths_b: Tensor) -> TowerOutput:
         """Texts that are filled to the context with token 0, which takes part like any other."""
@@ -151,7 +155,7 @@ class TextTower(nn.Module):
         x_td = self.transformer(x_bnd.flatten(0, 1), Dense(b, n, self.causal))
         ends_b = torch.arange(b, device=x_td.device) * n
         within_b = {"first": 0, "last": n - 1}.get(self.pool, lengths_b - 1)
-        return TowerOutput(self.projection(x_td[ends_b + within_b]), x_td[places_t], own)
+        return TowerOutput(self.project(x_td[ends_b + within_b]), x_td[places_t], own)
 
     def _classed(self, tokens_t: Tensor, lengths_b: Tensor, pooled_only: bool) -> TowerOutput:
         """Texts followed by CoCa's class token, exactly as open_clip trained it on texts filled with token 0.
@@ -168,15 +172,19 @@ class TextTower(nn.Module):
         positions_t = layout.positions_t
         x_td = self.token_embedding(ids) + self.position_embedding[positions_t.clamp(max=self.context - 1)]
         assert self.class_embedding is not None
-        assert self.norm is not None
         x_td = x_td.index_copy(0, last_b, self.class_embedding.sum(0).to(x_td.dtype).expand(len(last_b), -1))
         seen_t = (ids.roll(1) != 0) | (positions_t == 0)
         layout = replace(layout, seen_bn=layout.grid(seen_t.view(-1, 1, 1))[:, 0, :, 0])
         if pooled_only:
             x_bd = self.transformer(x_td, layout, rows_b=last_b)
-            return TowerOutput(self.projection(self.norm(x_bd)), x_bd[:0], own)
+            return TowerOutput(self.project(x_bd), x_bd[:0], own)
         x_td = self.transformer(x_td, layout)
-        return TowerOutput(self.projection(self.norm(x_td[last_b])), x_td[places_t], own)
+        return TowerOutput(self.project(x_td[last_b]), x_td[places_t], own)
+
+    def project(self, x_nd: Tensor) -> Tensor:
+        """Tokens, or what was pooled of them, in the joint space: [n, d] -> [n, e]."""
+        joint_ne: Tensor = self.projection(x_nd if self.norm is None else self.norm(x_nd))
+        return joint_ne
 
     def masked(
         self, text: TowerOutput, lengths_b: Tensor, masked_b: Tensor, shared: Shares | None = None

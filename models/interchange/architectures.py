@@ -187,8 +187,23 @@ def spec_of(
 
     Raises InterchangeError with all reasons if there is none.
     """
-    if why := reasons_against(config):
-        raise InterchangeError(f"this config cannot be taken over: {'; '.join(why)}")
+    try:
+        why = reasons_against(config)
+        if not why:
+            return ModelSpec.model_validate(_tree(config, mean, std, resize, interpolation))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InterchangeError(f"this config makes no model: {place}: {first['msg']}") from None
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # fields of another type
+        raise InterchangeError(f"this config makes no model ({type(error).__name__}: {error})") from None
+    raise InterchangeError(f"this config cannot be taken over: {'; '.join(why)}")
+
+
+def _tree(
+    config: Config, mean: tuple[float, ...], std: tuple[float, ...], resize: str, interpolation: str
+) -> dict[str, Any]:
+    """The spec of a config that has one, as plain data."""
     quick = bool(config.get("quick_gelu"))
     vision, text = config["vision_cfg"], config["text_cfg"]
     width = vision.get("width", 768)
@@ -222,14 +237,7 @@ def spec_of(
     decoder = config.get("multimodal_cfg")
     caption = {"depth": decoder.get("layers", 12), "cross": "after", "tied": False} if decoder else None
     bias = config.get("init_logit_bias") is not None
-    try:
-        return ModelSpec.model_validate(
-            {"embed_dim": config["embed_dim"], "image": image, "text": words, "caption": caption, "logit_bias": bias}
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InterchangeError(f"this config makes no model: {place}: {first['msg']}") from None
+    return {"embed_dim": config["embed_dim"], "image": image, "text": words, "caption": caption, "logit_bias": bias}
 
 
 def _trunk(fields: Config, width: int, quick: bool) -> dict[str, Any]:

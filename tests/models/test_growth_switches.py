@@ -9,7 +9,7 @@ from torch import Tensor
 from treering.models.flops import forward_flops, parameters
 from treering.models.growth.plan import Copies, plan_growth
 from treering.models.growth.rules import grown
-from treering.models.model import Model, build
+from treering.models.model import Extras, Model, build
 from treering.models.spec import ModelSpec
 
 IMAGE = {"width": 12, "depth": 1, "heads": 2, "patch": 4, "resolution": 8, "patch_bias": False, "class_token": True}
@@ -107,6 +107,20 @@ def test_the_grown_gradient_is_the_mapped_one(name: str, targets: dict[str, Any]
     for n, p in larger.named_parameters():
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
         assert torch.allclose(first("exp_avg", n), gradient, rtol=1e-9, atol=1e-12), n
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+def test_single_tokens_in_the_joint_space(name: str) -> None:
+    """They go the way of what is pooled: of pictures whose patches are all alike the mean of the patches is each."""
+    model = perturbed(SPECS[name])
+    images, tokens, lengths = torch.full((2, 3, 8, 8), 9, dtype=torch.uint8), torch.tensor([5, 3, 4]), [2, 1]
+    with torch.no_grad():
+        model.image.position_embedding.zero_()
+        output = model(images, tokens, torch.tensor(lengths), Extras(tokens=True))
+    assert output.text_tokens.shape == (3, model.spec.embed_dim)
+    assert output.image_tokens.shape[::2] == (2, model.spec.embed_dim)
+    if model.spec.image.pool == "mean":
+        assert torch.allclose(output.image_tokens, output.image.pooled[:, None])
 
 
 @pytest.mark.parametrize("name", list(SPECS))

@@ -371,6 +371,24 @@ def test_what_we_cannot_hold_is_refused(changes: dict[str, Any], reason: str) ->
 
 
 @pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("vision_cfg__head_width", 0),
+        ("vision_cfg__head_width", "x"),
+        ("vision_cfg__layers", "x"),
+        ("text_cfg__layers", -1),
+        ("text_cfg__heads", 7),
+        ("text_cfg", []),
+        ("embed_dim", None),
+        ("vision_cfg__mlp_ratio", float("nan")),
+    ],
+)
+def test_a_config_of_odd_values_is_an_error(place: str, value: object) -> None:
+    with pytest.raises(InterchangeError, match=r"this config (makes no model|cannot be taken over)"):
+        spec_of(refusing(**{place: value}))
+
+
+@pytest.mark.parametrize(
     ("part", "change", "reason"),
     [
         (

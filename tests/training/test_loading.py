@@ -6,6 +6,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -186,6 +188,13 @@ def test_pictures_are_made_as_the_weights_want_them(open_clip: ModuleType, tmp_p
     assert (model.preprocess(wide).float() - expected).abs().max() > 20
     with pytest.raises(InterchangeError, match="resize_mode = 'longest'"):
         picture_settings({"resize_mode": "longest"})
+
+
+def test_what_is_slow_to_import_comes_late() -> None:
+    """The package without torch; the models, a run and `load` without open_clip, torchvision and timm."""
+    code = "import sys, treering; assert 'torch' not in sys.modules; treering.load; import treering.training.loop; "
+    code += "assert not {'open_clip', 'torchvision', 'timm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_bad_use_says_what_to_give(coca: Path, clip: Path) -> None:
