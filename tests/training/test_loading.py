@@ -190,6 +190,16 @@ def test_pictures_are_made_as_the_weights_want_them(open_clip: ModuleType, tmp_p
         picture_settings({"resize_mode": "longest"})
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_another_device_it_gives_the_same(coca: Path) -> None:
+    here, there = treering.load(coca), treering.load(coca, device="cuda")
+    pixels = here.preprocess(picture(here.spec.image.resolution))
+    assert (here.encode_image(pixels, True) - there.encode_image(pixels, True).cpu()).abs().max() < 1e-4
+    assert (here.encode_text(TEXTS, True) - there.encode_text(TEXTS, True).cpu()).abs().max() < 1e-4
+    assert there.caption(pixels, longest=5)
+    assert there.to("cpu").device.type == "cpu"
+
+
 def test_what_is_slow_to_import_comes_late() -> None:
     """The package without torch; the models, a run and `load` without open_clip, torchvision and timm."""
     code = "import sys, treering; assert 'torch' not in sys.modules; treering.load; import treering.training.loop; "
