@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import socket
 import sys
 import warnings
 from collections.abc import Mapping
@@ -142,15 +144,38 @@ def fetch(name: str, tag: str) -> Path:
     """Published weights, through open_clip's own download and its cache. Raises InterchangeError without a network."""
     entry = published(name)[tag.lower().replace("-", "_")]
     try:
-        file = _tables().download_pretrained(entry)
+        # The hub's client tries for a minute where its name cannot even be resolved; what it has kept is there at once.
+        file = _kept(entry) if _cut_off() else _tables().download_pretrained(entry)
+        reason = "no network"
     except Exception as error:  # of urllib, of huggingface_hub, of either's transport
-        raise InterchangeError(
-            f"{name}/{tag} could not be fetched ({type(error).__name__}); where there is a network, download "
-            f"{entry.get('hf_hub') or entry.get('url')} and give the file: {PREFIX}{name}/{tag}=FILE"
-        ) from None
+        file, reason = "", type(error).__name__
     if not file:
-        raise InterchangeError(f"{name}/{tag} has no address to fetch it from; give a file: {PREFIX}{name}/{tag}=FILE")
+        raise InterchangeError(
+            f"{name}/{tag} could not be fetched ({reason}); where there is a network, download "
+            f"{entry.get('hf_hub') or entry.get('url')} and give the file: {PREFIX}{name}/{tag}=FILE"
+        )
     return Path(file)
+
+
+def _cut_off() -> bool:
+    """Whether the hub's name cannot be resolved, and nothing stands in between that could do it."""
+    if any(os.environ.get(word) for word in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT")):
+        return False
+    try:
+        socket.getaddrinfo("huggingface.co", 443)
+    except OSError:
+        return True
+    return False
+
+
+def _kept(entry: Mapping[str, Any]) -> str:
+    """Where the hub's client has kept a file of earlier; empty if it has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, name = str(entry.get("hf_hub", "")).rpartition("/")
+    names = [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    found = [try_to_load_from_cache(repository, name) for name in names] if repository else []
+    return next((file for file in found if isinstance(file, str)), "")
 
 
 def read_state(file: Path) -> dict[str, Tensor]:

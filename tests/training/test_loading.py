@@ -293,20 +293,50 @@ def test_without_a_network_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -
         raise FileNotFoundError(f"Failed to download {entry['hf_hub']}")
 
     monkeypatch.setattr(files._tables(), "download_pretrained", offline)
-    with pytest.raises(
-        InterchangeError, match=r"could not be fetched .*laion/CLIP-ViT-B-32-laion2B-s34B-b79K/ and give"
-    ):
-        open_weights("open_clip:ViT-B-32/laion2b_s34b_b79k")
+    for cut_off, reason in ((False, "FileNotFoundError"), (True, "no network")):
+        monkeypatch.setattr(files, "_cut_off", lambda value=cut_off: value)
+        with pytest.raises(InterchangeError, match=rf"fetched \({reason}\).*CLIP-ViT-B-32-laion2B-s34B-b79K/ and give"):
+            open_weights("open_clip:ViT-B-32/laion2b_s34b_b79k")
 
 
 def test_a_fetched_file_is_read(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_architecture(monkeypatch, "ViT-B-32-quickgelu")
-    asked = []
+    asked: list[dict[str, Any]] = []
     file = clip / "open_clip_model.safetensors"
+    monkeypatch.setattr(files, "_cut_off", lambda: False)
     monkeypatch.setattr(files._tables(), "download_pretrained", lambda entry: (asked.append(entry), str(file))[1])
     weights = open_weights("open_clip:ViT-B-32-quickgelu/OpenAI")
     assert weights.file == str(file)
     assert asked[0]["hf_hub"].startswith("timm/")
+
+
+def test_without_a_network_what_was_fetched_earlier_serves(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_architecture(monkeypatch, "ViT-B-32-quickgelu")
+    monkeypatch.setattr(files, "_cut_off", lambda: True)
+    repository, _, name = files.published("ViT-B-32-quickgelu")["openai"]["hf_hub"].rpartition("/")
+    kept = tmp_path / f"models--{repository.replace('/', '--')}"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs/main").write_text("abc")
+    (kept / "snapshots/abc").mkdir(parents=True)
+    file = kept / "snapshots/abc" / (name or "open_clip_model.safetensors")
+    file.write_bytes((clip / "open_clip_model.safetensors").read_bytes())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    assert open_weights("open_clip:ViT-B-32-quickgelu/openai").file == str(file)
+
+
+def test_a_name_that_is_not_resolved_is_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unresolved(*arguments: Any) -> None:
+        raise OSError("Name or service not known")
+
+    for word in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT"):
+        monkeypatch.delenv(word, raising=False)
+    monkeypatch.setattr("socket.getaddrinfo", unresolved)
+    assert files._cut_off()
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    assert not files._cut_off()
 
 
 def tokenizer_file(where: Path, end: str) -> Path:
