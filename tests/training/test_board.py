@@ -187,10 +187,9 @@ def test_runs_can_be_compared_by_their_recipes(tmp_path: Path) -> None:
     recipe = {"seed": 3, "name": "x", "optimizer": {"lr": 0.5, "ema": None}, "stages": [{"grow": {"image.depth": 4}}]}
     board.end(recipe, {"zero_shot/role": 0.25})
     board.close()
-    content = (
-        EventAccumulator(str(tmp_path)).Reload().summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    )
-    started = HParamsPluginData.FromString(content).session_start_info
+    files = EventAccumulator(str(tmp_path)).Reload()
+    plugin = files.summary_metadata["_hparams_/session_start_info"].plugin_data
+    started = HParamsPluginData.FromString(plugin.content).session_start_info
     found = {name: value.number_value for name, value in started.hparams.items()}
     assert found == {"seed": 3.0, "optimizer.lr": 0.5, "stages.0.grow.image.depth": 4.0}
-    assert [event.value for event in read.Scalars("eval/zero_shot/role")] == [0.25]
+    assert [event.value for event in files.Scalars("eval/zero_shot/role")] == [0.25]
