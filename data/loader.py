@@ -299,12 +299,16 @@ class EvaluationSet:
         cache: CacheConfig | None = None,
         tokenizer: str = "clip",
         columns: Collection[str] = (),
+        resize: str = "crop",
+        interpolation: str = "bicubic",
     ) -> None:
-        """Opens the source; raises DataError if it cannot be read. Of `columns` those are delivered that it has."""
+        """Opens the source; raises DataError if it cannot be read. Of `columns` those are delivered that it has; for
+        the last two see `centre_crop`."""
         self.source = open_source(url, BlockCache((cache or CacheConfig()).bytes))
         self.vectors = Vectors(present(columns, self.source), [self.source])
         self.tokenizer = open_tokenizer(tokenizer)
         self.resolution, self.context = resolution, context
+        self._resize, self._interpolation = resize, interpolation
 
     def __len__(self) -> int:
         return len(self.source)
@@ -315,7 +319,8 @@ class EvaluationSet:
             record = self.source.record(number, READ_KINDS | self.vectors.kinds)
             columns = self.vectors.read(record)
             captions, labels = captions_and_labels(record.fields)
-            image = centre_crop(picture(record.fields, record.kinds), self.resolution)
+            whole = picture(record.fields, record.kinds)
+            image = centre_crop(whole, self.resolution, self._resize, self._interpolation)
             tokens = self.tokenizer.encode(captions[0], self.context)
         except BadSample as error:
             return _entry(self.source, number, error)

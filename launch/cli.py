@@ -198,12 +198,51 @@ def grow(
     Console().print(Text(f"{text}next    {' '.join(found['continue'])}"), soft_wrap=True)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="open_clip:ARCHITECTURE/TAG, open_clip:ARCHITECTURE=FILE, open_clip:local-dir:FOLDER.",
+        ),
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="URL", help="A new run folder, or the URL of an empty store.")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="URL", help="Shards that the recipe trains on; left out: samples://emoji."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json, for weights that do not use CLIP's."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take over weights of open_clip as a commit, and write a recipe that trains them on.
+
+    A tag is fetched by open_clip's own download. A file is read without running anything in it. The commit can be
+    evaluated, grown, trained on and exported like any other.
+
+        treering import open_clip:ViT-B-32/laion2b_s34b_b79k --to runs/b32
+        treering import open_clip:ViT-B-32/laion2b_s34b_b79k=b32.safetensors --to s3://BUCKET/b32
+    """
+    from .importing import import_weights
+
+    found = import_weights(source, to, data, tokenizer)
+    if as_json:
+        _print_json(found)
+        return
+    rows = [f"{name:<12} {found[name]}" for name in ("source", "weights", "parameters", "commit", "recipe")]
+    rows += [f"{'note':<12} {note}" for note in found["notes"]]
+    Console().print(Text("\n".join([*rows, f"{'next':<12} {' '.join(found['continue'])}"])), soft_wrap=True)
+
+
 @app.command("export")
 def export(
     commit: Annotated[
         str, typer.Argument(metavar="COMMIT", help="A commit's URL, or a run folder for its newest commit.")
     ],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="safetensors.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="safetensors, or open_clip.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
     weights: Annotated[
         str | None,
@@ -213,7 +252,11 @@ def export(
 ) -> None:
     """Write the weights of a commit for other programs, with what the model is and where it came from beside them.
 
-    treering export runs/emoji --to safetensors --out emoji-weights
+    The folder of --to open_clip is what open_clip.create_model("local-dir:DIR") loads; a model that it cannot hold is
+    refused with every reason.
+
+        treering export runs/emoji --to safetensors --out emoji-weights
+        treering export runs/b32 --to open_clip --out b32-weights
     """
     from .exporting import export_commit
 
@@ -221,7 +264,7 @@ def export(
     if as_json:
         _print_json(found)
         return
-    rows = [f"{name:<12} {found[name]}" for name in ("commit", "weights", "parameters", "model", "spec", "lineage")]
+    rows = [f"{name:<12} {value}" for name, value in found.items()]
     Console().print(Text("\n".join(rows)), soft_wrap=True)
 
 

@@ -79,7 +79,10 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
     for commit, of in pair:
         model, size = _model(commit, of).to(world.device), of.eval.batch
         spec = model.spec
-        samples = EvaluationSet(source, spec.image.resolution, spec.text.context, of.data.cache, of.data.tokenizer)
+        image, context = spec.image, spec.text.context
+        samples = EvaluationSet(
+            source, image.resolution, context, of.data.cache, of.data.tokenizer, image.resize, image.interpolation
+        )
         rows = embed_captions(model, samples.tokenizer, captions, size, world)
         found.append((embed(model, samples, size, world), rows))
     (old_data, old_rows), (new_data, new_rows) = found

@@ -55,8 +55,17 @@ def evaluate(
     Raises DataError if the shards cannot be read, or carry no labels for a zero-shot suite, SpecError if a further
     tower cannot read what they hold for it.
     """
-    spec = model.spec
-    samples = EvaluationSet(url, spec.image.resolution, spec.text.context, cache, tokenizer, spec.further)
+    spec, image = model.spec, model.spec.image
+    samples = EvaluationSet(
+        url,
+        image.resolution,
+        spec.text.context,
+        cache,
+        tokenizer,
+        spec.further,
+        image.resize,
+        image.interpolation,
+    )
     spec.check_samples(samples.vectors.shapes)
     data = embed(model, samples, config.batch, world)
     if not data.numbers:
