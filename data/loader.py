@@ -297,6 +297,16 @@ class EvaluationSet:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def url(self) -> str:
+        """Where the samples come from."""
+        return self.source.url
+
+    @property
+    def identity(self) -> str:
+        """A hash of what is read: other data has another."""
+        return self.source.identity
+
     def sample(self, number: int) -> Sample | LedgerEntry:
         """Sample `number`, or the reason why it cannot be used."""
         try:

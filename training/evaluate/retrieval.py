@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 CUTS = (1, 5, 10)
+_CHUNK = 1024  # queries at a time: their similarities are all that is held
 
 
 def recalls(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> dict[str, float]:
@@ -30,9 +31,10 @@ def recalls(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> dict[str, flo
 def ranks(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> tuple[Tensor, Tensor]:
     """int64 [n] and [m]: of each picture among the captions, and of each caption among the pictures, how many wrong
     ones are at least as similar as the right one."""
-    score_nm = image_ne @ text_me.T
-    own_nm = torch.arange(len(image_ne))[:, None] == owner_m[None, :]
-    return _ranks(score_nm, own_nm), _ranks(score_nm.T, own_nm.T)
+    picture_n, caption_m = torch.arange(len(image_ne)), torch.arange(len(text_me))
+    of_images = [_ranks(image_ne[b] @ text_me.T, b[:, None] == owner_m) for b in picture_n.split(_CHUNK)]
+    of_texts = [_ranks(text_me[b] @ image_ne.T, owner_m[b][:, None] == picture_n) for b in caption_m.split(_CHUNK)]
+    return torch.cat(of_images), torch.cat(of_texts)
 
 
 def _ranks(score_qc: Tensor, right_qc: Tensor) -> Tensor:
