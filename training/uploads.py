@@ -55,6 +55,7 @@ class Uploads:
             recipe.checkpoint,
             reason,
             scores,
+            engine.copies,
         )
         self._upload = _Upload(writing, state, reason, time.monotonic() - begun)
 
