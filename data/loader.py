@@ -298,12 +298,13 @@ class EvaluationSet:
         context: int,
         cache: CacheConfig | None = None,
         tokenizer: str = "clip",
-        columns: Collection[str] = (),
+        *,
         resize: str = "crop",
         interpolation: str = "bicubic",
+        columns: Collection[str] = (),
     ) -> None:
-        """Opens the source; raises DataError if it cannot be read. Of `columns` those are delivered that it has; for
-        the last two see `centre_crop`."""
+        """Opens the source; raises DataError if it cannot be read. For `resize` and `interpolation` see `centre_crop`;
+        of `columns` those are delivered that it has."""
         self.source = open_source(url, BlockCache((cache or CacheConfig()).bytes))
         self.vectors = Vectors(present(columns, self.source), [self.source])
         self.tokenizer = open_tokenizer(tokenizer)
@@ -312,6 +313,21 @@ class EvaluationSet:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def url(self) -> str:
+        """Where the samples come from."""
+        return self.source.url
+
+    @property
+    def identity(self) -> str:
+        """A hash of what is read: other data has another."""
+        return self.source.identity
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that every sample has beside picture and captions."""
+        return tuple(self.vectors.shapes)
 
     def sample(self, number: int) -> Sample | LedgerEntry:
         """Sample `number`, or the reason why it cannot be used."""

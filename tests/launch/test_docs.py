@@ -57,6 +57,13 @@ def furnished(here: Path, treering: RUN, s3: str) -> Path:
         picture.save(here / "photos" / f"{number}.jpg")
         lines.append(f"{number}.jpg\ta picture of number {number}\t{number / 24:.3f}")
     (here / "captions.tsv").write_text("\n".join(lines))
+    for number in range(4):
+        (here / "pets" / ["cat", "dog"][number % 2]).mkdir(parents=True, exist_ok=True)
+        picture.save(here / "pets" / ["cat", "dog"][number % 2] / f"{number}.jpg")
+    (here / "pets.yaml").write_text("name: pets\ndata: pets\nprotocol: zero_shot\n")
+    (here / "flickr.yaml").write_text(
+        "{name: flickr, data: {source: captions.tsv, images: photos}, protocol: retrieval}"
+    )
     for words in ("photos", "val", "laion --shard-size 12"):
         _typed(treering, f"treering data pack captions.tsv shards/{words} --images photos/")
     for folder in ("photos", "laion"):
