@@ -27,17 +27,29 @@ def _block(spec: TowerSpec, tokens: float, attended: float, memory_tokens: float
     return 2 * (dense + mixing)
 
 
-def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = None) -> float:
+def _last_row(spec: TowerSpec, tokens: float) -> float:
+    """Forward operations of a block that works for a sample's last token only: all tokens are keys, one is a query."""
+    one = _block(spec, 1, tokens)
+    return one + 2 * (tokens - 1) * 2 * spec.width * spec.attention_width
+
+
+def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = None, tokens: bool = False) -> float:
     """Operations of one forward pass for one pair whose caption has `text_tokens` tokens on average.
 
-    `patches` of the picture are looked at, all if left out.
+    `patches` of the picture are looked at, all if left out. `tokens` says that an objective reads the tokens of both
+    towers in the joint space; where nobody reads more of a caption than its embedding, the last text block works for
+    one token (`TextTower`).
     """
     patches = patches or spec.image.grid**2
     seen = (text_tokens + 1) / 2
     total = spec.image.depth * _block(spec.image, patches, patches)
     total += 2 * patches * 3 * spec.image.patch**2 * spec.image.width
-    total += spec.text.depth * _block(spec.text, text_tokens, seen)
+    whole = spec.text.depth - (spec.caption is None and spec.shared is None and not tokens)
+    total += whole * _block(spec.text, text_tokens, seen)
+    total += (spec.text.depth - whole) * _last_row(spec.text, text_tokens)
     total += 2 * (spec.image.width + spec.text.width) * spec.embed_dim
+    if tokens:
+        total += 2 * (patches * spec.image.width + text_tokens * spec.text.width) * spec.embed_dim
     if spec.shared:
         total += spec.shared.depth * (_block(spec.shared, patches, patches) + _block(spec.shared, text_tokens, seen))
         total += 4 * spec.shared.width * (patches * spec.image.width + text_tokens * spec.text.width)
@@ -74,6 +86,6 @@ def parameters(spec: ModelSpec) -> int:
     return total + (blocks(text, spec.caption.depth, image.width) if spec.caption else 0)
 
 
-def training_flops(spec: ModelSpec, text_tokens: float, patches: int | None = None) -> float:
+def training_flops(spec: ModelSpec, text_tokens: float, patches: int | None = None, tokens: bool = False) -> float:
     """Operations of forward and backward for one pair."""
-    return 3 * forward_flops(spec, text_tokens, patches)
+    return 3 * forward_flops(spec, text_tokens, patches, tokens)

@@ -333,9 +333,10 @@ class Run:
         flops, window = state.flops, list(state.window)
         stages, samples = self.plan.stages, state.samples - len(self.tally) * size
         steady = steady_from(stages, state.stage, size, self.plan.schedule.warmup)
+        read = any("tokens" in objective.needs for objective in self.engine.objectives)
         patches = None if not len(self.tally) or self.inputs.patches is None else self.inputs.patches.shape[1]
         for loss, tokens in self.tally.take():
-            flops += size * training_flops(spec, tokens / size, patches)
+            flops += size * training_flops(spec, tokens / size, patches, read)
             if stages[state.stage].plateau and samples >= steady:
                 window.append((loss, tokens / size))
             samples += size
