@@ -35,7 +35,7 @@ class FsdpEngine(Engine):
         """Nowhere is there ever a whole model: it gets memory when it is sharded, and values one tensor at a time."""
         world = self.world
         self.model = empty(spec)
-        prepare(self.model, config)
+        self.attention = prepare(self.model, config, world.device)
         self._forward = Forward(self.model, self.objectives, world, config.precision)
         mesh = init_device_mesh(world.device.type, (world.size,))
         if config.precision == "bf16":
