@@ -119,7 +119,7 @@ def plan(recipe: Recipe, nodes: int, per_node: int, device: str, mfu: float, pri
 def memory_parts(recipe: Recipe, spec: ModelSpec, world: int, tokens: float) -> dict[str, float]:
     """Bytes a process holds at its fullest moment in a stage with model `spec`, by part."""
     count, pairs = parameters(spec), recipe.data.batch / world
-    sharded = world if recipe.engine.kind != "ddp" else 1
+    sharded = min(recipe.engine.shard or world, world) if recipe.engine.kind != "ddp" else 1
     half = recipe.engine.precision == "bf16"
     caption = spec.text.vocabulary * spec.text.width * 8 + 2 * LOGITS_BYTES if spec.caption else 0
     pixels = 3 * spec.image.resolution**2

@@ -37,6 +37,7 @@ _GROUPS = {
     "parameters": "model/parameters",
     "bad_samples": "data/bad_samples",
 }
+_COMPARED = ("seed", "model", "objectives", "optimizer", "schedule", "engine", "stages")
 _PICTURE = 96  # px, the side of a picture in a strip
 _STRIP = 480  # px, its width with the captions
 
@@ -80,6 +81,12 @@ class Board:
         if captions:
             self._writer.add_text("captions", _table(captions), samples)
         self._writer.flush()
+
+    def end(self, recipe: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+        """Write what runs are compared by: the recipe's blocks that decide what is computed, and the last scores."""
+        blocks = {name: recipe.get(name) for name in _COMPARED}
+        values = {path: value for path, value in _leaves(blocks) if isinstance(value, bool | int | float | str)}
+        self._writer.add_hparams(values, {f"eval/{key}": value for key, value in scores.items()}, run_name=".")
 
     def close(self) -> None:
         """Write what is left and close the file."""
@@ -126,6 +133,15 @@ def _strip(url: object, lines: Iterable[str]) -> NDArray[np.uint8] | None:
     for row, text in enumerate(texts):
         pen.text((_PICTURE + 18, 6 + 17 * row), text, fill="black", font=font)
     return np.asarray(strip)
+
+
+def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """The leaves of nested objects and lists, by dotted path."""
+    if isinstance(tree, Mapping | list):
+        for key, branch in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _leaves(branch, f"{path}.{printable(key)}" if path else str(key))
+    else:
+        yield path, tree
 
 
 def _table(captions: Iterable[Mapping[str, Any]]) -> str:

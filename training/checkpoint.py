@@ -21,6 +21,14 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     keep_best: str | None = Field(
         None, description="a score such as retrieval/image_to_text@1; keep the commit that has the best as well"
     )
+    bandwidth: float | None = Field(
+        None, gt=0, description="most megabytes a second that each process uploads; left out: all it can"
+    )
+    staging: str | None = Field(
+        None,
+        description="a folder on the node's own disk where a snapshot waits for its upload, for stores so slow that it "
+        "would fill the memory; left out: in memory",
+    )
 
     @field_validator("every", mode="before")
     @classmethod

@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -109,13 +110,15 @@ class Commits:
         policy: CheckpointConfig | None = None,
         reason: str = "interval",
         scores: Mapping[str, float] | None = None,
+        copies: World | None = None,
     ) -> Writing:
         """Begin a commit of `tensors` as they are now; every rank calls this, and then leads its Writing to the end.
 
-        Without `layout` every rank has the same whole tensors and writes its share of them; with it, each writes all of
-        the stretches it has. What `policy` does not keep is removed once this commit is complete.
+        `layout` says what stretches of the whole tensors these are; without it they are whole. Of what several ranks
+        hold alike, which are `copies` (left out: all without `layout`, none with it), each writes a share. What
+        `policy` does not keep is removed once this commit is complete.
         """
-        own = dict(tensors) if layout else _share(tensors, world)
+        own = _share(tensors, copies or (World(0, 1, world.device) if layout else world))
 
         name = f"step-{state.step:012d}-life-{state.life:04d}"
         starts = {path: stretch.start for path, stretch in (layout or {}).items()}
@@ -136,7 +139,8 @@ class Commits:
                 self.retain(policy, state.life)
                 self.sweep_uploads(state.life)
 
-        return Writing(self.store, name, own, starts, world, complete, lambda: self._discard(name))
+        discard = partial(self._discard, name)
+        return Writing(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
 
     def write(
         self, spec: ModelSpec, state: RunState, recipe: dict[str, Any], tensors: Mapping[str, Tensor], world: World

@@ -72,6 +72,8 @@ class Display:
         elif event == "plateau":
             said = "the stage ends" if row["ended"] else "the stage goes on"
             self.progress.note(f"loss per FLOP falls by {row['slope']:.1e}, expected {row['expected']:.1e}: {said}")
+        elif event == "end" and self._board:  # a finished run that is started again has nothing new
+            self._board.end(self.recipe.model_dump(mode="json"), self.scores(state)[0])
         elif event == "commit":
             self.progress.note(f"committed {row['url']} ({row['bytes'] / 1e6:.0f} MB in {row['seconds']:.1f} s)")
 

@@ -52,6 +52,12 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         True,
         description="fsdp: drop a block's gathered weights after its forward pass; false: more memory, less traffic",
     )
+    shard: int | None = Field(
+        None,
+        gt=1,
+        description="fsdp: neighbouring processes that share one copy of the state, such as those of a node; left out: "
+        "all share one",
+    )
     zero: Literal[1, 2, 3] | None = Field(
         None,
         description="deepspeed: what is spread. 1: optimizer state, 2: gradients too (left out: 2), 3: weights too",
@@ -77,6 +83,11 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         if not self.reshard and self.kind != "fsdp":
             raise ValueError(
                 f"engine.reshard = false is for engine.kind = fsdp: {self.kind} gathers no weights; leave it out"
+            )
+        if self.shard and self.kind != "fsdp":
+            raise ValueError(
+                f"engine.shard = {self.shard} is for engine.kind = fsdp: {self.kind} spreads the state over all "
+                "processes or over none; leave it out"
             )
         return self
 
@@ -153,6 +164,8 @@ class Engine:
     """what this rank holds of each tensor; None where every rank holds all of them"""
     attention: str
     """how captions attend, as `prepare` found it"""
+    copies: World
+    """the ranks that hold the same as this one"""
 
     def __init__(
         self,
@@ -163,7 +176,7 @@ class Engine:
         world: World,
         seed: int,
     ) -> None:
-        self.world = world
+        self.world = self.copies = world
         self.objectives = objectives
         self.precision, self.micro_batches = config.precision, config.micro_batches
         self._build(spec, config, optimizer, seed)

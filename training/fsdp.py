@@ -2,8 +2,9 @@
 
 A rank holds some rows of every parameter and of its moments; weights are gathered block by block while they are
 needed, gradients are summed into the rows of their owners. The optimizer sees plain tensors that share the memory of
-these rows, so it is the very one of
-every other engine: multipliers, skipped steps and the norm over all ranks included.
+these rows, so it is the very one of every other engine: multipliers, skipped steps and the norm over all ranks too.
+With `shard` groups of neighbouring ranks each hold a whole copy between them: weights are only gathered within a
+group, a node say, and gradients alone cross between groups.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .engine import Engine, EngineConfig, Forward, assembled, prepare
 from .objectives.base import Inputs
 from .optimizer import Optimizer, OptimizerConfig
 from .shards import Stretch, gathered, rows
+from .world import World
 
 
 class FsdpEngine(Engine):
@@ -37,7 +39,12 @@ class FsdpEngine(Engine):
         self.model = empty(spec)
         self.attention = prepare(self.model, config, world.device)
         self._forward = Forward(self.model, self.objectives, world, config.precision)
-        mesh = init_device_mesh(world.device.type, (world.size,))
+        shard = min(config.shard or world.size, world.size)
+        mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("copy", "shard"))
+        self._holders = World(world.rank % shard, shard, world.device, mesh.get_group("shard"))
+        self.copies = World(world.rank // shard, world.size // shard, world.device, mesh.get_group("copy"))
+        if shard == world.size:
+            mesh = mesh["shard"]
         if config.precision == "bf16":
             # The stream between blocks stays in fp32, as under DDP's autocast.
             blocks = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -50,10 +57,10 @@ class FsdpEngine(Engine):
         fully_shard(self._forward, mesh=mesh)
         materialise(self.model, world.device, self._forward)
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        self.layout = {name: rows(shape, world.rank, world.size) for name, shape in shapes.items()}
+        self.layout = {name: rows(shape, self._holders.rank, shard) for name, shape in shapes.items()}
         initialise(spec, self._one_by_one(), seed)
         self.optimizer = Optimizer(
-            ((name, nn.Parameter(_local(p))) for name, p in self.model.named_parameters()), optimizer, world
+            ((name, nn.Parameter(_local(p))) for name, p in self.model.named_parameters()), optimizer, self._holders
         )
 
     def _one_by_one(self) -> Iterator[tuple[str, Tensor]]:
@@ -87,7 +94,7 @@ class FsdpEngine(Engine):
         yield assembled(self)
 
     def whole(self, name: str, own: Tensor) -> Tensor:
-        return gathered(own, self.layout[name], self.world)
+        return gathered(own, self.layout[name], self._holders)
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
         return self.layout[name].cut(whole)

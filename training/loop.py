@@ -373,8 +373,8 @@ class Run:
         """Agree on what happens at this edge; write a log line if one is due."""
         world, state = self.world, self.state
         clock = self.recipe.checkpoint.every_seconds
-        due = world.is_first and clock is not None and time.monotonic() - self._commit_time >= clock
-        asked = (self.stop.requested, due, bool(self._bad), self.uploads.busy)
+        due = clock is not None and not self.uploads.under_way and time.monotonic() - self._commit_time >= clock
+        asked = (self.stop.requested, due and world.is_first, bool(self._bad), self.uploads.busy)
         self.stopping, self._clock_due, bad, busy = world.any(*asked)
         if not busy:
             self.meter.pause(self.uploads.advance())

@@ -226,3 +226,9 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"{world} processes cannot share data.batch = {batch} evenly; start {nearest} processes, "
                 f"or set data.batch: {batch - batch % world or world}"
             )
+        shard = self.engine.shard
+        if shard and world > shard and world % shard:
+            raise ValueError(
+                f"{world} processes cannot be split into groups of engine.shard = {shard}; "
+                f"start {world - world % shard} processes, or set engine.shard to a number that divides {world}"
+            )

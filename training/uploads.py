@@ -55,8 +55,14 @@ class Uploads:
             recipe.checkpoint,
             reason,
             scores,
+            engine.copies,
         )
         self._upload = _Upload(writing, state, reason, time.monotonic() - begun)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there is a commit that is not complete; the same on every rank."""
+        return self._upload is not None
 
     @property
     def busy(self) -> bool:

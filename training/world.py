@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +29,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = field(default=None, compare=False)
+    """where these are only some of the processes of the run: they alone"""
 
     @staticmethod
     def join() -> World:
@@ -73,7 +75,7 @@ class World:
         if self.size == 1:
             return value
         total = value.detach().clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total
 
     def max(self, value: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ class World:
         if self.size == 1:
             return value
         largest = value.detach().clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         return largest
 
     def each(self, own: Tensor) -> Iterator[Tensor]:
@@ -96,7 +98,7 @@ class World:
 
         def send(rank: int) -> tuple[Tensor, dist.Work]:
             part = own if rank == self.rank else torch.empty_like(own)
-            return part, dist.broadcast(part, rank, async_op=True)
+            return part, dist.broadcast(part, group=self.group, group_src=rank, async_op=True)
 
         coming = send(0)
         for rank in range(self.size):
@@ -113,7 +115,7 @@ class World:
         """
         if self.size == 1:
             return lambda: None
-        work: dist.Work = dist.reduce(value, rank, async_op=True)
+        work: dist.Work = dist.reduce(value, group=self.group, group_dst=rank, async_op=True)
         return work.wait
 
     def any(self, *flags: bool) -> list[bool]:
@@ -121,7 +123,7 @@ class World:
         if self.size == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        dist.all_reduce(raised, dist.ReduceOp.MAX, self.group)
         return [bool(r) for r in raised]
 
     def objects(self, own: Any) -> list[Any]:
@@ -131,16 +133,16 @@ class World:
         # As JSON: torch's own object collectives pickle.
         data = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]))
+        dist.all_gather(lengths, torch.tensor([len(data)]), self.group)
         longest = max(int(length) for length in lengths)
         padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(padded, torch.cat([data, data.new_zeros(longest - len(data))]))
+        dist.all_gather(padded, torch.cat([data, data.new_zeros(longest - len(data))]), self.group)
         return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(padded, lengths, strict=True)]
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def hosts(self) -> list[str]:
         """Names of the machines, in rank order without repeats."""
@@ -154,12 +156,12 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, own: Tensor, world: World) -> Tensor:
         ctx.world = world
         everyone = own.new_empty(own.shape[0] * world.size, *own.shape[1:])
-        dist.all_gather_single(everyone, own.contiguous())
+        dist.all_gather_single(everyone, own.contiguous(), group=world.group)
         return everyone
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
         total = slopes[0].contiguous().clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=ctx.world.group)
         rows = len(total) // ctx.world.size
         return total[ctx.world.rank * rows : (ctx.world.rank + 1) * rows], None

@@ -19,7 +19,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from .checkpoint import CheckpointConfig
 from .packing import Packed
+from .staging import File, Staging
 from .store import Store, StoreError
 from .world import World
 
@@ -49,6 +51,20 @@ def taken(store: Store, name: str) -> StoreError:
     return StoreError(f"{store.url}/{name} was committed by another run; give each run its own checkpoint.to")
 
 
+class Pace:
+    """Spreads what several threads send over time: on average no more than `rate` bytes a second."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate, self._lock, self._free = rate, threading.Lock(), 0.0
+
+    def wait(self, size: int) -> None:
+        """Until `size` more bytes may be sent."""
+        with self._lock:
+            begin = max(time.monotonic(), self._free)
+            self._free = begin + size / self._rate
+        time.sleep(max(0.0, begin - time.monotonic()))
+
+
 class Writing:
     """One commit from its snapshot to its completion. All ranks have one at the same time, and lead it together.
 
@@ -64,8 +80,10 @@ class Writing:
         world: World,
         complete: Callable[[Sequence[Part]], None],
         discard: Callable[[], None],
+        policy: CheckpointConfig = CheckpointConfig(),  # noqa: B008  frozen
     ) -> None:
-        """Copy `tensors` (by `kind/name`; stretches begin at `starts`, by name) and start to upload them.
+        """Copy `tensors` (by `kind/name`; stretches begin at `starts`, by name) and start to upload them, as fast and
+        from where `policy` says.
 
         With the parts of all ranks the first one's thread calls `complete`; if the store failed anybody, the first rank
         calls `discard`.
@@ -75,6 +93,8 @@ class Writing:
         self.begun = time.monotonic()
         self._store, self._world, self._starts = store, world, starts
         self._complete, self._discard = complete, discard
+        self._pace = Pace(policy.bandwidth * 1e6) if policy.bandwidth else None
+        self._staging = Staging(policy.staging, store.url, name, world.rank) if policy.staging else None
         self._parts: list[Part] = []
         self._error: BaseException | None = None
         self._given_up = False
@@ -82,9 +102,9 @@ class Writing:
         self._snapshot = self._copied({path: t for path, t in tensors.items() if t.numel()})
         self._start(self._upload)
 
-    def _copied(self, tensors: Mapping[str, Tensor]) -> list[tuple[Part, Packed]]:
+    def _copied(self, tensors: Mapping[str, Tensor]) -> list[tuple[Part, File]]:
         """The files of this rank, kind by kind, their checksums still missing."""
-        snapshot = []
+        snapshot: list[tuple[Part, File]] = []
         for (kind, number), paths in _chunks(tensors).items():
             pieces = {path.partition("/")[2]: tensors[path] for path in paths}
             part = Part(
@@ -123,9 +143,13 @@ class Writing:
             pass
         else:
             raise taken(self._store, self.name)
-        with ThreadPoolExecutor(CONNECTIONS, "part") as senders:
-            for part in senders.map(lambda _: self._send(), range(len(self._snapshot))):
-                self._parts += [part] if part else []
+        count = len(self._snapshot)
+        with self._staging or contextlib.nullcontext(), ThreadPoolExecutor(CONNECTIONS, "part") as senders:
+            if self._staging:
+                for place, (part, packed) in enumerate(self._snapshot):
+                    self._snapshot[place] = (part, self._staging.keep(part.file, packed))
+            for sent in senders.map(lambda _: self._send(), range(count)):
+                self._parts += [sent] if sent else []
         self._parts.sort(key=lambda part: part.file)
 
     def _send(self) -> Part | None:
@@ -135,6 +159,8 @@ class Writing:
         part, packed = self._snapshot.pop(0)
         try:
             data = packed.data()
+            if self._pace:
+                self._pace.wait(len(data))
             self._store.put(f"{self.name}/{part.file}", data)
             return part.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
         except BaseException:

@@ -21,6 +21,7 @@ from .engine import Engine, EngineConfig, Forward, assembled, prepare
 from .objectives.base import Inputs
 from .optimizer import Optimizer, OptimizerConfig, pace
 from .shards import gathered
+from .world import World
 from .zero_partitions import Partitions, require
 
 
@@ -57,6 +58,7 @@ class ZeroEngine(Engine):
         if self._adamw.ema:
             self._partitions.average(0.0)
         self.layout = self._partitions.layout
+        self.copies = World(0, 1, self.world.device)
 
     def expect(self, multipliers: Mapping[str, float]) -> None:
         if dict(multipliers) != self._multipliers:

@@ -14,6 +14,7 @@ import pytest
 from markdown import markdown
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from treering.training.board import Board
 
@@ -178,3 +179,17 @@ def test_what_is_no_picture_is_left_out(tmp_path: Path, url: object) -> None:
     board.evaluation({"samples": 1, "examples": {"retrieval": [{"image": url, "caption": "x"}]}})
     board.close()
     assert read(tmp_path).Tags()["images"] == []
+
+
+def test_runs_can_be_compared_by_their_recipes(tmp_path: Path) -> None:
+    """In the one file of the run, as the HParams page reads it; nulls and what is no setting are left out."""
+    board = Board(tmp_path)
+    recipe = {"seed": 3, "name": "x", "optimizer": {"lr": 0.5, "ema": None}, "stages": [{"grow": {"image.depth": 4}}]}
+    board.end(recipe, {"zero_shot/role": 0.25})
+    board.close()
+    files = EventAccumulator(str(tmp_path)).Reload()
+    plugin = files.summary_metadata["_hparams_/session_start_info"].plugin_data
+    started = HParamsPluginData.FromString(plugin.content).session_start_info
+    found = {name: value.number_value for name, value in started.hparams.items()}
+    assert found == {"seed": 3.0, "optimizer.lr": 0.5, "stages.0.grow.image.depth": 4.0}
+    assert [event.value for event in files.Scalars("eval/zero_shot/role")] == [0.25]

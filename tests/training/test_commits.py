@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from treering.data.order import stable_hash
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.training import writing
 from treering.training.checkpoint import CheckpointConfig
@@ -297,3 +298,53 @@ def test_giving_up_leaves_nothing_visible(tmp_path: Path, monkeypatch: pytest.Mo
     going.give_up()
     assert len(written) == 1  # of three parts
     assert commits.names() == []
+
+
+def test_a_staged_snapshot_waits_on_disk_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, staging, open_door = Store(str(tmp_path / "store")), tmp_path / "staging", threading.Event()
+    put, waiting = Store.put, threading.Event()
+
+    def held(self: Store, name: str, data: bytes) -> None:
+        waiting.set()
+        assert open_door.wait(30)
+        put(self, name, data)
+
+    monkeypatch.setattr(Store, "put", held)
+    monkeypatch.setattr(writing, "PART_BYTES", 30)  # several files
+    left = staging / f"treering-{stable_hash('staging', store.url):016x}-00000-step-000000000000-life-0000"
+    left.mkdir(parents=True)  # of a killed life
+    other = staging / "treering-0000000000000000-00000-step-000000000000-life-0000"
+    other.mkdir()  # of another run
+    policy = CheckpointConfig(staging=str(staging))
+    going = begin(Commits(store), {f"model/{name}": t for name, t in truth().items()}, policy=policy)
+    assert waiting.wait(30)
+    mine = [path for path in staging.iterdir() if path != other]
+    assert [path.name for path in mine] == [left.name.replace("000-life-0000", "001-life-0001")]
+    open_door.set()
+    going.finish()
+    assert list(staging.iterdir()) == [other]
+    read = Commits(store).open(going.name).tensors()
+    assert all(torch.equal(read[f"model/{name}"], t) for name, t in truth().items())
+
+
+def test_what_cannot_be_staged_stays_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "staging").write_text("a file where the folder should be")
+    commits = Commits(Store(str(tmp_path / "store")))
+    policy = CheckpointConfig(staging=str(tmp_path / "staging"))
+    begin(commits, {f"model/{name}": t for name, t in truth().items()}, policy=policy).finish()
+    read = commits.open(commits.names()[-1]).tensors()
+    assert all(torch.equal(read[f"model/{name}"], t) for name, t in truth().items())
+
+
+def test_sends_are_spread_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of our own: whatever is asked when, no stretch of time gets more than the rate allows beside one
+    send."""
+    now, sent = [100.0], []
+    monkeypatch.setattr(writing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(writing.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    pace = writing.Pace(10.0)
+    for size, later in [(20, 0.0), (5, 0.0), (30, 9.0), (1, 0.0), (40, 0.1)]:
+        now[0] += later
+        pace.wait(size)
+        sent.append((now[0], size))
+    assert [at for at, _ in sent] == pytest.approx([100.0, 102.0, 111.0, 114.0, 114.1])

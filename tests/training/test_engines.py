@@ -30,9 +30,10 @@ OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.3, clip=0.5, ema=0.8)
 ENGINES = {
     "ddp": EngineConfig(),
     "fsdp": EngineConfig(kind="fsdp"),
+    "hybrid": EngineConfig(kind="fsdp", shard=2),
     **{f"zero{stage}": EngineConfig(kind="deepspeed", zero=stage) for stage in (1, 2, 3)},
 }
-QUICK = {("fsdp", 2, True), ("zero3", 2, False)}
+QUICK = {("fsdp", 2, True), ("hybrid", 4, False), ("zero3", 2, False)}
 MATRIX = [
     pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
     for case in itertools.product(ENGINES, (1, 2, 4), (False, True))
@@ -112,8 +113,8 @@ def test_fifty_steps_equal_one_process(
     assert expected[-1][0] < 0.8 * expected[0][0]
 
 
-CHAIN = [("zero3", 4), ("ddp", 1), ("fsdp", 3), ("zero1", 2), ("fsdp", 2), ("zero2", 3), ("zero3", 1), ("fsdp", 4)]
-SHORT = [("zero3", 2), ("fsdp", 3), ("ddp", 1)]
+CHAIN = [("zero3", 4), ("ddp", 1), ("fsdp", 3), ("zero1", 2), ("hybrid", 4), ("zero2", 3), ("zero3", 1), ("fsdp", 4)]
+SHORT = [("zero3", 2), ("hybrid", 4), ("fsdp", 3), ("ddp", 1)]
 STEPS = 5
 
 
@@ -161,7 +162,7 @@ def load_initial(ours: Engine) -> None:
 def write(commits: Commits, ours: Engine, step: int, world: World) -> None:
     state = RunState(step=step, life=1, applied=ours.applied, skipped=ours.skipped, multipliers=ours.multipliers)
     valid = ours.model.spec.model_copy(update={"text": TextSpec(width=18, depth=2, heads=3, context=9)})
-    commits.begin(valid, state, {}, ours.logical_state(), world, ours.layout).finish()
+    commits.begin(valid, state, {}, ours.logical_state(), world, ours.layout, copies=ours.copies).finish()
 
 
 def load(ours: Engine, commit: Commit) -> None:
@@ -172,7 +173,11 @@ def load(ours: Engine, commit: Commit) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "ranks"),
-    [("fsdp", 2), ("zero2", 2), *(pytest.param(kind, 2, marks=pytest.mark.slow) for kind in ("zero1", "zero3"))],
+    [
+        ("fsdp", 2),
+        ("zero2", 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("zero1", 2), ("zero3", 2), ("hybrid", 4))),
+    ],
 )
 def test_a_resume_where_nothing_changed_is_bit_identical(
     kind: str, ranks: int, tmp_path: Path, on_ranks: Callable[..., list[Any]]

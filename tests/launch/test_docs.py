@@ -1,0 +1,110 @@
+"""Every command that the README and the pages of docs/ show, in their order: typed into a folder where what they name
+is there, in small. Those of docs/slurm.md need a cluster (tests/cluster), those of docs/checkpoints.md are looked at
+more closely in test_checkpoints.py."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+from typer.main import get_command
+
+from treering.launch.cli import app
+from treering.training.commits import find_commit
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {"slurm.md", "checkpoints.md"}
+SMALL = [
+    "data.batch=8",
+    "data.workers=0",
+    "model.embed_dim=16",
+    "model.image={width: 16, depth: 1, heads: 2, patch: 16, resolution: 32}",
+    "model.text={width: 16, depth: 1, heads: 2, context: 16}",
+    "model.caption=null",
+    "objectives={contrastive: {}}",
+    "engine.precision=fp32",
+    "stages=[{samples: 32}]",
+    "schedule.warmup=8",
+    "eval.every=null",
+    "eval.suites=[]",
+    "log.every=1",
+]
+"""behind the words of every command that trains: the model of a page is too large for a test"""
+RUN = Callable[..., object]
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's blocks that call us; comments go."""
+    lines = re.findall(r"^(?:    |\$ )(treering .*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"\s+#.*", "", line) for line in lines]
+
+
+@pytest.fixture
+def furnished(here: Path, treering: RUN, s3: str) -> Path:
+    """A folder with pictures, shards of them here and in a bucket, and runs."""
+    (here / "photos").mkdir()
+    chance = np.random.default_rng(0)
+    lines = ["path\tcaption\tsimilarity"]
+    for number in range(24):
+        picture = Image.fromarray(chance.integers(0, 256, (40, 48, 3), dtype=np.uint8))
+        picture.save(here / "photos" / f"{number}.jpg")
+        lines.append(f"{number}.jpg\ta picture of number {number}\t{number / 24:.3f}")
+    (here / "captions.tsv").write_text("\n".join(lines))
+    for words in ("photos", "val", "laion --shard-size 12"):
+        _typed(treering, f"treering data pack captions.tsv shards/{words} --images photos/")
+    for folder in ("photos", "laion"):
+        for number, shard in enumerate(sorted((here / "shards" / folder).glob("*.tar"))):
+            with fsspec.open(f"{s3}/{folder}/{number:05d}.tar", "wb") as file:
+                file.write(shard.read_bytes())
+    for name, data in (("emoji", ""), ("photos", "data.train=[{source: shards/photos/*.tar}]")):
+        typed = ["train", name, "--out", f"runs/{name}", *SMALL, *([data] if data else [])]
+        _typed(treering, shlex.join(["treering", *typed]))
+    return here
+
+
+def _typed(treering: RUN, line: str) -> None:
+    done = treering(*shlex.split(line)[1:])
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"  # type: ignore[attr-defined]
+
+
+def _in_small(line: str, here: Path, bucket: str) -> str:
+    """The line with its placeholders filled in and its sizes small."""
+    line = line.replace("s3://BUCKET", bucket).replace("{00000..41407}", "{00000..00001}")
+    for word, meaning in (("INPUT", "captions.tsv --images photos/"), ("OUTPUT", "shards/packed")):
+        line = line.replace(word, meaning)
+    line = re.sub(r"\bURL\b", "'shards/photos/*.tar'", line)
+    line = re.sub(r"step-\d{12}-life-\d{4}", lambda _: find_commit(str(here / "runs/photos")).name, line)
+    line = line.replace(" --watch", "")
+    if line.startswith("treering data batch photos"):
+        line += " 'data.train=[{source: shards/photos/*.tar}]' data.batch=64"
+    if line.startswith("treering train"):
+        line += " " + shlex.join(SMALL)
+    return line
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in ELSEWHERE], ids=lambda page: page.stem)
+def test_every_command_of_the_page_works(page: Path, furnished: Path, treering: RUN, s3: str) -> None:
+    for line in commands(page):
+        if "dpeth" in line:
+            done = treering(*shlex.split(line)[1:])
+            assert (done.returncode, done.stderr.strip()) == (2, _shown_after(page, line))  # type: ignore[attr-defined]
+        elif not line.startswith("treering submit"):  # needs a cluster
+            _typed(treering, _in_small(line, furnished, s3))
+
+
+def _shown_after(page: Path, line: str) -> str:
+    """What the page says that a command answers."""
+    return page.read_text().split(line)[1].lstrip("\n").split("\n")[0].strip()
+
+
+def test_every_command_there_is_stands_in_a_page() -> None:
+    known = set(get_command(app).commands)  # type: ignore[attr-defined]
+    written = {word for page in PAGES for word in re.findall(r"treering ([a-z]+)", page.read_text())}
+    assert known <= written, f"no page says what {sorted(known - written)} are for"
