@@ -179,6 +179,7 @@ class Engine:
         self.world = self.copies = world
         self.objectives = objectives
         self.precision, self.micro_batches = config.precision, config.micro_batches
+        self.optimizer_config = optimizer
         self._build(spec, config, optimizer, seed)
 
     def _build(self, spec: ModelSpec, config: EngineConfig, optimizer: OptimizerConfig, seed: int) -> None:
@@ -303,8 +304,8 @@ class Engine:
         }
         for name, parameter in self.optimizer.parameters.items():
             parameter.copy_(shaped[f"model/{name}"])
-        kinds = self.optimizer.config.kinds
-        moments = {kind: {name: shaped[f"{kind}/{name}"] for name in self.optimizer.parameters} for kind in kinds}
+        names, config = self.optimizer.parameters, self.optimizer.config
+        moments = {k: {n: shaped[f"{k}/{n}"] for n in names if config.keeps(k, n)} for k in config.kinds}
         self.optimizer.load(moments, steps, skipped, multipliers)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The FSDP2 engine: torch's `fully_shard` around every block, and AdamW on what this rank holds.
+"""The FSDP2 engine: torch's `fully_shard` around every block, and the optimizer on what this rank holds.
 
 A rank holds some rows of every parameter and of its moments; weights are gathered block by block while they are
 needed, gradients are summed into the rows of their owners. The optimizer sees plain tensors that share the memory of
@@ -60,7 +60,9 @@ class FsdpEngine(Engine):
         self.layout = {name: rows(shape, self._holders.rank, shard) for name, shape in shapes.items()}
         initialise(spec, self._one_by_one(), seed)
         self.optimizer = Optimizer(
-            ((name, nn.Parameter(_local(p))) for name, p in self.model.named_parameters()), optimizer, self._holders
+            ((name, nn.Parameter(_local(p))) for name, p in self.model.named_parameters()),
+            optimizer,
+            (self._holders, self.layout),
         )
 
     def _one_by_one(self) -> Iterator[tuple[str, Tensor]]:

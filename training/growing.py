@@ -7,7 +7,7 @@ before leads to the same grown model as the run that went straight on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ..models.growth.inheriting import Forget
 from ..models.growth.plan import changes, plan_growth
-from ..models.growth.rules import GrownState, Operator, Read, grown_rate
+from ..models.growth.rules import GrownState, Operator, Read, grown_rate, origin
+from ..models.model import empty
 from ..models.spec import ModelSpec
 from .engine import Engine
 from .objectives.base import Inputs
+from .optimizer import OptimizerConfig
 from .stages import GrowthConfig
 
 
@@ -108,9 +110,8 @@ def enlarged(
     state = _Whole(engine)
     operators = planned(engine.model.spec, spec, seed, how, lambda kind, name: state[f"{kind}/{name}"])
     larger = build(spec)
-    multipliers = grown_rates(
-        operators, engine.multipliers, fade, [name for name, _ in larger.model.named_parameters()]
-    )
+    old, optimizer = engine.model.spec, engine.optimizer_config
+    multipliers = grown_rates(operators, engine.multipliers, fade, old, spec, optimizer)
     larger.expect(multipliers)
     made = GrownState(operators, state, larger.logical_state())
     larger.load_logical_state(
@@ -130,12 +131,31 @@ def planned(old: ModelSpec, new: ModelSpec, seed: int, how: GrowthConfig, read: 
 
 
 def grown_rates(
-    operators: Sequence[Operator], multipliers: Mapping[str, float], fade: float, names: Iterable[str]
+    operators: Sequence[Operator],
+    multipliers: Mapping[str, float],
+    fade: float,
+    old: ModelSpec,
+    new: ModelSpec,
+    optimizer: OptimizerConfig,
 ) -> dict[str, float]:
-    """The multipliers of the grown model's tensors `names` that are not 1; the old ones are raised to `fade`."""
+    """The multipliers of the grown model's tensors that are not 1; the old ones are raised to `fade`.
+
+    They say by how much smaller a single number's steps are. Muon makes all singular values of a step alike, whatever
+    their number. Of a matrix made of copies it makes as many as the original has; the numbers of its step are smaller
+    by the root of how many more there could be, the shorter side, which is made good here.
+    """
     now = {name: factor**fade for name, factor in multipliers.items()}
-    rates = {name: grown_rate(operators, now, name) for name in names}
+    before, after = tensor_shapes(old), tensor_shapes(new)
+    rates = {name: grown_rate(operators, now, name) for name in after}
+    for name, source in ((name, origin(operators, name)) for name in after if optimizer.muon(name)):
+        if optimizer.muon(source):
+            rates[name] *= (min(after[name]) / min(before[source])) ** 0.5
     return {name: rate for name, rate in rates.items() if rate != 1.0}
+
+
+def tensor_shapes(spec: ModelSpec) -> dict[str, torch.Size]:
+    """Names and shapes of a model's parameters; nothing is built."""
+    return {name: p.shape for name, p in empty(spec).named_parameters()}
 
 
 def described(operators: Sequence[Operator]) -> list[dict[str, Any]]:

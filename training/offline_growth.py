@@ -21,10 +21,9 @@ from torch import Tensor
 from ..models.flops import parameters
 from ..models.growth.plan import changes
 from ..models.growth.rules import GrownState, origin
-from ..models.model import Model
-from ..models.spec import ModelSpec, SpecError
+from ..models.spec import SpecError
 from .commits import Commits, find_commit
-from .growing import described, grown_rates, planned
+from .growing import described, grown_rates, planned, tensor_shapes
 from .manifest import Commit, Manifest
 from .packing import Packed
 from .recipe import Recipe
@@ -60,20 +59,20 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     old, new = commit.manifest.spec, recipe.specs()[number]
     if old == new:
         raise SpecError(f"{commit.url} has these sizes already; name one that changes")
-    held = OldState(commit)
     how = recipe.stages[number]
+    held = OldState(commit, in_turn=how.inherit == "ema")
     operators = planned(old, new, recipe.seed, how, lambda kind, name: held[f"{kind}/{name}"])
-    shapes = tensor_shapes(new)
     # In the order of the old parts, so that each is read once.
-    names = sorted(shapes, key=lambda name: (held.place(origin(operators, name)), name))
+    names = sorted(tensor_shapes(new), key=lambda name: (held.place(origin(operators, name)), name))
     fade = faded(before.stages, state.stage, state.samples, before.data.batch)
-    rates = grown_rates(operators, state.multipliers, fade, names)
+    rates = grown_rates(operators, state.multipliers, fade, old, new, recipe.optimizer)
     commits = Commits(Store(out))
     if commits.names():
         raise StoreError(f"{out} has commits already; give a new place")
     life = commits.claim_life(f"grown from {commit.url}")
     name = f"step-{state.step:012d}-life-{life:04d}"
-    grown = GrownState(operators, held, (f"{kind}/{name}" for kind in held.kinds for name in names))
+    keeps = recipe.optimizer.keeps
+    grown = GrownState(operators, held, (f"{k}/{n}" for k in held.kinds for n in names if keeps(k, n)))
     parts = tuple(_written(commits.store, name, grown))
     changed = changes(old, new)
     detail = {
@@ -135,18 +134,14 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
         raise SpecError(f"{where}: {said}" if where else said) from None
 
 
-def tensor_shapes(spec: ModelSpec) -> dict[str, torch.Size]:
-    """Names and shapes of a model's parameters; nothing is built."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in Model(spec).named_parameters()}
-
-
 class OldState(Mapping[str, Tensor]):
     """The tensors of a commit by `kind/name`, read and verified a part at a time; one part is kept."""
 
-    def __init__(self, commit: Commit) -> None:
-        self._commit = commit
+    def __init__(self, commit: Commit, in_turn: bool = False) -> None:
+        """`in_turn`: two kinds will be read in turn, so the part before is kept as well."""
+        self._commit, self._in_turn = commit, in_turn
         self._part: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
         self._parts: dict[str, int] = {}
         for number in range(len(commit.manifest.parts)):
             self._parts.update(dict.fromkeys(self._load(number), number))
@@ -171,6 +166,8 @@ class OldState(Mapping[str, Tensor]):
         return self._parts[f"model/{name}"]
 
     def __getitem__(self, path: str) -> Tensor:
+        if path not in self._part and self._in_turn:
+            self._part, self._before = self._before, self._part
         if path not in self._part:
             self._load(self._parts[path])
         return self._part[path]

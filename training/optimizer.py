@@ -1,4 +1,4 @@
-"""AdamW addressed by logical names.
+"""AdamW, or Muon with AdamW for what Muon is not for, addressed by logical names.
 
 Matrices decay; biases, norms, embeddings and learned scalars do not. The state is read and written as
 `{kind: {parameter name: tensor}}`, which is what commits store and growth maps. Growth leaves multipliers: a parameter
@@ -8,19 +8,25 @@ that became k times smaller steps 1/k as far and decays k times as fast, so that
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from .muon import Muon, hidden
+from .shards import Layout
 from .world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class OptimizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), and Muon if asked for."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: the matrices inside of blocks by Muon, the rest by AdamW, at one learning rate"
+    )
     lr: float = Field(1.0e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices, multiplied by the learning rate")
     betas: tuple[float, float] = Field((0.9, 0.98), strict=False, description="decay of the two moments")
@@ -35,8 +41,16 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is kept of each parameter beside its weights."""
+        """What is kept of parameters beside their weights."""
         return (*MOMENTS, "ema") if self.ema else MOMENTS
+
+    def muon(self, name: str) -> bool:
+        """Whether Muon steps the parameter of this name."""
+        return self.kind == "muon" and hidden(name)
+
+    def keeps(self, kind: str, name: str) -> bool:
+        """Whether this kind of state is kept of the parameter of this name; Muon has no second moment."""
+        return kind == "model" or (kind in self.kinds and not (kind == "exp_avg_sq" and self.muon(name)))
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -53,22 +67,25 @@ def pace(adam: torch.optim.Optimizer, lr: float, fade: float) -> None:
 
 
 class Optimizer:
-    """torch's fused AdamW over a module's named parameters."""
+    """torch's fused AdamW over a module's named parameters, but for those that Muon steps."""
 
     def __init__(
         self,
         parameters: Iterable[tuple[str, nn.Parameter]],
         config: OptimizerConfig,
-        spread: World | None = None,
+        spread: tuple[World, Layout] | None = None,
         multipliers: Mapping[str, float] | None = None,
     ) -> None:
-        """`spread`: the processes that each hold a part of every parameter; left out where each holds all of it."""
+        """`spread`: the processes that each hold a part of every parameter, and this one's; left out where each holds
+        all of it."""
         self.config = config
         self._spread = spread
         self.parameters = dict(parameters)
         self.multipliers: dict[str, float] = dict(multipliers or {})
         """factor on the learning rate, by parameter name, where it is not 1; weight decay is divided by it"""
         self._adam = self._group()
+        matrices = {name: p for name, p in self.parameters.items() if config.muon(name)}
+        self._muon = Muon(matrices, config.weight_decay, spread)
         self._skipped = torch.zeros(())
         self._applies = torch.ones(())
         """1 if the coming step will be applied, else 0"""
@@ -82,7 +99,8 @@ class Optimizer:
     def _group(self) -> torch.optim.AdamW:
         """A new AdamW with one group for each multiplier, of what decays and what does not."""
         groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-        for name, parameter in self.parameters.items():
+        adams = {name: p for name, p in self.parameters.items() if not self.config.muon(name)}
+        for name, parameter in adams.items():
             groups.setdefault((decays(name, parameter), self.multipliers.get(name, 1.0)), []).append(parameter)
         config = self.config
         return torch.optim.AdamW(
@@ -104,7 +122,7 @@ class Optimizer:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._spread is not None:
-            norm = self._spread.sum(norm.square()).sqrt()
+            norm = self._spread[0].sum(norm.square()).sqrt()
         torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         broken = (~norm.isfinite()).float()
         # The fused kernel reads this to leave weights, moments and step counts untouched: the door AMP's scaler uses.
@@ -117,7 +135,9 @@ class Optimizer:
         """Apply the gradients at learning rate `lr`, times each parameter's multiplier, and drop them."""
         pace(self._adam, lr, fade)
         self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        self._muon.step(lr, {name: factor**fade for name, factor in self.multipliers.items()}, self._applies)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         if self.config.ema:
             moves = (1 - self.config.ema) * self._applies
             for name, average in self._ema.items():
@@ -131,19 +151,25 @@ class Optimizer:
     @property
     def steps(self) -> int:
         """Steps applied; reading it waits for the device."""
-        first = next(iter(self.parameters.values()))
+        first = self._adam.param_groups[0]["params"][0]
         return int(self._adam.state[first]["step"]) if first in self._adam.state else 0
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Moments, and averages if there are any, by kind and parameter name, alive; moments are zero at first."""
-        averages = {"ema": self._ema} if self.config.ema else {}
-        return averages | {
-            kind: {
-                name: self._adam.state[p][kind] if p in self._adam.state else torch.zeros_like(p)
-                for name, p in self.parameters.items()
-            }
-            for kind in MOMENTS
+        keeps = self.config.keeps
+        return {
+            kind: {name: self._held(kind, name) for name in self.parameters if keeps(kind, name)}
+            for kind in self.config.kinds
         }
+
+    def _held(self, kind: str, name: str) -> Tensor:
+        if kind == "ema":
+            return self._ema[name]
+        if self.config.muon(name):
+            return self._muon.momenta[name]
+        parameter = self.parameters[name]
+        state: dict[str, Tensor] = self._adam.state.get(parameter, {})
+        return state[kind] if state else torch.zeros_like(parameter)
 
     def load(
         self,
@@ -159,5 +185,8 @@ class Optimizer:
         for name, average in self._ema.items():
             average.copy_(moments["ema"][name])
         for name, parameter in self.parameters.items():
+            if self.config.muon(name):
+                self._muon.momenta[name].copy_(moments["exp_avg"][name])
+                continue
             state = {kind: moments[kind][name].detach().to(parameter, copy=True) for kind in MOMENTS}
             self._adam.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **state}

@@ -9,6 +9,7 @@ import torch
 from .commits import find_commit
 from .engine import Engine
 from .manifest import Commit
+from .optimizer import OptimizerConfig
 from .recipe import Recipe
 from .resume import differences
 from .state import Event, RunState
@@ -49,6 +50,12 @@ def _check_all(recipe: Recipe, commit: Commit) -> None:
     lacking = sorted(set(recipe.optimizer.kinds) - kinds)
     if lacking:
         raise StoreError(f"{commit.url} holds no {lacking[0]}, which the recipe's optimizer keeps; {remedy}")
+    theirs = OptimizerConfig.model_validate(commit.manifest.recipe["optimizer"]).kind
+    if theirs == "muon" != recipe.optimizer.kind:
+        raise StoreError(
+            f"{commit.url} was trained with optimizer.kind = muon, which leaves AdamW no second moment of the matrices "
+            f"inside of blocks; set optimizer.kind: muon, or carry only the weights"
+        )
 
 
 def begin_with(recipe: Recipe, commit: Commit, engine: Engine) -> RunState:
@@ -63,8 +70,7 @@ def begin_with(recipe: Recipe, commit: Commit, engine: Engine) -> RunState:
     if carry == "all":
         engine.expect(theirs.multipliers)
         tensors = commit.tensors(layout=engine.layout)
-        kept = {"model", *recipe.optimizer.kinds}
-        tensors = {path: tensor for path, tensor in tensors.items() if path.partition("/")[0] in kept}
+        tensors = {path: tensor for path, tensor in tensors.items() if recipe.optimizer.keeps(*path.split("/", 1))}
         engine.load_logical_state(tensors, theirs.applied, theirs.skipped, theirs.multipliers)
         event = Event(event="from", step=theirs.step, samples=theirs.samples, detail=detail)
         return theirs.model_copy(update={"lineage": (*theirs.lineage, event), "life": 0})
@@ -73,7 +79,8 @@ def begin_with(recipe: Recipe, commit: Commit, engine: Engine) -> RunState:
     for kind in recipe.optimizer.kinds:
         for path, tensor in weights.items():
             name = path.partition("/")[2]
-            state[f"{kind}/{name}"] = tensor.clone() if kind == "ema" else torch.zeros_like(tensor)
+            if recipe.optimizer.keeps(kind, name):
+                state[f"{kind}/{name}"] = tensor.clone() if kind == "ema" else torch.zeros_like(tensor)
     engine.load_logical_state(state, 0, 0, {})
     before = [event.model_dump() for event in theirs.lineage]
     detail |= {"step": theirs.step, "samples": theirs.samples, "lineage": before}

@@ -116,6 +116,26 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
         return self
 
     @model_validator(mode="after")
+    def _muon_needs_whole_matrices(self) -> Self:
+        if self.optimizer.kind == "muon" and self.engine.kind == "deepspeed":
+            raise ValueError(
+                "optimizer.kind = muon cannot be under engine.kind = deepspeed: ZeRO steps stretches of numbers that "
+                "begin and end anywhere in a matrix, and Muon takes a matrix whole; set engine.kind: fsdp, or "
+                "optimizer.kind: adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_average_to_inherit_from(self) -> Self:
+        number = next((i for i, stage in enumerate(self.stages) if stage.inherit == "ema"), None)
+        if number is not None and self.optimizer.ema is None:
+            raise ValueError(
+                f"stages.{number}.inherit = ema takes new parts from the average of the weights, and the run keeps "
+                f"none; set optimizer.ema: 0.999, or stages.{number}.inherit: 1.0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_plateau_is_left(self) -> Self:
         if self.stages[-1].plateau:
             raise ValueError(

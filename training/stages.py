@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ..models.flops import training_flops
-from ..models.growth.plan import Copies, Drops, Layers, changes, check_tokens
+from ..models.growth.plan import Copies, Drops, Inheriting, Layers, changes, check_tokens
 from ..models.spec import ModelSpec
 
 
@@ -32,12 +32,11 @@ class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     tokens: tuple[Annotated[tuple[int, ...], Field(strict=False)], ...] = Field(
         (), strict=False, description="of each new row of text.vocabulary the ids it is the mean of; empty: of all"
     )
-    inherit: float = Field(
+    inherit: Inheriting = Field(
         1.0,
-        ge=0,
-        le=1,
-        description="share of the inherited weights, the rest is drawn afresh, lossy (a reconstruction of GrowCLIP's "
-        "inheriting with momentum); 1: all",
+        description="share of the inherited weights, the rest is drawn afresh, lossy; 1: all; ema: old parts keep "
+        "their weights, new ones take those of the average that optimizer.ema keeps (both are reconstructions of "
+        "GrowCLIP's inheriting with momentum)",
     )
     moments: Literal["map", "keep_v", "reset"] = Field(
         "map",
@@ -47,6 +46,13 @@ class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     fade: int = Field(
         0, ge=0, description="samples over which the learning-rate multipliers of growth go back to 1; 0: they stay"
     )
+
+    @field_validator("inherit")
+    @classmethod
+    def _a_share(cls, value: Inheriting) -> Inheriting:
+        if value != "ema" and not 0 <= value <= 1:
+            raise ValueError(f"{value} is no share; give one from 0 to 1, or ema")
+        return value
 
 
 class PlateauConfig(BaseModel, frozen=True, extra="forbid", strict=True):

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -117,6 +117,20 @@ class World:
             return lambda: None
         work: dist.Work = dist.reduce(value, group=self.group, group_dst=rank, async_op=True)
         return work.wait
+
+    def exchange(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """Send `parts[r]` to rank r, and get from each rank r the flat `lengths[r]` elements that it sends here.
+
+        Ranks beyond the last part get nothing. Not differentiable; all ranks call it together.
+        """
+        sent = [part.detach().flatten() for part in parts]
+        if self.size == 1:
+            return sent
+        sizes = [len(part) for part in sent] + [0] * (self.size - len(sent))
+        own = torch.cat(sent) if sent else torch.empty(0, device=self.device)
+        came = own.new_empty(sum(lengths))
+        dist.all_to_all_single(came, own, list(lengths), sizes, group=self.group)
+        return list(came.split(list(lengths)))
 
     def any(self, *flags: bool) -> list[bool]:
         """Which flags are up on at least one rank. On the CPU, so it never waits for the device."""

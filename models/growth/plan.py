@@ -19,6 +19,8 @@ Copies = Literal["noise", "duplicate", "lemon"]
 """what new channels, heads and hidden units are: copies told apart by noise, plain copies, or LEMON's projection"""
 Layers = Literal["zero", "stack", "interleave"]
 """what new blocks are: zeroed copies, which keep the function, or live copies, which do not"""
+Inheriting = float | Literal["ema"]
+"""the share of the inherited weights, the rest is fresh; or new parts from the running average"""
 Drops = Literal["last", "smallest"]
 """which blocks go when a stack shrinks: the last ones, or those that write least"""
 
@@ -48,10 +50,10 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
     paths = [*before, *(path for path in after if path not in before)]
     changed = {p: (before.get(p, 0), after.get(p, 0)) for p in paths if before.get(p, 0) != after.get(p, 0)}
     for tower, a, b in _both(old, new):
-        if a.experts > 1 and (a.experts, a.active) != (b.experts, b.active):
+        if a.experts > b.experts or (a.experts > 1 and a.active > b.active):
             raise SpecError(
-                f"{tower}.experts = {b.experts} with active = {b.active}: only a dense MLP becomes a mixture without a "
-                f"change of the function; leave it at {a.experts} with active = {a.active}"
+                f"shrink: {tower}.experts = {b.experts} with active = {b.active}: a mixture only grows; "
+                f"leave it at {a.experts} with active = {a.active}, or more"
             )
     for path in _ONLY_GROWS:
         if path in changed and changed[path][1] < changed[path][0]:
@@ -93,20 +95,21 @@ def plan_growth(
     layers: Layers = "zero",
     tokens: Sequence[Sequence[int]] = (),
     drop: Drops = "last",
-    inherit: float = 1.0,
+    inherit: Inheriting = 1.0,
     read: Read | None = None,
 ) -> list[Operator]:
     """The operators from `old` to `new`, in the order they are applied; empty if the specs are equal.
 
     `seed` is that of every random draw, `tokens` says of each new row of the token table which rows it is the mean of,
-    `inherit` is the share of the inherited weights, and `read` reads the old model for `drop: smallest`. Raises
-    SpecError for a change that cannot be made.
+    `inherit` is the share of the inherited weights, or `ema` for new parts from their average, and `read` reads the old
+    model for `drop: smallest`. Raises SpecError for a change that cannot be made.
     """
     changed = changes(old, new)
     check_tokens(old, new, tokens)
     if not changed:
         return []
-    from .inheriting import Inherit
+    from .depth import Depth
+    from .inheriting import Inherit, InheritAverage
     from .joint import Joint, TruncateJoint
     from .positions import Context, Resolution
     from .tables import Patch, Vocabulary
@@ -125,14 +128,16 @@ def plan_growth(
     if old.text.vocabulary != new.text.vocabulary:
         operators.append(Vocabulary(old.text.vocabulary, new.text.vocabulary, tuple(map(tuple, tokens))))
     operators += _blocks(old, new, layers, drop, seed, read)
-    if inherit != 1.0:
+    if inherit == "ema":
+        operators.append(InheritAverage(old, new, tuple(each for each in operators if isinstance(each, Depth))))
+    elif inherit != 1.0:
         operators.append(Inherit(new, inherit, seed))
     return operators
 
 
 def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Operator]:
     """Channels, heads and hidden units of both towers."""
-    from .experts import Upcycle
+    from .experts import MoreExperts, Upcycle
     from .heads import HeadDim
     from .width import Truncate, Widen
 
@@ -145,8 +150,10 @@ def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Op
         )
         operators += [Widen(f"{tower}.{axis}", m, n, unit, copies, seed) for axis, m, n, unit in axes if m < n]
         operators += [Truncate(f"{tower}.{axis}", m, n, unit) for axis, m, n, unit in axes if m > n]
-        if b.experts > a.experts:
+        if b.experts > a.experts == 1:
             operators.append(Upcycle(tower, b.experts, b.width, seed))
+        elif a.experts > 1 and (a.experts, a.active) != (b.experts, b.active):
+            operators.append(MoreExperts(tower, a.experts, b.experts, (a.active, b.active), copies, seed))
         if b.head_width > a.head_width:
             operators.append(HeadDim(f"{tower}.heads", a.head_width, b.head_width, b.heads, copies, seed))
     return operators

@@ -38,6 +38,8 @@ class Rule:
     """by kind of state: `model`, `exp_avg`, `exp_avg_sq`"""
     rate: float = 1.0
     """factor on the source's learning rate; its weight decay is divided by it"""
+    mix: Callable[[Tensor, Tensor], Tensor] | None = None
+    """makes the weights of what `maps` make of the source and of the source's running average, where both are needed"""
 
     def apply(self, kind: str, tensor: Tensor) -> Tensor:
         """The new tensor of this kind; `ema`, a running average of the weights, is made as the weights are."""
@@ -71,7 +73,10 @@ def grown(operators: Sequence[Operator], read: Read) -> Read:
 def _through(operator: Operator, read: Read) -> Read:
     def read_grown(kind: str, name: str) -> Tensor:
         rule = operator.rule(name)
-        return rule.apply(kind, read(kind, rule.source))
+        made = rule.apply(kind, read(kind, rule.source))
+        if rule.mix is None or kind != "model":
+            return made
+        return rule.mix(made, rule.apply("ema", read("ema", rule.source)))
 
     return read_grown
 

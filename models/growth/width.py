@@ -33,7 +33,7 @@ from .axes import Use, uses
 from .plan import Copies
 from .rules import Rule, TensorMap
 
-_NOISE = 10 ** (-10 / 20)
+NOISE = 10 ** (-10 / 20)
 """size of the noise relative to the divided weights: a signal-to-noise ratio of 10 dB, as in HyperCloning"""
 _WRITER = {"model": 0, "exp_avg": 1, "exp_avg_sq": 2}
 """the power of the number of copies that each kind of a writer is divided by"""
@@ -129,7 +129,7 @@ class Widen:
         if self.copies == "lemon":
             return parts + apart * c.sqrt() * size  # as large as a fresh initialisation
         # Taking the mean of c draws away leaves (c - 1) / c of their power.
-        return parts + apart * (c / (c - 1).clamp(min=1)).sqrt() * size * _NOISE
+        return parts + apart * (c / (c - 1).clamp(min=1)).sqrt() * size * NOISE
 
     def _generator(self, name: str) -> torch.Generator:
         return named_generator(self.seed, f"grow/{self.axis}/{self.old}-{self.new}/{name}")

@@ -1,4 +1,4 @@
-"""What growth does to the loss in the steps after it, by what new parts are made of and what becomes of Adam's state.
+"""What growth does to the loss in the steps after it, by what new parts are made of and what becomes of the state.
 
     python -m tests.benchmarks.growth_spikes [--quick] [--json] [--seeds 2]
 
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treering.models.growth.rules import GrownState
+from treering.models.growth.rules import grown
 from treering.models.model import Model, build
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.training.growing import grown_rates, planned
-from treering.training.optimizer import MOMENTS, Optimizer, OptimizerConfig
+from treering.training.optimizer import Optimizer, OptimizerConfig
 from treering.training.stages import GrowthConfig
 
 LR = 1.5e-3
@@ -66,6 +66,20 @@ ARMS = {
     "width only, noise, mapped": Arm(depth=1),
     "width x 1.5, noise, mapped": Arm(width=1.5, depth=1),
 }
+MUON = [
+    "small goes on",
+    "duplicate, mapped",
+    "noise, mapped",
+    "noise, mapped, same rate",
+    "lemon, mapped",
+    "noise, keep_v",
+    "noise, reset",
+    "depth only, mapped",
+    "depth only, reset",
+    "width only, noise, mapped",
+    "width x 1.5, noise, mapped",
+]
+"""the arms that also go on from a small model that Muon trained"""
 
 
 def spec(width: int, depth: int) -> ModelSpec:
@@ -124,23 +138,25 @@ def go_on(arm: Arm, model: Model, optimizer: Optimizer, seed: int) -> tuple[Mode
     state |= {f"{kind}/{name}": t for kind, ts in optimizer.state().items() for name, t in ts.items()}
     operators = planned(old, new, seed, how, lambda kind, name: state[f"{kind}/{name}"])
     larger = build(new, 99)
-    names = [name for name, _ in larger.named_parameters()]
-    grown = GrownState(operators, state, [f"{kind}/{name}" for kind in ("model", *MOMENTS) for name in names])
+    following = Optimizer(larger.named_parameters(), optimizer.config)
+    read = grown(operators, lambda kind, name: state[f"{kind}/{name}"])
     with torch.no_grad():
         for name, p in larger.named_parameters():
-            p.copy_(grown[f"model/{name}"])
-    following = Optimizer(larger.named_parameters(), optimizer.config)
-    moments = {kind: {name: grown[f"{kind}/{name}"] for name in names} for kind in MOMENTS}
+            p.copy_(read("model", name))
+    moments = {kind: {n: read(kind, n) for n in tensors} for kind, tensors in following.state().items()}
+    rates = grown_rates(operators, optimizer.multipliers, 1.0, old, new, optimizer.config)
     steps = 0 if arm.moments == "reset" and not arm.steps_kept else optimizer.steps
-    following.load(moments, steps, 0, grown_rates(operators, optimizer.multipliers, 1.0, names) if arm.rates else {})
+    following.load(moments, steps, 0, rates if arm.rates else {})
     return larger, following
 
 
-def measure(arms: dict[str, Arm], seed: int, width: int, depth: int, steps: int, batch: int) -> dict[str, list[float]]:
-    """The losses of each arm in the window after growth, all on the same batches."""
+def measure(
+    arms: dict[str, Arm], seed: int, width: int, depth: int, steps: int, batch: int, kind: Any = "adamw"
+) -> dict[str, list[float]]:
+    """The losses of each arm in the window after growth, all on the same batches, by one kind of optimizer."""
     torch.set_num_threads(1)
     model = build(spec(width, depth), seed)
-    optimizer = Optimizer(model.named_parameters(), OptimizerConfig(weight_decay=0.0))
+    optimizer = Optimizer(model.named_parameters(), OptimizerConfig(kind=kind, weight_decay=0.0))
     train(model, optimizer, range(steps), batch, seed)
     after = range(steps, steps + WINDOW)
     return {name: train(*go_on(arm, model, optimizer, seed), after, batch, seed) for name, arm in arms.items()}
@@ -151,6 +167,17 @@ def spike(found: dict[str, list[float]], arm: str) -> float:
     return max(found[arm]) - max(found["small goes on"])
 
 
+def summary(arms: dict[str, Arm], runs: list[dict[str, list[float]]], prefix: str) -> dict[str, float]:
+    """The figures of the arms, each under its name behind `prefix`."""
+    figures = {}
+    for arm in arms:
+        figures[f"{prefix}{arm}/first"] = statistics.mean(run[arm][0] for run in runs)
+        figures[f"{prefix}{arm}/largest"] = statistics.mean(max(run[arm]) for run in runs)
+        for seed, run in enumerate(runs):
+            figures[f"{prefix}{arm}/spike_seed{seed}"] = spike(run, arm)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
@@ -158,13 +185,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     size = (16, 1, 150, 48) if options.quick else (32, 2, 600, 128)
-    runs = [measure(ARMS, seed, *size) for seed in range(1 if options.quick else options.seeds)]
-    figures = {}
-    for arm in ARMS:
-        figures[f"{arm}/first"] = statistics.mean(run[arm][0] for run in runs)
-        figures[f"{arm}/largest"] = statistics.mean(max(run[arm]) for run in runs)
-        for seed, run in enumerate(runs):
-            figures[f"{arm}/spike_seed{seed}"] = spike(run, arm)
+    seeds = range(1 if options.quick else options.seeds)
+    figures = summary(ARMS, [measure(ARMS, seed, *size) for seed in seeds], "")
+    some = {name: ARMS[name] for name in MUON}
+    figures |= summary(some, [measure(some, seed, *size, "muon") for seed in seeds], "muon: ")
     if options.json:
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         versions["treering"] = importlib.metadata.version("treering")
@@ -172,8 +196,8 @@ def main() -> None:
         print(json.dumps({"benchmark": "growth_spikes", "device": device, "versions": versions, "figures": figures}))
         return
     print(f"{'':32}{'first':>8}{'largest':>9}   less the ungrown run's, by seed")
-    for arm in ARMS:
-        spikes = "".join(f"{figures[f'{arm}/spike_seed{seed}']:8.2f}" for seed in range(len(runs)))
+    for arm in (*ARMS, *(f"muon: {name}" for name in MUON)):
+        spikes = "".join(f"{figures[f'{arm}/spike_seed{seed}']:8.2f}" for seed in seeds)
         print(f"{arm:32}{figures[f'{arm}/first']:8.2f}{figures[f'{arm}/largest']:9.2f}   {spikes}")
 
 

@@ -1,17 +1,22 @@
-"""Mixtures of experts against a plain loop over tokens, and their growth from a dense model."""
+"""Mixtures of experts against a plain loop over tokens, and their growth, from a dense model and from fewer."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from treering.models.flops import forward_flops, parameters
 from treering.models.growth.experts import Upcycle
 from treering.models.growth.plan import plan_growth
-from treering.models.growth.rules import grown
+from treering.models.growth.rules import Operator, grown, grown_rate
 from treering.models.model import Model, build
-from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
+from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SpecError, TextSpec
 from treering.models.transformer import Experts
 from treering.training.objectives.balance import Balance
 from treering.training.world import World
@@ -96,9 +101,118 @@ def test_experts_get_a_share_of_the_moments() -> None:
     assert [rule.apply(kind, ones)[0, 0].item() for kind in ("model", "exp_avg", "exp_avg_sq")] == [1, 0.25, 0.0625]
 
 
-def test_a_mixture_stays_as_it_is() -> None:
-    with pytest.raises(SpecError, match=r"image.experts = 8 with active = 2: only a dense MLP .* leave it at 4"):
-        plan_growth(SPEC, SPEC.grown({"image.experts": 8}))
+IDS, LENGTHS = torch.arange(15), torch.tensor([4, 9, 2])
+IMAGES = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def mixture(experts: int, active: int, mlp: Any, caption: bool, dtype: torch.dtype = torch.float64) -> Model:
+    """A model whose towers both have experts, as after training."""
+    tower = {"width": 8, "depth": 2, "heads": 2, "experts": experts, "active": active, "mlp": mlp, "mlp_ratio": 2.0}
+    text = TextSpec(context=9, **tower).model_copy(update={"vocabulary": 60})
+    spec = ModelSpec(embed_dim=6, image=ImageSpec(patch=4, resolution=8, **tower), text=text)
+    spec = spec.model_copy(update={"caption": CaptionSpec(depth=1) if caption else None})
+    model = build(spec, 0).to(dtype)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator, dtype=dtype) * 0.05)
+    return model
+
+
+def outputs(model: Model) -> list[Tensor]:
+    output = model(IMAGES, IDS, LENGTHS)
+    logits = [] if output.caption is None else [output.caption @ model.text.token_embedding.weight.T]
+    return [output.image.pooled, output.text.pooled, *logits]
+
+
+def larger(model: Model, factors: tuple[int, int], copies: Any, **more: Any) -> tuple[Model, list[Operator]]:
+    """The model with so many times as many experts and active ones in both towers, and the plan that made it."""
+    old = model.spec
+    towers = {
+        name: getattr(old, name).model_copy(
+            update={"experts": old.image.experts * factors[0], "active": old.image.active * factors[1], **more}
+        )
+        for name in ("image", "text")
+    }
+    new = old.model_copy(update=towers)
+    plan = plan_growth(old, new, 3, copies)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    read = grown(plan, lambda kind, name: weights[name])
+    made = build(new, 9).to(model.logit_scale.dtype)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            p.copy_(read("model", name))
+    return made, plan
+
+
+@given(
+    experts=st.integers(2, 4),
+    active=st.integers(1, 4),
+    factor=st.integers(2, 3),
+    copies=st.sampled_from(["noise", "duplicate", "lemon"]),
+    mlp=st.sampled_from(["gelu", "swiglu"]),
+    deeper=st.integers(0, 1),
+    double=st.booleans(),
+)
+@settings(max_examples=15)
+def test_more_experts_of_which_as_many_more_are_active_change_nothing(
+    experts: int, active: int, factor: int, copies: str, mlp: str, deeper: int, double: bool
+) -> None:
+    model = mixture(experts, min(active, experts), mlp, caption=True, dtype=torch.float64 if double else torch.float32)
+    made, plan = larger(model, (factor, factor), copies, depth=2 + deeper)
+    assert all(operator.preserves for operator in plan)
+    for before, after in zip(outputs(model), outputs(made), strict=True):
+        assert (before - after).abs().max() < (1e-12 if double else 1e-5)
+    block = made.text.transformer.blocks[0].mlp.experts
+    alike = torch.equal(block[0].down.weight, block[experts].down.weight)
+    assert alike == (copies == "duplicate")
+    assert torch.equal(block[0].up.weight, block[experts].up.weight)
+
+
+def test_more_experts_alone_are_lossy_and_say_so() -> None:
+    model = mixture(4, 2, "gelu", caption=False)
+    for factors, copies in (((2, 1), "noise"), ((2, 1), "duplicate"), ((1, 2), "noise")):
+        made, plan = larger(model, factors, copies)
+        assert not any(operator.preserves for operator in plan)
+        assert (outputs(made)[0] - outputs(model)[0]).abs().max() > 1e-4
+    made, _ = larger(model, (2, 1), "noise")
+    mlp = made.image.transformer.blocks[0].mlp
+    rows = mlp.router.weight
+    assert torch.allclose(rows[:4] + rows[4:], 2 * model.image.transformer.blocks[0].mlp.router.weight, atol=1e-12)
+    assert (rows[:4] - rows[4:]).abs().max() > 1e-2
+    counts, _ = made(IMAGES, IDS, LENGTHS).routing[0]
+    assert min(counts[:4].sum(), counts[4:].sum()) > 0  # copies share the tokens
+    some, plan = larger(model, (1, 1), "noise", experts=6)
+    assert not plan[0].preserves
+    before, after = (each.text.transformer.blocks[0].mlp.experts for each in (model, some))
+    assert [torch.equal(after[i].up.weight, before[j].up.weight) for i, j in ((4, 0), (5, 1), (4, 1))] == [1, 1, 0]
+
+
+def test_gradients_and_moments_of_more_experts_are_the_mapped_ones() -> None:
+    model = mixture(3, 2, "swiglu", caption=True)
+    made, plan = larger(model, (2, 2), "duplicate")
+    for each in (model, made):
+        sum(part.sin().sum() for part in outputs(each)).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    first = grown(plan, lambda kind, name: gradients[name])
+    second = grown(plan, lambda kind, name: gradients[name].square())
+    for name, p in ((name, p) for name, p in made.named_parameters() if p.grad is not None):
+        assert torch.allclose(first("exp_avg", name), p.grad, rtol=1e-9, atol=1e-13), name
+        assert torch.allclose(second("exp_avg_sq", name), p.grad.square(), rtol=1e-9, atol=1e-15), name
+        assert grown_rate(plan, {}, name) == 1.0
+    router = made.image.transformer.blocks[0].mlp.router.weight.grad
+    assert router.abs().max() > 1e-4
+    noisy, _ = larger(model, (2, 2), "noise")
+    sum(part.sin().sum() for part in outputs(noisy)).backward()
+    one, copy = (noisy.image.transformer.blocks[0].mlp.experts[number].up.weight.grad for number in (0, 3))
+    assert not torch.allclose(one, copy, rtol=1e-2)  # they will part
+
+
+def test_experts_do_not_become_fewer() -> None:
+    with pytest.raises(SpecError, match=r"image.experts = 2 with active = 2: a mixture only grows; leave it at 4"):
+        plan_growth(SPEC, SPEC.shrunk({"image.experts": 2}))
+    with pytest.raises(SpecError, match=r"image.experts = 8 with active = 1: a mixture only grows"):
+        plan_growth(SPEC, SPEC.shrunk({"image.active": 1}).grown({"image.experts": 8}))
     with pytest.raises(SpecError, match="active = 5 of 4 experts cannot be; set active: 4"):
         SPEC.grown({"image.active": 5})
 

@@ -271,3 +271,57 @@ def test_inheriting_with_momentum_blends() -> None:
         assert torch.allclose(p, ends, atol=1e-12), name
     assert torch.equal(none.logit_scale, model.logit_scale)
     assert not torch.equal(none.image.projection.weight, model.image.projection.weight)
+
+
+def averaged(model: Model) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, and an average that is another in every number."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return weights, {name: 2 * p + 1 for name, p in weights.items()}
+
+
+def inheriting(model: Model, spec: ModelSpec, **options: Any) -> tuple[Any, Any, Any]:
+    """Readers of the grown model: with new parts from the average, without, and of the average by itself."""
+    weights, average = averaged(model)
+    read = lambda kind, name: (average if kind == "ema" else weights)[name]  # noqa: E731
+    mixed, plain = (grown(plan_growth(model.spec, spec, 3, **how, **options), read) for how in ({"inherit": "ema"}, {}))
+    return (lambda n: mixed("model", n)), (lambda n: plain("model", n)), (lambda n: plain("ema", n))
+
+
+def test_new_blocks_inherit_the_average_and_the_function_stays() -> None:
+    model = perturbed(SPEC)
+    spec = SPEC.grown({"image.depth": 3, "caption.depth": 1})
+    mixed, plain, average = inheriting(model, spec)
+    assert all(operator.preserves for operator in plan_growth(SPEC, spec, inherit="ema"))
+    deep = build(spec, 9).double()
+    changed = set()
+    with torch.no_grad():
+        for name, p in deep.named_parameters():
+            p.copy_(mixed(name))
+            new = name.startswith(("image.transformer.blocks.1.", "captioner."))
+            assert torch.equal(p, (average if new else plain)(name)), name
+            changed |= {name} if not torch.equal(p, plain(name)) else set()
+    assert apart(model, deep) < 1e-12
+    assert "image.transformer.blocks.1.mlp.up.weight" in changed
+    assert "image.transformer.blocks.1.mlp.down.weight" not in changed  # it starts at zero either way
+
+
+def test_new_channels_inherit_the_average_quadrant_by_quadrant() -> None:
+    model = perturbed(SPEC)
+    spec = SPEC.grown({"image.width": 24, "text.head_dim": 6, "text.mlp_ratio": 5.0})
+    mixed, *_ = inheriting(model, spec, copies="duplicate")
+    assert not plan_growth(SPEC, spec, inherit="ema")[-1].preserves
+    weights, average = averaged(model)
+    name = "image.patches.weight"
+    assert torch.equal(mixed(name), torch.cat([weights[name], average[name]]))
+    name = "image.projection.weight"
+    assert torch.allclose(mixed(name), torch.cat([weights[name], average[name]], 1) / 2)
+    name = "image.transformer.blocks.0.attention.out.weight"
+    old, new = weights[name] / 2, average[name] / 2
+    assert torch.allclose(mixed(name), torch.cat([torch.cat([old, new], 1), torch.cat([new, new], 1)]))
+    name = "text.transformer.blocks.0.attention.value.bias"  # two heads of 4 channels become heads of 6
+    old, new = weights[name], average[name]
+    assert torch.equal(mixed(name), torch.cat([old[:4], new[:2], old[4:], new[4:6]]))
+    name = "text.transformer.blocks.0.mlp.up.bias"
+    assert torch.equal(mixed(name), torch.cat([weights[name], average[name][:8]]))
+    for name in ("text.token_embedding.weight", "text.transformer.norm.weight", "logit_scale"):
+        assert torch.equal(mixed(name), weights[name])

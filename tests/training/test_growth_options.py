@@ -169,7 +169,8 @@ def test_a_reset_counts_steps_anew(tmp_path: Path) -> None:
 
 
 def test_a_run_gets_experts_and_balances_them_in_any_world(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
-    stages = "stages=[{samples: 36}, {grow: {text.experts: 3, image.experts: 2}, samples: 24}]"
+    more = "{grow: {text.experts: 6, text.active: 4, image.experts: 4, image.active: 4}, samples: 24}"
+    stages = f"stages=[{{samples: 36}}, {{grow: {{text.experts: 3, image.experts: 2}}, samples: 24}}, {more}]"
     balanced = recipe(stages, "objectives.caption=null", "objectives.balance={}")
     train(balanced, tmp_path)
 
@@ -179,7 +180,8 @@ def test_a_run_gets_experts_and_balances_them_in_any_world(tmp_path: Path, on_ra
     assert on_ranks(2, one_rank, limit=120) == [True, True]
     for ours, theirs in zip(losses(tmp_path / "two"), losses(tmp_path), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    assert lines(tmp_path, "grow")[0]["logit_difference"] < 1e-5
+    assert all(grown["logit_difference"] < 1e-5 for grown in lines(tmp_path, "grow"))
+    assert [o["operator"] for o in lines(tmp_path, "grow")[1]["operators"]] == ["more_experts"] * 2
     steps = lines(tmp_path, "step")
     assert "balance" not in steps[2]["losses"]
     assert all(0.9 < row["losses"]["balance"] < 3 for row in steps[3:])
@@ -194,6 +196,9 @@ def test_a_run_gets_experts_and_balances_them_in_any_world(tmp_path: Path, on_ra
         ("{samples: 12, grow: {text.depth: 0}}", "or write it under shrink"),
         ("{samples: 12, shrink: {text.depth: 2}}", "or write it under grow"),
         ("{samples: 12, grow: {text.vocabulary: 49410}, tokens: [[3]]}", "tokens has 1 entries for 2 new rows"),
+        ("{samples: 12, inherit: ema}", "the run keeps none; set optimizer.ema: 0.999, or stages.1.inherit: 1.0"),
+        ("{samples: 12, inherit: 1.5}", "1.5 is no share; give one from 0 to 1, or ema"),
+        ("{samples: 12, inherit: averages}", "stages.1.inherit"),
         ("{samples: 12, grow: {image.width: 20}}", "set image.width: 24, or give image.head_dim and heads too"),
     ],
 )

@@ -76,6 +76,26 @@ def test_it_is_what_the_run_would_have_been(whole: Path, tmp_path: Path, monkeyp
     assert all(torch.equal(mine[path], other[path]) for path in mine)
 
 
+def test_new_parts_from_the_average_are_those_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kinds of state are read in turn, from several parts of each."""
+    monkeypatch.setattr(offline_growth, "PART_BYTES", 1 << 20)
+    grow = "{grow: {image.width: 24, text.depth: 2, caption.depth: 1}, inherit: ema, samples: 36}"
+    recipe = read_recipe("emoji", [*TINY, "optimizer.ema=0.5", f"stages=[{{samples: 36}}, {grow}]"]).recipe
+    assert train(recipe, tmp_path / "run").finished
+    stage = {"grow": recipe.stages[1].grow, "inherit": "ema"}
+    reads: list[str] = []
+    real = Commit.pieces
+    monkeypatch.setattr(Commit, "pieces", lambda self, part: (reads.append(part.file), real(self, part))[1])
+    made = grow_commit(commit_at(tmp_path / "run", 3).url, stage, str(tmp_path / "off" / "commits"), 36)
+    assert max(map(reads.count, reads)) <= 4  # not once for each tensor
+    inherited = [o for o in made.event["operators"] if o["operator"] == "inherit"]
+    assert inherited == [{"operator": "inherit", "new_from": "ema", "reconstruction": True, "lossy": True}]
+    assert train(made.recipe, tmp_path / "off").finished
+    assert losses(tmp_path / "off") == losses(tmp_path / "run")[3:]
+    mine, other = find_commit(str(tmp_path / "off")).tensors(), find_commit(str(tmp_path / "run")).tensors()
+    assert all(torch.equal(mine[path], other[path]) for path in other)
+
+
 def test_the_rest_of_a_stage_is_the_new_one(whole: Path, tmp_path: Path) -> None:
     source = commit_at(whole, 2)
     recipe = grow_commit(source.url, {"grow": {"text.context": 20}}, str(tmp_path)).recipe
