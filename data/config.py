@@ -157,7 +157,8 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     columns: dict[str, Literal["npy"]] = Field(
         default_factory=dict,
-        description="further members to deliver: {teacher: npy} reads a vector from key.teacher.npy, or from key.npy",
+        description="further members to deliver: {teacher: npy} reads a vector or a matrix from key.teacher.npy, or "
+        "from key.npy",
     )
     shuffle: int = Field(
         131_072,

@@ -8,7 +8,7 @@ order's spares, one after another, and each one met is an entry of the batch's l
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import count
@@ -33,7 +33,7 @@ from .record import Batch, Record, Sample, collate
 from .source import READ_KINDS, Source, open_source
 from .text import fitted
 from .tokenizer_file import open_tokenizer
-from .vectors import Vectors
+from .vectors import Vectors, present
 from .workers import Note, Workers
 
 _MOST_SPARES = 1000
@@ -90,6 +90,11 @@ class Loader:
                 self.config.shuffle,
                 self.config.lanes,
             )
+
+    @property
+    def columns(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one sample's array in each column that is delivered."""
+        return self._items.vectors.shapes
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
         """This rank's share of global batch `step`, `step` + 1, ... without end. Close the iterator to end its
@@ -287,10 +292,17 @@ class EvaluationSet:
     """A source read in index order and without chance: centre crops and first captions."""
 
     def __init__(
-        self, url: str, resolution: int, context: int, cache: CacheConfig | None = None, tokenizer: str = "clip"
+        self,
+        url: str,
+        resolution: int,
+        context: int,
+        cache: CacheConfig | None = None,
+        tokenizer: str = "clip",
+        columns: Collection[str] = (),
     ) -> None:
-        """Opens the source; raises DataError if it cannot be read."""
+        """Opens the source; raises DataError if it cannot be read. Of `columns` those are delivered that it has."""
         self.source = open_source(url, BlockCache((cache or CacheConfig()).bytes))
+        self.vectors = Vectors(present(columns, self.source), [self.source])
         self.tokenizer = open_tokenizer(tokenizer)
         self.resolution, self.context = resolution, context
 
@@ -300,13 +312,14 @@ class EvaluationSet:
     def sample(self, number: int) -> Sample | LedgerEntry:
         """Sample `number`, or the reason why it cannot be used."""
         try:
-            record = self.source.record(number)
+            record = self.source.record(number, READ_KINDS | self.vectors.kinds)
+            columns = self.vectors.read(record)
             captions, labels = captions_and_labels(record.fields)
             image = centre_crop(picture(record.fields, record.kinds), self.resolution)
             tokens = self.tokenizer.encode(captions[0], self.context)
         except BadSample as error:
             return _entry(self.source, number, error)
-        return Sample(self.source.url, record.key, image, captions, captions[0], tokens, labels)
+        return Sample(self.source.url, record.key, image, captions, captions[0], tokens, labels, columns)
 
 
 def _entry(source: Source, number: int, error: BadSample, position: int = -1) -> LedgerEntry:

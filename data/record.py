@@ -40,7 +40,7 @@ class Sample:
     caption: str  # the chosen one of `captions`
     tokens: list[int]  # of `caption`, START and END included
     labels: dict[str, str]
-    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [d]
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [d] or [frames, d]
     boxes: SampleBoxes | None = None
     cut: bool = False  # whether the caption is longer than `tokens`
 
@@ -77,7 +77,7 @@ class Batch:
     captions: tuple[str, ...]
     bad: tuple[LedgerEntry, ...]  # the samples that spares stand in for
     cut: torch.Tensor  # bool [b], captions that are longer than the context and lost their end
-    columns: dict[str, torch.Tensor] = field(default_factory=dict)  # float32 [b, d], those that the recipe asks for
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)  # float32 [b, d] or [b, frames, d], those asked for
     boxes: Boxes | None = None  # None where the recipe asks for none
 
 

@@ -122,14 +122,15 @@ def memory_parts(recipe: Recipe, spec: ModelSpec, world: int, tokens: float) -> 
     sharded = min(recipe.engine.shard or world, world) if recipe.engine.kind != "ddp" else 1
     half = recipe.engine.precision == "bf16"
     caption = spec.text.vocabulary * spec.text.width * 8 + 2 * LOGITS_BYTES if spec.caption else 0
-    pixels = 3 * spec.image.resolution**2
+    inputs = 3 * spec.image.resolution**2 * (1 + 4 + 4)
+    inputs += sum(8 * tower.frames * tower.features for tower in spec.further.values())
     return {
         "weights": 4 * count / sharded,
         "gradients": 4 * count / sharded,
         "optimizer": 8 * count / sharded,
         "activations": pairs * _activations(spec, tokens, half),
         "loss": 4 * TILE_BYTES + 8 * pairs * spec.embed_dim * 4 + caption,
-        "batches": pairs * pixels * (1 + 4 + 4),
+        "batches": pairs * inputs,
         "commit": 2 * min(4 * count / world, PART_BYTES),
     }
 
@@ -138,6 +139,7 @@ def _activations(spec: ModelSpec, tokens: float, half: bool) -> float:
     """Bytes kept for the backward pass by one pair."""
     patches = spec.image.grid**2
     total = spec.image.depth * patches * _block(spec.image, half) + spec.text.depth * tokens * _block(spec.text, half)
+    total += sum(tower.depth * tower.frames * _block(tower, half) for tower in spec.further.values())
     if spec.caption:
         text, width = spec.text, 2 if half else 4
         crossing = tokens * (2 * text.width * 4 + 3 * text.attention_width * width)
@@ -158,6 +160,7 @@ def measure(recipe: Recipe) -> Data:
     spec = recipe.specs()[0]
     config = recipe.data.model_copy(update={"workers": 0})
     loader = Loader(config, spec.image.resolution, spec.text.context, recipe.seed, mixtures=recipe.mixtures())
+    recipe.specs()[-1].check_samples(loader.columns)
     wanted = min(SAMPLES, recipe.total_samples)
     tokens = samples = 0
     begun = time.process_time()

@@ -36,9 +36,9 @@ def _last_row(spec: TowerSpec, tokens: float) -> float:
 def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = None, tokens: bool = False) -> float:
     """Operations of one forward pass for one pair whose caption has `text_tokens` tokens on average.
 
-    `patches` of the picture are looked at, all if left out. `tokens` says that an objective reads the tokens of both
-    towers in the joint space; where nobody reads more of a caption than its embedding, the last text block works for
-    one token (`TextTower`).
+    All towers run; `patches` of the picture are looked at, all if left out. `tokens` says that an objective reads the
+    tokens of pictures and captions in the joint space; where nobody reads more of a caption than its embedding, the
+    last text block works for one token (`TextTower`).
     """
     patches = patches or spec.image.grid**2
     seen = (text_tokens + 1) / 2
@@ -56,6 +56,9 @@ def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = Non
     if spec.caption:
         total += spec.caption.depth * _block(spec.text, text_tokens, seen, patches, spec.image.width)
         total += 2 * (text_tokens - 1) * spec.text.width * spec.text.vocabulary
+    for tower in spec.further.values():
+        total += tower.depth * _block(tower, tower.frames, tower.frames)
+        total += 2 * tower.width * (tower.frames * tower.features + spec.embed_dim)
     return total
 
 
@@ -83,6 +86,9 @@ def parameters(spec: ModelSpec) -> int:
     if spec.shared:
         total += blocks(spec.shared, spec.shared.depth) + 2 * (spec.shared.width + 1)
         total += (2 * spec.shared.width + 1) * (image.width + text.width)
+    for tower in spec.further.values():
+        total += blocks(tower, tower.depth) + 1
+        total += tower.width * (tower.features + 1 + tower.frames + spec.embed_dim)
     return total + (blocks(text, spec.caption.depth, image.width) if spec.caption else 0)
 
 

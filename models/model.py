@@ -1,10 +1,11 @@
-"""A model from its spec: two towers, a learned temperature, and a captioner if the spec has one."""
+"""A model from its spec: two towers, a learned temperature, and a captioner or further towers if the spec has some."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 
 from .captioner import Captioner
 from .shared import Shared
-from .spec import ModelSpec
-from .towers import ImageTower, TextTower, TowerOutput
+from .spec import ModelSpec, is_table, part_of
+from .towers import MAX_LOG_SCALE, FurtherTowers, ImageTower, TextTower, TowerOutput
 from .transformer import Experts
 
 # The constants CLIP normalises pictures with (Radford et al., arXiv 2103.00020); weights are only portable with them.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_LOG_SCALE = math.log(100.0)
+_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+_NO_TOWERS: Mapping[str, TowerOutput] = MappingProxyType({})
 
 
 class Extras(NamedTuple):
@@ -33,6 +35,8 @@ class Extras(NamedTuple):
     """int64 [b, k]: patches of each picture that are looked at; None: all"""
     longest: int | None = None
     """no caption has more tokens; None: the device is asked, and waited for"""
+    further: Mapping[str, Tensor] = _NOTHING
+    """samples of further modalities, float [b, frames, features], by the name of the tower; others do not run"""
 
 
 class ModelOutput(NamedTuple):
@@ -52,6 +56,8 @@ class ModelOutput(NamedTuple):
     """[b, p, e] in the joint space, if asked for"""
     text_tokens: Tensor | None = None
     """[t, e] in the joint space, if asked for"""
+    further: Mapping[str, TowerOutput] = _NO_TOWERS
+    """of the further towers that were asked for"""
 
 
 class Model(nn.Module):
@@ -67,6 +73,7 @@ class Model(nn.Module):
         self.text = TextTower(spec.text, spec.embed_dim)
         self.shared = Shared(spec) if spec.shared else None
         self.captioner = Captioner(spec) if spec.caption else None
+        self.further = FurtherTowers(spec.further, spec.embed_dim)
         # Shape [1]: sharded engines refuse 0-dimensional parameters.
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if spec.logit_bias else None
@@ -87,7 +94,7 @@ class Model(nn.Module):
         return self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
 
     def forward(self, images: Tensor, tokens_t: Tensor, lengths_b: Tensor, extras: Extras | None = None) -> ModelOutput:
-        """Both towers, and the captioner if there is one."""
+        """Both towers, the captioner if there is one, and the further towers that `extras` has samples for."""
         extras = extras or Extras()
         image = self.embed_images(images, extras.patches_bk)
         # What reads the tokens, and not the embedding alone, needs all of them.
@@ -99,8 +106,11 @@ class Model(nn.Module):
             masked_b = extras.parallel_b
             read = text if masked_b is None else self.text.masked(text, lengths_b, masked_b, shared)
             caption = self.captioner(image, read)
-        routing = tuple((mlp.counts_e, mlp.gates_e) for mlp in self.modules() if isinstance(mlp, Experts))
-        output = ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing)
+        further = {name: self.further[name](samples) for name, samples in extras.further.items()}
+        ran = (self.image, self.text, self.shared, self.captioner, *(self.further[name] for name in further))
+        mlps = (mlp for part in ran if part is not None for mlp in part.modules() if isinstance(mlp, Experts))
+        routing = tuple((mlp.counts_e, mlp.gates_e) for mlp in mlps)
+        output = ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing, further=further)
         if extras.tokens:
             tokens_bpe = self.image.projection(image.tokens).unflatten(0, (len(images), -1))
             output = output._replace(image_tokens=tokens_bpe, text_tokens=self.text.projection(text.tokens))
@@ -122,18 +132,19 @@ def initialise(spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]], seed: 
     writes = {"image": 2 * spec.image.depth, "text": 2 * spec.text.depth}
     writes["shared"] = 2 * spec.shared.depth if spec.shared else 1
     writes["captioner"] = 3 * spec.caption.depth if spec.caption else 1
+    writes |= {f"further.{name}": 2 * tower.depth for name, tower in spec.further.items()}
     for name, parameter in parameters:
-        if name == "logit_scale":
-            parameter.fill_(math.log(10.0 if spec.logit_bias else 1 / 0.07))
+        if name.endswith("logit_scale"):
+            parameter.fill_(math.log(10.0 if spec.logit_bias and name == "logit_scale" else 1 / 0.07))
         elif name == "logit_bias":
             # Scale and bias start as in SigLIP (arXiv 2303.15343): nearly all pairs are negatives, and taken for such.
             parameter.fill_(-10.0)
         elif parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         else:
-            std = 0.02 if "embedding" in name else parameter.shape[1] ** -0.5
+            std = 0.02 if is_table(name) else parameter.shape[1] ** -0.5
             if name.endswith(("out.weight", "down.weight")):
-                std *= writes[name.split(".")[0]] ** -0.5
+                std *= writes[part_of(name)] ** -0.5
             parameter.copy_(torch.randn(parameter.shape, generator=named_generator(seed, f"init/{name}")) * std)
 
 

@@ -6,12 +6,16 @@ A spec holds no tensors and no behaviour beyond checking itself; `treering.model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, Literal, Self, TypeGuard
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 CLIP_VOCABULARY = 49408
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_FURTHER = re.compile(r"further\.([a-z][a-z0-9_]{0,31})\.([a-z_]+)")
 
 
 class SpecError(ValueError):
@@ -21,6 +25,17 @@ class SpecError(ValueError):
 def nearest_multiple(size: int, of: int) -> int:
     """The multiple of `of` that is nearest to `size`, at least one `of`; the larger of two that are as near."""
     return max(1, (2 * size + of) // (2 * of)) * of
+
+
+def part_of(name: str) -> str:
+    """The part of a model that tensor `name` is of: `image`, `captioner`, `further.audio`."""
+    part, *path = name.split(".")
+    return f"{part}.{path[0]}" if part == "further" else part
+
+
+def is_table(name: str) -> bool:
+    """Whether tensor `name` is one whose rows are looked up: tokens or positions."""
+    return name.removesuffix(".weight").endswith("_embedding")
 
 
 def padding_variance(old: int, new: int) -> float:
@@ -117,6 +132,13 @@ class SharedSpec(TowerSpec, frozen=True, extra="forbid", strict=True):
     """Blocks that both towers send their tokens through before pooling, each behind a gate (after GrowCLIP)."""
 
 
+class SequenceSpec(TowerSpec, frozen=True, extra="forbid", strict=True):
+    """A transformer over the frames of a further modality: the rows of one matrix a sample, all of one shape."""
+
+    features: int = Field(gt=0, description="numbers in a frame, as in the bands of a spectrogram")
+    frames: int = Field(1, gt=0, description="frames of a sample; 1: the sample is a vector")
+
+
 class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     """A dual encoder, with a captioner on its text tower if `caption` is given."""
 
@@ -125,13 +147,29 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     text: TextSpec
     caption: CaptionSpec | None = Field(None, description="leave out for a pure dual encoder")
     shared: SharedSpec | None = Field(None, description="blocks that both towers share; leave out for none")
+    further: dict[str, SequenceSpec] = Field(
+        default_factory=dict, description="towers of further modalities, by the name of the data column that each reads"
+    )
     logit_bias: bool = Field(False, description="learn a bias on similarities, as the sigmoid loss needs")
+
+    @field_validator("further")
+    @classmethod
+    def _names(cls, value: dict[str, SequenceSpec]) -> dict[str, SequenceSpec]:
+        for name in value:
+            if not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"further: {name[:40]!r} is no name; use that of a data column, small letters, digits and _"
+                )
+            if name in ("image", "text"):
+                raise ValueError(f"further: the model has its own {name} tower; give the further one another name")
+        return value
 
     def grown(self, targets: Mapping[str, int | float]) -> ModelSpec:
         """The spec with dotted fields set to larger sizes, as in `{"image.depth": 8}`.
 
         Without a head_dim, heads that are not set follow their tower's width, so that a head keeps its channels.
-        A model without a captioner gets one by `caption.depth`. A patch may become smaller or larger.
+        A model without a captioner gets one by `caption.depth`, and a further tower by its sizes, as in
+        `{"further.audio.depth": 2, ...}`. A patch may become smaller or larger.
         Raises SpecError if a field does not exist, shrinks, or makes a model that cannot be.
         """
         return self._resized("grow", targets)
@@ -157,12 +195,13 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
             *parents, key = path.split(".")
             branch = tree
             for part in parents:
-                branch[part] = branch[part] or {}
+                branch[part] = branch.get(part) or {}
                 branch = branch[part]
             branch[key] = value
         for tower, old in self.transformers().items():
             if f"{tower}.width" in targets:
-                self._follow_width(word, tower, old, tree[tower], targets)
+                block, _, name = tower.partition(".")
+                self._follow_width(word, tower, old, tree[block][name] if name else tree[block], targets)
         try:
             return ModelSpec.model_validate(tree)
         except ValidationError as error:
@@ -174,11 +213,22 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
         """The size at `path` now."""
         known = self.sizes() | {f"{name}.head_dim": spec.head_width for name, spec in self.transformers().items()}
         if word == "grow":
-            for part in ("caption.depth", "shared.depth", "shared.width", "shared.heads"):
+            for part in ("caption.depth", "shared.depth", "shared.width", "shared.heads", *self._new_tower(path)):
                 known.setdefault(part, 0)
         if path not in known:
-            raise SpecError(f"{word}: {path} = {value}: the model has no such size; it has {', '.join(known)}")
+            near, *_ = [one for one in known if one.endswith(f".{path}")] or get_close_matches(path, known, 1, 0.0)
+            raise SpecError(
+                f"{word}: {path} = {value}: the model has no such size, the nearest is {near}; "
+                f"it has {', '.join(known)}"
+            )
         return known[path]
+
+    def _new_tower(self, path: str) -> list[str]:
+        """The sizes of the further tower that `path` is of, if the model has no such tower."""
+        place = _FURTHER.fullmatch(path)
+        if place is None or place[1] in self.further or place[1] in ("image", "text"):
+            return []
+        return [f"further.{place[1]}.{key}" for key in SequenceSpec.model_fields if key not in ("mlp", "norm_eps")]
 
     def _follow_width(
         self, word: str, tower: str, old: TowerSpec, new: dict[str, Any], targets: Mapping[str, int | float]
@@ -201,9 +251,23 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
                 )
             new["norm_eps"] = old.norm_eps * padding_variance(old.width, width)
 
+    def check_samples(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise SpecError if a further tower cannot read the samples of its data column; `shapes` are theirs."""
+        for name, tower in self.further.items():
+            *frames, features = shapes.get(name, (tower.frames, tower.features))
+            there = frames[0] if frames else 1
+            if (tower.frames, tower.features) != (there, features):
+                raise SpecError(
+                    f"model.further.{name} has frames = {tower.frames} and features = {tower.features}, but a sample "
+                    f"of column {name} is {list(shapes[name])}; set frames: {there}, features: {features}"
+                )
+
     def transformers(self) -> dict[str, TowerSpec]:
-        """The transformers of the model by name; the captioner's is the text tower's."""
-        return {"image": self.image, "text": self.text} | ({"shared": self.shared} if self.shared else {})
+        """The transformers of the model by the path of their sizes; the captioner's is the text tower's."""
+        shared = {"shared": self.shared} if self.shared else {}
+        return {"image": self.image, "text": self.text, **shared} | {
+            f"further.{name}": spec for name, spec in self.further.items()
+        }
 
     def sizes(self) -> dict[str, int | float]:
         """Every size of the spec by its dotted path, as `grow:` names them."""

@@ -1,20 +1,22 @@
-"""The image and the text tower: how pictures and captions become a stream, and a stream becomes one embedding.
+"""The towers: how pictures, captions and further modalities become a stream, and a stream becomes one embedding.
 
 Shape suffixes: b samples, t tokens of the whole batch, d channels of the tower, e channels of the joint space,
-p patches of a picture.
+p patches of a picture, f frames of a sample, n features of a frame.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .spec import ImageSpec, TextSpec
+from .spec import ImageSpec, SequenceSpec, TextSpec
 from .transformer import Dense, Layout, Packed, Transformer
 
+MAX_LOG_SCALE = math.log(100.0)
 Shares = Callable[[Tensor, Layout], Tensor]
 """what both towers share, on the tokens of one"""
 
@@ -28,6 +30,8 @@ class TowerOutput(NamedTuple):
     """[t, d]: the stream after the final norm; [0, d] where only the embedding was asked for."""
     mask: Layout
     """which tokens form a sample"""
+    scale: Tensor | None = None
+    """[1]: multiplies cosine similarities of a further tower; None: the model's does"""
 
 
 class ImageTower(nn.Module):
@@ -110,3 +114,42 @@ class TextTower(nn.Module):
         masks_nd = shared(masks_nd, masks) if shared else masks_nd
         masked_t = torch.repeat_interleave(masked_b, lengths_b, output_size=len(text.tokens))
         return text._replace(tokens=torch.where(masked_t[:, None], masks_nd[layout.positions_t], text.tokens))
+
+
+class SequenceTower(nn.Module):
+    """A transformer over the frames of a further modality; the embedding is the mean of the frame tokens.
+
+    The temperature of its similarities is its own (as in ImageBind, arXiv 2305.05665), so that a tower that has yet to
+    learn does not move that of pictures and captions.
+    """
+
+    def __init__(self, spec: SequenceSpec, embed_dim: int) -> None:
+        super().__init__()
+        self.shape = (spec.frames, spec.features)
+        self.frames = nn.Linear(spec.features, spec.width)
+        self.position_embedding = nn.Parameter(torch.empty(spec.frames, spec.width))
+        self.transformer = Transformer(spec, spec.depth)
+        self.projection = nn.Linear(spec.width, embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.empty(1))
+
+    def forward(self, samples: Tensor) -> TowerOutput:
+        """Embed samples, float [b, f, n], or vectors [b, n] where a sample is one frame."""
+        b = len(samples)
+        x_bfd = self.frames(samples.view(b, *self.shape)) + self.position_embedding
+        layout = Dense(b, x_bfd.shape[1])
+        x_td = self.transformer(x_bfd.flatten(0, 1), layout)
+        scale = self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
+        return TowerOutput(self.projection(x_td.unflatten(0, (b, -1)).mean(1)), x_td, layout, scale)
+
+
+class FurtherTowers(nn.Module):
+    """The towers of further modalities by name, any name: also one that a module has a method of, as `type`."""
+
+    def __init__(self, specs: Mapping[str, SequenceSpec], embed_dim: int) -> None:
+        super().__init__()
+        self._modules.update({name: SequenceTower(spec, embed_dim) for name, spec in specs.items()})
+
+    def __getitem__(self, name: str) -> SequenceTower:
+        tower = self._modules[name]
+        assert isinstance(tower, SequenceTower)
+        return tower

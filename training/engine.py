@@ -260,7 +260,8 @@ class Engine:
     @torch.no_grad()
     def output(self, inputs: Inputs) -> ModelOutput:
         """The model's output on this rank's pairs, without a graph; all ranks call it together."""
-        output: ModelOutput = self.model(inputs.images, inputs.tokens, inputs.lengths)
+        extras = extras_of(self.objectives, inputs)
+        output: ModelOutput = self.model(inputs.images, inputs.tokens, inputs.lengths, extras)
         return output
 
     def scale(self) -> float:

@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..models.model import MAX_LOG_SCALE, Model, ModelOutput, empty, initialise, materialise
+from ..models.model import Model, ModelOutput, empty, initialise, materialise
 from ..models.spec import ModelSpec
+from ..models.towers import MAX_LOG_SCALE
 from ..models.transformer import Block
 from .engine import Engine, EngineConfig, Forward, assembled, prepare
 from .objectives.base import Inputs

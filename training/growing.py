@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..models.growth.inheriting import Forget
 from ..models.growth.plan import changes, plan_growth
@@ -86,11 +87,11 @@ def grow(
     old = engine.model.spec
     if old.image.resolution != spec.image.resolution:
         probe = None  # the larger model sees other pictures
-    before = None if probe is None else similarities(engine, probe)
+    before = None if probe is None else similarities(engine, probe, old)
     parameters = engine.parameters
     larger, operators = enlarged(engine, build, spec, seed, how, fade)
     engine.close()
-    moved = None if before is None or probe is None else (similarities(larger, probe) - before).abs().max().item()
+    moved = None if before is None or probe is None else (similarities(larger, probe, old) - before).abs().max().item()
     changed = changes(old, spec)
     return larger, Growth(
         before={path: sizes[0] for path, sizes in changed.items()},
@@ -164,9 +165,12 @@ def described(operators: Sequence[Operator]) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def similarities(engine: Engine, inputs: Inputs) -> Tensor:
-    """Scaled cosine similarities [b, b] of a batch's pictures and captions."""
+def similarities(engine: Engine, inputs: Inputs, spec: ModelSpec) -> Tensor:
+    """Scaled cosine similarities [m, b, b] of a batch's captions with its pictures and the m - 1 further modalities
+    that a model of `spec` has."""
     output = engine.output(inputs)
-    image = torch.nn.functional.normalize(output.image.pooled, dim=-1)
-    text = torch.nn.functional.normalize(output.text.pooled, dim=-1)
-    return output.scale * image @ text.T
+    text = F.normalize(output.text.pooled, dim=-1)
+    towers = [output.image, *(output.further[name] for name in sorted(spec.further))]
+    scales = [output.scale if tower.scale is None else tower.scale for tower in towers]
+    each = zip(towers, scales, strict=True)
+    return torch.stack([scale * F.normalize(tower.pooled, dim=-1) @ text.T for tower, scale in each])

@@ -240,6 +240,7 @@ class Run:
         spec, recipe, world = self.engine.model.spec, self.recipe, self.world
         resolution, context, mixtures = spec.image.resolution, spec.text.context, self._mixtures()
         loader = Loader(recipe.data, resolution, context, recipe.seed, world.rank, world.size, mixtures)
+        self.specs[-1].check_samples(loader.columns)
         loader.check_bad(_entries(world.objects(self.display.known_bad())[0]))
         return loader
 
@@ -310,8 +311,11 @@ class Run:
         pairs = len(batch.lengths)
         numbers = torch.arange(pairs) + (self.state.samples + self.world.rank * pairs)
         tensors = (batch.images, batch.tokens, batch.lengths, batch.caption_ids, batch.image_ids, numbers)
-        images, tokens, lengths, caption_ids, image_ids, numbers = self._feed(tensors)
+        columns = batch.columns
+        images, tokens, lengths, caption_ids, image_ids, numbers, *moved = self._feed([*tensors, *columns.values()])
         inputs = Inputs(images, tokens, lengths, caption_ids, image_ids, numbers, host_lengths=batch.lengths)
+        if columns:
+            inputs = replace(inputs, columns=dict(zip(columns, moved, strict=True)))
         share, of = self.recipe.stages[self.state.stage].patches, self.engine.model.spec.image.grid**2
         if share < 1:
             inputs = replace(inputs, patches=kept(self.recipe.seed, "image/patches", numbers, of, share))

@@ -33,6 +33,8 @@ _PARTS: dict[str, tuple[Need, Callable[[ModelOutput], Tensor | None]]] = {
 """What objectives may read of each sample, by the need that says they do."""
 _SUMS = "routing/"
 """What begins so is a sum over the tokens of a piece, and over those of the batch the sum of these."""
+_FURTHER, _SCALES = "further/", "scale/"
+"""What begins so is the embeddings of a further tower, and its temperature."""
 
 
 def backward(
@@ -62,7 +64,7 @@ def backward(
     shares = {o.name: o.share(output, inputs, table, world) for o in objectives}
     loss = torch.stack([o.weight * shares[o.name] for o in objectives]).sum()
     (loss * world.size).backward()
-    sizes = {name: [len(one[name]) for one in kept] for name in whole if name in _PARTS}
+    sizes = {name: [len(one[name]) for one in kept] for name in whole if _of_samples(name)}
     slopes = {name: leaf.grad for name, leaf in whole.items()}
     for number, (piece, states) in enumerate(zip(pieces, generators, strict=True)):
         last = number == len(pieces) - 1
@@ -72,9 +74,10 @@ def backward(
             roots = []
             for name, tensor in found.items():
                 slope = slopes[name]
-                if slope is None or not tensor.requires_grad or not (last or name in _PARTS or name.startswith(_SUMS)):
-                    continue  # scale, bias and table are one for all pieces: their slopes go in once
-                roots.append((tensor, slope.split(sizes[name])[number] if name in _PARTS else slope))
+                once = not (_of_samples(name) or name.startswith(_SUMS))
+                if slope is None or not tensor.requires_grad or (once and not last):
+                    continue  # scales, bias and table are one for all pieces: their slopes go in once
+                roots.append((tensor, slope.split(sizes[name])[number] if _of_samples(name) else slope))
             torch.autograd.backward([tensor for tensor, _ in roots], [slope for _, slope in roots])
     return {name: share.detach() for name, share in shares.items()}
 
@@ -85,12 +88,22 @@ def cut(inputs: Inputs, parts: int) -> list[Inputs]:
     parts = min(parts, pairs)
     sizes = [pairs // parts + (number < pairs % parts) for number in range(parts)]
     tokens = [int(lengths.sum()) for lengths in inputs.known_lengths.split(sizes)]
-    columns = {
-        name: column.split(tokens if name == "tokens" else sizes)
-        for name, column in vars(inputs).items()
-        if column is not None
-    }
-    return [replace(inputs, **{name: column[number] for name, column in columns.items()}) for number in range(parts)]
+    tensors = {name: one for name, one in vars(inputs).items() if isinstance(one, Tensor)}
+    split = {name: one.split(tokens if name == "tokens" else sizes) for name, one in tensors.items()}
+    columns = {name: column.split(sizes) for name, column in inputs.columns.items()}
+    return [
+        replace(
+            inputs,
+            columns={name: column[number] for name, column in columns.items()},
+            **{name: pieces[number] for name, pieces in split.items()},
+        )
+        for number in range(parts)
+    ]
+
+
+def _of_samples(name: str) -> bool:
+    """Whether what is read of a piece is of its samples, and of the batch all of these."""
+    return name in _PARTS or name.startswith(_FURTHER)
 
 
 def _read(output: ModelOutput, table: Tensor, needs: set[Need]) -> dict[str, Tensor]:
@@ -99,12 +112,14 @@ def _read(output: ModelOutput, table: Tensor, needs: set[Need]) -> dict[str, Ten
     if "routing" in needs:
         for number, (counts_e, gates_e) in enumerate(output.routing):
             read |= {f"{_SUMS}{number}/counts": counts_e, f"{_SUMS}{number}/gates": gates_e}
+    for name, tower in output.further.items():
+        read |= {f"{_FURTHER}{name}": tower.pooled, f"{_SCALES}{name}": tower.scale}
     read |= {"scale": output.scale, "bias": output.bias, "table": table}
     return {name: tensor for name, tensor in read.items() if tensor is not None}
 
 
 def _leaf(name: str, pieces: list[Tensor]) -> Tensor:
-    whole = torch.cat(pieces) if name in _PARTS else pieces[-1]
+    whole = torch.cat(pieces) if _of_samples(name) else pieces[-1]
     if name.startswith(_SUMS):
         whole = torch.stack(pieces).sum(0)
     return whole.detach().requires_grad_(whole.is_floating_point())
@@ -120,7 +135,14 @@ def _assembled(whole: dict[str, Tensor], inputs: Inputs) -> tuple[ModelOutput, T
     routing = tuple((whole[f"{_SUMS}{i}/counts"], whole[f"{_SUMS}{i}/gates"]) for i in range(mixtures))
     tokens = whole.get("image_tokens"), whole.get("text_tokens")
     output = ModelOutput(image, text, whole["scale"], whole.get("bias"), whole.get("caption"), routing, *tokens)
-    return output, whole["table"]
+    further = {
+        name.removeprefix(_FURTHER): TowerOutput(
+            pooled, nothing, Dense(pairs, 0), whole[_SCALES + name.removeprefix(_FURTHER)]
+        )
+        for name, pooled in whole.items()
+        if name.startswith(_FURTHER)
+    }
+    return output._replace(further=further), whole["table"]
 
 
 def _generators(device: torch.device) -> list[Tensor]:

@@ -108,7 +108,7 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
     """The recipe with its present stage ended at `state` and a new one after it, and the number of that one.
 
     The new stage takes what is left of the present one, before the stages that follow it; or it is the last, of
-    `samples`. A captioner brings its objective with it.
+    `samples`. A captioner brings its objective with it, a further tower also its data column.
     """
     batch, now = recipe.data.batch, recipe.stages[state.stage]
     done = state.samples - batch * sum(s.steps(batch) for s in recipe.stages[: state.stage])
@@ -124,6 +124,7 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
     tree["stages"] = [*stages[: state.stage], {**stages[state.stage], "samples": done}, following, *later]
     captions = tree["model"]["caption"] or any("caption.depth" in each.get("grow", {}) for each in tree["stages"])
     tree["objectives"]["caption"] = (tree["objectives"]["caption"] or {}) if captions else None
+    _feed_and_train(tree)
     try:
         StageConfig.model_validate(following)
         return Recipe.model_validate(tree), state.stage + 1
@@ -132,6 +133,18 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
         where = ".".join(map(str, first["loc"]))
         said = first["msg"].removeprefix("Value error, ")
         raise SpecError(f"{where}: {said}" if where else said) from None
+
+
+def _feed_and_train(tree: dict[str, Any]) -> None:
+    """Give each further tower of a recipe its column, and a contrastive term with the text if it has none; drop the
+    terms of towers that no stage has."""
+    grown = [path.split(".") for stage in tree["stages"] for path in stage.get("grow", {})]
+    towers = {*tree["model"]["further"], *(path[1] for path in grown if path[0] == "further" and len(path) == 3)}
+    known, terms = towers | {"image", "text"}, tree["objectives"]["further"]
+    terms = [term for term in terms if known.issuperset(term["between"])]
+    trained = {name for term in terms for name in term["between"]}
+    tree["objectives"]["further"] = terms + [{"between": [name, "text"]} for name in sorted(towers - trained)]
+    tree["data"]["columns"] |= dict.fromkeys(towers, "npy")
 
 
 class OldState(Mapping[str, Tensor]):

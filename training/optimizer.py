@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from ..models.spec import is_table
 from .muon import Muon, hidden
 from .shards import Layout
 from .world import World
@@ -55,7 +56,7 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: to matrices, except tables that are looked up row by row."""
-    return parameter.ndim >= 2 and "embedding" not in name
+    return parameter.ndim >= 2 and not is_table(name)
 
 
 def pace(adam: torch.optim.Optimizer, lr: float, fade: float) -> None:

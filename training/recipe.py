@@ -23,7 +23,7 @@ from .engine import EngineConfig
 from .evaluate.config import EvalConfig
 from .health import RecoveryConfig
 from .objectives.config import ObjectivesConfig
-from .objectives.registry import check_needs
+from .objectives.registry import build_objectives, check_needs
 from .optimizer import OptimizerConfig
 from .schedule import ScheduleConfig
 from .stages import StageConfig
@@ -104,6 +104,23 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     @model_validator(mode="after")
     def _objectives_have_their_parts(self) -> Self:
         check_needs(self.objectives, self.specs()[-1])
+        return self
+
+    @model_validator(mode="after")
+    def _further_towers_are_fed_and_trained(self) -> Self:
+        for number, spec in enumerate(self.specs()):
+            trained = {name for objective in build_objectives(self.objectives, spec) for name in objective.further}
+            for name in spec.further:
+                if name not in self.data.columns:
+                    raise ValueError(
+                        f"model.further.{name} has nothing to read; add `{name}: npy` to data.columns, "
+                        f"or drop the tower"
+                    )
+                if name not in trained:
+                    raise ValueError(
+                        f"model.further.{name} is not trained in stages.{number}; add `{{between: [{name}, text]}}` "
+                        f"to objectives.further, or drop the tower"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..models.model import MAX_LOG_SCALE, Model, ModelOutput, build
+from ..models.model import Model, ModelOutput, build
 from ..models.spec import ModelSpec
+from ..models.towers import MAX_LOG_SCALE
 from .engine import Engine, EngineConfig, Forward, assembled, prepare
 from .objectives.base import Inputs
 from .optimizer import Optimizer, OptimizerConfig, pace

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..spec import part_of
+
 
 class Use(NamedTuple):
     """What a tensor does with an axis."""
 
     axis: str
-    """`image.width`, `image.heads`, `image.mlp_width`, and the same of `text` and `shared`"""
+    """`image.width`, `image.heads`, `image.mlp_width`, and the same of `text`, `shared` and further towers"""
     dim: int
     """the dimension that runs along it"""
     reads: bool
@@ -28,6 +30,7 @@ class Use(NamedTuple):
 # By module: the axis written, and the axis read; None does not grow here.
 _LAYERS: dict[str, tuple[str | None, str | None]] = {
     "patches": ("width", None),
+    "frames": ("width", None),
     "query": ("heads", "width"),
     "key": ("heads", "width"),
     "value": ("heads", "width"),
@@ -52,8 +55,9 @@ _OUTPUT_NORM = "captioner.transformer.norm"
 def uses(name: str) -> list[Use]:
     """The axes that the dimensions of tensor `name` run along."""
     place, _, kind = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "weight")
-    part, *path = place.split(".")
-    tower, module = ("text" if part == "captioner" else part), path[-1] if path else ""
+    part = part_of(name)
+    path = place.removeprefix(part).split(".")
+    tower, module = ("text" if part == "captioner" else part), path[-1]
     if tower == "shared" and module in _BRIDGES:
         own, other = Use("shared.width", 0, reads=False), _BRIDGES[module]
         if module.endswith("in"):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..model import named_generator
+from ..spec import part_of
 from .plan import Copies
 from .rules import Rule, TensorMap
 from .width import NOISE
@@ -47,7 +48,7 @@ class MoreExperts:
 
     def rule(self, name: str) -> Rule:
         """Experts and rows are copied, with their share of the moments; the rest is kept."""
-        part = name.split(".", 1)[0]
+        part = part_of(name)
         if ("text" if part == "captioner" else part) != self.tower:
             return Rule(name)
         if name.endswith(".mlp.router.weight"):
@@ -120,7 +121,7 @@ class Upcycle:
 
     def rule(self, name: str) -> Rule:
         """MLPs are copied; a router's second moment is the mean of its MLP's biases, which no optimizer lacks."""
-        part = name.split(".", 1)[0]
+        part = part_of(name)
         if ("text" if part == "captioner" else part) != self.tower:
             return Rule(name)
         if name.endswith(".mlp.router.weight"):

@@ -66,4 +66,4 @@ class HeadDim(Widen):
 
     def describe(self) -> dict[str, Any]:
         """For the lineage."""
-        return super().describe() | {"operator": "head_dim", "field": self.axis.replace("heads", "head_dim")}
+        return super().describe() | {"operator": "head_dim", "field": self.axis.removesuffix("heads") + "head_dim"}

@@ -1,6 +1,6 @@
-"""A larger joint space: both projections get new rows, zero at first, so no cosine changes.
+"""A larger joint space: all projections get new rows, zero at first, so no cosine changes.
 
-A zero row on both sides has no gradient on either (each is multiplied by the other), and copied rows would stay copies,
+A zero row on all sides has no gradient on any (each is multiplied by the other), and copied rows would stay copies,
 for the loss sees nothing but cosines. So the new rows start with a random momentum of the old rows' size instead: the
 function is exactly the old one, and the first step leads out of the dead point.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..model import named_generator
 from .rules import Rule, TensorMap
 
-_PROJECTIONS = ("image.projection.weight", "text.projection.weight")
+_PROJECTION = ".projection.weight"
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Joint:
     preserves: ClassVar[bool] = True
 
     def rule(self, name: str) -> Rule:
-        """Tensors other than the two projections are kept; a new row's second moment is the mean of the old rows'."""
-        if name not in _PROJECTIONS:
+        """Tensors other than the projections are kept; a new row's second moment is the mean of the old rows'."""
+        if not name.endswith(_PROJECTION):
             return Rule(name)
         return Rule(name, {"model": self._zeros, "exp_avg": self._momentum(name), "exp_avg_sq": self._mean})
 
@@ -63,8 +63,8 @@ class TruncateJoint:
     preserves: ClassVar[bool] = False
 
     def rule(self, name: str) -> Rule:
-        """Tensors other than the two projections are kept."""
-        if name not in _PROJECTIONS:
+        """Tensors other than the projections are kept."""
+        if not name.endswith(_PROJECTION):
             return Rule(name)
         return Rule(name, dict.fromkeys(("model", "exp_avg", "exp_avg_sq"), self._cut))
 

@@ -24,7 +24,7 @@ Inheriting = float | Literal["ema"]
 Drops = Literal["last", "smallest"]
 """which blocks go when a stack shrinks: the last ones, or those that write least"""
 
-STACKS = {
+_STACKS = {
     "image.depth": "image.transformer.blocks",
     "text.depth": "text.transformer.blocks",
     "caption.depth": "captioner.transformer.blocks",
@@ -47,6 +47,7 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
                 f"channels, and a head keeps its {a.head_width}; set {tower}.heads: {b.width // a.head_width}, "
                 f"or begin with a model that has {tower}.head_dim: {a.head_width}"
             )
+    _check_samples(old, new)
     paths = [*before, *(path for path in after if path not in before)]
     changed = {p: (before.get(p, 0), after.get(p, 0)) for p in paths if before.get(p, 0) != after.get(p, 0)}
     for tower, a, b in _both(old, new):
@@ -64,6 +65,17 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
             f"set image.resolution: {old.image.grid * new.image.patch} with it"
         )
     return changed
+
+
+def _check_samples(old: ModelSpec, new: ModelSpec) -> None:
+    """Raise SpecError if a further tower would have to read other samples than its data column holds."""
+    for name, a in old.further.items():
+        b = new.further.get(name, a)
+        if (a.frames, a.features) != (b.frames, b.features):
+            raise SpecError(
+                f"further.{name} with frames = {b.frames} and features = {b.features} does not fit the samples of its "
+                f"data column, which stay what they are; leave them at {a.frames} and {a.features}"
+            )
 
 
 def _both(old: ModelSpec, new: ModelSpec) -> list[tuple[str, TowerSpec, TowerSpec]]:
@@ -136,7 +148,7 @@ def plan_growth(
 
 
 def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Operator]:
-    """Channels, heads and hidden units of both towers."""
+    """Channels, heads and hidden units of all towers."""
     from .experts import MoreExperts, Upcycle
     from .heads import HeadDim
     from .width import Truncate, Widen
@@ -162,15 +174,17 @@ def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Op
 def _blocks(
     old: ModelSpec, new: ModelSpec, layers: Layers, drop: Drops, seed: int, read: Read | None
 ) -> list[Operator]:
-    """Blocks of all stacks, and a captioner where there was none."""
+    """Blocks of all stacks, and a captioner, shared blocks and further towers where there were none."""
     from .captioning import NewCaptioner
     from .depth import Depth, Drop, kept_blocks
+    from .further import NewTower
     from .sharing import NewShared
 
     before, after = old.sizes(), new.sizes()
     operators: list[Operator] = []
-    for path, stack in STACKS.items():
-        tower = path.split(".")[0].replace("caption", "text")
+    further = {f"further.{name}.depth": f"further.{name}.transformer.blocks" for name in old.further}
+    for path, stack in (_STACKS | further).items():
+        tower = "text" if path == "caption.depth" else path.removesuffix(".depth")
         experts = old.transformers()[tower].experts if tower in old.transformers() else 1
         small, large = int(before.get(path, 0)), int(after.get(path, 0))
         if 0 < small < large:
@@ -181,4 +195,5 @@ def _blocks(
         operators.append(NewCaptioner(new, seed))
     if new.shared and not old.shared:
         operators.append(NewShared(new, seed))
+    operators += [NewTower(new, name, seed) for name in new.further if name not in old.further]
     return operators

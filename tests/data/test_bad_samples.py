@@ -122,7 +122,7 @@ BROKEN: list[tuple[dict[str, bytes | None], str]] = [
         {"teacher.npy": npy(np.array([None]), allow_pickle=True)},
         FORM + "its numbers are object instead of float16, float32, float64",
     ),
-    ({"teacher.npy": npy(np.zeros((1, 5), "f4"))}, FORM + "its shape is (1, 5) instead of one row of numbers"),
+    ({"teacher.npy": npy(np.zeros((1, 5), "f4"))}, FORM + "float32 [1, 5] instead of float32 [5], as in '000'"),
     ({"teacher.npy": npy(np.zeros(4, "f4"))}, FORM + "float32 [4] instead of float32 [5], as in '000'"),
     ({"teacher.npy": npy(np.full(5, np.inf, "f4"))}, FORM + "it holds infinity, or what is no number"),
 ]

@@ -1,4 +1,4 @@
-"""Vectors beside the pictures: delivered as they lie in the shards, and every hostile or odd file refused."""
+"""Arrays beside the pictures: delivered as they lie in the shards, and every hostile or odd file refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from treering.data import Batch, DataConfig, DataError, EvaluationSet, Loader, Sample, Source, open_source
-from treering.data.vectors import read_vector
+from treering.data.vectors import read_array
 
 WriteTar = Callable[..., Path]
 
@@ -43,9 +43,19 @@ def test_floats(dtype: str) -> None:
         npy(vector),
         with_header(repr({"descr": dtype, "fortran_order": True, "shape": (7,)}), vector.tobytes()),
     ):
-        found = read_vector(data)
+        found = read_array(data)
         assert np.array_equal(found, vector)
         assert found.dtype.isnative
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_matrices(dtype: str, order: str) -> None:
+    matrix = np.asarray(np.random.default_rng(0).normal(size=(4, 3)), dtype, order=order)
+    found = read_array(npy(matrix))
+    assert np.array_equal(found, matrix)
+    assert found.shape == (4, 3)
+    assert found.dtype.isnative
 
 
 class Trap:
@@ -71,7 +81,10 @@ class Trap:
         (npy(np.zeros(3, "f4,f4")), "its numbers are void64"),
         (npy(np.zeros(3, np.complex64)), "its numbers are complex64"),
         (npy(np.array(["a" * 99])), "its numbers are str"),
-        (npy(np.zeros((1, 3))), "its shape is (1, 3) instead of one row of numbers"),
+        (npy(np.zeros((1, 3, 2))), "its shape is (1, 3, 2) instead of that of a vector or a matrix"),
+        (npy(np.zeros((3, 0))), "its shape is (3, 0)"),
+        (npy(np.zeros((3, 2)))[:-8], "its header speaks of 6 numbers of 8 bytes, but 40 bytes follow"),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -3)}", bytes(24)), "its shape is (-2"),
         (npy(np.zeros(())), "its shape is ()"),
         (npy(np.zeros(0)), "its shape is (0,)"),
         (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-3,)}", bytes(12)), "its shape is (-3,)"),
@@ -89,7 +102,7 @@ class Trap:
 )  # fmt: skip
 def test_refused(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        read_vector(data)
+        read_array(data)
     assert reason in str(error.value)
     assert len(str(error.value)) < 150
 
@@ -100,11 +113,11 @@ def test_refused(data: bytes, reason: str) -> None:
 def test_hostile_bytes(noise: bytes, at: int) -> None:
     whole = npy(np.arange(4.0))
     try:
-        vector = read_vector(whole[:at] + noise + whole[at + len(noise) :])
+        vector = read_array(whole[:at] + noise + whole[at + len(noise) :])
     except ValueError:
         pass
     else:
-        assert vector.ndim == 1
+        assert vector.ndim <= 2
         assert vector.nbytes < 200
 
 
@@ -150,6 +163,27 @@ def test_delivered_as_they_lie(
     sample = EvaluationSet(url, 24, 16).sample(3)
     assert isinstance(sample, Sample)
     assert sample.columns == {}
+    sample = EvaluationSet(url, 24, 16, columns=["teacher"]).sample(3)
+    assert np.array_equal(sample.columns["teacher"], vector(3, dtype).astype(np.float32))
+
+
+def test_frames_are_delivered_as_matrices(tmp_path: Path, write_tar: WriteTar, picture: Callable[..., bytes]) -> None:
+    """One shape for all; in an evaluation, those of the columns asked for that the source has."""
+    rows = [{"audio.npy": npy(np.asfortranarray(vector(n, length=12).reshape(4, 3)))} for n in range(9)]
+    rows[4] = {"audio.npy": npy(vector(4, length=12))}
+    url = url_of(tmp_path / "0.tar", write_tar, picture, rows)
+    each = loader(url, columns={"audio": "npy"})
+    assert each.columns == {"audio": (4, 3)}
+    batches = read(each, 2)
+    for batch in batches:
+        assert batch.columns["audio"].shape == (8, 4, 3)
+        for key, frames in zip(batch.keys, batch.columns["audio"].numpy(), strict=True):
+            assert np.array_equal(frames, vector(int(key), length=12).reshape(4, 3))
+    reasons = {entry.reason for batch in batches for entry in batch.bad}
+    assert reasons == {"column audio is wrong: float32 [12] instead of float32 [4, 3], as in '00'"}
+    evaluated = EvaluationSet(url, 24, 16, columns=["depth", "audio"])
+    assert list(evaluated.sample(1).columns) == ["audio"]
+    assert "instead of float32 [4, 3]" in evaluated.sample(4).reason
 
 
 def test_two_columns_and_which_member(tmp_path: Path, write_tar: WriteTar, picture: Callable[..., bytes]) -> None:
@@ -214,7 +248,7 @@ def test_refused_before_a_run(tmp_path: Path, write_tar: WriteTar, picture: Call
     with pytest.raises(DataError) as error:
         loader(none, columns={"teacher": "npy"})
     assert str(error.value) == (
-        f"{none}: columns.teacher asks for .teacher.npy or .npy, but of 9 samples looked at none has a vector there; "
+        f"{none}: columns.teacher asks for .teacher.npy or .npy, but of 9 samples looked at none has an array there; "
         f"found .png, .txt, .gif"
     )
     broken = url_of(tmp_path / "broken.tar", write_tar, picture, [{"npy": b"x"} for _ in range(9)])

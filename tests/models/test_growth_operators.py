@@ -159,6 +159,76 @@ def test_shared_blocks_enter_through_a_zero_gate() -> None:
     assert torch.equal(before[1], after[1])
 
 
+# A further tower where there was none
+
+HEARING = {
+    "further.audio.width": 12,
+    "further.audio.depth": 2,
+    "further.audio.heads": 3,
+    "further.audio.features": 5,
+    "further.audio.frames": 4,
+}
+
+
+def test_a_further_tower_leaves_the_others_bit_for_bit() -> None:
+    """It is a fresh model's own, in any company, and the optimizer knows nothing of it."""
+    model = perturbed(SPEC.grown({"caption.depth": 1}))
+    spec = model.spec.grown(HEARING)
+    hearing = resized(model, spec)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(hearing), strict=True))
+    plan, state = plan_growth(model.spec, spec, 3), state_of(model)
+    assert [operator.describe() for operator in plan] == [
+        {"operator": "tower", "field": "further.audio.depth", "from": 0, "to": 2, "seed": 3}
+    ]
+    names = [name for name, _ in hearing.named_parameters() if name.startswith("further.")]
+    fresh, grown_state = build(spec, 3), GrownState(plan, state, [])
+    for name in names:
+        assert torch.equal(grown_state[f"model/{name}"], fresh.get_parameter(name).double()), name
+        assert grown_rate(plan, {"logit_scale": 1.0}, name) == 1.0
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert not grown_state[f"{kind}/{name}"].any(), (kind, name)
+    both = resized(model, spec.grown({"image.width": 18, "embed_dim": 9, "text.depth": 3}))
+    assert torch.equal(both.further["audio"].frames.weight, hearing.further["audio"].frames.weight)
+    assert apart(model, resized(both, both.spec.shrunk({"embed_dim": 6}))) < 1e-12
+    other = dict(
+        resized(model, model.spec.grown({k.replace("audio", "depth"): v for k, v in HEARING.items()}))
+        .further["depth"]
+        .named_parameters()
+    )
+    assert not torch.equal(other["frames.weight"], hearing.further["audio"].frames.weight)
+
+
+def test_operators_name_the_sizes_of_a_tower_whatever_it_is_called() -> None:
+    """Depths, widths and heads of towers that are called like sizes and parts."""
+    for name in ("heads", "depth", "caption", "width"):
+        sizes = {key.replace("audio", name): value for key, value in HEARING.items()}
+        model = perturbed(SPEC.grown(sizes))
+        more = {f"further.{name}.{size}": value for size, value in {"head_dim": 6, "depth": 3, "width": 18}.items()}
+        spec = model.spec.grown(more)
+        fields = {operator.describe()["field"] for operator in plan_growth(model.spec, spec)}
+        assert fields == {f"further.{name}.{size}" for size in ("width", "mlp_width", "head_dim", "depth")}
+        larger = resized(model, spec)
+        frames = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+        assert torch.allclose(model.further[name](frames).pooled, larger.further[name](frames).pooled, atol=1e-12)
+
+
+def test_a_further_tower_shrinks() -> None:
+    """As any other: what plain copies and empty blocks added goes without a trace."""
+    model = perturbed(SPEC.grown(HEARING | {"further.audio.experts": 2}))
+    large = model.spec.grown({"further.audio.width": 24, "further.audio.depth": 3})
+    state = state_of(model)
+    read = lambda kind, name: state[f"{kind}/{name}"]  # noqa: E731
+    there = plan_growth(model.spec, large, 3, "duplicate")
+    deep = filled(large, there, state)
+    held = state_of(deep)
+    back = plan_growth(large, model.spec, drop="smallest", read=lambda kind, name: held[f"{kind}/{name}"])
+    small = filled(model.spec, [*there, *back], state)
+    for name, p in small.named_parameters():
+        assert torch.allclose(p, read("model", name), rtol=1e-12), name
+    assert [operator.describe()["operator"] for operator in back] == ["truncate", "truncate", "truncate", "drop"]
+    assert back[-1].describe()["field"] == "further.audio.depth"
+
+
 # Patches and words
 
 

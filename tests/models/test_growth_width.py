@@ -18,8 +18,8 @@ from treering.models.growth.heads import HeadDim
 from treering.models.growth.plan import Copies, plan_growth
 from treering.models.growth.positions import Context, Resolution
 from treering.models.growth.rules import Operator, grown, grown_rate
-from treering.models.model import Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SharedSpec, TextSpec
+from treering.models.model import Extras, Model, build
+from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec, part_of
 from treering.training.optimizer import Optimizer, OptimizerConfig
 
 TIED = ModelSpec(
@@ -28,6 +28,9 @@ TIED = ModelSpec(
     text=TextSpec(width=8, depth=1, heads=2, context=9),
     caption=CaptionSpec(depth=1),
 )
+
+
+AUDIO = SequenceSpec(width=12, depth=1, heads=2, features=5, frames=4, mlp="swiglu")
 
 
 @st.composite
@@ -48,6 +51,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         text=TextSpec(depth=draw(st.integers(1, 2)), context=9, **tower(30)),
         caption=draw(st.sampled_from([None, CaptionSpec(depth=1), CaptionSpec(depth=2)])),
         shared=draw(st.sampled_from([None, SharedSpec(width=8, depth=1, heads=2)])),
+        further=draw(st.sampled_from([{}, {"audio": AUDIO}])),
     )
 
 
@@ -70,6 +74,18 @@ OPERATIONS: dict[str, Callable[[ModelSpec, int], dict[str, int | float]]] = {
         {"shared.depth": 1 + n, "shared.width": 8 + 4 * n, "shared.mlp_ratio": 4.0 + n}
         if s.shared
         else {"shared.depth": n, "shared.width": 8, "shared.heads": 2}
+    ),
+    "further": lambda s, n: {
+        f"further.depth.{size}": value
+        for size, value in {"depth": n, "width": 8 * n, "heads": 2, "features": 3, "frames": n, "experts": n}.items()
+    },
+    "further.audio": lambda s, n: {
+        f"further.audio.{size}": value + getattr(s.further["audio"], size)
+        for size, value in {"width": 6 * n, "depth": n, "mlp_ratio": 0.75 * n, "experts": n}.items()
+        if "audio" in s.further
+    },
+    "further.audio.head_dim": lambda s, n: (
+        {"further.audio.head_dim": s.further["audio"].head_width + n} if "audio" in s.further else {}
     ),
     "vocabulary": lambda s, n: {"text.vocabulary": s.text.vocabulary + n},
 }
@@ -104,17 +120,24 @@ def grow(model: Model, targets: dict[str, Any], copies: Copies = "noise", seed: 
 
 
 def outputs(model: Model, lengths: tuple[int, ...] = (4, 9, 2)) -> dict[str, Tensor]:
-    """Scaled cosines, both embeddings and the captioner's logits on fixed inputs."""
+    """Scaled cosines, all embeddings and the captioner's logits on fixed inputs."""
     generator = torch.Generator().manual_seed(1)
     side = model.spec.image.resolution
     images = torch.randint(0, 256, (len(lengths), 3, side, side), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(0, 49408, (sum(lengths),), generator=generator)
-    output = model(images, tokens, torch.tensor(lengths))
+    further = {
+        name: torch.randn(len(lengths), tower.frames, tower.features, generator=generator).to(model.image_mean)
+        for name, tower in model.spec.further.items()
+    }
+    output = model(images, tokens, torch.tensor(lengths), Extras(further=further))
     image, text = output.image.pooled, output.text.pooled
     found = {"logits": output.scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T}
     found |= {"image": image, "text": text}
     if output.caption is not None:
         found["caption"] = output.caption @ model.text.token_embedding.weight.T
+    for name, tower in output.further.items():
+        similar = F.normalize(tower.pooled, dim=-1) @ F.normalize(text, dim=-1).T
+        found |= {name: tower.pooled, f"{name} logits": tower.scale * similar}
     return found
 
 
@@ -172,6 +195,7 @@ def test_every_pair_of_operators_keeps_the_function(first: str, second: str) -> 
     """With heads of their own size, so that each operator has something to do."""
     free = {"image": {"head_dim": 5}, "text": {"head_dim": 3}}
     spec = TIED.model_copy(update={k: getattr(TIED, k).model_copy(update=v) for k, v in free.items()})
+    spec = spec.model_copy(update={"further": {"audio": AUDIO}})
     if "text.width by a fraction" in (first, second):
         spec = spec.model_copy(update={"caption": None})
     targets = OPERATIONS[first](spec, 1) | OPERATIONS[second](spec, 2)
@@ -199,9 +223,9 @@ def test_every_dimension_is_on_the_axis_it_is_said_to_be(spec: ModelSpec) -> Non
     for name, p in model.named_parameters():
         found = uses(name)
         assert [p.shape[use.dim] for use in found] == [sizes[use.axis] for use in found], name
-        fixed = {"patches.weight", "projection.weight", "token_embedding.weight", "position_embedding"}
+        fixed = {"patches.weight", "projection.weight", "token_embedding.weight", "position_embedding", "frames.weight"}
         scalar = p.numel() == 1
-        complete = len(found) == p.ndim or scalar or name.split(".", 1)[1] in fixed
+        complete = len(found) == p.ndim or scalar or name.removeprefix(f"{part_of(name)}.") in fixed
         assert complete, name
 
 
@@ -243,12 +267,14 @@ def score(found: dict[str, Tensor]) -> Tensor:
         {"image.width": 24, "text.width": 24, "text.mlp_ratio": 5.0},
         {"image.head_dim": 12, "text.head_dim": 7},
         {"shared.width": 16, "text.width": 16},
+        {"further.audio.width": 24, "further.audio.mlp_ratio": 5.5},
     ],
     ids=str,
 )
 def test_the_grown_gradient_is_the_mapped_one(targets: dict[str, Any]) -> None:
     """For plain copies: the first moment's map is the gradient's, the second's that of its square."""
     spec = TIED.grown({"shared.depth": 1, "shared.width": 8, "shared.heads": 2})
+    spec = spec.model_copy(update={"further": {"audio": AUDIO}})
     model = perturbed(spec)
     score(outputs(model)).backward()
     larger = grow(model, targets, "duplicate")

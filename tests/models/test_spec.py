@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from treering.models.growth.plan import changes, plan_growth
-from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
+from treering.models.spec import ImageSpec, ModelSpec, SequenceSpec, SpecError, TextSpec
 
 SPEC = ModelSpec(
     embed_dim=8,
@@ -36,8 +36,13 @@ def test_growth_targets() -> None:
     ("targets", "message"),
     [
         ({"image.depth": 1}, "smaller than the model's 2; set image.depth: 2 or more"),
-        ({"image.dpeth": 4}, "the model has no such size; it has embed_dim, image.width"),
+        ({"image.dpeth": 4}, "the model has no such size, the nearest is image.depth; it has embed_dim, image.width"),
         ({"audio.depth": 4}, "no such size"),
+        ({"further.audio.depht": 4}, "no such size, the nearest is further.audio.depth;"),
+        ({"further.au-dio.depth": 4}, "no such size"),
+        ({"further.text.depth": 4}, "no such size"),
+        ({"further.audio.norm_eps": 1}, "no such size"),
+        ({"further.audio.depth": 4}, r"no possible model: further\.audio\.width: Field required"),
         ({"caption.width": 4}, "no such size"),
         ({"image.norm_eps": 1}, "no such size"),
         ({"image.depth.x": 4}, "no such size"),
@@ -94,3 +99,37 @@ def test_shrinking_has_a_word_of_its_own() -> None:
     wide = SPEC.grown({"image.head_dim": 16})
     with pytest.raises(SpecError, match=r"makes heads of 8 channels, and a head keeps its 16"):
         changes(wide, wide.shrunk({"image.head_dim": 8}))
+
+
+AUDIO = {"further.audio.width": 12, "further.audio.depth": 1, "further.audio.heads": 3, "further.audio.features": 5}
+
+
+def test_a_further_tower_is_grown_into_being() -> None:
+    heard = SPEC.grown(AUDIO)
+    assert heard.further == {"audio": SequenceSpec(width=12, depth=1, heads=3, features=5)}
+    assert heard.image == SPEC.image
+    assert changes(SPEC, heard)["further.audio.width"] == (0, 12)
+    larger = heard.grown({"further.audio.width": 20, "further.audio.depth": 4})
+    assert (larger.further["audio"].heads, larger.further["audio"].depth) == (5, 4)
+    assert larger.further["audio"].norm_eps == pytest.approx(1e-5 * 12 / 20)
+    assert larger.shrunk({"further.audio.depth": 1}).further["audio"].depth == 1
+    with pytest.raises(SpecError, match=r"further\.audio\.width = 14 gives no whole number of heads of 4"):
+        heard.grown({"further.audio.width": 14})
+    with pytest.raises(SpecError, match=r"shrink: further.audio.depth = 1: the model has no such size"):
+        SPEC.shrunk({"further.audio.depth": 1})
+
+
+@pytest.mark.parametrize("size", ["frames", "features"])
+def test_a_further_tower_keeps_the_shape_of_its_samples(size: str) -> None:
+    heard = SPEC.grown(AUDIO)
+    with pytest.raises(SpecError, match=r"does not fit the samples of its data column.* leave them at 1 and 5"):
+        plan_growth(heard, heard.grown({f"further.audio.{size}": 9}))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "Audio", "a.b", "audio\n", "x" * 40])
+def test_names_of_towers_are_checked(name: str) -> None:
+    tower = SequenceSpec(width=8, depth=1, heads=2, features=3)
+    with pytest.raises(ValidationError, match="is no name; use that of a data column"):
+        ModelSpec(embed_dim=8, image=SPEC.image, text=SPEC.text, further={name: tower})
+    with pytest.raises(ValidationError, match="the model has its own image tower"):
+        ModelSpec(embed_dim=8, image=SPEC.image, text=SPEC.text, further={"image": tower})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from treering.launch.recipes import read_recipe
 from treering.models.model import Model, ModelOutput, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, TextSpec
 from treering.training import micro
 from treering.training.draws import uniform
 from treering.training.loop import train
@@ -39,6 +39,10 @@ SPEC = ModelSpec(
     image=ImageSpec(width=16, depth=1, heads=2, patch=4, resolution=8, experts=3, active=2),
     text=TextSpec(width=16, depth=1, heads=2, context=9),
     caption=CaptionSpec(depth=1),
+    further={
+        "audio": SequenceSpec(width=8, depth=1, heads=2, features=5, frames=3),
+        "depth": SequenceSpec(width=8, depth=1, heads=2, features=4),
+    },
     logit_bias=True,
 )
 ALONE = World(0, 1, torch.device("cpu"))
@@ -50,6 +54,11 @@ VARIANTS = {
         for more in ({}, {"positives": "caption", "softening": 0.2})
     ],
     "caption": [{}, {"parallel": 0.5}, {"parallel": 1.0}],
+    "further": [
+        {"between": ["audio", "text"]},
+        {"between": ["depth", "image"], "positives": "picture", "softening": 0.2},
+        {"between": ["audio", "depth"]},
+    ],
 }
 
 
@@ -86,7 +95,9 @@ def batch(seed: int = 0) -> Inputs:
     caption_ids, image_ids = torch.arange(PAIRS) + 100, torch.arange(PAIRS) + 200
     caption_ids[5], image_ids[3] = caption_ids[0], image_ids[2]
     images = torch.randint(0, 256, (PAIRS, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    return Inputs(images, tokens, lengths, caption_ids, image_ids, torch.arange(PAIRS) + 1000 * seed)
+    shapes = {"audio": (PAIRS, 3, 5), "depth": (PAIRS, 4)}
+    columns = {name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
+    return Inputs(images, tokens, lengths, caption_ids, image_ids, torch.arange(PAIRS) + 1000 * seed, columns=columns)
 
 
 def model(seed: int = 3) -> Model:
@@ -222,15 +233,21 @@ def test_schedules() -> None:
     for progress, factor in ((0.0, 1.0), (0.2, 1.0), (0.4, 2.0), (0.6, 3.0), (0.8, 1.5), (1.0, 0.0)):
         assert scheduled(points, progress) == pytest.approx(factor)
     assert scheduled([], 0.3) == 1.0
+    further = [
+        {"between": ["audio", "text"], "weight": 6.0, "schedule": points},
+        {"between": ["audio", "depth"], "weight": 3.0},
+    ]
     config = ObjectivesConfig.model_validate(
         {"contrastive": {"weight": 2.0, "schedule": points}, "caption": {}, "more": {"centred": {"momentum": 0.5}}}
+        | {"further": further}
     )
     assert config.more["centred"] == {"weight": 1.0, "schedule": [], "momentum": 0.5}
     objectives = registry.build_objectives(config, SPEC)
     registry.advance(objectives, config, 0.4)
-    assert [o.weight for o in objectives] == [pytest.approx(4.0), 2.0, 1.0]
-    bare = SPEC.model_copy(update={"caption": None})
-    assert [o.name for o in registry.build_objectives(config, bare)] == ["contrastive", "centred"]
+    assert [o.weight for o in objectives] == [pytest.approx(4.0), 2.0, 1.0, pytest.approx(12.0), 3.0]
+    bare = SPEC.model_copy(update={"caption": None, "further": {"audio": SPEC.further["audio"]}})
+    built = registry.build_objectives(config, bare)
+    assert [o.name for o in built] == ["contrastive", "centred", "contrastive/audio-text"]
 
 
 @pytest.mark.parametrize(
@@ -238,13 +255,18 @@ def test_schedules() -> None:
     [
         (
             {"more": {"nonsense": {}}},
-            "there is no objective 'nonsense'; there are balance, caption, centred, contrastive",
+            "there is no objective 'nonsense'; there are balance, caption, centred, contrastive, further",
         ),
         ({"more": {"centred": {"speed": 1}}}, r"centred\.speed"),
         ({"more": {"caption": {}}}, "caption has a key of its own"),
         ({"more": {"balance": {}}}, "balance has a key of its own"),
         ({"caption": {"schedule": [[0.5, 1.0], [0.5, 2.0]]}}, "in the order of the run"),
         ({"caption": {"schedule": [[0.5, -1.0]]}}, "greater than or equal to 0"),
+        ({"more": {"further": {}}}, "further has a key of its own"),
+        ({"further": [{"between": ["text", "image"]}]}, "has to begin with a further tower; that is `contrastive`"),
+        ({"further": [{"between": ["text", "audio"]}]}, r"has to begin with a further tower; write \[audio, text\]"),
+        ({"further": [{"between": ["audio", "audio"]}]}, "compares a tower with itself"),
+        ({"further": [{"between": ["a", "b"]}, {"between": ["b", "a"]}]}, "further compares b and a twice"),
     ],
 )
 def test_wrong_blocks_are_refused(block: dict[str, Any], message: str) -> None:

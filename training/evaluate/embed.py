@@ -7,7 +7,7 @@ same at any number of ranks, also when the set does not divide.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate, islice
 from typing import Any, TypeVar
 
@@ -43,12 +43,15 @@ class Embedded:
     """of the pictures"""
     bad: list[dict[str, Any]]
     """ledger entries of the samples that could not be used"""
+    further: dict[str, Tensor] = field(default_factory=dict)
+    """float [n, e], unit rows: the samples of further modalities, by tower, where the set has them"""
 
 
 @torch.no_grad()
 def embed(model: Model, data: EvaluationSet, batch: int, world: World) -> Embedded:
     """Embed every usable sample, with all its captions."""
     images, texts, facts, bad = [], [], [], []
+    further: dict[str, list[Tensor]] = {name: [] for name in data.vectors.shapes}
     for numbers in _chunks(range(world.rank, len(data), world.size), batch):
         read = {number: data.sample(number) for number in numbers}
         samples = {number: sample for number, sample in read.items() if isinstance(sample, Sample)}
@@ -56,6 +59,8 @@ def embed(model: Model, data: EvaluationSet, batch: int, world: World) -> Embedd
         if not samples:
             continue
         images.append(embed_pictures(model, list(samples.values()), world))
+        for name, rows in further.items():
+            rows.append(embed_further(model, name, list(samples.values()), world))
         captions = [c for s in samples.values() for c in s.captions]
         texts.append(embed_captions(model, data.tokenizer, captions, batch, world))
         facts += [
@@ -65,14 +70,22 @@ def embed(model: Model, data: EvaluationSet, batch: int, world: World) -> Embedd
     none = torch.zeros(0, model.spec.embed_dim)
     image_rows = _everyones(torch.cat([none, *images]), world)
     text_rows = _everyones(torch.cat([none, *texts]), world)
+    others = {name: _everyones(torch.cat([none, *rows]), world) for name, rows in further.items()}
     everyones_bad = [entry for rank in world.objects(bad) for entry in rank]
-    return _assemble(image_rows, text_rows, [fact for rank in world.objects(facts) for fact in rank], everyones_bad)
+    everyones_facts = [fact for rank in world.objects(facts) for fact in rank]
+    return _assemble(image_rows, text_rows, others, everyones_facts, everyones_bad)
 
 
 def embed_pictures(model: Model, samples: Sequence[Sample], world: World) -> Tensor:
     """Unit embeddings [b, e] of the samples' pictures, on the CPU in fp32."""
     pixels = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).to(world.device)
     return F.normalize(model.embed_images(pixels).pooled.float(), dim=-1).cpu()
+
+
+def embed_further(model: Model, name: str, samples: Sequence[Sample], world: World) -> Tensor:
+    """Unit embeddings [b, e] of the samples' arrays in column `name`, on the CPU in fp32."""
+    arrays = torch.from_numpy(np.stack([s.columns[name] for s in samples])).to(world.device)
+    return F.normalize(model.further[name](arrays).pooled.float(), dim=-1).cpu()
 
 
 def embed_captions(model: Model, tokenizer: TextTokenizer, captions: Sequence[str], batch: int, world: World) -> Tensor:
@@ -94,7 +107,9 @@ def _everyones(own: Tensor, world: World) -> Tensor:
     return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
 
-def _assemble(images: Tensor, texts: Tensor, facts: list[dict[str, Any]], bad: list[dict[str, Any]]) -> Embedded:
+def _assemble(
+    images: Tensor, texts: Tensor, further: dict[str, Tensor], facts: list[dict[str, Any]], bad: list[dict[str, Any]]
+) -> Embedded:
     """Put the ranks' rows back into index order."""
     counts = [len(fact["captions"]) for fact in facts]
     starts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
@@ -109,6 +124,7 @@ def _assemble(images: Tensor, texts: Tensor, facts: list[dict[str, Any]], bad: l
         captions=[caption for row in order for caption in facts[row]["captions"]],
         labels=[facts[row]["labels"] for row in order],
         bad=bad,
+        further={name: rows[order] for name, rows in further.items()},
     )
 
 

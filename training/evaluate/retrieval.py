@@ -13,8 +13,8 @@ from torch import Tensor
 CUTS = (1, 5, 10)
 
 
-def recalls(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in both directions; caption j describes picture `owner_m[j]`.
+def recalls(image_ne: Tensor, text_me: Tensor, owner_m: Tensor, what: str = "image") -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions; caption j describes picture `owner_m[j]`, or `what` there is instead.
 
     A picture counts if any of its captions is found (the protocol of Karpathy and Fei-Fei, arXiv 1412.2306). Ties count
     against us, so a model that gives every pair the same score gets nothing.
@@ -22,8 +22,8 @@ def recalls(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> dict[str, flo
     image_rank_n, text_rank_m = ranks(image_ne, text_me, owner_m)
     scores = {}
     for k in CUTS:
-        scores[f"image_to_text@{k}"] = (image_rank_n < k).double().mean().item()
-        scores[f"text_to_image@{k}"] = (text_rank_m < k).double().mean().item()
+        scores[f"{what}_to_text@{k}"] = (image_rank_n < k).double().mean().item()
+        scores[f"text_to_{what}@{k}"] = (text_rank_m < k).double().mean().item()
     return scores
 
 
@@ -41,7 +41,7 @@ def _ranks(score_qc: Tensor, right_qc: Tensor) -> Tensor:
     return ((score_qc >= best_q) & ~right_qc).sum(1)
 
 
-def chance(pictures: int, owner_m: Tensor) -> dict[str, float]:
+def chance(pictures: int, owner_m: Tensor, what: str = "image") -> dict[str, float]:
     """The recalls of a random order, exactly."""
     captions = len(owner_m)
     counts = torch.bincount(owner_m, minlength=pictures).tolist()
@@ -49,6 +49,6 @@ def chance(pictures: int, owner_m: Tensor) -> dict[str, float]:
     for k in CUTS:
         drawn = min(k, captions)
         missed = [math.comb(captions - c, drawn) / math.comb(captions, drawn) for c in counts]
-        scores[f"image_to_text@{k}"] = 1 - sum(missed) / len(missed)
-        scores[f"text_to_image@{k}"] = min(1.0, k / pictures)
+        scores[f"{what}_to_text@{k}"] = 1 - sum(missed) / len(missed)
+        scores[f"text_to_{what}@{k}"] = min(1.0, k / pictures)
     return scores

@@ -52,9 +52,12 @@ def evaluate(
     """Run the configured suites on the shards at `url`, read through `cache`, with the run's `tokenizer`; every rank
     takes part and gets the same result.
 
-    Raises DataError if the shards cannot be read, or carry no labels for a zero-shot suite.
+    Raises DataError if the shards cannot be read, or carry no labels for a zero-shot suite, SpecError if a further
+    tower cannot read what they hold for it.
     """
-    samples = EvaluationSet(url, model.spec.image.resolution, model.spec.text.context, cache, tokenizer)
+    spec = model.spec
+    samples = EvaluationSet(url, spec.image.resolution, spec.text.context, cache, tokenizer, spec.further)
+    spec.check_samples(samples.vectors.shapes)
     data = embed(model, samples, config.batch, world)
     if not data.numbers:
         raise DataError(f"none of the {len(samples)} samples of {url} can be used: {data.bad[0]['reason']}")
@@ -63,6 +66,9 @@ def evaluate(
         found.scores.update(_prefixed("retrieval", retrieval.recalls(data.images, data.texts, data.owners)))
         found.chance.update(_prefixed("retrieval", retrieval.chance(len(data.images), data.owners)))
         found.sizes["retrieval"] = len(data.captions)
+        for name, rows in data.further.items():
+            found.scores.update(_prefixed("retrieval", retrieval.recalls(rows, data.texts, data.owners, name)))
+            found.chance.update(_prefixed("retrieval", retrieval.chance(len(rows), data.owners, name)))
     if "zero_shot" in config.suites:
         _zero_shot(model, config, samples, data, world, found)
     if config.examples and world.is_first:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -38,6 +38,8 @@ class Inputs:
     """int64 [b, k]: patches of each picture that are looked at; None: all"""
     host_lengths: Tensor | None = None
     """`lengths` once more, on the host: with it nobody waits for the device to tell; None: the device is asked"""
+    columns: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    """float32 [b, d] or [b, frames, d] by name: the data columns that the recipe asks for"""
 
     @property
     def known_lengths(self) -> Tensor:
@@ -49,13 +51,21 @@ class Inputs:
 class Objective(ABC):
     """A named term of the loss."""
 
-    name: ClassVar[str]
-    """its key in the recipe and the logs"""
     needs: ClassVar[frozenset[Need]] = frozenset()
     """what it reads of a forward pass"""
 
     weight: float
     """the factor of its share in the loss, at this step"""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Its key in the recipe and the logs; a class says `name = "..."`."""
+
+    @property
+    def further(self) -> frozenset[str]:
+        """The further towers whose embeddings it reads; they run only if an objective does."""
+        return frozenset()
 
     @abstractmethod
     def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
@@ -81,7 +91,7 @@ class Objective(ABC):
         assert not state, f"{self.name} has no state"
 
 
-def extras_of(objectives: Iterable[Objective], inputs: Inputs) -> Extras:
+def extras_of(objectives: Sequence[Objective], inputs: Inputs) -> Extras:
     """What all objectives together ask a forward pass for; at most one may mask captions."""
     asked = [objective.extras(inputs) for objective in objectives]
     parallel = [extras.parallel_b for extras in asked if extras.parallel_b is not None]
@@ -91,6 +101,7 @@ def extras_of(objectives: Iterable[Objective], inputs: Inputs) -> Extras:
         parallel_b=parallel[0] if parallel else None,
         patches_bk=inputs.patches,
         longest=int(inputs.known_lengths.max()),
+        further={name: inputs.columns[name] for objective in objectives for name in sorted(objective.further)},
     )
 
 

@@ -46,6 +46,29 @@ class ContrastiveConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=Tru
     softening: float = Field(0.0, ge=0, lt=1, description="share of each target that is spread over all candidates")
 
 
+class BetweenConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
+    """Which sample of a further modality belongs to which caption, picture or sample of another one (InfoNCE)."""
+
+    between: tuple[str, str] = Field(
+        strict=False,
+        description="a further tower, and image, text or another further tower, as in [audio, text]; the temperature "
+        "is that of the first",
+    )
+    positives: Literal["own", "caption", "picture"] = Field("own", description="as in contrastive")
+    softening: float = Field(0.0, ge=0, lt=1, description="share of each target that is spread over all candidates")
+
+    @field_validator("between")
+    @classmethod
+    def _begins_with_a_further_tower(cls, value: tuple[str, str]) -> tuple[str, str]:
+        first, second = value
+        if first == second:
+            raise ValueError(f"between = [{first}, {second}] compares a tower with itself; name another one")
+        if first in ("image", "text"):
+            remedy = "that is `contrastive`" if second in ("image", "text") else f"write [{second}, {first}]"
+            raise ValueError(f"between = [{first}, {second}] has to begin with a further tower; {remedy}")
+        return value
+
+
 class CaptionObjectiveConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
     """Next-token prediction of the caption from the picture (CoCa)."""
 
@@ -71,6 +94,9 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     contrastive: ContrastiveConfig | None = None
     caption: CaptionObjectiveConfig | None = None
     balance: BalanceConfig | None = None
+    further: tuple[BetweenConfig, ...] = Field(
+        (), strict=False, description="contrastive terms of further towers, as in [{between: [audio, text]}]"
+    )
     more: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="other registered objectives by name, as in {uniformity: {weight: 0.1}}"
     )
@@ -82,6 +108,16 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 "objectives has no contrastive term to train the embeddings; add `contrastive: {weight: 1.0}`"
             )
         return self
+
+    @field_validator("further")
+    @classmethod
+    def _each_once(cls, value: tuple[BetweenConfig, ...]) -> tuple[BetweenConfig, ...]:
+        seen: set[frozenset[str]] = set()
+        for term in value:
+            if frozenset(term.between) in seen:
+                raise ValueError(f"further compares {' and '.join(term.between)} twice; give one of them more weight")
+            seen.add(frozenset(term.between))
+        return value
 
     @field_validator("more")
     @classmethod

@@ -1,4 +1,5 @@
-"""Contrastive objectives: which picture belongs to which caption, over all pairs of the global batch.
+"""Contrastive objectives: which picture belongs to which caption, over all pairs of the global batch; or a further
+modality to either.
 
 All compare every image of this rank with the captions of all ranks; `pairwise` does so tile by tile. Two pairs that
 share a caption or a picture are not negatives of each other. Features are normalised and scored in fp32 whatever the
@@ -29,7 +30,6 @@ from .scores import Relations
 class _Pairwise(Objective):
     """What the contrastive objectives share."""
 
-    name = "contrastive"
     needs = frozenset({"embeddings"})
 
     positives: Literal["own", "caption", "picture"] = "own"
@@ -63,6 +63,8 @@ class Contrastive(_Pairwise):
     L = 1/2B * sum_i [ lse_j s<a_i, t_j> - s<a_i, t_i> ] + [ lse_j s<a_j, t_i> - s<a_i, t_i> ]
     """
 
+    name = "contrastive"
+
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
         image_losses_b, text_losses_b = softmax_losses(
             *_compared(output), output.scale.float(), relations, world, self.softening
@@ -77,6 +79,7 @@ class LateContrastive(_Pairwise):
     images of a text.
     """
 
+    name = "contrastive"
     needs = frozenset({"tokens"})
 
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
@@ -96,6 +99,7 @@ class SigmoidContrastive(_Pairwise):
     L = -1/B * sum_ij logsigmoid(z_ij (s<a_i, t_j> + bias)),  z_ij = 1 if i = j, else -1
     """
 
+    name = "contrastive"
     needs = frozenset({"embeddings", "bias"})
 
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
@@ -103,6 +107,30 @@ class SigmoidContrastive(_Pairwise):
         return sigmoid_losses(
             *_compared(output), output.scale.float(), output.bias.float(), relations, world, self.softening
         )
+
+
+@dataclass
+class Between(_Pairwise):
+    """InfoNCE in both directions between a further modality and another one, at the further tower's temperature."""
+
+    towers: tuple[str, str] = ("", "")
+    """the further one, and `image`, `text` or another further one"""
+
+    @property
+    def name(self) -> str:
+        return f"contrastive/{'-'.join(self.towers)}"
+
+    @property
+    def further(self) -> frozenset[str]:
+        return frozenset(self.towers) - {"image", "text"}
+
+    def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
+        towers = {"image": output.image, "text": output.text, **output.further}
+        one, other = (towers[name] for name in self.towers)
+        assert one.scale is not None
+        one_be, other_be = (F.normalize(tower.pooled.float(), dim=-1) for tower in (one, other))
+        losses = softmax_losses(one_be, other_be, one.scale.float(), relations, world, self.softening)
+        return (losses[0] + losses[1]) / 2
 
 
 def _compared(output: ModelOutput) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,17 @@ from typing import Any, NamedTuple, TypeVar
 
 from ...models.spec import ModelSpec
 from .balance import Balance
-from .base import Need, Objective, scheduled
+from .base import Objective, scheduled
 from .caption import Caption
-from .config import BalanceConfig, CaptionObjectiveConfig, ContrastiveConfig, ObjectiveConfig, ObjectivesConfig
-from .contrastive import Contrastive, LateContrastive, SigmoidContrastive
+from .config import (
+    BalanceConfig,
+    BetweenConfig,
+    CaptionObjectiveConfig,
+    ContrastiveConfig,
+    ObjectiveConfig,
+    ObjectivesConfig,
+)
+from .contrastive import Between, Contrastive, LateContrastive, SigmoidContrastive
 
 GROUP = "treering.objectives"
 """The entry points of other packages' objectives: name = module, and importing the module registers."""
@@ -72,15 +79,22 @@ def _balance(config: BalanceConfig, seed: int) -> Objective:
     return Balance(config.weight)
 
 
-def _configs(config: ObjectivesConfig) -> dict[str, ObjectiveConfig]:
+@register("further", BetweenConfig)
+def _further(config: BetweenConfig, seed: int) -> Objective:
+    return Between(config.weight, config.positives, config.softening, config.between)
+
+
+def _configs(config: ObjectivesConfig) -> dict[str, tuple[str, ObjectiveConfig]]:
+    """By the objective's name, what it is registered under and its block."""
     own = {"contrastive": config.contrastive, "caption": config.caption, "balance": config.balance}
     more = {name: registered(name).config.model_validate(fields) for name, fields in config.more.items()}
-    return {name: one for name, one in {**own, **more}.items() if one is not None}
+    found = {name: (name, one) for name, one in {**own, **more}.items() if one is not None}
+    return found | {_further(term, 0).name: ("further", term) for term in config.further}
 
 
 def build_objectives(config: ObjectivesConfig, spec: ModelSpec | None = None, seed: int = 0) -> list[Objective]:
     """The objectives of a recipe, in a fixed order; with a `spec`, those that a model of it has the parts for."""
-    built = [registered(name).build(one, seed) for name, one in _configs(config).items()]
+    built = [registered(name).build(one, seed) for name, one in _configs(config).values()]
     return [objective for objective in built if spec is None or not _missing(objective, spec)]
 
 
@@ -93,20 +107,22 @@ def check_needs(config: ObjectivesConfig, spec: ModelSpec) -> None:
     }
     for objective in build_objectives(config):
         for need in _missing(objective, spec):
-            part, remedy = parts[need]
+            part, remedy = parts.get(need) or (f"a tower called {need!r}", f"describe it under model.further.{need}")
             key = f"{'more.' if objective.name in config.more else ''}{objective.name}"
             raise ValueError(f"objectives.{key} needs {part}; {remedy}, or drop the objective")
 
 
-def _missing(objective: Objective, spec: ModelSpec) -> list[Need]:
+def _missing(objective: Objective, spec: ModelSpec) -> list[str]:
     mixtures = any(tower.experts > 1 for tower in spec.transformers().values())
     there = {"caption": spec.caption is not None, "bias": spec.logit_bias, "routing": mixtures}
-    return sorted(need for need in objective.needs if not there.get(need, True))
+    return sorted(need for need in objective.needs if not there.get(need, True)) or sorted(
+        objective.further - spec.further.keys()
+    )
 
 
 def advance(objectives: list[Objective], config: ObjectivesConfig, progress: float) -> None:
     """Set the weights for the step at a share `progress` of the run."""
     configs = _configs(config)
     for objective in objectives:
-        one = configs[objective.name]
+        _, one = configs[objective.name]
         objective.weight = one.weight * scheduled(one.schedule, progress)
