@@ -5,9 +5,9 @@
 A small model with a captioner and mixtures of experts takes 2,000 steps (200 with `--quick`) of softmax, sigmoid, late
 interaction, captioning (half of the captions word by word, half in parallel) and balance at once, on batches whose
 captions have other lengths each time. The first tenth warms up; then resident memory without what the allocator has
-free, and seconds of processor time for a step, are taken over every tenth. It ends with an error if memory grows by more
-than 2%, if the median of the second half of the tenths takes 10% longer than that of the first, or at the first loss that
-is not finite.
+free, and seconds of processor time for a step, are taken over every tenth. It ends with an error if memory grows by
+more than 2%, if the median of the second half of the tenths takes 10% longer than that of the first, or at the first
+loss that is not finite.
 """
 
 from __future__ import annotations
