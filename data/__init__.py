@@ -8,6 +8,8 @@ them up, `beside` is where they lie. `files` reads bytes; `retries`, `blocks` an
 `ledger` records what could not be used. Names are imported on first use: a recipe is checked without waiting for
 decoders.
 
+`pictures` reads sets to evaluate on that are no shards of pairs: folders of classes, tables, shards with classes.
+
 `pack` makes shards, `emoji` is the built-in data set. `lint` and `inspect` look into a source before a run does, in
 parallel (`sweep`); `sheet` is the page of samples.
 """

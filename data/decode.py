@@ -187,21 +187,28 @@ def random_crop(
     return cropped(image, drawn_crop(height, width, augment, random), resolution)
 
 
-def centre_crop(image: NDArray[np.uint8], resolution: int) -> NDArray[np.uint8]:
+def centre_crop(
+    image: NDArray[np.uint8], resolution: int, resize: str = "crop", interpolation: str = "bicubic"
+) -> NDArray[np.uint8]:
     """The picture for evaluation: the largest centred square, at resolution x resolution. (Cropping before resizing
-    and resizing the short side before cropping give the same square, up to one row of the source.)"""
+    and resizing the short side before cropping give the same square, up to one row of the source.)
+
+    With `resize` = squash it is the whole picture, whatever its shape; `interpolation` is bicubic or bilinear.
+    """
     height, width = image.shape[:2]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return resized(image[top : top + side, left : left + side], resolution, resolution)
+    if resize == "crop":
+        top, left = (height - side) // 2, (width - side) // 2
+        image = image[top : top + side, left : left + side]
+    return resized(image, resolution, resolution, interpolation)
 
 
-def resized(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Antialiased bicubic resize on uint8 [H, W, 3], which may be a view."""
+def resized(image: NDArray[np.uint8], height: int, width: int, interpolation: str = "bicubic") -> NDArray[np.uint8]:
+    """Antialiased resize on uint8 [H, W, 3], which may be a view."""
     import torch  # 2 s: packing and indexing do without
 
     if any(step < 0 for step in image.strides) or not image.flags.writeable:
         image = image.copy()  # torch takes neither mirrored nor read-only views
     planes = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # in this order torch sees channels last, and is faster
-    result = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+    result = torch.nn.functional.interpolate(planes, (height, width), mode=interpolation, antialias=True)
     return result.permute(0, 2, 3, 1)[0].numpy()

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,11 +101,7 @@ def items_of(input: str, images: Path | None, workers: int = 1, told: Told = sil
     items: list[Item]
     if path.is_dir():
         items = [*folder_items(path)]
-    elif (
-        input.lower().endswith((".tar", ".tar.gz", ".tgz"))
-        or "://" in input
-        or (set("*?[{") & set(input) and not path.exists())
-    ):
+    elif names_shards(input):
         items = [*shard_items(input, workers, told)]
     elif path.exists():
         items = [*table_items(path, images or path.parent)]
@@ -118,8 +114,9 @@ def items_of(input: str, images: Path | None, workers: int = 1, told: Told = sil
     return items
 
 
-def _names_shards(input: str, path: Path) -> bool:
-    is_pattern = set("*?[{") & set(input) and not path.exists()
+def names_shards(input: str) -> bool:
+    """Whether `input` is a URL of shards and no folder or table."""
+    is_pattern = set("*?[{") & set(input) and not Path(input).exists()
     return bool(input.lower().endswith((".tar", ".tar.gz", ".tgz")) or "://" in input or is_pattern)
 
 
@@ -235,8 +232,9 @@ class Table:
     """A table of pictures. .tsv and .csv: two columns, path and caption, or a first line that names the columns.
     .jsonl: an object a line, with `path`, and `caption` or `captions`. Other columns become metadata."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.kind = path, path.suffix.lower()
+    def __init__(self, path: Path, texts: Sequence[str] = _CAPTIONS) -> None:
+        """`texts`: what the column of captions may be called, or the one of classes or else that stands there."""
+        self.path, self.kind, self.texts = path, path.suffix.lower(), tuple(texts)
         if self.kind not in (".tsv", ".csv", ".jsonl"):
             raise DataError(
                 f"{path}: a table must end in .tsv, .csv or .jsonl; or name a folder of key.jpg and key.txt"
@@ -275,7 +273,7 @@ class Table:
             captions = row.pop("captions", [])
             if not isinstance(captions, list):
                 raise self.wrong(number, "captions must be a list of texts")
-            single = next((row.pop(name) for name in _CAPTIONS if isinstance(row.get(name), str)), None)
+            single = next((row.pop(name) for name in self.texts if isinstance(row.get(name), str)), None)
             yield Row(number, path, [*([single] if single is not None else []), *captions], row)
 
     def _cells(self) -> Iterator[Row]:
@@ -300,11 +298,11 @@ class Table:
         names = [cell.strip() for cell in header]
         lower = [name.lower() for name in names]
         path = next((lower.index(name) for name in _PATHS if name in lower), 0)
-        captions = {i for i, name in enumerate(lower) if name in _CAPTIONS} or (
+        captions = {i for i, name in enumerate(lower) if name in self.texts} or (
             {1 - path} if len(names) == 2 else set()
         )
         if not captions:
-            raise self.wrong(1, f"which of the columns is the caption? name it {_CAPTIONS[0]}")
+            raise self.wrong(1, f"which of the columns is the {self.texts[0]}? name it {self.texts[0]}")
         others = [name for i, name in enumerate(names) if i != path and i not in captions]
         wrong = next((n for n in others if not n or others.count(n) > 1 or n in ("captions", "labels")), None)
         if wrong is not None:
@@ -319,7 +317,7 @@ class Table:
         cells = list(zip(names or ("path", "caption"), (cell.strip() for cell in row), strict=True))
         captions = [cell for name, cell in cells if name == "caption" and cell]
         if not captions:
-            raise self.wrong(line, "the caption is empty; write one or drop the line")
+            raise self.wrong(line, f"the {self.texts[0]} is empty; write one or drop the line")
         others = {name: _value(cell) for name, cell in cells if name not in ("path", "caption") and cell}
         return Row(line, next(cell for name, cell in cells if name == "path"), [*captions], others)
 
@@ -334,7 +332,7 @@ def _value(cell: str) -> str | int | float:
 
 def table_items(path: Path, images: Path) -> Iterator[FileItem]:
     """The pictures of a table, in the order of their first lines; further lines of a picture are further captions."""
-    table, folder = Table(path), _Folder(images)
+    table, folder = Table(path), PictureFolder(images)
     rows: dict[Path, Row] = {}
     for row in table.rows():
         first = rows.setdefault(folder.file(row.path, f"{path}, line {row.line}"), row)
@@ -350,7 +348,7 @@ def table_items(path: Path, images: Path) -> Iterator[FileItem]:
         yield _item(name, picture, {"json": metadata}, where, where)
 
 
-class _Folder:
+class PictureFolder:
     """The folder of a table's pictures, which no path may leave."""
 
     def __init__(self, path: Path) -> None:

@@ -298,16 +298,36 @@ class EvaluationSet:
         context: int,
         cache: CacheConfig | None = None,
         tokenizer: str = "clip",
+        *,
+        resize: str = "crop",
+        interpolation: str = "bicubic",
         columns: Collection[str] = (),
     ) -> None:
-        """Opens the source; raises DataError if it cannot be read. Of `columns` those are delivered that it has."""
+        """Opens the source; raises DataError if it cannot be read. For `resize` and `interpolation` see `centre_crop`;
+        of `columns` those are delivered that it has."""
         self.source = open_source(url, BlockCache((cache or CacheConfig()).bytes))
         self.vectors = Vectors(present(columns, self.source), [self.source])
         self.tokenizer = open_tokenizer(tokenizer)
         self.resolution, self.context = resolution, context
+        self._resize, self._interpolation = resize, interpolation
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def url(self) -> str:
+        """Where the samples come from."""
+        return self.source.url
+
+    @property
+    def identity(self) -> str:
+        """A hash of what is read: other data has another."""
+        return self.source.identity
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that every sample has beside picture and captions."""
+        return tuple(self.vectors.shapes)
 
     def sample(self, number: int) -> Sample | LedgerEntry:
         """Sample `number`, or the reason why it cannot be used."""
@@ -315,7 +335,8 @@ class EvaluationSet:
             record = self.source.record(number, READ_KINDS | self.vectors.kinds)
             columns = self.vectors.read(record)
             captions, labels = captions_and_labels(record.fields)
-            image = centre_crop(picture(record.fields, record.kinds), self.resolution)
+            whole = picture(record.fields, record.kinds)
+            image = centre_crop(whole, self.resolution, self._resize, self._interpolation)
             tokens = self.tokenizer.encode(captions[0], self.context)
         except BadSample as error:
             return _entry(self.source, number, error)

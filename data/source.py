@@ -15,6 +15,7 @@ import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from itertools import accumulate
 from typing import Literal
 
@@ -102,6 +103,15 @@ class Source:
         return shard.shard, _first(places), max(offset + size for offset, size in places.values())
 
     @property
+    def identity(self) -> str:
+        """A hash of the shards with their sizes and stamps: other data has another."""
+        digest = sha256()
+        for place in self._places:
+            shard = self._shards[place].shard
+            digest.update(f"{shard.url}\0{shard.size}\0{shard.stamp}\n".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    @property
     def is_remote(self) -> bool:
         """Whether its shards come over the network."""
         return any(is_remote(shard.url) for shard in self._shards[:1])
@@ -175,6 +185,7 @@ def open_source(
     bad_shards: Literal["refuse", "skip"] = "refuse",
     workers: int | None = None,
     told: Told = silent,
+    captions: bool = True,
 ) -> Source:
     """Opens `samples://NAME` or a glob/brace URL of tar shards, read through `cache` if they are remote and it has room
     for them.
@@ -183,7 +194,7 @@ def open_source(
     source, or is left out of it (`bad_shards="skip"`) and named in `left_out`: a shard that is only out of reach, or
     missing, always refuses it, for it would come back and change the order. Shards without an index get one, by
     `workers` processes (None: as many as are useful); `told` hears of shards. Raises DataError, also if there is no
-    usable sample.
+    usable sample; `captions=False`: one without a caption is usable too.
     """
     wanted = _read_filter(url, filter)
     pattern = pattern_of(url)
@@ -200,7 +211,7 @@ def open_source(
     shards = Handles(
         [each.shard for each in whole], [each.samples for each in whole], lambda shard: index_table(shard, read)
     )
-    if not sum(each.usable for each in whole):
+    if not sum(each.usable if captions else each.samples for each in whole):
         raise DataError(_nothing_usable(url, shards, left_out))
     kept = accepted(pattern, wanted, whole, shards, workers, told) if wanted else None
     limit = cache.limit if cache else None

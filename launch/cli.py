@@ -7,6 +7,7 @@ in one short message and exit code 2; ours keeps its traceback.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -120,7 +121,12 @@ def evaluate(
         str, typer.Argument(metavar="COMMIT", help="A commit's URL, or a run folder for its newest commit.")
     ],
     suite: Annotated[
-        str | None, typer.Option("--suite", metavar="A,B", help="zero_shot, retrieval; left out: as in the recipe.")
+        str | None,
+        typer.Option(
+            "--suite",
+            metavar="A,B",
+            help="YAML files, and retrieval, zero_shot, geometry, captioning; left out: as in the recipe.",
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="URL", help="Shards to evaluate on; left out: as in the recipe.")
@@ -132,9 +138,12 @@ def evaluate(
     texts: Annotated[int, typer.Option("--texts", min=16, help="Captions to learn the map to OLD from.")] = 4096,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a commit and print every score beside what guessing would give.
+    """Evaluate a commit and print every score with its 95% interval beside what guessing would give.
 
-    treering eval runs/emoji --suite retrieval
+    Embeddings are kept, so the same commit on the same data is quick. Under torchrun or srun, all ranks share the work.
+
+        treering eval runs/emoji --suite retrieval
+        treering eval s3://BUCKET/emoji --suite pets.yaml,flickr.yaml,retrieval
     """
     from .evaluation import compare_commits, compatibility_table, evaluate_commit
     from .worker import score_table
@@ -147,14 +156,58 @@ def evaluate(
             Console().print(compatibility_table(compared))
         return
 
-    suites = [name.strip() for name in suite.split(",")] if suite is not None else None
-    found = evaluate_commit(commit, suites, data)
+    found = evaluate_commit(commit, _listed(suite), data)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         _print_json(found)
         return
     console = Console()
-    console.print(Text(f"{found['commit']} ({found['samples']:,} samples) on {found['data']}"), soft_wrap=True)
-    console.print(score_table(found["scores"], found["chance"]))
+    on = f" on {found['data']}" if found["data"] else ""
+    console.print(Text(f"{found['commit']} ({found['samples']:,} samples){on}"), soft_wrap=True)
+    console.print(score_table(found["scores"], found["chance"], found["intervals"]))
+
+
+@app.command()
+def compare(
+    commits: Annotated[
+        list[str],
+        typer.Argument(metavar="A B [C]", help="Commits' URLs, or run folders for their newest; A is compared with."),
+    ],
+    suite: Annotated[
+        str | None, typer.Option("--suite", metavar="X,Y", help="As in `treering eval`; left out: as in A's recipe.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="URL", help="For built-in suites; left out: as in A's recipe.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="PAGE", help="Where to write the page.")] = Path(
+        "comparison.html"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Say where models differ, by more than luck: every score, what each lost and won, as a table and as a page.
+
+    treering compare runs/emoji runs/other
+    treering compare runs/emoji s3://BUCKET/emoji/step-000000000562-life-0001 --suite pets.yaml,retrieval
+    """
+    from ..training.report.comparison import render_comparison
+    from .comparing import compare_runs, comparison_table
+    from .run import write_file
+
+    found = compare_runs(commits, _listed(suite), data)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    write_file(out, render_comparison(found))
+    if as_json:
+        _print_json({**found, "page": str(out)})
+        return
+    console = Console() if sys.stdout.isatty() else Console(width=200)  # a file takes whole lines
+    console.print(comparison_table(found))
+    console.print(Text(f"page  {out}"), soft_wrap=True)
+
+
+def _listed(suites: str | None) -> list[str] | None:
+    return [name.strip() for name in suites.split(",")] if suites is not None else None
 
 
 @app.command()
@@ -198,12 +251,51 @@ def grow(
     Console().print(Text(f"{text}next    {' '.join(found['continue'])}"), soft_wrap=True)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="open_clip:ARCHITECTURE/TAG, open_clip:ARCHITECTURE=FILE, open_clip:local-dir:FOLDER.",
+        ),
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="URL", help="A new run folder, or the URL of an empty store.")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="URL", help="Shards that the recipe trains on; left out: samples://emoji."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json, for weights that do not use CLIP's."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take over weights of open_clip as a commit, and write a recipe that trains them on.
+
+    A tag is fetched by open_clip's own download. A file is read without running anything in it. The commit can be
+    evaluated, grown, trained on and exported like any other.
+
+        treering import open_clip:ViT-B-32/laion2b_s34b_b79k --to runs/b32
+        treering import open_clip:ViT-B-32/laion2b_s34b_b79k=b32.safetensors --to s3://BUCKET/b32
+    """
+    from .importing import import_weights
+
+    found = import_weights(source, to, data, tokenizer)
+    if as_json:
+        _print_json(found)
+        return
+    rows = [f"{name:<12} {found[name]}" for name in ("source", "weights", "parameters", "commit", "recipe")]
+    rows += [f"{'note':<12} {note}" for note in found["notes"]]
+    Console().print(Text("\n".join([*rows, f"{'next':<12} {' '.join(found['continue'])}"])), soft_wrap=True)
+
+
 @app.command("export")
 def export(
     commit: Annotated[
         str, typer.Argument(metavar="COMMIT", help="A commit's URL, or a run folder for its newest commit.")
     ],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="safetensors.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="safetensors, or open_clip.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
     weights: Annotated[
         str | None,
@@ -213,7 +305,11 @@ def export(
 ) -> None:
     """Write the weights of a commit for other programs, with what the model is and where it came from beside them.
 
-    treering export runs/emoji --to safetensors --out emoji-weights
+    The folder of --to open_clip is what open_clip.create_model("local-dir:DIR") loads; a model that it cannot hold is
+    refused with every reason.
+
+        treering export runs/emoji --to safetensors --out emoji-weights
+        treering export runs/b32 --to open_clip --out b32-weights
     """
     from .exporting import export_commit
 
@@ -221,7 +317,7 @@ def export(
     if as_json:
         _print_json(found)
         return
-    rows = [f"{name:<12} {found[name]}" for name in ("commit", "weights", "parameters", "model", "spec", "lineage")]
+    rows = [f"{name:<12} {value}" for name, value in found.items()]
     Console().print(Text("\n".join(rows)), soft_wrap=True)
 
 

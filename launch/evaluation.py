@@ -4,58 +4,103 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic import ValidationError
 
-from ..training.evaluate.config import EvalConfig, SuiteName
+from ..training.evaluate.config import BUILT_IN, EvalConfig
 from ..training.recipe import Recipe
-from .errors import RecipeError, clean, show
+from .errors import RecipeError, clean
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..models.model import Model
+    from ..training.evaluate.outcome import Evaluation
     from ..training.manifest import Commit
+    from ..training.world import World
 
+Opened: TypeAlias = "tuple[Commit, Recipe]"
+"""a commit, and the recipe it was made by"""
 _TEXT_KINDS = frozenset({"txt", "json"})
 
 
 def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dict[str, Any]:
-    """Scores of the commit at `url` (or of the newest one of a run folder), with chance levels and sizes.
+    """Scores of the commit at `url` (or of the newest one of a run folder), with chance levels, intervals and sizes.
 
     What is not given comes from the commit's own recipe. Raises RecipeError, StoreError, DataError.
     """
-    known = get_args(SuiteName)
-    for suite in suites or ():
-        if suite not in known:
-            raise RecipeError(f"there is no suite {show(suite)}; there are {', '.join(known)}")
-    from ..training.evaluate.suites import evaluate
+    config = suites_of(suites) if suites else None
     from ..training.world import World
 
-    commit, recipe = _opened(url)
-    config = EvalConfig.model_validate(
-        recipe.eval.model_dump() | {"suites": suites or recipe.eval.suites, "examples": 0}
-    )
-    if not config.suites:
-        raise RecipeError(
-            f"the recipe of {clean(commit.url)} names no suites; give some, as in --suite {','.join(known)}"
-        )
+    opened = opened_commit(url)
+    wanted, source = asked(opened, config, data)
     world = World.join()
-    source = data or recipe.evaluation_source
-    found = evaluate(
-        _model(commit, recipe).to(world.device), config, source, world, recipe.data.cache, recipe.data.tokenizer
-    )
-    step, samples = commit.manifest.state.step, commit.manifest.state.samples
+    try:
+        found = scored(opened, wanted, source, world)
+    finally:
+        world.leave()
+    state = opened[0].manifest.state
     return {
-        "commit": commit.url,
-        "step": step,
-        "samples": samples,
+        "commit": opened[0].url,
+        "step": state.step,
+        "samples": state.samples,
         "data": source,
         "scores": found.scores,
+        "intervals": found.intervals,
         "chance": found.chance,
         "sizes": found.sizes,
     }
+
+
+def suites_of(names: list[str]) -> EvalConfig:
+    """The suites that are named, by built-in names and YAML files; looked at as far as no model is needed.
+    Raises RecipeError, DataError."""
+    try:
+        config = EvalConfig.model_validate({"suites": names})
+    except ValidationError as error:
+        raise RecipeError(clean(error.errors()[0]["msg"].removeprefix("Value error, "))) from None
+    if config.own:
+        from ..training.evaluate.protocols import check_suites
+
+        check_suites(config)
+    return config
+
+
+def asked(opened: Opened, config: EvalConfig | None, data: str | None) -> tuple[EvalConfig, str]:
+    """How a commit is to be evaluated and on which shards: by `config` and `data`, the rest by its own recipe.
+    Raises RecipeError, DataError."""
+    commit, recipe = opened
+    given = {"examples": 0} if config is None else {"examples": 0, "suites": config.suites}
+    wanted = recipe.eval.model_copy(update=given)
+    if not wanted.suites:
+        known = ",".join(BUILT_IN)
+        raise RecipeError(f"the recipe of {clean(commit.url)} names no suites; give some, as in --suite {known}")
+    source = data or recipe.evaluation_source
+    if wanted.built_in and not source:
+        raise RecipeError(f"the recipe of {clean(commit.url)} names no data to evaluate on; give some with --data")
+    if wanted.needs_captioner and commit.manifest.spec.caption is None:
+        raise RecipeError(f"the model of {clean(commit.url)} has no captioner; leave the captioning suite out")
+    from ..training.evaluate.protocols import check_suites
+
+    check_suites(wanted)
+    return wanted, source
+
+
+def scored(opened: Opened, config: EvalConfig, source: str, world: World) -> Evaluation:
+    """The evaluation of a commit; embeddings of it that are kept are taken, and new ones kept."""
+    from ..training.evaluate.kept import Kept
+    from ..training.evaluate.suites import evaluate
+
+    commit, recipe = opened
+    model = _model(commit, recipe).to(world.device)
+    kept = Kept(commit_identity(commit), world)
+    return evaluate(model, config, source, world, recipe.data.cache, recipe.data.tokenizer, kept)
+
+
+def commit_identity(commit: Commit) -> str:
+    """A commit by where it lies and the checksums of its parts: another one in its place has another."""
+    return f"{commit.url} {' '.join(part.sha256 for part in commit.manifest.parts)}"
 
 
 def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[str, Any]:
@@ -69,7 +114,7 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
     from ..training.evaluate.embed import embed, embed_captions
     from ..training.world import World
 
-    pair = [_opened(url) for url in (old, new)]
+    pair = [opened_commit(url) for url in (old, new)]
     recipe = pair[1][1]
     source = data or recipe.evaluation_source
     if not source:
@@ -79,7 +124,16 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
     for commit, of in pair:
         model, size = _model(commit, of).to(world.device), of.eval.batch
         spec = model.spec
-        samples = EvaluationSet(source, spec.image.resolution, spec.text.context, of.data.cache, of.data.tokenizer)
+        image, context = spec.image, spec.text.context
+        samples = EvaluationSet(
+            source,
+            image.resolution,
+            context,
+            of.data.cache,
+            of.data.tokenizer,
+            resize=image.resize,
+            interpolation=image.interpolation,
+        )
         rows = embed_captions(model, samples.tokenizer, captions, size, world)
         found.append((embed(model, samples, size, world), rows))
     (old_data, old_rows), (new_data, new_rows) = found
@@ -122,7 +176,7 @@ def compatibility_table(compared: Mapping[str, Any]) -> Table:
     return table
 
 
-def _opened(url: str) -> tuple[Commit, Recipe]:
+def opened_commit(url: str) -> Opened:
     """A commit and its recipe."""
     from ..training.commits import find_commit
 

@@ -97,8 +97,12 @@ def check_sources(recipe: Recipe) -> None:
         source = open_source(each.source, cache, each.filter, recipe.data.bad_shards)
         for line in told_of(source, each.filter):
             Console(stderr=True).print(Text(line), soft_wrap=True)
-    if recipe.eval.suites and recipe.evaluation_source not in {each.source for each in recipe.data.train}:
+    if recipe.eval.built_in and recipe.evaluation_source not in {each.source for each in recipe.data.train}:
         open_source(recipe.evaluation_source, cache)
+    if recipe.eval.suites:
+        from ..training.evaluate.protocols import check_suites
+
+        check_suites(recipe.eval)
 
 
 def check_store(recipe: Recipe, out: Path) -> None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..training.report.readable import decimal, duration, exact, percent
+from ..training.report.readable import decimal, duration, exact, percent, score
 from ..training.report.reading import Run, read_run
 from ..training.watchdog import read_heartbeats
 from .errors import RecipeError, clean
@@ -91,8 +91,8 @@ def as_table(status: dict[str, Any]) -> Any:
         "commit": f"{status['commit']} ({_ago(status['commit_age'])})" if status["commit"] else None,
     }
     rows |= {
-        name: f"{percent(score)} (chance {percent(status['chance'].get(name))})"
-        for name, score in status["scores"].items()
+        name: score(name, value) + (f" (chance {percent(status['chance'][name])})" if name in status["chance"] else "")
+        for name, value in status["scores"].items()
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows.items():

@@ -67,17 +67,26 @@ def show_summary(summary: Summary) -> None:
         console.print(Text(f"{name:<12} {value}"), soft_wrap=True)
 
 
-def score_table(scores: Mapping[str, float], chance: Mapping[str, float]) -> Table:
-    """Every score beside what guessing would give."""
+def score_table(
+    scores: Mapping[str, float],
+    chance: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+) -> Table:
+    """Every score beside its interval, where those are given, and what guessing would give."""
     from rich.table import Table
     from rich.text import Text
 
+    from ..training.report.readable import score as shown
+
     table = Table("score", box=None, pad_edge=False)
     table.add_column("model", justify="right")
+    if intervals is not None:
+        table.add_column("95% interval", justify="right")
     table.add_column("chance", justify="right")
     for name, score in scores.items():
+        within = " to ".join(shown(name, end) for end in intervals[name]) if intervals and name in intervals else ""
         guess = f"{chance[name]:.1%}" if name in chance else ""
-        table.add_row(Text(name), f"{score:.1%}", guess)
+        table.add_row(Text(name), shown(name, score), *([within] if intervals is not None else []), guess)
     return table
 
 

@@ -1,7 +1,7 @@
 """CoCa's captioner (Yu et al., arXiv 2205.01917): the text tower is the unimodal half of the decoder, this the rest.
 
 Its blocks continue the text tower's stream and also attend to the image tokens. The output table is the text tower's
-token table, so a captioner costs no second vocabulary.
+token table, so a captioner costs no second vocabulary; unless the spec asks for one, as open_clip's CoCa has it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ class Captioner(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         assert spec.caption is not None
-        self.transformer = Transformer(spec.text, spec.caption.depth, memory_width=spec.image.width)
+        after = spec.caption.cross == "after"
+        self.transformer = Transformer(spec.text, spec.caption.depth, spec.memory_width, after)
+        own = not spec.caption.tied
+        self.output = nn.Linear(spec.text.width, spec.text.vocabulary, bias=False) if own else None
 
     def forward(self, image: TowerOutput, text: TowerOutput) -> Tensor:
-        """States [t, d] in the text tower's layout; times the token table they are next-token logits."""
+        """States [t, d] in the text tower's layout; times the output table they are next-token logits."""
         states_td: Tensor = self.transformer(text.tokens, text.mask, image.tokens, image.mask)
         return states_td

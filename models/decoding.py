@@ -34,6 +34,7 @@ class Decoder:
     def __init__(self, model: Model, image: TowerOutput, longest: int) -> None:
         assert model.captioner is not None
         self.text, self.shared, self.captioner = model.text, model.shared, model.captioner.transformer
+        self.table = model.output_table
         self.written = 0
         rows, device = len(image.pooled), image.pooled.device
         self._own: dict[Block, _Memory] = {}
@@ -45,25 +46,31 @@ class Decoder:
             dtype = block.attention.key.weight.dtype
             self._own[block] = _Memory(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
         for block in self._blocks(self.captioner):
-            key, value = block.cross.key(image.tokens), block.cross.value(image.tokens)
+            tokens_td = block.memory_norm(image.tokens) if block.after else image.tokens
+            key, value = block.cross.key(tokens_td), block.cross.value(tokens_td)
             split = [image.mask.grid(x.unflatten(-1, (block.cross.heads, -1))) for x in (key, value)]
             self._image[block] = _Memory(*split)
+        # With CoCa's class token the text tower does not see what follows a token 0; see towers.py.
+        masked = self.text.class_embedding is not None
+        self._seen_bn = torch.ones(rows, longest + 1, dtype=torch.bool, device=device) if masked else None
 
     def next(self, tokens_b: Tensor) -> Tensor:
         """Logits [b, v] of the token after `tokens_b`, the newest of each caption."""
         x_bd = self.text.token_embedding(tokens_b) + self.text.position_embedding[self.written]
-        x_bd = self._through(self.text.transformer, x_bd)
+        x_bd = self._through(self.text.transformer, x_bd, self._seen_bn)
+        if self._seen_bn is not None:
+            self._seen_bn[:, self.written + 1] = tokens_b != 0
         if self.shared is not None:
             mixed_bd = self._through(self.shared.transformer, self.shared.text_in(x_bd))
             x_bd = x_bd + self.shared.text_gate * self.shared.text_out(mixed_bd)
         x_bd = self._through(self.captioner, x_bd)
         self.written += 1
-        return x_bd @ self.text.token_embedding.weight.T
+        return x_bd @ self.table.T
 
-    def _through(self, transformer: Transformer, x_bd: Tensor) -> Tensor:
+    def _through(self, transformer: Transformer, x_bd: Tensor, seen_bn: Tensor | None = None) -> Tensor:
         """One token of each caption through all blocks."""
         for block in self._blocks(transformer):
-            x_bd = self._step(block, x_bd)
+            x_bd = self._step(block, x_bd, seen_bn)
         normed_bd: Tensor = transformer.norm(x_bd)
         return normed_bd
 
@@ -71,29 +78,43 @@ class Decoder:
         """Go on with these captions, int64 [any number], each as often as it is named."""
         for memory in (*self._own.values(), *self._image.values()):
             memory.select(rows_b)
+        if self._seen_bn is not None:
+            self._seen_bn = self._seen_bn[rows_b]
 
     @staticmethod
     def _blocks(transformer: Transformer) -> list[Block]:
         return [block for block in transformer.blocks if isinstance(block, Block)]
 
-    def _step(self, block: Block, x_bd: Tensor) -> Tensor:
+    def _step(self, block: Block, x_bd: Tensor, seen_bn: Tensor | None) -> Tensor:
         """One token of each caption through a block."""
         normed_bd, own = block.attention_norm(x_bd), self._own[block]
         for store, project in ((own.key_bhnc, block.attention.key), (own.value_bhnc, block.attention.value)):
             store[:, :, self.written] = project(normed_bd).unflatten(-1, (block.attention.heads, -1))
-        x_bd = x_bd + _attended(block.attention, normed_bd, own, self.written + 1)
-        if block in self._image:
-            image = self._image[block]
-            x_bd = x_bd + _attended(block.cross, block.cross_norm(x_bd), image, image.key_bhnc.shape[2])
-        out_bd: Tensor = x_bd + block.mlp(block.mlp_norm(x_bd))
+        x_bd = x_bd + block.gained("attention", _attended(block.attention, normed_bd, own, self.written + 1, seen_bn))
+        if block in self._image and not block.after:
+            x_bd = x_bd + block.gained("cross", self._crossed(block, x_bd))
+        out_bd: Tensor = x_bd + block.gained("mlp", block.mlp(block.mlp_norm(x_bd)))
+        if block in self._image and block.after:
+            out_bd = out_bd + block.gained("cross", self._crossed(block, out_bd))
+            out_bd = out_bd + block.gained("cross_mlp", block.cross_mlp(block.cross_mlp_norm(out_bd)))
         return out_bd
 
+    def _crossed(self, block: Block, x_bd: Tensor) -> Tensor:
+        """What a token of each caption takes from the picture."""
+        image = self._image[block]
+        return _attended(block.cross, block.cross_norm(x_bd), image, image.key_bhnc.shape[2])
 
-def _attended(attention: Attention, x_bd: Tensor, memory: _Memory, tokens: int) -> Tensor:
-    """What a token of each caption takes from the first `tokens` of a memory."""
+
+def _attended(
+    attention: Attention, x_bd: Tensor, memory: _Memory, tokens: int, seen_bn: Tensor | None = None
+) -> Tensor:
+    """What a token of each caption takes from the first `tokens` of a memory, of those that are seen."""
     query_bh1c = attention.query(x_bd).unflatten(-1, (attention.heads, 1, -1))
     mixed_bh1c = F.scaled_dot_product_attention(
-        query_bh1c, memory.key_bhnc[:, :, :tokens], memory.value_bhnc[:, :, :tokens]
+        query_bh1c,
+        memory.key_bhnc[:, :, :tokens],
+        memory.value_bhnc[:, :, :tokens],
+        attn_mask=None if seen_bn is None else seen_bn[:, None, None, :tokens],
     )
     out_bd: Tensor = attention.out(mixed_bh1c.flatten(1))
     return out_bd

@@ -40,22 +40,32 @@ def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = Non
     tokens of pictures and captions in the joint space; where nobody reads more of a caption than its embedding, the
     last text block works for one token (`TextTower`).
     """
-    patches = patches or spec.image.grid**2
+    image, text, pooler = spec.image, spec.text, spec.image.pool == "attention"
+    patches = patches or image.grid**2
+    stream = patches + image.class_token
+    memory = image.queries - 1 if pooler else patches
+    text_tokens = text.context if text.filled else text_tokens
+    read = text_tokens + 2 * (text.pool == "class")  # the class token, and the filling it sees
     seen = (text_tokens + 1) / 2
-    total = spec.image.depth * _block(spec.image, patches, patches)
-    total += 2 * patches * 3 * spec.image.patch**2 * spec.image.width
-    whole = spec.text.depth - (spec.caption is None and spec.shared is None and not tokens)
-    total += whole * _block(spec.text, text_tokens, seen)
-    total += (spec.text.depth - whole) * _last_row(spec.text, text_tokens)
-    total += 2 * (spec.image.width + spec.text.width) * spec.embed_dim
+    whole = text.depth - (spec.caption is None and spec.shared is None and not text.filled and not tokens)
+    total = image.depth * _block(image, stream, stream)
+    total += 2 * patches * 3 * image.patch**2 * image.width
+    total += whole * _block(text, read, (read + 1) / 2 if text.causal else read)
+    total += (text.depth - whole) * _last_row(text, read)
+    total += 2 * ((spec.embed_dim if pooler else image.width) + text.width) * spec.embed_dim
     if tokens:
-        total += 2 * (patches * spec.image.width + text_tokens * spec.text.width) * spec.embed_dim
+        total += 2 * (patches * image.width + text_tokens * text.width) * spec.embed_dim
+    if pooler:
+        maps = image.queries * spec.embed_dim + stream * image.width
+        total += 4 * (maps + image.queries * stream) * spec.embed_dim
     if spec.shared:
         total += spec.shared.depth * (_block(spec.shared, patches, patches) + _block(spec.shared, text_tokens, seen))
-        total += 4 * spec.shared.width * (patches * spec.image.width + text_tokens * spec.text.width)
+        total += 4 * spec.shared.width * (patches * image.width + text_tokens * text.width)
     if spec.caption:
-        total += spec.caption.depth * _block(spec.text, text_tokens, seen, patches, spec.image.width)
-        total += 2 * (text_tokens - 1) * spec.text.width * spec.text.vocabulary
+        total += spec.caption.depth * _block(text, text_tokens, seen, memory, spec.memory_width)
+        total += 2 * (text_tokens - 1) * text.width * text.vocabulary
+        if spec.caption.cross == "after":
+            total += spec.caption.depth * 2 * text_tokens * _mlp_maps(text) * text.width * text.mlp_width
     for tower in spec.further.values():
         total += tower.depth * _block(tower, tower.frames, tower.frames)
         total += 2 * tower.width * (tower.frames * tower.features + spec.embed_dim)
@@ -64,32 +74,46 @@ def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = Non
 
 def parameters(spec: ModelSpec) -> int:
     """Trained numbers of the model, exactly."""
-
-    def attention(tower: TowerSpec, memory_width: int) -> int:
-        inner = tower.attention_width
-        return inner * (2 * tower.width + 2 * memory_width + 3) + tower.width
-
-    def blocks(tower: TowerSpec, depth: int, memory_width: int | None = None) -> int:
-        norms = 2 * tower.width
-        block = 2 * norms + attention(tower, tower.width)
-        maps = _mlp_maps(tower)
-        block += tower.experts * (tower.mlp_width * (maps * tower.width + maps - 1) + tower.width)
-        block += tower.experts * tower.width if tower.experts > 1 else 0
-        if memory_width is not None:
-            block += norms + attention(tower, memory_width)
-        return depth * block + norms
-
     image, text = spec.image, spec.text
-    total = blocks(image, image.depth) + blocks(text, text.depth) + 1 + spec.logit_bias
-    total += image.width * (3 * image.patch**2 + 1 + image.grid**2) + text.width * (text.vocabulary + text.context)
-    total += spec.embed_dim * (image.width + text.width)
+    total = _blocks(image, image.depth) + _blocks(text, text.depth) + 1 + spec.logit_bias
+    total += image.width * (3 * image.patch**2 + image.patch_bias + image.grid**2)
+    total += 2 * image.width * (image.class_token + image.pre_norm) + 2 * text.width * (text.pool == "class")
+    total += text.width * (text.vocabulary + text.context)
+    total += spec.embed_dim * (image.width + text.width + text.projection_bias)
+    if image.pool == "attention":  # its norm over the stream is in the place of the tower's last
+        total += _attention(spec.embed_dim, spec.embed_dim, image.width) + spec.embed_dim * (image.queries + 4)
+        total += spec.embed_dim * (spec.embed_dim - image.width)
     if spec.shared:
-        total += blocks(spec.shared, spec.shared.depth) + 2 * (spec.shared.width + 1)
+        total += _blocks(spec.shared, spec.shared.depth) + 2 * (spec.shared.width + 1)
         total += (2 * spec.shared.width + 1) * (image.width + text.width)
     for tower in spec.further.values():
-        total += blocks(tower, tower.depth) + 1
+        total += _blocks(tower, tower.depth) + 1
         total += tower.width * (tower.features + 1 + tower.frames + spec.embed_dim)
-    return total + (blocks(text, spec.caption.depth, image.width) if spec.caption else 0)
+    if spec.caption:
+        total += _blocks(text, spec.caption.depth, spec.memory_width, spec.caption.cross == "after")
+        total += 0 if spec.caption.tied else text.vocabulary * text.width
+    return total
+
+
+def _attention(width: int, inner: int, memory_width: int) -> int:
+    return inner * (2 * width + 2 * memory_width + 3) + width
+
+
+def _blocks(tower: TowerSpec, depth: int, memory_width: int | None = None, after: bool = False) -> int:
+    """Numbers of `depth` blocks and the norm behind them."""
+    norms, maps = 2 * tower.width, _mlp_maps(tower)
+    mlp = tower.mlp_width * (maps * tower.width + maps - 1) + tower.width
+    block = 2 * norms + _attention(tower.width, tower.attention_width, tower.width) + tower.experts * mlp
+    block += tower.experts * tower.width if tower.experts > 1 else 0
+    gains = 2
+    if memory_width is not None:
+        block += norms + _attention(tower.width, tower.attention_width, memory_width)
+        gains += 1 + after
+    if after:
+        assert memory_width is not None
+        block += 2 * memory_width + norms + mlp
+    block += gains * tower.width if tower.layer_scale is not None else 0
+    return depth * block + norms
 
 
 def training_flops(spec: ModelSpec, text_tokens: float, patches: int | None = None, tokens: bool = False) -> float:

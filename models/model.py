@@ -17,9 +17,6 @@ from .spec import ModelSpec, is_table, part_of
 from .towers import MAX_LOG_SCALE, FurtherTowers, ImageTower, TextTower, TowerOutput
 from .transformer import Experts
 
-# The constants CLIP normalises pictures with (Radford et al., arXiv 2103.00020); weights are only portable with them.
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 _NO_TOWERS: Mapping[str, TowerOutput] = MappingProxyType({})
 
@@ -77,8 +74,8 @@ class Model(nn.Module):
         # Shape [1]: sharded engines refuse 0-dimensional parameters.
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if spec.logit_bias else None
-        self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("image_mean", torch.tensor(spec.image.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(spec.image.std).view(3, 1, 1), persistent=False)
 
     def embed_images(self, images: Tensor, patches_bk: Tensor | None = None) -> TowerOutput:
         """Embed uint8 pictures [b, 3, resolution, resolution]; they are normalised here, on the device."""
@@ -88,6 +85,12 @@ class Model(nn.Module):
     def embed_texts(self, tokens_t: Tensor, lengths_b: Tensor) -> TowerOutput:
         """Embed packed captions: int64 [t] ids, int64 [b] lengths."""
         return self.text(tokens_t, lengths_b, shared=self.shared.text if self.shared else None)
+
+    @property
+    def output_table(self) -> Tensor:
+        """[v, d]: times this the captioner's states are next-token logits."""
+        own = self.captioner and self.captioner.output
+        return own.weight if own else self.text.token_embedding.weight
 
     def scale(self) -> Tensor:
         """The factor on cosine similarities, [1], at most 100."""
@@ -112,8 +115,8 @@ class Model(nn.Module):
         routing = tuple((mlp.counts_e, mlp.gates_e) for mlp in mlps)
         output = ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing, further=further)
         if extras.tokens:
-            tokens_bpe = self.image.projection(image.tokens).unflatten(0, (len(images), -1))
-            output = output._replace(image_tokens=tokens_bpe, text_tokens=self.text.projection(text.tokens))
+            tokens_bpe = self.image.project(image.tokens).unflatten(0, (len(images), -1))
+            output = output._replace(image_tokens=tokens_bpe, text_tokens=self.text.project(text.tokens))
         return output
 
 
@@ -131,7 +134,10 @@ def initialise(spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]], seed: 
     """
     writes = {"image": 2 * spec.image.depth, "text": 2 * spec.text.depth}
     writes["shared"] = 2 * spec.shared.depth if spec.shared else 1
-    writes["captioner"] = 3 * spec.caption.depth if spec.caption else 1
+    after = spec.caption is not None and spec.caption.cross == "after"
+    writes["captioner"] = (4 if after else 3) * spec.caption.depth if spec.caption else 1
+    gains = {name: tower.layer_scale for name, tower in spec.transformers().items()}
+    gains["captioner"] = spec.text.layer_scale
     writes |= {f"further.{name}": 2 * tower.depth for name, tower in spec.further.items()}
     for name, parameter in parameters:
         if name.endswith("logit_scale"):
@@ -139,6 +145,8 @@ def initialise(spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]], seed: 
         elif name == "logit_bias":
             # Scale and bias start as in SigLIP (arXiv 2303.15343): nearly all pairs are negatives, and taken for such.
             parameter.fill_(-10.0)
+        elif parameter.ndim == 1 and name.endswith("_scale"):
+            parameter.fill_(gains[part_of(name)] or 1.0)
         elif parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         else:
@@ -168,5 +176,5 @@ def materialise(model: Model, device: torch.device, wrapper: nn.Module | None = 
     Its constants are filled, its parameters are not.
     """
     (wrapper or model).to_empty(device=device)
-    model.image_mean.copy_(torch.tensor(IMAGE_MEAN).view(3, 1, 1))
-    model.image_std.copy_(torch.tensor(IMAGE_STD).view(3, 1, 1))
+    model.image_mean.copy_(torch.tensor(model.spec.image.mean).view(3, 1, 1))
+    model.image_std.copy_(torch.tensor(model.spec.image.std).view(3, 1, 1))

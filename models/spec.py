@@ -16,6 +16,9 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 CLIP_VOCABULARY = 49408
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _FURTHER = re.compile(r"further\.([a-z][a-z0-9_]{0,31})\.([a-z_]+)")
+# The constants CLIP normalises pictures with (Radford et al., arXiv 2103.00020); weights are only portable with them.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class SpecError(ValueError):
@@ -51,7 +54,12 @@ class TowerSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     heads: int = Field(gt=0, description="attention heads of every block")
     head_dim: int | None = Field(None, gt=0, description="channels of one head; left out: width / heads")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden units of the MLP per channel of the stream")
-    mlp: Literal["gelu", "swiglu"] = Field("gelu", description="the MLP's non-linearity; swiglu: gated, one map more")
+    mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = Field(
+        "gelu", description="the MLP's non-linearity; quick_gelu: OpenAI's CLIP; swiglu: gated, one map more"
+    )
+    layer_scale: float | None = Field(
+        None, gt=0, description="first value of a learned gain on what every block writes; left out: no gain"
+    )
     experts: int = Field(1, ge=1, description="MLPs of every block; 1: dense, more: a router chooses for each token")
     active: int = Field(2, ge=1, description="experts that a token goes through, where there are several")
     norm_eps: float = Field(
@@ -96,6 +104,33 @@ class ImageSpec(TowerSpec, frozen=True, extra="forbid", strict=True):
 
     patch: int = Field(gt=0, description="side of a patch in pixels")
     resolution: int = Field(gt=0, description="side of the square input in pixels")
+    patch_bias: bool = Field(True, description="whether the map from pixels to channels has a bias")
+    class_token: bool = Field(False, description="a learned token before the patches, as in CLIP")
+    pre_norm: bool = Field(False, description="a norm before the first block, as in CLIP")
+    pool: Literal["mean", "class", "attention"] = Field(
+        "mean",
+        description="what the embedding is read from: the mean of the patches, the class token, or the first of the "
+        "learned queries of CoCa's attention pooler, whose other queries are then what a captioner sees",
+    )
+    norm_after_pool: bool = Field(False, description="put the last norm behind the mean; tokens have none then")
+    queries: int = Field(256, gt=1, description="learned queries of the attention pooler")
+    pool_heads: int = Field(8, gt=0, description="heads of the attention pooler")
+    mean: tuple[float, float, float] = Field(CLIP_MEAN, strict=False, description="subtracted from pixels in 0..1")
+    std: tuple[float, float, float] = Field(CLIP_STD, strict=False, description="that pixels are then divided by")
+    resize: Literal["crop", "squash"] = Field(
+        "crop", description="how pictures are made square where nothing is drawn; squash: whatever their shape"
+    )
+    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="how they are then resized")
+
+    @model_validator(mode="after")
+    def _pool_has_its_parts(self) -> Self:
+        if self.pool == "class" and not self.class_token:
+            raise ValueError("pool = class reads a class token; set class_token: true")
+        if self.norm_after_pool and self.pool != "mean":
+            raise ValueError(f"norm_after_pool = true goes with pool: mean, not with pool = {self.pool}; leave it out")
+        if min(self.std) <= 0:
+            raise ValueError(f"std = {self.std} divides; set three positive numbers")
+        return self
 
     @model_validator(mode="after")
     def _patch_divides_resolution(self) -> Self:
@@ -114,18 +149,42 @@ class ImageSpec(TowerSpec, frozen=True, extra="forbid", strict=True):
 
 
 class TextSpec(TowerSpec, frozen=True, extra="forbid", strict=True):
-    """A causal transformer over a text's tokens, pooled at the last of them, which ends the text."""
+    """A causal transformer over a text's tokens, pooled at the last of them, which ends the text; unless set else."""
 
     context: int = Field(77, ge=3, description="longest caption in tokens, start and end included; longer ones are cut")
     vocabulary: int = Field(
         CLIP_VOCABULARY, gt=0, description="rows of the token table: at least the ids of data.tokenizer"
     )
+    causal: bool = Field(True, description="whether a token sees only those before it; false: see pool")
+    pool: Literal["end", "first", "last", "class"] = Field(
+        "end",
+        description="what the embedding is read from: the token that ends the text; the first or last place of the "
+        "context, which texts are filled to with token 0 (always so without a causal mask); or CoCa's class token",
+    )
+    projection_bias: bool = Field(False, description="whether the map to the joint space has a bias")
+
+    @model_validator(mode="after")
+    def _class_token_is_causal(self) -> Self:
+        if self.pool == "class" and not self.causal:
+            raise ValueError("pool = class, CoCa's, stands behind the text under a causal mask; set causal: true")
+        return self
+
+    @property
+    def filled(self) -> bool:
+        """Whether texts are filled to the context with token 0, which then takes part."""
+        return not self.causal or self.pool == "last"
 
 
 class CaptionSpec(BaseModel, frozen=True, extra="forbid", strict=True):
     """CoCa's multimodal half: blocks on the text tower's stream that also attend to the image tokens."""
 
     depth: int = Field(gt=0, description="number of cross-attending blocks on top of the text tower")
+    cross: Literal["inside", "after"] = Field(
+        "inside",
+        description="where a block attends to the picture: between attention and MLP, or, as open_clip's CoCa, after "
+        "both, with a norm on the picture's tokens and an MLP of its own",
+    )
+    tied: bool = Field(True, description="whether the token table is the output table as well; false: one of its own")
 
 
 class SharedSpec(TowerSpec, frozen=True, extra="forbid", strict=True):
@@ -163,6 +222,26 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
             if name in ("image", "text"):
                 raise ValueError(f"further: the model has its own {name} tower; give the further one another name")
         return value
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Self:
+        if self.caption and self.text.filled:
+            raise ValueError("caption predicts token after token; set text.causal: true and text.pool: end or class")
+        if self.shared and (self.text.filled or self.text.pool != "end" or self.image.pool != "mean"):
+            raise ValueError("shared blocks stand before the pooling of image.pool: mean and text.pool: end; set these")
+        if self.shared and self.image.norm_after_pool:
+            raise ValueError("shared blocks read normed tokens; set image.norm_after_pool: false")
+        if self.image.pool == "attention" and self.embed_dim % self.image.pool_heads:
+            raise ValueError(
+                f"image.pool_heads = {self.image.pool_heads} does not divide embed_dim = {self.embed_dim}, "
+                f"the pooler's width; set image.pool_heads: 1, or another divisor"
+            )
+        return self
+
+    @property
+    def memory_width(self) -> int:
+        """Channels of the image tokens that a captioner sees."""
+        return self.embed_dim if self.image.pool == "attention" else self.image.width
 
     def grown(self, targets: Mapping[str, int | float]) -> ModelSpec:
         """The spec with dotted fields set to larger sizes, as in `{"image.depth": 8}`.
@@ -243,6 +322,12 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
                 )
             new["heads"] = width // old.head_width
         if width > old.width and width % old.width:
+            kept = self._whole_factors_only(tower)
+            if kept:
+                raise SpecError(
+                    f"grow: {tower}.width = {width} is no multiple of {old.width}, and {kept} is only kept by whole "
+                    f"factors; set {tower}.width: {max(nearest_multiple(width, old.width), 2 * old.width)}"
+                )
             if tower == "text" and self.caption:
                 raise SpecError(
                     f"grow: text.width = {width} is no multiple of {old.width}, and the captioner reads the text "
@@ -262,6 +347,16 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
                     f"of column {name} is {list(shapes[name])}; set frames: {there}, features: {features}"
                 )
 
+    def _whole_factors_only(self, tower: str) -> str | None:
+        """What of a tower does not keep a stream padded with its mean, if anything: it puts gains on the stream."""
+        if self.transformers()[tower].layer_scale is not None:
+            return f"{tower}.layer_scale"
+        if tower != "image":
+            return None
+        crossed = self.caption is not None and self.caption.cross == "after"
+        found = {"image.pre_norm": self.image.pre_norm, "image.pool: attention": self.image.pool == "attention"}
+        return next((name for name, there in (found | {"caption.cross: after": crossed}).items() if there), None)
+
     def transformers(self) -> dict[str, TowerSpec]:
         """The transformers of the model by the path of their sizes; the captioner's is the text tower's."""
         shared = {"shared": self.shared} if self.shared else {}
@@ -277,11 +372,15 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
             for key, value in tree.items():
                 if isinstance(value, Mapping):
                     walk(f"{prefix}{key}.", value)
-                elif _is_size(value) and key != "norm_eps":
+                elif _is_size(value) and key not in _NO_SIZES:
                     flat[prefix + key] = value
 
         walk("", self.model_dump())
         return flat
+
+
+_NO_SIZES = ("norm_eps", "layer_scale", "queries", "pool_heads")
+"""numbers of a spec that no operator changes"""
 
 
 def _is_size(value: Any) -> TypeGuard[int | float]:

@@ -34,6 +34,11 @@ class Layout(Protocol):
         """Lay the flat [t, h, c] out as [b, h, n, c], padding at the end of each sample."""
         ...
 
+    @property
+    def seen_bn(self) -> Tensor | None:
+        """bool [b, n]: keys that may be seen beside what the order allows; None: all."""
+        ...
+
     def flat(self, x_bhnc: Tensor) -> Tensor:
         """The inverse of `grid`: drop the padding, back to [t, h, c]."""
         ...
@@ -46,6 +51,7 @@ class Dense:
     samples: int
     length: int
     causal: bool = False
+    seen_bn: Tensor | None = None
 
     def grid(self, x_thc: Tensor) -> Tensor:
         """[t, h, c] -> [b, h, n, c], without copying."""
@@ -71,6 +77,7 @@ class Packed:
     samples: int
     longest: int
     causal: bool = True
+    seen_bn: Tensor | None = None
 
     @staticmethod
     def of(lengths_b: Tensor, total: int | None = None, longest: int | None = None) -> Packed:
@@ -136,10 +143,17 @@ class Attention(nn.Module):
         source_td, source = (x_td, layout) if memory_td is None or memory is None else (memory_td, memory)
         q_thc = self.query(x_td).unflatten(-1, (self.heads, -1))
         k_thc, v_thc = (project(source_td).unflatten(-1, (self.heads, -1)) for project in (self.key, self.value))
-        if self.varlen and source is layout and isinstance(layout, Packed) and q_thc.dtype.itemsize == 2:
+        causal = layout.causal and source is layout
+        plain = causal and layout.seen_bn is None
+        if self.varlen and isinstance(layout, Packed) and plain and q_thc.dtype.itemsize == 2:
             return self.out(varlen.causal(q_thc, k_thc, v_thc, layout.starts, layout.longest).flatten(1))
         q, k, v = layout.grid(q_thc), source.grid(k_thc), source.grid(v_thc)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=layout.causal and source is layout)
+        if source.seen_bn is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        else:
+            seen = source.seen_bn[:, None, None]
+            seen = seen & seen.new_ones(q.shape[2], k.shape[2]).tril() if causal else seen
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.out(layout.flat(mixed).flatten(1))
 
     def _rows(self, x_td: Tensor, layout: Packed, rows_b: Tensor) -> Tensor:
@@ -148,15 +162,18 @@ class Attention(nn.Module):
         k, v = (layout.grid(project(x_td).unflatten(-1, (self.heads, -1))) for project in (self.key, self.value))
         places_n = torch.arange(layout.longest, device=rows_b.device)
         seen_bn = places_n <= layout.positions_t[rows_b, None]
+        seen_bn = seen_bn if layout.seen_bn is None else seen_bn & layout.seen_bn
         mixed_bh1c = F.scaled_dot_product_attention(q_bh1c, k, v, attn_mask=seen_bn[:, None, None])
         return self.out(mixed_bh1c.flatten(1))
 
 
 class Mlp(nn.Module):
-    """Two linear maps with an exact GELU between them; or SwiGLU, with a third map as a gate (arXiv 2002.05202)."""
+    """Two linear maps with a GELU between them, exact unless the spec names an approximation; or SwiGLU, with a third
+    map as a gate (arXiv 2002.05202)."""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
+        self.kind = spec.mlp
         self.gate = nn.Linear(spec.width, spec.mlp_width) if spec.mlp == "swiglu" else None
         self.up = nn.Linear(spec.width, spec.mlp_width)
         self.down = nn.Linear(spec.mlp_width, spec.width)
@@ -164,8 +181,15 @@ class Mlp(nn.Module):
     def forward(self, x_td: Tensor) -> Tensor:
         """[t, d] -> [t, d]."""
         if self.gate is None:
-            return self.down(F.gelu(self.up(x_td)))
+            return self.down(_gelu(self.kind, self.up(x_td)))
         return self.down(F.silu(self.gate(x_td)) * self.up(x_td))
+
+
+def _gelu(kind: str, x: Tensor) -> Tensor:
+    """GELU, or what a model was trained with in its place (Hendrycks and Gimpel, arXiv 1606.08415, section 2)."""
+    if kind == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 class Experts(nn.Module):
@@ -202,10 +226,12 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LN block; with `memory_width` it also attends to another stream, between attention and MLP."""
+    """A pre-LN block; with `memory_width` it also attends to another stream, between attention and MLP, or, `after`
+    both, behind a norm of that stream and before an MLP of its own."""
 
-    def __init__(self, spec: TowerSpec, memory_width: int | None = None) -> None:
+    def __init__(self, spec: TowerSpec, memory_width: int | None = None, after: bool = False) -> None:
         super().__init__()
+        self.after = after
         self.attention_norm = nn.LayerNorm(spec.width, spec.norm_eps)
         self.attention = Attention(spec)
         if memory_width is not None:
@@ -213,6 +239,19 @@ class Block(nn.Module):
             self.cross = Attention(spec, memory_width)
         self.mlp_norm = nn.LayerNorm(spec.width, spec.norm_eps)
         self.mlp: Mlp | Experts = Experts(spec) if spec.experts > 1 else Mlp(spec)
+        if after:
+            assert memory_width is not None
+            self.memory_norm = nn.LayerNorm(memory_width, spec.norm_eps)
+            self.cross_mlp_norm, self.cross_mlp = nn.LayerNorm(spec.width, spec.norm_eps), Mlp(spec)
+        names = ("attention_scale", "mlp_scale", *(("cross_scale",) if memory_width else ()))
+        names = (*names, "cross_mlp_scale") if after else names
+        for name in names if spec.layer_scale is not None else ():
+            self.register_parameter(name, nn.Parameter(torch.empty(spec.width)))
+
+    def gained(self, part: str, written_td: Tensor) -> Tensor:
+        """What `part` of the block adds to the stream: what it wrote, times the part's gain if blocks have gains."""
+        gain = getattr(self, f"{part}_scale", None)
+        return written_td if gain is None else written_td * gain
 
     def forward(
         self,
@@ -226,19 +265,26 @@ class Block(nn.Module):
         normed_td = self.attention_norm(x_td)
         if rows_b is not None:
             x_td = x_td[rows_b]
-        x_td = x_td + self.attention(normed_td, layout, rows_b=rows_b)
-        if memory_td is not None:
-            x_td = x_td + self.cross(self.cross_norm(x_td), layout, memory_td, memory)
-        return x_td + self.mlp(self.mlp_norm(x_td))
+        x_td = x_td + self.gained("attention", self.attention(normed_td, layout, rows_b=rows_b))
+        if memory_td is not None and not self.after:
+            x_td = x_td + self.gained("cross", self.cross(self.cross_norm(x_td), layout, memory_td, memory))
+        x_td = x_td + self.gained("mlp", self.mlp(self.mlp_norm(x_td)))
+        if memory_td is None or not self.after:
+            return x_td
+        crossed_td = self.cross(self.cross_norm(x_td), layout, self.memory_norm(memory_td), memory)
+        x_td = x_td + self.gained("cross", crossed_td)
+        return x_td + self.gained("cross_mlp", self.cross_mlp(self.cross_mlp_norm(x_td)))
 
 
 class Transformer(nn.Module):
-    """`depth` blocks and a final norm."""
+    """`depth` blocks and a final norm, unless that stands elsewhere."""
 
-    def __init__(self, spec: TowerSpec, depth: int, memory_width: int | None = None) -> None:
+    def __init__(
+        self, spec: TowerSpec, depth: int, memory_width: int | None = None, after: bool = False, norm: bool = True
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(spec, memory_width) for _ in range(depth))
-        self.norm = nn.LayerNorm(spec.width, spec.norm_eps)
+        self.blocks = nn.ModuleList(Block(spec, memory_width, after) for _ in range(depth))
+        self.norm = nn.LayerNorm(spec.width, spec.norm_eps) if norm else nn.Identity()
         self.recompute = False
         """whether the insides of blocks are made again in the backward pass instead of kept"""
 

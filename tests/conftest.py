@@ -9,6 +9,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import hypothesis
@@ -87,6 +88,22 @@ def on_ranks() -> Callable[..., list[Any]]:
                     process.kill()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def open_clip() -> Iterator[ModuleType]:
+    """open_clip, as the truth to compare with; beside a CPU build of torch, torchvision's wheel misses two schemas that
+    the import needs."""
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    if torch.version.cuda is None and torch.version.hip is None:
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import open_clip
+
+    yield open_clip
+    del library
 
 
 @pytest.fixture(scope="session")

@@ -103,13 +103,12 @@ class Display:
             scores=found.scores,
             chance=found.chance,
             sizes=found.sizes,
+            intervals=found.intervals,
             seconds=seconds,
         )
         self._open_board().evaluation(whole)
         best = [(k, v) for k, v in found.scores.items() if k.endswith("@1") or k.startswith("zero_shot")]
-        self.progress.note(
-            "scores: " + ", ".join(f"{name} {score:.1%} (chance {found.chance[name]:.1%})" for name, score in best)
-        )
+        self.progress.note("scores: " + ", ".join(f"{k} {v:.1%} (chance {found.chance[k]:.1%})" for k, v in best))
         self.report()
 
     def scores(self, state: RunState) -> tuple[dict[str, float], dict[str, float]]:

@@ -133,7 +133,7 @@ class Forward(nn.Module):
             output: ModelOutput = self.model(inputs.images, inputs.tokens, inputs.lengths, extras)
         if not losses:
             return output
-        table = self.model.text.token_embedding.weight
+        table = self.model.output_table
         return {o.name: o.share(output, inputs, table, self.world) for o in self.objectives}
 
 
@@ -222,7 +222,7 @@ class Engine:
 
     def _output(self, inputs: Inputs) -> tuple[ModelOutput, Tensor]:
         """The wrapped model's output and its token table."""
-        return self._forward(inputs, losses=False), self.model.text.token_embedding.weight
+        return self._forward(inputs, losses=False), self.model.output_table
 
     def _hold(self) -> contextlib.AbstractContextManager[object]:
         """As long as it lasts no gradients are exchanged."""

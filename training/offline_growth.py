@@ -22,6 +22,7 @@ from ..models.flops import parameters
 from ..models.growth.plan import changes
 from ..models.growth.rules import GrownState, origin
 from ..models.spec import SpecError
+from .checkpoint import OriginConfig
 from .commits import Commits, find_commit
 from .growing import described, grown_rates, planned, tensor_shapes
 from .manifest import Commit, Manifest
@@ -48,8 +49,8 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     """Grow the commit at URL `source` (or the newest one of a run) into a new store at URL `out`.
 
     `stage` are fields of a `StageConfig`: `grow`, `shrink` and how. It is the run's last stage, of `samples`, or it
-    takes what is left of the commit's own. Raises SpecError for what cannot be, StoreError for a store that has commits
-    or cannot be used.
+    takes what is left of the commit's own; of weights that were not trained here it is the first. Raises SpecError for
+    what cannot be, StoreError for a store that has commits or cannot be used.
     """
     begun = time.monotonic()
     commit = find_commit(source)
@@ -101,7 +102,9 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     commits.seal(
         name, Manifest(spec=new, state=following, recipe=recipe.model_dump(mode="json"), reason="growth", parts=parts)
     )
-    return GrownCommit(f"{commits.store.url}/{name}", recipe, detail)
+    url = f"{commits.store.url}/{name}"
+    begun_there = {} if state.step else {"origin": OriginConfig(commit=url)}  # there is no run to continue
+    return GrownCommit(url, recipe.model_copy(update=begun_there), detail)
 
 
 def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: int | None) -> tuple[Recipe, int]:
@@ -111,23 +114,31 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
     `samples`. A captioner brings its objective with it, a further tower also its data column.
     """
     batch, now = recipe.data.batch, recipe.stages[state.stage]
+    if not state.step:
+        first = {**now.model_dump(mode="json"), **stage} | ({"samples": samples} if samples else {})
+        return _with_stages(recipe, [first, *recipe.model_dump(mode="json")["stages"][1:]], first), 0
     done = state.samples - batch * sum(s.steps(batch) for s in recipe.stages[: state.stage])
     left = batch * now.steps(batch) - done
     if not done:
         raise SpecError("this commit has not trained since it grew; grow the one before it to all sizes at once")
     if not (samples or left):
         raise SpecError(f"this commit is at the end of its stage; say how long the next one is: samples={now.samples}")
-    tree = recipe.model_dump(mode="json")
     following = {"samples": samples or left, **stage}
-    stages = tree["stages"]
+    stages = recipe.model_dump(mode="json")["stages"]
     later = [] if samples else stages[state.stage + 1 :]
-    tree["stages"] = [*stages[: state.stage], {**stages[state.stage], "samples": done}, following, *later]
+    stages = [*stages[: state.stage], {**stages[state.stage], "samples": done}, following, *later]
+    return _with_stages(recipe, stages, following), state.stage + 1
+
+
+def _with_stages(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, Any]) -> Recipe:
+    """The recipe with these stages, of which `new` is new. Raises SpecError."""
+    tree = recipe.model_dump(mode="json") | {"stages": stages}
     captions = tree["model"]["caption"] or any("caption.depth" in each.get("grow", {}) for each in tree["stages"])
     tree["objectives"]["caption"] = (tree["objectives"]["caption"] or {}) if captions else None
     _feed_and_train(tree)
     try:
-        StageConfig.model_validate(following)
-        return Recipe.model_validate(tree), state.stage + 1
+        StageConfig.model_validate(new)
+        return Recipe.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -82,8 +82,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"schedule.warmup = {self.schedule.warmup} samples does not end before the run's {self.total_samples}; "
                 f"set a smaller warmup or larger stages"
             )
-        if self.eval.suites and not self.evaluation_source:
+        if self.eval.built_in and not self.evaluation_source:
             raise ValueError("eval.data is missing: name the shards to evaluate on, or set eval.suites to []")
+        if self.eval.needs_captioner and not captions:
+            raise ValueError("eval.suites has captioning, and the model no captioner; drop it, or add model.caption")
         return self
 
     @model_validator(mode="after")

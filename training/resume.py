@@ -71,6 +71,11 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
     """What the recipe changes of the run's future, as sentences for the lineage. Raise StoreError if it changes what
     the run has computed up to the commit."""
     state = commit.manifest.state
+    if not state.step and {part.kind for part in commit.manifest.parts} == {"model"}:
+        raise StoreError(
+            f"{commit.url} holds weights alone, which a run begins with and does not continue; give another --out, "
+            f"and begin there with --from {commit.url}"
+        )
     try:  # a field that is newer than the commit has its default there
         before = Recipe.model_validate(commit.manifest.recipe)
     except ValidationError as error:

@@ -53,7 +53,7 @@ class ZeroEngine(Engine):
             model=forward, optimizer=self._adam, config=_settings(self._config, self._adamw)
         )
         if stage == 3:  # the captioner's loss reads the token table outside of the module that owns it
-            deepspeed.zero.register_external_parameter(forward, self.model.text.token_embedding.weight)
+            deepspeed.zero.register_external_parameter(forward, self.model.output_table)
         self._forward = self._engine
         self._partitions = Partitions(zero, stage, named, shapes, self.world)
         if self._adamw.ema:

@@ -36,7 +36,8 @@ class NewCaptioner:
             return Rule(name)
         if not own.startswith(_BLOCKS):
             fresh = torch.ones_like if name.endswith("weight") else torch.zeros_like
-            return Rule(f"text.{own}", {"model": fresh, "exp_avg": zero})
+            late = "text.norm" if self.spec.text.pool == "class" else "text.transformer.norm"
+            return Rule(own.replace("transformer.norm", late), {"model": fresh, "exp_avg": zero})
         assert self.spec.caption
         index, rest = own.removeprefix(_BLOCKS).split(".", 1)
         source = max(0, self.spec.text.depth - self.spec.caption.depth + int(index))
@@ -50,7 +51,7 @@ class NewCaptioner:
 
     def _fresh(self, name: str) -> dict[str, TensorMap]:
         """A map from image tokens to heads, as in a new model."""
-        shape = (self.spec.text.attention_width, self.spec.image.width)
+        shape = (self.spec.text.attention_width, self.spec.memory_width)
 
         def draw(tensor: Tensor) -> Tensor:
             generator = named_generator(self.seed, f"grow/captioner/{name}")

@@ -23,7 +23,7 @@ from .plan import Drops, Layers
 from .rules import Read, Rule, zero
 
 # The maps that write into the residual stream; with their biases they are all that has to be zero.
-WRITES = re.compile(r"\.(attention\.out|cross\.out|mlp\.(?:experts\.\d+\.)?down)\.(weight|bias)$")
+WRITES = re.compile(r"\.(attention\.out|cross\.out|(?:cross_)?mlp\.(?:experts\.\d+\.)?down)\.(weight|bias)$")
 
 
 @dataclass(frozen=True)

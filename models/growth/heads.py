@@ -28,7 +28,7 @@ class HeadDim(Widen):
 
     def rule(self, name: str) -> Rule:
         """Queries and keys as the module says, values and output maps as on any axis."""
-        if not _SCORED.search(name) or all(use.axis != self.axis for use in uses(name)):
+        if not _SCORED.search(name) or all(use.axis != self.axis for use in uses(name, self.spec)):
             return super().rule(name)
         growth = (self.new / self.old) ** 0.25
         maps = {

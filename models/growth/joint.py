@@ -16,7 +16,7 @@ from torch import Tensor
 from ..model import named_generator
 from .rules import Rule, TensorMap
 
-_PROJECTION = ".projection.weight"
+_PROJECTIONS = (".projection.weight", ".projection.bias")
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,20 @@ class Joint:
 
     def rule(self, name: str) -> Rule:
         """Tensors other than the projections are kept; a new row's second moment is the mean of the old rows'."""
-        if not name.endswith(_PROJECTION):
+        if not name.endswith(_PROJECTIONS):
             return Rule(name)
         return Rule(name, {"model": self._zeros, "exp_avg": self._momentum(name), "exp_avg_sq": self._mean})
 
     def _zeros(self, tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor.new_zeros(self.new - self.old, tensor.shape[1])])
+        return torch.cat([tensor, tensor.new_zeros(self.new - self.old, *tensor.shape[1:])])
 
     def _mean(self, tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor.mean(0, keepdim=True).expand(self.new - self.old, -1)])
+        return torch.cat([tensor, tensor.mean(0, keepdim=True).expand(self.new - self.old, *tensor.shape[1:])])
 
     def _momentum(self, name: str) -> TensorMap:
         def momentum(tensor: Tensor) -> Tensor:
             generator = named_generator(self.seed, f"grow/embed_dim/{self.old}-{self.new}/{name}")
-            draws = torch.randn(self.new - self.old, tensor.shape[1], generator=generator).to(tensor)
+            draws = torch.randn(self.new - self.old, *tensor.shape[1:], generator=generator).to(tensor)
             return torch.cat([tensor, draws * tensor.square().mean().sqrt()])
 
         return momentum
@@ -64,7 +64,7 @@ class TruncateJoint:
 
     def rule(self, name: str) -> Rule:
         """Tensors other than the projections are kept."""
-        if not name.endswith(_PROJECTION):
+        if not name.endswith(_PROJECTIONS):
             return Rule(name)
         return Rule(name, dict.fromkeys(("model", "exp_avg", "exp_avg_sq"), self._cut))
 

@@ -59,6 +59,16 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
     for path in _ONLY_GROWS:
         if path in changed and changed[path][1] < changed[path][0]:
             raise SpecError(f"shrink: {path} = {changed[path][1]}: it only grows; leave it at {changed[path][0]}")
+    if "embed_dim" in changed and old.image.pool == "attention":
+        raise SpecError(
+            f"grow: embed_dim = {new.embed_dim}: it is the width of the attention pooler, whose norms only copies "
+            f"would keep; leave it at {old.embed_dim}"
+        )
+    if "text.context" in changed and old.text.filled:
+        raise SpecError(
+            f"grow: text.context = {new.text.context}: this text tower fills every text to the context and attends to "
+            f"the filling, so it would compute something else; leave it at {old.text.context}"
+        )
     if "image.patch" in changed and new.image.grid < old.image.grid and new.image.resolution >= old.image.resolution:
         raise SpecError(
             f"grow: image.patch = {new.image.patch} leaves {new.image.grid} patches a side of {old.image.grid}; "
@@ -160,14 +170,14 @@ def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Op
             ("heads", a.heads, b.heads, a.head_width),
             ("mlp_width", a.mlp_width, b.mlp_width, 1),
         )
-        operators += [Widen(f"{tower}.{axis}", m, n, unit, copies, seed) for axis, m, n, unit in axes if m < n]
-        operators += [Truncate(f"{tower}.{axis}", m, n, unit) for axis, m, n, unit in axes if m > n]
+        operators += [Widen(f"{tower}.{axis}", m, n, unit, copies, seed, new) for axis, m, n, unit in axes if m < n]
+        operators += [Truncate(f"{tower}.{axis}", m, n, unit, new) for axis, m, n, unit in axes if m > n]
         if b.experts > a.experts == 1:
             operators.append(Upcycle(tower, b.experts, b.width, seed))
         elif a.experts > 1 and (a.experts, a.active) != (b.experts, b.active):
             operators.append(MoreExperts(tower, a.experts, b.experts, (a.active, b.active), copies, seed))
         if b.head_width > a.head_width:
-            operators.append(HeadDim(f"{tower}.heads", a.head_width, b.head_width, b.heads, copies, seed))
+            operators.append(HeadDim(f"{tower}.heads", a.head_width, b.head_width, b.heads, copies, seed, new))
     return operators
 
 

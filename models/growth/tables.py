@@ -73,8 +73,8 @@ class Vocabulary:
     preserves: ClassVar[bool] = True
 
     def rule(self, name: str) -> Rule:
-        """Only the token table changes."""
-        if name != "text.token_embedding.weight":
+        """Only the token table changes, and the captioner's output table if it has its own."""
+        if name not in ("text.token_embedding.weight", "captioner.output.weight"):
             return Rule(name)
         return Rule(name, {"model": self._append_means, "exp_avg": self._zeros, "exp_avg_sq": self._append_means})
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..model import named_generator
-from ..spec import padding_variance
+from ..spec import ModelSpec, padding_variance
 from .axes import Use, uses
 from .plan import Copies
 from .rules import Rule, TensorMap
@@ -50,11 +50,13 @@ class Widen:
     unit: int
     copies: Copies
     seed: int
+    spec: ModelSpec | None = None
+    """of the model, where its layout is not that of all defaults"""
     preserves: ClassVar[bool] = True
 
     def rule(self, name: str) -> Rule:
         """Tensors that do not touch the axis are kept; for the others see the module."""
-        use = next((use for use in uses(name) if use.axis == self.axis), None)
+        use = next((use for use in uses(name, self.spec) if use.axis == self.axis), None)
         if use is None:
             return Rule(name)
         if use.reads:
@@ -152,11 +154,12 @@ class Truncate:
     old: int
     new: int
     unit: int
+    spec: ModelSpec | None = None
     preserves: ClassVar[bool] = False
 
     def rule(self, name: str) -> Rule:
         """Tensors that do not touch the axis are kept."""
-        use = next((use for use in uses(name) if use.axis == self.axis), None)
+        use = next((use for use in uses(name, self.spec) if use.axis == self.axis), None)
         if use is None:
             return Rule(name)
         factor = self.old / self.new

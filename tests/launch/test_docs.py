@@ -1,6 +1,6 @@
 """Every command that the README and the pages of docs/ show, in their order: typed into a folder where what they name
-is there, in small. Those of docs/slurm.md need a cluster (tests/cluster), those of docs/checkpoints.md are looked at
-more closely in test_checkpoints.py."""
+is there, in small. Those of docs/slurm.md need a cluster (tests/cluster), those of docs/checkpoints.md and of
+docs/interchange.md are looked at more closely in test_checkpoints.py and test_interchange_page.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from treering.training.commits import find_commit
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = {"slurm.md", "checkpoints.md"}
+ELSEWHERE = {"slurm.md", "checkpoints.md", "interchange.md"}
 SMALL = [
     "data.batch=8",
     "data.workers=0",
@@ -57,6 +57,13 @@ def furnished(here: Path, treering: RUN, s3: str) -> Path:
         picture.save(here / "photos" / f"{number}.jpg")
         lines.append(f"{number}.jpg\ta picture of number {number}\t{number / 24:.3f}")
     (here / "captions.tsv").write_text("\n".join(lines))
+    for number in range(4):
+        (here / "pets" / ["cat", "dog"][number % 2]).mkdir(parents=True, exist_ok=True)
+        picture.save(here / "pets" / ["cat", "dog"][number % 2] / f"{number}.jpg")
+    (here / "pets.yaml").write_text("name: pets\ndata: pets\nprotocol: zero_shot\n")
+    (here / "flickr.yaml").write_text(
+        "{name: flickr, data: {source: captions.tsv, images: photos}, protocol: retrieval}"
+    )
     for words in ("photos", "val", "laion --shard-size 12"):
         _typed(treering, f"treering data pack captions.tsv shards/{words} --images photos/")
     for folder in ("photos", "laion"):

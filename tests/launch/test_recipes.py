@@ -163,7 +163,7 @@ def test_an_override_may_reach_where_the_recipe_is_silent() -> None:
         (["data.augment.flip=yes"], ["true or false", "write true"]),
         (["name=../../x"], ["name = '../../x'", "characters", "letters, digits"]),
         (["engine.kind=horovod"], ["engine.kind = 'horovod'", "ddp"]),
-        (["eval.suites=[foo]"], ["eval.suites.0 = 'foo'", "'retrieval'"]),
+        (["eval.suites=[foo]"], ["eval.suites.0", "'foo'", "'retrieval'"]),
         (["checkpoint.every=1.5"], ["checkpoint.every", "1.5", "whole number or text"]),
         (["checkpoint.every=soon"], ["checkpoint.every", "'soon'", "2min"]),
         (["stages=[]"], ["stages", "1 or more"]),

@@ -246,7 +246,7 @@ def test_broken_rules_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(
         "treering.models.growth.width.uses",
-        lambda name: [use._replace(reads=use.reads and "projection" not in name) for use in uses(name)],
+        lambda name, spec: [u._replace(reads=u.reads and "projection" not in name) for u in uses(name, spec)],
     )
     assert difference(model, grow(model, {"text.width": 16})) > 1e-3
 

@@ -113,6 +113,28 @@ def test_fifty_steps_equal_one_process(
     assert expected[-1][0] < 0.8 * expected[0][0]
 
 
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_the_parts_of_open_clips_coca(kind: str, on_ranks: Callable[..., list[Any]]) -> None:
+    """Class tokens, an attention pooler, layer scale, an output table of its own: all of it sharded."""
+    tree = spec(True).model_dump()
+    tree["image"] |= {"class_token": True, "pool": "attention", "queries": 3, "pool_heads": 2, "pre_norm": True}
+    tree["text"] |= {"pool": "class", "layer_scale": 0.5, "projection_bias": True}
+    tree["caption"] |= {"cross": "after", "tied": False}
+    theirs = ModelSpec.model_validate(tree)
+
+    def one_rank(world: World) -> Any:
+        ours = build_engine(theirs, objectives(True), ENGINES[kind], OPTIMIZER, world, 1)
+        found = train(ours, range(10))
+        ours.close()
+        return found
+
+    expected = train(build_engine(theirs, objectives(True), EngineConfig(), OPTIMIZER, ALONE, 1), range(10))
+    for found in on_ranks(2, one_rank, limit=120):
+        for (loss, norm), (true_loss, true_norm) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(true_loss, abs=1e-5)
+            assert norm == pytest.approx(true_norm, rel=1e-3)
+
+
 CHAIN = [("zero3", 4), ("ddp", 1), ("fsdp", 3), ("zero1", 2), ("hybrid", 4), ("zero2", 3), ("zero3", 1), ("fsdp", 4)]
 SHORT = [("zero3", 2), ("hybrid", 4), ("fsdp", 3), ("ddp", 1)]
 STEPS = 5

@@ -1,7 +1,8 @@
 """Running the model over an evaluation set once, shared out over all ranks.
 
-Sample i is embedded by rank i mod world, and every rank ends with all embeddings in index order, so every score is the
-same at any number of ranks, also when the set does not divide.
+The set is cut into batches, of which batch i is embedded by rank i mod world, and every rank ends with all embeddings
+in index order. So a batch holds the same samples at any number of ranks, and every score is the same to the last bit,
+also when the set does not divide. Pictures are held a batch at a time; embeddings all.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...data.ledger import LedgerEntry
-from ...data.loader import EvaluationSet
+from ...data.pictures import Pictures
 from ...data.record import Sample
 from ...data.tokenizer_file import TextTokenizer
 from ...models.model import Model
@@ -43,19 +44,20 @@ class Embedded:
     """of the pictures"""
     bad: list[dict[str, Any]]
     """ledger entries of the samples that could not be used"""
+    keys: list[str] = field(default_factory=list)
+    """of the pictures"""
     further: dict[str, Tensor] = field(default_factory=dict)
     """float [n, e], unit rows: the samples of further modalities, by tower, where the set has them"""
 
 
 @torch.no_grad()
-def embed(model: Model, data: EvaluationSet, batch: int, world: World) -> Embedded:
+def embed(model: Model, data: Pictures, batch: int, world: World) -> Embedded:
     """Embed every usable sample, with all its captions."""
     images, texts, facts, bad = [], [], [], []
-    further: dict[str, list[Tensor]] = {name: [] for name in data.vectors.shapes}
-    for numbers in _chunks(range(world.rank, len(data), world.size), batch):
-        read = {number: data.sample(number) for number in numbers}
-        samples = {number: sample for number, sample in read.items() if isinstance(sample, Sample)}
-        bad += [asdict(entry) for entry in read.values() if isinstance(entry, LedgerEntry)]
+    further: dict[str, list[Tensor]] = {name: [] for name in data.columns}
+    for numbers in own_batches(range(len(data)), batch, world):
+        samples, unusable = read(data, numbers)
+        bad += unusable
         if not samples:
             continue
         images.append(embed_pictures(model, list(samples.values()), world))
@@ -71,15 +73,28 @@ def embed(model: Model, data: EvaluationSet, batch: int, world: World) -> Embedd
     image_rows = _everyones(torch.cat([none, *images]), world)
     text_rows = _everyones(torch.cat([none, *texts]), world)
     others = {name: _everyones(torch.cat([none, *rows]), world) for name, rows in further.items()}
-    everyones_bad = [entry for rank in world.objects(bad) for entry in rank]
+    everyones_bad = sorted((entry for rank in world.objects(bad) for entry in rank), key=lambda e: e["number"])
+    unnumbered = [{name: value for name, value in entry.items() if name != "number"} for entry in everyones_bad]
     everyones_facts = [fact for rank in world.objects(facts) for fact in rank]
-    return _assemble(image_rows, text_rows, others, everyones_facts, everyones_bad)
+    return _assemble(image_rows, text_rows, others, everyones_facts, unnumbered)
+
+
+def read(data: Pictures, numbers: Sequence[int]) -> tuple[dict[int, Sample], list[dict[str, Any]]]:
+    """The usable ones of these samples by number, and ledger entries of the others."""
+    found = {number: data.sample(number) for number in numbers}
+    samples = {number: sample for number, sample in found.items() if isinstance(sample, Sample)}
+    bad = [{"number": n, **asdict(entry)} for n, entry in found.items() if isinstance(entry, LedgerEntry)]
+    return samples, bad
+
+
+def pixels(samples: Iterable[Sample], world: World) -> Tensor:
+    """The samples' pictures, uint8 [b, 3, resolution, resolution], on the rank's device."""
+    return torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).to(world.device)
 
 
 def embed_pictures(model: Model, samples: Sequence[Sample], world: World) -> Tensor:
     """Unit embeddings [b, e] of the samples' pictures, on the CPU in fp32."""
-    pixels = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).to(world.device)
-    return F.normalize(model.embed_images(pixels).pooled.float(), dim=-1).cpu()
+    return F.normalize(model.embed_images(pixels(samples, world)).pooled.float(), dim=-1).cpu()
 
 
 def embed_further(model: Model, name: str, samples: Sequence[Sample], world: World) -> Tensor:
@@ -89,14 +104,29 @@ def embed_further(model: Model, name: str, samples: Sequence[Sample], world: Wor
 
 
 def embed_captions(model: Model, tokenizer: TextTokenizer, captions: Sequence[str], batch: int, world: World) -> Tensor:
-    """Unit embeddings [len(captions), e] of texts, on the CPU in fp32."""
-    rows = []
+    """Unit embeddings [len(captions), e] of texts, on the CPU in fp32; all by this rank."""
+    rows = [torch.zeros(0, model.spec.embed_dim)]
     for some in _chunks(captions, batch):
         ids = [tokenizer.encode(caption, model.spec.text.context) for caption in some]
         tokens = torch.tensor([i for one in ids for i in one], device=world.device)
         lengths = torch.tensor([len(one) for one in ids], device=world.device)
         rows.append(F.normalize(model.embed_texts(tokens, lengths).pooled.float(), dim=-1).cpu())
     return torch.cat(rows)
+
+
+@torch.no_grad()
+def embed_prompts(model: Model, tokenizer: TextTokenizer, texts: Sequence[str], batch: int, world: World) -> Tensor:
+    """Unit embeddings [len(texts), e] of texts, shared out over the ranks, the same on each."""
+    own = list(own_batches(range(len(texts)), batch, world))
+    rows = [embed_captions(model, tokenizer, [texts[n] for n in some], batch, world) for some in own]
+    everyones = _everyones(torch.cat([torch.zeros(0, model.spec.embed_dim), *rows]), world)
+    order = [n for rank in world.objects([n for some in own for n in some]) for n in rank]
+    return everyones[torch.tensor(order, dtype=torch.int64).argsort()]
+
+
+def own_batches(items: Iterable[T], size: int, world: World) -> Iterator[list[T]]:
+    """This rank's batches: those whose number is its own modulo the world."""
+    return islice(_chunks(items, size), world.rank, None, world.size)
 
 
 def _everyones(own: Tensor, world: World) -> Tensor:
@@ -125,6 +155,7 @@ def _assemble(
         labels=[facts[row]["labels"] for row in order],
         bad=bad,
         further={name: rows[order] for name, rows in further.items()},
+        keys=[facts[row]["key"] for row in order],
     )
 
 

@@ -6,6 +6,7 @@ when a test set is drawn again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import comb
 
@@ -37,11 +38,29 @@ def interval(value_n: Tensor, level: float = 0.95, seed: int = 0) -> tuple[float
 def calibration_error(probability_nc: Tensor, label_n: Tensor, bins: int = _BINS) -> float:
     """Expected calibration error: the mean distance between confidence and accuracy over equal bins of confidence,
     weighted by their samples (Guo et al., arXiv 1706.04599)."""
-    confidence_n, predicted_n = probability_nc.double().max(1)
-    right_n = (predicted_n == label_n).double()
-    bin_n = (confidence_n * bins).ceil().long().clamp(1, bins) - 1
-    gap_b = torch.zeros(bins, dtype=torch.float64).scatter_add(0, bin_n, right_n - confidence_n)
+    gap_n, bin_n = _gaps(probability_nc, label_n, bins)
+    gap_b = torch.zeros(bins, dtype=torch.float64).scatter_add(0, bin_n, gap_n)
     return (gap_b.abs().sum() / max(len(label_n), 1)).item()
+
+
+def calibration_interval(
+    probability_nc: Tensor, label_n: Tensor, bins: int = _BINS, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """The bootstrap interval of the calibration error: of the samples' gaps, drawn again with replacement."""
+    gap_n, bin_n = (each.numpy() for each in _gaps(probability_nc, label_n, bins))
+    random, errors = stream(seed, "bootstrap", len(gap_n)), []
+    for _ in range(_DRAWS):
+        drawn = random.integers(0, len(gap_n), len(gap_n))
+        errors.append(np.abs(np.bincount(bin_n[drawn], gap_n[drawn], bins)).sum() / len(gap_n))
+    low, high = np.quantile(errors, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _gaps(probability_nc: Tensor, label_n: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Of each sample: right (0 or 1) less its confidence, and its bin of confidence."""
+    confidence_n, predicted_n = probability_nc.double().max(1)
+    bin_n = (confidence_n * bins).ceil().long().clamp(1, bins) - 1
+    return (predicted_n == label_n).double() - confidence_n, bin_n
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,46 @@ def compare(before_n: Tensor, after_n: Tensor) -> Comparison:
         positive_flips=won / count,
         p_value=_mcnemar(lost, won),
     )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much a mean differs between two models on the same samples."""
+
+    value: float
+    """after less before"""
+    low: float
+    high: float
+    """the middle 95% of the paired bootstrap"""
+    p_value: float
+    """two-sided: how often the bootstrap's differences fall on the other side of zero, twice"""
+
+
+def difference(before_n: Tensor, after_n: Tensor, level: float = 0.95, seed: int = 0) -> Difference:
+    """The paired bootstrap of the mean difference of what each sample contributed (Efron and Tibshirani 1993)."""
+    assert before_n.shape == after_n.shape
+    value_n = (after_n.double() - before_n.double()).numpy()
+    random = stream(seed, "bootstrap", len(value_n))
+    if np.isin(value_n, (-1.0, 0.0, 1.0)).all():  # a resample of losses, ties and wins is a multinomial draw
+        shares = [(value_n == each).mean() for each in (-1.0, 0.0, 1.0)]
+        counts = random.multinomial(len(value_n), shares, _DRAWS)
+        means = (counts[:, 2] - counts[:, 0]) / len(value_n)
+    else:
+        means = np.array([value_n[random.integers(0, len(value_n), len(value_n))].mean() for _ in range(_DRAWS)])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    beyond = min((means <= 0).mean(), (means >= 0).mean())
+    p_value = min(1.0, 2 * max(beyond, 1 / _DRAWS)) if value_n.any() else 1.0
+    return Difference(float(value_n.mean()), float(low), float(high), float(p_value))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values as they stand when all of them are looked at together (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(order):
+        highest = max(highest, min(1.0, p_values[i] * (len(order) - place)))
+        adjusted[i] = highest
+    return adjusted
 
 
 def _mcnemar(lost: int, won: int) -> float:

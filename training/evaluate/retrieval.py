@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 CUTS = (1, 5, 10)
+_CHUNK = 1024  # queries at a time: their similarities are all that is held
 
 
-def recalls(image_ne: Tensor, text_me: Tensor, owner_m: Tensor, what: str = "image") -> dict[str, float]:
-    """Recall at 1, 5 and 10 in both directions; caption j describes picture `owner_m[j]`, or `what` there is instead.
+def recalls(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions; caption j describes picture `owner_m[j]`.
 
     A picture counts if any of its captions is found (the protocol of Karpathy and Fei-Fei, arXiv 1412.2306). Ties count
     against us, so a model that gives every pair the same score gets nothing.
@@ -22,17 +23,18 @@ def recalls(image_ne: Tensor, text_me: Tensor, owner_m: Tensor, what: str = "ima
     image_rank_n, text_rank_m = ranks(image_ne, text_me, owner_m)
     scores = {}
     for k in CUTS:
-        scores[f"{what}_to_text@{k}"] = (image_rank_n < k).double().mean().item()
-        scores[f"text_to_{what}@{k}"] = (text_rank_m < k).double().mean().item()
+        scores[f"image_to_text@{k}"] = (image_rank_n < k).double().mean().item()
+        scores[f"text_to_image@{k}"] = (text_rank_m < k).double().mean().item()
     return scores
 
 
 def ranks(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> tuple[Tensor, Tensor]:
     """int64 [n] and [m]: of each picture among the captions, and of each caption among the pictures, how many wrong
     ones are at least as similar as the right one."""
-    score_nm = image_ne @ text_me.T
-    own_nm = torch.arange(len(image_ne))[:, None] == owner_m[None, :]
-    return _ranks(score_nm, own_nm), _ranks(score_nm.T, own_nm.T)
+    picture_n, caption_m = torch.arange(len(image_ne)), torch.arange(len(text_me))
+    of_images = [_ranks(image_ne[b] @ text_me.T, b[:, None] == owner_m) for b in picture_n.split(_CHUNK)]
+    of_texts = [_ranks(text_me[b] @ image_ne.T, owner_m[b][:, None] == picture_n) for b in caption_m.split(_CHUNK)]
+    return torch.cat(of_images), torch.cat(of_texts)
 
 
 def _ranks(score_qc: Tensor, right_qc: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ def _ranks(score_qc: Tensor, right_qc: Tensor) -> Tensor:
     return ((score_qc >= best_q) & ~right_qc).sum(1)
 
 
-def chance(pictures: int, owner_m: Tensor, what: str = "image") -> dict[str, float]:
+def chance(pictures: int, owner_m: Tensor) -> dict[str, float]:
     """The recalls of a random order, exactly."""
     captions = len(owner_m)
     counts = torch.bincount(owner_m, minlength=pictures).tolist()
@@ -49,6 +51,6 @@ def chance(pictures: int, owner_m: Tensor, what: str = "image") -> dict[str, flo
     for k in CUTS:
         drawn = min(k, captions)
         missed = [math.comb(captions - c, drawn) / math.comb(captions, drawn) for c in counts]
-        scores[f"{what}_to_text@{k}"] = 1 - sum(missed) / len(missed)
-        scores[f"text_to_{what}@{k}"] = min(1.0, k / pictures)
+        scores[f"image_to_text@{k}"] = 1 - sum(missed) / len(missed)
+        scores[f"text_to_image@{k}"] = min(1.0, k / pictures)
     return scores

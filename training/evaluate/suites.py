@@ -1,14 +1,14 @@
-"""Suites: named evaluations of a model on one set of shards, with the chance level beside every score.
+"""An evaluation: the suites of a recipe, one after another, with the chance level beside every score.
 
-Zero-shot tasks come with the data: every label that a sample's metadata carries (`"labels": {"role": "pilot"}`) is
-one task, and its classes are the values found. Prompts are the recipe's templates for that label.
+Built-in suites share one set, the run's own evaluation data, which is embedded once. Zero-shot tasks come with it:
+every label that a sample's metadata carries (`"labels": {"role": "pilot"}`) is one task, its classes are the values
+found, and its prompts the recipe's templates for that label. Suites with data of their own are in `protocols.py`.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,29 +18,16 @@ from ...data.loader import EvaluationSet
 from ...data.record import Sample
 from ...models.model import Model
 from ..world import World
-from . import retrieval, zero_shot
-from .config import EvalConfig
-from .embed import Embedded, embed, embed_captions
+from . import zero_shot
+from .config import Captioning, EvalConfig
+from .embed import Embedded, pixels
 from .generate import write
+from .kept import Kept
+from .outcome import Evaluation as Evaluation
+from .protocols import Bench, captioned, retrieved, run, shaped
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found; rates are fractions from 0 to 1."""
-
-    scores: dict[str, float] = field(default_factory=dict)
-    chance: dict[str, float] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    """captions of a retrieval, classes of a task"""
-    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    bad: list[dict[str, Any]] = field(default_factory=list)
-    """ledger entries of evaluation samples that could not be used"""
-
-    def json(self) -> dict[str, Any]:
-        """As a plain object."""
-        return asdict(self)
-
-
+@torch.no_grad()
 def evaluate(
     model: Model,
     config: EvalConfig,
@@ -48,65 +35,71 @@ def evaluate(
     world: World,
     cache: CacheConfig | None = None,
     tokenizer: str = "clip",
+    kept: Kept | None = None,
 ) -> Evaluation:
-    """Run the configured suites on the shards at `url`, read through `cache`, with the run's `tokenizer`; every rank
-    takes part and gets the same result.
+    """Run the configured suites; `url` is of the shards that built-in ones and examples use, read through `cache`, with
+    the run's `tokenizer`. Every rank takes part and gets the same result. Captioning needs a captioner, and is left out
+    while the model has none. `kept`: take embeddings that are kept, and keep new ones.
 
-    Raises DataError if the shards cannot be read, or carry no labels for a zero-shot suite, SpecError if a further
+    Raises DataError if data cannot be read or used, or carry no labels for the zero-shot suite, SpecError if a further
     tower cannot read what they hold for it.
     """
-    spec = model.spec
-    samples = EvaluationSet(url, spec.image.resolution, spec.text.context, cache, tokenizer, spec.further)
-    spec.check_samples(samples.vectors.shapes)
-    data = embed(model, samples, config.batch, world)
-    if not data.numbers:
-        raise DataError(f"none of the {len(samples)} samples of {url} can be used: {data.bad[0]['reason']}")
-    found = Evaluation(bad=data.bad)
-    if "retrieval" in config.suites:
-        found.scores.update(_prefixed("retrieval", retrieval.recalls(data.images, data.texts, data.owners)))
-        found.chance.update(_prefixed("retrieval", retrieval.chance(len(data.images), data.owners)))
-        found.sizes["retrieval"] = len(data.captions)
-        for name, rows in data.further.items():
-            found.scores.update(_prefixed("retrieval", retrieval.recalls(rows, data.texts, data.owners, name)))
-            found.chance.update(_prefixed("retrieval", retrieval.chance(len(rows), data.owners, name)))
-    if "zero_shot" in config.suites:
-        _zero_shot(model, config, samples, data, world, found)
-    if config.examples and world.is_first:
-        found.examples.update(_examples(model, config, samples, data, world))
+    bench = Bench(model, world, config.batch, tokenizer, cache, kept)
+    found = Evaluation()
+    if config.built_in or (config.examples and url):
+        samples = bench.own_set(url)
+        _built_in(bench, config, samples, found)
+    for suite in config.own:
+        if model.captioner is not None or not isinstance(suite.protocol, Captioning):
+            run(suite, bench, found)
     return found
 
 
-def _prefixed(prefix: str, scores: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": score for name, score in scores.items()}
+def _built_in(bench: Bench, config: EvalConfig, samples: EvaluationSet, found: Evaluation) -> None:
+    data = bench.embedded(samples)
+    if not data.numbers:
+        raise DataError(f"none of the {len(samples)} samples of {samples.url} can be used: {data.bad[0]['reason']}")
+    found.bad.extend(data.bad)
+    if "retrieval" in config.built_in:
+        retrieved("retrieval", data, found)
+        found.sizes["retrieval"] = len(data.captions)
+    if "zero_shot" in config.built_in:
+        _zero_shot(bench, config, samples, data, found)
+    if "geometry" in config.built_in:
+        shaped("geometry", data, found)
+        found.sizes["geometry"] = len(data.numbers)
+    if "captioning" in config.built_in and bench.model.captioner is not None:
+        how = Captioning(writing=config.writing)
+        rows, _ = bench.captions(samples, how)
+        captioned("captioning", rows, how.metrics, found)
+        found.sizes["captioning"] = len(rows)
+    if config.examples and bench.world.is_first:
+        found.examples.update(_examples(bench, config, samples, data))
 
 
-@torch.no_grad()
-def _zero_shot(
-    model: Model, config: EvalConfig, samples: EvaluationSet, data: Embedded, world: World, found: Evaluation
-) -> None:
+def _zero_shot(bench: Bench, config: EvalConfig, samples: EvaluationSet, data: Embedded, found: Evaluation) -> None:
     """One accuracy per label that the data carries."""
     tasks = sorted({label for labels in data.labels for label in labels})
     if not tasks:
         raise DataError(
-            f"eval.suites has zero_shot, but no sample of {samples.source.url} has labels; "
+            f"eval.suites has zero_shot, but no sample of {samples.url} has labels; "
             'add "labels": {...} to the .json of its samples, or drop the suite'
         )
     for task in tasks:
         rows = torch.tensor([i for i, labels in enumerate(data.labels) if task in labels])
         classes, numbers = zero_shot.label_numbers([data.labels[i][task] for i in rows])
         texts = zero_shot.prompts(classes, config.templates.get(task, ("{}",)))
-        prompt_ce = embed_captions(model, samples.tokenizer, texts, config.batch, world)
-        class_ce = zero_shot.class_embeddings(prompt_ce, len(classes))
-        found.scores[f"zero_shot/{task}"] = zero_shot.accuracy(data.images[rows], class_ce, numbers)
-        found.chance[f"zero_shot/{task}"] = 1 / len(classes)
+        class_ce = zero_shot.class_embeddings(bench.prompts(samples.tokenizer, texts), len(classes))
+        right_n = zero_shot.rivals(data.images[rows], class_ce, numbers) == 0
+        found.add(f"zero_shot/{task}", right_n, [data.keys[i] for i in rows], 1 / len(classes))
         found.sizes[f"zero_shot/{task}"] = len(classes)
 
 
 def _examples(
-    model: Model, config: EvalConfig, samples: EvaluationSet, data: Embedded, world: World
+    bench: Bench, config: EvalConfig, samples: EvaluationSet, data: Embedded
 ) -> dict[str, list[dict[str, Any]]]:
     """Pictures spread evenly over the set, with their nearest captions and what the captioner writes."""
-    count = config.examples
+    count, model = config.examples, bench.model
     chosen = list(range(0, len(data.numbers), max(1, len(data.numbers) // count)))[:count]
     pictures = [s for index in chosen if isinstance(s := samples.sample(data.numbers[index]), Sample)]
     shown: dict[str, list[dict[str, Any]]] = {"retrieval": [], "captions": []}
@@ -121,9 +114,9 @@ def _examples(
         )
     if model.captioner is not None:
         tokenizer = samples.tokenizer
-        pixels = torch.stack([torch.from_numpy(s.image) for s in pictures]).permute(0, 3, 1, 2).to(world.device)
         longest = min(model.spec.text.context, 40)
-        written = write(config.writing, model, pixels, tokenizer.START, tokenizer.END, longest)
+        images = pixels(pictures, bench.world)
+        written = write(config.writing, model, images, tokenizer.START, tokenizer.END, longest)
         for sample, ids in zip(pictures, written, strict=True):
             row = {"key": sample.key, "image": _data_url(sample.image), "true": list(sample.captions)}
             shown["captions"].append(row | {"generated": tokenizer.decode(ids)})

@@ -1,7 +1,8 @@
 """The report of a run: one self-contained HTML page that a person reads.
 
 `reading` turns a run folder into a `Run`; `sections` and `history` say what each part of the page shows; `charts` and
-`drawings` draw it as SVG; `page` sets it into page.html. Nothing here needs torch, and the page needs no network.
+`drawings` draw it as SVG; `page` sets it into page.html. `comparison` is the page of several models, with the plots of
+`forest`. Nothing here needs torch, and the pages need no network.
 """
 
 from __future__ import annotations

@@ -15,28 +15,37 @@ from . import history, sections
 from .charts import LineChart
 from .reading import Run
 
-_HERE = Path(__file__).parent
+HERE = Path(__file__).parent
 
 
 def render(run: Run) -> str:
     """The whole page as HTML text."""
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+            head=sections.headline(run),
+            scores=sections.scores(run),
+            curves=sections.curves(run),
+            time=history.time(run),
+            retrieval=sections.retrieval(run),
+            captions=sections.captions(run),
+            bad=sections.bad_samples(run),
+            growth=history.growth(run),
+            lineage=history.lineage(run),
+            recipe=run.recipe_text,
+        )
     )
-    environment.globals["figure"] = figure
-    return environment.get_template("page.html").render(
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        head=sections.headline(run),
-        scores=sections.scores(run),
-        curves=sections.curves(run),
-        time=history.time(run),
-        retrieval=sections.retrieval(run),
-        captions=sections.captions(run),
-        bad=sections.bad_samples(run),
-        growth=history.growth(run),
-        lineage=history.lineage(run),
-        recipe=run.recipe_text,
+
+
+def environment() -> Environment:
+    """Where templates come from; whatever is set into one is escaped."""
+    found = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    found.globals["figure"] = figure
+    return found
 
 
 def figure(chart: LineChart, identity: str, size: str) -> Markup:

@@ -73,6 +73,31 @@ def percent(fraction: float | None) -> str:
     return f"{decimal(value, 2)}%"
 
 
+def measure(key: str) -> str:
+    """What a score measures, from its key: accuracy of pets/accuracy@1, image_to_text of retrieval/image_to_text@5."""
+    return key.rpartition("/")[2].partition("@")[0]
+
+
+def is_share(key: str) -> bool:
+    """Whether a score is a share of 0 to 1."""
+    return measure(key) not in _NUMBERS
+
+
+def score(key: str, value: float | None) -> str:
+    """A score as it is read: a share as 61.3%, what is no share as a number."""
+    return percent(value) if is_share(key) else decimal(value)
+
+
+def lower_is_better(key: str) -> bool | None:
+    """Whether a score is better when it is lower; None if it is neither good nor bad."""
+    name = measure(key)
+    return None if name == "modality_gap" else name in _LOWER
+
+
+_LOWER = {"calibration_error", "alignment", "uniformity_image", "uniformity_text"}
+_NUMBERS = {"modality_gap", "alignment", "uniformity_image", "uniformity_text", "cider"}
+
+
 def duration(seconds: float | None) -> str:
     """0.3 s, 42 s, 3 min 20 s, 1 h 04 min, 2 d 3 h."""
     if seconds is None or not math.isfinite(seconds):

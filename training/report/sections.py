@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import readable
@@ -80,7 +80,7 @@ def scores(run: Run) -> View | None:
     if not evaluations:
         return None
     last = evaluations[-1]
-    chance, sizes = last.get("chance") or {}, last.get("sizes") or {}
+    chance, sizes, intervals = (last.get(name) or {} for name in ("chance", "sizes", "intervals"))
     groups: dict[str, View] = {}
     for key, value in (last.get("scores") or {}).items():
         if not is_number(value):
@@ -89,19 +89,26 @@ def scores(run: Run) -> View | None:
         view = groups.setdefault(group, {"name": group, "rows": []})
         level = chance.get(key) if is_number(chance.get(key)) else None
         size = sizes.get(key, sizes.get(key.split("/")[0]))
-        kind = "candidates" if "@" in key else "classes"
+        kind = "classes" if key in sizes else "candidates" if "_to_" in key else "samples"
+        share = readable.is_share(key)
         view["rows"].append(
             {
                 "name": name,
                 "key": printable(key),
-                "score": readable.percent(value),
+                "score": readable.score(key, value),
+                "interval": _interval(key, intervals.get(key)),
                 "chance": readable.percent(level),
                 "times": readable.times(value, level) if level else readable.MISSING,
                 "size": f"{readable.exact(size)} {kind}" if is_number(size) else "",
-                "bar": bar(value, level),
+                "bar": bar(value, level) if share else "",
             }
         )
-    return {"groups": list(groups.values()), "samples": readable.exact(last["samples"]), "count": len(evaluations)}
+    return {
+        "groups": list(groups.values()),
+        "samples": readable.exact(last["samples"]),
+        "count": len(evaluations),
+        "intervals": bool(intervals),
+    }
 
 
 def curves(run: Run) -> View | None:
@@ -219,23 +226,34 @@ def bad_samples(run: Run) -> View:
 
 def score_names(key: str) -> tuple[str, str]:
     """The group and the name of a score as a person says them: ("Image → text", "R@5")."""
-    recall = re.fullmatch(r"retrieval/(\w+?)_to_(\w+)@(\d+)", key)
+    recall = re.fullmatch(r"(.+)/(\w+?)_to_(\w+)@(\d+)", key)
     if recall:
-        return f"{recall[1].capitalize()} → {recall[2]}", f"R@{recall[3]}"
+        suite = "" if recall[1] == "retrieval" else f"{printable(recall[1])}: "
+        way = f"{recall[2]} → {recall[3]}"
+        return suite + (way if suite else way.capitalize()), f"R@{recall[4]}"
     suite, _, name = key.rpartition("/")
-    group = {"zero_shot": "Zero-shot"}.get(suite, readable.plain(suite).capitalize() if suite else "Scores")
+    known = {"zero_shot": "Zero-shot", "geometry": "Geometry", "captioning": "Captioning", "": "Scores"}
+    group = known.get(suite, printable(suite))
     return group, readable.plain(name)
+
+
+def _interval(key: str, ends: object) -> str:
+    """The interval of a score in words, if there is one."""
+    if not isinstance(ends, list | tuple) or len(ends) != 2 or not all(map(is_number, ends)):
+        return ""
+    return " to ".join(readable.score(key, end) for end in ends)
 
 
 def _score_charts(run: Run, marks: list[Marker], end: float) -> list[LineChart]:
     evaluations = run.events("eval")
-    groups: dict[str, list[Series]] = {}
+    groups: dict[tuple[str, Callable[[float], str]], list[Series]] = {}
     for key in dict.fromkeys(k for e in evaluations for k in e.get("scores") or {}):
         group, name = score_names(key)
         points = [(e["samples"], number((e.get("scores") or {}).get(key))) for e in evaluations]
         chance = number((evaluations[-1].get("chance") or {}).get(key))
-        groups.setdefault(group, []).append(Series(name, points, chance))
-    return [LineChart(g, s, marks, end, readable.percent, dots=True, labelled=False) for g, s in groups.items()]
+        form = readable.percent if readable.is_share(key) else readable.decimal
+        groups.setdefault((group, form), []).append(Series(name, points, chance))
+    return [LineChart(g, s, marks, end, form, dots=True, labelled=False) for (g, form), s in groups.items()]
 
 
 def _figures(steps: list[Line], names: list[str]) -> View:

@@ -1,0 +1,126 @@
+"""A headless Chromium, driven over two pipes: what a page draws, asks for and complains of, at any size.
+
+It speaks the DevTools protocol, an object and a NUL byte a message, so that nothing but the browser is needed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+_FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+          "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe")  # fmt: skip
+_SECONDS = 60
+
+
+class Browser:
+    """One page of a browser of its own; `complaints` and `requests` are what it said and asked for."""
+
+    def __init__(self, profile: Path) -> None:
+        assert CHROMIUM is not None
+        theirs_in, self._out = os.pipe()
+        self._in, theirs_out = os.pipe()
+
+        def pipes() -> None:  # the browser reads 3 and writes 4
+            ends = [os.dup(end) for end in (theirs_in, theirs_out)]
+            os.dup2(ends[0], 3)
+            os.dup2(ends[1], 4)
+
+        self._process = subprocess.Popen(
+            [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            preexec_fn=pipes,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._number, self._buffer = 0, b""
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        target = self._call("Target.createTarget", {"url": "about:blank"}, None)["targetId"]
+        self._session = self._call("Target.attachToTarget", {"targetId": target, "flatten": True}, None)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._in)
+        os.close(self._out)
+
+    def open(self, page: Path, width: int, height: int, dark: bool = False) -> None:
+        """Show a page at a size, in px, to its end."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.call("Page.navigate", {"url": page.resolve().as_uri()})
+        limit = time.monotonic() + _SECONDS
+        while self.evaluate("document.readyState + location.href") != f"complete{page.resolve().as_uri()}":
+            assert time.monotonic() < limit, "the page does not come"
+            time.sleep(0.05)
+
+    def evaluate(self, script: str) -> Any:
+        """What a line of JavaScript gives."""
+        found = self.call("Runtime.evaluate", {"expression": script, "returnByValue": True, "awaitPromise": True})
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def picture(self, path: Path) -> None:
+        """The whole page as a PNG."""
+        found = self.call("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True})
+        path.write_bytes(base64.b64decode(found["data"]))
+
+    def call(self, method: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+        """A command to the page, and its answer."""
+        return self._call(method, parameters or {}, self._session)
+
+    def _call(self, method: str, parameters: dict[str, Any], session: str | None) -> dict[str, Any]:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        os.write(self._out, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
+        limit = time.monotonic() + _SECONDS
+        while True:
+            answer = self._read(limit)
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                result: dict[str, Any] = answer["result"]
+                return result
+            self._note(answer)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        method, said = event.get("method"), event.get("params", {})
+        if method == "Runtime.exceptionThrown":
+            self.complaints.append(str(said["exceptionDetails"]))
+        elif method == "Log.entryAdded":
+            self.complaints.append(f"{said['entry']['level']}: {said['entry']['text']}")
+        elif method == "Runtime.consoleAPICalled":
+            self.complaints.append(str(said["args"]))
+        elif method == "Network.requestWillBeSent":
+            self.requests.append(said["request"]["url"])
+
+    def _read(self, limit: float) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._in], [], [], max(0.0, limit - time.monotonic()))
+            assert ready, "the browser does not answer"
+            more = os.read(self._in, 1 << 16)
+            assert more, "the browser has ended"
+            self._buffer += more
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        answer: dict[str, Any] = json.loads(message)
+        return answer

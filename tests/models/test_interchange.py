@@ -1,0 +1,444 @@
+"""Interchange against open_clip's own models: logits, caption logits and bits, for every architecture that is claimed.
+
+Copies of the configs with small sizes keep every switch; the slow test runs the full sizes that fit in 8 GB.
+"""
+
+from copy import deepcopy
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from treering.models.decoding import Decoder
+from treering.models.flops import parameters
+from treering.models.growth.axes import uses
+from treering.models.growth.plan import plan_growth
+from treering.models.growth.rules import grown
+from treering.models.interchange.architectures import (
+    InterchangeError,
+    architectures,
+    claimed,
+    config_named,
+    config_of,
+    reasons_against,
+    refused,
+    spec_of,
+)
+from treering.models.interchange.weights import from_open_clip, to_open_clip
+from treering.models.model import Model, build
+from treering.models.spec import ModelSpec, SpecError
+
+VOCABULARY, CONTEXT = 90, 9
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+COCA = [name for name in claimed() if name.startswith("coca")]
+
+
+def small(name: str) -> dict[str, Any]:
+    """A config with every switch of `name`, of a few channels and blocks."""
+    config = deepcopy(dict(config_named(name)))
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    head = 8 + vision.get("head_width", 64) % 64 // 8  # 64 -> 8, 80 -> 10, 88 -> 11, 104 -> 13
+    vision |= {"layers": 2, "width": 2 * head, "patch_size": 4, "image_size": 12}
+    vision["head_width"] = head
+    text |= {"layers": 2, "width": 16, "heads": 2, "vocab_size": VOCABULARY, "context_length": CONTEXT}
+    config["embed_dim"] = 16
+    if vision.get("attentional_pool"):
+        vision["attn_pooler_queries"] = 5
+    if decoder := config.get("multimodal_cfg"):
+        decoder |= {"layers": 2, "width": 16, "heads": 2, "vocab_size": VOCABULARY, "context_length": CONTEXT}
+    return config
+
+
+def their_model(open_clip: ModuleType, config: dict[str, Any]) -> torch.nn.Module:
+    """open_clip's model of a config, as its `create_model` makes it, with no weight at its first zero or one."""
+    config = deepcopy(config)
+    custom = config.pop("custom_text", False)
+    made = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    torch.manual_seed(0)
+    model = made(**config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "text_decoder.text_projection":  # which nothing ever fills
+                parameter.zero_()
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def our_model(spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> Model:
+    model = build(spec, 1).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+    return model
+
+
+def inputs(spec: ModelSpec, end: int) -> tuple[torch.Tensor, list[list[int]]]:
+    """Pictures, and texts: a short one, one with token 0 inside, one that is one token short, one that is full."""
+    generator = torch.Generator().manual_seed(3)
+    side, n = spec.image.resolution, spec.text.context
+    images = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8, generator=generator)
+    inner = [torch.randint(3, 80, (size,), generator=generator).tolist() for size in (2, 4, n - 3, n - 2)]
+    inner[1][2] = 0
+    return images, [[80, *ids, end] for ids in inner]
+
+
+@torch.no_grad()
+def their_logits(model: torch.nn.Module, spec: ModelSpec, images: torch.Tensor, texts: list[list[int]]) -> list:
+    pixels = (images / 255 - torch.tensor(spec.image.mean).view(3, 1, 1)) / torch.tensor(spec.image.std).view(3, 1, 1)
+    ids = torch.tensor([text + [0] * (spec.text.context - len(text)) for text in texts])
+    image, text = (F.normalize(x, dim=-1) for x in (model.encode_image(pixels), model.encode_text(ids)))
+    found = [model.logit_scale.exp() * image @ text.T]
+    if model.logit_bias is not None:
+        found[0] += model.logit_bias
+    if spec.caption:
+        logits = model(pixels, ids, output_labels=False)["logits"]
+        found += [logits[i, : len(text)] for i, text in enumerate(texts)]
+    return found
+
+
+@torch.no_grad()
+def our_logits(model: Model, images: torch.Tensor, texts: list[list[int]]) -> list:
+    tokens, lengths = torch.tensor([i for text in texts for i in text]), torch.tensor([len(text) for text in texts])
+    output = model(images, tokens, lengths)
+    image, text = (F.normalize(x.pooled, dim=-1) for x in (output.image, output.text))
+    found = [output.scale * image @ text.T + (0 if output.bias is None else output.bias)]
+    if output.caption is not None:
+        found += list((output.caption @ model.output_table.T).split(lengths.tolist()))
+    return found
+
+
+def worst(one: list, other: list) -> float:
+    assert [x.shape for x in one] == [x.shape for x in other]
+    return max((x - y).abs().max().item() for x, y in zip(one, other, strict=True))
+
+
+def end_of(config: dict[str, Any]) -> int:
+    text = config["text_cfg"]
+    return text["eos_id"] if text.get("pool_type") == "eos" else text["vocab_size"] - 1
+
+
+def grow(model: Model, targets: dict[str, int]) -> Model:
+    old = dict(model.named_parameters())
+    spec = model.spec.grown(targets)
+    read = grown(plan_growth(model.spec, spec), lambda kind, name: old[name].detach())
+    with torch.device("meta"):
+        names = [name for name, _ in Model(spec).named_parameters()]
+    return our_model(spec, {name: read("model", name) for name in names})
+
+
+def test_the_claim() -> None:
+    assert len(claimed()) == 46
+    assert set(claimed()) | set(refused()) == set(architectures())
+    assert not set(claimed()) & set(refused())
+    reasons = {
+        name: why for name, why in refused().items() if not name.startswith(("RN", "EVA", "ViTamin", "convnext"))
+    }
+    assert "timm's vit_base_patch16_siglip_224" in reasons["ViT-B-16-SigLIP"]
+    assert "Hugging Face's roberta-base" in reasons["roberta-ViT-B-32"]
+    assert "ResNet" in refused()["RN50"]
+
+
+@pytest.mark.parametrize("name", claimed())
+def test_there_and_back(open_clip: ModuleType, name: str) -> None:
+    """Equal logits; the same bits after a way there and back; a config whose spec is the same."""
+    config = small(name)
+    theirs, spec = their_model(open_clip, config), spec_of(config, MEAN, STD)
+    state = theirs.state_dict()
+    tensors = from_open_clip(spec, state)
+    ours, (images, texts) = our_model(spec, tensors), inputs(spec, end_of(config))
+    assert worst(their_logits(theirs, spec, images, texts), our_logits(ours, images, texts)) < 1e-5
+    back = to_open_clip(spec, tensors)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+    named = ("hf_tokenizer_name", "pool_type", "eos_id") if end_of(config) < VOCABULARY - 1 else ()
+    words = {key: config["text_cfg"][key] for key in named}
+    again = config_of(spec, words)
+    assert spec_of(again, MEAN, STD) == spec
+    their_model(open_clip, again).load_state_dict(back)  # strict
+    assert parameters(spec) == sum(p.numel() for p in ours.parameters())
+
+
+# One of each structure: plain, quick, layer scale, mean pooling of filled texts, both CoCas.
+STRUCTURES = ["ViT-B-32", "ViT-L-14-quickgelu", "ViT-M-16-alt", "ViT-H-14-CLIPA", "coca_ViT-B-32", "coca_base"]
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_grown_and_handed_back(open_clip: ModuleType, name: str) -> None:
+    """An imported model, wider and deeper, has the same logits, and so has what open_clip builds from its export."""
+    config = small(name)
+    theirs, spec = their_model(open_clip, config), spec_of(config, MEAN, STD)
+    ours, (images, texts) = our_model(spec, from_open_clip(spec, theirs.state_dict())), inputs(spec, end_of(config))
+    targets = {"image.width": 2 * spec.image.width, "image.depth": 3, "text.depth": 5, "image.mlp_ratio": 5.0}
+    if not spec.caption:
+        targets |= {"text.width": 3 * spec.text.width}
+    elif spec.image.pool == "attention":
+        targets |= {"caption.depth": 3}
+    else:  # the decoder reads image tokens as wide as its own stream
+        targets |= {"text.width": 2 * spec.text.width, "caption.depth": 3}
+    larger = grow(ours, targets)
+    expected = their_logits(theirs, spec, images, texts)
+    assert worst(expected, our_logits(larger, images, texts)) < 1e-5
+    handed = their_model(open_clip, config_of(larger.spec))
+    handed.load_state_dict(to_open_clip(larger.spec, dict(larger.named_parameters())))
+    assert worst(expected, their_logits(handed, spec, images, texts)) < 1e-5
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_tensor_knows_its_axes(name: str) -> None:
+    spec = spec_of(small(name))
+    sizes = {"image.width": spec.image.width, "image.heads": spec.image.attention_width, "text.width": spec.text.width}
+    sizes |= {"text.heads": spec.text.attention_width, "image.mlp_width": spec.image.mlp_width}
+    sizes["text.mlp_width"] = spec.text.mlp_width
+    for parameter, tensor in build(spec, 0).named_parameters():
+        found = uses(parameter, spec)
+        assert [tensor.shape[use.dim] for use in found] == [sizes[use.axis] for use in found], parameter
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "reason"),
+    [
+        ("ViT-B-32", {"image.width": 24}, "image.pre_norm is only kept by whole factors; set image.width: 32"),
+        ("ViT-M-16-alt", {"image.width": 24}, "image.layer_scale is only kept by whole factors"),
+        ("coca_ViT-B-32", {"image.width": 24}, "is only kept by whole factors"),
+        ("coca_ViT-B-32", {"embed_dim": 32}, "the width of the attention pooler"),
+        ("coca_ViT-B-32", {"image.queries": 9}, "no such size"),
+        ("ViT-H-14-CLIPA", {"text.context": 12}, "fills every text to the context"),
+        ("ViT-H-14-CLIPA", {"caption.depth": 2}, "caption predicts token after token"),
+    ],
+)
+def test_growth_that_would_not_keep_the_function_is_refused(name: str, targets: dict[str, int], reason: str) -> None:
+    spec = spec_of(small(name))
+    with pytest.raises(SpecError, match=reason):
+        plan_growth(spec, spec.grown(targets))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "coca_ViT-B-32"])
+def test_other_operators_on_an_imported_model(open_clip: ModuleType, name: str) -> None:
+    """More heads, wider heads, a longer context, more tokens, a larger joint space; the old logits stay."""
+    config = small(name)
+    spec = spec_of(config)
+    ours = our_model(spec, from_open_clip(spec, their_model(open_clip, config).state_dict()))
+    images, texts = inputs(spec, end_of(config))
+    texts = [text for text in texts if len(text) < CONTEXT]  # a full one is followed by no filling
+    images = images[: len(texts)]
+    targets = {"image.head_dim": 16, "text.heads": 3, "text.head_dim": 8, "text.vocabulary": VOCABULARY + 5}
+    targets |= {} if spec.caption else {"embed_dim": 20, "image.experts": 3}
+    larger = grow(ours, targets)
+    found = [each[..., :VOCABULARY] if i else each for i, each in enumerate(our_logits(larger, images, texts))]
+    assert worst(our_logits(ours, images, texts), found) < 1e-5
+    if spec.caption:  # positions are interpolated beyond the first ones; the class token's stays
+        longer = grow(ours, {"text.context": 20})
+        assert torch.equal(longer.text.class_embedding, ours.text.class_embedding)
+
+
+def test_growth_to_a_width_that_is_no_multiple_exports_its_eps(open_clip: ModuleType) -> None:
+    config = small("ViT-B-32")
+    theirs, spec = their_model(open_clip, config), spec_of(config)
+    ours, (images, texts) = our_model(spec, from_open_clip(spec, theirs.state_dict())), inputs(spec, VOCABULARY - 1)
+    larger = grow(ours, {"text.width": 24})
+    exported = config_of(larger.spec)
+    assert exported["text_cfg"]["norm_kwargs"] == {"eps": pytest.approx(1e-5 * 16 / 24)}
+    handed = their_model(open_clip, exported)
+    handed.load_state_dict(to_open_clip(larger.spec, dict(larger.named_parameters())))
+    expected = their_logits(theirs, spec, images, texts)
+    assert worst(expected, their_logits(handed, spec, images, texts)) < 1e-5
+
+
+@pytest.mark.parametrize("name", [n for n in STRUCTURES if not n.startswith("coca")][:2])
+def test_an_imported_dual_encoder_gets_a_captioner(open_clip: ModuleType, name: str) -> None:
+    config = small(name)
+    spec = spec_of(config)
+    ours = our_model(spec, from_open_clip(spec, their_model(open_clip, config).state_dict()))
+    images, texts = inputs(spec, end_of(config))
+    captioning = grow(ours, {"caption.depth": 2})
+    assert worst(our_logits(ours, images, texts), our_logits(captioning, images, texts)[:1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", COCA)
+def test_written_captions_follow_the_same_logits(open_clip: ModuleType, name: str) -> None:
+    """Token by token with kept keys and values, against open_clip's whole forward pass; token 0 among them."""
+    config = small(name)
+    theirs, spec = their_model(open_clip, config), spec_of(config)
+    ours = our_model(spec, from_open_clip(spec, theirs.state_dict()))
+    images, texts = inputs(spec, VOCABULARY - 1)
+    expected = their_logits(theirs, spec, images, texts)[1:]
+    with torch.no_grad():
+        for number, text in enumerate(texts):
+            decoder = Decoder(ours, ours.embed_images(images[number : number + 1]), len(text))
+            rows = torch.cat([decoder.next(torch.tensor([token])) for token in text])
+            assert (rows - expected[number]).abs().max() < 1e-5
+
+
+SIGMOID = {"init_logit_bias": -10.0}
+SIGLIP_TEXT = {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
+SIGLIP_TEXT |= {"act_kwargs": {"approximate": "tanh"}}
+FIRST = {"no_causal_mask": True, "pool_type": "first"}
+CHANGED = [
+    (SIGMOID, {}, {}),
+    (SIGMOID, {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-6}}, SIGLIP_TEXT),
+    ({}, {"pool_type": "avg"}, FIRST),
+    ({}, {"pool_type": "avg", "no_ln_pre": True}, {"no_causal_mask": True}),
+    ({}, {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 3}, {"pool_type": "last"}),
+    ({}, {"ls_init_value": 0.3}, {"ls_init_value": 0.2, "mlp_ratio": 2.5}),
+    ({"custom_text": True}, {"final_ln_after_pool": True}, {"embed_cls": True}),
+]
+
+
+@pytest.mark.parametrize(("top", "vision", "text"), CHANGED)
+def test_switches_that_no_config_of_the_list_sets_together(
+    open_clip: ModuleType, top: dict[str, Any], vision: dict[str, Any], text: dict[str, Any]
+) -> None:
+    """SigLIP's text tower, its bias and its GELU; other poolings."""
+    config = small("ViT-B-32") | top
+    config["vision_cfg"] |= vision
+    config["text_cfg"] |= text
+    theirs, spec = their_model(open_clip, config), spec_of(config)
+    ours, (images, texts) = our_model(spec, from_open_clip(spec, theirs.state_dict())), inputs(spec, VOCABULARY - 1)
+    expected = their_logits(theirs, spec, images, texts)
+    assert worst(expected, our_logits(ours, images, texts)) < 1e-5
+    handed = their_model(open_clip, config_of(spec))
+    handed.load_state_dict(to_open_clip(spec, dict(ours.named_parameters())))
+    assert worst(expected, their_logits(handed, spec, images, texts)) < 1e-5
+    if spec.text.pool != "class" or spec.image.pool != "class":
+        return
+    larger = grow(ours, {"text.width": 32, "image.width": 32, "text.depth": 3})
+    assert worst(expected, our_logits(larger, images, texts)) < 1e-5
+
+
+def test_checkpoints_in_other_clothes(open_clip: ModuleType) -> None:
+    """Half precision, `module.` before every name, the text tower in a module or not, buffers beside the weights."""
+    for name in ("ViT-B-32", "coca_ViT-B-32"):
+        config = small(name)
+        spec, state = spec_of(config), their_model(open_clip, config).state_dict()
+        plain = from_open_clip(spec, state)
+        dressed = {f"module.{key}": tensor for key, tensor in state.items()} | {"module.attn_mask": torch.ones(2)}
+        assert all(torch.equal(t, plain[n]) for n, t in from_open_clip(spec, dressed).items())
+        top = ("transformer.", "token_embedding", "positional_embedding", "ln_final", "text_projection", "cls_emb")
+        moved = {f"text.{key}" if key.startswith(top) else key.removeprefix("text."): t for key, t in state.items()}
+        assert all(torch.equal(t, plain[n]) for n, t in from_open_clip(spec, moved).items())
+        halves = from_open_clip(spec, {key: tensor.half() for key, tensor in state.items()})
+        assert all(t.dtype == torch.float32 and torch.equal(t, plain[n].half().float()) for n, t in halves.items())
+
+
+def test_weights_of_another_architecture_are_refused(open_clip: ModuleType) -> None:
+    spec, state = spec_of(small("ViT-B-32")), their_model(open_clip, small("ViT-B-32")).state_dict()
+    with pytest.raises(InterchangeError, match=r"lacks visual\.ln_pre\.weight, visual\.ln_pre\.bias"):
+        from_open_clip(spec, {key: t for key, t in state.items() if "ln_pre" not in key})
+    with pytest.raises(InterchangeError, match=r"has extra beside what it should"):
+        from_open_clip(spec, state | {"extra": torch.ones(1)})
+    with pytest.raises(InterchangeError, match=r"visual\.proj \[16, 12\] is of another shape"):
+        from_open_clip(spec, state | {"visual.proj": torch.ones(16, 12)})
+    deeper = small("ViT-B-32")
+    deeper["text_cfg"]["layers"] = 3
+    with pytest.raises(InterchangeError, match=r"has transformer\.resblocks\.2\..* and 8 more"):
+        from_open_clip(spec, their_model(open_clip, deeper).state_dict())
+
+
+def refusing(**changes: Any) -> dict[str, Any]:
+    config = small("coca_ViT-B-32")
+    for place, value in changes.items():
+        part, _, key = place.partition("__")
+        (config[part] if key else config)[key or part] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"vision_cfg__qk_norm": True}, "vision_cfg.qk_norm is set"),
+        ({"text_cfg__block_type": "custom"}, "text_cfg.block_type = 'custom'"),
+        ({"vision_cfg__attentional_pool": "parallel"}, "'parallel' has two poolers"),
+        ({"vision_cfg__pool_type": "avg"}, "pool_type = 'avg' is not one of ours here"),
+        ({"vision_cfg__pos_embed_type": "sin_cos_2d"}, "its positions are fixed"),
+        ({"vision_cfg__image_size": [12, 16]}, "is no square"),
+        ({"text_cfg__pad_id": 1}, "texts are filled with 0 here"),
+        ({"text_cfg__proj_type": "none"}, "end in a map to the joint space"),
+        ({"text_cfg__no_causal_mask": True}, "embed_cls without CoCa's causal mask"),
+        ({"multimodal_cfg__width": 32}, "multimodal_cfg.width is 32, text_cfg.width 16"),
+        ({"text_cfg__mlp_ratio": 2.0}, "its decoder always has 4"),
+        ({"text_cfg__norm_kwargs": {"eps": 1e-6}}, "its decoder takes none"),
+        ({"embed_dim": 24}, "image tokens of 24 channels for a decoder of 16"),
+        ({"text_cfg__surprise": 1}, "text_cfg has surprise = 1, which is not known here"),
+        ({"vision_cfg__act_kwargs": {"x": 1}}, "act_kwargs"),
+    ],
+)
+def test_what_we_cannot_hold_is_refused(changes: dict[str, Any], reason: str) -> None:
+    assert any(reason in why for why in reasons_against(refusing(**changes)))
+    with pytest.raises(InterchangeError, match="cannot be taken over"):
+        spec_of(refusing(**changes))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("vision_cfg__head_width", 0),
+        ("vision_cfg__head_width", "x"),
+        ("vision_cfg__layers", "x"),
+        ("text_cfg__layers", -1),
+        ("text_cfg__heads", 7),
+        ("text_cfg", []),
+        ("embed_dim", None),
+        ("vision_cfg__mlp_ratio", float("nan")),
+    ],
+)
+def test_a_config_of_odd_values_is_an_error(place: str, value: object) -> None:
+    with pytest.raises(InterchangeError, match=r"this config (makes no model|cannot be taken over)"):
+        spec_of(refusing(**{place: value}))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        (
+            "image",
+            {"class_token": False, "pool": "mean"},
+            "image.class_token = false: its image towers always have one",
+        ),
+        ("image", {"patch_bias": True}, "image.patch_bias = true"),
+        ("image", {"experts": 4}, "image.experts = 4: its MLPs are dense"),
+        ("text", {"mlp": "swiglu"}, "text.mlp = swiglu"),
+        ("text", {"heads": 4, "head_dim": 8}, "text.heads = 4 of 8 channels on text.width = 16"),
+        ("text", {"mlp": "quick_gelu"}, "its switch is for both towers"),
+        ("caption", {"cross": "inside"}, "its decoder attends to the picture after a whole block"),
+        ("text", {"mlp_ratio": 2.0}, "its decoder always has 4"),
+        ("text", {"norm_eps": 1e-6}, "its decoder has the defaults"),
+        ("text", {"width": 32}, "image tokens of 16 channels for a decoder of text.width = 32"),
+    ],
+)
+def test_what_open_clip_cannot_hold_stays(part: str, change: dict[str, Any], reason: str) -> None:
+    tree = spec_of(small("coca_ViT-B-32")).model_dump()
+    tree[part] |= change
+    with pytest.raises(InterchangeError, match=reason):
+        config_of(ModelSpec.model_validate(tree))
+
+
+def test_shared_blocks_stay() -> None:
+    tree = spec_of(small("ViT-B-32") | {"vision_cfg": small("ViT-H-14-CLIPA")["vision_cfg"]}).model_dump()
+    tree["image"]["norm_after_pool"] = False
+    tree["shared"] = {"width": 8, "depth": 1, "heads": 1}
+    with pytest.raises(InterchangeError, match="its towers share nothing"):
+        config_of(ModelSpec.model_validate(tree))
+
+
+def test_unknown_and_refused_names() -> None:
+    with pytest.raises(InterchangeError, match=r"no architecture 'ViT-B-33'; .* ViT-B-16"):
+        config_named("ViT-B-33")
+    with pytest.raises(InterchangeError, match="ViT-B-16-SigLIP cannot be taken over: its image tower is timm's"):
+        config_named("ViT-B-16-SigLIP")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", claimed())
+def test_full_size(open_clip: ModuleType, name: str) -> None:
+    """The architecture itself, two models of it in memory: those that fit in 8 GB."""
+    config = dict(config_named(name))
+    spec = spec_of(config)
+    if 3 * 4 * parameters(spec) > 8 << 30:
+        pytest.skip(f"{parameters(spec):,} parameters")
+    theirs = their_model(open_clip, config)
+    ours = our_model(spec, from_open_clip(spec, theirs.state_dict()))
+    end = config["text_cfg"].get("eos_id", 2) if config["text_cfg"].get("pool_type") == "eos" else 49407
+    images, texts = inputs(spec, min(end, spec.text.vocabulary - 1))
+    assert worst(their_logits(theirs, spec, images[:2], texts[:2]), our_logits(ours, images[:2], texts[:2])) < 1e-5

@@ -1,0 +1,128 @@
+"""Whether models differ: task by task, on the same queries.
+
+The first model is the one the others are compared with. Where a score is a mean over queries, the difference has a
+paired bootstrap interval; where each query is right or wrong, flips are counted and tested by McNemar's exact test, and
+elsewhere the bootstrap tests. Many tasks tested at once find differences by luck, so p-values come adjusted by Holm's
+method over all tasks of a pair of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.config import DataError
+from ...data.ledger import shown
+from ..report.readable import lower_is_better
+from .outcome import Evaluation
+from .reliability import compare, difference, holm
+
+_SHOWN = 8  # flips of a task that are named
+
+
+@dataclass(frozen=True)
+class Change:
+    """One score of one model beside the first model's."""
+
+    value: float
+    """its score less the first one's"""
+    low: float | None = None
+    high: float | None = None
+    """the 95% interval of the difference; None: the score is no mean over queries"""
+    lost: int | None = None
+    """negative flips: queries that the first has right and this one wrong; None: queries are not right or wrong"""
+    won: int | None = None
+    p_value: float | None = None
+    adjusted: float | None = None
+    """the p-value by Holm's method"""
+    flips: tuple[str, ...] = ()
+    """the first few queries that were lost"""
+
+    def json(self) -> dict[str, Any]:
+        """As a plain object."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in self.__dict__.items()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One score of all models."""
+
+    key: str
+    queries: int | None
+    values: tuple[float, ...]
+    intervals: tuple[tuple[float, float] | None, ...]
+    chance: float | None
+    changes: tuple[Change, ...]
+    """of all models but the first"""
+
+    def json(self) -> dict[str, Any]:
+        """As a plain object."""
+        fields = {name: list(v) if isinstance(v, tuple) else v for name, v in self.__dict__.items()}
+        lower = lower_is_better(self.key)
+        return fields | {"changes": [each.json() for each in self.changes], "lower_is_better": lower}
+
+
+def tasks(names: Sequence[str], found: Sequence[Evaluation]) -> list[Task]:
+    """The scores that all models have, compared. `names` are of the models, for messages. Raises DataError if they
+    were not evaluated on the same queries."""
+    first, *others = found
+    keys = [key for key in first.scores if all(key in other.scores for other in others)]
+    if not keys:
+        raise DataError(f"{names[0]} and {names[1]} have no score in common; give suites that both can be evaluated on")
+    columns = [[_change(key, first, other, (names[0], name)) for key in keys] for name, other in _pairs(names, others)]
+    adjusted = [_adjusted(column) for column in columns]
+    return [
+        Task(
+            key,
+            len(first.queries[key]) if key in first.queries else None,
+            tuple(each.scores[key] for each in found),
+            tuple(each.intervals.get(key) for each in found),
+            first.chance.get(key),
+            tuple(column[row] for column in adjusted),
+        )
+        for row, key in enumerate(keys)
+    ]
+
+
+def _pairs(names: Sequence[str], others: Sequence[Evaluation]) -> list[tuple[str, Evaluation]]:
+    return list(zip(names[1:], others, strict=True))
+
+
+def _change(key: str, first: Evaluation, other: Evaluation, names: tuple[str, str]) -> Change:
+    value = other.scores[key] - first.scores[key]
+    if key not in first.queries or key not in other.queries:
+        return Change(value)
+    if list(first.names[key]) != list(other.names[key]):
+        raise DataError(
+            f"{names[0]} and {names[1]} were not evaluated on the same queries of {shown(key)}: samples one cannot "
+            "use, the other can; look at the ledger of the evaluation set"
+        )
+    before, after = first.queries[key], other.queries[key]
+    drawn = difference(before, after)
+    change = Change(value, drawn.low, drawn.high, p_value=drawn.p_value)
+    if not _right_or_wrong(before, after):
+        return change
+    lost = before & ~after
+    flips = tuple(first.names[key][i] for i in lost.nonzero()[:_SHOWN, 0].tolist())
+    tested = compare(before, after)
+    won = int((~before & after).sum())
+    return replace(change, lost=int(lost.sum()), won=won, p_value=tested.p_value, flips=flips)
+
+
+def _right_or_wrong(*values: Tensor) -> bool:
+    return all(each.dtype == torch.bool for each in values)
+
+
+def _adjusted(column: Sequence[Change]) -> list[Change]:
+    tested = [i for i, change in enumerate(column) if change.p_value is not None]
+    values = dict(zip(tested, holm([column[i].p_value or 0.0 for i in tested]), strict=True))
+    return [replace(change, adjusted=values.get(i)) for i, change in enumerate(column)]
+
+
+def comparison(models: Sequence[Mapping[str, Any]], compared: Sequence[Task]) -> dict[str, Any]:
+    """All of it as one plain object; `models` says of each what it is, the first one first."""
+    return {"models": [dict(model) for model in models], "tasks": [task.json() for task in compared]}

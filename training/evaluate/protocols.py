@@ -1,0 +1,288 @@
+"""What each protocol of a suite does with a model: from pictures and texts to scores.
+
+A `Bench` is a model on its ranks with all it needs to read a set; a protocol is a function of it. Every rank takes part
+and ends with the same figures. A suite's figure counts every sample: one that cannot be used is an error, because a
+score on what is left could not be compared with anybody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.config import CacheConfig, DataError
+from ...data.files import shown_url
+from ...data.ledger import shown
+from ...data.loader import EvaluationSet
+from ...data.pictures import CLASS, FilePictures, Form, Pictures, ShardPictures, open_pictures
+from ...data.tokenizer_file import TextTokenizer
+from ...models.model import Model
+from ..world import World
+from . import probes, prompts, retrieval, zero_shot
+from .captioning import bleu, check_installed, ciders, written
+from .config import Captioning, EvalConfig, Geometry, KnnProbe, LinearProbe, Pairs, Retrieval, SuiteConfig, ZeroShot
+from .embed import Embedded, embed, embed_prompts
+from .geometry import geometry
+from .kept import Content, Kept
+from .outcome import Evaluation
+from .reliability import calibration_error, calibration_interval
+
+
+@dataclass
+class Bench:
+    """A model to be evaluated."""
+
+    model: Model
+    world: World
+    batch: int
+    tokenizer: str = "clip"
+    cache: CacheConfig | None = None
+    kept: Kept | None = None
+    """where embeddings stay; None: nowhere, as of a model in training"""
+    _embedded: dict[str, Embedded] = field(default_factory=dict)
+
+    def open(self, url: str, form: Form) -> FilePictures | ShardPictures:
+        """The set at `url`, read as the model sees pictures. Raises DataError."""
+        spec, image = self.model.spec, self.model.spec.image
+        return open_pictures(
+            url,
+            form,
+            image.resolution,
+            spec.text.context,
+            self.tokenizer,
+            self.cache,
+            resize=image.resize,
+            interpolation=image.interpolation,
+        )
+
+    def own_set(self, url: str) -> EvaluationSet:
+        """The run's own evaluation data, with what its further towers read. Raises DataError, SpecError."""
+        spec, image = self.model.spec, self.model.spec.image
+        samples = EvaluationSet(
+            url,
+            image.resolution,
+            spec.text.context,
+            self.cache,
+            self.tokenizer,
+            resize=image.resize,
+            interpolation=image.interpolation,
+            columns=spec.further,
+        )
+        spec.check_samples(samples.vectors.shapes)
+        return samples
+
+    def embedded(self, data: Pictures) -> Embedded:
+        """The embeddings of a set."""
+        if data.identity not in self._embedded:
+            self._embedded[data.identity] = self._fetched(data)
+        return self._embedded[data.identity]
+
+    def prompts(self, tokenizer: TextTokenizer, texts: Sequence[str]) -> Tensor:
+        """Unit embeddings [len(texts), e]."""
+
+        def make() -> Content:
+            return {"texts": embed_prompts(self.model, tokenizer, texts, self.batch, self.world)}, None
+
+        return self._keep(["texts", list(texts)], make)[0]["texts"]
+
+    def captions(self, data: Pictures, how: Captioning) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Every sample with what the model writes of it, and ledger entries."""
+
+        def make() -> Content:
+            return {}, written(self.model, data, how.writing, how.longest, self.batch, self.world)
+
+        rows, bad = self._keep(["captions", data.identity, how.writing, how.longest], make)[1]
+        return rows, bad
+
+    def _fetched(self, data: Pictures) -> Embedded:
+        def make() -> Content:
+            found = embed(self.model, data, self.batch, self.world)
+            rest = {name: getattr(found, name) for name in ("numbers", "captions", "labels", "bad", "keys")}
+            return {"images": found.images, "texts": found.texts, "owners": found.owners, **found.further}, rest
+
+        tensors, rest = self._keep(["set", data.identity, list(data.columns)], make)
+        further = {name: tensors[name] for name in data.columns}
+        return Embedded(tensors["images"], tensors["texts"], tensors["owners"], further=further, **rest)
+
+    def _keep(self, made_from: list[Any], make: Any) -> Content:
+        if self.kept is None:
+            content: Content = make()
+            return content
+        return self.kept.fetch([*made_from, self.tokenizer, self.batch], make)
+
+
+def check_suites(config: EvalConfig) -> None:
+    """Raises DataError for what is wrong with the files of suites, before a model is there."""
+    if "captioning" in config.built_in:
+        check_installed(Captioning().metrics)
+    for suite in config.own:
+        _check(suite)
+
+
+def _check(suite: SuiteConfig) -> None:
+    protocol, data = suite.protocol, suite.data
+    if isinstance(protocol, Captioning):
+        check_installed(protocol.metrics)
+    opened = open_pictures(data.source, _form(suite), 1, 77)
+    if data.train is not None:
+        trained = open_pictures(data.train, _form(suite), 1, 77)
+        if trained.known_labels and opened.known_labels:
+            _train_classes(suite, trained.known_labels, opened.known_labels)
+    if isinstance(protocol, ZeroShot):
+        names = prompts.class_names(protocol)
+        if opened.known_labels:
+            names, _ = prompts.numbered(opened.known_labels, names, data.source, protocol.classes)
+        if names is not None:
+            prompts.prompts_of(protocol, names)
+            if protocol.broader is not None:
+                prompts.levels(protocol.broader, names)
+
+
+def run(suite: SuiteConfig, bench: Bench, found: Evaluation) -> None:
+    """Add the scores of a suite, each called `name/score`. Raises DataError."""
+    data = bench.open(suite.data.source, _form(suite))
+    protocol = suite.protocol
+    if isinstance(protocol, Captioning):
+        rows, bad = bench.captions(data, protocol)
+        _refuse_bad(data, bad)
+        found.sizes[suite.name] = len(rows)
+        captioned(suite.name, rows, protocol.metrics, found)
+        return
+    embedded = bench.embedded(data)
+    _refuse_bad(data, embedded.bad)
+    found.sizes[suite.name] = len(embedded.numbers)
+    if isinstance(protocol, ZeroShot):
+        _classified(suite, protocol, data, embedded, bench, found)
+    elif isinstance(protocol, LinearProbe | KnnProbe):
+        _probed(suite, protocol, embedded, bench, found)
+    elif isinstance(protocol, Retrieval):
+        found.sizes[suite.name] = len(embedded.captions)
+        retrieved(suite.name, embedded, found)
+    elif isinstance(protocol, Geometry):
+        shaped(suite.name, embedded, found)
+    else:
+        _swapped(suite.name, embedded, found)
+
+
+def retrieved(name: str, data: Embedded, found: Evaluation) -> None:
+    """Recalls both ways."""
+    chance = retrieval.chance(len(data.images), data.owners)
+    for what, rows in {"image": data.images, **data.further}.items():
+        of_rows, of_texts = retrieval.ranks(rows, data.texts, data.owners)
+        for k in retrieval.CUTS:
+            found.add(f"{name}/{what}_to_text@{k}", of_rows < k, data.keys, chance[f"image_to_text@{k}"])
+            found.add(f"{name}/text_to_{what}@{k}", of_texts < k, data.captions, chance[f"text_to_image@{k}"])
+
+
+def shaped(name: str, data: Embedded, found: Evaluation) -> None:
+    """The shape of the embedding space."""
+    figures = geometry(data.images, data.texts, data.owners)
+    near_m = (data.images[data.owners].double() - data.texts.double()).square().sum(1)
+    for key, value in figures.items():
+        if key == "alignment":
+            found.add(f"{name}/{key}", near_m, data.captions)
+        else:
+            found.put(f"{name}/{key}", value)
+
+
+def captioned(name: str, rows: Sequence[dict[str, Any]], metrics: Sequence[str], found: Evaluation) -> None:
+    """Written captions against true ones."""
+    texts, references = [row["written"] for row in rows], [row["true"] for row in rows]
+    if "bleu" in metrics:
+        score, within = bleu(texts, references)
+        found.put(f"{name}/bleu", score, within)
+    if "cider" in metrics:
+        found.add(f"{name}/cider", ciders(texts, references), [row["key"] for row in rows])
+
+
+def _classified(
+    suite: SuiteConfig, protocol: ZeroShot, data: Pictures, embedded: Embedded, bench: Bench, found: Evaluation
+) -> None:
+    labels = [label[CLASS] for label in embedded.labels]
+    names, label_n = prompts.numbered(labels, prompts.class_names(protocol), suite.data.source, protocol.classes)
+    asked = prompts.prompts_of(protocol, names)
+    prompt_pe = bench.prompts(data.tokenizer, asked.texts)
+    class_ce = zero_shot.weighted_embeddings(prompt_pe, asked.class_p, asked.weight_p, len(names))
+    name, keys, classes = suite.name, embedded.keys, len(names)
+    rival_n = zero_shot.rivals(embedded.images, class_ce, label_n)
+    right_n = rival_n == 0
+    found.add(f"{name}/accuracy@1", right_n, keys, 1 / classes)
+    if classes > 5:
+        found.add(f"{name}/accuracy@5", rival_n < 5, keys, 5 / classes)
+    # Each sample by what it adds to the mean of the classes' recalls: their mean is that mean.
+    count_c = torch.bincount(label_n, minlength=classes)
+    share_n = len(label_n) / (int((count_c > 0).sum()) * count_c[label_n].double())
+    found.add(f"{name}/mean_per_class", right_n * share_n, keys, 1 / classes)
+    probability_nc = (bench.model.scale().detach().cpu() * embedded.images @ class_ce.T).softmax(1)
+    error, within = calibration_error(probability_nc, label_n), calibration_interval(probability_nc, label_n)
+    found.put(f"{name}/calibration_error", error, within)
+    if protocol.broader is not None:
+        nearest_n = (embedded.images @ class_ce.T).argmax(1)
+        for level, broader in enumerate(prompts.levels(protocol.broader, names), 1):
+            number = {each: i for i, each in enumerate(sorted(set(broader)))}
+            group_c = torch.tensor([number[each] for each in broader])
+            guess = torch.bincount(group_c)[group_c[label_n]].double().mean().item() / classes
+            found.add(f"{name}/broader_{level}", group_c[nearest_n] == group_c[label_n], keys, guess)
+
+
+def _probed(
+    suite: SuiteConfig, protocol: LinearProbe | KnnProbe, test: Embedded, bench: Bench, found: Evaluation
+) -> None:
+    assert suite.data.train is not None
+    data = bench.open(suite.data.train, _form(suite))
+    train = bench.embedded(data)
+    _refuse_bad(data, train.bad)
+    train_labels, test_labels = ([label[CLASS] for label in each.labels] for each in (train, test))
+    names = _train_classes(suite, train_labels, test_labels)
+    number = {name: i for i, name in enumerate(names)}
+    label_n = torch.tensor([number[label] for label in train_labels])
+    predicted: list[int] = []
+    if bench.world.is_first:  # one fit for all: it is the longest part, and another machine's may differ in a bit
+        if isinstance(protocol, LinearProbe):
+            predicted = probes.linear(train.images, label_n, test.images).predicted.tolist()
+        else:
+            near = (protocol.neighbours, protocol.temperature)
+            predicted = probes.nearest_neighbours(train.images, label_n, test.images, *near).tolist()
+    predicted = bench.world.objects(predicted)[0]
+    right_n = torch.tensor(predicted) == torch.tensor([number[label] for label in test_labels])
+    found.add(f"{suite.name}/accuracy@1", right_n, test.keys, 1 / len(names))
+
+
+def _train_classes(suite: SuiteConfig, train: Sequence[str], test: Sequence[str]) -> list[str]:
+    names = sorted(set(train))
+    if len(names) < 2:
+        raise DataError(f"{suite.data.train} has one class, {shown(names[0])}; a probe needs two or more")
+    unknown = next((label for label in test if label not in set(names)), None)
+    if unknown is not None:
+        raise DataError(
+            f"{suite.data.source} has the class {shown(unknown)}, which has no picture in {suite.data.train}"
+        )
+    return names
+
+
+def _swapped(name: str, data: Embedded, found: Evaluation) -> None:
+    """Captions lie by twos: the true one, then the swapped one. A tie counts as wrong."""
+    near_m = (data.images[data.owners] * data.texts).sum(1).unflatten(0, (-1, 2))
+    names = [f"{true} / {wrong}" for true, wrong in zip(data.captions[::2], data.captions[1::2], strict=True)]
+    found.add(f"{name}/accuracy", near_m[:, 0] > near_m[:, 1], names, 0.5)
+
+
+def _form(suite: SuiteConfig) -> Form:
+    protocol, data = suite.protocol, suite.data
+    if isinstance(protocol, Pairs):
+        return Form("swap", data.images, data.label, protocol.swapped)
+    need = "class" if isinstance(protocol, ZeroShot | LinearProbe | KnnProbe) else "captions"
+    return Form("class" if need == "class" else "captions", data.images, data.label)
+
+
+def _refuse_bad(data: Pictures, bad: Sequence[dict[str, Any]]) -> None:
+    if bad:
+        first = bad[0]
+        raise DataError(
+            f"{len(bad)} of the {len(data)} samples of {shown_url(data.url)} cannot be used, and a suite counts all: "
+            f"{shown(first['key'])} in {shown_url(first['shard'])}: {first['reason']}; mend it or take it out"
+        )

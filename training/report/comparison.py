@@ -1,0 +1,165 @@
+"""The page of a comparison: models side by side, in the dress of a run's report and as self-contained.
+
+What it shows is the plain object that `treering compare --json` prints, and nothing else but the curves of the runs
+that were named. The first model is the one the others are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from . import readable
+from .charts import LineChart, Series
+from .drawings import rings
+from .forest import Forest, Mark
+from .page import HERE, environment
+from .readable import is_share, lower_is_better, number, printable, score
+from .reading import read_run, without_credentials
+from .sections import score_names
+
+LEVEL = 0.05
+"""of the p-value, adjusted for all tasks, below which a difference is called one"""
+_CURVES = 12
+
+View = dict[str, Any]
+
+
+def render_comparison(found: Mapping[str, Any]) -> str:
+    """The whole page as HTML text; `found` is what training/evaluate/comparing.py calls a comparison."""
+    models = [_model(each) for each in found["models"]]
+    names = [model["name"] for model in models]
+    return (
+        environment()
+        .get_template("comparison.html")
+        .render(
+            style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+            rings=rings([1.0] * len(models)),
+            title=" and ".join([", ".join(names[1:-1]), names[-1]] if len(names) > 2 else names[1:]),
+            models=models,
+            verdicts=[_verdicts(found["tasks"], n, name) for n, name in enumerate(names[1:])],
+            forest=_forest(found["tasks"], names),
+            tables=[_table(found["tasks"], n, name) for n, name in enumerate(names[1:])],
+            flips=_flips(found["tasks"], names),
+            curves=_curves(found["models"], names),
+            data=printable(without_credentials(str(found.get("data") or ""))),
+            level=readable.percent(LEVEL).replace(".0", ""),
+        )
+    )
+
+
+def signed(key: str, value: float) -> str:
+    """A difference of scores with its sign; of shares in percentage points."""
+    size = f"{100 * abs(value):.1f} pp" if is_share(key) else readable.decimal(abs(value), 3)
+    return f"{'+' if value > 0 else '−' if value < 0 else '±'}{size}"
+
+
+def verdict(key: str, change: Mapping[str, Any]) -> str:
+    """better, worse, or nothing where the difference may be luck."""
+    lower = lower_is_better(key)
+    if lower is None or change["adjusted"] is None or change["adjusted"] >= LEVEL:
+        return ""
+    return "better" if (change["value"] < 0) == lower else "worse"
+
+
+def _model(model: Mapping[str, Any]) -> View:
+    return {
+        "name": printable(model["name"]),
+        "commit": printable(without_credentials(str(model["commit"]))),
+        "parameters": readable.compact(number(model.get("parameters"))),
+        "samples": readable.exact(number(model.get("samples"))),
+    }
+
+
+def _title(key: str) -> str:
+    group, name = score_names(printable(key))
+    return f"{group}: {name}"
+
+
+def _verdicts(tasks: Sequence[Mapping[str, Any]], model: int, name: str) -> View:
+    said = [verdict(task["key"], task["changes"][model]) for task in tasks]
+    better, worse = said.count("better"), said.count("worse")
+    return {"name": name, "better": better, "worse": worse, "even": len(said) - better - worse}
+
+
+def _forest(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> View | None:
+    """Differences of scores that are shares, in points."""
+    rows = []
+    for task in tasks:
+        if is_share(task["key"]) and any(change["low"] is not None for change in task["changes"]):
+            marks = [_mark(task["key"], c, n) for c, n in zip(task["changes"], names[1:], strict=True)]
+            rows.append((_title(task["key"]), marks))
+    if not rows:
+        return None
+    plot = Forest(f"Difference from {names[0]}, in points, with 95% intervals", names[1:], rows)
+    return {"wide": plot.svg(960, "forest-wide"), "narrow": plot.svg(380, "forest-narrow")}
+
+
+def _mark(key: str, change: Mapping[str, Any], name: str) -> Mark | None:
+    if change["low"] is None:
+        return None
+    low, high = signed(key, change["low"]), signed(key, change["high"])
+    said = verdict(key, change) or "may be luck"
+    text = f"{name} {signed(key, change['value'])} ({low} to {high}), {said}"
+    return Mark(100 * change["value"], 100 * change["low"], 100 * change["high"], said != "may be luck", text)
+
+
+def _table(tasks: Sequence[Mapping[str, Any]], model: int, name: str) -> View:
+    rows = []
+    for task in tasks:
+        key, change, said = task["key"], task["changes"][model], verdict(task["key"], task["changes"][model])
+        within = f"{signed(key, change['low'])} to {signed(key, change['high'])}" if change["low"] is not None else ""
+        rows.append(
+            {
+                "key": printable(key),
+                "name": _title(key),
+                "queries": f"{readable.exact(task['queries'])} queries" if task["queries"] else "",
+                "first": score(key, task["values"][0]),
+                "other": score(key, task["values"][model + 1]),
+                "difference": signed(key, change["value"]),
+                "interval": within,
+                "lost": readable.exact(change["lost"]) if change["lost"] is not None else readable.MISSING,
+                "won": readable.exact(change["won"]) if change["won"] is not None else readable.MISSING,
+                "p": readable.decimal(change["adjusted"], 2),
+                "verdict": said,
+                "mark": {"better": "▲", "worse": "▼"}.get(said, ""),
+            }
+        )
+    return {"name": name, "rows": rows}
+
+
+def _flips(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[View]:
+    """The first queries of each task that another model loses."""
+    return [
+        {
+            "task": _title(task["key"]),
+            "name": name,
+            "count": readable.exact(change["lost"]),
+            "queries": [printable(query)[:200] for query in change["flips"]],
+        }
+        for task in tasks
+        for name, change in zip(names[1:], task["changes"], strict=True)
+        if change["flips"] and task["key"].partition("@")[2] in ("", "1")  # @5 and @10 lose some of the same
+    ]
+
+
+def _curves(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[LineChart]:
+    """Loss and scores of the runs over samples, those that two runs or more have."""
+    runs = [(name, read_run(Path(model["run"]))) for name, model in zip(names, models, strict=True) if model.get("run")]
+    if len(runs) < 2:
+        return []
+    loss = [Series(n, [(s["samples"], number(s.get("loss"))) for s in run.events("step")]) for n, run in runs]
+    charts = [LineChart("Total loss", [each for each in loss if each.values], labelled=False)]
+    keys = dict.fromkeys(key for _, run in runs for e in run.events("eval") for key in e.get("scores") or {})
+    for key in keys:
+        lines = [
+            Series(name, [(e["samples"], number((e.get("scores") or {}).get(key))) for e in run.events("eval")])
+            for name, run in runs
+        ]
+        if sum(bool(line.values) for line in lines) > 1:
+            form = readable.percent if is_share(key) else readable.decimal
+            charts.append(LineChart(_title(key), lines, y_format=form, dots=True, labelled=False))
+    return [chart for chart in charts if chart.series][:_CURVES]
