@@ -27,25 +27,37 @@ def _block(spec: TowerSpec, tokens: float, attended: float, memory_tokens: float
     return 2 * (dense + mixing)
 
 
-def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = None) -> float:
+def _last_row(spec: TowerSpec, tokens: float) -> float:
+    """Forward operations of a block that works for a sample's last token only: all tokens are keys, one is a query."""
+    one = _block(spec, 1, tokens)
+    return one + 2 * (tokens - 1) * 2 * spec.width * spec.attention_width
+
+
+def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = None, tokens: bool = False) -> float:
     """Operations of one forward pass for one pair whose caption has `text_tokens` tokens on average.
 
-    All towers run; `patches` of the picture are looked at, all if left out.
+    All towers run; `patches` of the picture are looked at, all if left out. `tokens` says that an objective reads the
+    tokens of pictures and captions in the joint space; where nobody reads more of a caption than its embedding, the
+    last text block works for one token (`TextTower`).
     """
     image, text, pooler = spec.image, spec.text, spec.image.pool == "attention"
     patches = patches or image.grid**2
-    tokens = patches + image.class_token
+    stream = patches + image.class_token
     memory = image.queries - 1 if pooler else patches
     text_tokens = text.context if text.filled else text_tokens
     read = text_tokens + 2 * (text.pool == "class")  # the class token, and the filling it sees
     seen = (text_tokens + 1) / 2
-    total = image.depth * _block(image, tokens, tokens)
+    whole = text.depth - (spec.caption is None and spec.shared is None and not text.filled and not tokens)
+    total = image.depth * _block(image, stream, stream)
     total += 2 * patches * 3 * image.patch**2 * image.width
-    total += text.depth * _block(text, read, (read + 1) / 2 if text.causal else read)
+    total += whole * _block(text, read, (read + 1) / 2 if text.causal else read)
+    total += (text.depth - whole) * _last_row(text, read)
     total += 2 * ((spec.embed_dim if pooler else image.width) + text.width) * spec.embed_dim
+    if tokens:
+        total += 2 * (patches * image.width + text_tokens * text.width) * spec.embed_dim
     if pooler:
-        maps = image.queries * spec.embed_dim + tokens * image.width
-        total += 4 * (maps + image.queries * tokens) * spec.embed_dim
+        maps = image.queries * spec.embed_dim + stream * image.width
+        total += 4 * (maps + image.queries * stream) * spec.embed_dim
     if spec.shared:
         total += spec.shared.depth * (_block(spec.shared, patches, patches) + _block(spec.shared, text_tokens, seen))
         total += 4 * spec.shared.width * (patches * image.width + text_tokens * text.width)
@@ -104,6 +116,6 @@ def _blocks(tower: TowerSpec, depth: int, memory_width: int | None = None, after
     return depth * block + norms
 
 
-def training_flops(spec: ModelSpec, text_tokens: float, patches: int | None = None) -> float:
+def training_flops(spec: ModelSpec, text_tokens: float, patches: int | None = None, tokens: bool = False) -> float:
     """Operations of forward and backward for one pair."""
-    return 3 * forward_flops(spec, text_tokens, patches)
+    return 3 * forward_flops(spec, text_tokens, patches, tokens)

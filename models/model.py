@@ -30,6 +30,8 @@ class Extras(NamedTuple):
     """bool [b]: captions that the captioner sees masked, to predict all of their tokens at once; None: none"""
     patches_bk: Tensor | None = None
     """int64 [b, k]: patches of each picture that are looked at; None: all"""
+    longest: int | None = None
+    """no caption has more tokens; None: the device is asked, and waited for"""
     further: Mapping[str, Tensor] = _NOTHING
     """samples of further modalities, float [b, frames, features], by the name of the tower; others do not run"""
 
@@ -101,7 +103,7 @@ class Model(nn.Module):
         # What reads the tokens, and not the embedding alone, needs all of them.
         pooled_only = self.captioner is None and self.shared is None and not extras.tokens
         shared = self.shared.text if self.shared else None
-        text = self.text(tokens_t, lengths_b, pooled_only, shared)
+        text = self.text(tokens_t, lengths_b, pooled_only, shared, extras.longest)
         caption = None
         if self.captioner is not None:
             masked_b = extras.parallel_b

@@ -128,9 +128,14 @@ class TextTower(nn.Module):
         self.projection = nn.Linear(spec.width, embed_dim, bias=spec.projection_bias)
 
     def forward(
-        self, tokens_t: Tensor, lengths_b: Tensor, pooled_only: bool = False, shared: Shares | None = None
+        self,
+        tokens_t: Tensor,
+        lengths_b: Tensor,
+        pooled_only: bool = False,
+        shared: Shares | None = None,
+        longest: int | None = None,
     ) -> TowerOutput:
-        """Embed captions, packed one after another: int64 [t] ids and int64 [b] lengths with sum t.
+        """Embed captions, packed one after another: int64 [t] ids and int64 [b] lengths with sum t, `longest` at most.
 
         If only the embedding is asked for, the last block computes only what it is read from; not with `shared`
         blocks, to which all tokens go.
@@ -140,7 +145,7 @@ class TextTower(nn.Module):
             return self._filled(tokens_t, lengths_b)
         if self.class_embedding is not None:
             return self._classed(tokens_t, lengths_b, pooled_only)
-        layout = Packed.of(lengths_b)
+        layout = Packed.of(lengths_b, len(tokens_t), longest)
         x_td = self.token_embedding(tokens_t) + self.position_embedding[layout.positions_t]
         last_b = lengths_b.cumsum(0) - (lengths_b if self.pool == "first" else 1)
         if pooled_only:
@@ -200,10 +205,10 @@ class TextTower(nn.Module):
         layout = text.mask
         assert isinstance(layout, Packed)
         longest = torch.full((1,), layout.longest, device=lengths_b.device)
-        masks = Packed.of(longest)
+        masks = Packed.of(longest, layout.longest, layout.longest)
         masks_nd = self.transformer(self.position_embedding[: layout.longest], masks)
         masks_nd = shared(masks_nd, masks) if shared else masks_nd
-        masked_t = torch.repeat_interleave(masked_b, lengths_b)
+        masked_t = torch.repeat_interleave(masked_b, lengths_b, output_size=len(text.tokens))
         return text._replace(tokens=torch.where(masked_t[:, None], masks_nd[layout.positions_t], text.tokens))
 
 

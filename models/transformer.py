@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from . import varlen
 from .spec import TowerSpec
 
 
@@ -71,19 +72,26 @@ class Packed:
 
     slots_t: Tensor
     """int64 [t]: place of every token in the flattened [b * longest] grid."""
+    starts: Tensor
+    """int32 [b + 1]: where each sample begins in the stream, and where the last one ends."""
     samples: int
     longest: int
     causal: bool = True
     seen_bn: Tensor | None = None
 
     @staticmethod
-    def of(lengths_b: Tensor) -> Packed:
-        """From the number of tokens of each sample, int64 [b] on any device."""
-        longest, total = int(lengths_b.max()), int(lengths_b.sum())
-        starts_b = lengths_b.cumsum(0) - lengths_b
-        rows_t = torch.repeat_interleave(torch.arange(len(lengths_b), device=lengths_b.device), lengths_b)
-        within_t = torch.arange(total, device=lengths_b.device) - starts_b[rows_t]
-        return Packed(rows_t * longest + within_t, len(lengths_b), longest)
+    def of(lengths_b: Tensor, total: int | None = None, longest: int | None = None) -> Packed:
+        """From the number of tokens of each sample, int64 [b] on any device.
+
+        Where their sum and their maximum are not given, the device is asked, and so waited for.
+        """
+        total = int(lengths_b.sum()) if total is None else total
+        longest = int(lengths_b.max()) if longest is None else longest
+        starts = F.pad(lengths_b.cumsum(0), (1, 0))
+        samples = torch.arange(len(lengths_b), device=lengths_b.device)
+        rows_t = torch.repeat_interleave(samples, lengths_b, output_size=total)
+        within_t = torch.arange(total, device=lengths_b.device) - starts[rows_t]
+        return Packed(rows_t * longest + within_t, starts.int(), len(lengths_b), longest)
 
     @property
     def positions_t(self) -> Tensor:
@@ -110,6 +118,8 @@ class Attention(nn.Module):
         super().__init__()
         inner = spec.attention_width
         self.heads = spec.heads
+        self.varlen = False
+        """whether captions attend without padding, in half precision (`models.varlen`)"""
         self.query = nn.Linear(spec.width, inner)
         self.key = nn.Linear(memory_width or spec.width, inner)
         self.value = nn.Linear(memory_width or spec.width, inner)
@@ -131,10 +141,13 @@ class Attention(nn.Module):
             assert isinstance(layout, Packed)
             return self._rows(x_td, layout, rows_b)
         source_td, source = (x_td, layout) if memory_td is None or memory is None else (memory_td, memory)
-        q = layout.grid(self.query(x_td).unflatten(-1, (self.heads, -1)))
-        k = source.grid(self.key(source_td).unflatten(-1, (self.heads, -1)))
-        v = source.grid(self.value(source_td).unflatten(-1, (self.heads, -1)))
+        q_thc = self.query(x_td).unflatten(-1, (self.heads, -1))
+        k_thc, v_thc = (project(source_td).unflatten(-1, (self.heads, -1)) for project in (self.key, self.value))
         causal = layout.causal and source is layout
+        plain = causal and layout.seen_bn is None
+        if self.varlen and isinstance(layout, Packed) and plain and q_thc.dtype.itemsize == 2:
+            return self.out(varlen.causal(q_thc, k_thc, v_thc, layout.starts, layout.longest).flatten(1))
+        q, k, v = layout.grid(q_thc), source.grid(k_thc), source.grid(v_thc)
         if source.seen_bn is None:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         else:

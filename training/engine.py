@@ -17,9 +17,10 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..models import varlen
 from ..models.model import Model, ModelOutput, build, empty, materialise
 from ..models.spec import ModelSpec
-from ..models.transformer import Block, Transformer
+from ..models.transformer import Attention, Block, Transformer
 from . import micro
 from .objectives.base import Inputs, Objective, extras_of, gradient_norms, load_states, states
 from .optimizer import Optimizer, OptimizerConfig
@@ -136,13 +137,22 @@ class Forward(nn.Module):
         return {o.name: o.share(output, inputs, table, self.world) for o in self.objectives}
 
 
-def prepare(model: Model, config: EngineConfig) -> None:
-    """Switch a model's blocks to how the config wants them run; names and weights stay."""
+def prepare(model: Model, config: EngineConfig, device: torch.device) -> str:
+    """Switch a model's blocks to how the config wants them run on a device; names and weights stay.
+
+    The answer says how captions attend: `varlen`, without padding, or `padded` and why.
+    """
+    refused = None if config.precision == "bf16" and device.type == "cuda" else f"{config.precision} on {device.type}"
+    for attention in (module for module in model.modules() if isinstance(module, Attention)):
+        refused = refused or varlen.tried(attention.heads, attention.key.out_features // attention.heads, device)
     for module in model.modules():
+        if isinstance(module, Attention):
+            module.varlen = refused is None
         if isinstance(module, Transformer):
             module.recompute = config.recompute
         if isinstance(module, Block) and config.compile:
             module.compile(dynamic=True)
+    return "varlen" if refused is None else f"padded ({refused})"
 
 
 class Engine:
@@ -152,6 +162,8 @@ class Engine:
     """the model by its names; under an engine that spreads it only `spec` and the names are of use"""
     layout: Layout | None = None
     """what this rank holds of each tensor; None where every rank holds all of them"""
+    attention: str
+    """how captions attend, as `prepare` found it"""
     copies: World
     """the ranks that hold the same as this one"""
 
@@ -173,7 +185,7 @@ class Engine:
     def _build(self, spec: ModelSpec, config: EngineConfig, optimizer: OptimizerConfig, seed: int) -> None:
         """Make the model, the optimizer and the wrapper of both."""
         self.model = build(spec, seed).to(self.world.device)
-        prepare(self.model, config)
+        self.attention = prepare(self.model, config, self.world.device)
         self.optimizer = Optimizer(self.model.named_parameters(), optimizer)
         forward = Forward(self.model, self.objectives, self.world, config.precision)
         self._forward: nn.Module = (

@@ -38,7 +38,7 @@ class FsdpEngine(Engine):
         """Nowhere is there ever a whole model: it gets memory when it is sharded, and values one tensor at a time."""
         world = self.world
         self.model = empty(spec)
-        prepare(self.model, config)
+        self.attention = prepare(self.model, config, world.device)
         self._forward = Forward(self.model, self.objectives, world, config.precision)
         shard = min(config.shard or world.size, world.size)
         mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("copy", "shard"))

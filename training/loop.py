@@ -29,6 +29,7 @@ from .display import Display
 from .draws import kept
 from .engine import Engine, StepResult, build_engine
 from .evaluate.suites import evaluate
+from .feed import Feed
 from .growing import grow
 from .health import Health
 from .manifest import Commit
@@ -143,6 +144,7 @@ class Run:
         self._changes: list[str] = []
         self._scored = -1
         """the step of the latest evaluation"""
+        self._feed = Feed(world.device)
         self.profile = Profile(out if recipe.log.profile else None, world.rank, world.device)
         self._begun = time.monotonic()
         self._start(imports, before, back)
@@ -191,7 +193,7 @@ class Run:
         life = self.world.objects(self.commits.claim_life(who) if self.world.is_first else 0)[0]
         hosts = self.world.hosts()
         event = "resume" if found else "start"
-        detail = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
+        detail: dict[str, Any] = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
         if before:
             detail["before"] = before
         if back:
@@ -208,7 +210,13 @@ class Run:
         }
         self.display.begin(self.state, found[0].name if found else None)
         self.display.event(
-            event, self.state, world=self.world.size, device=describe(self.world.device), seconds=seconds, **detail
+            event,
+            self.state,
+            world=self.world.size,
+            device=describe(self.world.device),
+            attention=self.engine.attention,
+            seconds=seconds,
+            **detail,
         )
         self.loader = self._loader()
 
@@ -300,16 +308,17 @@ class Run:
                 yield batch
 
     def _inputs(self, batch: Batch) -> Inputs:
-        device, pairs = self.world.device, len(batch.lengths)
+        pairs = len(batch.lengths)
         numbers = torch.arange(pairs) + (self.state.samples + self.world.rank * pairs)
         tensors = (batch.images, batch.tokens, batch.lengths, batch.caption_ids, batch.image_ids, numbers)
-        inputs = Inputs(*(t.to(device, non_blocking=True) for t in tensors))
-        if batch.columns:
-            columns = {name: column.to(device, non_blocking=True) for name, column in batch.columns.items()}
-            inputs = replace(inputs, columns=columns)
+        columns = batch.columns
+        images, tokens, lengths, caption_ids, image_ids, numbers, *moved = self._feed([*tensors, *columns.values()])
+        inputs = Inputs(images, tokens, lengths, caption_ids, image_ids, numbers, host_lengths=batch.lengths)
+        if columns:
+            inputs = replace(inputs, columns=dict(zip(columns, moved, strict=True)))
         share, of = self.recipe.stages[self.state.stage].patches, self.engine.model.spec.image.grid**2
         if share < 1:
-            inputs = replace(inputs, patches=kept(self.recipe.seed, "image/patches", numbers.to(device), of, share))
+            inputs = replace(inputs, patches=kept(self.recipe.seed, "image/patches", numbers, of, share))
         return inputs
 
     def step(self, batch: Batch) -> None:
@@ -337,9 +346,10 @@ class Run:
         flops, window = state.flops, list(state.window)
         stages, samples = self.plan.stages, state.samples - len(self.tally) * size
         steady = steady_from(stages, state.stage, size, self.plan.schedule.warmup)
+        read = any("tokens" in objective.needs for objective in self.engine.objectives)
         patches = None if not len(self.tally) or self.inputs.patches is None else self.inputs.patches.shape[1]
         for loss, tokens in self.tally.take():
-            flops += size * training_flops(spec, tokens / size, patches)
+            flops += size * training_flops(spec, tokens / size, patches, read)
             if stages[state.stage].plateau and samples >= steady:
                 window.append((loss, tokens / size))
             samples += size

@@ -87,7 +87,7 @@ def cut(inputs: Inputs, parts: int) -> list[Inputs]:
     pairs = len(inputs.lengths)
     parts = min(parts, pairs)
     sizes = [pairs // parts + (number < pairs % parts) for number in range(parts)]
-    tokens = [int(lengths.sum()) for lengths in inputs.lengths.split(sizes)]
+    tokens = [int(lengths.sum()) for lengths in inputs.known_lengths.split(sizes)]
     tensors = {name: one for name, one in vars(inputs).items() if isinstance(one, Tensor)}
     split = {name: one.split(tokens if name == "tokens" else sizes) for name, one in tensors.items()}
     columns = {name: column.split(sizes) for name, column in inputs.columns.items()}
@@ -129,7 +129,8 @@ def _assembled(whole: dict[str, Tensor], inputs: Inputs) -> tuple[ModelOutput, T
     """A model's output for the whole batch, with what was read of it and nothing else, and the token table."""
     pairs, nothing = len(inputs.lengths), inputs.images.new_empty(0)
     image = TowerOutput(whole.get("image", nothing), nothing, Dense(pairs, 0))
-    text = TowerOutput(whole.get("text", nothing), nothing, Packed.of(inputs.lengths))
+    layout = Packed.of(inputs.lengths, len(inputs.tokens), int(inputs.known_lengths.max()))
+    text = TowerOutput(whole.get("text", nothing), nothing, layout)
     mixtures = sum(name.startswith(_SUMS) for name in whole) // 2
     routing = tuple((whole[f"{_SUMS}{i}/counts"], whole[f"{_SUMS}{i}/gates"]) for i in range(mixtures))
     tokens = whole.get("image_tokens"), whole.get("text_tokens")

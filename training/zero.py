@@ -42,7 +42,7 @@ class ZeroEngine(Engine):
         """Make the model and DeepSpeed's engine around it: the parameter groups it starts with are for good."""
         deepspeed, stage = require(self.world), self._config.zero_stage
         self.model = build(spec, self._seed).to(self.world.device)
-        prepare(self.model, self._config)
+        self.attention = prepare(self.model, self._config, self.world.device)
         self._multipliers = dict(multipliers)
         self._steps = self._skips = 0
         named = dict(self.model.named_parameters())

@@ -61,9 +61,8 @@ def test_mixtures_are_counted() -> None:
     model, length = build(SPEC, 0), 9
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        model.embed_images(images)
-        model.embed_texts(torch.zeros(2 * length, dtype=torch.int64), torch.full((2,), length))
-    masked = 2 * SPEC.text.depth * 4 * length * (length - (length + 1) / 2) * SPEC.text.attention_width
+        model(images, torch.zeros(2 * length, dtype=torch.int64), torch.full((2,), length))
+    masked = 2 * (SPEC.text.depth - 1) * 4 * length * (length - (length + 1) / 2) * SPEC.text.attention_width
     assert 2 * forward_flops(SPEC, length) + masked == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 

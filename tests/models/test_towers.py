@@ -183,21 +183,25 @@ def test_logit_scale_is_bounded_and_has_a_dimension(model: Model) -> None:
     assert fresh.scale().item() == pytest.approx(100.0)
 
 
-def test_flops_against_torchs_counter() -> None:
+@pytest.mark.parametrize("tokens", [False, True], ids=["embeddings", "tokens"])
+@pytest.mark.parametrize("spec", [HEARING, HEARING.model_copy(update={"caption": None})], ids=["captioner", "dual"])
+def test_flops_against_torchs_counter(spec: ModelSpec, tokens: bool) -> None:
     """torch counts every matrix product it runs; ours come from the spec. Captions of one length: nothing is padded."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    fresh, samples, length = build(HEARING, 0), 6, 9
+    fresh, samples, length = build(spec, 0), 6, 9
     images = torch.zeros(samples, 3, 16, 16, dtype=torch.uint8)
-    tokens = torch.zeros(samples * length, dtype=torch.int64)
+    ids = torch.zeros(samples * length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         further = {"type": torch.zeros(samples, 4, 5), "an_embedding": torch.zeros(samples, 6)}
-        fresh(images, tokens, torch.full((samples,), length), Extras(further=further))
-    head = 2 * (length - 1) * SPEC.text.width * SPEC.text.vocabulary
-    ours = samples * (forward_flops(HEARING, length) - head)
-    # torch counts the half of causal attention that the mask throws away; we do not.
-    blocks = SPEC.text.depth + SPEC.caption.depth
-    masked = samples * blocks * 4 * length * (length - (length + 1) / 2) * SPEC.text.attention_width
+        fresh(images, ids, torch.full((samples,), length), Extras(tokens=tokens, further=further))
+    head = 2 * (length - 1) * spec.text.width * spec.text.vocabulary if spec.caption else 0
+    ours = samples * (forward_flops(spec, length, tokens=tokens) - head)
+    # torch counts the half of causal attention that the mask throws away; we do not. A last block that works for the
+    # last token only throws nothing away.
+    pruned = spec.caption is None and not tokens
+    blocks = spec.text.depth - pruned + (spec.caption.depth if spec.caption else 0)
+    masked = samples * blocks * 4 * length * (length - (length + 1) / 2) * spec.text.attention_width
     assert ours + masked == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 

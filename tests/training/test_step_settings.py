@@ -104,7 +104,7 @@ def test_recomputed_blocks_give_the_same_gradient_and_keep_less() -> None:
     found, kept_bytes = [], []
     for recompute in (False, True):
         model = build(SPEC, 3)
-        prepare(model, EngineConfig(recompute=recompute))
+        prepare(model, EngineConfig(recompute=recompute), torch.device("cpu"))
         sizes: dict[int, int] = {}
 
         def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Block, "compile", compile_eagerly)
     models = [build(SPEC, 3) for _ in range(2)]
-    prepare(models[1], EngineConfig(compile=True))
+    prepare(models[1], EngineConfig(compile=True), torch.device("cpu"))
     assert calls == [{"dynamic": True}] * 5
     found = [gradients(model, model(*batch())) for model in models]
     for name, gradient in found[0].items():

@@ -36,8 +36,15 @@ class Inputs:
     """int64 [b]: place of each sample in the run, what `draws` draws by; None where nothing is drawn"""
     patches: Tensor | None = None
     """int64 [b, k]: patches of each picture that are looked at; None: all"""
+    host_lengths: Tensor | None = None
+    """`lengths` once more, on the host: with it nobody waits for the device to tell; None: the device is asked"""
     columns: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
     """float32 [b, d] or [b, frames, d] by name: the data columns that the recipe asks for"""
+
+    @property
+    def known_lengths(self) -> Tensor:
+        """The lengths where they are read without waiting, if there are any."""
+        return self.lengths if self.host_lengths is None else self.host_lengths
 
 
 @dataclass
@@ -93,6 +100,7 @@ def extras_of(objectives: Sequence[Objective], inputs: Inputs) -> Extras:
         tokens=any("tokens" in objective.needs for objective in objectives),
         parallel_b=parallel[0] if parallel else None,
         patches_bk=inputs.patches,
+        longest=int(inputs.known_lengths.max()),
         further={name: inputs.columns[name] for objective in objectives for name in sorted(objective.further)},
     )
 

@@ -4,7 +4,7 @@ The mean is over the predicted tokens of the whole global batch, so a long capti
 other. With a vocabulary of 49,408 the logits would dwarf everything else; `linear_cross_entropy` makes them a chunk of
 tokens at a time and never keeps them.
 
-Shape suffixes: t tokens, d channels, v vocabulary, c tokens of a chunk.
+Shape suffixes: t tokens, p of them that predict, d channels, v vocabulary, c tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -50,32 +50,32 @@ class Caption(Objective):
     def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """This rank's summed token losses over the global number of predicted tokens."""
         assert output.caption is not None
-        predicts_t, targets_t = _predictions(inputs)
-        count = world.sum(predicts_t.sum().float())
-        return linear_cross_entropy(output.caption[predicts_t], table, targets_t) / count
+        places_p, targets_p, _ = _predictions(inputs)
+        count = world.sum(torch.full((), float(len(targets_p)), device=targets_p.device))
+        return linear_cross_entropy(output.caption[places_p], table, targets_p) / count
 
     @torch.no_grad()
     def values(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """Each caption's summed token losses over the mean number of predicted tokens of a caption."""
         assert output.caption is not None
-        predicts_t, targets_t = _predictions(inputs)
-        states_td, losses = output.caption[predicts_t].to(table.dtype), []
-        for states_cd, targets_c in zip(states_td.split(_chunk(table)), targets_t.split(_chunk(table)), strict=True):
+        places_p, targets_p, rows_p = _predictions(inputs)
+        states_pd, losses = output.caption[places_p].to(table.dtype), []
+        for states_cd, targets_c in zip(states_pd.split(_chunk(table)), targets_p.split(_chunk(table)), strict=True):
             losses.append(F.cross_entropy(states_cd @ table.T, targets_c, reduction="none"))
-        samples = torch.arange(len(inputs.lengths), device=targets_t.device)
-        rows_t = torch.repeat_interleave(samples, inputs.lengths - 1)
-        mean = world.sum(predicts_t.sum().float()) / (len(samples) * world.size)
-        return (
-            torch.zeros(len(samples), dtype=table.dtype, device=table.device).index_add_(0, rows_t, torch.cat(losses))
-            / mean
-        )
+        pairs = len(inputs.lengths)
+        mean = world.sum(torch.full((), float(len(targets_p)), device=targets_p.device)) / (pairs * world.size)
+        total_b = torch.zeros(pairs, dtype=table.dtype, device=table.device)
+        return total_b.index_add_(0, rows_p, torch.cat(losses)) / mean
 
 
-def _predictions(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """bool [t] and the target of each true one: every token but a caption's last predicts the one after it."""
-    predicts_t = torch.ones_like(inputs.tokens, dtype=torch.bool)
-    predicts_t[inputs.lengths.cumsum(0) - 1] = False
-    return predicts_t, inputs.tokens.roll(-1)[predicts_t]
+def _predictions(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Every token but a caption's last predicts the one after it: its place, its target and its caption, int64 [p]."""
+    pairs, device = len(inputs.lengths), inputs.tokens.device
+    predicted = len(inputs.tokens) - pairs
+    samples = torch.arange(pairs, device=device)
+    rows_p = torch.repeat_interleave(samples, inputs.lengths - 1, output_size=predicted)
+    places_p = torch.arange(predicted, device=device) + rows_p  # each caption before it has left one out
+    return places_p, inputs.tokens[places_p + 1], rows_p
 
 
 def _chunk(table_vd: Tensor) -> int:

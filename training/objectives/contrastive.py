@@ -88,7 +88,7 @@ class LateContrastive(_Pairwise):
         image_bpe = F.normalize(output.image_tokens.float(), dim=-1)
         text_te = F.normalize(output.text_tokens.float(), dim=-1)
         image_losses_b, text_losses_b = late_softmax_losses(
-            image_bpe, text_te, inputs.lengths, output.scale.float(), relations, world, self.softening
+            image_bpe, text_te, inputs.known_lengths, output.scale.float(), relations, world, self.softening
         )
         return (image_losses_b + text_losses_b) / 2
 

@@ -53,11 +53,14 @@ def late_softmax_losses(
 ) -> tuple[Tensor, Tensor]:
     """`softmax_losses` of token-wise maximum similarity (FILIP): each direction has scores of its own.
 
-    Every image has p tokens; texts are packed, text i has `lengths_n`[i] of the t tokens.
+    Every image has p tokens; texts are packed, text i has `lengths_n`[i] of the t tokens. With lengths on the host the
+    device is not waited for.
     """
     lengths_wn = world.gather(lengths_n).view(world.size, -1)
-    kind = partial(LateInteraction, lengths_wn=lengths_wn)
-    text_te = LateInteraction.padded(text_te, lengths_wn)
+    longest, most = int(lengths_wn.max()), int(lengths_wn.sum(1).max())
+    lengths_wn = lengths_wn.to(text_te.device, non_blocking=True)
+    kind = partial(LateInteraction, lengths_wn=lengths_wn, longest=longest)
+    text_te = LateInteraction.padded(text_te, most)
     found: tuple[Tensor, Tensor] = _Softmax.apply(image_bpe, text_te, scale, kind, softening, world, *relations)
     return found
 

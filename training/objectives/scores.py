@@ -125,20 +125,19 @@ class LateInteraction:
 
         image with text: mean over the image's tokens of max over the text's;   text with image: the reverse
 
-    Images are [b, p, e]. Texts are packed [t, e] and `lengths_wn` says how many tokens each text of each rank has; a
-    rank with fewer tokens than another has its own filled up behind the last, by `padded`.
+    Images are [b, p, e]. Texts are packed [t, e] and `lengths_wn` says how many tokens each text of each rank has, at
+    most `longest`; a rank with fewer tokens than another has its own filled up behind the last, by `padded`.
     """
 
-    def __init__(self, image_bpe: Tensor, lengths_wn: Tensor) -> None:
+    def __init__(self, image_bpe: Tensor, lengths_wn: Tensor, longest: int) -> None:
         self.image_bpe = image_bpe
         self.lengths_wn = lengths_wn
         self.starts_wn = lengths_wn.cumsum(1) - lengths_wn
-        self.longest = int(lengths_wn.max())
+        self.longest = longest
 
     @staticmethod
-    def padded(text_te: Tensor, lengths_wn: Tensor) -> Tensor:
-        """The packed texts of a rank as long as those of every other."""
-        most = int(lengths_wn.sum(1).max())
+    def padded(text_te: Tensor, most: int) -> Tensor:
+        """The packed texts of a rank, as many tokens as any rank has."""
         return torch.cat([text_te, text_te.new_zeros(most - len(text_te), text_te.shape[1])])
 
     def side(self) -> int:
