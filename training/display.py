@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .board import Board
+from .evaluate.flips import bits, flips
 from .evaluate.suites import Evaluation
 from .logs import RunLog
 from .progress import Progress
@@ -94,7 +95,9 @@ class Display:
             return
         if found.bad:
             self.warn(f"{len(found.bad)} evaluation samples cannot be used, first {found.bad[0]['reason']}")
-        whole = {"step": state.step, "samples": state.samples, **found.json()}
+        whole = {"step": state.step, "samples": state.samples, **found.json(), "bits": bits(found)}
+        since = self.records.evaluation_before("grow")
+        changed = {"flips": flips(since["bits"], whole["bits"]), "since": since["samples"]} if since else {}
         self.records.write_json(f"evaluations/step-{state.step:09d}.json", whole)
         self.records.event(
             "eval",
@@ -105,6 +108,7 @@ class Display:
             sizes=found.sizes,
             intervals=found.intervals,
             seconds=seconds,
+            **changed,
         )
         self._open_board().evaluation(whole)
         best = [(k, v) for k, v in found.scores.items() if k.endswith("@1") or k.startswith("zero_shot")]

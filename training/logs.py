@@ -73,6 +73,17 @@ class RunLog:
         self.metrics.append(row)
         return row
 
+    def evaluation_before(self, event: str) -> dict[str, Any] | None:
+        """The last evaluation before the last event of this kind, as its file has it; None if there is none."""
+        rows = self.metrics.rows()
+        last = max((i for i, row in enumerate(rows) if row["event"] == event), default=0)
+        steps = [row["step"] for row in rows[:last] if row["event"] == "eval"]
+        path = self.folder / "evaluations" / f"step-{steps[-1]:09d}.json" if steps else None
+        if path is None or not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found if "bits" in found else None
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the run folder, whole or not at all."""
         path = self.folder / name

@@ -69,6 +69,14 @@ def test_a_whole_run_leaves_everything(whole: tuple[Path, Summary]) -> None:
     grow = events(out, "grow")
     assert len(grow) == 1
     assert grow[0]["step"] == 5
+    before, *after = events(out, "eval")
+    assert "flips" not in before  # nothing has grown yet
+    for line in after:
+        assert line["since"] == before["samples"]
+        for key, flips in line["flips"].items():
+            moved = (flips["won"] - flips["lost"]) / flips["queries"]
+            assert line["scores"][key] - before["scores"][key] == pytest.approx(moved)
+    assert {"retrieval/text_to_image@1", "zero_shot/role"} <= after[-1]["flips"].keys()
     assert grow[0]["logit_difference"] < 1e-5
     assert grow[0]["parameters_after"] > grow[0]["parameters_before"]
     assert {"retrieval/image_to_text@1", "zero_shot/skin_tone", "zero_shot/role"} <= set(summary.scores)

@@ -100,7 +100,32 @@ def growth(run: Run) -> View | None:
         }
         for line, m in zip(grown, markers(run), strict=False)
     ]
-    return {"names": names, "rows": rows, "drawing": towers(shapes, names, "towers"), "steps": steps}
+    return {
+        "names": names,
+        "rows": rows,
+        "drawing": towers(shapes, names, "towers"),
+        "steps": steps,
+        "flips": _flips(run),
+    }
+
+
+def _flips(run: Run) -> View | None:
+    """Which queries the newest evaluation lost and won since the one before the last growth."""
+    line = next((each for each in reversed(run.events("eval")) if isinstance(each.get("flips"), Mapping)), None)
+    if line is None or not line["flips"]:
+        return None
+    rows = [
+        {
+            "name": printable(key),
+            "lost": readable.exact(each.get("lost")),
+            "won": readable.exact(each.get("won")),
+            "queries": readable.exact(each.get("queries")),
+            "p_value": readable.decimal(number(each.get("p_value")), 3),
+        }
+        for key, each in line["flips"].items()
+        if isinstance(each, Mapping)
+    ]
+    return {"before": readable.exact(line.get("since")), "after": readable.exact(line["samples"]), "rows": rows}
 
 
 def lineage(run: Run) -> list[View]:
