@@ -108,6 +108,9 @@ def evaluation(step: int, samples: int, names: list[str] = NAMES) -> dict[str, A
     }
 
 
+FLIPS = {"zero_shot/role": {"lost": 17, "won": 43, "queries": 612, "p_value": 0.00104}}
+
+
 def lines_of_a_run() -> list[dict[str, Any]]:
     """Every line of a run of 236 steps that grew after 79 and was resumed on fewer processes after 150."""
     lines: list[dict[str, Any]] = []
@@ -155,6 +158,7 @@ def lines_of_a_run() -> list[dict[str, Any]]:
                 chance=CHANCE,
                 sizes={"retrieval": 612, "zero_shot/skin_tone": 5, "zero_shot/role": 24},
                 seconds=6.5,
+                **({"flips": FLIPS, "since": 20_224} if step > 79 else {}),
             )
         if step in (40, 60, 79, 110, 150, 190, 236):
             reason = {79: "growth", 236: "end"}.get(step, "interval")
@@ -727,3 +731,10 @@ def test_every_colour_of_writing_is_readable_on_every_ground_in_light_dark_and_p
     assert not re.search(
         r"(?<![\w-])(color|fill|stroke|background): (#|rgb|white|black)", style.replace("background: #ffffff", "")
     ), "colours come from the variables"
+
+
+def test_what_a_growth_lost_and_won_is_told(whole: Path) -> None:
+    section = page_of(whole).source.split('id="growth"')[1].split("</section>")[0]
+    assert "after 20,224 samples, before the last growth" in section
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", section.split("McNemar")[1])
+    assert cells[5:] == ["zero_shot/role", "17", "43", "612", "0.00104"]
