@@ -124,3 +124,32 @@ class Browser:
         message, _, self._buffer = self._buffer.partition(b"\0")
         answer: dict[str, Any] = json.loads(message)
         return answer
+
+
+CONTRASTS = """
+(() => {
+  const channel = c => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
+  const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+  const colour = text => (text.match(/[\\d.]+/g) || []).map(Number);
+  const ground = e => {
+    for (; e; e = e.parentElement) {
+      const found = colour(getComputedStyle(e).backgroundColor);
+      if (found.length === 3 || found[3] > 0) return found;
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const e = walk.currentNode.parentElement;
+    if (!walk.currentNode.data.trim() || ['TITLE', 'DESC', 'STYLE'].includes(e.tagName.toUpperCase())) continue;
+    if (!e.getClientRects().length) continue;
+    const style = getComputedStyle(e);
+    const ink = light(colour(e.ownerSVGElement ? style.fill : style.color)), paper = light(ground(e));
+    const ratio = (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+    found.push([ratio, walk.currentNode.data.trim().slice(0, 40)]);
+  }
+  return found;
+})()
+"""
+"""for `evaluate`: of every text that shows, its contrast (WCAG 2.1) with what is behind it, and how it begins"""

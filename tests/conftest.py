@@ -9,12 +9,14 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import hypothesis
 import pytest
 
+from treering.tests.browser import CHROMIUM, Browser
 from treering.tests.s3_server import KEY, SECRET, Server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -129,3 +131,12 @@ def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     yield f"{s3_server.url}/{abs(hash(request.node.nodeid))}"
     s3fs.S3FileSystem.clear_instance_cache()  # an open client would serve later tests with these credentials
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    """A real browser, with a page of its own."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    with Browser(tmp_path / "profile") as opened:
+        yield opened

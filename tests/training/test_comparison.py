@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from treering.data.config import DataError
-from treering.tests.browser import CHROMIUM, Browser
+from treering.tests.browser import CONTRASTS, Browser
 from treering.training.evaluate.comparing import comparison, tasks
 from treering.training.evaluate.outcome import Evaluation
 from treering.training.evaluate.reliability import calibration_interval, difference, holm
@@ -138,42 +137,6 @@ def test_the_page_says_what_was_found(found: dict[str, Any]) -> None:
         assert text in page, text
     assert "better" in page
     assert "worse" in page
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
-    with Browser(tmp_path / "profile") as opened:
-        yield opened
-
-
-CONTRASTS = """
-(() => {
-  const channel = c => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
-  const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-  const colour = text => (text.match(/[\\d.]+/g) || []).map(Number);
-  const ground = e => {
-    for (; e; e = e.parentElement) {
-      const found = colour(getComputedStyle(e).backgroundColor);
-      if (found.length === 3 || found[3] > 0) return found;
-    }
-    return [255, 255, 255];
-  };
-  const found = [];
-  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walk.nextNode()) {
-    const e = walk.currentNode.parentElement;
-    if (!walk.currentNode.data.trim() || ['TITLE', 'DESC', 'STYLE'].includes(e.tagName.toUpperCase())) continue;
-    if (!e.getClientRects().length) continue;
-    const style = getComputedStyle(e);
-    const ink = light(colour(e.ownerSVGElement ? style.fill : style.color)), paper = light(ground(e));
-    const ratio = (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
-    found.push([ratio, walk.currentNode.data.trim().slice(0, 40)]);
-  }
-  return found;
-})()
-"""
 
 
 @pytest.mark.parametrize(("width", "height", "dark"), [(1280, 900, False), (390, 844, True)])
