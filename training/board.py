@@ -20,6 +20,7 @@ from .report.readable import decimal, is_number, printable
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
 _GROUPS = {
     "loss": "loss/total",
@@ -81,6 +82,11 @@ class Board:
         if captions:
             self._writer.add_text("captions", _table(captions), samples)
         self._writer.flush()
+
+    def points(self, rows: Tensor, names: Iterable[str], samples: int) -> None:
+        """Write unit embeddings [k, e] for the projector, which may be told to measure by cosine."""
+        said = [" ".join(printable(name).split()) for name in names]
+        self._writer.add_embedding(rows, metadata=said, global_step=samples, tag="pairs")
 
     def end(self, recipe: Mapping[str, Any], scores: Mapping[str, float]) -> None:
         """Write what runs are compared by: the recipe's blocks that decide what is computed, and the last scores."""

@@ -111,6 +111,8 @@ class Display:
             **changed,
         )
         self._open_board().evaluation(whole)
+        if found.points and state.samples == self.recipe.total_samples:  # megabytes of text: once is enough
+            self._open_board().points(*found.points, state.samples)
         best = [(k, v) for k, v in found.scores.items() if k.endswith("@1") or k.startswith("zero_shot")]
         self.progress.note("scores: " + ", ".join(f"{k} {v:.1%} (chance {found.chance[k]:.1%})" for k, v in best))
         self.report()

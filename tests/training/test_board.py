@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from markdown import markdown
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -193,3 +194,16 @@ def test_runs_can_be_compared_by_their_recipes(tmp_path: Path) -> None:
     found = {name: value.number_value for name, value in started.hparams.items()}
     assert found == {"seed": 3.0, "optimizer.lr": 0.5, "stages.0.grow.image.depth": 4.0}
     assert [event.value for event in files.Scalars("eval/zero_shot/role")] == [0.25]
+
+
+def test_the_projector_gets_rows_and_names(tmp_path: Path) -> None:
+    rows = torch.nn.functional.normalize(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    board = Board(tmp_path)
+    board.points(rows, ["picture: a cat", "picture: two\tdogs\nrun", "text: a cat", "text: two dogs run"], 512)
+    board.close()
+    assert 'tensor_name: "pairs:00512"' in (tmp_path / "projector_config.pbtxt").read_text()
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    found = np.loadtxt(next(folder.rglob("tensors.tsv")), delimiter="\t")
+    assert np.allclose(found, rows.numpy(), atol=1e-6)
+    names = next(folder.rglob("metadata.tsv")).read_text().splitlines()
+    assert names == ["picture: a cat", "picture: two dogs run", "text: a cat", "text: two dogs run"]

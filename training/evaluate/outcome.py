@@ -15,7 +15,7 @@ from torch import Tensor
 from .reliability import interval
 
 
-@dataclass(frozen=True)
+@dataclass
 class Evaluation:
     """What an evaluation found; rates are fractions from 0 to 1."""
 
@@ -32,6 +32,8 @@ class Evaluation:
     """of scores that are means: bool or float [n], what each query contributed"""
     names: dict[str, Sequence[str]] = field(default_factory=dict)
     """of the same scores: what each query is called"""
+    points: tuple[Tensor, list[str]] | None = None
+    """float [2 k, e], unit rows: of k pairs the pictures, then their first captions; and what each is"""
 
     def add(self, name: str, value_n: Tensor, names: Sequence[str], chance: float | None = None) -> None:
         """A score that is the mean of what queries contributed."""

@@ -12,6 +12,7 @@ import io
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...data.config import CacheConfig, DataError
 from ...data.loader import EvaluationSet
@@ -25,6 +26,8 @@ from .generate import write
 from .kept import Kept
 from .outcome import Evaluation as Evaluation
 from .protocols import Bench, captioned, retrieved, run, shaped
+
+_POINTS = 256  # pairs
 
 
 @torch.no_grad()
@@ -75,6 +78,16 @@ def _built_in(bench: Bench, config: EvalConfig, samples: EvaluationSet, found: E
         found.sizes["captioning"] = len(rows)
     if config.examples and bench.world.is_first:
         found.examples.update(_examples(bench, config, samples, data))
+        found.points = _points(data)
+
+
+def _points(data: Embedded) -> tuple[Tensor, list[str]]:
+    """Pairs spread evenly over the set, for a look at the joint space."""
+    count = len(data.images)
+    some = torch.arange(min(_POINTS, count)) * count // min(_POINTS, count)
+    firsts = torch.searchsorted(data.owners, some)
+    said = [data.captions[i] for i in firsts.tolist()]
+    return torch.cat([data.images[some], data.texts[firsts]]), [f"{w}: {c}" for w in ("picture", "text") for c in said]
 
 
 def _zero_shot(bench: Bench, config: EvalConfig, samples: EvaluationSet, data: Embedded, found: Evaluation) -> None:
