@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .captioner import Captioner
+from .mlp import Experts
 from .shared import Shared
 from .spec import ModelSpec, is_table, part_of
 from .towers import MAX_LOG_SCALE, FurtherTowers, ImageTower, TextTower, TowerOutput
-from .transformer import Experts
+from .transformer import Transformer
 
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 _NO_TOWERS: Mapping[str, TowerOutput] = MappingProxyType({})
@@ -91,6 +92,12 @@ class Model(nn.Module):
         """[v, d]: times this the captioner's states are next-token logits."""
         own = self.captioner and self.captioner.output
         return own.weight if own else self.text.token_embedding.weight
+
+    def transformers(self) -> dict[str, Transformer]:
+        """The transformers by the part of the model that each is of."""
+        parts = {"image": self.image, "text": self.text, "shared": self.shared, "captioner": self.captioner}
+        found = {name: part.transformer for name, part in parts.items() if part is not None}
+        return found | {f"further.{name}": self.further[name].transformer for name in self.spec.further}
 
     def scale(self) -> Tensor:
         """The factor on cosine similarities, [1], at most 100."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..models.model import Model, ModelOutput, build
 from ..models.spec import ModelSpec
 from ..models.towers import MAX_LOG_SCALE
-from .engine import Engine, EngineConfig, Forward, assembled, prepare
+from .engine import Engine, EngineConfig, assembled, prepare
 from .objectives.base import Inputs
 from .optimizer import Optimizer, OptimizerConfig, pace
 from .shards import gathered
@@ -47,7 +47,7 @@ class ZeroEngine(Engine):
         self._steps = self._skips = 0
         named = dict(self.model.named_parameters())
         shapes = {name: tuple(p.shape) for name, p in named.items()}
-        forward = Forward(self.model, self.objectives, self.world, self._config.precision)
+        forward = self._whole_forward(self._config)
         self._adam = Optimizer(named.items(), self._adamw, multipliers=multipliers).adam
         self._engine, zero, _, _ = deepspeed.initialize(
             model=forward, optimizer=self._adam, config=_settings(self._config, self._adamw)
