@@ -31,7 +31,7 @@ def refuse_unreachable(url: str) -> None:
     except (OSError, ValueError):
         setting = "STORAGE_EMULATOR_HOST" if url.startswith("g") else "AWS_ENDPOINT_URL"
         raise RecipeError(
-            f"store {clean(url)}: nothing answers at {clean(address)}; check {setting}, the network, and that the server runs"
+            f"store {clean(url)}: nothing answers at {clean(address)}; check {setting}, the network, and the server"
         ) from None
 
 
