@@ -76,11 +76,11 @@ def plan(recipe: Recipe, nodes: int, per_node: int, device: str, mfu: float, pri
     for stage in stages:
         stage["seconds"] = stage["flops"] / (peak * mfu * world)
     for before, after in pairwise(stages):
-        transient = 12.0 * (before["parameters"] + after["parameters"]) + base
+        transient = before["commit_bytes"] + after["commit_bytes"] + base  # whole on the process that grows
         after["memory"]["total"] = max(after["memory"]["total"], transient)
     flops, seconds = sum(s["flops"] for s in stages), sum(s["seconds"] for s in stages)
     rate = recipe.total_samples / seconds
-    largest = max(s["parameters"] for s in stages)
+    largest, commit = (max(s[each] for s in stages) for each in ("parameters", "commit_bytes"))
     found: dict[str, Any] = {
         "device": device,
         "devices": world,
@@ -98,9 +98,9 @@ def plan(recipe: Recipe, nodes: int, per_node: int, device: str, mfu: float, pri
         "loader_cores_per_node": rate * data.decode_seconds / nodes,
         "shards_bytes_per_second_and_node": rate * data.bytes / nodes,
         "gradient_bytes_per_step_and_device": 0.0 if world == 1 else 8.0 * largest * (world - 1) / world,
-        "commit_bytes": 12 * largest,
-        "commits_kept_bytes": 12 * largest * (recipe.checkpoint.keep + 1),
-        "commit_seconds_at_1_GB_per_second": 12 * largest / 1e9 / nodes,
+        "commit_bytes": commit,
+        "commits_kept_bytes": commit * (recipe.checkpoint.keep + 1),
+        "commit_seconds_at_1_GB_per_second": commit / 1e9 / nodes,
     }
     return found | {"warnings": warnings(recipe, found, per_node)}
 
@@ -121,6 +121,7 @@ def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: 
         "tokens": tokens,
         "patches": patches,
         "parameters": parameters(spec),
+        "commit_bytes": memory.commit_bytes(spec, recipe.optimizer),
         "recomputed": again,
         "flops": samples * training_flops(spec, tokens, patches, _reads_tokens(recipe)),
         "memory": parts | {"total": sum(parts.values())},

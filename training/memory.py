@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.activations import Shape, Stack, choose, peak, stacks
 from ..models.flops import parameters
-from ..models.model import Extras, Model
+from ..models.model import Extras, Model, empty
 from ..models.spec import ModelSpec
 from .device import memory, process_memory
 from .objectives.base import Inputs
@@ -34,26 +34,30 @@ def parts(
 ) -> dict[str, float]:
     """Bytes beside activations that one of `world` processes holds at its fullest moment, by part; `pairs` are its own
     of a batch."""
-    count, caption = parameters(spec), 0
-    sharded = min(engine.shard or world, world) if engine.kind != "ddp" else 1
+    count, caption, shards = parameters(spec), 0, min(engine.shard or world, world)
+    weights, gradients, moments = {"ddp": (1, 1, 1), "fsdp": (shards, shards, shards)}.get(
+        engine.kind, (world if engine.zero_stage == 3 else 1, world if engine.zero_stage > 1 else 1, world)
+    )
+    state = commit_bytes(spec, optimizer) - (4 * count if engine.kind != "deepspeed" else 0)  # DeepSpeed's own masters
+    copies = 2 * count if engine.precision == "bf16" and engine.kind != "fsdp" else 0  # autocast's
     if spec.caption:
         caption = spec.text.vocabulary * spec.text.width * 8 + 2 * LOGITS_BYTES
     inputs = 3 * spec.image.resolution**2 * (1 + 4 + 4)
     inputs += sum(8 * tower.frames * tower.features for tower in spec.further.values())
-    weights, gradients = 4 / sharded, 4 / sharded
-    if engine.kind == "deepspeed":  # beside its masters, what is computed with
-        weights += 4 / sharded if engine.zero_stage == 3 else 4
-        gradients = 4 if engine.zero_stage == 1 else gradients
-    if engine.precision == "bf16" and engine.kind != "fsdp":
-        weights += 2  # autocast's copies
     return {
-        "weights": weights * count,
-        "gradients": gradients * count,
-        "optimizer": 4 * len(optimizer.kinds) * count / sharded,
+        "weights": 4 * count / weights + copies,
+        "gradients": 4 * count / gradients,
+        "optimizer": 0.0 if engine.offload else state / moments,
         "loss": 4 * TILE_BYTES + 8 * pairs * spec.embed_dim * 4 + caption,
         "batches": pairs * inputs,
         "commit": 2 * min(4 * count / world, PART_BYTES),
     }
+
+
+def commit_bytes(spec: ModelSpec, optimizer: OptimizerConfig) -> int:
+    """Bytes of the tensors of a commit: weights, moments (Muon has one), the average of the weights if it is kept."""
+    kinds, named = ("model", *optimizer.kinds), empty(spec).named_parameters()
+    return sum(4 * p.numel() for name, p in named for kind in kinds if optimizer.keeps(kind, name))
 
 
 def budget(engine: EngineConfig, found: dict[str, Stack], room: float) -> float:
