@@ -144,6 +144,17 @@ def doing(out: Path, before: list[str]) -> str:
     return f"after {json.loads(lines[-1])['event']}" if lines[-1].endswith("}") else "writing a line"
 
 
+def over(run: subprocess.Popen[bytes], begun: Callable[[], bool], seconds: float) -> bool:
+    """Whether a process ends within `seconds` after it has `begun`."""
+    while not begun():
+        if run.poll() is not None:
+            return True
+        time.sleep(0.02)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        run.wait(seconds)
+    return run.poll() is not None
+
+
 def kill_at_random(tmp_path: Path, lives: list[tuple[str, int]], kills: int, same: Callable[[Path], bool]) -> None:
     """Kill the whole group `kills` times at any moment, start-up included, each life being one of `lives`: an engine
     and a number of processes. Every run that comes to its end must be the `same`; then another begins.
@@ -160,10 +171,10 @@ def kill_at_random(tmp_path: Path, lives: list[tuple[str, int]], kills: int, sam
         command = [*COMMAND, f"engine={engine}", "--out", str(out), "--processes", str(processes)]
         begun, before = time.monotonic(), written(out)
         run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-        try:
-            # Up to about the length of a run; the last one is left alone.
-            code = run.wait(chance.uniform(0.1, 1.1) * longest if left else 240)
-        except subprocess.TimeoutExpired:
+        # Every other one only when it has written a line, so that it trains: most of so short a life is its start.
+        trains, moment = chance.random() < 0.5, chance.uniform(0.0, 1.1) * longest
+        begins = (lambda out=out, before=before: written(out) != before) if trains else lambda: True
+        if not over(run, begins, (moment / 3 if trains else moment) if left else 240):
             assert left, f"seed {seed}: the last run hangs"
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
@@ -171,6 +182,7 @@ def kill_at_random(tmp_path: Path, lives: list[tuple[str, int]], kills: int, sam
             left, longest = left - 1, 1.1 * longest  # a machine may be slow, and no run come to its first step
             killed[doing(out, before)] += 1
             continue
+        code = run.returncode
         assert code == 0, f"seed {seed}: the run ended with {code} after {kills - left} kills"
         assert same(out), f"seed {seed}: not the run that was never killed, after {kills - left} kills"
         longest = max(0.7 * longest, time.monotonic() - begun)  # a life that resumed is shorter than a run
