@@ -322,8 +322,8 @@ def export(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]) -> None:
-    """Write the report page of a run again, at any time of its life, and print where it is."""
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, or of a sweep.")]) -> None:
+    """Write the report page of a run or a sweep again, at any time of its life, and print where it is."""
     from ..training.report import write_report
     from .errors import clean
 
@@ -336,7 +336,9 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run fol
 
 @app.command()
 def status(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the URL of its commits.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A folder of a run or a sweep, or the URL of a run's commits.")
+    ],
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again every two seconds, to the end.")] = False,
     as_json: AsJson = False,
 ) -> None:

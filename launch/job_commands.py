@@ -13,6 +13,7 @@ from rich.text import Text
 from .errors import RecipeError, RunError, clean
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunOrSweep = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a sweep.")]
 
 
 def submit(
@@ -57,14 +58,13 @@ def submit(
     from . import submit as submitting
     from .recipes import read_recipe
     from .site import read_site
-    from .sweep import expand
+    from .sweep import expand, write_sweep
 
-    base = out or Path("runs") / read_recipe(recipe, overrides or []).recipe.name
-    runs = [
-        (base / name if name else base, read_recipe(recipe, [*(overrides or []), *extra]))
-        for name, extra in expand(sweep or [])
-    ]
     wish = submitting.Wish(nodes, processes, gpus, partition, account, qos, time, constraint, after)
+    whole = read_recipe(recipe, overrides or []).recipe
+    base = out or Path("runs") / whole.name
+    points = expand(sweep or [], whole.checkpoint.to)
+    runs = [(base / point.name, read_recipe(recipe, [*(overrides or []), *point.overrides])) for point in points]
     job = submitting.prepare(runs, wish, read_site())
     console = Console(stderr=True)
     for note in job.notes:
@@ -72,21 +72,37 @@ def submit(
     if dry_run:
         print(job.script, end="")
         return
+    if sweep:
+        write_sweep(base, points)
     number = submitting.submit(job)
     folders = [str(folder) for folder, _ in job.runs]
     if as_json:
         print(json.dumps({"job": number, "runs": folders, "nodes": job.nodes, "processes": job.processes}))
         return
     about = f"job {number}: {job.nodes[0]} nodes x {job.processes} processes, {len(folders)} run(s) in {base}"
-    follow = [f"treering {verb} {folders[0]}" for verb in ("status --watch", "logs --follow", "stop")]
+    follow = [f"treering status --watch {base}", f"treering logs --follow {folders[0]}", f"treering stop {base}"]
     print("\n".join([clean(about), *(clean(line) for line in follow)]))
 
 
-def stop(run: RunFolder) -> None:
-    """Commit the run at its next step, then end its job; `treering submit` with the same words continues it."""
-    from .stopping import stop_run
+def stop(run: RunOrSweep) -> None:
+    """Commit the run at its next step, then end its job; `treering submit` with the same words continues it.
 
-    print(clean(stop_run(run)))
+    Of a sweep, all runs.
+    """
+    from .stopping import stop_run
+    from .sweep import is_sweep, members
+
+    if not is_sweep(run):
+        return print(clean(stop_run(run)))
+    stopped = 0
+    for folder in members(run):
+        try:
+            print(clean(f"{folder.name}: {stop_run(folder)}"))
+            stopped += 1
+        except RecipeError as nothing_runs:
+            print(clean(f"{folder.name}: {nothing_runs}"))
+    if not stopped:
+        raise RecipeError(f"no run of the sweep in {clean(str(run))} can be stopped here")
 
 
 def logs(

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..models.flops import parameters, training_flops
+from ..models.model import empty
 from ..models.spec import ModelSpec, TowerSpec
 from ..training.recipe import Recipe
 from .errors import RecipeError, show
@@ -81,17 +82,18 @@ def plan(recipe: Recipe, nodes: int, per_node: int, device: str, mfu: float, pri
                 "stage": number,
                 "samples": samples,
                 "parameters": parameters(spec),
+                "commit_bytes": commit_bytes(recipe, spec),
                 "flops": flops,
                 "seconds": flops / (peak * mfu * world),
                 "memory": parts | {"total": sum(parts.values())},
             }
         )
     for before, after in pairwise(stages):
-        transient = 12.0 * (before["parameters"] + after["parameters"]) + base
+        transient = before["commit_bytes"] + after["commit_bytes"] + base  # whole on the process that grows
         after["memory"]["total"] = max(after["memory"]["total"], transient)
     flops, seconds = sum(s["flops"] for s in stages), sum(s["seconds"] for s in stages)
     rate = recipe.total_samples / seconds
-    largest = max(s["parameters"] for s in stages)
+    largest, commit = (max(s[each] for s in stages) for each in ("parameters", "commit_bytes"))
     found: dict[str, Any] = {
         "device": device,
         "devices": world,
@@ -109,30 +111,41 @@ def plan(recipe: Recipe, nodes: int, per_node: int, device: str, mfu: float, pri
         "loader_cores_per_node": rate * data.decode_seconds / nodes,
         "shards_bytes_per_second_and_node": rate * data.bytes / nodes,
         "gradient_bytes_per_step_and_device": 0.0 if world == 1 else 8.0 * largest * (world - 1) / world,
-        "commit_bytes": 12 * largest,
-        "commits_kept_bytes": 12 * largest * (recipe.checkpoint.keep + 1),
-        "commit_seconds_at_1_GB_per_second": 12 * largest / 1e9 / nodes,
+        "commit_bytes": commit,
+        "commits_kept_bytes": commit * (recipe.checkpoint.keep + 1),
+        "commit_seconds_at_1_GB_per_second": commit / 1e9 / nodes,
     }
     return found | {"warnings": warnings(recipe, found, per_node)}
 
 
 def memory_parts(recipe: Recipe, spec: ModelSpec, world: int, tokens: float) -> dict[str, float]:
     """Bytes a process holds at its fullest moment in a stage with model `spec`, by part."""
-    count, pairs = parameters(spec), recipe.data.batch / world
-    sharded = min(recipe.engine.shard or world, world) if recipe.engine.kind != "ddp" else 1
-    half = recipe.engine.precision == "bf16"
+    count, pairs, engine = parameters(spec), recipe.data.batch / world, recipe.engine
+    shards = min(engine.shard or world, world)
+    weights, gradients, optimizer = {"ddp": (1, 1, 1), "fsdp": (shards, shards, shards)}.get(
+        engine.kind, (world if engine.zero_stage == 3 else 1, world if engine.zero_stage > 1 else 1, world)
+    )
+    state = commit_bytes(recipe, spec) - (4 * count if engine.kind != "deepspeed" else 0)  # DeepSpeed's own masters
+    half = engine.precision == "bf16"
     caption = spec.text.vocabulary * spec.text.width * 8 + 2 * LOGITS_BYTES if spec.caption else 0
     inputs = 3 * spec.image.resolution**2 * (1 + 4 + 4)
     inputs += sum(8 * tower.frames * tower.features for tower in spec.further.values())
     return {
-        "weights": 4 * count / sharded,
-        "gradients": 4 * count / sharded,
-        "optimizer": 8 * count / sharded,
+        "weights": 4 * count / weights,
+        "gradients": 4 * count / gradients,
+        "optimizer": 0.0 if engine.offload else state / optimizer,
         "activations": pairs * _activations(spec, tokens, half),
         "loss": 4 * TILE_BYTES + 8 * pairs * spec.embed_dim * 4 + caption,
         "batches": pairs * inputs,
         "commit": 2 * min(4 * count / world, PART_BYTES),
     }
+
+
+def commit_bytes(recipe: Recipe, spec: ModelSpec) -> int:
+    """Bytes of the tensors of a commit: weights, moments (Muon has one), the average of the weights if it is kept."""
+    kinds = ("model", *recipe.optimizer.kinds)
+    named = empty(spec).named_parameters()
+    return sum(4 * p.numel() for name, p in named for kind in kinds if recipe.optimizer.keeps(kind, name))
 
 
 def _activations(spec: ModelSpec, tokens: float, half: bool) -> float:

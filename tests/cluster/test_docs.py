@@ -26,7 +26,7 @@ def commands(page: str) -> list[str]:
 def test_every_command_of_the_page_works(bench: Bench, cluster: Cluster, tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     found = commands((ROOT / "docs" / "slurm.md").read_text())
-    assert len(found) == 16
+    assert len(found) == 17
     made = str(tmp_path / "slurm")
     before = ""
     for line in found:

@@ -113,12 +113,15 @@ def test_a_crash_that_repeats_ends_the_job(bench: Bench, recipe: Path, tmp_path:
 
 def test_a_sweep_is_one_array_with_a_folder_for_each_run(bench: Bench, recipe: Path, tmp_path: Path) -> None:
     words = [str(recipe), "--nodes", "1", "--out", str(tmp_path / "sweep"), "stages.0.samples=240"]
-    job = bench.submit(*words, "--sweep", "lr=1e-3,5e-4")
+    job = bench.submit(*words, "--sweep", "lr=1e-3,5e-4", f"checkpoint.to={bench.server.url}/sweep")
     folders = [tmp_path / "sweep" / name for name in ("lr=1e-3", "lr=5e-4")]
     until(lambda: bench.state(job).split() == ["COMPLETED"] * 2, lambda: log(folders[0]), 300)
     assert [step(folder) for folder in folders] == [20, 20]
     assert all((folder / "report.html").exists() for folder in folders)
     assert losses(folders[0]) != losses(folders[1])
+    assert "2 of 2 runs finished" in (tmp_path / "sweep" / "report.html").read_text()
+    for folder in folders:
+        assert bench.treering("status", f"{bench.server.url}/sweep/{folder.name}").returncode == 0
 
 
 def test_a_dry_run_writes_nothing_and_its_script_is_bash(bench: Bench, recipe: Path, tmp_path: Path) -> None:
