@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -66,16 +66,22 @@ class Summary:
     seconds: float
 
 
-def train(recipe: Recipe, out: Path, imports: float = 0.0, before: str | None = None) -> Summary:
+def train(
+    recipe: Recipe,
+    out: Path,
+    imports: float = 0.0,
+    before: str | None = None,
+    lost: Callable[[], str | None] = lambda: None,
+) -> Summary:
     """Run the recipe in folder `out`, or continue it if its store has a commit. Every process of the run calls this.
 
     `imports` is the seconds spent before this call, for the start-up record; `before` says how the life before this one
-    ended, for the lineage.
+    ended, for the lineage; `lost` says why this life must end at once, as another has begun; None while it need not.
     Raises DataError, StoreError or TrainingError.
     """
     world = World.join()
     try:
-        with StopRequest() as stop, Watchdog(recipe.watchdog, out, world) as watch:
+        with StopRequest() as stop, Watchdog(recipe.watchdog, out, world, lost) as watch:
             end = _live(recipe, out, world, stop, watch, imports, before)
             while isinstance(end, RolledBack):
                 end = _live(recipe, out, world, stop, watch, imports, None, end)
@@ -172,7 +178,12 @@ class Run:
         self.ends = list(accumulate(stage.steps(self.plan.data.batch) for stage in self.plan.stages))
 
     def _start(self, imports: float, before: str | None, back: RolledBack | None) -> None:
-        """Take up the newest commit, or initialise, or begin with another run's; claim the place; say so."""
+        """Claim the place; take up the newest commit, or initialise, or begin with another run's; say so.
+
+        The claim comes first: a life before this one that still runs commits no more once this one has looked.
+        """
+        who = f"{describe(self.world.device)} x {self.world.size}"
+        life = self.world.objects(self.commits.claim_life(who) if self.world.is_first else 0)[0]
         clock = [time.monotonic()]
         names = self.world.objects(self.commits.names() if self.world.is_first else [])[0]
         clock.append(time.monotonic())
@@ -189,8 +200,6 @@ class Run:
             self.engine = self._build(origin.manifest.spec if origin else self.specs[0])
             if origin:
                 self._take_up(begin_with(self.recipe, origin, self.engine))
-        who = f"{describe(self.world.device)} x {self.world.size}"
-        life = self.world.objects(self.commits.claim_life(who) if self.world.is_first else 0)[0]
         hosts = self.world.hosts()
         event = "resume" if found else "start"
         detail: dict[str, Any] = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}

@@ -3,7 +3,8 @@
 A thread beside the training writes this process's phase and step into `DIR/heartbeats/` every few seconds. A process
 that stays in one phase for too long reads the files of the others, leaves the stacks of its threads in `DIR/stacks/`
 and a line in `DIR/hangs.jsonl`, and exits with a code of its own: whoever started the run starts it again. A stopped
-process cannot do any of that; the others see its heartbeat grow old and name it.
+process cannot do any of that; the others see its heartbeat grow old and name it. A process whose run another life has
+begun elsewhere, since this one was taken for dead, ends too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +29,8 @@ from .world import World
 
 HUNG = 75
 """exit code of a process that gave up waiting"""
+LOST = 76
+"""exit code of a process whose run another life has taken over"""
 SLOW_FACTOR = 6
 """how much longer than a step the other phases may take: start, evaluation, commit, growth"""
 _STEP_PHASES = ("data", "step")
@@ -57,7 +61,11 @@ class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 class Watchdog:
     """Watches this process from a thread of its own for as long as the context is open."""
 
-    def __init__(self, config: WatchdogConfig, folder: Path, world: World) -> None:
+    def __init__(
+        self, config: WatchdogConfig, folder: Path, world: World, lost: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """`lost` says why this process must end at once; None while it need not."""
+        self._lost = lost
         self.folder, self.world, self.limit = folder, world, config.seconds
         self.pause = min(5.0, self.limit / 10)
         self._now: tuple[str, int, float] = ("start", 0, time.monotonic())
@@ -83,6 +91,9 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             closed = self._closed.wait(self.pause)
+            if reason := self._lost():
+                print(reason, file=sys.stderr, flush=True)
+                os._exit(LOST)
             self._beat()
             if closed:
                 return

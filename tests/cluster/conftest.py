@@ -36,12 +36,21 @@ checkpoint: {{every: 60}}
 eval: {{suites: []}}
 watchdog: {{limit: 12s}}
 """
-# So that there is time to act: the first process pauses at every line of its log. The product knows nothing of it.
-PACE = """
-import sys, time
+# What every Python process of the tests does, and the product knows nothing of: training pauses before each step, so
+# that there is time to act, and writes down which samples it took in which life.
+SPY = """
+import json, os, sys, time
 def hook(event, arguments):
-    if event == "open" and str(arguments[0]).endswith("/metrics.jsonl") and arguments[1] == "a":
-        time.sleep(0.1)
+    loop = sys.modules.get("treering.training.loop")
+    if event == "socket.gethostname" and hasattr(loop, "Run") and not hasattr(loop, "spied"):
+        loop.spied, step = True, loop.Run.step
+        def slow(run, batch):
+            time.sleep(float(os.environ["TEST_PAUSE"]))
+            row = {"step": run.state.step, "life": run.state.life, "keys": batch.keys}
+            with (run.out / f"taken-{run.world.rank}.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\\n")
+            step(run, batch)
+        loop.Run.step = slow
 sys.addaudithook(hook)
 """
 
@@ -72,11 +81,12 @@ class Bench:
         self.cluster, self.server = cluster, server
         site = folder / "site"
         site.mkdir()
-        (site / "sitecustomize.py").write_text(PACE)
+        (site / "sitecustomize.py").write_text(SPY)
         paths = [str(site), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         self.environment = cluster.environment | {
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
             "OMP_NUM_THREADS": "1",
+            "TEST_PAUSE": "0.1",
             "COLUMNS": "100",
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
