@@ -205,7 +205,8 @@ class Attention(nn.Module):
 def _for_maps(x_td: Tensor) -> Tensor:
     """The stream as linear maps take it: under autocast each of them would make, and keep, a copy of its own."""
     kind = x_td.device.type
-    return x_td.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x_td
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x_td.to(torch.get_autocast_dtype(kind)) if cast else x_td
 
 
 class Norm(nn.LayerNorm):
