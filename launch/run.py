@@ -214,7 +214,7 @@ def _first_failure(error: Any, out: Path) -> RunError:
         died = f"process {rank} ended with exit code {failure.exitcode} and did not say why"
         if failure.exitcode == HUNG:
             said = next(iter(read_rows(out / "hangs.jsonl")[-1:]), {}).get("message", "")
-            died = f"process {rank} waited in vain: {said}; stacks in {out / 'stacks'}"
+            died = f"process {rank} waited in vain: {said}; stacks in {out / 'hang.txt'}"
         if failure.exitcode < 0:
             died = f"process {rank} was killed by {failure.signal_name()}"
         if failure.exitcode == -signal.SIGKILL:
