@@ -210,7 +210,7 @@ def _first_failure(error: Any, out: Path) -> RunError:
         died = f"process {rank} ended with exit code {failure.exitcode} and did not say why"
         if failure.exitcode == HUNG:
             said = next(iter(read_rows(out / "hangs.jsonl")[-1:]), {}).get("message", "")
-            died = f"process {rank} waited in vain: {said}; stacks in {out / 'stacks'}"
+            died = f"process {rank} waited in vain: {said}; stacks in {out / 'hang.txt'}"
         if failure.exitcode == LOST:
             died = f"process {rank} ended, since another life of the run has begun"
         if failure.exitcode < 0:

@@ -340,7 +340,7 @@ class Run:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
         stages, place = self.plan.stages, (state.stage, state.samples, size)
-        self.watch.at("step", state.step)
+        self.watch.at("step", state.step, batch.keys)
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
         self.lr *= rewarmed(stages, *place)
         advance(self.engine.objectives, self.recipe.objectives, state.samples / self.recipe.total_samples)
