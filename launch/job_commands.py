@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from .arguments import AsJson, Overrides, RecipeName, print_json
 from .errors import RecipeError, RunError, clean
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
@@ -17,12 +17,8 @@ RunOrSweep = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a
 
 
 def submit(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A bundled recipe by its name, or the path of a YAML file.")
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override values of the recipe.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     nodes: Annotated[
         str, typer.Option("--nodes", metavar="N", help="Nodes; 2-8 for as many of them as there are, life by life.")
     ] = "1",
@@ -46,7 +42,7 @@ def submit(
         Path | None, typer.Option("--out", metavar="DIR", help="The run folder, on a shared disk; left out: runs/NAME.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the batch script, stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a recipe under Slurm: checks it and the cluster, submits one job, prints its number.
 
@@ -77,7 +73,7 @@ def submit(
     number = submitting.submit(job)
     folders = [str(folder) for folder, _ in job.runs]
     if as_json:
-        print(json.dumps({"job": number, "runs": folders, "nodes": job.nodes, "processes": job.processes}))
+        print_json({"job": number, "runs": folders, "nodes": job.nodes, "processes": job.processes})
         return
     about = f"job {number}: {job.nodes[0]} nodes x {job.processes} processes, {len(folders)} run(s) in {base}"
     follow = [f"treering status --watch {base}", f"treering logs --follow {folders[0]}", f"treering stop {base}"]
@@ -134,16 +130,14 @@ def logs(
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled recipe, or the path of a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override values of the recipe.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     nodes: Annotated[int, typer.Option("--nodes", metavar="N", min=1)] = 1,
     per_node: Annotated[int, typer.Option("--gpus-per-node", metavar="G", min=1)] = 1,
     device: Annotated[str, typer.Option("--device", metavar="D", help="a100, b200, h100, h200, l40s or cpu.")] = "h100",
     mfu: Annotated[float, typer.Option("--mfu", metavar="F", help="Share of the device's peak that is reached.")] = 0.4,
     price: Annotated[float | None, typer.Option("--price", metavar="P", help="Of a device for an hour.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell what a run will need before anything starts: memory, time, loader, network, store, cost; warn of what fails.
 
@@ -154,7 +148,7 @@ def plan(
 
     found = planning.plan(read_recipe(recipe, overrides or []).recipe, nodes, per_node, device, mfu, price)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print_json(found)
     else:
         Console().print(planning.as_table(found))
 

@@ -14,7 +14,9 @@ def _mlp_maps(spec: TowerSpec) -> int:
     return 3 if spec.mlp == "swiglu" else 2
 
 
-def _block(spec: TowerSpec, tokens: float, attended: float, memory_tokens: float = 0, memory_width: int = 0) -> float:
+def block_flops(
+    spec: TowerSpec, tokens: float, attended: float, memory_tokens: float = 0, memory_width: int = 0
+) -> float:
     """One block's forward operations for one sample; `attended` keys are seen by a query on average."""
     inner = spec.attention_width
     mlps, router = (spec.active, spec.experts) if spec.experts > 1 else (1, 0)
@@ -29,7 +31,7 @@ def _block(spec: TowerSpec, tokens: float, attended: float, memory_tokens: float
 
 def _last_row(spec: TowerSpec, tokens: float) -> float:
     """Forward operations of a block that works for a sample's last token only: all tokens are keys, one is a query."""
-    one = _block(spec, 1, tokens)
+    one = block_flops(spec, 1, tokens)
     return one + 2 * (tokens - 1) * 2 * spec.width * spec.attention_width
 
 
@@ -48,9 +50,9 @@ def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = Non
     read = text_tokens + 2 * (text.pool == "class")  # the class token, and the filling it sees
     seen = (text_tokens + 1) / 2
     whole = text.depth - (spec.caption is None and spec.shared is None and not text.filled and not tokens)
-    total = image.depth * _block(image, stream, stream)
+    total = image.depth * block_flops(image, stream, stream)
     total += 2 * patches * 3 * image.patch**2 * image.width
-    total += whole * _block(text, read, (read + 1) / 2 if text.causal else read)
+    total += whole * block_flops(text, read, (read + 1) / 2 if text.causal else read)
     total += (text.depth - whole) * _last_row(text, read)
     total += 2 * ((spec.embed_dim if pooler else image.width) + text.width) * spec.embed_dim
     if tokens:
@@ -59,15 +61,17 @@ def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = Non
         maps = image.queries * spec.embed_dim + stream * image.width
         total += 4 * (maps + image.queries * stream) * spec.embed_dim
     if spec.shared:
-        total += spec.shared.depth * (_block(spec.shared, patches, patches) + _block(spec.shared, text_tokens, seen))
+        total += spec.shared.depth * (
+            block_flops(spec.shared, patches, patches) + block_flops(spec.shared, text_tokens, seen)
+        )
         total += 4 * spec.shared.width * (patches * image.width + text_tokens * text.width)
     if spec.caption:
-        total += spec.caption.depth * _block(text, text_tokens, seen, memory, spec.memory_width)
+        total += spec.caption.depth * block_flops(text, text_tokens, seen, memory, spec.memory_width)
         total += 2 * (text_tokens - 1) * text.width * text.vocabulary
         if spec.caption.cross == "after":
             total += spec.caption.depth * 2 * text_tokens * _mlp_maps(text) * text.width * text.mlp_width
     for tower in spec.further.values():
-        total += tower.depth * _block(tower, tower.frames, tower.frames)
+        total += tower.depth * block_flops(tower, tower.frames, tower.frames)
         total += 2 * tower.width * (tower.frames * tower.features + spec.embed_dim)
     return total
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .captioner import Captioner
+from .mlp import Experts
 from .shared import Shared
 from .spec import ModelSpec, is_table, part_of
 from .towers import MAX_LOG_SCALE, FurtherTowers, ImageTower, TextTower, TowerOutput
-from .transformer import Experts
+from .transformer import Transformer
 
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 _NO_TOWERS: Mapping[str, TowerOutput] = MappingProxyType({})
@@ -91,6 +92,12 @@ class Model(nn.Module):
         """[v, d]: times this the captioner's states are next-token logits."""
         own = self.captioner and self.captioner.output
         return own.weight if own else self.text.token_embedding.weight
+
+    def transformers(self) -> dict[str, Transformer]:
+        """The transformers by the part of the model that each is of."""
+        parts = {"image": self.image, "text": self.text, "shared": self.shared, "captioner": self.captioner}
+        found = {name: part.transformer for name, part in parts.items() if part is not None}
+        return found | {f"further.{name}": self.further[name].transformer for name in self.spec.further}
 
     def scale(self) -> Tensor:
         """The factor on cosine similarities, [1], at most 100."""
@@ -176,5 +183,24 @@ def materialise(model: Model, device: torch.device, wrapper: nn.Module | None = 
     Its constants are filled, its parameters are not.
     """
     (wrapper or model).to_empty(device=device)
+    _set_constants(model)
+
+
+def built_by_module(model: Model, seed: int, device: torch.device) -> Iterator[nn.Module]:
+    """Give an empty model memory and its first values, module by module, and hand out each that has some.
+
+    The caller may put the parameters away before it asks for the next: no more than one module's need be whole at once.
+    """
+    for path, module in reversed(list(model.named_modules())):
+        module.to_empty(device=device, recurse=False)
+        own = [(f"{path}.{name}" if path else name, p) for name, p in module.named_parameters(recurse=False)]
+        initialise(model.spec, own, seed)
+        if module is model:
+            _set_constants(model)
+        if own:
+            yield module
+
+
+def _set_constants(model: Model) -> None:
     model.image_mean.copy_(torch.tensor(model.spec.image.mean).view(3, 1, 1))
     model.image_std.copy_(torch.tensor(model.spec.image.std).view(3, 1, 1))

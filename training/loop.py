@@ -245,13 +245,17 @@ class Run:
         return build_engine(spec, objectives, recipe.engine, recipe.optimizer, self.world, recipe.seed)
 
     def _loader(self) -> Loader:
-        """The stream at the model's resolution and context; it knows which samples are bad already."""
-        spec, recipe, world = self.engine.model.spec, self.recipe, self.world
-        resolution, context, mixtures = spec.image.resolution, spec.text.context, self._mixtures()
-        loader = Loader(recipe.data, resolution, context, recipe.seed, world.rank, world.size, mixtures)
+        """The stream as the stage sees it; it knows which samples are bad already."""
+        recipe, world = self.recipe, self.world
+        loader = Loader(recipe.data, *self._seen(), recipe.seed, world.rank, world.size, self._mixtures())
         self.specs[-1].check_samples(loader.columns)
         loader.check_bad(_entries(world.objects(self.display.known_bad())[0]))
         return loader
+
+    def _seen(self) -> tuple[int, int]:
+        """Resolution of the pictures and most tokens of a caption in the stage."""
+        spec = self.engine.model.spec
+        return spec.image.resolution, self.plan.stages[self.state.stage].longest(spec)
 
     def _mixtures(self) -> list[Mixture]:
         """The mixtures by the number of the global batch they begin at: the step, and what was passed over before."""
@@ -271,6 +275,7 @@ class Run:
         if stage == self.state.stage:
             return
         self._fold()
+        seen = self._seen()
         if self.plan.stages[stage].search:
             self._search(stage)
         if self.specs[stage] != self.engine.model.spec:
@@ -283,11 +288,12 @@ class Run:
             self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe, recipe.seed, how, fade)
             load_states(self.engine.objectives, learned)
             self._remember("grow", growth.json())
-            self.loader = self._loader()
             self.display.event("grow", self.state, **growth.json())
         self.state = self.state.model_copy(
             update={"stage": stage, "window": (), "health": Health(well=self.state.step)}
         )
+        if self._seen() != seen:
+            self.loader = self._loader()
 
     def _search(self, stage: int) -> None:
         """Decide what a stage grows into, by trials from here."""
@@ -413,6 +419,8 @@ class Run:
         loss = sum(o.weight * losses[o.name] for o in self.engine.objectives)
         health = state.health.after_line(recipe.recovery, state.step, steps, new, loss)
         self.state = state.model_copy(update={"skipped": skipped, "health": health})
+        if short := self.engine.recomputing.shortage():
+            self.display.warn(short)
         if new:
             self.display.warn(f"{new} of the last {steps} steps had a gradient that is not finite and were skipped")
         self.display.step(
@@ -426,6 +434,7 @@ class Run:
             parameters=self.engine.parameters,
             passes=self.loader.coverage(state.cursor),
             **self.meter.line(self.state, recipe.data.batch),
+            **self.engine.recomputing.figures(),
             **({"gradient_norms": self.engine.gradient_norms(self.inputs)} if self.recipe.log.gradients else {}),
         )
 

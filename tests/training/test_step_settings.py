@@ -100,26 +100,6 @@ def test_every_patch_is_kept_as_often() -> None:
     assert training_flops(PLAIN, 9.0, 4) < 0.6 * training_flops(PLAIN, 9.0)
 
 
-def test_recomputed_blocks_give_the_same_gradient_and_keep_less() -> None:
-    found, kept_bytes = [], []
-    for recompute in (False, True):
-        model = build(SPEC, 3)
-        prepare(model, EngineConfig(recompute=recompute), torch.device("cpu"))
-        sizes: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            output = model(*batch())
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept_bytes.append(sum(size for place, size in sizes.items() if place not in weights))
-        found.append(gradients(model, output))
-    assert all(np.array_equal(gradient, found[1][name]) for name, gradient in found[0].items())
-    assert kept_bytes[1] < 0.5 * kept_bytes[0]
-
-
 def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the tracer of torch.compile; the code generator behind it is torch's affair."""
     calls: list[dict[str, Any]] = []
@@ -138,7 +118,7 @@ def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FILIP, parallel captions, a schedule, micro-batches, recomputing, half of the patches and then all; a trace."""
+    """FILIP, parallel captions, a schedule, pieces, a bound on activations, half of the patches, then all; a trace."""
     seen: list[tuple[int, ...] | None] = []
     embed = Model.embed_images
 
@@ -155,7 +135,7 @@ def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "objectives={contrastive: {kind: filip, softening: 0.1}, "
         "caption: {weight: 1.0, parallel: 0.5, schedule: [[0.0, 1.0], [1.0, 0.0]]}}",
         "stages=[{samples: 20, patches: 0.5}, {samples: 20}]",
-        "engine={micro_batches: 2, recompute: true}",
+        "engine={micro_batches: 2, activations: 0.5}",
         "schedule.warmup=4",
         "eval={suites: [retrieval], writing: beam, examples: 2}",
         "log={every: 1, profile: true, gradients: true}",
