@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal as signals
 import sys
 import time
 from pathlib import Path
@@ -176,7 +177,7 @@ def _why(run: Path, code: int, signal: str, begun: dict[str, Any]) -> tuple[str,
         everyone = set(unfit) >= set(begun["used"].split())
         return ("crash", f"{reason}; no other node is left", "") if everyone else ("unfit", reason, " ".join(unfit))
     first = min(told, key=lambda failure: (_follows(failure), failure["time"]), default=None)
-    if first is None and code == STOPPED:
+    if first is None and code in (STOPPED, 128 + signals.SIGTERM):  # preemption may tell the processes alone
         return "stopped", "its processes were asked to stop", ""
     if first is None:
         return "crash", f"srun ended with code {code}", ""

@@ -35,6 +35,7 @@ def main() -> None:
     run: Path = options.run
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     os.environ[LIFE] = options.id
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a node that dies, the others would print stacks in C++
     forward_signals()
     try:
         if reason := lost(run):

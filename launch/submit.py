@@ -113,10 +113,9 @@ def render(
     nodes = f"{counts[-1]}-{counts[0]}" if len(counts) > 1 else str(counts[0])
     tasks = processes if site.tasks == "gpu" else 1
     binding = ["--cpu-bind=none"] if site.tasks == "node" else ["--gpus-per-task=1"] if gpus else []
-    headers = {
+    headers = {  # no --ntasks-per-node: of a range, Slurm would give the nodes that the fewest tasks need
         "job-name": name,
         "nodes": nodes,
-        "ntasks-per-node": str(tasks),
         "partition": wish.partition or site.partition,
         "account": wish.account or site.account,
         "qos": wish.qos or site.qos,

@@ -77,7 +77,7 @@ InactiveLimit=0
 CompleteWait=0
 KillWait={kill_wait}
 MinJobAge=600
-UnkillableStepTimeout=10
+UnkillableStepTimeout=60
 NodeName=DEFAULT CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=64000 Gres=gpu:8
 {nodes}
 PartitionName=DEFAULT Nodes=n[1-{count}] MaxTime=INFINITE State=UP
@@ -152,6 +152,11 @@ class Cluster:
     def kill_controller(self) -> None:
         """SIGKILL."""
         self._kill("ctl")
+
+    def on_node(self, name: str, *command: str) -> subprocess.CompletedProcess[str]:
+        """A command as root on a node, which sees its mounts, its name and its network. Raises if it fails."""
+        enter = ["nsenter", f"--target={self._pid(name)}", "--mount", "--uts", "--net"]
+        return subprocess.run([*enter, *command], capture_output=True, text=True, timeout=60, check=True)
 
     def kill_node(self, name: str) -> None:
         """SIGKILL for everything that runs on the node, as when its power fails."""

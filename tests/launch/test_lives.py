@@ -48,6 +48,7 @@ def ends(run: Path) -> list[tuple[str, str]]:
     [
         (0, "none", "done"),
         (130, "none", "requeue"),
+        (143, "none", "requeue"),
         (1, "USR1", "requeue"),
         (143, "TERM", "halt"),
         (130, "ROOM", "requeue"),
