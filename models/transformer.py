@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from . import varlen
@@ -200,6 +201,14 @@ class Attention(nn.Module):
         seen_bn = seen_bn if layout.seen_bn is None else seen_bn & layout.seen_bn
         mixed_bh1c = F.scaled_dot_product_attention(q_bh1c, k, v, attn_mask=seen_bn[:, None, None])
         return self.out(mixed_bh1c.flatten(1))
+
+
+def kernel(spec: TowerSpec, length: int, causal: bool, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The kernel that torch picks for the attention of samples of `length` tokens: flash, efficient, cudnn or math."""
+    shape = (1, spec.heads, length, spec.head_width)
+    q, k, v = (torch.empty(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    found = SDPBackend(torch._fused_sdp_choice(q, k, v, None, 0.0, causal))  # private, and the only one who knows
+    return str(found.name).removesuffix("_ATTENTION").lower()
 
 
 def _for_maps(x_td: Tensor) -> Tensor:

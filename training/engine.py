@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.config import size_in_bytes
-from ..models import mlp, varlen
-from ..models.mlp import Experts
 from ..models.model import Model, ModelOutput, build, empty, materialise
 from ..models.spec import ModelSpec
-from ..models.transformer import Attention, Block
 from . import micro
 from .memory import Recomputing
 from .objectives.base import Inputs, Objective, extras_of, gradient_norms, load_states, states
 from .optimizer import Optimizer, OptimizerConfig
+from .preparing import prepare
 from .shards import Layout
 from .world import World
 
@@ -52,7 +50,11 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         description="what blocks may keep for the backward pass: bytes of a process as in 40GB, a share as in 0.5, or "
         "auto for what the device has left; just as many blocks as have to are made again instead; left out: all",
     )
-    compile: bool = Field(False, description="compile each block with torch.compile; the first steps take minutes")
+    compile: bool = Field(
+        False,
+        description="compile blocks with torch.compile, once for all of a shape; the first steps after a start or a "
+        "growth take minutes",
+    )
     reshard: bool = Field(
         True,
         description="fsdp: drop a block's gathered weights after its forward pass; false: more memory, less traffic",
@@ -161,25 +163,6 @@ class Forward(nn.Module):
         return {o.name: o.share(output, inputs, table, self.world) for o in self.objectives}
 
 
-def prepare(model: Model, config: EngineConfig, device: torch.device) -> str:
-    """Switch a model's blocks to how the config wants them run on a device; names and weights stay.
-
-    The answer says how captions attend: `varlen`, without padding, or `padded` and why.
-    """
-    half = config.precision == "bf16" and device.type == "cuda"
-    refused = None if half else f"{config.precision} on {device.type}"
-    for attention in (module for module in model.modules() if isinstance(module, Attention)):
-        refused = refused or varlen.tried(attention.heads, attention.key.out_features // attention.heads, device)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.varlen = refused is None
-        if isinstance(module, Experts) and half and config.kind != "deepspeed":
-            module.grouped = mlp.tried(module.spec, device) is None
-        if isinstance(module, Block) and config.compile:
-            module.compile(dynamic=True)
-    return "varlen" if refused is None else f"padded ({refused})"
-
-
 class Engine:
     """Replicated data parallelism: torch's DDP, or the bare module in a world of one."""
 
@@ -187,8 +170,8 @@ class Engine:
     """the model by its names; under an engine that spreads it only `spec` and the names are of use"""
     layout: Layout | None = None
     """what this rank holds of each tensor; None where every rank holds all of them"""
-    attention: str
-    """how captions attend, as `prepare` found it"""
+    attention: dict[str, str]
+    """by which kernels pictures and captions attend, as `prepare` found it"""
     copies: World
     """the ranks that hold the same as this one"""
     recomputing: Recomputing
@@ -223,7 +206,7 @@ class Engine:
 
     def _whole_forward(self, config: EngineConfig) -> Forward:
         """Model and objectives, before anything is wrapped around them."""
-        padded = not self.attention.startswith("varlen")
+        padded = self.attention["captions"] != "varlen"
         self.recomputing = Recomputing(self.model, config, self.optimizer_config, self.world, padded)
         return Forward(self.model, self.objectives, self.world, config.precision, self.recomputing)
 

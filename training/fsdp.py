@@ -22,9 +22,10 @@ from ..models.model import Model, ModelOutput, empty, initialise, materialise
 from ..models.spec import ModelSpec
 from ..models.towers import MAX_LOG_SCALE
 from ..models.transformer import Block
-from .engine import Engine, EngineConfig, assembled, prepare
+from .engine import Engine, EngineConfig, assembled
 from .objectives.base import Inputs
 from .optimizer import Optimizer, OptimizerConfig
+from .preparing import prepare
 from .shards import Stretch, gathered, rows
 from .world import World
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from ..models.model import Model, ModelOutput, built_by_module, empty
 from ..models.spec import ModelSpec
 from ..models.towers import MAX_LOG_SCALE
-from .engine import Engine, EngineConfig, assembled, prepare
+from .engine import Engine, EngineConfig, assembled
 from .objectives.base import Inputs
 from .optimizer import OptimizerConfig, adamw, decays, pace
+from .preparing import prepare
 from .shards import gathered
 from .world import World
 from .zero_partitions import Partitions, cutter, require

@@ -19,8 +19,10 @@ from treering.models.model import Extras, Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.models.transformer import Block
 from treering.training.draws import kept
-from treering.training.engine import EngineConfig, prepare
+from treering.training.engine import EngineConfig
 from treering.training.loop import train
+from treering.training.preparing import prepare
+from treering.training.state import TrainingError
 
 SPEC = ModelSpec(
     embed_dim=12,
@@ -115,6 +117,44 @@ def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch)
     found = [gradients(model, model(*batch())) for model in models]
     for name, gradient in found[0].items():
         np.testing.assert_allclose(found[1][name], gradient, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_compiling_does_not_grow_with_depth_and_goes_on_after_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pieces of code for five blocks as for two, none for other captions, and new ones for each new width,
+    also beyond the number that torch keeps of one function."""
+    made: list[int] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        made.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(Block, "compile", lambda self, **options: nn.Module.compile(self, backend=note, **options))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # type: ignore[attr-defined]
+
+    def pieces(width: int, depth: int, steps: int) -> int:
+        sizes = {"width": width, "depth": depth, "heads": width // 8}
+        spec = PLAIN.model_copy(
+            update={part: getattr(PLAIN, part).model_copy(update=sizes | {"head_dim": 8}) for part in ("image", "text")}
+        )
+        model = build(spec, 3)
+        prepare(model, EngineConfig(compile=True), torch.device("cpu"))
+        before = len(made)
+        for step in range(steps):
+            images, tokens, lengths = batch()
+            gradients(model, model(images[step:], tokens[int(lengths[:step].sum()) :], lengths[step:]))
+        return len(made) - before
+
+    few = pieces(16, 2, 3)
+    assert few == pieces(16, 5, 3) <= 6
+    assert pieces(16, 5, 2) == few, "a third batch needs no more"
+    assert min(pieces(width, 2, 1) for width in (24, 32)) >= 3
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(TrainingError, match=r"engine\.compile = true cannot be here: there is no C\+\+ compiler"):
+        prepare(build(PLAIN, 3), EngineConfig(compile=True), torch.device("cpu"))
+    prepare(build(PLAIN, 3), EngineConfig(), torch.device("cpu"))
 
 
 def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from treering.models import mlp, varlen
 from treering.models.mlp import Experts
@@ -16,13 +17,14 @@ from treering.models.model import build, empty
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec, TowerSpec
 from treering.models.transformer import Attention
 from treering.training import micro
-from treering.training.engine import Engine, EngineConfig, prepare
+from treering.training.engine import Engine, EngineConfig
 from treering.training.feed import Feed
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective, extras_of
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive, LateContrastive, SigmoidContrastive
 from treering.training.optimizer import OptimizerConfig
+from treering.training.preparing import prepare
 from treering.training.world import World
 
 SPEC = ModelSpec(
@@ -202,9 +204,13 @@ def test_a_kernel_is_tried_before_it_is_used() -> None:
     assert "NotImplementedError" in str(varlen.refusal(3, 16, cpu)), "torch's kernel is for GPUs"
 
 
-def test_a_model_says_how_its_captions_attend() -> None:
+def test_a_model_says_how_it_attends() -> None:
     model = build(SPEC, 0)
-    assert prepare(model, EngineConfig(precision="bf16"), torch.device("cpu")) == "padded (bf16 on cpu)"
+    found = prepare(model, EngineConfig(precision="bf16"), torch.device("cpu"))
+    assert found == {"pictures": "flash", "captions": "flash, padded (bf16 on cpu)"}
+    with sdpa_kernel(SDPBackend.MATH):
+        found = prepare(model, EngineConfig(), torch.device("cpu"))
+    assert found == {"pictures": "math", "captions": "math, padded (fp32 on cpu)"}
     assert not any(module.varlen for module in model.modules() if isinstance(module, Attention))
 
 
