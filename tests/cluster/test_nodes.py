@@ -52,14 +52,24 @@ def _until_steps_on(run: Path, nodes: int) -> None:
 
 
 @pytest.fixture
-def blind(cluster: Cluster, tmp_path: Path) -> Iterator[Path]:
-    """A run folder that the second node does not see."""
-    run = tmp_path / "run"
+def blind(cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A run folder that one node does not see, the second if nothing is said."""
+    run, node = tmp_path / "run", getattr(request, "param", "n2")
     run.mkdir()
-    cluster.on_node("n2", "mount", "-t", "tmpfs", "none", str(run))
+    cluster.on_node(node, "mount", "-t", "tmpfs", "none", str(run))
     yield run
-    cluster.on_node("n2", "umount", str(run))
-    cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    cluster.on_node(node, "umount", str(run))
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
+
+@pytest.mark.parametrize("blind", ["n1"], indirect=True)
+def test_the_first_node_does_not_see_where_it_would_write(bench: Bench, recipe: Path, blind: Path) -> None:
+    """The batch script runs there, and can but ask for another node."""
+    job = bench.submit(str(recipe), "--nodes", "1", "--out", str(blind), "stages.0.samples=180")
+    until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(blind)}", 150)
+    assert "leaves out n1" in log(blind)
+    assert [life["hosts"] for life in lives(blind)] == [["n2"]]
+    assert step(blind) == 15
 
 
 def test_an_unfit_node_is_named_and_others_are_asked_for(bench: Bench, recipe: Path, blind: Path) -> None:
@@ -67,6 +77,7 @@ def test_an_unfit_node_is_named_and_others_are_asked_for(bench: Bench, recipe: P
     until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(blind)}", 150)
     assert "n2: this node cannot train: it does not see the run folder" in log(blind)
     assert "asking Slurm for others" in log(blind)
+    assert "leaves out n2" in log(blind)
     assert [life["hosts"] for life in lives(blind)] == [["n1", "n3"]]
     assert "ExcNodeList=n2" in bench.cluster.run("scontrol", "-o", "show", "job", job).stdout
     assert bench.cluster.run("sinfo", "-h", "-N", "-n", "n2", "-p", "main", "-o", "%T").stdout == "idle\n"

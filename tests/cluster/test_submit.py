@@ -57,10 +57,12 @@ def test_a_store_that_does_not_answer_is_not_waited_for(bench: Bench, recipe: Pa
 
 
 def test_two_nodes_two_processes_and_a_bucket(bench: Bench, recipe: Path, tmp_path: Path) -> None:
-    """The folder's name is a trap for shells, and the secret must be nowhere."""
-    run = tmp_path / "a 'b' \"c\" $(touch pwned) `touch pwned`; touch pwned #%j"
-    words = [str(recipe), "--nodes", "2", "--processes-per-node", "2", f"checkpoint.to={bench.server.url}/two"]
-    words.append(f"stages.0.samples={12 * FEW}")
+    """The names of folder, recipe and an override are traps for shells, and the secret must be nowhere."""
+    trap = "a 'b' \"c\" $(touch pwned) `touch pwned`; touch pwned #%j"
+    run, copy = tmp_path / trap, tmp_path / f"{trap}.yaml"
+    copy.write_text(recipe.read_text())
+    words = [str(copy), "--nodes", "2", "--processes-per-node", "2", f"stages.0.samples={12 * FEW}"]
+    words += [f"checkpoint.to={bench.server.url}/two", f"checkpoint.staging={tmp_path / 'staging'} {trap}"]
     job = bench.submit(*words, "--out", str(run))
     again = bench.treering("submit", *words, "--out", str(run))
     assert again.returncode == 2
@@ -72,7 +74,8 @@ def test_two_nodes_two_processes_and_a_bucket(bench: Bench, recipe: Path, tmp_pa
     assert start["world"] == 4
     assert "n1" in (run / "report.html").read_text()
     assert "n2" in (run / "report.html").read_text()
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    written = [path for path in (*tmp_path.rglob("*"), *bench.cluster.folder.glob("log/*")) if path.is_file()]
+    assert [path for path in written if path.name == "job.log"]
     assert not [path for path in written if path.name == "pwned"]
     assert not Path("pwned").exists()
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
