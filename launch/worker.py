@@ -39,14 +39,14 @@ def work(out: Path) -> None:
     Raises RunError if a signal asked the run to stop, which it then did after a commit.
     """
     recipe = read_recipe(str(out / "recipe.yaml")).recipe
-    from ..training.loop import train
+    from ..training.loop import Beginning, train
 
     imports = time.monotonic() - BEGUN
     if LIFE in os.environ:
         from .preflight import check_network
 
         check_network()
-    summary = train(recipe, out, imports, before=last_end(out), lost=lambda: lost(out))
+    summary = train(recipe, out, Beginning(imports, last_end(out)), lost=lambda: lost(out))
     if not summary.finished:
         raise RunError(f"stopped and committed to {summary.commit}; the same command continues from there", STOPPED)
     if os.environ.get("RANK", "0") == "0":

@@ -66,42 +66,42 @@ class Summary:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """How a life came about, for the records."""
+
+    imports: float = 0.0
+    """seconds spent before the run"""
+    before: str | None = None
+    """how the life before this one ended"""
+    back: RolledBack | None = None
+    """where this one had to go back"""
+
+
 def train(
-    recipe: Recipe,
-    out: Path,
-    imports: float = 0.0,
-    before: str | None = None,
-    lost: Callable[[], str | None] = lambda: None,
+    recipe: Recipe, out: Path, beginning: Beginning | None = None, lost: Callable[[], str | None] = lambda: None
 ) -> Summary:
     """Run the recipe in folder `out`, or continue it if its store has a commit. Every process of the run calls this.
 
-    `imports` is the seconds spent before this call, for the start-up record; `before` says how the life before this one
-    ended, for the lineage; `lost` says why this life must end at once, as another has begun; None while it need not.
+    `lost` says why this life must end at once, as another has begun; None while it need not.
     Raises DataError, StoreError or TrainingError.
     """
     world = World.join()
     try:
         with StopRequest() as stop, Watchdog(recipe.watchdog, out, world, lost) as watch:
-            end = _live(recipe, out, world, stop, watch, imports, before)
-            while isinstance(end, RolledBack):
-                end = _live(recipe, out, world, stop, watch, imports, None, end)
+            beginning = beginning or Beginning()
+            while isinstance(end := _live(recipe, out, world, stop, watch, beginning), RolledBack):
+                beginning = Beginning(beginning.imports, back=end)
             return end
     finally:
         world.leave()
 
 
 def _live(
-    recipe: Recipe,
-    out: Path,
-    world: World,
-    stop: StopRequest,
-    watch: Watchdog,
-    imports: float,
-    before: str | None,
-    back: RolledBack | None = None,
+    recipe: Recipe, out: Path, world: World, stop: StopRequest, watch: Watchdog, beginning: Beginning
 ) -> Summary | RolledBack:
-    """From the newest commit to the end of the run, or to where it has to go back; `back` is where it last had to."""
-    with Run(recipe, out, world, stop, watch, imports, before, back) as run:
+    """From the newest commit to the end of the run, or to where it has to go back."""
+    with Run(recipe, out, world, stop, watch, beginning) as run:
         try:
             for stage in range(run.state.stage, len(recipe.stages)):
                 run.enter(stage)
@@ -124,15 +124,7 @@ class Run:
     engine: Engine
 
     def __init__(
-        self,
-        recipe: Recipe,
-        out: Path,
-        world: World,
-        stop: StopRequest,
-        watch: Watchdog,
-        imports: float,
-        before: str | None,
-        back: RolledBack | None = None,
+        self, recipe: Recipe, out: Path, world: World, stop: StopRequest, watch: Watchdog, beginning: Beginning
     ) -> None:
         recipe.check_world(world.size)
         recipe.check_tokenizer()
@@ -153,7 +145,7 @@ class Run:
         self._feed = Feed(world.device)
         self.profile = Profile(out if recipe.log.profile else None, world.rank, world.device)
         self._begun = time.monotonic()
-        self._start(imports, before, back)
+        self._start(beginning)
         self._commit_time = time.monotonic()
         self.meter = Meter(self.state, world)
         self._seconds_before = self.state.seconds
@@ -177,7 +169,7 @@ class Run:
         self.specs = self.plan.specs()
         self.ends = list(accumulate(stage.steps(self.plan.data.batch) for stage in self.plan.stages))
 
-    def _start(self, imports: float, before: str | None, back: RolledBack | None) -> None:
+    def _start(self, beginning: Beginning) -> None:
         """Claim the place; take up the newest commit, or initialise, or begin with another run's; say so.
 
         The claim comes first: a life before this one that still runs commits no more once this one has looked.
@@ -203,16 +195,16 @@ class Run:
         hosts = self.world.hosts()
         event = "resume" if found else "start"
         detail: dict[str, Any] = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
-        if before:
-            detail["before"] = before
-        if back:
+        if beginning.before:
+            detail["before"] = beginning.before
+        if back := beginning.back:
             event = "rollback"
             detail |= {"batches": back.cursor - self.state.cursor, "times": back.times, "reason": back.reason}
             fresh = self.state.health.model_copy(update={"ill": 0, "leapt": False})
             self.state = self.state.model_copy(update={"health": fresh})
         self._remember(event, {**detail, "changes": self._changes} if self._changes else detail, life=life)
         seconds = {
-            "imports": imports,
+            "imports": beginning.imports,
             "find": clock[1] - clock[0],
             "read": clock[2] - clock[1] - self._preparing,
             "build": time.monotonic() - clock[2] + self._preparing,
