@@ -115,13 +115,16 @@ def logs(
         remedy = f"ranks with a log: 0, {', '.join(map(str, known))}" if known else "no job of it has begun"
         raise RecipeError(f"there is no {clean(str(path))}; {remedy}")
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            while True:
+        read = 0
+        while True:
+            with path.open("rb") as file:  # each life has a new file, which begins with the lines of the old one
+                file.seek(read)
                 for line in file:
-                    print(clean(line.rstrip("\n")), flush=follow)
-                if not follow:
-                    return
-                time.sleep(1)
+                    print(clean(line.decode(errors="replace").rstrip("\n")), flush=follow)
+                read = file.tell()
+            if not follow:
+                return
+            time.sleep(1)
     except KeyboardInterrupt:
         raise RunError("", 0) from None
 

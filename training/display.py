@@ -144,6 +144,7 @@ class Display:
         """Give the terminal back and flush TensorBoard."""
         if self.on:
             self.progress.close()
+            self.records.close()
             if self._board:
                 self._board.close()
 

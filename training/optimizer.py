@@ -7,7 +7,7 @@ that became k times smaller steps 1/k as far and decays k times as fast, so that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -67,6 +67,28 @@ def pace(adam: torch.optim.Optimizer, lr: float, fade: float) -> None:
         group["lr"], group["weight_decay"] = lr * factor, group["decay"] / factor
 
 
+def adamw(
+    parameters: Mapping[str, nn.Parameter],
+    decayed: Collection[str],
+    config: OptimizerConfig,
+    multipliers: Mapping[str, float],
+) -> torch.optim.AdamW:
+    """A new AdamW with one group for each multiplier, of those `decayed` and of the others."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault((name in decayed, multipliers.get(name, 1.0)), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": members, "multiplier": factor, "decay": decays * config.weight_decay}
+            for (decays, factor), members in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
 class Optimizer:
     """torch's fused AdamW over a module's named parameters, but for those that Muon steps."""
 
@@ -75,14 +97,13 @@ class Optimizer:
         parameters: Iterable[tuple[str, nn.Parameter]],
         config: OptimizerConfig,
         spread: tuple[World, Layout] | None = None,
-        multipliers: Mapping[str, float] | None = None,
     ) -> None:
         """`spread`: the processes that each hold a part of every parameter, and this one's; left out where each holds
         all of it."""
         self.config = config
         self._spread = spread
         self.parameters = dict(parameters)
-        self.multipliers: dict[str, float] = dict(multipliers or {})
+        self.multipliers: dict[str, float] = {}
         """factor on the learning rate, by parameter name, where it is not 1; weight decay is divided by it"""
         self._adam = self._group()
         matrices = {name: p for name, p in self.parameters.items() if config.muon(name)}
@@ -92,28 +113,10 @@ class Optimizer:
         """1 if the coming step will be applied, else 0"""
         self._ema = {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema else {}
 
-    @property
-    def adam(self) -> torch.optim.AdamW:
-        """The optimizer itself, for an engine that drives it."""
-        return self._adam
-
     def _group(self) -> torch.optim.AdamW:
-        """A new AdamW with one group for each multiplier, of what decays and what does not."""
-        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
         adams = {name: p for name, p in self.parameters.items() if not self.config.muon(name)}
-        for name, parameter in adams.items():
-            groups.setdefault((decays(name, parameter), self.multipliers.get(name, 1.0)), []).append(parameter)
-        config = self.config
-        return torch.optim.AdamW(
-            [
-                {"params": members, "multiplier": factor, "decay": decayed * config.weight_decay}
-                for (decayed, factor), members in groups.items()
-            ],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
+        decayed = {name for name, parameter in adams.items() if decays(name, parameter)}
+        return adamw(adams, decayed, self.config, self.multipliers)
 
     def clip(self) -> Tensor:
         """Scale the gradients down to the configured norm; returns their norm before, as a tensor.

@@ -23,6 +23,7 @@ from ..data.config import DataError
 from ..data.retries import persist
 
 T = TypeVar("T")
+_GOOGLE = ("gs://", "gcs://")
 
 
 class StoreError(RuntimeError):
@@ -39,11 +40,15 @@ class Store:
             )
         self.url = url.rstrip("/")
         try:
-            options = {"use_listings_cache": False} if url.startswith("s3://") else {}
-            self._fs, root = fsspec.url_to_fs(self.url, **options)
-        except (ValueError, ImportError) as error:
+            # A listing that is remembered would hide what other processes wrote since.
+            self._fs, root = fsspec.url_to_fs(self.url, use_listings_cache=False)
+        except ImportError as error:
+            package = "'treering[gcs]'" if url.startswith(_GOOGLE) else "what is missing"
+            raise StoreError(f"store {self.url}: {error}; pip install {package}") from None
+        except ValueError as error:
             raise StoreError(
-                f"store {self.url}: {error}; use a local path, s3://BUCKET/PREFIX or another fsspec URL"
+                f"store {self.url}: {error}; use a local path, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or another "
+                "fsspec URL"
             ) from None
         self._root = str(root)
 
@@ -207,7 +212,11 @@ class Store:
         elif any(code in said for code in ("ExpiredToken", "TokenRefreshRequired", "token has expired")):
             remedy = "the credentials have expired; renew them, then the same command continues"
         elif "Credential" in kind or "Unable to locate credentials" in said or "InvalidAccessKeyId" in said:
-            remedy = "no valid credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use ~/.aws/credentials"
+            remedy = "no valid credentials; " + (
+                "set GOOGLE_APPLICATION_CREDENTIALS, or use `gcloud auth application-default login`"
+                if self.url.startswith(_GOOGLE)
+                else "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use ~/.aws/credentials"
+            )
         elif (
             isinstance(error, PermissionError)
             or "AccessDenied" in said

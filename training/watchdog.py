@@ -1,9 +1,11 @@
 """The watchdog: every process says where it is, and a run that goes nowhere ends itself and says which process hangs.
 
 A thread beside the training writes this process's phase and step into `DIR/heartbeats/` every few seconds. A process
-that stays in one phase for too long reads the files of the others, leaves the stacks of its threads in `DIR/stacks/`
-and a line in `DIR/hangs.jsonl`, and exits with a code of its own: whoever started the run starts it again. A stopped
-process cannot do any of that; the others see its heartbeat grow old and name it.
+that stays in one phase for too long asks the others for the stacks of their threads, brings them together in
+`DIR/hang.txt` with where each is and the samples it had last, adds a line to `DIR/hangs.jsonl`, and exits with a code
+of its own: whoever started the run starts it again. A stopped process cannot do any of that; the others see its
+heartbeat grow old and name it. A process whose run another life has begun elsewhere, since this one was taken for dead,
+ends too.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +30,8 @@ from .world import World
 
 HUNG = 75
 """exit code of a process that gave up waiting"""
+LOST = 76
+"""exit code of a process whose run another life has taken over"""
 SLOW_FACTOR = 6
 """how much longer than a step the other phases may take: start, evaluation, commit, growth"""
 _STEP_PHASES = ("data", "step")
@@ -57,10 +62,16 @@ class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 class Watchdog:
     """Watches this process from a thread of its own for as long as the context is open."""
 
-    def __init__(self, config: WatchdogConfig, folder: Path, world: World) -> None:
+    def __init__(
+        self, config: WatchdogConfig, folder: Path, world: World, lost: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """`lost` says why this process must end at once; None while it need not."""
+        self._lost = lost
         self.folder, self.world, self.limit = folder, world, config.seconds
         self.pause = min(5.0, self.limit / 10)
         self._now: tuple[str, int, float] = ("start", 0, time.monotonic())
+        self._keys: Sequence[str] = ()
+        self._asked = self._question()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -76,13 +87,18 @@ class Watchdog:
         self._closed.set()
         self._thread.join()
 
-    def at(self, phase: str, step: int) -> None:
-        """This process begins a phase (start, data, step, evaluate, commit, grow, end) after `step` steps."""
+    def at(self, phase: str, step: int, keys: Sequence[str] | None = None) -> None:
+        """This process begins a phase (start, data, step, evaluate, commit, grow, end) after `step` steps; `keys` are
+        the samples it now has, left out: those it had."""
+        self._keys = self._keys if keys is None else keys
         self._now = (phase, step, time.monotonic())
 
     def _watch(self) -> None:
         while True:
             closed = self._closed.wait(self.pause)
+            if reason := self._lost():
+                print(reason, file=sys.stderr, flush=True)
+                os._exit(LOST)
             self._beat()
             if closed:
                 return
@@ -90,6 +106,23 @@ class Watchdog:
             limit = self.limit * (1 if phase in _STEP_PHASES else SLOW_FACTOR)
             if time.monotonic() - since > limit:
                 self._give_up(phase, step, time.monotonic() - since)
+            if self._question() != self._asked:
+                self._asked = self._question()
+                self._leave_stacks()
+
+    def _question(self) -> int | None:
+        """When a process last asked all for their stacks, by the clock of the disk."""
+        try:
+            return (self.folder / "stacks" / "asked").stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def _leave_stacks(self) -> None:
+        """Write the stacks of all threads for who asked."""
+        path = self.folder / "stacks" / f"rank-{self.world.rank:05d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def _beat(self) -> None:
         """Write where this process is. A disk that is full for a while is no reason to end a run."""
@@ -103,6 +136,7 @@ class Watchdog:
             "step": step,
             "seconds": time.monotonic() - since,
             "time": time.time(),
+            "keys": list(self._keys),
         }
         path = _path(self.folder, self.world.rank)
         try:
@@ -121,20 +155,35 @@ class Watchdog:
                 f"rank {beat['rank']} on {beat['host']} (process {beat['pid']}, last in {beat['phase']!r})"
                 for beat in silent
             )
-        stacks = self.folder / "stacks" / f"rank-{self.world.rank:05d}.txt"
-        stacks.parent.mkdir(exist_ok=True)
-        with stacks.open("w", encoding="utf-8") as file:
-            file.write(f"{message}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        self._leave_stacks()
+        (self.folder / "stacks" / "asked").write_text(message, encoding="utf-8")
         row = {"time": time.time(), "rank": self.world.rank, "host": socket.gethostname(), "message": message}
         with (self.folder / "hangs.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
-        print(f"{message}; stacks in {stacks}", file=sys.stderr, flush=True)
+        print(f"{message}; stacks in {self.folder / 'hang.txt'}", file=sys.stderr, flush=True)
+        asked = time.time()
         time.sleep(2 * self.pause)
+        self._bring_together(f"rank {self.world.rank}: {message}", asked)
         for beat in silent:
             _kill_beside(beat)
         os._exit(HUNG)
+
+    def _bring_together(self, message: str, asked: float) -> None:
+        """Write what every rank answered, and of the silent ones what is known, into one file."""
+        told = [message]
+        for beat in read_heartbeats(self.folder):
+            path = self.folder / "stacks" / f"rank-{beat['rank']:05d}.txt"
+            answered = path.exists() and path.stat().st_mtime > asked - 2 * self.pause
+            told += [
+                "",
+                f"rank {beat['rank']} on {beat['host']}, process {beat['pid']}: for {beat['seconds']:.0f} s in phase "
+                f"{beat['phase']!r} after step {beat['step']}",
+                f"samples: {json.dumps(beat['keys'])}",
+                path.read_text(encoding="utf-8", errors="replace") if answered else "no stacks: it does not answer",
+            ]
+        passing = self.folder / f"hang-{self.world.rank:05d}.partial"
+        passing.write_text("\n".join(told), encoding="utf-8")
+        os.replace(passing, self.folder / "hang.txt")
 
 
 def read_heartbeats(folder: Path) -> list[dict[str, Any]]:

@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..models.model import Model, ModelOutput, build
+from ..models.model import Model, ModelOutput, built_by_module, empty
 from ..models.spec import ModelSpec
 from ..models.towers import MAX_LOG_SCALE
 from .engine import Engine, EngineConfig, assembled
 from .objectives.base import Inputs
-from .optimizer import Optimizer, OptimizerConfig, pace
+from .optimizer import OptimizerConfig, adamw, decays, pace
 from .preparing import prepare
 from .shards import gathered
 from .world import World
-from .zero_partitions import Partitions, require
+from .zero_partitions import Partitions, cutter, require
 
 
 class ZeroEngine(Engine):
@@ -41,21 +41,26 @@ class ZeroEngine(Engine):
 
     def _initialise(self, spec: ModelSpec, multipliers: Mapping[str, float]) -> None:
         """Make the model and DeepSpeed's engine around it: the parameter groups it starts with are for good."""
-        deepspeed, stage = require(self.world), self._config.zero_stage
-        self.model = build(spec, self._seed).to(self.world.device)
-        self.attention = prepare(self.model, self._config, self.world.device)
+        deepspeed, stage, device = require(self.world), self._config.zero_stage, self.world.device
+        settings = _settings(self._config, self._adamw)
+        self.model = empty(spec)
+        plan = dict(self.model.named_parameters())  # parameters forget their shapes when they are cut
+        cut = cutter(deepspeed, settings) if stage == 3 else None
+        for module in built_by_module(self.model, self._seed, device):
+            if cut:
+                cut(module)
+        self.attention = prepare(self.model, self._config, device)
         self._multipliers = dict(multipliers)
         self._steps = self._skips = 0
         named = dict(self.model.named_parameters())
-        shapes = {name: tuple(p.shape) for name, p in named.items()}
         forward = self._whole_forward(self._config)
-        self._adam = Optimizer(named.items(), self._adamw, multipliers=multipliers).adam
-        self._engine, zero, _, _ = deepspeed.initialize(
-            model=forward, optimizer=self._adam, config=_settings(self._config, self._adamw)
-        )
+        decayed = {name for name, parameter in plan.items() if decays(name, parameter)}
+        self._adam = adamw(named, decayed, self._adamw, multipliers)
+        self._engine, zero, _, _ = deepspeed.initialize(model=forward, optimizer=self._adam, config=settings)
         if stage == 3:  # the captioner's loss reads the token table outside of the module that owns it
             deepspeed.zero.register_external_parameter(forward, self.model.output_table)
         self._forward = self._engine
+        shapes = {name: tuple(parameter.shape) for name, parameter in plan.items()}
         self._partitions = Partitions(zero, stage, named, shapes, self.world)
         if self._adamw.ema:
             self._partitions.average(0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -47,6 +47,21 @@ def require(world: World) -> Any:
     # An optional collective that it compiles at first use: one to three minutes on a machine that never did.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def cutter(deepspeed: Any, settings: dict[str, Any]) -> Callable[[nn.Module], None]:
+    """What leaves of a module's own parameters, which every rank has filled alike, this rank's part, as stage 3 does.
+
+    `deepspeed.zero.Init` would send them from the first rank to all, and until they have come hold what it frees.
+    """
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=torch.float32)
+
+    def cut(module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            init._convert_to_deepspeed_param(parameter)
+            parameter.partition()  # type: ignore[attr-defined]
+
+    return cut
 
 
 class Partitions:

@@ -1,8 +1,10 @@
-"""The store's promises on a local disk and on a real S3 server: whole objects, one winner, clear errors, no secrets."""
+"""The store's promises on a local disk, a real S3 server, a fake of Google's and in memory: whole objects, one winner,
+clear errors, no secrets."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -25,9 +27,11 @@ SPEC = ModelSpec(
 )
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs", "memory"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "store") if request.param == "local" else request.getfixturevalue("s3")
+    if request.param == "memory":
+        return f"memory://{tmp_path.name}"
+    return str(tmp_path / "store") if request.param == "local" else request.getfixturevalue(request.param)
 
 
 def tensors(fill: float = 1.0) -> dict[str, torch.Tensor]:
@@ -169,6 +173,19 @@ def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
     with pytest.raises(StoreError, match="environment or credentials file") as refused:
         Store("s3://AKIA:hunter2@bucket/x")
     assert "hunter2" not in str(refused.value)
+
+
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.registry import _registry
+
+    for protocol in ("gs", "abfs"):  # whoever has the package
+        monkeypatch.delitem(_registry, protocol, raising=False)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(StoreError, match=r"gcsfs to access Google Storage; pip install 'treering\[gcs\]'$"):
+        Store("gs://bucket/x")
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(StoreError, match=r"abfs://bucket/x: .*adlfs.*; pip install what is missing$"):
+        Store("abfs://bucket/x")
 
 
 def test_an_unknown_protocol() -> None:

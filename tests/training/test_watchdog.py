@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from treering.training.watchdog import HUNG, Watchdog, WatchdogConfig, read_heartbeats
+from treering.training.watchdog import HUNG, LOST, Watchdog, WatchdogConfig, read_heartbeats
 from treering.training.world import World
 
 SLEEPER = """
@@ -27,7 +28,7 @@ rank = int(os.environ["RANK"])
 with Watchdog(WatchdogConfig(limit="2s"), Path(sys.argv[1]), World(rank, 2, torch.device("cpu"))) as watch:
     print("here", flush=True)
     for step in range(300 if rank else 20):
-        watch.at("step", step)
+        watch.at("step", step, [f"sample-{rank}-{step}"])
         time.sleep(0.1)
     def lost_in_thought(): time.sleep(60)
     lost_in_thought()
@@ -49,12 +50,29 @@ def test_a_hang_leaves_stacks_and_names_and_kills_the_process_that_is_stopped(tm
     os.kill(stopped.pid, signal.SIGSTOP)
     assert waiting.wait(30) == HUNG
     assert stopped.wait(30) == -signal.SIGKILL
-    stacks = (tmp_path / "stacks" / "rank-00000.txt").read_text()
-    assert "lost_in_thought" in stacks
-    assert "no progress for" in stacks
+    told = (tmp_path / "hang.txt").read_text()
+    assert "lost_in_thought" in told
+    assert told.startswith("rank 0: no progress for")
+    first, second = told.split("\nrank ")[1:]
+    assert '["sample-0-19"]' in first
+    assert re.search(r'^1 on .*after step (\d+)\nsamples: \["sample-1-\1"\]\nno stacks: it does not answer$', second)
     (row,) = [json.loads(line) for line in (tmp_path / "hangs.jsonl").read_text().splitlines()]
     assert f"process {stopped.pid}" in row["message"]
     assert "rank 1 on" in row["message"]
+
+
+def test_one_file_has_the_stacks_of_all(tmp_path: Path) -> None:
+    """Only rank 0 hangs; rank 1 goes on, and answers when it is asked."""
+    goes_on, hangs = started(tmp_path, 1), started(tmp_path, 0)
+    assert hangs.wait(30) == HUNG
+    told = (tmp_path / "hang.txt").read_text()
+    first, second = told.split("\nrank ")[1:]
+    assert "lost_in_thought" in first
+    assert "watchdog.py" in second  # its own thread, which writes them
+    assert "lost_in_thought" not in second
+    assert '"sample-1-' in second
+    goes_on.kill()
+    goes_on.wait()
 
 
 def test_what_goes_on_is_left_alone_and_its_heartbeat_says_so(tmp_path: Path) -> None:
@@ -82,3 +100,35 @@ def test_heartbeats_of_a_larger_world_before_are_not_this_one(tmp_path: Path) ->
 def test_a_limit_is_a_time(limit: str) -> None:
     with pytest.raises(ValidationError, match="is no time"):
         WatchdogConfig(limit=limit)
+
+
+GIVES_WAY = """
+import sys, time
+from pathlib import Path
+import torch
+from treering.training.watchdog import Watchdog, WatchdogConfig
+from treering.training.world import World
+folder = Path(sys.argv[1])
+def lost(): return "another life has begun" if (folder / "taken").exists() else None
+with Watchdog(WatchdogConfig(limit="1s"), folder, World(0, 1, torch.device("cpu")), lost) as watch:
+    watch.at("evaluate", 1)
+    print("here", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_process_whose_run_was_taken_over_ends_and_leaves_the_others_heartbeat_alone(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", GIVES_WAY, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout
+    assert process.stdout.readline() == "here\n"
+    beat = tmp_path / "heartbeats" / "rank-00000.json"
+    while not beat.exists():
+        time.sleep(0.05)
+    (tmp_path / "taken").touch()
+    time.sleep(0.2)
+    beat.write_text("of the other life")
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == LOST
+    assert "another life has begun" in said
+    assert beat.read_text() == "of the other life"
