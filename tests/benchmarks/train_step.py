@@ -11,15 +11,12 @@ FOLDER holds photos and a captions.tsv (file, tab, caption). Without it pictures
 lengths of human ones; what is read of a caption is how many tokens it has, and the mean is printed beside each figure.
 `full_context` repeats captions until they fill the 77 tokens that open_clip pads all of them to.
 
-`coca_b32` is CoCa with both losses. open_clip's pools pictures by attention and reads captions at a token of its own,
-so there the two are not one function: the widths, depths and vocabulary are the same, the weights are not.
+Models are those of open_clip's configs, as it ships them, and Treering's that `treering import` makes of them.
+`coca_b32` is CoCa with both losses.
 
 On a GPU it ends with the largest batch of B/32 and of CoCa B/32, ours, by doubling until the memory is full. Nothing is
 begun after seven minutes, so that all of it should take less than ten on an H100; `--page docs/benchmarks/h100.md` then
 writes the page.
-
-open_clip's picture tower is built with mean pooling, no norm before it, and without its class token, which Treering's
-has not: that makes open_clip's 2% cheaper. Patches have a bias here, and none there: it starts at zero.
 """
 
 from __future__ import annotations
@@ -30,19 +27,19 @@ import importlib.metadata
 import json
 import statistics
 import time
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from treering.models.flops import training_flops
+from treering.models.interchange.architectures import config_named, spec_of
+from treering.models.interchange.weights import to_open_clip
 from treering.models.model import Model
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
-from treering.models.transformer import Transformer
+from treering.models.spec import ModelSpec
 from treering.tests.benchmarks.losses import MIB, _let_open_clip_import, peak_of
 from treering.training.device import describe, peak_flops
 from treering.training.engine import Engine, EngineConfig
@@ -61,41 +58,34 @@ CONTEXT, LR = 77, 0.0
 
 
 @dataclass(frozen=True)
-class Size:
-    """A model of open_clip's zoo."""
+class Case:
+    """A model of open_clip's zoo by the name of its config, and pairs of a batch."""
 
-    embed: int
-    width: int
-    depth: int
-    patch: int
-    text: int
+    name: str
     batch_cpu: int
     batch_gpu: int
-    captioner: int = 0
-    """blocks of CoCa's captioner"""
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """open_clip's."""
+        return dict(config_named(self.name))
+
+    @property
     def spec(self) -> ModelSpec:
         """The same for Treering."""
-        return ModelSpec(
-            embed_dim=self.embed,
-            image=ImageSpec(
-                width=self.width, depth=self.depth, heads=self.width // 64, patch=self.patch, resolution=224
-            ),
-            text=TextSpec(width=self.text, depth=12, heads=self.text // 64, context=CONTEXT),
-            caption=CaptionSpec(depth=self.captioner) if self.captioner else None,
-        )
+        return spec_of(self.config)
 
     def objectives(self) -> list[Objective]:
         """The losses of open_clip's recipe for it."""
-        return [Contrastive(1.0), Caption(2.0)] if self.captioner else [Contrastive(1.0)]
+        return [Contrastive(1.0), Caption(2.0)] if self.spec.caption else [Contrastive(1.0)]
 
 
 MODELS = {
-    "s32": Size(384, 384, 12, 32, 384, 32, 2048),
-    "b32": Size(512, 768, 12, 32, 512, 32, 1024),
-    "b16": Size(512, 768, 12, 16, 512, 16, 512),
-    "l14": Size(768, 1024, 24, 14, 768, 4, 128),
-    "coca_b32": Size(512, 768, 12, 32, 512, 8, 256, captioner=12),
+    "s32": Case("ViT-S-32", 32, 2048),
+    "b32": Case("ViT-B-32", 32, 1024),
+    "b16": Case("ViT-B-16", 16, 512),
+    "l14": Case("ViT-L-14", 4, 128),
+    "coca_b32": Case("coca_ViT-B-32", 8, 256),
 }
 
 
@@ -154,11 +144,11 @@ def pairs(folder: Path | None, count: int, full: bool) -> tuple[Tensor, list[lis
 class Ours:
     """Treering's engine."""
 
-    def __init__(self, size: Size, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device) -> None:
         precision = "bf16" if device.type == "cuda" else "fp32"
         engine = EngineConfig.model_validate({"precision": precision})
         self.device, world = device, World(0, 1, device)
-        self.engine = Engine(size.spec(), size.objectives(), engine, OptimizerConfig(), world, seed=0)
+        self.engine = Engine(case.spec, case.objectives(), engine, OptimizerConfig(), world, seed=0)
 
     def prepare(self, images: Tensor, captions: list[list[int]]) -> None:
         tokens = torch.tensor([token for caption in captions for token in caption])
@@ -174,42 +164,22 @@ class Ours:
 class Theirs:
     """open_clip's model and loss, and the step of its training loop."""
 
-    def __init__(self, size: Size, ours: Model, device: torch.device) -> None:
+    def __init__(self, case: Case, ours: Model, device: torch.device) -> None:
         _let_open_clip_import()
         import open_clip
         from open_clip.loss import ClipLoss, CoCaLoss
 
-        self.device, self.captioner = device, bool(size.captioner)
-        # CoCa makes room for a token of its own behind the caption.
-        self.context = CONTEXT - 1 if self.captioner else CONTEXT
-        self.model: Any
-        if self.captioner:
-            self.model = open_clip.create_model("coca_ViT-B-32")
-            self.loss: nn.Module = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
-        else:
-            self.model = self._clip(size, open_clip.CLIP)
-            copy_weights(ours, self.model)
-            self.loss = ClipLoss()
+        config = {key: value for key, value in case.config.items() if key != "custom_text"}
+        self.device, self.captioner, self.context = device, "multimodal_cfg" in config, case.spec.text.context
+        self.model: Any = (open_clip.CoCa if self.captioner else open_clip.CLIP)(**config)
+        self.model.load_state_dict(to_open_clip(ours.spec, ours.state_dict()))
+        self.loss = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0) if self.captioner else ClipLoss()
         self.model.to(device).train()
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}]
         self.adam = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6)
         self.mean, self.std = ours.image_mean.to(device), ours.image_std.to(device)
-
-    @staticmethod
-    def _clip(size: Size, kind: Callable[..., Any]) -> Any:
-        vision = {"layers": size.depth, "width": size.width, "patch_size": size.patch, "image_size": 224}
-        text = {
-            "context_length": CONTEXT,
-            "vocab_size": 49408,
-            "width": size.text,
-            "heads": size.text // 64,
-            "layers": 12,
-        }
-        model = kind(size.embed, {**vision, "pool_type": "avg", "no_ln_pre": True}, text)
-        without_class_token(model.visual)
-        return model
 
     def prepare(self, images: Tensor, captions: list[list[int]]) -> None:
         padded = torch.zeros(len(captions), self.context, dtype=torch.int64)
@@ -233,52 +203,6 @@ class Theirs:
         return loss.detach(), norm
 
 
-def without_class_token(visual: Any) -> None:
-    """Take the class token out of open_clip's vision transformer, and its row out of the positions."""
-
-    def embeds(self: Any, images: Tensor) -> Tensor:
-        x = self.conv1(images).flatten(2).permute(0, 2, 1)
-        return x + self.positional_embedding.to(x.dtype)
-
-    def pool(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.mean(dim=1), x
-
-    del visual.class_embedding
-    visual.positional_embedding = nn.Parameter(visual.positional_embedding[1:].detach().clone())
-    visual._embeds, visual._global_pool = types.MethodType(embeds, visual), types.MethodType(pool, visual)
-
-
-@torch.no_grad()
-def copy_weights(ours: Model, theirs: Any) -> None:
-    """Treering's weights into open_clip's model."""
-
-    def transformer(mine: Transformer, other: Any, norm: nn.LayerNorm) -> None:
-        norm.load_state_dict(mine.norm.state_dict())
-        for block, copy in zip(mine.blocks, other.resblocks, strict=True):
-            attention: Any = block.attention
-            projections = (attention.query, attention.key, attention.value)
-            copy.attn.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
-            copy.attn.in_proj_bias.copy_(torch.cat([p.bias for p in projections]))
-            layers = (
-                (copy.attn.out_proj, attention.out),
-                (copy.mlp.c_fc, block.mlp.up),
-                (copy.mlp.c_proj, block.mlp.down),
-            )
-            for to, layer in (*layers, (copy.ln_1, block.attention_norm), (copy.ln_2, block.mlp_norm)):
-                to.load_state_dict(layer.state_dict())
-
-    visual = theirs.visual
-    transformer(ours.image.transformer, visual.transformer, visual.ln_post)
-    transformer(ours.text.transformer, theirs.transformer, theirs.ln_final)
-    visual.conv1.weight.copy_(ours.image.patches.weight.view_as(visual.conv1.weight))
-    visual.positional_embedding.copy_(ours.image.position_embedding)
-    visual.proj.copy_(ours.image.projection.weight.T)
-    theirs.token_embedding.weight.copy_(ours.text.token_embedding.weight)
-    theirs.positional_embedding.copy_(ours.text.position_embedding)
-    theirs.text_projection.copy_(ours.text.projection.weight.T)
-    theirs.logit_scale.copy_(ours.logit_scale[0])
-
-
 # Measuring
 
 
@@ -297,12 +221,12 @@ def timed(step: Callable[[], Any], device: torch.device, steps: int) -> float:
 
 def compared(name: str, folder: Path | None, rounds: int, full: bool, device: torch.device) -> dict[str, float]:
     """Both steps on one batch."""
-    size = MODELS[name]
+    case = MODELS[name]
     on_gpu = device.type == "cuda"
-    batch, spec = size.batch_gpu if on_gpu else size.batch_cpu, size.spec()
+    batch, spec = case.batch_gpu if on_gpu else case.batch_cpu, case.spec
     images, captions = pairs(folder, batch, full)
-    ours = Ours(size, device)
-    theirs = Theirs(size, ours.engine.model.cpu(), device)
+    ours = Ours(case, device)
+    theirs = Theirs(case, ours.engine.model.cpu(), device)
     ours.engine.model.to(device)
     both: dict[str, Ours | Theirs] = {"ours": ours, "open_clip": theirs}
     first = {}
@@ -311,7 +235,7 @@ def compared(name: str, folder: Path | None, rounds: int, full: bool, device: to
         loss, norm = one.step()
         first[who] = loss.item(), norm.item()
     difference = max(abs(a / b - 1) for a, b in zip(first["ours"], first["open_clip"], strict=True))
-    if difference > (2e-2 if on_gpu else 1e-3) and not size.captioner:
+    if difference > (2e-2 if on_gpu else 1e-3):
         raise SystemExit(f"{name}: the steps do not agree: loss and gradient norm are {first}")
     peaks = {}
     for who, one in both.items():
@@ -328,7 +252,7 @@ def compared(name: str, folder: Path | None, rounds: int, full: bool, device: to
         "tokens": tokens,
         "batch": float(batch),
         "ratio": statistics.median(b / a for a, b in zip(seconds["ours"], seconds["open_clip"], strict=True)),
-        **({} if size.captioner else {"difference": difference}),
+        "difference": difference,
         **{f"samples_per_second_{who}": batch / value for who, value in best.items()},
         **{f"peak_mib_{who}": value / MIB for who, value in peaks.items()},
         **({"mfu": batch * training_flops(spec, tokens) / best["ours"] / peak} if peak else {}),
@@ -371,7 +295,7 @@ def measured(entries: list[str], options: argparse.Namespace, device: torch.devi
         mfu = f"{found['mfu']:.1%}" if "mfu" in found else "-"
         said(
             f"{label:12}{found['batch']:4.0f}{found['tokens']:8.1f}{rates:>18}{found['ratio']:8.2f}{peaks:>16}"
-            f"{mfu:>7}{found.get('difference', float('nan')):10.1e}",
+            f"{mfu:>7}{found['difference']:10.1e}",
             flush=True,
         )
     if device.type == "cuda" and not options.models and not options.quick and time.monotonic() - begun < LIMIT:
@@ -389,12 +313,11 @@ def page(figures: dict[str, float], device: str, versions: dict[str, str], comma
             continue
         of = {key.removesuffix(f"_{label}"): value for key, value in figures.items() if key.endswith(f"_{label}")}
         title = {"full_context": "ViT-B/32, full context", "coca_b32": "CoCa ViT-B/32"}.get(label, label)
-        agree = f"{of['difference']:.1e}" if "difference" in of else "not one function"
         mfu = f"{of['mfu']:.1%}" if "mfu" in of else "-"
         rows.append(
             f"| {title} | {of['batch']:.0f} | {of['tokens']:.1f} | {of['samples_per_second_ours']:,.0f} | "
             f"{of['samples_per_second_open_clip']:,.0f} | {of['ratio']:.2f} | {mfu} | {of['peak_mib_ours']:,.0f} | "
-            f"{of['peak_mib_open_clip']:,.0f} | {agree} |"
+            f"{of['peak_mib_open_clip']:,.0f} | {of['difference']:.1e} |"
         )
     largest = ""
     if "largest_batch_b32" in figures:
