@@ -115,9 +115,10 @@ def children() -> list[int]:
 
 
 def _leave_word(run: Path, host: str, error: RunError) -> None:
-    """Say it in the log, and leave it where the decision is taken; the folder may be what is missing."""
+    """Say it in the log, and leave it where the decision is taken; the folder may be what is missing, or another
+    life's by now."""
     print(f"{host}: {error}", file=sys.stderr, flush=True)
-    if error.code == STOPPED:
+    if error.code == STOPPED or lost(run):
         return
     folder = run / "job" / "failures"
     file = folder / f"{host}-{os.environ.get('SLURM_LOCALID', '0')}.json"

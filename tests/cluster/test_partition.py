@@ -43,7 +43,7 @@ def _no_jobs_left_apart(apart: Bench) -> Iterator[None]:
     apart.clear()
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_node_that_is_cut_off(
     nodes: int,
     apart: Bench,

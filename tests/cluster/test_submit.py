@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from treering.tests.cluster.conftest import STEPS, Bench, log, losses, rows, step, until
+from treering.tests.cluster.conftest import Bench, log, losses, rows, step, until
 from treering.tests.s3_server import SECRET
 
 pytestmark = pytest.mark.timeout(300)
@@ -91,8 +91,9 @@ def test_two_nodes_two_processes_and_a_bucket(bench: Bench, recipe: Path, tmp_pa
 
 def test_stop_commits_and_the_same_command_continues(bench: Bench, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    bench.pause(0.2)
-    job = bench.submit(str(recipe), "--nodes", "1", "--out", str(run))
+    words = [str(recipe), "--nodes", "1", "--out", str(run), f"stages.0.samples={12 * FEW}"]
+    bench.pause(2)
+    job = bench.submit(*words)
     until(lambda: step(run) >= 3, lambda: log(run), 300)
     status = json.loads(bench.treering("status", str(run), "--json").stdout)
     assert status["state"] == "running"
@@ -101,11 +102,11 @@ def test_stop_commits_and_the_same_command_continues(bench: Bench, recipe: Path,
     until(lambda: bench.state(job) in ("COMPLETED", "FAILED"), lambda: bench.state(job), 120)
     commits = [row for row in rows(run) if row["event"] == "commit"]
     assert commits[-1]["reason"] == "signal"
-    assert step(run) < STEPS
+    assert step(run) < FEW
     bench.pause(0)
-    job = bench.submit(str(recipe), "--nodes", "1", "--out", str(run))
+    job = bench.submit(*words)
     until(lambda: bench.state(job) == "COMPLETED", lambda: log(run), 120)
-    assert step(run) == STEPS
+    assert step(run) == FEW
     lineage = json.loads((run / "lineage.json").read_text())
     assert "treering stop" in lineage[1]["detail"]["before"]
 
