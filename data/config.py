@@ -18,6 +18,12 @@ class DataError(ValueError):
     """Data that cannot be read or used; the message names the place, what is wrong with it and the remedy."""
 
 
+def size_in_bytes(text: str) -> int | None:
+    """Bytes of a size as recipes write it, as in 50GB; None if the text is none."""
+    match = _SIZE.fullmatch(text)
+    return int(float(match[1]) * _UNITS[match[2]]) if match else None
+
+
 class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """One collection of shards and its share of the stream."""
 
@@ -126,15 +132,14 @@ class CacheConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @field_validator("limit")
     @classmethod
     def _readable(cls, value: str | None) -> str | None:
-        if value is not None and not _SIZE.fullmatch(value):
+        if value is not None and size_in_bytes(value) is None:
             raise ValueError(f"{value!r} is no size; write one such as 500MB, 50GB or 1TB, or null for no cache")
         return value
 
     @property
     def bytes(self) -> int:
         """The limit in bytes, 0 for no cache."""
-        match = _SIZE.fullmatch(self.limit or "")
-        return int(float(match[1]) * _UNITS[match[2]]) if match else 0
+        return size_in_bytes(self.limit or "") or 0
 
 
 class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):

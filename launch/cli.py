@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from . import job_commands
-from .errors import RecipeError, RunError, show, user_message
+from . import data_commands, job_commands
+from .arguments import AsJson, Overrides, RecipeName, print_json
+from .errors import RecipeError, RunError, user_message
 
 app = typer.Typer(
     help=(
@@ -31,26 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(help="Make shards of pictures and captions, and look into the stream.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
+app.add_typer(data_commands.app, name="data")
 
-RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A bundled recipe by its name, or the path of a YAML file.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Override values of the recipe: optimizer.lr=3e-4, stages.0.samples=320, model.caption=null.",
-    ),
-]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; left out: runs/NAME.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-DataUrl = Annotated[str, typer.Argument(metavar="URL", help="samples://NAME, or a glob/brace URL of tar shards.")]
-Workers = Annotated[
-    int | None, typer.Option("--workers", metavar="N", min=1, help="Processes; left out: one a core, 16 for a store.")
-]
 
 
 @app.command()
@@ -110,7 +93,7 @@ def explain(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = F
     resolved = read_recipe(recipe, overrides or [])
     if as_json:
         origins = {path: str(origin) for path, origin in resolved.origins.items()}
-        _print_json({"recipe": resolved.recipe.model_dump(mode="json"), "origins": origins, "file": str(resolved.file)})
+        print_json({"recipe": resolved.recipe.model_dump(mode="json"), "origins": origins, "file": str(resolved.file)})
         return
     Console().print(Text(f"{resolved.headline()}\n{resolved.annotated()}"), soft_wrap=True)
 
@@ -151,7 +134,7 @@ def evaluate(
     if against is not None:
         compared = compare_commits(commit, against, data, texts)
         if as_json:
-            _print_json(compared)
+            print_json(compared)
         else:
             Console().print(compatibility_table(compared))
         return
@@ -160,7 +143,7 @@ def evaluate(
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     console = Console()
     on = f" on {found['data']}" if found["data"] else ""
@@ -199,7 +182,7 @@ def compare(
         return
     write_file(out, render_comparison(found))
     if as_json:
-        _print_json({**found, "page": str(out)})
+        print_json({**found, "page": str(out)})
         return
     console = Console() if sys.stdout.isatty() else Console(width=200)  # a file takes whole lines
     console.print(comparison_table(found))
@@ -241,7 +224,7 @@ def grow(
 
     found = grow_offline(commit, to or [], shrink or [], options or [], out)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     before, after = found["parameters_before"], found["parameters_after"]
     sizes = ", ".join(f"{path} {found['from'][path]} to {size}" for path, size in found["to"].items())
@@ -283,7 +266,7 @@ def import_(
 
     found = import_weights(source, to, data, tokenizer)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     rows = [f"{name:<12} {found[name]}" for name in ("source", "weights", "parameters", "commit", "recipe")]
     rows += [f"{'note':<12} {note}" for note in found["notes"]]
@@ -315,15 +298,15 @@ def export(
 
     found = export_commit(commit, to, out, weights)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     rows = [f"{name:<12} {value}" for name, value in found.items()]
     Console().print(Text("\n".join(rows)), soft_wrap=True)
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]) -> None:
-    """Write the report page of a run again, at any time of its life, and print where it is."""
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, or of a sweep.")]) -> None:
+    """Write the report page of a run or a sweep again, at any time of its life, and print where it is."""
     from ..training.report import write_report
     from .errors import clean
 
@@ -336,7 +319,9 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run fol
 
 @app.command()
 def status(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the URL of its commits.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A folder of a run or a sweep, or the URL of a run's commits.")
+    ],
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again every two seconds, to the end.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -351,7 +336,7 @@ def status(
             raise RunError("no longer watching; the run goes on", 0) from None
     found = read_status(run)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         Console().print(as_table(found))
 
@@ -372,7 +357,7 @@ def doctor(
 
     found = checks.examine(out, store)
     if as_json:
-        _print_json(checks.as_json(found))
+        print_json(checks.as_json(found))
     else:
         Console().print(checks.as_table(found))
     if checks.lacks_something(found):
@@ -380,179 +365,6 @@ def doctor(
 
 
 job_commands.add_to(app)
-
-
-@data_app.command("pack")
-def pack(
-    input: Annotated[
-        str,
-        typer.Argument(
-            metavar="INPUT",
-            help="A table (.tsv, .csv, .jsonl: picture path, caption), a folder of key.jpg and key.txt, or shards.",
-        ),
-    ],
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="A folder or URL of its own for the shards.")],
-    shard_size: Annotated[
-        str, typer.Option("--shard-size", metavar="SIZE", help="About the size of a shard, 300MB; or samples, 1000.")
-    ] = "300MB",
-    images: Annotated[
-        Path | None, typer.Option("--images", metavar="DIR", help="Where the table's paths begin; left out: beside it.")
-    ] = None,
-    part: Annotated[
-        str,
-        typer.Option("--part", metavar="I/N", help="Write one part of the shards: 0/8, 1/8, ... 7/8 are the whole."),
-    ] = "0/1",
-    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Of the order of the samples.")] = 0,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out what training could not use, and list it beside the shard.")
-    ] = False,
-    workers: Workers = None,
-    as_json: AsJson = False,
-) -> None:
-    """Pack pictures and captions into tar shards of one size, in mixed order, each sample checked.
-
-    The same command goes on where an earlier one was cut off. Shards as INPUT are packed anew. Several lines of a table
-    for one picture are several captions; columns beside path and caption become metadata. Parts may run anywhere, at
-    any time, in any order, as under Slurm: sbatch --array=0-7 with --part $SLURM_ARRAY_TASK_ID/8.
-
-        treering data pack captions.tsv shards/photos --images photos/
-        treering data pack 's3://BUCKET/raw/*.tar' s3://BUCKET/photos --shard-size 1GB --part 0/8
-    """
-    from ..data.pack import pack as pack_shards
-    from ..data.sweep import enough_workers
-    from . import looking
-
-    with looking.progress("shards") as told:
-        packed = pack_shards(
-            input, output, shard_size, images,
-            part=part, seed=seed, skip_bad=skip_bad, workers=workers or enough_workers(input), told=told,
-        )  # fmt: skip
-    if as_json:
-        _print_json(asdict(packed))
-        return
-    Console().print(Text("\n".join(looking.packed_lines(packed))), soft_wrap=True)
-
-
-@data_app.command("index")
-def index(
-    url: DataUrl,
-    beside: Annotated[
-        bool, typer.Option("--beside", help="Also put the indexes in .treering beside the shards, for other machines.")
-    ] = False,
-    filter: Annotated[
-        str | None, typer.Option("--filter", metavar="EXPR", help="Say how many samples it accepts, and keep that.")
-    ] = None,
-    workers: Workers = None,
-    as_json: AsJson = False,
-) -> None:
-    """Index all shards, in parallel; what was indexed before is not read again.
-
-    A run makes the index itself: this makes its start quick. Exit code 2 if a shard is damaged.
-
-        treering data index 's3://BUCKET/photos/{00000..01023}.tar' --beside --filter 'similarity > 0.28 and not nsfw'
-    """
-    from . import indexing, looking
-
-    found = indexing.index_url(url, workers, beside, filter)
-    reasons = [fault["reason"] for fault in found["faults"]]
-    if as_json:
-        _print_json(found)
-        raise typer.Exit(2 if reasons else 0)
-    Console().print(Text(indexing.as_text(found, filter)), soft_wrap=True)
-    if reasons:
-        raise RunError(looking.faults_message(found["shards"], reasons), 2)
-
-
-@data_app.command("lint")
-def lint(
-    url: DataUrl,
-    ledger: Annotated[
-        Path | None,
-        typer.Option("--ledger", metavar="FILE", help="Write all bad samples here, as a run does."),
-    ] = None,
-    workers: Workers = None,
-    as_json: AsJson = False,
-) -> None:
-    """Read and decode every sample as a run would, and list what it could not use, with the reasons.
-
-    Cut off, the same command goes on where it was; shards that did not change are not read again. Exit code 0 if
-    everything can be used, 2 if not.
-
-        treering data lint 'shards/photos/*.tar' --ledger bad.jsonl
-        treering data inspect 'shards/photos/*.tar' --ledger bad.jsonl --out bad.html
-    """
-    from ..data.lint import lint as lint_url
-    from ..data.lint import write_ledger
-    from ..data.sweep import enough_workers
-    from . import looking
-
-    with looking.progress("samples") as told:
-        found = lint_url(url, workers or enough_workers(url), told)
-    if ledger is not None:
-        write_ledger(ledger, found.bad)
-    if as_json:
-        _print_json(looking.findings_json(found))
-        raise typer.Exit(0 if found.clean else 2)
-    Console().print(looking.findings(found, ledger), soft_wrap=True)
-    if found.faults:
-        raise RunError(looking.faults_message(found.shards, [fault.reason for fault in found.faults]), 2)
-    raise typer.Exit(0 if found.clean else 2)
-
-
-@data_app.command("inspect")
-def inspect(
-    url: DataUrl,
-    samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="How many samples to draw.")] = 10_000,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="PAGE", help="Write a contact sheet here: .html or .png.")
-    ] = None,
-    ledger: Annotated[
-        Path | None, typer.Option("--ledger", metavar="FILE", help="Show the samples a run's ledger.jsonl names.")
-    ] = None,
-    workers: Workers = None,
-    as_json: AsJson = False,
-) -> None:
-    """Tell what pictures, captions, labels and columns are like, from N samples drawn by chance, always the same ones.
-
-    The contact sheet shows the first 120 of them, and pictures that look alike. With --ledger: instead, all samples
-    that a run could not use.
-
-        treering data inspect 'shards/photos/*.tar' --out sheet.html
-        treering data inspect 'shards/photos/*.tar' --ledger runs/photos/ledger.jsonl
-    """
-    from .looking import inspect_url, replay_ledger
-
-    if ledger is not None:
-        found, text = replay_ledger(url, ledger, out, workers)
-    else:
-        found, text = inspect_url(url, samples, out, workers)
-    if as_json:
-        _print_json(found)
-        return
-    Console().print(text, soft_wrap=True)
-
-
-@data_app.command("batch")
-def batch(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    step: Annotated[int, typer.Option("--step", metavar="T", min=0, help="Number of the global batch, from 0.")] = 0,
-    world: Annotated[int, typer.Option("--world", metavar="W", min=1, help="Processes that share it.")] = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Say which samples are in global batch T, and which process reads them; nothing is decoded."""
-    from .batches import keys_by_rank
-
-    ranks = keys_by_rank(recipe, overrides or [], step, world)
-    if as_json:
-        _print_json({"step": step, "world": world, "ranks": ranks})
-        return
-    for rank, keys in enumerate(ranks):
-        print("\n".join(f"rank {rank}  {show(key, 200)[1:-1]}" for key in keys))
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, ensure_ascii=True, indent=1))
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,18 +9,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from .arguments import AsJson, Overrides, RecipeName, print_json
 from .errors import RecipeError, RunError, clean
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunOrSweep = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a sweep.")]
 
 
 def submit(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A bundled recipe by its name, or the path of a YAML file.")
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override values of the recipe.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     nodes: Annotated[
         str, typer.Option("--nodes", metavar="N", help="Nodes; 2-8 for as many of them as there are, life by life.")
     ] = "1",
@@ -45,7 +42,7 @@ def submit(
         Path | None, typer.Option("--out", metavar="DIR", help="The run folder, on a shared disk; left out: runs/NAME.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the batch script, stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a recipe under Slurm: checks it and the cluster, submits one job, prints its number.
 
@@ -57,14 +54,13 @@ def submit(
     from . import submit as submitting
     from .recipes import read_recipe
     from .site import read_site
-    from .sweep import expand
+    from .sweep import expand, write_sweep
 
-    base = out or Path("runs") / read_recipe(recipe, overrides or []).recipe.name
-    runs = [
-        (base / name if name else base, read_recipe(recipe, [*(overrides or []), *extra]))
-        for name, extra in expand(sweep or [])
-    ]
     wish = submitting.Wish(nodes, processes, gpus, partition, account, qos, time, constraint, after)
+    whole = read_recipe(recipe, overrides or []).recipe
+    base = out or Path("runs") / whole.name
+    points = expand(sweep or [], whole.checkpoint.to)
+    runs = [(base / point.name, read_recipe(recipe, [*(overrides or []), *point.overrides])) for point in points]
     job = submitting.prepare(runs, wish, read_site())
     console = Console(stderr=True)
     for note in job.notes:
@@ -72,21 +68,37 @@ def submit(
     if dry_run:
         print(job.script, end="")
         return
+    if sweep:
+        write_sweep(base, points)
     number = submitting.submit(job)
     folders = [str(folder) for folder, _ in job.runs]
     if as_json:
-        print(json.dumps({"job": number, "runs": folders, "nodes": job.nodes, "processes": job.processes}))
+        print_json({"job": number, "runs": folders, "nodes": job.nodes, "processes": job.processes})
         return
     about = f"job {number}: {job.nodes[0]} nodes x {job.processes} processes, {len(folders)} run(s) in {base}"
-    follow = [f"treering {verb} {folders[0]}" for verb in ("status --watch", "logs --follow", "stop")]
+    follow = [f"treering status --watch {base}", f"treering logs --follow {folders[0]}", f"treering stop {base}"]
     print("\n".join([clean(about), *(clean(line) for line in follow)]))
 
 
-def stop(run: RunFolder) -> None:
-    """Commit the run at its next step, then end its job; `treering submit` with the same words continues it."""
-    from .stopping import stop_run
+def stop(run: RunOrSweep) -> None:
+    """Commit the run at its next step, then end its job; `treering submit` with the same words continues it.
 
-    print(clean(stop_run(run)))
+    Of a sweep, all runs.
+    """
+    from .stopping import stop_run
+    from .sweep import is_sweep, members
+
+    if not is_sweep(run):
+        return print(clean(stop_run(run)))
+    stopped = 0
+    for folder in members(run):
+        try:
+            print(clean(f"{folder.name}: {stop_run(folder)}"))
+            stopped += 1
+        except RecipeError as nothing_runs:
+            print(clean(f"{folder.name}: {nothing_runs}"))
+    if not stopped:
+        raise RecipeError(f"no run of the sweep in {clean(str(run))} can be stopped here")
 
 
 def logs(
@@ -103,28 +115,29 @@ def logs(
         remedy = f"ranks with a log: 0, {', '.join(map(str, known))}" if known else "no job of it has begun"
         raise RecipeError(f"there is no {clean(str(path))}; {remedy}")
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            while True:
+        read = 0
+        while True:
+            with path.open("rb") as file:  # each life has a new file, which begins with the lines of the old one
+                file.seek(read)
                 for line in file:
-                    print(clean(line.rstrip("\n")), flush=follow)
-                if not follow:
-                    return
-                time.sleep(1)
+                    print(clean(line.decode(errors="replace").rstrip("\n")), flush=follow)
+                read = file.tell()
+            if not follow:
+                return
+            time.sleep(1)
     except KeyboardInterrupt:
         raise RunError("", 0) from None
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled recipe, or the path of a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override values of the recipe.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     nodes: Annotated[int, typer.Option("--nodes", metavar="N", min=1)] = 1,
     per_node: Annotated[int, typer.Option("--gpus-per-node", metavar="G", min=1)] = 1,
     device: Annotated[str, typer.Option("--device", metavar="D", help="a100, b200, h100, h200, l40s or cpu.")] = "h100",
     mfu: Annotated[float, typer.Option("--mfu", metavar="F", help="Share of the device's peak that is reached.")] = 0.4,
     price: Annotated[float | None, typer.Option("--price", metavar="P", help="Of a device for an hour.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell what a run will need before anything starts: memory, time, loader, network, store, cost; warn of what fails.
 
@@ -135,7 +148,7 @@ def plan(
 
     found = planning.plan(read_recipe(recipe, overrides or []).recipe, nodes, per_node, device, mfu, price)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print_json(found)
     else:
         Console().print(planning.as_table(found))
 

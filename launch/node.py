@@ -2,9 +2,9 @@
 
     python -m treering.launch.node DIR --nodes N --processes P --head HOST:PORT --id NAME
 
-Started once on each node, by srun or anything like it. SIGTERM and SIGUSR1 go on to the processes, any number of times:
-they commit at their next step edge, all at the same one, and end. What went wrong is left in `DIR/job/failures/` for
-whoever decides what comes next.
+Started once on each node, by srun or anything like it; or once for each process, which then counts as a node. SIGTERM
+and SIGUSR1 go on to the processes, any number of times: they commit at their next step edge, all at the same one, and
+end. What went wrong is left in `DIR/job/failures/` for whoever decides what comes next.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from .errors import RunError, user_message
-from .lives import FOLLOWING, STOPPED
-
-BAD_NODE = 3
-"""exit code of a node that cannot train"""
+from .lives import BAD_NODE, FOLLOWING, LIFE, STOPPED, UNFIT, fit_folder, lost
 
 
 def main() -> None:
@@ -36,29 +33,58 @@ def main() -> None:
     parser.add_argument("--id", required=True)
     options = parser.parse_args()
     run: Path = options.run
-    host = socket.gethostname()
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    os.environ[LIFE] = options.id
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a node that dies, the others would print stacks in C++
     forward_signals()
     try:
-        from .preflight import check_store, examine_node
-
-        wrong = examine_node(run, options.processes)
-        if wrong:
-            raise RunError(f"this node cannot train: {'; '.join(wrong)}", BAD_NODE)
-        check_store(run)
+        if reason := lost(run):
+            raise RunError(reason, STOPPED)
+        _look_around(run, name, options.processes)
         from .run import launch_workers
 
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.processes)))
-        where = {"nodes": options.nodes, "head": options.head, "name": options.id, "address": host}
-        launch_workers(run, options.processes, **where, signals="SIGINT")
+        launch_workers(
+            run,
+            options.processes,
+            options.nodes,
+            options.head,
+            options.id,
+            address=socket.gethostname(),
+            leads=_leads(options.head),
+            signals="SIGINT",
+        )
     except RunError as error:
-        _leave_word(run, host, error)
+        _leave_word(run, name, error)
         sys.exit(error.code)
     except Exception as error:
         kind = type(error).__name__
-        _leave_word(run, host, RunError(user_message(error) or f"{kind}: {error}", 1, kind))
+        _leave_word(run, name, RunError(user_message(error) or f"{kind}: {error}", 1, kind))
         if kind not in FOLLOWING and user_message(error) is None:
             raise
         sys.exit(1)
+
+
+def _look_around(run: Path, name: str, processes: int) -> None:
+    """Whether this node can train, told to whoever decides. Raises RunError or StoreError if it cannot."""
+    from .preflight import check_store, examine_node
+
+    wrong = examine_node(run, processes)
+    if wrong:
+        raise RunError(f"{UNFIT}: {'; '.join(wrong)}", BAD_NODE)
+    if os.environ.get("SLURM_LOCALID", "0") == "0":  # the others of the node would hear the same
+        check_store(run)
+    fit_folder(run).mkdir(parents=True, exist_ok=True)
+    (fit_folder(run) / name).touch()
+
+
+def _leads(head: str) -> bool:
+    """Whether this is the node where all meet: the first task of the job, or the one that `head` names (host names may
+    be short or full)."""
+    task = os.environ.get("SLURM_PROCID")
+    if task is not None:
+        return task == "0"
+    return head.rpartition(":")[0].partition(".")[0] == socket.gethostname().partition(".")[0]
 
 
 def forward_signals() -> None:
@@ -94,10 +120,11 @@ def _leave_word(run: Path, host: str, error: RunError) -> None:
     if error.code == STOPPED:
         return
     folder = run / "job" / "failures"
+    file = folder / f"{host}-{os.environ.get('SLURM_LOCALID', '0')}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         content = {"time": time.time(), "host": host, "message": str(error), "kind": error.kind}
-        (folder / f"{host}.json").write_text(json.dumps(content), encoding="utf-8")
+        file.write_text(json.dumps(content), encoding="utf-8")
     except OSError as trouble:
         print(f"{host}: {trouble}", file=sys.stderr, flush=True)
 

@@ -1,8 +1,8 @@
 """`treering plan`: what a run will need, before anything is queued: memory, time, loader, network, store, money.
 
-Counts come from the recipe alone, with the formulas of models/flops; the length of captions and the cost of decoding
-come from reading the first samples of the run as the run will. Memory of activations is counted tensor by tensor as the
-blocks keep them for the backward pass. What a CPU process takes before it has a model is that of this very process.
+Counts come from the recipe alone, with the formulas of models/flops and the accounts of models/activations and
+training/memory; the length of captions and the cost of decoding come from reading the first samples of the run as the
+run will. What a CPU process takes before it has a model is that of this very process.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from ..models.activations import Shape, choose, stacks
+from ..models.activations import peak as peak_bytes
 from ..models.flops import parameters, training_flops
-from ..models.spec import ModelSpec, TowerSpec
+from ..models.spec import ModelSpec
+from ..training import memory
+from ..training.objectives.registry import build_objectives
 from ..training.recipe import Recipe
 from .errors import RecipeError, show
 
 SAMPLES = 2048
 """read to learn what captions and pictures are like"""
-LOGITS_BYTES, TILE_BYTES, PART_BYTES = 32 << 20, 4 << 20, 256 << 20
-CUDA_BYTES = 1 << 30
-"""context, kernels and communication buffers of a GPU process"""
 
 
 @dataclass(frozen=True)
@@ -68,30 +69,18 @@ def plan(recipe: Recipe, nodes: int, per_node: int, device: str, mfu: float, pri
         recipe.check_world(world)
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    base = _process_memory() if device == "cpu" else CUDA_BYTES
-    data = measure(recipe)
-    peak, memory = _device(device)
-    stages: list[dict[str, Any]] = []
-    for number, (spec, stage) in enumerate(zip(recipe.specs(), recipe.stages, strict=True)):
-        samples = stage.steps(recipe.data.batch) * recipe.data.batch
-        flops = samples * training_flops(spec, data.tokens)
-        parts = memory_parts(recipe, spec, world, data.tokens) | {"process": base}
-        stages.append(
-            {
-                "stage": number,
-                "samples": samples,
-                "parameters": parameters(spec),
-                "flops": flops,
-                "seconds": flops / (peak * mfu * world),
-                "memory": parts | {"total": sum(parts.values())},
-            }
-        )
+    base = _process_memory() if device == "cpu" else memory.CUDA_BYTES
+    data, lengths = measure(recipe)
+    peak, has = _device(device)
+    stages = [_stage(recipe, number, world, lengths, device, base) for number in range(len(recipe.stages))]
+    for stage in stages:
+        stage["seconds"] = stage["flops"] / (peak * mfu * world)
     for before, after in pairwise(stages):
-        transient = 12.0 * (before["parameters"] + after["parameters"]) + base
+        transient = before["commit_bytes"] + after["commit_bytes"] + base  # whole on the process that grows
         after["memory"]["total"] = max(after["memory"]["total"], transient)
     flops, seconds = sum(s["flops"] for s in stages), sum(s["seconds"] for s in stages)
     rate = recipe.total_samples / seconds
-    largest = max(s["parameters"] for s in stages)
+    largest, commit = (max(s[each] for s in stages) for each in ("parameters", "commit_bytes"))
     found: dict[str, Any] = {
         "device": device,
         "devices": world,
@@ -105,72 +94,82 @@ def plan(recipe: Recipe, nodes: int, per_node: int, device: str, mfu: float, pri
         "cost": None if price is None else seconds * world / 3600 * price,
         "samples_per_second": rate,
         "memory_per_device": max(s["memory"]["total"] for s in stages),
-        "memory_of_device": memory,
+        "memory_of_device": has,
         "loader_cores_per_node": rate * data.decode_seconds / nodes,
         "shards_bytes_per_second_and_node": rate * data.bytes / nodes,
         "gradient_bytes_per_step_and_device": 0.0 if world == 1 else 8.0 * largest * (world - 1) / world,
-        "commit_bytes": 12 * largest,
-        "commits_kept_bytes": 12 * largest * (recipe.checkpoint.keep + 1),
-        "commit_seconds_at_1_GB_per_second": 12 * largest / 1e9 / nodes,
+        "commit_bytes": commit,
+        "commits_kept_bytes": commit * (recipe.checkpoint.keep + 1),
+        "commit_seconds_at_1_GB_per_second": commit / 1e9 / nodes,
     }
     return found | {"warnings": warnings(recipe, found, per_node)}
 
 
-def memory_parts(recipe: Recipe, spec: ModelSpec, world: int, tokens: float) -> dict[str, float]:
-    """Bytes a process holds at its fullest moment in a stage with model `spec`, by part."""
-    count, pairs = parameters(spec), recipe.data.batch / world
-    sharded = min(recipe.engine.shard or world, world) if recipe.engine.kind != "ddp" else 1
-    half = recipe.engine.precision == "bf16"
-    caption = spec.text.vocabulary * spec.text.width * 8 + 2 * LOGITS_BYTES if spec.caption else 0
-    inputs = 3 * spec.image.resolution**2 * (1 + 4 + 4)
-    inputs += sum(8 * tower.frames * tower.features for tower in spec.further.values())
+def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: str, base: float) -> dict[str, Any]:
+    """What stage `number` does and holds; `lengths` are those of captions, `base` is what a process takes anyway."""
+    stage, spec = recipe.stages[number], recipe.specs()[number]
+    samples = stage.steps(recipe.data.batch) * recipe.data.batch
+    cut, patches = [min(length, stage.longest(spec)) for length in lengths], stage.kept_patches(spec)
+    tokens = sum(cut) / len(cut)
+    parts = memory.parts(spec, recipe.engine, recipe.optimizer, world, recipe.data.batch / world)
+    room = memory.USABLE * _device(device)[1] - sum(parts.values()) - base
+    again, held = _activations(recipe, spec, _fullest(recipe, world, cut, patches, device), room)
+    parts |= {"activations": held, "process": base}
     return {
-        "weights": 4 * count / sharded,
-        "gradients": 4 * count / sharded,
-        "optimizer": 8 * count / sharded,
-        "activations": pairs * _activations(spec, tokens, half),
-        "loss": 4 * TILE_BYTES + 8 * pairs * spec.embed_dim * 4 + caption,
-        "batches": pairs * inputs,
-        "commit": 2 * min(4 * count / world, PART_BYTES),
+        "stage": number,
+        "samples": samples,
+        "tokens": tokens,
+        "patches": patches,
+        "parameters": parameters(spec),
+        "commit_bytes": memory.commit_bytes(spec, recipe.optimizer),
+        "recomputed": again,
+        "flops": samples * training_flops(spec, tokens, patches, _reads_tokens(recipe)),
+        "memory": parts | {"total": sum(parts.values())},
     }
 
 
-def _activations(spec: ModelSpec, tokens: float, half: bool) -> float:
-    """Bytes kept for the backward pass by one pair."""
-    patches = spec.image.grid**2
-    total = spec.image.depth * patches * _block(spec.image, half) + spec.text.depth * tokens * _block(spec.text, half)
-    total += sum(tower.depth * tower.frames * _block(tower, half) for tower in spec.further.values())
-    if spec.caption:
-        text, width = spec.text, 2 if half else 4
-        crossing = tokens * (2 * text.width * 4 + 3 * text.attention_width * width)
-        crossing += patches * 2 * text.attention_width * width
-        total += spec.caption.depth * (tokens * _block(text, half) + crossing)
-    return total
+def _fullest(recipe: Recipe, world: int, lengths: list[int], patches: int, device: str) -> Shape:
+    """The most that goes through the model at once: of the pieces that captions of these lengths fall into."""
+    half = recipe.engine.precision == "bf16"
+    pairs = max(1, recipe.data.batch // (world * recipe.engine.micro_batches))
+    pieces = [lengths[at : at + pairs] for at in range(0, len(lengths), pairs)]
+    each = pairs / max(map(len, pieces))  # where fewer were read than a piece has
+    tokens = max(map(sum, pieces)) * each
+    # On a GPU in half precision captions attend without padding.
+    places = tokens if half and device != "cpu" else max(map(max, pieces)) * pairs
+    return Shape(pairs, tokens, places, patches, half, _reads_tokens(recipe))
 
 
-def _block(spec: TowerSpec, half: bool) -> float:
-    """Bytes of one token in one block: the stream and its norms, q k v, what they mix, and the hidden units twice."""
-    return 4 * spec.width * 4 + (5 * spec.attention_width + 2 * spec.mlp_width) * (2 if half else 4)
+def _activations(recipe: Recipe, spec: ModelSpec, shape: Shape, room: float) -> tuple[dict[str, int], float]:
+    """The blocks that are made again, and the bytes that blocks hold then."""
+    found = stacks(spec, shape)
+    again = choose(found, memory.budget(recipe.engine, found, max(0.0, room)))
+    return again, peak_bytes(found, again)
 
 
-def measure(recipe: Recipe) -> Data:
-    """Read the first samples of the run as the run will."""
+def _reads_tokens(recipe: Recipe) -> bool:
+    return any("tokens" in objective.needs for objective in build_objectives(recipe.objectives))
+
+
+def measure(recipe: Recipe) -> tuple[Data, list[int]]:
+    """Read the first samples of the run as the run will; also the lengths of their captions, cut by no stage."""
     from ..data.loader import Loader
 
-    spec = recipe.specs()[0]
+    spec, context = recipe.specs()[0], max(spec.text.context for spec in recipe.specs())
     config = recipe.data.model_copy(update={"workers": 0})
-    loader = Loader(config, spec.image.resolution, spec.text.context, recipe.seed, mixtures=recipe.mixtures())
+    loader = Loader(config, spec.image.resolution, context, recipe.seed, mixtures=recipe.mixtures())
     recipe.specs()[-1].check_samples(loader.columns)
     wanted = min(SAMPLES, recipe.total_samples)
-    tokens = samples = 0
+    lengths: list[int] = []
     begun = time.process_time()
     for batch in loader.batches(0):
-        tokens, samples = tokens + len(batch.tokens), samples + len(batch.lengths)
-        if samples >= wanted:
+        lengths += batch.lengths.tolist()
+        if len(lengths) >= wanted:
             break
     seconds = time.process_time() - begun
     size = sum(sum(source.shard_sizes) for source in loader.sources)
-    return Data(tokens / samples, seconds / samples, size / max(1, sum(map(len, loader.sources))))
+    count = len(lengths)
+    return Data(sum(lengths) / count, seconds / count, size / max(1, sum(map(len, loader.sources)))), lengths
 
 
 def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
@@ -180,7 +179,7 @@ def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
     if needed > 0.92 * there:
         said.append(
             f"a device needs about {needed / 1e9:.0f} GB and has {there / 1e9:.0f} GB; "
-            f"use more devices, a smaller data.batch, or engine.precision=bf16"
+            f"use more devices, engine.activations=auto, engine.micro_batches, or engine.precision=bf16"
         )
     cores = found["loader_cores_per_node"]
     workers = recipe.data.workers * per_node
@@ -209,9 +208,12 @@ def as_table(found: dict[str, Any]) -> Any:
     from ..training.report.readable import compact, duration, size
 
     parts = list(found["stages"][0]["memory"])
-    table = Table("stage", "samples", "parameters", "FLOPs", "time", *parts, box=None, pad_edge=False)
+    table = Table(
+        "stage", "samples", "tokens", "patches", "parameters", "FLOPs", "time", *parts, box=None, pad_edge=False
+    )
     for stage in found["stages"]:
-        cells = [compact(stage["samples"]), compact(stage["parameters"]), f"{stage['flops']:.2e}"]
+        cells = [compact(stage["samples"]), f"{stage['tokens']:.1f}", f"{stage['patches']}"]
+        cells += [compact(stage["parameters"]), f"{stage['flops']:.2e}"]
         table.add_row(
             str(stage["stage"] + 1), *cells, duration(stage["seconds"]), *(size(stage["memory"][p]) for p in parts)
         )
@@ -224,12 +226,18 @@ def as_table(found: dict[str, Any]) -> Any:
         "loader": f"{found['loader_cores_per_node']:.1f} cores a node, captions of {tokens:.1f} tokens",
         "shards": f"{size(found['shards_bytes_per_second_and_node'])}/s a node",
         "gradients": f"{size(found['gradient_bytes_per_step_and_device'])} sent a step by a device",
+        "recomputed": "; ".join(f"stage {s['stage'] + 1}: {_blocks(s['recomputed'])}" for s in found["stages"]),
         "commit": f"{size(found['commit_bytes'])}, {size(found['commits_kept_bytes'])} kept",
     }
     about = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows.items():
         about.add_row(Text(name), Text(value))
     return Group(table, about, *(Text(f"warning: {said}") for said in found["warnings"]))
+
+
+def _blocks(again: dict[str, int]) -> str:
+    """Blocks that are made again, as text."""
+    return ", ".join(f"{name} {count}" for name, count in again.items() if count) or "no block"
 
 
 def _device(name: str) -> tuple[float, float]:

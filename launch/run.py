@@ -20,7 +20,7 @@ from rich.text import Text
 
 from ..models.flops import parameters
 from ..training.recipe import Recipe
-from ..training.watchdog import HUNG
+from ..training.watchdog import HUNG, LOST
 from .errors import RecipeError, RunError, show
 from .lives import read_rows
 from .recipes import ResolvedRecipe
@@ -157,12 +157,13 @@ def launch_workers(
     head: str = "127.0.0.1:0",
     name: str = "local",
     address: str = "127.0.0.1",
+    leads: bool = True,
     signals: str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
 ) -> None:
     """Start this node's worker processes under torchrun's elastic agent and wait for them.
 
-    `head` is where the agents of all `nodes` meet, `name` the same on each, `address` this node's own;
-    at `signals` the agent ends its processes, for others the caller has handlers.
+    `head` is where the agents of all `nodes` meet, and the one that `leads` opens that place; `name` is the same on
+    each, `address` this node's own. At `signals` the agent ends its processes, for others the caller has handlers.
     Raises RunError with the first failure of this node.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -177,7 +178,7 @@ def launch_workers(
         run_id=f"treering-{name}",
         rdzv_backend="c10d",
         rdzv_endpoint=head,
-        rdzv_configs={"timeout": RENDEZVOUS_SECONDS} | ({"is_host": _is_here(head, address)} if nodes > 1 else {}),
+        rdzv_configs={"timeout": RENDEZVOUS_SECONDS} | ({"is_host": leads} if nodes > 1 else {}),
         local_addr=address,
         max_restarts=0,
         shutdown_timeout=SHUTDOWN_SECONDS,
@@ -192,11 +193,6 @@ def launch_workers(
         signal_name = signal.Signals(error.sigval).name
         message = f"stopped by {signal_name}; the same command continues from the last commit"
         raise RunError(message, STOPPED) from None
-
-
-def _is_here(head: str, address: str) -> bool:
-    """Whether the meeting place `head` is on the node that calls itself `address`; names may be short or full."""
-    return head.rpartition(":")[0].partition(".")[0] == address.partition(".")[0]
 
 
 def _first_failure(error: Any, out: Path) -> RunError:
@@ -215,6 +211,8 @@ def _first_failure(error: Any, out: Path) -> RunError:
         if failure.exitcode == HUNG:
             said = next(iter(read_rows(out / "hangs.jsonl")[-1:]), {}).get("message", "")
             died = f"process {rank} waited in vain: {said}; stacks in {out / 'hang.txt'}"
+        if failure.exitcode == LOST:
+            died = f"process {rank} ended, since another life of the run has begun"
         if failure.exitcode < 0:
             died = f"process {rank} was killed by {failure.signal_name()}"
         if failure.exitcode == -signal.SIGKILL:

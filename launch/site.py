@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
@@ -42,6 +43,16 @@ class Site(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     inside: tuple[str, ...] = Field(
         (), strict=False, description="words before the command: [apptainer, exec, --nv, /images/treering.sif]"
+    )
+    tasks: Literal["node", "gpu"] = Field(
+        "node", description="one task of srun a node, whose processes share it out, or one a GPU, which Slurm binds"
+    )
+    bandwidth: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="GB/s that an all-reduce between nodes must reach"
+    )
+    drain: bool = Field(False, description="set unfit nodes to DRAIN, where Slurm lets you; else jobs leave them out")
+    expand: int = Field(
+        600, ge=0, description="seconds between looks for free nodes of a job that may use more (2-8); 0: never"
     )
     python: str | None = Field(None, description="the interpreter on the nodes; left out: the one that submits")
     notice: int = Field(120, ge=10, lt=3600, description="seconds before the time limit at which a run commits")

@@ -15,14 +15,22 @@ from ..training.watchdog import read_heartbeats
 from .errors import RecipeError, clean
 from .lives import lives_file, read_rows
 from .submit import FINISHED, job_of
+from .sweep import is_sweep, members
 
 SILENT_SECONDS = 60
 """without a heartbeat for so long a process does not run"""
+_SCORES = 2  # columns of a sweep's table
 
 
 def read_status(place: str) -> dict[str, Any]:
-    """One object about the run in folder or store `place`. Raises RecipeError or StoreError if there is none."""
+    """One object about the run in folder or store `place`; of a sweep, `finished` and that of each of its `runs`.
+
+    Raises RecipeError or StoreError if there is none.
+    """
     folder = Path(place)
+    if is_sweep(folder):
+        runs = {run.name: read_status(str(run)) if run.is_dir() else None for run in members(folder)}
+        return {"finished": all(run and run["finished"] for run in runs.values()), "runs": runs}
     if "://" in place or (not (folder / "recipe.yaml").is_file() and any(folder.glob("step-*"))):
         return _from_store(place)
     try:
@@ -68,10 +76,12 @@ def read_status(place: str) -> dict[str, Any]:
 
 
 def as_table(status: dict[str, Any]) -> Any:
-    """The status as a rich table of two columns."""
+    """The status as a rich table: of a run two columns, of a sweep a row for each run."""
     from rich.table import Table
     from rich.text import Text
 
+    if "runs" in status:
+        return _sweep_table(status["runs"])
     rows = {
         "run": f"{status['name']}, {status['state']}",
         "nodes": f"{', '.join(status['nodes'])} ({status['processes']} processes)" if status["nodes"] else None,
@@ -101,8 +111,27 @@ def as_table(status: dict[str, Any]) -> Any:
     return table
 
 
+def _sweep_table(runs: dict[str, dict[str, Any] | None]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    scores = list(dict.fromkeys(name for run in runs.values() if run for name in run["scores"]))[:_SCORES]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", no_wrap=True)
+    table.add_column("state")
+    for heading in ("samples", "loss", "time left", *(key.rpartition("/")[2] for key in scores)):
+        table.add_column(Text(clean(heading)), justify="right")
+    for name, run in runs.items():
+        cells = ["not begun"]
+        if run:
+            cells = [run["state"], exact(run["samples"]), decimal(run["loss"]), duration(run["seconds_left"])]
+            cells += [score(key, run["scores"].get(key)) for key in scores]
+        table.add_row(*(Text(clean(cell)) for cell in (name, *cells)))
+    return table
+
+
 def watch(place: str, seconds: float = 2.0) -> None:
-    """Show the status again and again, until the run is finished or Ctrl-C."""
+    """Show the status again and again, until all is finished or Ctrl-C."""
     from rich.live import Live
 
     with Live(auto_refresh=False) as live:

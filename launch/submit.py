@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -21,16 +20,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ..training.recipe import Recipe
 from .errors import RecipeError, clean, show
+from .reach import refuse_unreachable
 from .recipes import ResolvedRecipe
 from .run import RECIPE_FILE, check_sources, check_store, commits_url, write_file
 from .site import TIME, WORD, Site
 
 TEMPLATE = Path(__file__).parent.parent / "slurm" / "pretrain.sbatch"
-CONNECT_SECONDS, STORE_SECONDS = 2, 20
+STORE_SECONDS = 20
 FINISHED = re.compile(r"COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|BOOT_FAIL|DEADLINE|OUT_OF_MEMORY")
 _LOCAL_DISKS = {"ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs"}
 
@@ -112,10 +111,11 @@ def render(
 ) -> str:
     """The batch script."""
     nodes = f"{counts[-1]}-{counts[0]}" if len(counts) > 1 else str(counts[0])
-    headers = {
+    tasks = processes if site.tasks == "gpu" else 1
+    binding = ["--cpu-bind=none"] if site.tasks == "node" else ["--gpus-per-task=1"] if gpus else []
+    headers = {  # no --ntasks-per-node: of a range, Slurm would give the nodes that the fewest tasks need
         "job-name": name,
         "nodes": nodes,
-        "ntasks-per-node": "1",
         "partition": wish.partition or site.partition,
         "account": wish.account or site.account,
         "qos": wish.qos or site.qos,
@@ -131,10 +131,12 @@ def render(
     settings = [
         f"RUNS=({_words(str(out.absolute()) for out in outs)})",
         f"PYTHON={shlex.quote(site.python or sys.executable)}",
-        f"PROCESSES={processes} NODE_COUNTS='{' '.join(map(str, counts))}' RESTARTS={site.restarts}",
-        f"SRUN=({_words(site.srun)}) INSIDE=({_words(site.inside)})",
+        f"TASKS={tasks} PROCESSES={processes // tasks} NODE_COUNTS='{' '.join(map(str, counts))}'",
+        f"RESTARTS={site.restarts} EXPAND={site.expand} DRAIN={'yes' if site.drain else 'no'}",
+        f"SRUN=({_words([*binding, *site.srun])}) INSIDE=({_words(site.inside)})",
         *(f"export {key}={shlex.quote(value)}" for key, value in sorted(site.environment.items())),
         *(["export TREERING_GPUS=1"] if gpus else []),
+        *([f"export TREERING_BANDWIDTH={site.bandwidth:g}"] if site.bandwidth else []),
         "setup() {",
         *(f"    {line}" for line in (*site.setup, "true")),
         "}",
@@ -242,16 +244,7 @@ def _within(seconds: float, recipe: Recipe, out: Path) -> None:
         if not os.access(existing, os.W_OK):
             raise RecipeError(f"{show(str(existing), 200)} cannot be written; give another --out or checkpoint.to")
         return
-    url = clean(recipe.checkpoint.to or str(out))
-    silent = f"store {url}: {{}}; check AWS_ENDPOINT_URL, the network, and that the server runs"
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if url.startswith("s3://") and endpoint:
-        address = urlsplit(endpoint)
-        try:
-            port = address.port or (443 if address.scheme == "https" else 80)
-            socket.create_connection((address.hostname or "", port), CONNECT_SECONDS).close()
-        except (OSError, ValueError):
-            raise RecipeError(silent.format(f"nothing answers at {clean(endpoint)}")) from None
+    refuse_unreachable(str(recipe.checkpoint.to or ""))
     found: list[Exception | None] = []
 
     def look() -> None:
@@ -266,7 +259,10 @@ def _within(seconds: float, recipe: Recipe, out: Path) -> None:
     while not found and time.monotonic() < end:
         time.sleep(0.02)
     if not found:
-        raise RecipeError(silent.format(f"no answer within {seconds:.0f} s"))
+        url = clean(recipe.checkpoint.to or str(out))
+        raise RecipeError(
+            f"store {url}: no answer within {seconds:.0f} s; check the network, and that the server works"
+        )
     if found[0] is not None:
         raise found[0]
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from . import BEGUN
 from .errors import RecipeError, RunError, user_message
+from .lives import LIFE, last_end, lost
 from .lives import STOPPED as STOPPED
-from .lives import last_end
 from .recipes import read_recipe
 
 if TYPE_CHECKING:
@@ -39,9 +39,14 @@ def work(out: Path) -> None:
     Raises RunError if a signal asked the run to stop, which it then did after a commit.
     """
     recipe = read_recipe(str(out / "recipe.yaml")).recipe
-    from ..training.loop import train
+    from ..training.loop import Beginning, train
 
-    summary = train(recipe, out, imports=time.monotonic() - BEGUN, before=last_end(out))
+    imports = time.monotonic() - BEGUN
+    if LIFE in os.environ:
+        from .preflight import check_network
+
+        check_network()
+    summary = train(recipe, out, Beginning(imports, last_end(out)), lost=lambda: lost(out))
     if not summary.finished:
         raise RunError(f"stopped and committed to {summary.commit}; the same command continues from there", STOPPED)
     if os.environ.get("RANK", "0") == "0":

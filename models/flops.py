@@ -14,7 +14,9 @@ def _mlp_maps(spec: TowerSpec) -> int:
     return 3 if spec.mlp == "swiglu" else 2
 
 
-def _block(spec: TowerSpec, tokens: float, attended: float, memory_tokens: float = 0, memory_width: int = 0) -> float:
+def block_flops(
+    spec: TowerSpec, tokens: float, attended: float, memory_tokens: float = 0, memory_width: int = 0
+) -> float:
     """One block's forward operations for one sample; `attended` keys are seen by a query on average."""
     inner = spec.attention_width
     mlps, router = (spec.active, spec.experts) if spec.experts > 1 else (1, 0)
@@ -28,8 +30,8 @@ def _block(spec: TowerSpec, tokens: float, attended: float, memory_tokens: float
 
 
 def _last_row(spec: TowerSpec, tokens: float) -> float:
-    """Forward operations of a block that works for a sample's last token only: all tokens are keys, one is a query."""
-    one = _block(spec, 1, tokens)
+    """Forward operations of a block that works for one token of a sample only: all tokens are keys, one is a query."""
+    one = block_flops(spec, 1, tokens)
     return one + 2 * (tokens - 1) * 2 * spec.width * spec.attention_width
 
 
@@ -38,7 +40,7 @@ def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = Non
 
     All towers run; `patches` of the picture are looked at, all if left out. `tokens` says that an objective reads the
     tokens of pictures and captions in the joint space; where nobody reads more of a caption than its embedding, the
-    last text block works for one token (`TextTower`).
+    last text block works for one token (`TextTower`), and that of pictures if they have a class token (`ImageTower`).
     """
     image, text, pooler = spec.image, spec.text, spec.image.pool == "attention"
     patches = patches or image.grid**2
@@ -47,10 +49,12 @@ def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = Non
     text_tokens = text.context if text.filled else text_tokens
     read = text_tokens + 2 * (text.pool == "class")  # the class token, and the filling it sees
     seen = (text_tokens + 1) / 2
-    whole = text.depth - (spec.caption is None and spec.shared is None and not text.filled and not tokens)
-    total = image.depth * _block(image, stream, stream)
+    alone = spec.caption is None and spec.shared is None and not tokens
+    whole = text.depth - (alone and not text.filled)
+    last = alone and image.pool == "class"
+    total = (image.depth - last) * block_flops(image, stream, stream) + last * _last_row(image, stream)
     total += 2 * patches * 3 * image.patch**2 * image.width
-    total += whole * _block(text, read, (read + 1) / 2 if text.causal else read)
+    total += whole * block_flops(text, read, (read + 1) / 2 if text.causal else read)
     total += (text.depth - whole) * _last_row(text, read)
     total += 2 * ((spec.embed_dim if pooler else image.width) + text.width) * spec.embed_dim
     if tokens:
@@ -59,15 +63,17 @@ def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = Non
         maps = image.queries * spec.embed_dim + stream * image.width
         total += 4 * (maps + image.queries * stream) * spec.embed_dim
     if spec.shared:
-        total += spec.shared.depth * (_block(spec.shared, patches, patches) + _block(spec.shared, text_tokens, seen))
+        total += spec.shared.depth * (
+            block_flops(spec.shared, patches, patches) + block_flops(spec.shared, text_tokens, seen)
+        )
         total += 4 * spec.shared.width * (patches * image.width + text_tokens * text.width)
     if spec.caption:
-        total += spec.caption.depth * _block(text, text_tokens, seen, memory, spec.memory_width)
+        total += spec.caption.depth * block_flops(text, text_tokens, seen, memory, spec.memory_width)
         total += 2 * (text_tokens - 1) * text.width * text.vocabulary
         if spec.caption.cross == "after":
             total += spec.caption.depth * 2 * text_tokens * _mlp_maps(text) * text.width * text.mlp_width
     for tower in spec.further.values():
-        total += tower.depth * _block(tower, tower.frames, tower.frames)
+        total += tower.depth * block_flops(tower, tower.frames, tower.frames)
         total += 2 * tower.width * (tower.frames * tower.features + spec.embed_dim)
     return total
 

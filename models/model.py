@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .captioner import Captioner
+from .mlp import Experts
 from .shared import Shared
 from .spec import ModelSpec, is_table, part_of
 from .towers import MAX_LOG_SCALE, FurtherTowers, ImageTower, TextTower, TowerOutput
-from .transformer import Experts
+from .transformer import Transformer
 
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 _NO_TOWERS: Mapping[str, TowerOutput] = MappingProxyType({})
@@ -77,10 +78,10 @@ class Model(nn.Module):
         self.register_buffer("image_mean", torch.tensor(spec.image.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(spec.image.std).view(3, 1, 1), persistent=False)
 
-    def embed_images(self, images: Tensor, patches_bk: Tensor | None = None) -> TowerOutput:
+    def embed_images(self, images: Tensor, patches_bk: Tensor | None = None, pooled_only: bool = False) -> TowerOutput:
         """Embed uint8 pictures [b, 3, resolution, resolution]; they are normalised here, on the device."""
         pixels = (images.to(self.image_std.dtype) / 255 - self.image_mean) / self.image_std
-        return self.image(pixels, patches_bk, self.shared.image if self.shared else None)
+        return self.image(pixels, patches_bk, self.shared.image if self.shared else None, pooled_only)
 
     def embed_texts(self, tokens_t: Tensor, lengths_b: Tensor) -> TowerOutput:
         """Embed packed captions: int64 [t] ids, int64 [b] lengths."""
@@ -92,6 +93,12 @@ class Model(nn.Module):
         own = self.captioner and self.captioner.output
         return own.weight if own else self.text.token_embedding.weight
 
+    def transformers(self) -> dict[str, Transformer]:
+        """The transformers by the part of the model that each is of."""
+        parts = {"image": self.image, "text": self.text, "shared": self.shared, "captioner": self.captioner}
+        found = {name: part.transformer for name, part in parts.items() if part is not None}
+        return found | {f"further.{name}": self.further[name].transformer for name in self.spec.further}
+
     def scale(self) -> Tensor:
         """The factor on cosine similarities, [1], at most 100."""
         return self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
@@ -99,9 +106,9 @@ class Model(nn.Module):
     def forward(self, images: Tensor, tokens_t: Tensor, lengths_b: Tensor, extras: Extras | None = None) -> ModelOutput:
         """Both towers, the captioner if there is one, and the further towers that `extras` has samples for."""
         extras = extras or Extras()
-        image = self.embed_images(images, extras.patches_bk)
         # What reads the tokens, and not the embedding alone, needs all of them.
         pooled_only = self.captioner is None and self.shared is None and not extras.tokens
+        image = self.embed_images(images, extras.patches_bk, pooled_only)
         shared = self.shared.text if self.shared else None
         text = self.text(tokens_t, lengths_b, pooled_only, shared, extras.longest)
         caption = None

@@ -75,10 +75,17 @@ class ImageTower(nn.Module):
         self.reads_first = spec.pool != "mean"
         self.projection = nn.Linear(embed_dim if self.pool else spec.width, embed_dim, bias=False)
 
-    def forward(self, images: Tensor, patches_bk: Tensor | None = None, shared: Shares | None = None) -> TowerOutput:
+    def forward(
+        self,
+        images: Tensor,
+        patches_bk: Tensor | None = None,
+        shared: Shares | None = None,
+        pooled_only: bool = False,
+    ) -> TowerOutput:
         """Embed pictures, float [b, 3, resolution, resolution], already normalised; through `shared` before pooling.
 
         `patches_bk` are the patches of each that are looked at, all by default (FLIP, Li et al., arXiv 2212.00794).
+        If only the embedding is asked for, the last block computes only what it is read from: a class token.
         """
         b, g, p = len(images), self.grid, self.patch
         unfolded = images.view(b, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, 3 * p * p)
@@ -91,6 +98,10 @@ class ImageTower(nn.Module):
             x_bpd = torch.cat([self.class_embedding.sum(0).to(x_bpd.dtype).expand(b, 1, -1), x_bpd], 1)
         x_bpd = x_bpd if self.pre_norm is None else self.pre_norm(x_bpd)
         layout = Dense(b, x_bpd.shape[1])
+        if pooled_only and self.reads_first and self.pool is None:
+            rows_b = torch.arange(b, device=x_bpd.device) * layout.length
+            x_bd = self.transformer(x_bpd.flatten(0, 1), layout, rows_b=rows_b)
+            return TowerOutput(self.project(x_bd), x_bd[:0], Dense(b, layout.length - 1))
         x_td = self.transformer(x_bpd.flatten(0, 1), layout)
         x_td = shared(x_td, layout) if shared else x_td
         return self._pooled(x_td, layout)
@@ -142,9 +153,9 @@ class TextTower(nn.Module):
         """
         assert not (pooled_only and shared)
         if self.filled:
-            return self._filled(tokens_t, lengths_b)
+            return self._filled(tokens_t, lengths_b, longest)
         if self.class_embedding is not None:
-            return self._classed(tokens_t, lengths_b, pooled_only)
+            return self._classed(tokens_t, lengths_b, pooled_only, longest)
         layout = Packed.of(lengths_b, len(tokens_t), longest)
         x_td = self.token_embedding(tokens_t) + self.position_embedding[layout.positions_t]
         last_b = lengths_b.cumsum(0) - (lengths_b if self.pool == "first" else 1)
@@ -155,9 +166,9 @@ class TextTower(nn.Module):
         x_td = shared(x_td, layout) if shared else x_td
         return TowerOutput(self.project(x_td[last_b]), x_td, layout)
 
-    def _filled(self, tokens_t: Tensor, lengths_b: Tensor) -> TowerOutput:
+    def _filled(self, tokens_t: Tensor, lengths_b: Tensor, longest: int | None) -> TowerOutput:
         """Texts that are filled to the context with token 0, which takes part like any other."""
-        b, n, own = len(lengths_b), self.context, Packed.of(lengths_b)
+        b, n, own = len(lengths_b), self.context, Packed.of(lengths_b, len(tokens_t), longest)
         places_t = own.slots_t // own.longest * n + own.positions_t
         ids = tokens_t.new_zeros(b * n).index_copy(0, places_t, tokens_t)
         x_bnd = self.token_embedding(ids).unflatten(0, (b, n)) + self.position_embedding
@@ -166,23 +177,25 @@ class TextTower(nn.Module):
         within_b = {"first": 0, "last": n - 1}.get(self.pool, lengths_b - 1)
         return TowerOutput(self.project(x_td[ends_b + within_b]), x_td[places_t], own)
 
-    def _classed(self, tokens_t: Tensor, lengths_b: Tensor, pooled_only: bool) -> TowerOutput:
+    def _classed(self, tokens_t: Tensor, lengths_b: Tensor, pooled_only: bool, longest: int | None) -> TowerOutput:
         """Texts followed by CoCa's class token, exactly as open_clip trained it on texts filled with token 0.
 
         Its mask is one place late (there `correct_cls_mask` is false): a key is hidden if the token *before* it is 0.
-        So of the filling the class token sees the first, and itself only behind a text that needs none.
+        So of the filling the class token sees the first, and itself only behind a text that needs none. Here every
+        text gets one token of filling, so that nobody has to ask how many there are; a text that needs none hides it.
         """
-        own = Packed.of(lengths_b)
-        longer_b = lengths_b + 1 + (lengths_b < self.context)
-        layout = Packed.of(longer_b)
-        last_b = longer_b.cumsum(0) - 1
-        places_t = (last_b + 1 - longer_b)[own.slots_t // own.longest] + own.positions_t
+        own = Packed.of(lengths_b, len(tokens_t), longest)
+        layout = Packed.of(lengths_b + 2, len(tokens_t) + 2 * len(lengths_b), own.longest + 2)
+        last_b = (lengths_b + 2).cumsum(0) - 1
+        places_t = (last_b - 1 - lengths_b)[own.slots_t // own.longest] + own.positions_t
         ids = tokens_t.new_zeros(len(layout.slots_t)).index_copy(0, places_t, tokens_t)
         positions_t = layout.positions_t
         x_td = self.token_embedding(ids) + self.position_embedding[positions_t.clamp(max=self.context - 1)]
         assert self.class_embedding is not None
         x_td = x_td.index_copy(0, last_b, self.class_embedding.sum(0).to(x_td.dtype).expand(len(last_b), -1))
         seen_t = (ids.roll(1) != 0) | (positions_t == 0)
+        full_b, ended_b = lengths_b == self.context, seen_t[last_b - 1]
+        seen_t = seen_t.index_copy(0, last_b - 1, ended_b & ~full_b).index_copy(0, last_b, ended_b & full_b)
         layout = replace(layout, seen_bn=layout.grid(seen_t.view(-1, 1, 1))[:, 0, :, 0])
         if pooled_only:
             x_bd = self.transformer(x_td, layout, rows_b=last_b)

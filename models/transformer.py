@@ -5,20 +5,22 @@ another, and only attention asks a `Layout` which tokens belong together. So cap
 and text towers, and the captioner, are the same code.
 
 Shape suffixes: t tokens of the whole batch, d stream channels, h heads, c channels of one head, b samples, n tokens of
-one sample (or of one expert), e experts, k experts of one token.
+one sample.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from . import varlen
+from .mlp import Experts, Mlp
 from .spec import TowerSpec
 
 
@@ -43,6 +45,10 @@ class Layout(Protocol):
         """The inverse of `grid`: drop the padding, back to [t, h, c]."""
         ...
 
+    def seen_by(self, rows_b: Tensor) -> Tensor | None:
+        """bool [b, n]: keys that these tokens, int64 [b], one of each sample, may see; None: all."""
+        ...
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -52,6 +58,10 @@ class Dense:
     length: int
     causal: bool = False
     seen_bn: Tensor | None = None
+
+    def seen_by(self, rows_b: Tensor) -> None:
+        """Which keys these tokens may see: all."""
+        assert not self.causal
 
     def grid(self, x_thc: Tensor) -> Tensor:
         """[t, h, c] -> [b, h, n, c], without copying."""
@@ -93,6 +103,12 @@ class Packed:
         within_t = torch.arange(total, device=lengths_b.device) - starts[rows_t]
         return Packed(rows_t * longest + within_t, starts.int(), len(lengths_b), longest)
 
+    def seen_by(self, rows_b: Tensor) -> Tensor:
+        """Which keys these tokens may see: those that stand no later."""
+        places_n = torch.arange(self.longest, device=rows_b.device)
+        seen_bn = places_n <= self.positions_t[rows_b, None]
+        return seen_bn if self.seen_bn is None else seen_bn & self.seen_bn
+
     @property
     def positions_t(self) -> Tensor:
         """int64 [t]: place of every token in its own sample."""
@@ -102,13 +118,47 @@ class Packed:
         """[t, h, c] -> [b, h, n, c] with zeros in the padding; without copying if there is none."""
         if len(x_thc) == self.samples * self.longest:
             return x_thc.unflatten(0, (self.samples, self.longest)).transpose(1, 2)
-        empty = x_thc.new_zeros(self.samples * self.longest, *x_thc.shape[1:])
-        return empty.index_copy(0, self.slots_t, x_thc).unflatten(0, (self.samples, self.longest)).transpose(1, 2)
+        laid: Tensor = _Laid.apply(x_thc, self.slots_t, self.samples * self.longest)
+        return laid.unflatten(0, (self.samples, self.longest)).transpose(1, 2)
 
     def flat(self, x_bhnc: Tensor) -> Tensor:
         """[b, h, n, c] -> [t, h, c]."""
         x_thc = x_bhnc.transpose(1, 2).flatten(0, 1)
-        return x_thc if len(x_thc) == len(self.slots_t) else x_thc.index_select(0, self.slots_t)
+        if len(x_thc) == len(self.slots_t):
+            return x_thc
+        taken: Tensor = _Taken.apply(x_thc, self.slots_t)
+        return taken
+
+
+class _Laid(torch.autograd.Function):
+    """Rows to their places among zeros. No place is taken twice, so the way back is to look there; torch, which cannot
+    know, keeps the rows as well, and on the way back from `_Taken` adds one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, total: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return rows.new_zeros(total, *rows.shape[1:]).index_copy_(0, places, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return slopes[0].index_select(0, places), None, None
+
+
+class _Taken(torch.autograd.Function):
+    """The inverse of `_Laid`."""
+
+    @staticmethod
+    def forward(ctx: Any, laid: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.total = len(laid)
+        return laid.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        laid = slopes[0].new_zeros(ctx.total, *slopes[0].shape[1:])
+        (places,) = ctx.saved_tensors
+        return laid.index_copy_(0, places, slopes[0]), None
 
 
 class Attention(nn.Module):
@@ -135,10 +185,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Mix the tokens of each sample, [t, d] -> [t, d]; `memory` is the other stream, if there is one.
 
-        With `rows_b`, a token of each sample of a packed stream of its own, only these look, [t, d] -> [b, d].
+        With `rows_b`, a token of each sample of a stream of its own, only these look, [t, d] -> [b, d].
         """
         if rows_b is not None:
-            assert isinstance(layout, Packed)
             return self._rows(x_td, layout, rows_b)
         source_td, source = (x_td, layout) if memory_td is None or memory is None else (memory_td, memory)
         q_thc = self.query(x_td).unflatten(-1, (self.heads, -1))
@@ -156,73 +205,30 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.out(layout.flat(mixed).flatten(1))
 
-    def _rows(self, x_td: Tensor, layout: Packed, rows_b: Tensor) -> Tensor:
-        """What the tokens `rows_b` take from themselves and those before them."""
+    def _rows(self, x_td: Tensor, layout: Layout, rows_b: Tensor) -> Tensor:
+        """What the tokens `rows_b` take from those of their sample that they may see."""
         q_bh1c = self.query(x_td[rows_b]).unflatten(-1, (self.heads, 1, -1))
         k, v = (layout.grid(project(x_td).unflatten(-1, (self.heads, -1))) for project in (self.key, self.value))
-        places_n = torch.arange(layout.longest, device=rows_b.device)
-        seen_bn = places_n <= layout.positions_t[rows_b, None]
-        seen_bn = seen_bn if layout.seen_bn is None else seen_bn & layout.seen_bn
-        mixed_bh1c = F.scaled_dot_product_attention(q_bh1c, k, v, attn_mask=seen_bn[:, None, None])
+        seen_bn = layout.seen_by(rows_b)
+        mixed_bh1c = F.scaled_dot_product_attention(
+            q_bh1c, k, v, attn_mask=None if seen_bn is None else seen_bn[:, None, None]
+        )
         return self.out(mixed_bh1c.flatten(1))
 
 
-class Mlp(nn.Module):
-    """Two linear maps with a GELU between them, exact unless the spec names an approximation; or SwiGLU, with a third
-    map as a gate (arXiv 2002.05202)."""
-
-    def __init__(self, spec: TowerSpec) -> None:
-        super().__init__()
-        self.kind = spec.mlp
-        self.gate = nn.Linear(spec.width, spec.mlp_width) if spec.mlp == "swiglu" else None
-        self.up = nn.Linear(spec.width, spec.mlp_width)
-        self.down = nn.Linear(spec.mlp_width, spec.width)
-
-    def forward(self, x_td: Tensor) -> Tensor:
-        """[t, d] -> [t, d]."""
-        if self.gate is None:
-            return self.down(_gelu(self.kind, self.up(x_td)))
-        return self.down(F.silu(self.gate(x_td)) * self.up(x_td))
+def kernel(spec: TowerSpec, length: int, causal: bool, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The kernel that torch picks for the attention of samples of `length` tokens: flash, efficient, cudnn or math."""
+    shape = (1, spec.heads, length, spec.head_width)
+    q, k, v = (torch.empty(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    found = SDPBackend(torch._fused_sdp_choice(q, k, v, None, 0.0, causal))  # private, and the only one who knows
+    return str(found.name).removesuffix("_ATTENTION").lower()
 
 
-def _gelu(kind: str, x: Tensor) -> Tensor:
-    """GELU, or what a model was trained with in its place (Hendrycks and Gimpel, arXiv 1606.08415, section 2)."""
-    if kind == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
-
-
-class Experts(nn.Module):
-    """A mixture of MLPs: each token goes through the `active` ones that the router gives most, mixed by their gates.
-
-    Gates are a softmax over all experts, and those that are chosen are scaled to sum to one (Mixtral, arXiv
-    2401.04088), so that experts which are alike are together what one of them is.
-    """
-
-    counts_e: Tensor
-    """of the last forward pass: tokens of each expert"""
-    gates_e: Tensor
-    """of the last forward pass: the softmax of each expert, summed over the tokens"""
-
-    def __init__(self, spec: TowerSpec) -> None:
-        super().__init__()
-        self.active = spec.active
-        self.router = nn.Linear(spec.width, spec.experts, bias=False)
-        self.experts = nn.ModuleList(Mlp(spec) for _ in range(spec.experts))
-
-    def forward(self, x_td: Tensor) -> Tensor:
-        """[t, d] -> [t, d]."""
-        scores_te = self.router(x_td).softmax(-1)
-        gates_tk, chosen_tk = scores_te.topk(self.active, dim=-1)
-        gates_tk = gates_tk / gates_tk.sum(-1, keepdim=True)
-        self.gates_e, self.counts_e = scores_te.sum(0), chosen_tk.flatten().bincount(minlength=len(self.experts))
-        mixed_td = torch.zeros_like(x_td)
-        for number, expert in enumerate(self.experts):
-            # An expert that nobody chose still runs, on nothing: every parameter has a gradient in every step.
-            tokens, places = (chosen_tk == number).nonzero(as_tuple=True)
-            made_nd = expert(x_td[tokens]) * gates_tk[tokens, places, None]
-            mixed_td = mixed_td.index_add(0, tokens, made_nd.to(mixed_td.dtype))
-        return mixed_td
+def _for_maps(x_td: Tensor) -> Tensor:
+    """The stream as linear maps take it: under autocast each of them would make, and keep, a copy of its own."""
+    kind = x_td.device.type
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x_td.to(torch.get_autocast_dtype(kind)) if cast else x_td
 
 
 class Norm(nn.LayerNorm):
@@ -271,17 +277,18 @@ class Block(nn.Module):
         memory: Layout | None = None,
         rows_b: Tensor | None = None,
     ) -> Tensor:
-        """[t, d] -> [t, d]; or, of a packed stream without another, only the tokens `rows_b`, [b, d]."""
-        normed_td = self.attention_norm(x_td)
+        """[t, d] -> [t, d]; or, of a stream without another, only the tokens `rows_b`, [b, d]."""
+        normed_td = _for_maps(self.attention_norm(x_td))
         if rows_b is not None:
             x_td = x_td[rows_b]
         x_td = x_td + self.gained("attention", self.attention(normed_td, layout, rows_b=rows_b))
         if memory_td is not None and not self.after:
             x_td = x_td + self.gained("cross", self.cross(self.cross_norm(x_td), layout, memory_td, memory))
-        x_td = x_td + self.gained("mlp", self.mlp(self.mlp_norm(x_td)))
+        x_td = x_td + self.gained("mlp", self.mlp(_for_maps(self.mlp_norm(x_td))))
         if memory_td is None or not self.after:
             return x_td
-        crossed_td = self.cross(self.cross_norm(x_td), layout, self.memory_norm(memory_td), memory)
+        memory_td = _for_maps(self.memory_norm(memory_td))
+        crossed_td = self.cross(self.cross_norm(x_td), layout, memory_td, memory)
         x_td = x_td + self.gained("cross", crossed_td)
         return x_td + self.gained("cross_mlp", self.cross_mlp(self.cross_mlp_norm(x_td)))
 
@@ -295,8 +302,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(spec, memory_width, after) for _ in range(depth))
         self.norm = nn.LayerNorm(spec.width, spec.norm_eps) if norm else nn.Identity()
-        self.recompute = False
-        """whether the insides of blocks are made again in the backward pass instead of kept"""
+        self.again = 0
+        """of how many of the first blocks the insides are made again in the backward pass instead of kept"""
 
     def forward(
         self,
@@ -309,8 +316,10 @@ class Transformer(nn.Module):
         """[t, d] -> [t, d]; with `rows_b` the last block works for these tokens only, and they are returned, [b, d]."""
         for number, block in enumerate(self.blocks):
             wanted = rows_b if number == len(self.blocks) - 1 else None
-            if self.recompute and torch.is_grad_enabled():
-                x_td = checkpoint(block, x_td, layout, memory_td, memory, wanted, use_reentrant=False)
+            if number < self.again and torch.is_grad_enabled():
+                x_td = checkpoint(  # nothing is drawn inside of blocks
+                    block, x_td, layout, memory_td, memory, wanted, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x_td = block(x_td, layout, memory_td, memory, wanted)
         return self.norm(x_td)

@@ -6,8 +6,15 @@
     python slurm/cluster.py start-node DIR n2
     python slurm/cluster.py stop DIR
 
+With `--network` behind start, each node has a network of its own, joined to the others by a bridge, so that it can be
+cut off. There is no way from the machine into it: commands go in by `enter`.
+
+    python slurm/cluster.py enter DIR sinfo   a command as on the login node
+    python slurm/cluster.py cut DIR n2        pull the node's network cable
+    python slurm/cluster.py mend DIR n2
+
 A node is a slurmd in namespaces of its own (mount, host name, processes), held by one process: killing that one ends
-everything on the node at once. Network, disk, memory and cores are the machine's and shared. Every time-out is far
+everything on the node at once. Disk, memory and cores are the machine's and shared. Every time-out is far
 below what a site has, so that a failure shows within seconds. Needs root; everything is stopped by its recorded pid.
 """
 
@@ -26,13 +33,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare", "nsenter", "ip")
+NET = "10.77.0"
+"""the addresses of a cluster with a network of its own"""
 _INSIDE = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
 
 _CONF = """\
 ClusterName=onemachine
-SlurmctldHost=ctl(127.0.0.10)
+SlurmctldHost=ctl({address})
 SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
@@ -68,7 +77,7 @@ InactiveLimit=0
 CompleteWait=0
 KillWait={kill_wait}
 MinJobAge=600
-UnkillableStepTimeout=10
+UnkillableStepTimeout=60
 NodeName=DEFAULT CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 ThreadsPerCore=1 RealMemory=64000 Gres=gpu:8
 {nodes}
 PartitionName=DEFAULT Nodes=n[1-{count}] MaxTime=INFINITE State=UP
@@ -104,17 +113,25 @@ def install() -> None:
 class Cluster:
     """A cluster with its state in `folder`; any number of objects may speak of the same one."""
 
-    def __init__(self, folder: Path, nodes: int = 3, kill_wait: int = 15, grace: int = 30) -> None:
-        """`kill_wait` and `grace`: seconds from SIGTERM to SIGKILL, and for a preempted job."""
+    def __init__(
+        self, folder: Path, nodes: int = 3, kill_wait: int = 15, grace: int = 30, network: bool = False
+    ) -> None:
+        """`kill_wait` and `grace`: seconds from SIGTERM to SIGKILL, and for a preempted job. `network`: one of its own.
+
+        A folder that holds a cluster already keeps what that was made with.
+        """
         self.folder = folder.absolute()
         self.conf = self.folder / "slurm.conf"
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
+        self.network = Network(self.folder) if network or (self.folder / "network").exists() else None
         if not self.conf.exists():
             self._configure(kill_wait, grace)
         self.environment = os.environ | {"SLURM_CONF": str(self.conf)}
 
     def start(self) -> None:
         """Start whatever does not run, and wait until all nodes can be used."""
+        if self.network:
+            self.network.make(self.names)
         if not self._alive("munged"):
             munge = self.folder / "munge"
             for left in munge.glob("socket*"):
@@ -136,6 +153,11 @@ class Cluster:
         """SIGKILL."""
         self._kill("ctl")
 
+    def on_node(self, name: str, *command: str) -> subprocess.CompletedProcess[str]:
+        """A command as root on a node, which sees its mounts, its name and its network. Raises if it fails."""
+        enter = ["nsenter", f"--target={self._pid(name)}", "--mount", "--uts", "--net"]
+        return subprocess.run([*enter, *command], capture_output=True, text=True, timeout=60, check=True)
+
     def kill_node(self, name: str) -> None:
         """SIGKILL for everything that runs on the node, as when its power fails."""
         self._kill(name)
@@ -143,6 +165,17 @@ class Cluster:
     def start_node(self, name: str) -> None:
         """Boot it again; returns when it can be used."""
         self._boot(name, "slurmd", "-N", name)
+        self.wait_for_nodes()
+
+    def cut(self, name: str) -> None:
+        """Cut a node off from all others and from the controller, where the cluster has a network of its own."""
+        assert self.network, "only a cluster that was started with a network of its own has cables"
+        self.network.link(name, up=False)
+
+    def mend(self, name: str) -> None:
+        """Join it again; returns when it can be used."""
+        assert self.network
+        self.network.link(name, up=True)
         self.wait_for_nodes()
 
     def wait_for_nodes(self) -> None:
@@ -153,7 +186,7 @@ class Cluster:
             states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").stdout.split()
             return len(states) == len(self.names) and all(state in up for state in states)
 
-        self._until(ready, f"the nodes do not come up; see {self.folder}/log", 30)
+        self._until(ready, f"the nodes do not come up; see {self.folder}/log", 60)
 
     def stop(self) -> None:
         """End all jobs, then the daemons."""
@@ -162,11 +195,25 @@ class Cluster:
             self.run("scancel", "--state=PENDING", "-u", "root")
         for name in (*self.names, "ctl", "munged"):
             self._kill(name)
+        if self.network:
+            self.network.remove(self.names)
+
+    def on_login_node(self, *command: str) -> list[str]:
+        """What to start instead of `command`, so that it runs as on the login node."""
+        if self.network is None:
+            return list(command)
+        return [*self.network.inside("ctl"), "unshare", "--mount", "--uts", *self._inside("login"), *command]
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """A command as on the login node."""
         return subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60, check=False, cwd=self.folder
+            self.on_login_node(*command),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            cwd=self.folder,
         )
 
     def _configure(self, kill_wait: int, grace: int) -> None:
@@ -179,16 +226,17 @@ class Cluster:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
         count, port = len(self.names), _free_ports(len(self.names) + 1)
-        hosts = ["127.0.0.1 localhost", "127.0.0.10 ctl", *(f"127.0.0.{10 + i} n{i}" for i in range(1, count + 1))]
+        net = NET if self.network else "127.0.0"
+        hosts = ["127.0.0.1 localhost", f"{net}.10 ctl", *(f"{net}.{10 + i} n{i}" for i in range(1, count + 1))]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
         for number in range(8):  # stand-ins for GPUs: /dev/null by other names
             os.mknod(self.folder / "run" / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/run/gpu[0-7]\n")
         nodes = "\n".join(
-            f"NodeName=n{i} NodeHostname=n{i} NodeAddr=127.0.0.{10 + i} Port={port + i}" for i in range(1, count + 1)
+            f"NodeName=n{i} NodeHostname=n{i} NodeAddr={net}.{10 + i} Port={port + i}" for i in range(1, count + 1)
         )
-        text = _CONF.format(folder=self.folder, port=port, nodes=nodes, count=count, kill_wait=kill_wait, grace=grace)
-        self.conf.write_text(text)
+        about = {"nodes": nodes, "count": count, "kill_wait": kill_wait, "grace": grace}
+        self.conf.write_text(_CONF.format(folder=self.folder, address=f"{net}.10", port=port, **about))
 
     def _boot(self, name: str, *daemon: str) -> None:
         if self._alive(name):
@@ -196,8 +244,12 @@ class Cluster:
         (self.folder / "spool" / name).mkdir(exist_ok=True)
         program, *options = daemon
         alone = ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child=KILL"]
-        inside = ["bash", "-c", _INSIDE, "boot", name, str(self.folder / "hosts")]
-        self._spawn(name, [*alone, *inside, program, "-D", "-f", str(self.conf), *options])
+        where = self.network.inside(name) if self.network else []
+        self._spawn(name, [*where, *alone, *self._inside(name), program, "-D", "-f", str(self.conf), *options])
+
+    def _inside(self, name: str) -> list[str]:
+        """What gives a process in namespaces of its own a host name, and the names of the others."""
+        return ["bash", "-c", _INSIDE, "boot", name, str(self.folder / "hosts")]
 
     def _spawn(self, name: str, command: list[str]) -> None:
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
@@ -237,6 +289,56 @@ class Cluster:
             time.sleep(0.1)
 
 
+class Network:
+    """One network namespace a node, and one for controller and login node, which holds the bridge between them."""
+
+    def __init__(self, folder: Path) -> None:
+        """The namespaces' names begin with a tag that is kept in `folder`, so that two clusters have different ones."""
+        mark = folder / "network"
+        if not mark.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.write_text(f"tr{secrets.token_hex(3)}")
+        self.tag = mark.read_text()
+
+    def inside(self, name: str) -> list[str]:
+        """The words before a command that run it in the network of a node."""
+        return ["nsenter", f"--net=/run/netns/{self.tag}-{name}"]
+
+    def make(self, names: list[str]) -> None:
+        """Make all that is missing."""
+        if Path(f"/run/netns/{self.tag}-ctl").exists():
+            return
+        self._ip("netns", "add", f"{self.tag}-ctl")
+        self._in("ctl", "link", "set", "lo", "up")
+        self._in("ctl", "link", "add", "bridge", "type", "bridge")
+        self._in("ctl", "addr", "add", f"{NET}.10/24", "dev", "bridge")
+        self._in("ctl", "link", "set", "bridge", "up")
+        for number, name in enumerate(names, 1):
+            space = f"{self.tag}-{name}"
+            self._ip("netns", "add", space)
+            self._in(name, "link", "set", "lo", "up")
+            self._in(name, "link", "add", "eth0", "type", "veth", "peer", "name", name, "netns", f"{self.tag}-ctl")
+            self._in("ctl", "link", "set", name, "master", "bridge", "up")
+            self._in(name, "addr", "add", f"{NET}.{10 + number}/24", "dev", "eth0")
+            self._in(name, "link", "set", "eth0", "up")
+
+    def link(self, name: str, up: bool) -> None:
+        """The cable of a node."""
+        self._in("ctl", "link", "set", name, "up" if up else "down")
+
+    def remove(self, names: list[str]) -> None:
+        """Remove all of it."""
+        for name in (*names, "ctl"):
+            if Path(f"/run/netns/{self.tag}-{name}").exists():
+                self._ip("netns", "delete", f"{self.tag}-{name}")
+
+    def _in(self, name: str, *words: str) -> None:
+        self._ip("-n", f"{self.tag}-{name}", *words)
+
+    def _ip(self, *words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
 def _plain() -> dict[str, str]:
     """The environment of a daemon: nothing of whoever starts it."""
     return {"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), "LANG": "C.UTF-8"}
@@ -258,22 +360,26 @@ def main() -> None:
     if verb == "install":
         install()
         return
-    if verb not in ("start", "stop", "status", "kill-node", "start-node") or not rest:
+    verbs = ("start", "stop", "status", "kill-node", "start-node", "enter", "cut", "mend")
+    if verb not in verbs or not rest:
         raise SystemExit(__doc__)
     if reason := lacking():
         raise SystemExit(reason)
-    cluster = Cluster(Path(rest[0]))
+    cluster = Cluster(Path(rest[0]), network="--network" in rest[1:2])
     if verb == "start":
         cluster.start()
         print(f"export SLURM_CONF={cluster.conf}")
     elif verb == "stop":
         cluster.stop()
-    elif verb == "kill-node":
-        cluster.kill_node(rest[1])
-    elif verb == "start-node":
-        cluster.start_node(rest[1])
-    else:
+    elif verb == "status":
         print(cluster.run("sinfo", "-N").stdout, end="")
+    elif verb == "enter":
+        command = cluster.on_login_node(*rest[1:])
+        os.execvpe(command[0], command, cluster.environment)
+    else:
+        {"kill-node": cluster.kill_node, "start-node": cluster.start_node, "cut": cluster.cut, "mend": cluster.mend}[
+            verb
+        ](rest[1])
 
 
 if __name__ == "__main__":

@@ -126,6 +126,36 @@ class Browser:
         return answer
 
 
+def check_page(browser: Browser, page: Path, width: int, height: int, dark: bool) -> int:
+    """Show a page of ours and hold it to what all of them promise: drawn whole, quiet, alone, readable by all.
+
+    Returns the number of drawings that show.
+    """
+    browser.open(page, width, height, dark)
+    assert browser.complaints == []
+    assert [url for url in browser.requests if not url.startswith(("file:", "data:", "about:"))] == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate("[...document.images].every(e => e.complete && e.naturalWidth > 0 && e.alt)")
+    drawn = "[...document.querySelectorAll('svg[role=img]')].filter(e => e.getClientRects().length)"
+    told = "e.querySelector('title').textContent.length, (e.querySelector('desc') || e).textContent.length"
+    figures = browser.evaluate(
+        f"{drawn}.map(e => [e.getBoundingClientRect().width, e.getBoundingClientRect().right,"
+        f" e.querySelectorAll('path, polyline, rect, circle').length, {told}])"
+    )
+    for across, right, marks, title, words in figures:
+        assert across > 100
+        assert right <= width + 1
+        assert marks > 0
+        assert title > 3
+        assert words > 20
+    contrasts = browser.evaluate(CONTRASTS)
+    assert len(contrasts) > 50
+    assert min(contrasts)[0] >= 4.5, min(contrasts)
+    paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == ("rgb(22, 24, 21)" if dark else "rgb(252, 251, 247)")
+    return len(figures)
+
+
 CONTRASTS = """
 (() => {
   const channel = c => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 from pathlib import Path
@@ -38,6 +39,13 @@ def peak_flops(device: torch.device) -> float | None:
 def peak_memory(device: torch.device) -> int:
     """The most bytes the run has held on the device so far; on a CPU the process's largest resident size."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory()
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory of the device; of a CPU that of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def process_memory() -> int:

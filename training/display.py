@@ -65,7 +65,9 @@ class Display:
         if not self.on:
             return
         row = self.records.event(event, state.step, state.samples, **detail)
-        if event == "grow":
+        if event in ("start", "resume"):
+            self.progress.note("attention: " + "; ".join(f"{what} by {how}" for what, how in row["attention"].items()))
+        elif event == "grow":
             self._open_board().growth(row)
             sizes = ", ".join(f"{path} {row['from'][path]} -> {size}" for path, size in row["to"].items())
             before, after = row["parameters_before"] / 1e6, row["parameters_after"] / 1e6
@@ -149,6 +151,7 @@ class Display:
         """Give the terminal back and flush TensorBoard."""
         if self.on:
             self.progress.close()
+            self.records.close()
             if self._board:
                 self._board.close()
 

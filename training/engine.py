@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..models import varlen
+from ..data.config import size_in_bytes
 from ..models.model import Model, ModelOutput, build, empty, materialise
 from ..models.spec import ModelSpec
-from ..models.transformer import Attention, Block, Transformer
 from . import micro
+from .memory import Recomputing
 from .objectives.base import Inputs, Objective, extras_of, gradient_norms, load_states, states
 from .optimizer import Optimizer, OptimizerConfig
+from .preparing import prepare
 from .shards import Layout
 from .world import World
 
@@ -44,10 +45,16 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         description="pieces in which a process takes its part of a batch through the model: with more than one it "
         "needs less memory and a second forward pass, and the gradient is the same",
     )
-    recompute: bool = Field(
-        False, description="make the insides of blocks again in the backward pass instead of keeping them"
+    activations: float | str | None = Field(
+        None,
+        description="what blocks may keep for the backward pass: bytes of a process as in 40GB, a share as in 0.5, or "
+        "auto for what the device has left; just as many blocks as have to are made again instead; left out: all",
     )
-    compile: bool = Field(False, description="compile each block with torch.compile; the first steps take minutes")
+    compile: bool = Field(
+        False,
+        description="compile blocks with torch.compile, once for all of a shape; the first steps after a start or a "
+        "growth take minutes",
+    )
     reshard: bool = Field(
         True,
         description="fsdp: drop a block's gathered weights after its forward pass; false: more memory, less traffic",
@@ -63,6 +70,20 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         description="deepspeed: what is spread. 1: optimizer state, 2: gradients too (left out: 2), 3: weights too",
     )
     offload: bool = Field(False, description="deepspeed: keep masters and moments, and step, on the host")
+
+    @field_validator("activations")
+    @classmethod
+    def _a_bound(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, str) and value != "auto" and size_in_bytes(value) is None:
+            raise ValueError(f"{value!r} is no size; write one such as 500MB or 40GB, a share such as 0.5, or auto")
+        if isinstance(value, float) and not 0 <= value <= 1:
+            raise ValueError(f"{value} is no share; write one from 0 (nothing) to 1 (all), or a size such as 40GB")
+        return value
+
+    @property
+    def activation_bytes(self) -> int | None:
+        """The bound on what blocks keep, where it is a number of bytes."""
+        return size_in_bytes(self.activations) if isinstance(self.activations, str) else None
 
     @property
     def zero_stage(self) -> int:
@@ -119,40 +140,27 @@ class StepResult:
 class Forward(nn.Module):
     """Model and objectives in one forward, so that what wraps it sees the whole graph."""
 
-    def __init__(self, model: Model, objectives: list[Objective], world: World, precision: str) -> None:
+    def __init__(
+        self, model: Model, objectives: list[Objective], world: World, precision: str, recomputing: Recomputing
+    ) -> None:
         super().__init__()
         self.model = model
         self.objectives = objectives
         self.world = world
         self.autocast = precision == "bf16"
+        self.recomputing = recomputing
 
     def forward(self, inputs: Inputs, losses: bool = True) -> dict[str, Tensor] | ModelOutput:
         """This rank's share of each objective; or, without `losses`, the model's output."""
         extras = extras_of(self.objectives, inputs)
+        if torch.is_grad_enabled():
+            self.recomputing.decide(inputs, extras)
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.autocast):
             output: ModelOutput = self.model(inputs.images, inputs.tokens, inputs.lengths, extras)
         if not losses:
             return output
         table = self.model.output_table
         return {o.name: o.share(output, inputs, table, self.world) for o in self.objectives}
-
-
-def prepare(model: Model, config: EngineConfig, device: torch.device) -> str:
-    """Switch a model's blocks to how the config wants them run on a device; names and weights stay.
-
-    The answer says how captions attend: `varlen`, without padding, or `padded` and why.
-    """
-    refused = None if config.precision == "bf16" and device.type == "cuda" else f"{config.precision} on {device.type}"
-    for attention in (module for module in model.modules() if isinstance(module, Attention)):
-        refused = refused or varlen.tried(attention.heads, attention.key.out_features // attention.heads, device)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.varlen = refused is None
-        if isinstance(module, Transformer):
-            module.recompute = config.recompute
-        if isinstance(module, Block) and config.compile:
-            module.compile(dynamic=True)
-    return "varlen" if refused is None else f"padded ({refused})"
 
 
 class Engine:
@@ -162,10 +170,12 @@ class Engine:
     """the model by its names; under an engine that spreads it only `spec` and the names are of use"""
     layout: Layout | None = None
     """what this rank holds of each tensor; None where every rank holds all of them"""
-    attention: str
-    """how captions attend, as `prepare` found it"""
+    attention: dict[str, str]
+    """by which kernels pictures and captions attend, as `prepare` found it"""
     copies: World
     """the ranks that hold the same as this one"""
+    recomputing: Recomputing
+    """which blocks are made again in the backward pass"""
 
     def __init__(
         self,
@@ -187,12 +197,18 @@ class Engine:
         self.model = build(spec, seed).to(self.world.device)
         self.attention = prepare(self.model, config, self.world.device)
         self.optimizer = Optimizer(self.model.named_parameters(), optimizer)
-        forward = Forward(self.model, self.objectives, self.world, config.precision)
+        forward = self._whole_forward(config)
         self._forward: nn.Module = (
             DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
             if self.world.size > 1
             else forward
         )
+
+    def _whole_forward(self, config: EngineConfig) -> Forward:
+        """Model and objectives, before anything is wrapped around them."""
+        padded = self.attention["captions"] != "varlen"
+        self.recomputing = Recomputing(self.model, config, self.optimizer_config, self.world, padded)
+        return Forward(self.model, self.objectives, self.world, config.precision, self.recomputing)
 
     def step(self, inputs: Inputs, lr: float, fade: float = 1.0) -> StepResult:
         """One optimizer step on this rank's part of a global batch, at learning rate `lr`; `fade` is the power that
@@ -233,7 +249,7 @@ class Engine:
         """The norm of each objective's gradient on this batch, unweighted; all ranks call it, and the device is waited
         for. Only where every process holds the whole model."""
         kept = states(self.objectives)
-        shares = Forward(self.model, self.objectives, self.world, self.precision)(inputs)
+        shares = Forward(self.model, self.objectives, self.world, self.precision, self.recomputing)(inputs)
         load_states(self.objectives, kept)  # looking at a batch is not learning from it
         return gradient_norms(self.objectives, shares, list(self.model.parameters()), self.world)
 

@@ -22,9 +22,10 @@ from ..models.model import Model, ModelOutput, empty, initialise, materialise
 from ..models.spec import ModelSpec
 from ..models.towers import MAX_LOG_SCALE
 from ..models.transformer import Block
-from .engine import Engine, EngineConfig, Forward, assembled, prepare
+from .engine import Engine, EngineConfig, assembled
 from .objectives.base import Inputs
 from .optimizer import Optimizer, OptimizerConfig
+from .preparing import prepare
 from .shards import Stretch, gathered, rows
 from .world import World
 
@@ -39,7 +40,7 @@ class FsdpEngine(Engine):
         world = self.world
         self.model = empty(spec)
         self.attention = prepare(self.model, config, world.device)
-        self._forward = Forward(self.model, self.objectives, world, config.precision)
+        self._forward = self._whole_forward(config)
         shard = min(config.shard or world.size, world.size)
         mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("copy", "shard"))
         self._holders = World(world.rank % shard, shard, world.device, mesh.get_group("shard"))

@@ -1,7 +1,8 @@
 """The run folder's text records: metrics.jsonl and ledger.jsonl, one JSON object a line.
 
 After a kill they are cut back to the commit the run continues from, so that they read as the log of one run that was
-never interrupted, with a line that says where it was.
+never interrupted, with a line that says where it was. The file is then a new one under the old name: a life that was
+taken for dead and still runs holds the file that was, and whatever it writes there is seen by nobody.
 """
 
 from __future__ import annotations
@@ -12,22 +13,30 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from .state import TrainingError
 
 _AFTER_A_COMMIT = ("search", "grow", "resume", "rollback", "end")
 """events that follow the commit of their step"""
 
 
 class JsonLines:
-    """An append-only file of JSON objects."""
+    """An append-only file of JSON objects, which one life of a run writes at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file: TextIO | None = None
 
     def append(self, *rows: dict[str, Any]) -> None:
-        """Add rows; they are in the file when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
+        """Add rows; they are in the file when this returns. Raises TrainingError if a later life has the file."""
+        if self._file is None or not self.path.exists():  # a person may have removed it
+            self.close()
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
+        self._file.flush()
+        if not _is_still(self.path, self._file):
+            raise TrainingError(f"{self.path} was taken over by a later life of this run, and this one ends")
 
     def rows(self) -> list[dict[str, Any]]:
         """Every complete row; a line torn by a kill is left out."""
@@ -42,11 +51,27 @@ class JsonLines:
         return rows
 
     def cut(self, keep: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
-        """Replace the file, at once, by the rows that `keep` returns of all rows."""
-        if self.path.exists():
-            passing = self.path.with_suffix(".partial")
-            passing.write_text("".join(json.dumps(row) + "\n" for row in keep(self.rows())), encoding="utf-8")
-            os.replace(passing, self.path)
+        """Take the file over: from now on it holds the rows that `keep` returns of all rows, and is this life's."""
+        self.close()
+        passing = self.path.with_suffix(".partial")
+        self._file = passing.open("w", encoding="utf-8")
+        self._file.writelines(json.dumps(row) + "\n" for row in keep(self.rows()))
+        self._file.flush()
+        os.replace(passing, self.path)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+
+def _is_still(path: Path, file: TextIO) -> bool:
+    """Whether the open `file` is the one of this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _finite(value: Any) -> Any:
@@ -66,6 +91,11 @@ class RunLog:
         self.folder = folder
         self.metrics = JsonLines(folder / "metrics.jsonl")
         self.ledger = JsonLines(folder / "ledger.jsonl")
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.metrics.close()
+        self.ledger.close()
 
     def event(self, event: str, step: int, samples: int, **detail: Any) -> dict[str, Any]:
         """Write a line of metrics.jsonl and return it."""

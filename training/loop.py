@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -66,36 +66,42 @@ class Summary:
     seconds: float
 
 
-def train(recipe: Recipe, out: Path, imports: float = 0.0, before: str | None = None) -> Summary:
+@dataclass(frozen=True)
+class Beginning:
+    """How a life came about, for the records."""
+
+    imports: float = 0.0
+    """seconds spent before the run"""
+    before: str | None = None
+    """how the life before this one ended"""
+    back: RolledBack | None = None
+    """where this one had to go back"""
+
+
+def train(
+    recipe: Recipe, out: Path, beginning: Beginning | None = None, lost: Callable[[], str | None] = lambda: None
+) -> Summary:
     """Run the recipe in folder `out`, or continue it if its store has a commit. Every process of the run calls this.
 
-    `imports` is the seconds spent before this call, for the start-up record; `before` says how the life before this one
-    ended, for the lineage.
+    `lost` says why this life must end at once, as another has begun; None while it need not.
     Raises DataError, StoreError or TrainingError.
     """
     world = World.join()
     try:
-        with StopRequest() as stop, Watchdog(recipe.watchdog, out, world) as watch:
-            end = _live(recipe, out, world, stop, watch, imports, before)
-            while isinstance(end, RolledBack):
-                end = _live(recipe, out, world, stop, watch, imports, None, end)
+        with StopRequest() as stop, Watchdog(recipe.watchdog, out, world, lost) as watch:
+            beginning = beginning or Beginning()
+            while isinstance(end := _live(recipe, out, world, stop, watch, beginning), RolledBack):
+                beginning = Beginning(beginning.imports, back=end)
             return end
     finally:
         world.leave()
 
 
 def _live(
-    recipe: Recipe,
-    out: Path,
-    world: World,
-    stop: StopRequest,
-    watch: Watchdog,
-    imports: float,
-    before: str | None,
-    back: RolledBack | None = None,
+    recipe: Recipe, out: Path, world: World, stop: StopRequest, watch: Watchdog, beginning: Beginning
 ) -> Summary | RolledBack:
-    """From the newest commit to the end of the run, or to where it has to go back; `back` is where it last had to."""
-    with Run(recipe, out, world, stop, watch, imports, before, back) as run:
+    """From the newest commit to the end of the run, or to where it has to go back."""
+    with Run(recipe, out, world, stop, watch, beginning) as run:
         try:
             for stage in range(run.state.stage, len(recipe.stages)):
                 run.enter(stage)
@@ -118,15 +124,7 @@ class Run:
     engine: Engine
 
     def __init__(
-        self,
-        recipe: Recipe,
-        out: Path,
-        world: World,
-        stop: StopRequest,
-        watch: Watchdog,
-        imports: float,
-        before: str | None,
-        back: RolledBack | None = None,
+        self, recipe: Recipe, out: Path, world: World, stop: StopRequest, watch: Watchdog, beginning: Beginning
     ) -> None:
         recipe.check_world(world.size)
         recipe.check_tokenizer()
@@ -147,7 +145,7 @@ class Run:
         self._feed = Feed(world.device)
         self.profile = Profile(out if recipe.log.profile else None, world.rank, world.device)
         self._begun = time.monotonic()
-        self._start(imports, before, back)
+        self._start(beginning)
         self._commit_time = time.monotonic()
         self.meter = Meter(self.state, world)
         self._seconds_before = self.state.seconds
@@ -171,8 +169,13 @@ class Run:
         self.specs = self.plan.specs()
         self.ends = list(accumulate(stage.steps(self.plan.data.batch) for stage in self.plan.stages))
 
-    def _start(self, imports: float, before: str | None, back: RolledBack | None) -> None:
-        """Take up the newest commit, or initialise, or begin with another run's; claim the place; say so."""
+    def _start(self, beginning: Beginning) -> None:
+        """Claim the place; take up the newest commit, or initialise, or begin with another run's; say so.
+
+        The claim comes first: a life before this one that still runs commits no more once this one has looked.
+        """
+        who = f"{describe(self.world.device)} x {self.world.size}"
+        life = self.world.objects(self.commits.claim_life(who) if self.world.is_first else 0)[0]
         clock = [time.monotonic()]
         names = self.world.objects(self.commits.names() if self.world.is_first else [])[0]
         clock.append(time.monotonic())
@@ -189,21 +192,19 @@ class Run:
             self.engine = self._build(origin.manifest.spec if origin else self.specs[0])
             if origin:
                 self._take_up(begin_with(self.recipe, origin, self.engine))
-        who = f"{describe(self.world.device)} x {self.world.size}"
-        life = self.world.objects(self.commits.claim_life(who) if self.world.is_first else 0)[0]
         hosts = self.world.hosts()
         event = "resume" if found else "start"
         detail: dict[str, Any] = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
-        if before:
-            detail["before"] = before
-        if back:
+        if beginning.before:
+            detail["before"] = beginning.before
+        if back := beginning.back:
             event = "rollback"
             detail |= {"batches": back.cursor - self.state.cursor, "times": back.times, "reason": back.reason}
             fresh = self.state.health.model_copy(update={"ill": 0, "leapt": False})
             self.state = self.state.model_copy(update={"health": fresh})
         self._remember(event, {**detail, "changes": self._changes} if self._changes else detail, life=life)
         seconds = {
-            "imports": imports,
+            "imports": beginning.imports,
             "find": clock[1] - clock[0],
             "read": clock[2] - clock[1] - self._preparing,
             "build": time.monotonic() - clock[2] + self._preparing,
@@ -237,13 +238,17 @@ class Run:
         return build_engine(spec, objectives, recipe.engine, recipe.optimizer, self.world, recipe.seed)
 
     def _loader(self) -> Loader:
-        """The stream at the model's resolution and context; it knows which samples are bad already."""
-        spec, recipe, world = self.engine.model.spec, self.recipe, self.world
-        resolution, context, mixtures = spec.image.resolution, spec.text.context, self._mixtures()
-        loader = Loader(recipe.data, resolution, context, recipe.seed, world.rank, world.size, mixtures)
+        """The stream as the stage sees it; it knows which samples are bad already."""
+        recipe, world = self.recipe, self.world
+        loader = Loader(recipe.data, *self._seen(), recipe.seed, world.rank, world.size, self._mixtures())
         self.specs[-1].check_samples(loader.columns)
         loader.check_bad(_entries(world.objects(self.display.known_bad())[0]))
         return loader
+
+    def _seen(self) -> tuple[int, int]:
+        """Resolution of the pictures and most tokens of a caption in the stage."""
+        spec = self.engine.model.spec
+        return spec.image.resolution, self.plan.stages[self.state.stage].longest(spec)
 
     def _mixtures(self) -> list[Mixture]:
         """The mixtures by the number of the global batch they begin at: the step, and what was passed over before."""
@@ -263,6 +268,7 @@ class Run:
         if stage == self.state.stage:
             return
         self._fold()
+        seen = self._seen()
         if self.plan.stages[stage].search:
             self._search(stage)
         if self.specs[stage] != self.engine.model.spec:
@@ -275,11 +281,12 @@ class Run:
             self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe, recipe.seed, how, fade)
             load_states(self.engine.objectives, learned)
             self._remember("grow", growth.json())
-            self.loader = self._loader()
             self.display.event("grow", self.state, **growth.json())
         self.state = self.state.model_copy(
             update={"stage": stage, "window": (), "health": Health(well=self.state.step)}
         )
+        if self._seen() != seen:
+            self.loader = self._loader()
 
     def _search(self, stage: int) -> None:
         """Decide what a stage grows into, by trials from here."""
@@ -413,6 +420,8 @@ class Run:
         loss = sum(o.weight * losses[o.name] for o in self.engine.objectives)
         health = state.health.after_line(recipe.recovery, state.step, steps, new, loss)
         self.state = state.model_copy(update={"skipped": skipped, "health": health})
+        if short := self.engine.recomputing.shortage():
+            self.display.warn(short)
         if new:
             self.display.warn(f"{new} of the last {steps} steps had a gradient that is not finite and were skipped")
         self.display.step(
@@ -426,6 +435,7 @@ class Run:
             parameters=self.engine.parameters,
             passes=self.loader.coverage(state.cursor),
             **self.meter.line(self.state, recipe.data.batch),
+            **self.engine.recomputing.figures(),
             **({"gradient_norms": self.engine.gradient_norms(self.inputs)} if self.recipe.log.gradients else {}),
         )
 

@@ -155,6 +155,23 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
         return self
 
     @model_validator(mode="after")
+    def _captions_can_be_cut(self) -> Self:
+        for number, (stage, spec) in enumerate(zip(self.stages, self.specs(), strict=True)):
+            if stage.context is None:
+                continue
+            if spec.text.filled:
+                raise ValueError(
+                    f"stages.{number}.context = {stage.context} would save nothing and move what is read: the text "
+                    f"tower fills captions to its context; leave it out, or grow text.context"
+                )
+            if stage.context > spec.text.context:
+                raise ValueError(
+                    f"stages.{number}.context = {stage.context} cuts nothing, model.text.context is "
+                    f"{spec.text.context}; leave it out, or set fewer tokens"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _a_plateau_is_left(self) -> Self:
         if self.stages[-1].plateau:
             raise ValueError(

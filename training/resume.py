@@ -76,8 +76,8 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
             f"{commit.url} holds weights alone, which a run begins with and does not continue; give another --out, "
             f"and begin there with --from {commit.url}"
         )
-    try:  # a field that is newer than the commit has its default there
-        before = Recipe.model_validate(commit.manifest.recipe)
+    try:  # a field that is newer than the commit has its default there; the engine may be any
+        before = Recipe.model_validate({key: value for key, value in commit.manifest.recipe.items() if key != "engine"})
     except ValidationError as error:
         raise StoreError(
             f"{commit.url} was written by another release, whose recipe says what this one does not know "

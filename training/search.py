@@ -97,7 +97,7 @@ def search(
     for sizes, spec in how.candidates(engine.model.spec):
         if not _leads_on(recipe, (*state.decisions, Decision(stage=stage, grow=sizes))):
             continue
-        resolution, context = spec.image.resolution, spec.text.context
+        resolution, context = spec.image.resolution, how.longest(spec)
         loader = Loader(plan.data, resolution, context, seed, world.rank, world.size, newest)
         with closing(loader.batches(0)) as batches:
             inputs = map(to_device, islice(batches, steps))

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from ..models.flops import training_flops
 from ..models.growth.plan import Copies, Drops, Inheriting, Layers, changes, check_tokens
 from ..models.spec import ModelSpec
+from .draws import share_of
 
 
 class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -131,6 +132,12 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
         description="share of each picture's patches that is looked at, drawn anew each time (FLIP); end with a stage "
         "of 1",
     )
+    context: int | None = Field(
+        None,
+        ge=3,
+        description="longest caption of the stage in tokens, start and end included; longer ones are cut before their "
+        "end (CLIPA); left out: model.text.context; end with a stage without it",
+    )
     replay: float = Field(
         0.0,
         ge=0,
@@ -194,6 +201,14 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
         changes(spec, resized)
         check_tokens(spec, resized, self.tokens)
         return resized
+
+    def longest(self, spec: ModelSpec) -> int:
+        """The most tokens that a caption has in the stage, of a model of `spec`."""
+        return min(self.context or spec.text.context, spec.text.context)
+
+    def kept_patches(self, spec: ModelSpec) -> int:
+        """The patches of a picture that are looked at."""
+        return share_of(spec.image.grid**2, self.patches)
 
     def steps(self, batch: int) -> int:
         """Optimizer steps of the stage at a global batch of `batch` pairs."""

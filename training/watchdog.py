@@ -4,7 +4,8 @@ A thread beside the training writes this process's phase and step into `DIR/hear
 that stays in one phase for too long asks the others for the stacks of their threads, brings them together in
 `DIR/hang.txt` with where each is and the samples it had last, adds a line to `DIR/hangs.jsonl`, and exits with a code
 of its own: whoever started the run starts it again. A stopped process cannot do any of that; the others see its
-heartbeat grow old and name it.
+heartbeat grow old and name it. A process whose run another life has begun elsewhere, since this one was taken for dead,
+ends too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +30,8 @@ from .world import World
 
 HUNG = 75
 """exit code of a process that gave up waiting"""
+LOST = 76
+"""exit code of a process whose run another life has taken over"""
 SLOW_FACTOR = 6
 """how much longer than a step the other phases may take: start, evaluation, commit, growth"""
 _STEP_PHASES = ("data", "step")
@@ -59,7 +62,11 @@ class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 class Watchdog:
     """Watches this process from a thread of its own for as long as the context is open."""
 
-    def __init__(self, config: WatchdogConfig, folder: Path, world: World) -> None:
+    def __init__(
+        self, config: WatchdogConfig, folder: Path, world: World, lost: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """`lost` says why this process must end at once; None while it need not."""
+        self._lost = lost
         self.folder, self.world, self.limit = folder, world, config.seconds
         self.pause = min(5.0, self.limit / 10)
         self._now: tuple[str, int, float] = ("start", 0, time.monotonic())
@@ -89,6 +96,9 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             closed = self._closed.wait(self.pause)
+            if reason := self._lost():
+                print(reason, file=sys.stderr, flush=True)
+                os._exit(LOST)
             self._beat()
             if closed:
                 return

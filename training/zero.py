@@ -18,9 +18,10 @@ from torch import Tensor
 from ..models.model import Model, ModelOutput, built_by_module, empty
 from ..models.spec import ModelSpec
 from ..models.towers import MAX_LOG_SCALE
-from .engine import Engine, EngineConfig, Forward, assembled, prepare
+from .engine import Engine, EngineConfig, assembled
 from .objectives.base import Inputs
 from .optimizer import OptimizerConfig, adamw, decays, pace
+from .preparing import prepare
 from .shards import gathered
 from .world import World
 from .zero_partitions import Partitions, cutter, require
@@ -52,7 +53,7 @@ class ZeroEngine(Engine):
         self._multipliers = dict(multipliers)
         self._steps = self._skips = 0
         named = dict(self.model.named_parameters())
-        forward = Forward(self.model, self.objectives, self.world, self._config.precision)
+        forward = self._whole_forward(self._config)
         decayed = {name for name, parameter in plan.items() if decays(name, parameter)}
         self._adam = adamw(named, decayed, self._adamw, multipliers)
         self._engine, zero, _, _ = deepspeed.initialize(model=forward, optimizer=self._adam, config=settings)

@@ -1,6 +1,6 @@
 """What a training step costs: Treering's and open_clip's own model, loss and optimizer, in turns in one process.
 
-    python -m tests.benchmarks.train_step [--quick] [--json] [--data FOLDER] [--models NAME,NAME]
+    python -m tests.benchmarks.train_step [--quick] [--json] [--data FOLDER] [--models NAME,NAME] [--page FILE]
 
 Both start from the same weights and see the same pictures and captions; the losses, and the norms of the gradients, are
 compared before anything is timed. Each step is forward, loss, backward, clipping at norm 1 and AdamW. On a CPU one
@@ -14,8 +14,9 @@ lengths of human ones; what is read of a caption is how many tokens it has, and 
 `coca_b32` is CoCa with both losses. open_clip's pools pictures by attention and reads captions at a token of its own,
 so there the two are not one function: the widths, depths and vocabulary are the same, the weights are not.
 
-On a GPU it ends with the largest batch of B/32 and of CoCa B/32, ours, by doubling until the memory is full. All of it
-takes less than ten minutes on an H100.
+On a GPU it ends with the largest batch of B/32 and of CoCa B/32, ours, by doubling until the memory is full. Nothing is
+begun after seven minutes, so that all of it should take less than ten on an H100; `--page docs/benchmarks/h100.md` then
+writes the page.
 
 open_clip's picture tower is built with mean pooling, no norm before it, and without its class token, which Treering's
 has not: that makes open_clip's 2% cheaper. Patches have a bias here, and none there: it starts at zero.
@@ -53,6 +54,8 @@ from treering.training.world import World
 
 LARGEST = 32_768
 """pairs: where the search for the largest batch ends"""
+LIMIT = 420
+"""seconds after which nothing new is begun"""
 CONTEXT, LR = 77, 0.0
 """a rate of zero keeps the weights equal; the optimizer does all of its work"""
 
@@ -339,54 +342,117 @@ def largest_batch(name: str, device: torch.device) -> int:
     while batch <= LARGEST:
         try:
             ours.prepare(*pairs(None, batch, False))
-            ours.step()
-            torch.cuda.synchronize(device)
+            timed(ours.step, device, 1)
         except torch.OutOfMemoryError:
             break
         fits, batch = batch, 2 * batch
     del ours
-    torch.cuda.empty_cache()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return fits
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="ViT-S/32 and one round")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--data", type=Path, help="folder with photos and captions.tsv")
-    parser.add_argument("--models", help=f"of {', '.join(MODELS)}, with :full for full context; commas between")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    default = "s32" if options.quick else "s32,b32,b32:full" + (",b16,l14,coca_b32" if device.type == "cuda" else "")
-    rounds = 1 if options.quick else 3
-    figures: dict[str, float] = {}
-    if not options.json:
-        print(f"{describe(device)}, {'bf16' if device.type == 'cuda' else 'fp32, one thread'}; ours and open_clip's")
-        print(
-            f"{'':10}{'batch':>6}{'tokens':>8}{'samples/s':>18}{'ratio':>8}{'peak MiB':>16}{'MFU':>7}{'agree to':>10}"
-        )
-    for entry in (options.models or default).split(","):
+def measured(entries: list[str], options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """All figures, told as they come; what would begin after `LIMIT` seconds is left out."""
+    begun, figures = time.monotonic(), {}
+    said = print if not options.json else (lambda *words, **how: None)
+    said(f"{describe(device)}, {'bf16' if device.type == 'cuda' else 'fp32, one thread'}; ours and open_clip's")
+    said(f"{'':10}{'batch':>6}{'tokens':>8}{'samples/s':>18}{'ratio':>8}{'peak MiB':>16}{'MFU':>7}{'agree to':>10}")
+    for entry in entries:
         name, _, full = entry.partition(":")
-        found = compared(name, options.data, rounds, bool(full), device)
+        if time.monotonic() - begun > LIMIT:
+            said(f"{entry}: left out, {LIMIT} s are over")
+            continue
+        found = compared(name, options.data, 1 if options.quick else 3, bool(full), device)
         label = "full_context" if full else name
         figures |= {f"{key}_{label}": value for key, value in found.items()}
         rates = f"{found['samples_per_second_ours']:.2f} {found['samples_per_second_open_clip']:.2f}"
         peaks = f"{found['peak_mib_ours']:.0f} {found['peak_mib_open_clip']:.0f}"
         mfu = f"{found['mfu']:.1%}" if "mfu" in found else "-"
-        if not options.json:
-            print(
-                f"{label:12}{found['batch']:4.0f}{found['tokens']:8.1f}{rates:>18}{found['ratio']:8.2f}{peaks:>16}"
-                f"{mfu:>7}{found.get('difference', float('nan')):10.1e}",
-                flush=True,
-            )
-    if device.type == "cuda" and not options.models and not options.quick:
+        said(
+            f"{label:12}{found['batch']:4.0f}{found['tokens']:8.1f}{rates:>18}{found['ratio']:8.2f}{peaks:>16}"
+            f"{mfu:>7}{found.get('difference', float('nan')):10.1e}",
+            flush=True,
+        )
+    if device.type == "cuda" and not options.models and not options.quick and time.monotonic() - begun < LIMIT:
         figures |= {f"largest_batch_{name}": float(largest_batch(name, device)) for name in ("b32", "coca_b32")}
         clip, coca = figures["largest_batch_b32"], figures["largest_batch_coca_b32"]
-        if not options.json:
-            print(f"largest batch: CLIP B/32 {clip:.0f}, CoCa B/32 {coca:.0f}")
+        said(f"largest batch: CLIP B/32 {clip:.0f}, CoCa B/32 {coca:.0f}")
+    return figures | {"minutes": (time.monotonic() - begun) / 60}
+
+
+def page(figures: dict[str, float], device: str, versions: dict[str, str], command: str) -> str:
+    """The figures of a GPU as a page of docs/benchmarks."""
+    rows = []
+    for label in (*MODELS, "full_context"):
+        if f"ratio_{label}" not in figures:
+            continue
+        of = {key.removesuffix(f"_{label}"): value for key, value in figures.items() if key.endswith(f"_{label}")}
+        title = {"full_context": "ViT-B/32, full context", "coca_b32": "CoCa ViT-B/32"}.get(label, label)
+        agree = f"{of['difference']:.1e}" if "difference" in of else "not one function"
+        mfu = f"{of['mfu']:.1%}" if "mfu" in of else "-"
+        rows.append(
+            f"| {title} | {of['batch']:.0f} | {of['tokens']:.1f} | {of['samples_per_second_ours']:,.0f} | "
+            f"{of['samples_per_second_open_clip']:,.0f} | {of['ratio']:.2f} | {mfu} | {of['peak_mib_ours']:,.0f} | "
+            f"{of['peak_mib_open_clip']:,.0f} | {agree} |"
+        )
+    largest = ""
+    if "largest_batch_b32" in figures:
+        clip, coca = figures["largest_batch_b32"], figures["largest_batch_coca_b32"]
+        largest = (
+            f"The largest batch, by doubling until the memory is full: {clip:,.0f} pairs for CLIP B/32, {coca:,.0f} "
+            f"for CoCa B/32, 1/{clip / max(coca, 1):.0f} (the goal was 1/2).\n\n"
+        )
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return PAGE.format(
+        device=device,
+        versions=named,
+        command=command,
+        rows="\n".join(rows),
+        largest=largest,
+        minutes=figures["minutes"],
+    )
+
+
+PAGE = """# The training step on a GPU: ours and open_clip's
+
+**What.** Forward, losses, backward, clipping and AdamW of one batch in bf16 under autocast, by Treering's engine and by
+open_clip's own model, loss and optimizer, from the same weights on the same batch, in turns in one process; as
+[on a CPU](train_step.md), which says how the two are made one function.
+
+**Device.** {device}. **Versions.** {versions}. **Commit.** the one before this file. **Command.**
+`{command}` ({minutes:.1f} minutes)
+
+| model | batch | caption tokens | samples/s, ours | open_clip | ratio | MFU | peak MiB, ours | open_clip | agree to |
+|---|---|---|---|---|---|---|---|---|---|
+{rows}
+
+{largest}**What it means.** The goals were a ratio of 2 and an MFU of 50% for B/16 and L/14; MFU counts what our
+step has to compute, without padding and without what the last text block leaves out, against the dense bf16 peak.
+
+**What was not measured.** More than one GPU, and the loader.
+"""
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="ViT-S/32 and one round")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--data", type=Path, help="folder with photos and captions.tsv")
+    parser.add_argument("--models", help=f"of {', '.join(MODELS)}, with :full for full context; commas between")
+    parser.add_argument("--page", type=Path, help="write the figures there, as a page of docs/benchmarks")
+    options = parser.parse_args(words)
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    default = "s32,b32,b32:full" if device.type == "cpu" else "b32,b16,l14,coca_b32,s32,b32:full"
+    entries = (options.models or ("s32" if options.quick else default)).split(",")
+    figures = measured(entries, options, device)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "treering")}
+    if options.page:
+        given = " ".join(word for word in ("--data FOLDER" * bool(options.data), f"--page {options.page}") if word)
+        command = f"python -m tests.benchmarks.train_step {given}"
+        options.page.write_text(page(figures, describe(device), versions, command), encoding="utf-8")
     if options.json:
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "treering")}
         report = {"benchmark": "train_step", "device": describe(device), "versions": versions, "figures": figures}
         print(json.dumps(report))
 

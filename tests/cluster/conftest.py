@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +17,12 @@ from typing import Any
 
 import pytest
 
-from treering.slurm.cluster import Cluster, lacking
+from treering.data import Loader
+from treering.launch.recipes import read_recipe
+from treering.slurm.cluster import PROGRAMS, Cluster, install, lacking
 from treering.tests.s3_server import KEY, SECRET, Server
 
-STEPS = 120
+STEPS = 90
 RECIPE = f"""\
 name: tiny
 data:
@@ -36,26 +40,45 @@ checkpoint: {{every: 60}}
 eval: {{suites: []}}
 watchdog: {{limit: 12s}}
 """
-# So that there is time to act: the first process pauses at every line of its log. The product knows nothing of it.
-PACE = """
-import sys, time
+# What every Python process of the tests does, and the product knows nothing of: training pauses before each step, so
+# that there is time to act, and writes down which samples it took in which life.
+SPY = """
+import json, os, sys, time
 def hook(event, arguments):
-    if event == "open" and str(arguments[0]).endswith("/metrics.jsonl") and arguments[1] == "a":
-        time.sleep(0.1)
+    loop = sys.modules.get("treering.training.loop")
+    if event == "socket.gethostname" and hasattr(loop, "Run") and not hasattr(loop, "spied"):
+        loop.spied, step = True, loop.Run.step
+        def slow(run, batch):
+            time.sleep(float(open(os.environ["TEST_PAUSE"]).read()))
+            row = {"step": run.state.step, "life": run.state.life, "keys": batch.keys}
+            with (run.out / f"taken-{run.world.rank}.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\\n")
+            step(run, batch)
+        loop.Run.step = slow
 sys.addaudithook(hook)
 """
 
 
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def started(folder: Path, **settings: Any) -> Iterator[Cluster]:
+    """A cluster while a test needs it; Slurm is installed where it is missing and can be."""
+    if os.geteuid() == 0 and not all(map(shutil.which, PROGRAMS)):
+        try:
+            install()
+        except (SystemExit, subprocess.CalledProcessError) as error:
+            pytest.skip(f"Slurm cannot be installed here: {error}")
     if reason := lacking():
         pytest.skip(reason)
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    cluster = Cluster(folder, **settings)
     try:
         cluster.start()
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    yield from started(tmp_path_factory.mktemp("slurm"))
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +93,10 @@ class Bench:
 
     def __init__(self, cluster: Cluster, server: Server, folder: Path) -> None:
         self.cluster, self.server = cluster, server
+        self.folder = folder
         site = folder / "site"
         site.mkdir()
-        (site / "sitecustomize.py").write_text(PACE)
+        (site / "sitecustomize.py").write_text(SPY)
         paths = [str(site), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         self.environment = cluster.environment | {
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
@@ -82,13 +106,26 @@ class Bench:
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_ENDPOINT_URL": server.endpoint,
             "AWS_DEFAULT_REGION": "us-east-1",
+            "TEST_PAUSE": str(folder / "pause"),
             "TREERING_SITE": str(folder / "site.yaml"),
         }
         (folder / "site.yaml").write_text("notice: 30\n")
+        self.pause(0)
+
+    def pause(self, seconds: float) -> None:
+        """How long every process pauses before each step, from now on."""
+        (self.folder / "passing").write_text(str(seconds))
+        os.replace(self.folder / "passing", self.folder / "pause")
+
+    def site(self, text: str) -> dict[str, str]:
+        """The environment of a submit with another site file."""
+        path = self.folder / f"site-{abs(hash(text))}.yaml"
+        path.write_text(text)
+        return {"TREERING_SITE": str(path)}
 
     def treering(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-P", "-m", "treering.launch", *words],
+            self.cluster.on_login_node(sys.executable, "-P", "-m", "treering.launch", *words),
             env=self.environment | environment,
             capture_output=True,
             text=True,
@@ -96,9 +133,9 @@ class Bench:
             check=False,
         )
 
-    def submit(self, *words: str) -> str:
+    def submit(self, *words: str, **environment: str) -> str:
         """Submit and return the job's number."""
-        done = self.treering("submit", *words, "--json")
+        done = self.treering("submit", *words, "--json", **environment)
         assert done.returncode == 0, done.stderr
         return str(json.loads(done.stdout)["job"])
 
@@ -109,6 +146,12 @@ class Bench:
         names = self.cluster.run("squeue", "-h", "-j", job, "-o", "%N").stdout.strip()
         return self.cluster.run("scontrol", "show", "hostnames", names).stdout.split()
 
+    def clear(self) -> None:
+        """End all jobs."""
+        self.pause(0)
+        self.cluster.run("scancel", "-u", "root")
+        until(lambda: not self.cluster.run("squeue", "-h").stdout, "jobs do not end", 60)
+
 
 @pytest.fixture(scope="session")
 def bench(cluster: Cluster, s3_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Bench:
@@ -116,10 +159,9 @@ def bench(cluster: Cluster, s3_server: Server, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(autouse=True)
-def _no_jobs_left(cluster: Cluster) -> Iterator[None]:
+def _no_jobs_left(bench: Bench) -> Iterator[None]:
     yield
-    cluster.run("scancel", "-u", "root")
-    until(lambda: not cluster.run("squeue", "-h").stdout, "jobs do not end", 60)
+    bench.clear()
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -137,6 +179,35 @@ def step(run: Path) -> int:
 
 def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows(run) if row["event"] == "step"]
+
+
+def lives(run: Path) -> list[dict[str, Any]]:
+    """The start and resume lines."""
+    return [row for row in rows(run) if row["event"] in ("start", "resume")]
+
+
+def taken(run: Path) -> list[list[str]]:
+    """Keys of the samples that each step of the finished run was made of, in rank order; a step that was made again
+    counts as the last life made it."""
+    found: dict[int, dict[int, dict[int, list[str]]]] = {}
+    for path in run.glob("taken-*.jsonl"):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            found.setdefault(row["step"], {}).setdefault(row["life"], {})[int(path.stem[6:])] = row["keys"]
+    kept = [found[step][max(found[step])] for step in sorted(found)]
+    return [[key for rank in sorted(ranks) for key in ranks[rank]] for ranks in kept]
+
+
+def as_if_nothing_had_happened(run: Path, expected: list[tuple[int, float]], tolerance: float = 0.0) -> None:
+    """Every step once and in its order, with the expected loss; every sample of the order, none twice."""
+    found = losses(run)
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], abs=tolerance, rel=0)
+    recipe = read_recipe(str(run / "recipe.yaml")).recipe
+    order = Loader(recipe.data, 24, 16, recipe.seed)
+    keys = taken(run)
+    assert keys == [order.keys(step) for step in range(len(expected))]
+    assert len({*itertools.chain(*keys)}) == recipe.data.batch * len(expected)
 
 
 def until(done: Callable[[], object], otherwise: str | Callable[[], str], seconds: float) -> None:
@@ -171,6 +242,7 @@ def signal_rank(run: Path, rank: int, number: signal.Signals) -> None:
 @pytest.fixture(scope="session")
 def uninterrupted(bench: Bench, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
     """Losses of the run that nothing happened to, with two processes."""
+    bench.pause(0)
     out = tmp_path_factory.mktemp("whole") / "run"
     done = bench.treering("train", str(recipe), "--out", str(out), "--processes", "2")
     assert done.returncode == 0, done.stderr

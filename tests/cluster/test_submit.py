@@ -13,7 +13,7 @@ import pytest
 from treering.tests.cluster.conftest import STEPS, Bench, log, losses, rows, step, until
 from treering.tests.s3_server import SECRET
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,10 @@ def test_a_bad_submission_is_refused_and_leaves_nothing(
     assert not bench.cluster.run("squeue", "-h").stdout
 
 
+FEW = 20
+"""steps of a run that nothing happens to"""
+
+
 def test_a_store_that_does_not_answer_is_not_waited_for(bench: Bench, recipe: Path, tmp_path: Path) -> None:
     words = ["submit", str(recipe), "--nodes", "1", "--out", str(tmp_path / "run"), "checkpoint.to=s3://bucket/x"]
     done = bench.treering(*words, AWS_ENDPOINT_URL="http://192.0.2.1:9")
@@ -53,21 +57,25 @@ def test_a_store_that_does_not_answer_is_not_waited_for(bench: Bench, recipe: Pa
 
 
 def test_two_nodes_two_processes_and_a_bucket(bench: Bench, recipe: Path, tmp_path: Path) -> None:
-    """The folder's name is a trap for shells, and the secret must be nowhere."""
-    run = tmp_path / "a 'b' \"c\" $(touch pwned) `touch pwned`; touch pwned #%j"
-    words = [str(recipe), "--nodes", "2", "--processes-per-node", "2", f"checkpoint.to={bench.server.url}/two"]
+    """The names of folder, recipe and an override are traps for shells, and the secret must be nowhere."""
+    trap = "a 'b' \"c\" $(touch pwned) `touch pwned`; touch pwned #%j"
+    run, copy = tmp_path / trap, tmp_path / f"{trap}.yaml"
+    copy.write_text(recipe.read_text())
+    words = [str(copy), "--nodes", "2", "--processes-per-node", "2", f"stages.0.samples={12 * FEW}"]
+    words += [f"checkpoint.to={bench.server.url}/two", f"checkpoint.staging={tmp_path / 'staging'} {trap}"]
     job = bench.submit(*words, "--out", str(run))
     again = bench.treering("submit", *words, "--out", str(run))
     assert again.returncode == 2
     assert f"job {job}" in again.stderr
     until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(run)}", 300)
-    assert step(run) == STEPS
+    assert step(run) == FEW
     (start,) = [row for row in rows(run) if row["event"] == "start"]
     assert start["hosts"] == ["n1", "n2"]
     assert start["world"] == 4
     assert "n1" in (run / "report.html").read_text()
     assert "n2" in (run / "report.html").read_text()
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    written = [path for path in (*tmp_path.rglob("*"), *bench.cluster.folder.glob("log/*")) if path.is_file()]
+    assert [path for path in written if path.name == "job.log"]
     assert not [path for path in written if path.name == "pwned"]
     assert not Path("pwned").exists()
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
@@ -75,7 +83,7 @@ def test_two_nodes_two_processes_and_a_bucket(bench: Bench, recipe: Path, tmp_pa
         status = json.loads(bench.treering("status", place, "--json").stdout)
         assert status["state"] == "finished"
         assert status["nodes"] == ["n1", "n2"]
-        assert status["step"] == STEPS
+        assert status["step"] == FEW
         assert status["commit_age"] < 600
     assert "begins on 2 nodes" in bench.treering("logs", str(run)).stdout
     assert bench.treering("logs", str(run), "--rank", "3").returncode == 0
@@ -83,6 +91,7 @@ def test_two_nodes_two_processes_and_a_bucket(bench: Bench, recipe: Path, tmp_pa
 
 def test_stop_commits_and_the_same_command_continues(bench: Bench, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    bench.pause(0.2)
     job = bench.submit(str(recipe), "--nodes", "1", "--out", str(run))
     until(lambda: step(run) >= 3, lambda: log(run), 300)
     status = json.loads(bench.treering("status", str(run), "--json").stdout)
@@ -93,8 +102,9 @@ def test_stop_commits_and_the_same_command_continues(bench: Bench, recipe: Path,
     commits = [row for row in rows(run) if row["event"] == "commit"]
     assert commits[-1]["reason"] == "signal"
     assert step(run) < STEPS
+    bench.pause(0)
     job = bench.submit(str(recipe), "--nodes", "1", "--out", str(run))
-    until(lambda: bench.state(job) == "COMPLETED", lambda: log(run), 300)
+    until(lambda: bench.state(job) == "COMPLETED", lambda: log(run), 120)
     assert step(run) == STEPS
     lineage = json.loads((run / "lineage.json").read_text())
     assert "treering stop" in lineage[1]["detail"]["before"]
@@ -113,12 +123,15 @@ def test_a_crash_that_repeats_ends_the_job(bench: Bench, recipe: Path, tmp_path:
 
 def test_a_sweep_is_one_array_with_a_folder_for_each_run(bench: Bench, recipe: Path, tmp_path: Path) -> None:
     words = [str(recipe), "--nodes", "1", "--out", str(tmp_path / "sweep"), "stages.0.samples=240"]
-    job = bench.submit(*words, "--sweep", "lr=1e-3,5e-4")
+    job = bench.submit(*words, "--sweep", "lr=1e-3,5e-4", f"checkpoint.to={bench.server.url}/sweep")
     folders = [tmp_path / "sweep" / name for name in ("lr=1e-3", "lr=5e-4")]
     until(lambda: bench.state(job).split() == ["COMPLETED"] * 2, lambda: log(folders[0]), 300)
     assert [step(folder) for folder in folders] == [20, 20]
     assert all((folder / "report.html").exists() for folder in folders)
     assert losses(folders[0]) != losses(folders[1])
+    assert "2 of 2 runs finished" in (tmp_path / "sweep" / "report.html").read_text()
+    for folder in folders:
+        assert bench.treering("status", f"{bench.server.url}/sweep/{folder.name}").returncode == 0
 
 
 def test_a_dry_run_writes_nothing_and_its_script_is_bash(bench: Bench, recipe: Path, tmp_path: Path) -> None:

@@ -239,7 +239,8 @@ def broken_loop(folder: Path, body: str) -> dict[str, str]:
         "sys.meta_path.insert(0, Finder())\n"
     )
     (folder / "loop.py").write_text(
-        "import os, signal, sys, time\ndef train(recipe, out, imports=0.0, before=None):\n" + body
+        "import os, signal, sys, time\nBeginning = lambda *about: about\ndef train(recipe, out, *about, **more):\n"
+        + body
     )
     return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 

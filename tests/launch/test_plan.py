@@ -10,6 +10,8 @@ import pytest
 
 from treering.launch.plan import DEVICES, plan
 from treering.launch.recipes import read_recipe
+from treering.models.flops import parameters
+from treering.training import memory
 
 SMALL = ["data.batch=32", "stages=[{samples: 96}, {grow: {image.depth: 6}, samples: 96}]", "schedule.warmup=32"]
 REST = ["eval.suites=[]", "log.every=1"]
@@ -69,6 +71,45 @@ def test_more_devices_share_the_work_and_the_cost_stays() -> None:
     assert one["gradient_bytes_per_step_and_device"] == 0
     assert any("precision" in said for said in one["warnings"])
     assert any("pairs of a batch" in said for said in eight["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("words", "each"),
+    [([], 12), (["optimizer.ema=0.99"], 16), (["optimizer.kind=muon"], None), (["engine.kind=fsdp"], 12)],
+)
+def test_a_commit_holds_what_the_optimizer_keeps(words: list[str], each: int | None) -> None:
+    recipe = read_recipe("emoji", [*SMALL, *words]).recipe
+    spec = recipe.specs()[0]
+    found = memory.commit_bytes(spec, recipe.optimizer)
+    if each is None:
+        from treering.models.model import build
+
+        named = dict(build(spec, 0).named_parameters())
+        blocks = sum(p.numel() for name, p in named.items() if ".blocks." in name and p.ndim == 2)
+        assert found == 12 * sum(p.numel() for p in named.values()) - 4 * blocks
+    else:
+        assert found == each * parameters(spec)
+
+
+@pytest.mark.parametrize(
+    ("engine", "shares"),
+    [
+        ("{kind: ddp}", (4, 4, 8)),
+        ("{kind: fsdp}", (1, 1, 2)),
+        ("{kind: fsdp, shard: 2}", (2, 2, 4)),
+        ("{kind: deepspeed, zero: 1}", (4, 4, 3)),
+        ("{kind: deepspeed, zero: 2}", (4, 1, 3)),
+        ("{kind: deepspeed, zero: 3}", (1, 1, 3)),
+        ("{kind: deepspeed, zero: 3, offload: true}", (1, 1, 0)),
+    ],
+)
+def test_engines_spread_what_they_spread(engine: str, shares: tuple[int, ...]) -> None:
+    """Bytes a parameter, on each of four processes."""
+    recipe = read_recipe("emoji", [*SMALL, f"engine={engine}"]).recipe
+    spec = recipe.specs()[0]
+    parts = memory.parts(spec, recipe.engine, recipe.optimizer, 4, 8)
+    found = [parts[name] / parameters(spec) for name in ("weights", "gradients", "optimizer")]
+    assert found == pytest.approx(shares)
 
 
 def test_what_does_not_fit_is_told(refused: Callable[..., str]) -> None:

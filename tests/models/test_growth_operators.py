@@ -14,9 +14,9 @@ from treering.models.growth.depth import Depth, Drop
 from treering.models.growth.plan import plan_growth
 from treering.models.growth.rules import GrownState, Operator, grown, grown_rate
 from treering.models.growth.tables import Patch
+from treering.models.mlp import Mlp
 from treering.models.model import Model, build
 from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
-from treering.models.transformer import Mlp
 
 SPEC = ModelSpec(
     embed_dim=6,

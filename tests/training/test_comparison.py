@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from treering.data.config import DataError
-from treering.tests.browser import CONTRASTS, Browser
+from treering.tests.browser import Browser, check_page
 from treering.training.evaluate.comparing import comparison, tasks
 from treering.training.evaluate.outcome import Evaluation
 from treering.training.evaluate.reliability import calibration_interval, difference, holm
@@ -145,26 +145,9 @@ def test_the_page_in_a_browser(
 ) -> None:
     page = tmp_path / "comparison.html"
     page.write_text(render_comparison(found), encoding="utf-8")
-    browser.open(page, width, height, dark)
-    assert browser.complaints == []
-    assert [url for url in browser.requests if not url.startswith(("file:", "data:", "about:"))] == []
-    drawn = "[...document.querySelectorAll('svg.chart')].filter(e => e.getClientRects().length)"
-    boxes = browser.evaluate(f"{drawn}.map(e => [e.getBoundingClientRect().width, e.getBoundingClientRect().right])")
-    assert len(boxes) == 3  # the forest, and two curves
-    assert all(box[0] > 200 and box[1] <= width for box in boxes)
-    marks = browser.evaluate(f"{drawn}[0].querySelectorAll('circle.point').length")
+    assert check_page(browser, page, width, height, dark) == 3  # the forest, and two curves
+    shown = "[...document.querySelectorAll('svg.chart')].find(e => e.getClientRects().length)"
+    marks = browser.evaluate(f"{shown}.querySelectorAll('circle.point').length")
     assert marks == 2 + 3 * 2  # a legend of two, and two models in three tasks
-    texts = "[e.getAttribute('role'), e.querySelector('title').textContent, e.querySelector('desc').textContent]"
-    for role, title, words in browser.evaluate(f"{drawn}.map(e => {texts})"):
-        assert role == "img"
-        assert title
-        assert len(words) > 40
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    contrasts = browser.evaluate(CONTRASTS)
-    assert len(contrasts) > 60
-    assert min(contrasts)[0] >= 4.5, min(contrasts)
-    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == (
-        "rgb(22, 24, 21)" if dark else "rgb(252, 251, 247)"
-    )
     browser.picture(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 20_000

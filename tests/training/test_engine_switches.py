@@ -1,4 +1,5 @@
-"""Micro-batches, recomputed and compiled blocks under every engine: the steps are those of one process without them."""
+"""Micro-batches, bounded activations and compiled blocks under every engine: the steps are those of one process
+without them."""
 
 from __future__ import annotations
 
@@ -34,19 +35,19 @@ SPEC = ModelSpec(
 PLAIN = SPEC.model_copy(update={"caption": None, "shared": None})
 SWITCHES = {
     "ddp micro": EngineConfig(micro_batches=2),
-    "ddp recompute": EngineConfig(recompute=True),
+    "ddp activations": EngineConfig(activations=0.3),
     "ddp compile": EngineConfig(compile=True),
-    "ddp all": EngineConfig(micro_batches=2, recompute=True, compile=True),
+    "ddp all": EngineConfig(micro_batches=2, activations=0.3, compile=True),
     "fsdp micro": EngineConfig(kind="fsdp", micro_batches=2),
-    "fsdp recompute": EngineConfig(kind="fsdp", recompute=True),
+    "fsdp activations": EngineConfig(kind="fsdp", activations=0.3),
     "fsdp compile": EngineConfig(kind="fsdp", compile=True),
-    "fsdp all": EngineConfig(kind="fsdp", micro_batches=3, recompute=True, compile=True),
-    "zero1 recompute": EngineConfig(kind="deepspeed", zero=1, recompute=True),
-    "zero2 recompute": EngineConfig(kind="deepspeed", zero=2, recompute=True),
-    "zero3 recompute": EngineConfig(kind="deepspeed", zero=3, recompute=True),
+    "fsdp all": EngineConfig(kind="fsdp", micro_batches=3, activations=0.3, compile=True),
+    "zero1 activations": EngineConfig(kind="deepspeed", zero=1, activations=0.3),
+    "zero2 activations": EngineConfig(kind="deepspeed", zero=2, activations=0.3),
+    "zero3 activations": EngineConfig(kind="deepspeed", zero=3, activations=0.3),
 }
 
-QUICK = ("ddp micro", "fsdp micro", "fsdp recompute", "zero3 recompute")
+QUICK = ("ddp micro", "fsdp micro", "fsdp activations", "zero3 activations")
 
 
 @pytest.fixture(autouse=True)

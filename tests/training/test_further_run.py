@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from treering.launch.recipes import RecipeError, read_recipe
 from treering.models.flops import parameters
 from treering.models.model import Model, build
 from treering.models.spec import SpecError
-from treering.training import loop
+from treering.tests.tiny_runs import SIZES, lines, same_end, train_until
 from treering.training.commits import Commits, find_commit
 from treering.training.evaluate.config import EvalConfig
 from treering.training.evaluate.suites import evaluate
@@ -38,18 +37,13 @@ STAGES = (
     f"{{samples: 36}}, {{grow: {{{ADDED}, further.audio.frames: 4}}, samples: 24}}, {{grow: {{{LATER}}}, samples: 24}}"
 )
 TINY = [
-    "data.batch=12",
+    *SIZES,
     "data.columns={audio: npy}",
-    "model.embed_dim=16",
-    "model.image={width: 16, depth: 1, heads: 2, patch: 12, resolution: 24}",
-    "model.text={width: 8, depth: 1, heads: 2, context: 16}",
     "model.caption=null",
     "objectives={contrastive: {weight: 1.0}, further: [{between: [audio, text]}]}",
-    "schedule.warmup=24",
     f"stages=[{STAGES}]",
     "checkpoint={every: 1_000_000, keep: 20}",
     "eval={suites: [retrieval], examples: 0}",
-    "log.every=1",
 ]
 
 
@@ -73,11 +67,6 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
 def recipe(shard: str, *overrides: str) -> Recipe:
     sources = [f"data.train=[{{source: '{shard}'}}]", f"eval.data={shard}"]
     return read_recipe("emoji", [*TINY, *sources, *overrides]).recipe
-
-
-def lines(out: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["event"] == kind]
 
 
 def steps(out: Path) -> list[dict[str, Any]]:
@@ -139,38 +128,9 @@ def test_retrieval_is_that_of_plain_numpy(shard: str, whole: Path, on_ranks: Cal
         assert ranks == pytest.approx(found)
 
 
-class Died(Exception):
-    """Stands in for a kill: nothing after it runs."""
-
-
-def killed_in_step(of: Recipe, out: Path, step: int) -> None:
-    """Train until step `step` begins."""
-    real = loop.Run.step
-
-    def dying(run: loop.Run, batch: Any) -> None:
-        if run.state.step == step:
-            raise Died
-        real(run, batch)
-
-    loop.Run.step = dying  # type: ignore[method-assign]
-    try:
-        with pytest.raises(Died):
-            train(of, out)
-    finally:
-        loop.Run.step = real  # type: ignore[method-assign]
-
-
-def same_end(one: Path, other: Path) -> None:
-    ours, theirs = find_commit(str(one)), find_commit(str(other))
-    assert ours.manifest.state.multipliers == theirs.manifest.state.multipliers
-    mine, others = ours.tensors(), theirs.tensors()
-    assert mine.keys() == others.keys()
-    assert all(torch.equal(mine[name], others[name]) for name in mine)
-
-
 @pytest.mark.parametrize("step", [3, 5, 6])
 def test_a_resume_across_the_new_tower_is_bit_identical(step: int, shard: str, whole: Path, tmp_path: Path) -> None:
-    killed_in_step(recipe(shard), tmp_path, step)
+    train_until(step, recipe(shard), tmp_path)
     assert train(recipe(shard), tmp_path).finished
     assert steps(tmp_path) == steps(whole)
     same_end(tmp_path, whole)
@@ -189,7 +149,7 @@ def test_a_resume_across_the_new_tower_is_bit_identical(step: int, shard: str, w
 def test_two_ranks(engine: str, shard: str, whole: Path, tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
     """The losses of the whole run, killed on the way in the first step of the new tower."""
     of = recipe(shard, f"engine={engine}", "data.workers=1")
-    on_ranks(2, lambda group: killed_in_step(of, tmp_path, 3), limit=200)
+    on_ranks(2, lambda group: train_until(3, of, tmp_path), limit=200)
     assert all(on_ranks(2, lambda group: train(of, tmp_path).finished, limit=200))
     for row, true in zip(steps(tmp_path), steps(whole), strict=True):
         assert row["loss"] == pytest.approx(true["loss"], abs=1e-5)

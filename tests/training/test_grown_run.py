@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from treering.launch.recipes import read_recipe
 from treering.models.model import build
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.training import loop
+from treering.tests.tiny_runs import SIZES, dies, lines
 from treering.training.commits import find_commit
 from treering.training.loop import train
 from treering.training.optimizer import Optimizer, OptimizerConfig, decays
@@ -21,27 +20,17 @@ from treering.training.recipe import Recipe
 from treering.training.world import World
 
 TINY = [
-    "data.batch=12",
-    "model.embed_dim=16",
-    "model.image={width: 16, depth: 1, heads: 2, patch: 12, resolution: 24}",
-    "model.text={width: 8, depth: 1, heads: 2, context: 16}",
+    *SIZES,
     "model.caption.depth=1",
-    "schedule.warmup=24",
     "stages=[{samples: 48}, {grow: {image.width: 32, text.width: 16, image.depth: 2, embed_dim: 24}, samples: 48}, "
     "{grow: {text.width: 48, text.mlp_ratio: 5.0}, copies: duplicate, samples: 36}]",
     "checkpoint.every=24",
     "eval.suites=[]",
-    "log.every=1",
 ]
 
 
 def recipe(*overrides: str) -> Recipe:
     return read_recipe("emoji", [*TINY, *overrides]).recipe
-
-
-def lines(out: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["event"] == kind]
 
 
 def losses(out: Path) -> list[tuple[int, float, float]]:
@@ -73,26 +62,11 @@ def test_a_run_that_widens_keeps_its_function_and_its_multipliers(whole: Path) -
     assert "text.token_embedding.weight" not in held
 
 
-class Died(Exception):
-    """Stands in for a kill: nothing after it runs."""
-
-
-@pytest.mark.parametrize("at", ["step 6", "grow 4", "grow 8", "step 10"])
-def test_a_resume_across_width_growth_is_bit_identical(
-    at: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("at", ["step 6", "enter 4", "enter 8", "step 10"])
+def test_a_resume_across_width_growth_is_bit_identical(at: str, whole: Path, tmp_path: Path) -> None:
     place, number = at.split()
-    real: Callable[..., Any] = loop.Run.step if place == "step" else loop.Run.enter
-
-    def dying(run: loop.Run, argument: Any) -> None:
-        if run.state.step == int(number):
-            raise Died
-        real(run, argument)
-
-    monkeypatch.setattr(loop.Run, "step" if place == "step" else "enter", dying)
-    with pytest.raises(Died):
+    with dies(place, int(number)):
         train(recipe(), tmp_path)
-    monkeypatch.undo()
     assert train(recipe(), tmp_path).finished
     assert losses(tmp_path) == losses(whole)
     ours, theirs = find_commit(str(tmp_path)), find_commit(str(whole))

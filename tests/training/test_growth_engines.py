@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from treering.launch.recipes import read_recipe
+from treering.tests.tiny_runs import SIZES, Died, train_until
 from treering.training import loop
 from treering.training.commits import Commits, find_commit
 from treering.training.loop import train
@@ -23,19 +24,14 @@ from treering.training.world import World
 from treering.training.zero_partitions import require
 
 TINY = [
-    "data.batch=12",
-    "model.embed_dim=16",
-    "model.image={width: 16, depth: 1, heads: 2, patch: 12, resolution: 24}",
-    "model.text={width: 8, depth: 1, heads: 2, context: 16}",
+    *SIZES,
     "model.caption.depth=1",
-    "schedule.warmup=24",
     "optimizer.ema=0.8",
     # A width that grows by a fraction, fading multipliers, and blocks: every path of a growth, twice.
     "stages=[{samples: 36}, {grow: {image.width: 24, text.width: 16, image.depth: 2, embed_dim: 24}, fade: 60, "
     "samples: 24}, {grow: {text.depth: 2, image.mlp_ratio: 5.0, caption.depth: 2}, samples: 24}]",
     "checkpoint={every: 1_000_000, keep: 20}",
     "eval.suites=[]",
-    "log.every=1",
 ]
 ENGINES = {
     "ddp": "{kind: ddp}",
@@ -56,10 +52,6 @@ def recipe(engine: str) -> Recipe:
 def steps(out: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in ("step", "loss", "grad_norm", "lr")} for row in rows if row["event"] == "step"]
-
-
-class Died(Exception):
-    """Stands in for a kill: nothing after it runs."""
 
 
 def grown_state(engine: str, out: Path) -> dict[str, str]:
@@ -85,23 +77,6 @@ def grown_state(engine: str, out: Path) -> dict[str, str]:
     finally:
         loop.Run.enter = real  # type: ignore[method-assign]
     return found
-
-
-def killed_in_step(engine: str, out: Path, step: int) -> None:
-    """Train until step `step` begins."""
-    real = loop.Run.step
-
-    def dying(run: loop.Run, batch: Any) -> None:
-        if run.state.step == step:
-            raise Died
-        real(run, batch)
-
-    loop.Run.step = dying  # type: ignore[method-assign]
-    try:
-        with pytest.raises(Died):
-            train(recipe(engine), out)
-    finally:
-        loop.Run.step = real  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +129,7 @@ def test_a_resume_that_crosses_growth_is_bit_identical(
     """Killed in the first step after each growth, when the newest commit is the one before it."""
 
     for step in (3, 5):
-        on_ranks(ranks, lambda group, step=step: killed_in_step(engine, tmp_path / "resumed", step), limit=200)
+        on_ranks(ranks, lambda group, step=step: train_until(step, recipe(engine), tmp_path / "resumed"), limit=200)
     for name in ("straight", "resumed"):
         assert all(on_ranks(ranks, lambda group, name=name: train(recipe(engine), tmp_path / name).finished, limit=200))
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 
 from treering.launch.recipes import RecipeError, read_recipe
 from treering.models.spec import SpecError
-from treering.training import loop
+from treering.tests.tiny_runs import SIZES, dies, lines
 from treering.training.commits import find_commit
 from treering.training.growing import planned
 from treering.training.loop import train
@@ -23,28 +22,18 @@ from treering.training.stages import GrowthConfig, StageConfig, faded, rewarmed,
 from treering.training.world import World
 
 TINY = [
-    "data.batch=12",
-    "model.embed_dim=16",
-    "model.image={width: 16, depth: 1, heads: 2, patch: 12, resolution: 24}",
-    "model.text={width: 8, depth: 1, heads: 2, context: 16}",
+    *SIZES,
     "model.caption=null",
-    "schedule.warmup=24",
     "stages=[{samples: 36}, {grow: {image.width: 24, text.width: 16, caption.depth: 1}, moments: keep_v, rewarm: 24, "
     "fade: 36, samples: 24}, {samples: 24, shrink: {text.width: 8}, grow: {image.depth: 3}, layers: stack}]",
     "checkpoint.every=12",
     "checkpoint.keep=20",
     "eval.suites=[]",
-    "log.every=1",
 ]
 
 
 def recipe(*overrides: str) -> Recipe:
     return read_recipe("emoji", [*TINY, *overrides]).recipe
-
-
-def lines(out: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["event"] == kind]
 
 
 def losses(out: Path) -> list[tuple[int, float, float, float]]:
@@ -81,25 +70,12 @@ def test_the_rate_rises_again_after_growth(whole: Path) -> None:
     assert rates[4] == pytest.approx(rates[2])
 
 
-class Died(Exception):
-    """Stands in for a kill: nothing after it runs."""
-
-
 @pytest.mark.parametrize("at", ["step 4", "enter 5", "step 6"])
-def test_resumes_are_bit_identical(at: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumes_are_bit_identical(at: str, whole: Path, tmp_path: Path) -> None:
     """Inside a re-warm-up and a fade, at a growth while multipliers fade, and after it."""
     place, number = at.split()
-    real: Callable[..., Any] = getattr(loop.Run, place)
-
-    def dying(run: loop.Run, argument: Any) -> None:
-        if run.state.step == int(number):
-            raise Died
-        real(run, argument)
-
-    monkeypatch.setattr(loop.Run, place, dying)
-    with pytest.raises(Died):
+    with dies(place, int(number)):
         train(recipe(), tmp_path)
-    monkeypatch.undo()
     assert train(recipe(), tmp_path).finished
     assert losses(tmp_path) == losses(whole)
     ours, theirs = find_commit(str(tmp_path)), find_commit(str(whole))

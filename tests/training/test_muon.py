@@ -18,7 +18,8 @@ from treering.models.growth.plan import plan_growth
 from treering.models.growth.rules import grown
 from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
-from treering.training import growing, loop, muon
+from treering.tests.tiny_runs import SIZES, same_end, train_until
+from treering.training import growing, muon
 from treering.training.commits import Commits, find_commit
 from treering.training.engine import Engine, EngineConfig, build_engine
 from treering.training.growing import grown_rates
@@ -313,17 +314,12 @@ def test_noise_gives_the_update_its_whole_rank() -> None:
 # Runs
 
 TINY = [
-    "data.batch=12",
-    "model.embed_dim=16",
-    "model.image={width: 16, depth: 1, heads: 2, patch: 12, resolution: 24}",
-    "model.text={width: 8, depth: 1, heads: 2, context: 16}",
+    *SIZES,
     "model.caption=null",
-    "schedule.warmup=24",
     "optimizer={kind: muon, ema: 0.8}",
     "checkpoint.every=12",
     "checkpoint.keep=20",
     "eval.suites=[]",
-    "log.every=1",
 ]
 GROW = "{grow: {image.width: 24, text.width: 16, text.depth: 2, image.experts: 2, caption.depth: 1, shared.depth: 1, \
 shared.width: 8, shared.heads: 2}, fade: 60, samples: 36}"
@@ -339,13 +335,6 @@ def losses(out: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in found if row["event"] == "step"]
 
 
-def same_end(one: Path, other: Path) -> bool:
-    ours, theirs = find_commit(str(one)), find_commit(str(other))
-    assert ours.manifest.state.multipliers == theirs.manifest.state.multipliers
-    mine, its = ours.tensors(), theirs.tensors()
-    return mine.keys() == its.keys() and all(torch.equal(mine[path], its[path]) for path in mine)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happened to."""
@@ -355,33 +344,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-class Died(Exception):
-    """Stands in for a kill: nothing after it runs."""
-
-
-def killed(run: Recipe, out: Path, step: int) -> None:
-    """Train until step `step` begins."""
-    real = loop.Run.step
-
-    def dying(self: loop.Run, batch: Any) -> None:
-        if self.state.step == step:
-            raise Died
-        real(self, batch)
-
-    loop.Run.step = dying  # type: ignore[method-assign]
-    try:
-        with pytest.raises(Died):
-            train(run, out)
-    finally:
-        loop.Run.step = real  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize("step", [2, 3, 5])
 def test_a_resume_is_bit_identical_also_across_growth(step: int, whole: Path, tmp_path: Path) -> None:
-    killed(recipe(WHOLE), tmp_path, step)
+    train_until(step, recipe(WHOLE), tmp_path)
     assert train(recipe(WHOLE), tmp_path).finished
     assert losses(tmp_path) == losses(whole)
-    assert same_end(tmp_path, whole)
+    same_end(tmp_path, whole)
     held = find_commit(str(whole)).manifest.state.multipliers
     assert held["text.transformer.blocks.0.attention.out.weight"] == pytest.approx(0.5 * 2**0.5)
     assert held["text.projection.weight"] == 0.5  # AdamW's
@@ -392,11 +360,11 @@ def test_rows_on_two_ranks_resume_across_growth_to_the_bit(
     whole: Path, tmp_path: Path, on_ranks: Callable[..., list[Any]]
 ) -> None:
     sharded = recipe(WHOLE, "engine.kind=fsdp")
-    on_ranks(2, lambda group: killed(sharded, tmp_path / "resumed", 4), limit=120)
+    on_ranks(2, lambda group: train_until(4, sharded, tmp_path / "resumed"), limit=120)
     for name in ("straight", "resumed"):
         assert all(on_ranks(2, lambda group, name=name: train(sharded, tmp_path / name).finished, limit=120))
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
-    assert same_end(tmp_path / "resumed", tmp_path / "straight")
+    same_end(tmp_path / "resumed", tmp_path / "straight")
     for ours, theirs in zip(losses(tmp_path / "straight"), losses(whole), strict=True):
         assert ours[:2] == pytest.approx(theirs[:2], rel=1e-3)
 
@@ -408,7 +376,7 @@ def test_a_commit_grown_offline_is_that_of_the_run(whole: Path, tmp_path: Path) 
     made = grow_commit(before.url, stage, str(tmp_path / "commits"), 36)
     assert train(made.recipe, tmp_path).finished
     assert losses(tmp_path) == losses(whole)[3:]
-    assert same_end(tmp_path, whole)
+    same_end(tmp_path, whole)
 
 
 def test_a_run_may_begin_with_another_s_state_as_far_as_that_goes(whole: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from treering.launch.recipes import RecipeError, read_recipe
 from treering.models.flops import training_flops
-from treering.training import loop
+from treering.tests.tiny_runs import SIZES, dies, lines
 from treering.training.commits import Commits, find_commit
 from treering.training.loop import train
 from treering.training.plateau import Tally, expected, slopes
@@ -25,13 +24,9 @@ from treering.training.store import Store, StoreError
 from treering.training.world import World
 
 TINY = [
-    "data.batch=12",
-    "model.embed_dim=16",
-    "model.image={width: 16, depth: 1, heads: 2, patch: 12, resolution: 24}",
-    "model.text={width: 8, depth: 1, heads: 2, context: 16}",
+    *SIZES,
     "model.caption=null",
     "objectives={contrastive: {}}",
-    "schedule.warmup=24",
     # An exponent of 1 expects so much that the first window ends the stage; one of nearly 0 asks only for a fall.
     "stages=[{samples: 120, plateau: {window: 36, exponent: 1.0}}, "
     "{grow: {image.depth: 2}, rewarm: 24, samples: 48, plateau: {window: 24, exponent: 1.0e-9}}, {samples: 12}]",
@@ -45,11 +40,6 @@ TINY = [
 
 def recipe(*overrides: str) -> Recipe:
     return read_recipe("emoji", [*TINY, *overrides]).recipe
-
-
-def lines(out: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["event"] == kind]
 
 
 def measured(out: Path) -> list[dict[str, float]]:
@@ -137,25 +127,11 @@ def test_a_stage_ends_early_and_its_budget_moves_on(whole: Path) -> None:
     assert rates[5] == pytest.approx(rates[4] / 2)  # the re-warm-up begins where the stage does
 
 
-class Died(Exception):
-    """Stands in for a kill: nothing after it runs."""
-
-
 @pytest.mark.parametrize("at", [3, 4, 5, 8])
-def test_resumes_decide_alike(at: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumes_decide_alike(at: int, whole: Path, tmp_path: Path) -> None:
     """Inside a window, before the step that ends it, behind the early end, and in the next stage; other log lines."""
-    real = loop.Run.step
-
-    def dying(run: loop.Run, batch: Any) -> None:
-        if run.state.step == at:
-            run.uploads.finish()  # so that the resume begins inside the window
-            raise Died
-        real(run, batch)
-
-    monkeypatch.setattr(loop.Run, "step", dying)
-    with pytest.raises(Died):
+    with dies("step", at, last=lambda run: run.uploads.finish()):  # so that the resume begins inside the window
         train(recipe(), tmp_path)
-    monkeypatch.undo()
     assert train(recipe("log.every=3"), tmp_path).finished
     assert measured(tmp_path) == measured(whole)
     ours, theirs = find_commit(str(tmp_path)), find_commit(str(whole))

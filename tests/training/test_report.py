@@ -2,230 +2,29 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image, ImageDraw
 
-from treering.tests.browser import CONTRASTS, Browser
+from treering.tests.browser import Browser, check_page
+from treering.tests.made_up_run import (
+    BEGAN,
+    NAMES,
+    RECIPE,
+    Page,
+    bad,
+    evaluation,
+    lines_of_a_run,
+    page_of,
+    write_run,
+)
 from treering.training.report import history, readable, write_report
-from treering.training.report.charts import LineChart, Marker, Series, downsample, nice_ticks
 from treering.training.report.reading import read_run, without_credentials
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/p.png onerror=alert(1)>\"&\x1b[31m\u202etxt"
-BEGAN = 1_795_363_200.0  # 22 November 2026, 16:00 UTC
-RECIPE = """\
-name: emoji
-seed: 0
-data:
-  train: [{source: 'samples://emoji', weight: 1.0}]
-  batch: 256
-model:
-  embed_dim: 256
-  image: {width: 192, depth: 4, heads: 3, mlp_ratio: 4.0, patch: 8, resolution: 64}
-  text: {width: 192, depth: 3, heads: 3, mlp_ratio: 4.0, context: 64, vocabulary: 49408}
-  caption: {depth: 2}
-objectives: {contrastive: {weight: 1.0}, caption: {weight: 2.0}}
-stages:
-  - {samples: 20000, grow: {}}
-  - {samples: 40000, grow: {image.depth: 8, text.depth: 6}}
-checkpoint: {to: 's3://ACCESS:SECRET@bucket/runs', every: [2min], keep: 3}
-"""
-NAMES = [
-    "woman firefighter: dark skin tone",
-    "man mage: light skin tone",
-    "person in lotus position",
-    "man cook: medium skin tone",
-]
-
-
-# ---------------------------------------------------------------------------------------------- a run that never was
-
-
-def picture(number: int) -> str:
-    """A face, drawn, as an embedded PNG."""
-    image = Image.new("RGB", (72, 72), "white")
-    pen = ImageDraw.Draw(image)
-    pen.ellipse((6, 6, 66, 66), fill=["#f5c542", "#8a5a3b", "#f2d0b0", "#c58c5b"][number % 4])
-    pen.ellipse((22, 26, 30, 36), fill="black")
-    pen.ellipse((42, 26, 50, 36), fill="black")
-    pen.arc((22, 30, 50, 54), 20, 160, fill="black", width=3)
-    pen.rectangle((18, 4, 54, 14), fill=["#b33", "#339", "#393", "#eee"][number // 2 % 4])
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def scores_at(samples: int) -> dict[str, float]:
-    share = samples / 60416
-    return {
-        "retrieval/image_to_text@1": 0.002 + 0.2137 * share,
-        "retrieval/image_to_text@5": 0.008 + 0.4821 * share,
-        "retrieval/image_to_text@10": 0.016 + 0.5973 * share,
-        "retrieval/text_to_image@1": 0.002 + 0.1891 * share,
-        "retrieval/text_to_image@5": 0.008 + 0.4512 * share,
-        "retrieval/text_to_image@10": 0.016 + 0.5712 * share,
-        "zero_shot/skin_tone": 0.2 + 0.5932 * share,
-        "zero_shot/role": 0.04 + 0.5733 * share,
-    }
-
-
-CHANCE = dict(zip(scores_at(0), (0.0016, 0.0082, 0.0163, 0.0016, 0.0082, 0.0163, 0.2, 0.0417), strict=True))
-
-
-def evaluation(step: int, samples: int, names: list[str] = NAMES) -> dict[str, Any]:
-    """The evaluation file of a step."""
-    retrieval = [
-        {
-            "key": f"k{n}",
-            "image": picture(n),
-            "caption": name,
-            "nearest": [
-                {"caption": other, "score": 0.41 - 0.06 * r, "correct": other == name}
-                for r, other in enumerate([*names[n - 1 :], *names[: n - 1], "flag: Iceland"][: 3 if n % 4 == 3 else 5])
-            ],
-        }
-        for n, name in enumerate(names * 2)
-    ]
-    captions = [
-        {"key": f"k{n}", "image": picture(n), "true": [name, "alias " + name], "generated": f"{name[:4]} at {samples}"}
-        for n, name in enumerate(names)
-    ]
-    return {
-        "step": step,
-        "samples": samples,
-        "scores": scores_at(samples),
-        "chance": CHANCE,
-        "examples": {"retrieval": retrieval, "captions": captions},
-    }
-
-
-FLIPS = {"zero_shot/role": {"lost": 17, "won": 43, "queries": 612, "p_value": 0.00104}}
-
-
-def lines_of_a_run() -> list[dict[str, Any]]:
-    """Every line of a run of 236 steps that grew after 79 and was resumed on fewer processes after 150."""
-    lines: list[dict[str, Any]] = []
-    clock = BEGAN
-
-    def add(event: str, step: int, passed: float, **more: Any) -> None:
-        nonlocal clock
-        clock += passed
-        lines.append({"event": event, "step": step, "samples": step * 256, "time": clock, **more})
-
-    start = {"imports": 3.1, "find": 0.2, "read": 0.4, "build": 1.3}
-    add("start", 0, 5.0, world=2, hosts=["node-1"], device="cpu", commit=None, seconds=start, life=1)
-    small, large = 10_240_512, 14_091_264
-    for step in range(1, 237):
-        grown = step > 79
-        if step % 5 == 0 or step == 236:
-            contrastive, caption = 5.5 * math.exp(-step / 90) + 0.9, 6.0 * math.exp(-step / 60) + 1.1
-            wobble = 0.12 * math.sin(step * 1.7)
-            add(
-                "step",
-                step,
-                8.2 if grown else 5.1,
-                stage=int(grown),
-                loss=contrastive + 2 * caption + wobble,
-                losses={"contrastive": contrastive + wobble, "caption": caption},
-                lr=1e-3 * min(1, step / 8) * min(1.0, (241 - step) / 48),
-                logit_scale=14 + step / 12,
-                grad_norm=1.4 + math.cos(step) * 0.3,
-                skipped=0,
-                bad_samples=int(step > 60),
-                samples_per_second=160.0 if grown else 255.0,
-                data_wait=0.04,
-                mfu=None,
-                flops=3.1e11 * step,
-                peak_memory=1_812_000_000,
-                parameters=large if grown else small,
-                seconds={"data": 0.3, "compute": 7.8 if grown else 4.7},
-            )
-        if step in (79, 158, 236):
-            add(
-                "eval",
-                step,
-                6.5,
-                scores=scores_at(step * 256),
-                chance=CHANCE,
-                sizes={"retrieval": 612, "zero_shot/skin_tone": 5, "zero_shot/role": 24},
-                seconds=6.5,
-                **({"flips": FLIPS, "since": 20_224} if step > 79 else {}),
-            )
-        if step in (40, 60, 79, 110, 150, 190, 236):
-            reason = {79: "growth", 236: "end"}.get(step, "interval")
-            add(
-                "commit",
-                step,
-                0.9,
-                url=f"s3://ACCESS:SECRET@bucket/runs/emoji/commits/step-{step:09d}",
-                bytes=170_000_000,
-                seconds=0.8,
-                reason=reason,
-            )
-        if step == 79:
-            add(
-                "grow",
-                step,
-                0.4,
-                **{"from": {"image.depth": 4, "text.depth": 3}, "to": {"image.depth": 8, "text.depth": 6}},
-                parameters_before=small,
-                parameters_after=large,
-                seconds=0.35,
-                logit_difference=3.2e-7,
-            )
-        if step == 150:
-            clock += 3600
-            add(
-                "resume",
-                step,
-                6.0,
-                world=1,
-                hosts=["node-2"],
-                device="cpu",
-                commit="step-000000150",
-                seconds=start | {"read": 1.9},
-                life=2,
-            )
-    add("end", 236, 0.1, seconds=400.0)
-    return lines
-
-
-def write_run(
-    folder: Path,
-    lines: list[dict[str, Any]],
-    evaluations: list[dict[str, Any]] = (),
-    ledger: list[dict[str, Any]] = (),
-    recipe: str = RECIPE,
-) -> Path:  # type: ignore[assignment]
-    (folder / "evaluations").mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(recipe)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "ledger.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in ledger))
-    for e in evaluations:
-        (folder / "evaluations" / f"step-{e['step']:09d}.json").write_text(json.dumps(e))
-    return folder
-
-
-def bad(reason: str, number: int) -> dict[str, Any]:
-    return {
-        "step": 61,
-        "position": 15700 + number,
-        "source": "samples://emoji",
-        "shard": "emoji-00001.tar",
-        "key": f"0{number}",
-        "offset": 512,
-        "reason": reason,
-    }
 
 
 @pytest.fixture
@@ -237,63 +36,6 @@ def whole(tmp_path: Path) -> Path:
         bad("the caption is not UTF-8", 3),
     ]
     return write_run(tmp_path / "emoji", lines_of_a_run(), [evaluation(s, s * 256) for s in (79, 158, 236)], ledger)
-
-
-# ------------------------------------------------------------------------------------------------------ the page
-
-
-class Page(HTMLParser):
-    """Every element with its attributes, and all visible text."""
-
-    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.source, self.elements, self.text, self.open = (
-            text,
-            list[tuple[str, dict[str, str | None]]](),
-            "",
-            list[str](),
-        )
-        self.style, self.rows = "", list[str]()
-        self.feed(text)
-        assert self.open == [], f"left open: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag in ("tr", "li"):
-            self.rows.append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            self.style += data
-            return
-        self.text += data
-        if self.rows and ("tr" in self.open or "li" in self.open):
-            self.rows[-1] += data + " "
-
-    def of(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def row(self, start: str) -> str:
-        """The one row or list item whose text starts so, white space folded."""
-        found = [" ".join(r.split()) for r in self.rows if " ".join(r.split()).startswith(start)]
-        assert len(found) == 1, f"{start!r} starts {len(found)} rows"
-        return found[0]
-
-
-def page_of(folder: Path) -> Page:
-    path = write_report(folder)
-    assert path == folder / "report.html"
-    return Page(path.read_text(encoding="utf-8"))
 
 
 def assert_self_contained(page: Page) -> None:
@@ -603,97 +345,6 @@ def test_page_stays_small_when_the_run_is_long(tmp_path: Path) -> None:
     assert 300 < longest <= 400
 
 
-# ----------------------------------------------------------------------------------------------- numbers and charts
-
-
-@given(st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6)), max_size=1500), st.integers(10, 400))
-def test_downsampling_keeps_ends_extremes_and_order(values: list[float | None], limit: int) -> None:
-    points = [(float(n), v) for n, v in enumerate(values)]
-    kept = downsample(points, limit)
-    assert len(kept) <= max(limit, 0)
-    assert set(kept) <= set(points)
-    assert [x for x, _ in kept] == sorted({x for x, _ in kept})
-    seen = [v for v in values if v is not None]
-    if seen:
-        assert {min(seen), max(seen)} <= {y for _, y in kept}
-        assert kept[0] == points[0]
-        assert kept[-1] == points[-1]
-
-
-@given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9), st.integers(2, 9))
-def test_ticks_are_round_few_and_enclose(low: float, length: float, count: int) -> None:
-    high = low + length
-    if high - low < abs(low) * 1e-9:
-        return
-    ticks = nice_ticks(low, high, count)
-    step = ticks[1] - ticks[0]
-    slack = step * 1e-6
-    assert ticks[0] <= low + slack
-    assert ticks[-1] >= high - slack
-    assert 2 <= len(ticks) <= count + 2
-    mantissa = step / 10 ** math.floor(math.log10(step) + 1e-6)
-    assert any(math.isclose(mantissa, m, rel_tol=1e-5) for m in (1, 2, 2.5, 5))
-
-
-def test_a_chart_draws_its_points_where_they_belong() -> None:
-    chart = LineChart(
-        "t",
-        [Series("a", [(0, 0.0), (50, 10.0), (100, 5.0)], chance=5.0)],
-        [Marker(50, ("w 1 → 2",), "growth")],
-        x_end=100,
-    )
-    text = str(chart.svg(400, 230, "c"))
-    path = re.search(r'class="line s0" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', text)
-    assert path
-    x0, y0, x1, y1, x2, y2 = map(float, path.groups())
-    assert math.isclose(x1 - x0, x2 - x1, abs_tol=0.11)
-    assert math.isclose(y0 - y1, 2 * (y0 - y2), abs_tol=0.11)
-    assert y1 < y2 < y0  # up is less in SVG
-    chance = re.search(r'class="chance s0" x1="[\d.]+" x2="[\d.]+" y1="([\d.]+)"', text)
-    assert chance
-    assert float(chance[1]) == y2
-    mark = re.search(r'class="mark growth" x1="([\d.]+)"', text)
-    assert mark
-    assert float(mark[1]) == x1
-    assert "a: 0 at 0 samples, 5 at 100; lowest 0, highest 10; chance 5." in text
-
-
-@pytest.mark.parametrize(
-    ("form", "value", "text"),
-    [
-        (readable.compact, 14_091_264, "14.1 M"),
-        (readable.compact, 340_224, "340 k"),
-        (readable.compact, 999_700, "1.00 M"),
-        (readable.compact, 834, "834"),
-        (readable.compact, 0, "0"),
-        (readable.compact, 1_240_000_000, "1.24 B"),
-        (readable.exact, 60416, "60,416"),
-        (readable.exact, None, "–"),
-        (readable.percent, 0.613, "61.3%"),
-        (readable.percent, 0.0016, "0.16%"),
-        (readable.percent, 0.0, "0.0%"),
-        (readable.percent, None, "–"),
-        (readable.duration, 200, "3 min 20 s"),
-        (readable.duration, 3840, "1 h 04 min"),
-        (readable.duration, 0.35, "0.3 s"),
-        (readable.duration, 0.004, "0.004 s"),
-        (readable.duration, 59.6, "1 min 00 s"),
-        (readable.duration, 9.97, "10 s"),
-        (readable.duration, 183_600, "2 d 3 h"),
-        (readable.decimal, 1e-5, "1e-5"),
-        (readable.decimal, 3.21449, "3.214"),
-        (readable.decimal, None, "–"),
-        (readable.decimal, float("nan"), "nan"),
-        (readable.size, 170_000_000, "170 MB"),
-        (readable.flops, 7.3e13, "73.0 TFLOP"),
-        (readable.moment, BEGAN, "22 November 2026, 16:00 UTC"),
-        (readable.printable, "a\x1b[2Jb\x00\u202e\n\U0001f469\u200d\U0001f692", "a�[2Jb��\n\U0001f469\u200d\U0001f692"),
-    ],
-)
-def test_numbers_as_people_read_them(form: Any, value: Any, text: str) -> None:
-    assert form(value) == text
-
-
 # ---------------------------------------------------------------------------------------------------------- colours
 
 
@@ -744,24 +395,4 @@ def test_what_a_growth_lost_and_won_is_told(whole: Path) -> None:
 @pytest.mark.parametrize(("width", "height", "dark"), [(1280, 900, False), (390, 844, True)])
 def test_the_page_in_a_browser(whole: Path, browser: Browser, width: int, height: int, dark: bool) -> None:
     page_of(whole)
-    browser.open(whole / "report.html", width, height, dark)
-    assert browser.complaints == []
-    assert [url for url in browser.requests if not url.startswith(("file:", "data:", "about:"))] == []
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    assert browser.evaluate("[...document.images].every(e => e.complete && e.naturalWidth > 0 && e.alt)")
-    drawn = "[...document.querySelectorAll('svg[role=img]')].filter(e => e.getClientRects().length)"
-    figures = browser.evaluate(
-        f"{drawn}.map(e => [e.getBoundingClientRect().width, e.querySelectorAll('path, polyline, rect, circle').length,"
-        " e.querySelector('title').textContent.length])"
-    )
-    assert len(figures) >= 6
-    for across, marks, words in figures:
-        assert across > 100
-        assert marks > 0
-        assert words > 5
-    contrasts = browser.evaluate(CONTRASTS)
-    assert len(contrasts) > 150
-    assert min(contrasts)[0] >= 4.5, min(contrasts)
-    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == (
-        "rgb(22, 24, 21)" if dark else "rgb(252, 251, 247)"
-    )
+    assert check_page(browser, whole / "report.html", width, height, dark) >= 6

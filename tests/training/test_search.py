@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from treering.launch.recipes import RecipeError, read_recipe
 from treering.models.flops import training_flops
+from treering.tests.tiny_runs import SIZES, Died, lines
 from treering.training import loop, search
 from treering.training.commits import find_commit
 from treering.training.loop import train
@@ -24,30 +24,20 @@ from treering.training.state import Decision
 from treering.training.world import World
 
 TINY = [
-    "data.batch=12",
+    *SIZES,
     "data.train=[{source: samples://emoji, name: old}, {source: samples://emoji/held_out, name: new, weight: 0}]",
-    "model.embed_dim=16",
-    "model.image={width: 16, depth: 1, heads: 2, patch: 12, resolution: 24}",
-    "model.text={width: 8, depth: 1, heads: 2, context: 16}",
     "model.caption=null",
     "objectives={contrastive: {}}",
-    "schedule.warmup=24",
     "stages=[{samples: 36}, {search: {space: {image.depth: [2, 3], text.width: [16]}, flops: 2.5, samples: 48}, "
     "mixture: {new: 1}, replay: 0.25, samples: 36}]",
     "checkpoint.every=12",
     "checkpoint.keep=20",
     "eval.suites=[]",
-    "log.every=1",
 ]
 
 
 def recipe(*overrides: str) -> Recipe:
     return read_recipe("emoji", [*TINY, *overrides]).recipe
-
-
-def lines(out: Path, kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["event"] == kind]
 
 
 def searched(out: Path) -> dict[str, Any]:
@@ -127,10 +117,6 @@ def test_a_search_is_written_down_with_what_was_rejected_and_what_it_cost(whole:
     page = (whole / "report.html").read_text()
     assert "Search for the next size" in page
     assert all(f"{row['score']:g}" in page for row in rows)
-
-
-class Died(Exception):
-    """Stands in for a kill: nothing after it runs."""
 
 
 @pytest.mark.parametrize("at", ["in the second trial", "after the search", "in the stage"])

@@ -19,8 +19,10 @@ from treering.models.model import Extras, Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.models.transformer import Block
 from treering.training.draws import kept
-from treering.training.engine import EngineConfig, prepare
+from treering.training.engine import EngineConfig
 from treering.training.loop import train
+from treering.training.preparing import prepare
+from treering.training.state import TrainingError
 
 SPEC = ModelSpec(
     embed_dim=12,
@@ -100,26 +102,6 @@ def test_every_patch_is_kept_as_often() -> None:
     assert training_flops(PLAIN, 9.0, 4) < 0.6 * training_flops(PLAIN, 9.0)
 
 
-def test_recomputed_blocks_give_the_same_gradient_and_keep_less() -> None:
-    found, kept_bytes = [], []
-    for recompute in (False, True):
-        model = build(SPEC, 3)
-        prepare(model, EngineConfig(recompute=recompute), torch.device("cpu"))
-        sizes: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            output = model(*batch())
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept_bytes.append(sum(size for place, size in sizes.items() if place not in weights))
-        found.append(gradients(model, output))
-    assert all(np.array_equal(gradient, found[1][name]) for name, gradient in found[0].items())
-    assert kept_bytes[1] < 0.5 * kept_bytes[0]
-
-
 def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the tracer of torch.compile; the code generator behind it is torch's affair."""
     calls: list[dict[str, Any]] = []
@@ -137,15 +119,55 @@ def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(found[1][name], gradient, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+def test_compiling_does_not_grow_with_depth_and_goes_on_after_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pieces of code for five blocks as for two, none for other captions, and new ones for each new width,
+    also beyond the number that torch keeps of one function."""
+    made: list[int] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        made.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(Block, "compile", lambda self, **options: nn.Module.compile(self, backend=note, **options))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # type: ignore[attr-defined]
+
+    def pieces(width: int, depth: int, steps: int) -> int:
+        sizes = {"width": width, "depth": depth, "heads": width // 8}
+        spec = PLAIN.model_copy(
+            update={part: getattr(PLAIN, part).model_copy(update=sizes | {"head_dim": 8}) for part in ("image", "text")}
+        )
+        model = build(spec, 3)
+        prepare(model, EngineConfig(compile=True), torch.device("cpu"))
+        before = len(made)
+        for step in range(steps):
+            images, tokens, lengths = batch()
+            gradients(model, model(images[step:], tokens[int(lengths[:step].sum()) :], lengths[step:]))
+        return len(made) - before
+
+    few = pieces(16, 2, 3)
+    assert few == pieces(16, 5, 3) <= 6
+    assert pieces(16, 5, 2) == few, "a third batch needs no more"
+    assert min(pieces(width, 2, 1) for width in (24, 32)) >= 3
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(TrainingError, match=r"engine\.compile = true cannot be here: there is no C\+\+ compiler"):
+        prepare(build(PLAIN, 3), EngineConfig(compile=True), torch.device("cpu"))
+    prepare(build(PLAIN, 3), EngineConfig(), torch.device("cpu"))
+
+
 def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FILIP, parallel captions, a schedule, micro-batches, recomputing, half of the patches and then all; a trace."""
+    """FILIP, parallel captions, a schedule, pieces, a bound on activations, half of the patches, then all; a trace."""
     seen: list[tuple[int, ...] | None] = []
     embed = Model.embed_images
 
-    def embed_images(self: Model, images: torch.Tensor, patches: torch.Tensor | None = None) -> Any:
+    def embed_images(
+        self: Model, images: torch.Tensor, patches: torch.Tensor | None = None, pooled_only: bool = False
+    ) -> Any:
         if len(images) == 2:
             seen.append(None if patches is None else tuple(patches.shape))
-        return embed(self, images, patches)
+        return embed(self, images, patches, pooled_only)
 
     monkeypatch.setattr(Model, "embed_images", embed_images)
     overrides = [
@@ -155,7 +177,7 @@ def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "objectives={contrastive: {kind: filip, softening: 0.1}, "
         "caption: {weight: 1.0, parallel: 0.5, schedule: [[0.0, 1.0], [1.0, 0.0]]}}",
         "stages=[{samples: 20, patches: 0.5}, {samples: 20}]",
-        "engine={micro_batches: 2, recompute: true}",
+        "engine={micro_batches: 2, activations: 0.5}",
         "schedule.warmup=4",
         "eval={suites: [retrieval], writing: beam, examples: 2}",
         "log={every: 1, profile: true, gradients: true}",

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from treering.models import varlen
+from treering.models import mlp, varlen
+from treering.models.mlp import Experts
 from treering.models.model import build, empty
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec, TowerSpec
 from treering.models.transformer import Attention
 from treering.training import micro
-from treering.training.engine import Engine, EngineConfig, prepare
+from treering.training.engine import Engine, EngineConfig
 from treering.training.feed import Feed
+from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective, extras_of
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive, LateContrastive, SigmoidContrastive
 from treering.training.optimizer import OptimizerConfig
+from treering.training.preparing import prepare
 from treering.training.world import World
 
 SPEC = ModelSpec(
@@ -40,6 +45,21 @@ OBJECTIVES = {
 }
 
 
+TOWERS = {
+    "classed": DUAL.model_copy(update={"text": SPEC.text.model_copy(update={"pool": "class"})}),
+    "captioned class": SPEC.model_copy(update={"text": SPEC.text.model_copy(update={"pool": "class"})}),
+    "filled": DUAL.model_copy(update={"text": SPEC.text.model_copy(update={"pool": "last"})}),
+    "both ways": DUAL.model_copy(update={"text": SPEC.text.model_copy(update={"pool": "first", "causal": False})}),
+    "experts": DUAL.model_copy(
+        update={
+            "image": SPEC.image.model_copy(update={"experts": 4}),
+            "text": SPEC.text.model_copy(update={"experts": 3, "active": 1, "mlp": "swiglu"}),
+        }
+    ),
+}
+"""models of open_clip's, and mixtures"""
+
+
 def batch(device: torch.device) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([3, 9, 5, 3, 7, 4])
@@ -49,8 +69,12 @@ def batch(device: torch.device) -> Inputs:
     return Inputs(*(x.to(device) for x in tensors), host_lengths=lengths)
 
 
-def backward(objective: Objective, inputs: Inputs, parts: int) -> None:
-    net = empty(SPEC if "caption" in objective.needs else DUAL)
+def backward(objective: Objective, inputs: Inputs, parts: int, spec: ModelSpec | None = None) -> None:
+    net = empty(spec or (SPEC if "caption" in objective.needs else DUAL))
+    for module in net.modules():
+        if isinstance(module, Experts):
+            net.bfloat16()  # as the kernel wants it
+            module.grouped = True
     world = World(0, 1, torch.device("meta"))
 
     def forward(piece: Inputs) -> tuple[object, Tensor]:
@@ -74,13 +98,25 @@ def test_forward_and_backward_read_nothing_from_the_device(name: str, parts: int
         backward(OBJECTIVES[name](), replace(inputs, host_lengths=None), parts)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", TOWERS)
+def test_no_tower_reads_anything_from_the_device(name: str, parts: int) -> None:
+    """Also those that fill texts, or end them with a class token, and mixtures of experts."""
+    spec, inputs = TOWERS[name], batch(torch.device("meta"))
+    objectives = [Caption(1.0) if spec.caption else Contrastive(1.0), *([Balance(1.0)] if name == "experts" else [])]
+    for objective in objectives:
+        backward(objective, inputs, parts, spec)
+        with pytest.raises(RuntimeError, match="meta"):
+            backward(objective, replace(inputs, host_lengths=None), parts, spec)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [*OBJECTIVES, *TOWERS])
 def test_the_steady_step_does_not_wait_for_the_gpu(name: str) -> None:
     """torch raises at every synchronisation, from the feed of a batch to the optimizer."""
-    device, objective = torch.device("cuda", 0), OBJECTIVES[name]()
-    spec = SPEC if "caption" in objective.needs else DUAL
-    config = EngineConfig(precision="bf16")
+    device, objective = torch.device("cuda", 0), OBJECTIVES.get(name, lambda: Contrastive(1.0))()
+    spec = TOWERS.get(name, SPEC if "caption" in objective.needs else DUAL)
+    config = EngineConfig(precision="bf16", activations=0.5)
     engine = Engine(spec, [objective], config, OptimizerConfig(ema=0.9), World(0, 1, device), 0)
     feed, host = Feed(device), batch(torch.device("cpu"))
     columns = (host.images, host.tokens, host.lengths, host.caption_ids, host.image_ids, host.numbers)
@@ -101,6 +137,44 @@ def test_what_is_fed_arrives_whole() -> None:
         sent = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8)
         [arrived] = feed([sent])
         assert torch.equal((arrived + 0).cpu(), sent)
+
+
+# Experts at once
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+@pytest.mark.parametrize("active", [1, 2])
+def test_experts_at_once_are_experts_one_by_one(kind: Any, active: int) -> None:
+    """By torch's own stand-in for the kernel, in bf16; one expert has no token."""
+    mixture = Experts(TowerSpec(width=32, depth=1, heads=2, experts=4, active=active, mlp=kind)).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in mixture.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 6)
+        mixture.router.weight[2] = -100
+    x_td = torch.randn(37, 32, generator=generator).abs().bfloat16()
+    found: list[list[Tensor]] = []
+    for grouped in (True, False):
+        mixture.grouped = grouped
+        leaf_td = x_td.clone().requires_grad_()
+        mixed_td = mixture(leaf_td)
+        weights = [leaf_td, *mixture.experts.parameters()]
+        slopes = torch.autograd.grad(mixed_td.float().square().sum(), weights)
+        found.append([mixed_td.detach(), *slopes])
+    assert mixture.counts_e[2] == 0
+    for ours, truth in zip(*found, strict=True):
+        assert float((ours - truth).float().norm()) <= 0.02 * float(truth.float().norm())
+
+
+def test_the_kernel_for_experts_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = TowerSpec(width=32, depth=1, heads=2, experts=4)
+    mlp.tried.cache_clear()
+    assert mlp.tried(spec, torch.device("cpu")) is None
+    real = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: real(x, w, offs=offs.flip(0).sort().values - 1))
+    mlp.tried.cache_clear()
+    assert mlp.tried(spec, torch.device("cpu")) is not None
+    mlp.tried.cache_clear()
 
 
 # Attention without padding
@@ -130,9 +204,13 @@ def test_a_kernel_is_tried_before_it_is_used() -> None:
     assert "NotImplementedError" in str(varlen.refusal(3, 16, cpu)), "torch's kernel is for GPUs"
 
 
-def test_a_model_says_how_its_captions_attend() -> None:
+def test_a_model_says_how_it_attends() -> None:
     model = build(SPEC, 0)
-    assert prepare(model, EngineConfig(precision="bf16"), torch.device("cpu")) == "padded (bf16 on cpu)"
+    found = prepare(model, EngineConfig(precision="bf16"), torch.device("cpu"))
+    assert found == {"pictures": "flash", "captions": "flash, padded (bf16 on cpu)"}
+    with sdpa_kernel(SDPBackend.MATH):
+        found = prepare(model, EngineConfig(), torch.device("cpu"))
+    assert found == {"pictures": "math", "captions": "math, padded (fp32 on cpu)"}
     assert not any(module.varlen for module in model.modules() if isinstance(module, Attention))
 
 

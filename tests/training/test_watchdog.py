@@ -15,7 +15,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from treering.training.watchdog import HUNG, Watchdog, WatchdogConfig, read_heartbeats
+from treering.training.watchdog import HUNG, LOST, Watchdog, WatchdogConfig, read_heartbeats
 from treering.training.world import World
 
 SLEEPER = """
@@ -100,3 +100,35 @@ def test_heartbeats_of_a_larger_world_before_are_not_this_one(tmp_path: Path) ->
 def test_a_limit_is_a_time(limit: str) -> None:
     with pytest.raises(ValidationError, match="is no time"):
         WatchdogConfig(limit=limit)
+
+
+GIVES_WAY = """
+import sys, time
+from pathlib import Path
+import torch
+from treering.training.watchdog import Watchdog, WatchdogConfig
+from treering.training.world import World
+folder = Path(sys.argv[1])
+def lost(): return "another life has begun" if (folder / "taken").exists() else None
+with Watchdog(WatchdogConfig(limit="1s"), folder, World(0, 1, torch.device("cpu")), lost) as watch:
+    watch.at("evaluate", 1)
+    print("here", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_process_whose_run_was_taken_over_ends_and_leaves_the_others_heartbeat_alone(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", GIVES_WAY, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout
+    assert process.stdout.readline() == "here\n"
+    beat = tmp_path / "heartbeats" / "rank-00000.json"
+    while not beat.exists():
+        time.sleep(0.05)
+    (tmp_path / "taken").touch()
+    time.sleep(0.2)
+    beat.write_text("of the other life")
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == LOST
+    assert "another life has begun" in said
+    assert beat.read_text() == "of the other life"

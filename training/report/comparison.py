@@ -10,16 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from . import readable
 from .charts import LineChart, Series
 from .drawings import rings
 from .forest import Forest, Mark
-from .page import HERE, environment
+from .page import environment
 from .readable import is_share, lower_is_better, number, printable, score
-from .reading import read_run, without_credentials
-from .sections import score_names
+from .reading import Run, read_run, without_credentials
+from .sections import score_title
 
 LEVEL = 0.05
 """of the p-value, adjusted for all tasks, below which a difference is called one"""
@@ -36,7 +34,6 @@ def render_comparison(found: Mapping[str, Any]) -> str:
         environment()
         .get_template("comparison.html")
         .render(
-            style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
             rings=rings([1.0] * len(models)),
             title=" and ".join([", ".join(names[1:-1]), names[-1]] if len(names) > 2 else names[1:]),
             models=models,
@@ -44,7 +41,7 @@ def render_comparison(found: Mapping[str, Any]) -> str:
             forest=_forest(found["tasks"], names),
             tables=[_table(found["tasks"], n, name) for n, name in enumerate(names[1:])],
             flips=_flips(found["tasks"], names),
-            curves=_curves(found["models"], names),
+            curves=curves_of(_runs(found["models"])),
             data=printable(without_credentials(str(found.get("data") or ""))),
             level=readable.percent(LEVEL).replace(".0", ""),
         )
@@ -74,11 +71,6 @@ def _model(model: Mapping[str, Any]) -> View:
     }
 
 
-def _title(key: str) -> str:
-    group, name = score_names(printable(key))
-    return f"{group}: {name}"
-
-
 def _verdicts(tasks: Sequence[Mapping[str, Any]], model: int, name: str) -> View:
     said = [verdict(task["key"], task["changes"][model]) for task in tasks]
     better, worse = said.count("better"), said.count("worse")
@@ -91,7 +83,7 @@ def _forest(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> View | 
     for task in tasks:
         if is_share(task["key"]) and any(change["low"] is not None for change in task["changes"]):
             marks = [_mark(task["key"], c, n) for c, n in zip(task["changes"], names[1:], strict=True)]
-            rows.append((_title(task["key"]), marks))
+            rows.append((score_title(task["key"]), marks))
     if not rows:
         return None
     plot = Forest(f"Difference from {names[0]}, in points, with 95% intervals", names[1:], rows)
@@ -115,7 +107,7 @@ def _table(tasks: Sequence[Mapping[str, Any]], model: int, name: str) -> View:
         rows.append(
             {
                 "key": printable(key),
-                "name": _title(key),
+                "name": score_title(key),
                 "queries": f"{readable.exact(task['queries'])} queries" if task["queries"] else "",
                 "first": score(key, task["values"][0]),
                 "other": score(key, task["values"][model + 1]),
@@ -135,7 +127,7 @@ def _flips(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Vie
     """The first queries of each task that another model loses."""
     return [
         {
-            "task": _title(task["key"]),
+            "task": score_title(task["key"]),
             "name": name,
             "count": readable.exact(change["lost"]),
             "queries": [printable(query)[:200] for query in change["flips"]],
@@ -146,9 +138,12 @@ def _flips(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Vie
     ]
 
 
-def _curves(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[LineChart]:
-    """Loss and scores of the runs over samples, those that two runs or more have."""
-    runs = [(name, read_run(Path(model["run"]))) for name, model in zip(names, models, strict=True) if model.get("run")]
+def _runs(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, Run]]:
+    return [(printable(model["name"]), read_run(Path(model["run"]))) for model in models if model.get("run")]
+
+
+def curves_of(runs: Sequence[tuple[str, Run]]) -> list[LineChart]:
+    """Loss of several runs, by their names, over samples, and the scores that two of them or more have."""
     if len(runs) < 2:
         return []
     loss = [Series(n, [(s["samples"], number(s.get("loss"))) for s in run.events("step")]) for n, run in runs]
@@ -161,5 +156,5 @@ def _curves(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[L
         ]
         if sum(bool(line.values) for line in lines) > 1:
             form = readable.percent if is_share(key) else readable.decimal
-            charts.append(LineChart(_title(key), lines, y_format=form, dots=True, labelled=False))
+            charts.append(LineChart(score_title(key), lines, y_format=form, dots=True, labelled=False))
     return [chart for chart in charts if chart.series][:_CURVES]

@@ -61,7 +61,7 @@ def headline(run: Run) -> View:
     return {
         "name": run.name,
         "finished": run.finished,
-        "state": _state(run),
+        "state": state(run),
         "sources": run.sources,
         "device": device(first) if first.get("event") in ("start", "resume") else None,
         "began": readable.moment(lives[0].began) if lives else None,
@@ -96,7 +96,7 @@ def scores(run: Run) -> View | None:
                 "name": name,
                 "key": printable(key),
                 "score": readable.score(key, value),
-                "interval": _interval(key, intervals.get(key)),
+                "interval": interval(key, intervals.get(key)),
                 "chance": readable.percent(level),
                 "times": readable.times(value, level) if level else readable.MISSING,
                 "size": f"{readable.exact(size)} {kind}" if is_number(size) else "",
@@ -237,7 +237,13 @@ def score_names(key: str) -> tuple[str, str]:
     return group, readable.plain(name)
 
 
-def _interval(key: str, ends: object) -> str:
+def score_title(key: str) -> str:
+    """A score as a person says it: Image → text: R@5."""
+    group, name = score_names(printable(key))
+    return f"{group}: {name}"
+
+
+def interval(key: str, ends: object) -> str:
     """The interval of a score in words, if there is one."""
     if not isinstance(ends, list | tuple) or len(ends) != 2 or not all(map(is_number, ends)):
         return ""
@@ -275,7 +281,7 @@ def _figures(steps: list[Line], names: list[str]) -> View:
     return {"head": [c[0] for c in columns] + [readable.plain(n) for n in names] + [c[0] for c in tail], "rows": rows}
 
 
-def _state(run: Run) -> str:
+def state(run: Run) -> str:
     if run.finished:
         return "Finished"
     total = run.total_samples

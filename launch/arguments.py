@@ -1,0 +1,25 @@
+"""What several commands take and give alike: the words of a recipe, and one JSON object."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A bundled recipe by its name, or the path of a YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Override values of the recipe: optimizer.lr=3e-4, stages.0.samples=320, model.caption=null.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def print_json(content: Any) -> None:
+    """Print one JSON object, in ASCII, as programs read it."""
+    print(json.dumps(content, ensure_ascii=True, indent=1))

@@ -1,0 +1,135 @@
+"""What follows attention in a block: an MLP, or a mixture of them with a router.
+
+A mixture sorts its tokens by expert, so that each expert works on rows that lie side by side. How many these are only
+the device knows; where it has a kernel for maps of such groups (`torch.nn.functional.grouped_mm`: bf16 on H100 and
+later) nobody has to wait for the numbers. As in `varlen`, the kernel is tried where a model is built.
+
+Shape suffixes: t tokens, d stream channels, e experts, k experts of one token, r = t k rows sorted by expert, i and o
+channels of a map's input and output.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .spec import TowerSpec
+
+_TOLERANCE = 0.02
+"""of the norm of the difference; rounding to bf16 makes 0.004 of it"""
+
+
+class Mlp(nn.Module):
+    """Two linear maps with a GELU between them, exact unless the spec names an approximation; or SwiGLU, with a third
+    map as a gate (arXiv 2002.05202)."""
+
+    def __init__(self, spec: TowerSpec) -> None:
+        super().__init__()
+        self.kind = spec.mlp
+        self.gate = nn.Linear(spec.width, spec.mlp_width) if spec.mlp == "swiglu" else None
+        self.up = nn.Linear(spec.width, spec.mlp_width)
+        self.down = nn.Linear(spec.mlp_width, spec.width)
+
+    def forward(self, x_td: Tensor) -> Tensor:
+        """[t, d] -> [t, d]."""
+        if self.gate is None:
+            return self.down(_gelu(self.kind, self.up(x_td)))
+        return self.down(F.silu(self.gate(x_td)) * self.up(x_td))
+
+
+def _gelu(kind: str, x: Tensor) -> Tensor:
+    """GELU, or what a model was trained with in its place (Hendrycks and Gimpel, arXiv 1606.08415, section 2)."""
+    if kind == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+class Experts(nn.Module):
+    """A mixture of MLPs: each token goes through the `active` ones that the router gives most, mixed by their gates.
+
+    Gates are a softmax over all experts, and those that are chosen are scaled to sum to one (Mixtral, arXiv
+    2401.04088), so that experts which are alike are together what one of them is.
+    """
+
+    counts_e: Tensor
+    """of the last forward pass: tokens of each expert"""
+    gates_e: Tensor
+    """of the last forward pass: the softmax of each expert, summed over the tokens"""
+
+    def __init__(self, spec: TowerSpec) -> None:
+        super().__init__()
+        self.spec, self.active = spec, spec.active
+        self.router = nn.Linear(spec.width, spec.experts, bias=False)
+        self.experts = nn.ModuleList(Mlp(spec) for _ in range(spec.experts))
+        self.grouped = False
+        """whether all experts are computed by one kernel, in half precision"""
+
+    def forward(self, x_td: Tensor) -> Tensor:
+        """[t, d] -> [t, d]."""
+        scores_te = self.router(x_td).softmax(-1)
+        gates_tk, chosen_tk = scores_te.topk(self.active, dim=-1)
+        gates_tk = gates_tk / gates_tk.sum(-1, keepdim=True)
+        chosen = chosen_tk.flatten()
+        counts_e = chosen.new_zeros(len(self.experts)).scatter_add(0, chosen, torch.ones_like(chosen))
+        self.gates_e, self.counts_e = scores_te.sum(0), counts_e
+        order_r = chosen.argsort(stable=True)
+        rows_rd = x_td[order_r // self.active]
+        if self.grouped and x_td.dtype.itemsize == 2:
+            made_rd = self._together(rows_rd, chosen[order_r])
+        else:
+            made_rd = self._one_by_one(rows_rd)
+        made_tkd = made_rd[order_r.argsort()].unflatten(0, (-1, self.active))
+        return (made_tkd * gates_tk[..., None]).sum(1)
+
+    def _one_by_one(self, rows_rd: Tensor) -> Tensor:
+        """Each expert on its rows; the device is waited for to say how many these are."""
+        pieces = rows_rd.split(self.counts_e.tolist())
+        # An expert that nobody chose still runs, on nothing: every parameter has a gradient in every step.
+        return torch.cat([expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)])
+
+    def _together(self, rows_rd: Tensor, of_r: Tensor) -> Tensor:
+        """All experts at once; `of_r` says whose each row is."""
+        ends_e = self.counts_e.cumsum(0).int()
+
+        def mapped(name: str, x_ri: Tensor) -> Tensor:
+            maps: list[nn.Linear] = [getattr(expert, name) for expert in self.experts]
+            weight_eio = torch.stack([each.weight for each in maps]).to(x_ri.dtype).mT
+            bias_eo = torch.stack([each.bias for each in maps]).to(x_ri.dtype)
+            return F.grouped_mm(x_ri, weight_eio, offs=ends_e) + bias_eo[of_r]
+
+        first = self.experts[0]
+        assert isinstance(first, Mlp)
+        if first.gate is None:
+            return mapped("down", _gelu(first.kind, mapped("up", rows_rd)))
+        return mapped("down", F.silu(mapped("gate", rows_rd)) * mapped("up", rows_rd))
+
+
+@cache
+def tried(spec: TowerSpec, device: torch.device) -> str | None:
+    """Why a mixture's experts are not to be computed by one kernel on a device; None: it does what it should."""
+    generator = torch.Generator().manual_seed(0)
+    mixture = Experts(spec)
+    with torch.no_grad():
+        for parameter in mixture.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spec.width**-0.5)
+    mixture.to(device, torch.bfloat16)
+    x_td, slope_td = torch.randn((2, 50, spec.width), generator=generator).to(device, torch.bfloat16)
+
+    def results(grouped: bool) -> list[Tensor]:
+        mixture.grouped = grouped
+        leaf_td = x_td.clone().requires_grad_()
+        made_td = mixture(leaf_td)
+        weights = [parameter for name, parameter in mixture.named_parameters() if name.startswith("experts")]
+        return [made_td.detach(), *torch.autograd.grad(made_td, [leaf_td, *weights], slope_td)]
+
+    try:
+        found = results(True)
+    except Exception as error:  # whatever a kernel refuses with, there is another way
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    off = max(
+        float((a - b).float().norm() / (b.float().norm() + 1e-6)) for a, b in zip(found, results(False), strict=True)
+    )
+    return None if off < _TOLERANCE else f"it differs from the experts one by one by {off:.2g} of its norm"
