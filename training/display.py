@@ -5,6 +5,7 @@ Only rank 0 has any of it; on the others every method does nothing, so the loop 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ class Display:
             self.progress.note(f"continuing from {commit} at {state.samples:,} samples")
         self._bad = len(self.known_bad())
         self._purge = state.samples + 1
+
+    def resumed(self, seconds: Mapping[str, float]) -> None:
+        """Say how long each part of a resume took."""
+        if self.on:
+            parts = ", ".join(f"{part} {spent:.1f}" for part, spent in seconds.items())
+            self.progress.note(f"continued in {sum(seconds.values()):.1f} s: {parts}")
 
     def known_bad(self) -> list[dict[str, Any]]:
         """The ledger so far."""

@@ -220,6 +220,7 @@ class Run:
             **detail,
         )
         self.loader = self._loader()
+        self._resumed = (seconds, time.monotonic()) if found else None
 
     def _prepare(self, commit: Commit) -> Layout | None:
         """Build the engine for a commit of this very run; what of the commit's tensors it holds here."""
@@ -344,6 +345,14 @@ class Run:
         self.state = state.model_copy(update={"step": state.step + 1, "samples": state.samples + size})
         self._bad += [{"step": self.state.step, **asdict(entry)} for entry in batch.bad]
         self.meter.saw(batch)
+        if self._resumed:
+            self._say_resumed(*self._resumed)
+
+    def _say_resumed(self, seconds: dict[str, float], ready: float) -> None:
+        """Once in a life that continues: how long each part of it took, up to the first step, which is waited for."""
+        self.result.grad_norm.item()
+        self.display.resumed({**seconds, "first step": time.monotonic() - ready})
+        self._resumed = None
 
     # The step edge
 

@@ -7,6 +7,7 @@ of each tensor), the tensors without gaps. https://huggingface.co/docs/safetenso
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Mapping
 
@@ -25,6 +26,11 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+_uninitialised = ctypes.pythonapi.PyByteArray_FromStringAndSize
+_uninitialised.restype, _uninitialised.argtypes = ctypes.py_object, [ctypes.c_char_p, ctypes.c_ssize_t]
+"""`bytearray(n)` would fill with zeros first, and take as long again: memory that is new costs more than the copy."""
 
 
 class Packed:
@@ -51,7 +57,7 @@ class Packed:
         if any(t.is_cuda for t in tensors.values()):
             self._pinned = whole = torch.empty(self.size, dtype=torch.uint8, pin_memory=True)
         else:
-            self._bytes = bytearray(self.size)
+            self._bytes: bytearray = _uninitialised(None, self.size)
             whole = torch.frombuffer(self._bytes, dtype=torch.uint8)
         whole[:start] = torch.frombuffer(bytearray(len(head).to_bytes(8, "little") + head), dtype=torch.uint8)
         for name, (first, last) in places.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -259,7 +260,12 @@ def test_a_damaged_commit_is_named_and_the_one_before_taken(
     summary = train(recipe(), tmp_path)
     assert summary.finished
     assert losses(tmp_path) == losses(whole[0])
-    assert f"{part} is damaged" in capsys.readouterr().err.replace("\n", "")
+    said = capsys.readouterr().err.replace("\n", "")
+    assert f"{part} is damaged" in said
+    parts = ("imports", "find", "read", "build", "first step")
+    pattern = r"continued in (\d+\.\d) s: " + ", ".join(rf"{part} (\d+\.\d)" for part in parts)
+    (spent,) = re.findall(pattern, re.sub(" +", " ", said))
+    assert sum(map(float, spent[1:])) == pytest.approx(float(spent[0]), abs=0.4)
 
 
 def test_a_store_slower_than_the_clock_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
