@@ -84,10 +84,13 @@ def stacks(spec: ModelSpec, shape: Shape) -> dict[str, Stack]:
         captions = _Stream(pairs * text.context, pairs * text.context)
     elif text.pool == "class":  # and the filling that it sees
         captions = _Stream(shape.tokens + 2 * pairs, shape.places + 2 * pairs)
-    pruned = not (spec.caption or spec.shared or text.filled or shape.read)
+    alone = not (spec.caption or spec.shared or shape.read)
+    first, last = alone and spec.image.pool == "class", alone and not text.filled
     found = {
-        "image": _stack(spec.image, spec.image.depth, _Stream(pictures, pictures), size, pictures / pairs),
-        "text": _stack(text, text.depth, captions, size, captions.tokens / pairs, pairs if pruned else 0),
+        "image": _stack(
+            spec.image, spec.image.depth, _Stream(pictures, pictures), size, pictures / pairs, pairs * first
+        ),
+        "text": _stack(text, text.depth, captions, size, captions.tokens / pairs, pairs * last),
     }
     if spec.shared:
         seen = _Stream(pairs * patches, pairs * patches)

@@ -30,7 +30,7 @@ def block_flops(
 
 
 def _last_row(spec: TowerSpec, tokens: float) -> float:
-    """Forward operations of a block that works for a sample's last token only: all tokens are keys, one is a query."""
+    """Forward operations of a block that works for one token of a sample only: all tokens are keys, one is a query."""
     one = block_flops(spec, 1, tokens)
     return one + 2 * (tokens - 1) * 2 * spec.width * spec.attention_width
 
@@ -40,7 +40,7 @@ def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = Non
 
     All towers run; `patches` of the picture are looked at, all if left out. `tokens` says that an objective reads the
     tokens of pictures and captions in the joint space; where nobody reads more of a caption than its embedding, the
-    last text block works for one token (`TextTower`).
+    last text block works for one token (`TextTower`), and that of pictures if they have a class token (`ImageTower`).
     """
     image, text, pooler = spec.image, spec.text, spec.image.pool == "attention"
     patches = patches or image.grid**2
@@ -49,8 +49,10 @@ def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = Non
     text_tokens = text.context if text.filled else text_tokens
     read = text_tokens + 2 * (text.pool == "class")  # the class token, and the filling it sees
     seen = (text_tokens + 1) / 2
-    whole = text.depth - (spec.caption is None and spec.shared is None and not text.filled and not tokens)
-    total = image.depth * block_flops(image, stream, stream)
+    alone = spec.caption is None and spec.shared is None and not tokens
+    whole = text.depth - (alone and not text.filled)
+    last = alone and image.pool == "class"
+    total = (image.depth - last) * block_flops(image, stream, stream) + last * _last_row(image, stream)
     total += 2 * patches * 3 * image.patch**2 * image.width
     total += whole * block_flops(text, read, (read + 1) / 2 if text.causal else read)
     total += (text.depth - whole) * _last_row(text, read)

@@ -78,10 +78,10 @@ class Model(nn.Module):
         self.register_buffer("image_mean", torch.tensor(spec.image.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(spec.image.std).view(3, 1, 1), persistent=False)
 
-    def embed_images(self, images: Tensor, patches_bk: Tensor | None = None) -> TowerOutput:
+    def embed_images(self, images: Tensor, patches_bk: Tensor | None = None, pooled_only: bool = False) -> TowerOutput:
         """Embed uint8 pictures [b, 3, resolution, resolution]; they are normalised here, on the device."""
         pixels = (images.to(self.image_std.dtype) / 255 - self.image_mean) / self.image_std
-        return self.image(pixels, patches_bk, self.shared.image if self.shared else None)
+        return self.image(pixels, patches_bk, self.shared.image if self.shared else None, pooled_only)
 
     def embed_texts(self, tokens_t: Tensor, lengths_b: Tensor) -> TowerOutput:
         """Embed packed captions: int64 [t] ids, int64 [b] lengths."""
@@ -106,9 +106,9 @@ class Model(nn.Module):
     def forward(self, images: Tensor, tokens_t: Tensor, lengths_b: Tensor, extras: Extras | None = None) -> ModelOutput:
         """Both towers, the captioner if there is one, and the further towers that `extras` has samples for."""
         extras = extras or Extras()
-        image = self.embed_images(images, extras.patches_bk)
         # What reads the tokens, and not the embedding alone, needs all of them.
         pooled_only = self.captioner is None and self.shared is None and not extras.tokens
+        image = self.embed_images(images, extras.patches_bk, pooled_only)
         shared = self.shared.text if self.shared else None
         text = self.text(tokens_t, lengths_b, pooled_only, shared, extras.longest)
         caption = None

@@ -75,10 +75,17 @@ class ImageTower(nn.Module):
         self.reads_first = spec.pool != "mean"
         self.projection = nn.Linear(embed_dim if self.pool else spec.width, embed_dim, bias=False)
 
-    def forward(self, images: Tensor, patches_bk: Tensor | None = None, shared: Shares | None = None) -> TowerOutput:
+    def forward(
+        self,
+        images: Tensor,
+        patches_bk: Tensor | None = None,
+        shared: Shares | None = None,
+        pooled_only: bool = False,
+    ) -> TowerOutput:
         """Embed pictures, float [b, 3, resolution, resolution], already normalised; through `shared` before pooling.
 
         `patches_bk` are the patches of each that are looked at, all by default (FLIP, Li et al., arXiv 2212.00794).
+        If only the embedding is asked for, the last block computes only what it is read from: a class token.
         """
         b, g, p = len(images), self.grid, self.patch
         unfolded = images.view(b, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, 3 * p * p)
@@ -91,6 +98,10 @@ class ImageTower(nn.Module):
             x_bpd = torch.cat([self.class_embedding.sum(0).to(x_bpd.dtype).expand(b, 1, -1), x_bpd], 1)
         x_bpd = x_bpd if self.pre_norm is None else self.pre_norm(x_bpd)
         layout = Dense(b, x_bpd.shape[1])
+        if pooled_only and self.reads_first and self.pool is None:
+            rows_b = torch.arange(b, device=x_bpd.device) * layout.length
+            x_bd = self.transformer(x_bpd.flatten(0, 1), layout, rows_b=rows_b)
+            return TowerOutput(self.project(x_bd), x_bd[:0], Dense(b, layout.length - 1))
         x_td = self.transformer(x_bpd.flatten(0, 1), layout)
         x_td = shared(x_td, layout) if shared else x_td
         return self._pooled(x_td, layout)

@@ -45,6 +45,10 @@ class Layout(Protocol):
         """The inverse of `grid`: drop the padding, back to [t, h, c]."""
         ...
 
+    def seen_by(self, rows_b: Tensor) -> Tensor | None:
+        """bool [b, n]: keys that these tokens, int64 [b], one of each sample, may see; None: all."""
+        ...
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -54,6 +58,10 @@ class Dense:
     length: int
     causal: bool = False
     seen_bn: Tensor | None = None
+
+    def seen_by(self, rows_b: Tensor) -> None:
+        """Which keys these tokens may see: all."""
+        assert not self.causal
 
     def grid(self, x_thc: Tensor) -> Tensor:
         """[t, h, c] -> [b, h, n, c], without copying."""
@@ -94,6 +102,12 @@ class Packed:
         rows_t = torch.repeat_interleave(samples, lengths_b, output_size=total)
         within_t = torch.arange(total, device=lengths_b.device) - starts[rows_t]
         return Packed(rows_t * longest + within_t, starts.int(), len(lengths_b), longest)
+
+    def seen_by(self, rows_b: Tensor) -> Tensor:
+        """Which keys these tokens may see: those that stand no later."""
+        places_n = torch.arange(self.longest, device=rows_b.device)
+        seen_bn = places_n <= self.positions_t[rows_b, None]
+        return seen_bn if self.seen_bn is None else seen_bn & self.seen_bn
 
     @property
     def positions_t(self) -> Tensor:
@@ -171,10 +185,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Mix the tokens of each sample, [t, d] -> [t, d]; `memory` is the other stream, if there is one.
 
-        With `rows_b`, a token of each sample of a packed stream of its own, only these look, [t, d] -> [b, d].
+        With `rows_b`, a token of each sample of a stream of its own, only these look, [t, d] -> [b, d].
         """
         if rows_b is not None:
-            assert isinstance(layout, Packed)
             return self._rows(x_td, layout, rows_b)
         source_td, source = (x_td, layout) if memory_td is None or memory is None else (memory_td, memory)
         q_thc = self.query(x_td).unflatten(-1, (self.heads, -1))
@@ -192,14 +205,14 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.out(layout.flat(mixed).flatten(1))
 
-    def _rows(self, x_td: Tensor, layout: Packed, rows_b: Tensor) -> Tensor:
-        """What the tokens `rows_b` take from themselves and those before them."""
+    def _rows(self, x_td: Tensor, layout: Layout, rows_b: Tensor) -> Tensor:
+        """What the tokens `rows_b` take from those of their sample that they may see."""
         q_bh1c = self.query(x_td[rows_b]).unflatten(-1, (self.heads, 1, -1))
         k, v = (layout.grid(project(x_td).unflatten(-1, (self.heads, -1))) for project in (self.key, self.value))
-        places_n = torch.arange(layout.longest, device=rows_b.device)
-        seen_bn = places_n <= layout.positions_t[rows_b, None]
-        seen_bn = seen_bn if layout.seen_bn is None else seen_bn & layout.seen_bn
-        mixed_bh1c = F.scaled_dot_product_attention(q_bh1c, k, v, attn_mask=seen_bn[:, None, None])
+        seen_bn = layout.seen_by(rows_b)
+        mixed_bh1c = F.scaled_dot_product_attention(
+            q_bh1c, k, v, attn_mask=None if seen_bn is None else seen_bn[:, None, None]
+        )
         return self.out(mixed_bh1c.flatten(1))
 
 
@@ -264,7 +277,7 @@ class Block(nn.Module):
         memory: Layout | None = None,
         rows_b: Tensor | None = None,
     ) -> Tensor:
-        """[t, d] -> [t, d]; or, of a packed stream without another, only the tokens `rows_b`, [b, d]."""
+        """[t, d] -> [t, d]; or, of a stream without another, only the tokens `rows_b`, [b, d]."""
         normed_td = _for_maps(self.attention_norm(x_td))
         if rows_b is not None:
             x_td = x_td[rows_b]

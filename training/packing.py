@@ -45,11 +45,13 @@ class Packed:
         text = json.dumps(entries, separators=(",", ":")).encode()
         head = text + b" " * (-len(text) % 8)
         start = 8 + len(head)
+        self.size = start + end
+        """bytes of the file"""
         self._pinned: Tensor | None = None
         if any(t.is_cuda for t in tensors.values()):
-            self._pinned = whole = torch.empty(start + end, dtype=torch.uint8, pin_memory=True)
+            self._pinned = whole = torch.empty(self.size, dtype=torch.uint8, pin_memory=True)
         else:
-            self._bytes = bytearray(start + end)
+            self._bytes = bytearray(self.size)
             whole = torch.frombuffer(self._bytes, dtype=torch.uint8)
         whole[:start] = torch.frombuffer(bytearray(len(head).to_bytes(8, "little") + head), dtype=torch.uint8)
         for name, (first, last) in places.items():

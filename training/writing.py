@@ -27,10 +27,10 @@ from .world import World
 
 PART_BYTES = 64 << 20
 """largest part, unless one tensor is larger: what a writer or reader holds beside the tensors themselves"""
-_FEW_BYTES, _PARTS = 4 << 20, 64
+_FEW_BYTES, _PARTS = 1 << 20, 64
 """a share of more than the first is cut into this many parts or more: what sending one takes is a 64th"""
 CONNECTIONS = 3
-"""parts that are on their way at a time"""
+"""most parts that are on their way at a time; clients copy what they send, so no more than make a tenth of the share"""
 
 
 class Part(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -107,15 +107,16 @@ class Writing:
         snapshot: list[tuple[Part, File]] = []
         for (kind, number), paths in _chunks(tensors).items():
             pieces = {path.partition("/")[2]: tensors[path] for path in paths}
+            packed = Packed(pieces)
             part = Part(
                 file=f"{kind}-{self._world.rank:05d}-{number:05d}.safetensors",
                 kind=kind,
-                bytes=0,
+                bytes=packed.size,
                 sha256="",
                 tensors=len(pieces),
                 stretches={name: (self._starts[name], p.numel()) for name, p in pieces.items() if name in self._starts},
             )
-            snapshot.append((part, Packed(pieces)))
+            snapshot.append((part, packed))
         if any(t.is_cuda for t in tensors.values()):
             torch.cuda.synchronize()
         return snapshot
@@ -143,12 +144,14 @@ class Writing:
             pass
         else:
             raise taken(self._store, self.name)
-        count = len(self._snapshot)
-        with self._staging or contextlib.nullcontext(), ThreadPoolExecutor(CONNECTIONS, "part") as senders:
+        sizes = [part.bytes for part, _ in self._snapshot]
+        spare = max(sum(sizes) // 10, 2 * _FEW_BYTES)
+        at_once = max(1, min(CONNECTIONS, spare // max(sizes, default=1)))
+        with self._staging or contextlib.nullcontext(), ThreadPoolExecutor(at_once, "part") as senders:
             if self._staging:
                 for place, (part, packed) in enumerate(self._snapshot):
                     self._snapshot[place] = (part, self._staging.keep(part.file, packed))
-            for sent in senders.map(lambda _: self._send(), range(count)):
+            for sent in senders.map(lambda _: self._send(), sizes):
                 self._parts += [sent] if sent else []
         self._parts.sort(key=lambda part: part.file)
 
@@ -162,7 +165,7 @@ class Writing:
             if self._pace:
                 self._pace.wait(len(data))
             self._store.put(f"{self.name}/{part.file}", data)
-            return part.model_copy(update={"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+            return part.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
         except BaseException:
             self._given_up = True
             raise

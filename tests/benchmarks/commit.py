@@ -5,11 +5,12 @@
 A state of weights and two moments in 4 MiB tensors, spread by rows over 1 and 4 gloo ranks, is committed to a real S3
 server on this machine (SeaweedFS, from the test extra): 100 MB, and without `--quick` 2 GB as well. In the same
 processes and in turns: the same bytes put raw, in the same pieces, and torch's DCP (save, and async_save) to a local
-disk. The least time of the rounds counts; the first round, which makes connections, does not.
+disk. Medians of the rounds, after a commit that makes the connections.
 
 - `stall`: seconds of the training thread, snapshot and both meetings, until the commit is complete. `stall_share` is
   its share of the default interval of two minutes.
-- `upload_ratio`: MB/s from the snapshot to the complete commit, checksums and manifest included, over the raw rate.
+- `upload_ratio`: MB/s from the snapshot to the complete commit, checksums and manifest included, over the raw rate of
+  the same round: the mean of a raw upload right before and one right after. `_low` and `_high` are the rounds' range.
 - `resume_seconds`: to open and read the commit, every byte verified.
 - `memory`: peak of the process while a commit is under way beyond what it held before, over its share of the state;
   the most of the rounds.
@@ -23,8 +24,9 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import shutil
+import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.queues import Queue
@@ -48,7 +50,9 @@ MB = 1_000_000
 SHAPE = (1024, 1024)
 INTERVAL = 120.0
 """seconds: the default of checkpoint.every"""
-ROUNDS = 6
+ROUNDS = {100: 9, 2000: 3}
+"""by size in MB"""
+QUICK_ROUNDS = 2
 SPEC = ModelSpec(
     embed_dim=8,
     image=ImageSpec(width=8, depth=1, heads=1, patch=4, resolution=8),
@@ -67,33 +71,19 @@ def state_of(size: int, world: World) -> tuple[dict[str, Tensor], dict[str, Any]
     }, layout
 
 
-def resident() -> int:
-    """Bytes of memory this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 class Peak:
-    """The most memory that was held while it lasted, beyond what was held before; looked at every few milliseconds."""
+    """The most memory that was held while it lasted, beyond what was held before."""
 
     def __enter__(self) -> Peak:
         ctypes.CDLL(None).malloc_trim(0)  # what lies free would be taken without being seen
-        self.before = self.most = resident()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
+        self.before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        Path("/proc/self/clear_refs").write_text("5")  # the system's own mark begins again
         return self
 
-    def _look(self) -> None:
-        while not self._over.wait(0.005):
-            self.most = max(self.most, resident())
-
     def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    @property
-    def bytes(self) -> int:
-        return self.most - self.before
+        lines = Path("/proc/self/status").read_text().splitlines()
+        most = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        self.bytes = most - self.before
 
 
 def ours(commits: Commits, step: int, tensors: dict[str, Tensor], layout: dict[str, Any], world: World) -> Any:
@@ -113,7 +103,7 @@ def ours(commits: Commits, step: int, tensors: dict[str, Tensor], layout: dict[s
 
 
 def raw(store: Store, pieces: list[bytes], world: World) -> float:
-    """Seconds to put the same bytes with nothing around them."""
+    """Seconds to put the same bytes, one piece after another, with nothing around them."""
     world.barrier()
     begun = time.perf_counter()
     for number, data in enumerate(pieces):
@@ -137,7 +127,9 @@ def dcp(tensors: dict[str, Tensor], folder: Path, round_: int) -> dict[str, floa
     return {"dcp_save": saved, "dcp_async_stall": stall}
 
 
-def one_rank(rank: int, ranks: int, port: int, size: int, url: str, folder: str, results: Queue[Any]) -> None:
+def one_rank(
+    rank: int, ranks: int, port: int, size: int, rounds: int, url: str, folder: str, results: Queue[Any]
+) -> None:
     """Everything at one size, in turns; the first rank reports."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -145,34 +137,38 @@ def one_rank(rank: int, ranks: int, port: int, size: int, url: str, folder: str,
     if ranks == 1:
         torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     tensors, layout = state_of(size, world)
-    commits = Commits(Store(url))
-    runs = []
-    for number in range(1, ROUNDS + 1):
-        world.barrier()
+    commits, runs = Commits(Store(url)), []
+    ours(commits, 1, tensors, layout, world)
+    parts = commits.open(commits.names()[-1]).manifest.parts
+    pieces = [os.urandom(part.bytes) for part in parts if part.file.split("-")[1] == f"{rank:05d}"]
+    raw(commits.store, pieces, world)
+    for number in range(2, rounds + 2):
+        before = raw(commits.store, pieces, world)
         run = ours(commits, number, tensors, layout, world)
-        commit = commits.open(commits.names()[-1])
-        parts = [p for p in commit.manifest.parts if p.file.split("-")[1] == f"{rank:05d}"]
-        pieces = [bytes(os.urandom(p.bytes)) for p in parts]
-        run["raw"] = raw(commits.store, pieces, world)
-        del pieces
-        world.barrier()
+        run["raw"] = (before + raw(commits.store, pieces, world)) / 2
+        run["upload_ratio"] = run["raw"] / run["upload"]
         begun = time.perf_counter()
         commits.open(commits.names()[-1]).tensors(layout=layout)
         run["resume"] = time.perf_counter() - begun
         world.barrier()
-        run |= dcp(tensors, Path(folder), number)
-        runs.append(run)
+        runs.append(run | dcp(tensors, Path(folder), number))
+        if rank == 0:
+            shutil.rmtree(folder)
+        world.barrier()
     if rank == 0:
-        results.put({name: (max if name == "memory" else min)(run[name] for run in runs[1:]) for name in runs[0]})
+        found = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        ratios = [run["upload_ratio"] for run in runs]
+        found |= {"upload_ratio_low": min(ratios), "upload_ratio_high": max(ratios)}
+        results.put(found | {"memory": max(run["memory"] for run in runs)})
     world.leave()
 
 
-def measured(size: int, ranks: int, server: Server) -> dict[str, float]:
+def measured(size: int, ranks: int, rounds: int, server: Server) -> dict[str, float]:
     """The figures of one size and number of ranks."""
     context = multiprocessing.get_context("fork")
     results: Queue[Any] = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        where = (free_port(), size, f"{server.url}/{size}-{ranks}", folder, results)
+        where = (free_port(), size, rounds, f"{server.url}/{size}-{ranks}", f"{folder}/dcp", results)
         processes = [context.Process(target=one_rank, args=(rank, ranks, *where)) for rank in range(ranks)]
         for process in processes:
             process.start()
@@ -186,13 +182,12 @@ def measured(size: int, ranks: int, server: Server) -> dict[str, float]:
     return found
 
 
-def figures(sizes: list[int], server: Server) -> Iterator[tuple[str, dict[str, float]]]:
-    """By size in MB and ranks, as they come."""
-    for size in sizes:
+def figures(rounds: dict[int, int], server: Server) -> Iterator[tuple[str, dict[str, float]]]:
+    """By size in MB and ranks, as they come; `rounds` by size in MB."""
+    for size in rounds:
         for ranks in (1, 4):
-            found = measured(size * MB, ranks, server)
+            found = measured(size * MB, ranks, rounds[size], server)
             found["stall_share"] = found["stall"] / INTERVAL
-            found["upload_ratio"] = found["raw"] / found["upload"]
             found["resume_seconds"] = found.pop("resume")
             yield f"{size}mb_w{ranks}", found
 
@@ -209,7 +204,7 @@ def main() -> None:
         try:
             server.wait()
             os.environ["AWS_ENDPOINT_URL"] = server.endpoint
-            found = dict(figures([100] if options.quick else [100, 2000], server))
+            found = dict(figures({100: QUICK_ROUNDS} if options.quick else ROUNDS, server))
         finally:
             server.kill()
     flat = {f"{name}_{case}": value for case, one in found.items() for name, value in one.items()}

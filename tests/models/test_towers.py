@@ -183,8 +183,34 @@ def test_logit_scale_is_bounded_and_has_a_dimension(model: Model) -> None:
     assert fresh.scale().item() == pytest.approx(100.0)
 
 
+CLASSED = HEARING.model_copy(
+    update={"caption": None, "image": SPEC.image.model_copy(update={"class_token": True, "pool": "class"})}
+)
+
+
+def test_what_is_read_at_one_token_needs_no_other_in_its_last_block() -> None:
+    """Embeddings and every gradient are those of the towers that compute all tokens; and it is less work."""
+    images, captions = inputs()
+    batch = images, torch.cat(captions), torch.tensor([len(caption) for caption in captions])
+    weights = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def results(extras: Extras) -> list[torch.Tensor]:
+        model = build(CLASSED, seed=1).double()
+        output = model(*batch, extras)
+        ((output.image.pooled + output.text.pooled) * weights).sum().backward()
+        named = dict(model.named_parameters()).items()
+        return [output.image.pooled, output.text.pooled, *(p.grad for name, p in named if p.grad is not None)]
+
+    pruned, whole = results(Extras()), results(Extras(tokens=True))
+    assert len(pruned) == len(whole)
+    for one, other in zip(pruned, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+    assert len(build(CLASSED, 1)(*batch).image.tokens) == 0
+    assert forward_flops(CLASSED, 9.0) < forward_flops(CLASSED, 9.0, tokens=True)
+
+
 @pytest.mark.parametrize("tokens", [False, True], ids=["embeddings", "tokens"])
-@pytest.mark.parametrize("spec", [HEARING, HEARING.model_copy(update={"caption": None})], ids=["captioner", "dual"])
+@pytest.mark.parametrize("spec", [HEARING, HEARING.model_copy(update={"caption": None}), CLASSED])
 def test_flops_against_torchs_counter(spec: ModelSpec, tokens: bool) -> None:
     """torch counts every matrix product it runs; ours come from the spec. Captions of one length: nothing is padded."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -51,7 +51,7 @@ SPECS = {
     "after": PLAIN.model_copy(update={"caption": CaptionSpec(depth=2, cross="after")}),
     "shared": PLAIN.model_copy(update={"shared": SharedSpec(width=32, depth=2, heads=2)}),
     "filled": changed(PLAIN, "text", causal=False, pool="last"),
-    "classed": changed(PLAIN, "text", pool="class"),
+    "classed": changed(changed(PLAIN, "text", pool="class"), "image", class_token=True, pool="class"),
     "further": PLAIN.model_copy(update={"further": {"audio": AUDIO}}),
 }
 

@@ -162,10 +162,12 @@ def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     seen: list[tuple[int, ...] | None] = []
     embed = Model.embed_images
 
-    def embed_images(self: Model, images: torch.Tensor, patches: torch.Tensor | None = None) -> Any:
+    def embed_images(
+        self: Model, images: torch.Tensor, patches: torch.Tensor | None = None, pooled_only: bool = False
+    ) -> Any:
         if len(images) == 2:
             seen.append(None if patches is None else tuple(patches.shape))
-        return embed(self, images, patches)
+        return embed(self, images, patches, pooled_only)
 
     monkeypatch.setattr(Model, "embed_images", embed_images)
     overrides = [
