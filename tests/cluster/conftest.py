@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import pytest
 
 from treering.data import Loader
 from treering.launch.recipes import read_recipe
-from treering.slurm.cluster import PROGRAMS, Cluster, install, lacking
+from treering.slurm.cluster import Cluster, lacking
 from treering.tests.s3_server import KEY, SECRET, Server
 
 STEPS = 90
@@ -60,12 +59,7 @@ sys.addaudithook(hook)
 
 
 def started(folder: Path, **settings: Any) -> Iterator[Cluster]:
-    """A cluster while a test needs it; Slurm is installed where it is missing and can be."""
-    if os.geteuid() == 0 and not all(map(shutil.which, PROGRAMS)):
-        try:
-            install()
-        except (SystemExit, subprocess.CalledProcessError) as error:
-            pytest.skip(f"Slurm cannot be installed here: {error}")
+    """A cluster while a test needs it; `python slurm/cluster.py install` brings Slurm."""
     if reason := lacking():
         pytest.skip(reason)
     cluster = Cluster(folder, **settings)
