@@ -213,7 +213,7 @@ def test_a_run_hops_through_engines_and_worlds_by_commits(
     plain = engine(configs["ddp"], ALONE)
     expected = train(plain, range(STEPS * len(chain)))
     for (loss, _), (true_loss, _) in zip(found, expected, strict=True):
-        assert loss == pytest.approx(true_loss, **({"abs": 1e-5} if precision == "fp32" else {"rel": 5e-3}))
+        assert loss == pytest.approx(true_loss, **({"abs": 1e-5} if precision == "fp32" else {"rel": 2e-2}))
     if precision == "bf16":
         return
     commit = commits.open(commits.names()[-1])
