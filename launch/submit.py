@@ -9,6 +9,7 @@ user's is ever read by a shell. Overrides do not reach the script at all: the ru
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from ..training.recipe import Recipe
+from ..training.signals import NOTICE
 from .errors import RecipeError, clean, show
+from .lives import read_rows
 from .reach import refuse_unreachable
 from .recipes import ResolvedRecipe
 from .run import RECIPE_FILE, check_sources, check_store, commits_url, write_file
@@ -30,6 +33,8 @@ from .site import TIME, WORD, Site
 
 TEMPLATE = Path(__file__).parent.parent / "slurm" / "pretrain.sbatch"
 STORE_SECONDS = 20
+LONGEST_NOTICE = 65535
+"""seconds, of Slurm's --signal"""
 FINISHED = re.compile(r"COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|BOOT_FAIL|DEADLINE|OUT_OF_MEMORY")
 _LOCAL_DISKS = {"ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs"}
 
@@ -110,6 +115,7 @@ def render(
     outs: list[Path], name: str, counts: tuple[int, ...], processes: int, gpus: int | None, wish: Wish, site: Site
 ) -> str:
     """The batch script."""
+    notice = max(site.notice, *(_grace(out) for out in outs))
     nodes = f"{counts[-1]}-{counts[0]}" if len(counts) > 1 else str(counts[0])
     tasks = processes if site.tasks == "gpu" else 1
     binding = ["--cpu-bind=none"] if site.tasks == "node" else ["--gpus-per-task=1"] if gpus else []
@@ -124,7 +130,7 @@ def render(
         "gpus-per-node": str(gpus) if gpus else None,
         "dependency": f"afterany:{wish.after}" if wish.after else None,
         "array": f"0-{len(outs) - 1}" if len(outs) > 1 else None,
-        "signal": f"B:USR1@{site.notice}",
+        "signal": f"B:USR1@{notice}",
     }
     lines = [f"#SBATCH --{key}={value}" for key, value in headers.items() if value is not None]
     lines += [f"#SBATCH {option}" for option in site.options]
@@ -135,6 +141,7 @@ def render(
         f"RESTARTS={site.restarts} EXPAND={site.expand} DRAIN={'yes' if site.drain else 'no'}",
         f"SRUN=({_words([*binding, *site.srun])}) INSIDE=({_words(site.inside)})",
         *(f"export {key}={shlex.quote(value)}" for key, value in sorted(site.environment.items())),
+        f"export {NOTICE}={notice}",
         *(["export TREERING_GPUS=1"] if gpus else []),
         *([f"export TREERING_BANDWIDTH={site.bandwidth:g}"] if site.bandwidth else []),
         "setup() {",
@@ -144,6 +151,15 @@ def render(
     text = TEMPLATE.read_text(encoding="utf-8")
     text = text.replace("# treering: headers\n", "\n".join(lines) + "\n")
     return text.replace("# treering: settings\n", "\n".join(settings) + "\n")
+
+
+def _grace(out: Path) -> int:
+    """Seconds that a run needs to end, as measured by its own commits: twice the longest of the last ten, and a start.
+
+    0 if it has made none.
+    """
+    commits = [row["seconds"] for row in read_rows(out / "metrics.jsonl") if row.get("event") == "commit"]
+    return min(LONGEST_NOTICE, math.ceil(2 * max(commits[-10:]) + 30)) if commits else 0
 
 
 def job_of(out: Path) -> dict[str, Any] | None:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+NOTICE = "TREERING_NOTICE"
+"""environment variable with the seconds that whoever started the run leaves between the signal and the end"""
+
+
+def short_notice(commit_seconds: float) -> str | None:
+    """What to say of a notice that is too short for a commit that takes so long; None if it will do, or is not known.
+
+    Twice the time is asked for: a commit may be under way already, and is waited for first.
+    """
+    notice = float(os.environ.get(NOTICE, "inf"))
+    if 2 * commit_seconds <= notice:
+        return None
+    return (
+        f"a commit took {commit_seconds:.0f} s, and the run is told {notice:.0f} s before it has to end; "
+        f"submit it again, or set notice: {2 * commit_seconds + 30:.0f} in the site file"
+    )
 
 
 class StopRequest:

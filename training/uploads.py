@@ -13,6 +13,7 @@ from .commits import Commits
 from .display import Display
 from .engine import Engine
 from .recipe import Recipe
+from .signals import short_notice
 from .state import RunState
 from .world import World
 from .writing import Writing
@@ -38,6 +39,7 @@ class Uploads:
         """URL of the newest complete commit, if there is one"""
         self._world, self._display = world, display
         self._upload: _Upload | None = None
+        self._warned = False
 
     def begin(
         self, engine: Engine, state: RunState, recipe: Recipe, reason: str, scores: Mapping[str, float] | None
@@ -101,13 +103,17 @@ class Uploads:
             self._upload = upload
             return spent
         self.last = f"{self.commits.store.url}/{writing.name}"
+        seconds = time.monotonic() - writing.begun
         self._display.event(
             "commit",
             upload.state,
             url=self.last,
             bytes=writing.bytes,
-            seconds=time.monotonic() - writing.begun,
+            seconds=seconds,
             stall=upload.stall,
             reason=upload.reason,
         )
+        if not self._warned and (short := short_notice(seconds)):
+            self._display.warn(short)
+            self._warned = True
         return spent
