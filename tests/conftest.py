@@ -17,6 +17,7 @@ import hypothesis
 import pytest
 
 from treering.tests.browser import CHROMIUM, Browser
+from treering.tests.open_clip_import import let_open_clip_import
 from treering.tests.s3_server import KEY, SECRET, Server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -93,19 +94,12 @@ def on_ranks() -> Callable[..., list[Any]]:
 
 
 @pytest.fixture(scope="session")
-def open_clip() -> Iterator[ModuleType]:
-    """open_clip, as the truth to compare with; beside a CPU build of torch, torchvision's wheel misses two schemas that
-    the import needs."""
-    import torch
-
-    library = torch.library.Library("torchvision", "DEF")
-    if torch.version.cuda is None and torch.version.hip is None:
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+def open_clip() -> ModuleType:
+    """open_clip, as the truth to compare with."""
+    let_open_clip_import()
     import open_clip
 
-    yield open_clip
-    del library
+    return open_clip
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,7 @@ from PIL import Image
 from treering.data import Source, open_source, stream
 from treering.data.decode import picture, resized
 from treering.data.pack import pack
+from treering.tests.open_clip_import import let_open_clip_import
 from treering.training.device import describe
 
 from . import loader_arms as arms
@@ -266,7 +267,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kept = arms.torchvision_beside_cpu_torch()
+    let_open_clip_import()
     with tempfile.TemporaryDirectory(prefix="loader-") as temporary, ExitStack() as stack:
         os.environ["TREERING_CACHE"] = f"{temporary}/cache"
         folder = Path(temporary, "photos")
@@ -282,7 +283,6 @@ def main() -> None:
         figures = measure(source, starts, options.workers, rounds, batches)
         sizes = [len(arms.photo(source.record(n).fields)) / 1000 for n in range(len(source))]
         figures |= {"photos": len(sizes), "median_photo_kb": statistics.median(sizes)}
-    kept.clear()
     device = describe(torch.device("cpu"))
     if options.json:
         names = ("torch", "treering", "webdataset", "open_clip_torch", "torchvision", "Pillow", "simplejpeg")

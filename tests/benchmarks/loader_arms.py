@@ -33,16 +33,6 @@ def installed(package: str) -> str | None:
         return None
 
 
-def torchvision_beside_cpu_torch() -> list[torch.library.Library]:
-    """torchvision's wheel for CUDA, beside a CPU build of torch, misses two schemas; the peers need it to import."""
-    if torch.version.cuda is not None or torch.version.hip is not None:
-        return []
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return [library]
-
-
 def photo(fields: dict[str, bytes]) -> bytes:
     """The picture of a record, as it lies in the shard."""
     return next(fields[kind] for kind in IMAGE_KINDS if kind in fields)

@@ -30,11 +30,11 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from treering.tests.open_clip_import import let_open_clip_import
 from treering.training.device import describe
 from treering.training.objectives.pairwise import sigmoid_losses, softmax_losses
 from treering.training.objectives.scores import Relations
@@ -74,23 +74,11 @@ def ours_sigmoid(world: World) -> Loss:
 
 def open_clip_loss(world: World, **flags: bool) -> Loss:
     """open_clip's softmax loss."""
-    _let_open_clip_import()
+    let_open_clip_import()
     from open_clip.loss import ClipLoss
 
     module = ClipLoss(rank=world.rank, world_size=world.size, **flags)
     return lambda image_be, text_be, scale, ids_bg: module(image_be, text_be, scale)
-
-
-_kept: list[Any] = []
-
-
-def _let_open_clip_import() -> None:
-    """torchvision's wheel beside a CPU build of torch misses two operators; naming them is enough to import it."""
-    if torch.version.cuda is None and torch.version.hip is None and not _kept:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _kept.append(library)
 
 
 def features(pairs: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

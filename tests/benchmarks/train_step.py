@@ -40,7 +40,8 @@ from treering.models.interchange.architectures import config_named, spec_of
 from treering.models.interchange.weights import to_open_clip
 from treering.models.model import Model
 from treering.models.spec import ModelSpec
-from treering.tests.benchmarks.losses import MIB, _let_open_clip_import, peak_of
+from treering.tests.benchmarks.losses import MIB, peak_of
+from treering.tests.open_clip_import import let_open_clip_import
 from treering.training.device import describe, peak_flops
 from treering.training.engine import Engine, EngineConfig
 from treering.training.objectives.base import Inputs, Objective
@@ -165,7 +166,7 @@ class Theirs:
     """open_clip's model and loss, and the step of its training loop."""
 
     def __init__(self, case: Case, ours: Model, device: torch.device) -> None:
-        _let_open_clip_import()
+        let_open_clip_import()
         import open_clip
         from open_clip.loss import ClipLoss, CoCaLoss
 

@@ -1,7 +1,8 @@
 """`kill -9` of the whole process group at fixed points, then the same command again: the run is the one never killed.
 
-The killed process kills its own group, so the point is exact: at the n-th time it opens a file of a given name. An
-audit hook sees every open; it is put in by `sitecustomize`, and the product knows nothing of it.
+The killed process kills its own group, so the point is exact: at the n-th time it opens a file of a given name for
+writing, or makes a line of its log, which stays open. Both are seen by what `sitecustomize` puts in, and the product
+knows nothing of it.
 
 And at random moments: two kills here, 225 over engines and worlds by `pytest -s -m slow tests/launch/test_kill.py`,
 which prints what the killed were doing (KILLS sets another number for each of the nine cases, 25 by default).
@@ -37,15 +38,23 @@ COMMAND = [
     "log.every=1",
 ]
 KILLER = """
-import os, signal, sys
-name, count = os.environ["KILL_AT_OPEN_OF"].rsplit(":", 1)
+import json, os, signal, sys
+name, count = os.environ["KILL_AT"].rsplit(":", 1)
 left = [int(count)]
+def come():
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(0, signal.SIGKILL)
 def hook(event, arguments):
     if event == "open" and isinstance(arguments[0], str) and name in arguments[0] and "r" != arguments[1]:
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(0, signal.SIGKILL)
+        come()
 sys.addaudithook(hook)
+plain = json.dumps
+def dumps(value, *rest, **named):
+    if name == "line" and isinstance(value, dict) and {"event", "step", "samples"} <= value.keys():
+        come()
+    return plain(value, *rest, **named)
+json.dumps = dumps
 """
 
 
@@ -58,7 +67,7 @@ def train(
         site.mkdir(exist_ok=True)
         (site / "sitecustomize.py").write_text(KILLER)
         path = os.pathsep.join([str(site), *filter(None, [environment.get("PYTHONPATH")])])
-        environment |= {"PYTHONPATH": path, "KILL_AT_OPEN_OF": kill_at}
+        environment |= {"PYTHONPATH": path, "KILL_AT": kill_at}
     command = [*COMMAND, f"engine={engine}", "--out", str(out), "--processes", str(processes)]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, start_new_session=True, check=False
@@ -86,13 +95,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[tu
 @pytest.mark.parametrize(
     ("kill_at", "processes"),
     [
-        ("metrics.jsonl:4", 1),  # between two steps of the first stage
+        ("line:4", 1),  # between two steps of the first stage
         ("model-00000-00000:2", 1),  # in the middle of a commit, parts being written
         ("COMMIT:3", 1),  # a commit complete but for its mark
         ("lineage.partial:2", 1),  # the model grown, nothing of it written yet
         ("evaluations/step-000000006:1", 1),  # an evaluation done, not written
         ("report.html:99", 1),  # not reached: the hook alone changes nothing
-        ("metrics.jsonl:11", 2),  # two processes, in the second stage
+        ("line:11", 2),  # two processes, in the second stage
     ],
 )
 def test_the_same_command_continues_exactly(
