@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..training.report.sweep import SWEEP_FILE, read_sweep
+from ..training.report.sweep import SWEEP_FILE, Member, read_sweep
 from .errors import RecipeError, clean, show
 from .run import write_file
 from .schema import all_paths
@@ -68,8 +68,8 @@ def expand(sweeps: list[str], store: str | None) -> list[Point]:
 
 
 def write_sweep(folder: Path, points: list[Point]) -> None:
-    """Write sweep.json; the runs of a sweep that was submitted here before stay in it."""
-    known = {member.name: member.values for member in read_sweep(folder)} if is_sweep(folder) else {}
+    """Write sweep.json; the runs of a sweep that was submitted here before stay in it. Raises RecipeError."""
+    known = {member.name: member.values for member in _read(folder)} if is_sweep(folder) else {}
     folder.mkdir(parents=True, exist_ok=True)
     runs = known | {point.name: point.values for point in points}
     write_file(folder / SWEEP_FILE, json.dumps({"runs": runs}, indent=1))
@@ -82,8 +82,12 @@ def is_sweep(folder: Path) -> bool:
 
 def members(folder: Path) -> list[Path]:
     """Folders of the runs of a sweep. Raises RecipeError."""
+    return [folder / member.name for member in _read(folder)]
+
+
+def _read(folder: Path) -> list[Member]:
     try:
-        return [folder / member.name for member in read_sweep(folder)]
+        return read_sweep(folder)
     except ValueError as error:
         raise RecipeError(clean(str(error))) from None
 

@@ -120,6 +120,8 @@ def test_a_run_that_ends_writes_the_page_and_what_is_wrong_there_stops_no_run(sw
     assert write_report(run).is_file()
     with pytest.raises(ValueError, match=r"'../other', which is no folder"):
         read_sweep(sweep)
+    with pytest.raises(RecipeError, match=r"'../other', which is no folder"):
+        write_sweep(sweep, expand(["seed=7,8"], None))
 
 
 def test_a_sweep_that_is_submitted_again_keeps_its_runs(sweep: Path) -> None:
