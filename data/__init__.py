@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .config import AugmentConfig as AugmentConfig
     from .config import CacheConfig as CacheConfig
     from .config import DataConfig as DataConfig
-    from .config import DataError as DataError
     from .config import SourceConfig as SourceConfig
+    from .errors import DataError as DataError
     from .ledger import LedgerEntry as LedgerEntry
     from .loader import EvaluationSet as EvaluationSet
     from .loader import Loader as Loader

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .blocks import Block, BlockCache
-from .config import DataError
+from .errors import DataError
 from .order import Order
 from .source import Source
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
@@ -51,3 +52,19 @@ def _header(name: str, size: int) -> tarfile.TarInfo:
     header = tarfile.TarInfo(name)
     header.size, header.mtime, header.mode, header.uname, header.gname = size, 0, 0o444, "bigdata", "bigdata"
     return header
+
+
+def write_shards(
+    folder: Path, name: str, samples: Iterable[tuple[str, dict[str, bytes]]], total: int, shard_size: int
+) -> list[str]:
+    """Writes `total` samples (key, bytes by kind), in their order, into as few shards as hold them at `shard_size`
+    each, all of nearly the same length. Returns the file names. Equal samples give equal bytes."""
+    count = -(-total // shard_size)
+    samples = iter(samples)
+    names = []
+    for i in range(count):
+        names.append(f"{name}-{i:06d}.tar")
+        with open(folder / names[-1], "wb") as file, TarWriter(file) as writer:
+            for _ in range(total * i // count, total * (i + 1) // count):
+                writer.write(*next(samples))
+    return names

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .config import DataError
+from .errors import DataError
 from .files import BESIDE, ShardInfo, filesystem, find, is_remote, read_range, readable_errors, shown_url
 from .index import cached_at, fits
 from .retries import persist

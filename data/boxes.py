@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .captions import check_text
-from .ledger import BadSample
+from .errors import BadSample
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
     from .decode import Crop
-    from .tokenizer_file import TextTokenizer
+    from .text import TextTokenizer
 
 _MOST_BOXES = 1000
 _LONGEST_TEXT = 10_000

@@ -13,22 +13,19 @@ is exact, and depends on the seed, the position and the sample alone.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .config import CAPTION_UNIT, UNTAGGED, DataError
+from .config import CAPTION_UNIT, UNTAGGED
 from .draws import Draws
-from .files import shown_url
-from .ledger import BadSample, shown
+from .errors import BadSample, shown
 from .text import clean
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .draws import Draws
-    from .source import Source
 
 MOST_TEXT = 1 << 20  # bytes of a caption or its metadata
 _MOST_CAPTIONS = 10_000
@@ -92,7 +89,7 @@ def drawn_caption(
         present = {caption.tag for caption in allowed}
         tags = [tag for tag in shares if tag in present]
         if not tags:
-            wanted, found = (", ".join(shown(tag, 40) for tag in each) for each in (shares, _tags(captions)))
+            wanted, found = (", ".join(shown(tag, 40) for tag in each) for each in (shares, tags_of(captions)))
             raise BadSample(f"no caption from {wanted}: found {found}")
         tag = tags[_weighted([shares[tag] for tag in tags], random)]
         allowed = [caption for caption in allowed if caption.tag == tag]
@@ -101,7 +98,7 @@ def drawn_caption(
     return allowed[_weighted([caption.weight for caption in allowed], random)]
 
 
-def _tags(captions: Iterable[Caption]) -> list[str]:
+def tags_of(captions: Iterable[Caption]) -> list[str]:
     return sorted({caption.tag for caption in captions})
 
 
@@ -121,26 +118,6 @@ def looks(length: int) -> list[int]:
     the places in turn. (Neighbours lie in one shard, and are read together.)"""
     numbers = (place * length // _LOOKS + step for step in range(_LOOKS) for place in range(_LOOKS))
     return list(dict.fromkeys(number for number in numbers if number < length))
-
-
-def check_tags(source: Source, wanted: Iterable[str]) -> None:
-    """Looks at samples until each wanted tag was met. Raises DataError if a few hundred do not have it."""
-    missing, found, numbers = set(wanted), Counter[str](), looks(len(source))
-    for number in numbers:
-        if not missing:
-            return
-        try:
-            captions = read_texts(source.record(number, frozenset(("txt", "json"))).fields).captions
-        except BadSample:  # the run's ledger will name it
-            continue
-        found.update(_tags(captions))
-        missing -= found.keys()
-    if missing:
-        tags = ", ".join(f"{shown(tag, 40)} ({count} samples)" for tag, count in found.most_common(10)) or "none"
-        raise DataError(
-            f"{shown_url(source.url)}: captions asks for {', '.join(shown(tag) for tag in sorted(missing))}, but of "
-            f"{len(numbers)} samples looked at none has it; found {tags}; correct the tag or leave it out"
-        )
 
 
 def _caption(item: object) -> Caption:

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from .captions import read_texts
 from .config import AugmentConfig
 from .draws import Draws
-from .ledger import BadSample
+from .errors import BadSample
 from .shards import IMAGE_KINDS
 
 if TYPE_CHECKING:

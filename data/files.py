@@ -26,7 +26,7 @@ import fsspec.config
 import fsspec.core
 from fsspec.utils import glob_translate
 
-from .config import DataError
+from .errors import DataError
 from .retries import http_status, persist, reason
 
 _GLOB = frozenset("*?[")

@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import DataError
-from .ledger import shown
+from .errors import DataError, shown
 from .metadata import MOST_TEXTS, Columns
 
 _LONGEST = 2000  # characters

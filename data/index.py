@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from .config import DataError
+from .errors import DataError
 from .files import ShardInfo, cache_folder, shown_url
 from .metadata import Collector, Columns
 from .tables import DamagedTable, Table, packed_texts, smallest, table_bytes

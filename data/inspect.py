@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from .decode import captions_and_labels, picture
+from .errors import BadSample
 from .files import shown_url
-from .ledger import BadSample, LedgerEntry
+from .ledger import LedgerEntry
 from .order import permuted, stable_hash
 from .record import caption_id
 from .shards import IMAGE_KINDS

@@ -18,9 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .config import DataError
+from .errors import BadSample, DataError, shown
 from .files import ShardInfo, shown_url
-from .ledger import BadSample, shown
 from .shards import IMAGE_KINDS, split_name
 from .source import shards_of
 from .sweep import Told, index_all, silent

@@ -21,10 +21,10 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .config import DataError
 from .decode import captions_and_labels, picture
+from .errors import BadSample, DataError, shown
 from .files import ShardInfo, cache_folder, shown_url
-from .ledger import BadSample, LedgerEntry, shown
+from .ledger import LedgerEntry
 from .pack import written
 from .shards import ShardIndex, index_shard, walk
 from .source import Source, shards_of

@@ -8,7 +8,8 @@ order's spares, one after another, and each one met is an entry of the batch's l
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Generator, Sequence
+from collections import Counter
+from collections.abc import Collection, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import count
@@ -21,13 +22,14 @@ from numpy.typing import NDArray
 from .ahead import Ahead
 from .blocks import BlockCache
 from .boxes import SampleBoxes, read_boxes, seen_boxes
-from .captions import Texts, check_tags, drawn_caption, read_texts
-from .config import CacheConfig, DataConfig, DataError
+from .captions import Texts, drawn_caption, looks, read_texts, tags_of
+from .config import CacheConfig, DataConfig
 from .decode import Crop, captions_and_labels, centre_crop, cropped, drawn_crop, picture, whole_sides
 from .draws import Draws, rows
+from .errors import BadSample, DataError, shown
 from .files import shown_url
 from .jitter import jittered
-from .ledger import BadSample, LedgerEntry, reasons_table, shown
+from .ledger import LedgerEntry, reasons_table
 from .order import Line, Mixture, Order, Place, Places, stream
 from .record import Batch, Record, Sample, collate
 from .source import READ_KINDS, Source, open_source
@@ -347,3 +349,23 @@ def _entry(source: Source, number: int, error: BadSample, position: int = -1) ->
     return LedgerEntry(
         source.url, source.shard(number), source.key(number), source.offset(number), str(error), position
     )
+
+
+def check_tags(source: Source, wanted: Iterable[str]) -> None:
+    """Looks at samples until each wanted tag was met. Raises DataError if a few hundred do not have it."""
+    missing, found, numbers = set(wanted), Counter[str](), looks(len(source))
+    for number in numbers:
+        if not missing:
+            return
+        try:
+            captions = read_texts(source.record(number, frozenset(("txt", "json"))).fields).captions
+        except BadSample:  # the run's ledger will name it
+            continue
+        found.update(tags_of(captions))
+        missing -= found.keys()
+    if missing:
+        tags = ", ".join(f"{shown(tag, 40)} ({count} samples)" for tag, count in found.most_common(10)) or "none"
+        raise DataError(
+            f"{shown_url(source.url)}: captions asks for {', '.join(shown(tag) for tag in sorted(missing))}, but of "
+            f"{len(numbers)} samples looked at none has it; found {tags}; correct the tag or leave it out"
+        )

@@ -17,11 +17,10 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import DataError
+from .errors import DataError, shown
 from .files import Reader, ShardInfo, cache_folder, read_range, shown_url
 from .filter import Filter, Known
 from .index import ShardIndex
-from .ledger import shown
 from .shards import index_shard
 from .summary import ShardSummary, fingerprint, read_summary, write_summary
 from .sweep import Told, enough_workers, silent, sweep

@@ -26,18 +26,17 @@ from pathlib import Path
 import numpy as np
 
 from .archive import TarWriter, archive_size, member_size
-from .config import DataError
+from .errors import BadSample, DataError
 from .files import shown_url
 from .intake import FileItem, Item, check_key, items_of
-from .ledger import BadSample, LedgerEntry
+from .ledger import LedgerEntry
 from .order import permuted, stable_hash
 from .source import check_sizes
 from .sweep import Told, silent, sweep
 from .target import Target
+from .units import size_in_bytes
 
 _FORMAT = 1  # of the plan; raise it when equal input gives other bytes
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(kB|MB|GB)")
-_UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 _PLAN = "packing.json"
 
 
@@ -155,22 +154,6 @@ def written(target: Target) -> tuple[int, int] | None:
     return sum(name.endswith(".tar") for name in names), wanted
 
 
-def write_shards(
-    folder: Path, name: str, samples: Iterable[tuple[str, dict[str, bytes]]], total: int, shard_size: int
-) -> list[str]:
-    """Writes `total` samples (key, bytes by kind), in their order, into as few shards as hold them at `shard_size`
-    each, all of nearly the same length. Returns the file names. Equal samples give equal bytes."""
-    count = -(-total // shard_size)
-    samples = iter(samples)
-    names = []
-    for i in range(count):
-        names.append(f"{name}-{i:06d}.tar")
-        with open(folder / names[-1], "wb") as file, TarWriter(file) as writer:
-            for _ in range(total * i // count, total * (i + 1) // count):
-                writer.write(*next(samples))
-    return names
-
-
 def _write(
     plan: Plan, target: Target, there: dict[str, int], skip_bad: bool, description: str, number: int
 ) -> tuple[bool, int]:
@@ -252,8 +235,7 @@ def _limit(shard_size: str) -> tuple[int | None, int | None]:
     """Most bytes, or most samples, of a shard."""
     if re.fullmatch(r"\d{1,12}", shard_size) and int(shard_size):
         return None, int(shard_size)
-    match = _SIZE.fullmatch(shard_size)
-    most = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    most = size_in_bytes(shard_size)
     if not most:
         raise DataError(f"shard_size = {shard_size!r} must be a size such as 300MB or 1GB, or a number of samples")
     return most, None

@@ -16,15 +16,17 @@ from typing import Any, Literal, Protocol
 
 from .blocks import BlockCache
 from .captions import read_texts
-from .config import CacheConfig, DataError
+from .config import CacheConfig
 from .decode import captions_and_labels, centre_crop, decode_image, picture
+from .errors import BadSample, DataError, shown
 from .files import shown_url
 from .intake import FileItem, PictureFolder, Table, folder_items, names_shards, table_items
-from .ledger import BadSample, LedgerEntry, shown
+from .ledger import LedgerEntry
 from .record import Sample
 from .shards import IMAGE_KINDS
 from .source import READ_KINDS, check_sizes, open_source
-from .tokenizer_file import TextTokenizer, open_tokenizer
+from .text import TextTokenizer
+from .tokenizer_file import open_tokenizer
 
 Need = Literal["captions", "class", "swap"]
 See = Callable[[Any], Any]

@@ -12,10 +12,10 @@ from .boxes import Boxes, SampleBoxes, collate_boxes
 from .ledger import LedgerEntry
 from .order import stable_hash
 from .text import clean
-from .vectors import stack
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,3 +98,8 @@ def collate(samples: Sequence[Sample], bad: Sequence[LedgerEntry] = ()) -> Batch
         columns={name: torch.from_numpy(rows) for name, rows in stack([sample.columns for sample in samples]).items()},
         boxes=collate_boxes(boxes) if (boxes := [s.boxes for s in samples if s.boxes is not None]) else None,
     )
+
+
+def stack(samples: Sequence[Mapping[str, NDArray[np.float32]]]) -> dict[str, NDArray[np.float32]]:
+    """The arrays of several samples by column, [b, d] or [b, frames, d]."""
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from .config import DataError
+from .errors import DataError
 from .order import stable_hash, stream
 
 T = TypeVar("T")

@@ -14,13 +14,12 @@ import re
 from itertools import product
 
 from .beside import fetch_index
-from .config import DataError
+from .errors import DataError, shown
 from .files import Reader, ShardInfo, changed, find_all, read_range, shown_url
 from .index import IMAGE_KINDS as IMAGE_KINDS
 from .index import Samples, cached_at, fits, index_bytes
 from .index import ShardIndex as ShardIndex
 from .index import is_usable as is_usable
-from .ledger import shown
 from .metadata import LONGEST_JSON, Collector
 from .tables import DamagedTable, Table, write_whole
 from .tar import DamagedShard, tar_members

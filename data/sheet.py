@@ -18,10 +18,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .config import DataError
 from .decode import captions_and_labels, picture
+from .errors import BadSample, DataError, shown
 from .files import shown_url
-from .ledger import BadSample, shown
 from .source import Source
 from .sweep import sweep_samples
 

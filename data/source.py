@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .blocks import BlockCache
-from .config import DataError
+from .errors import BadSample, DataError, shown
 from .files import Reader, ShardInfo, is_remote, read_range, shown_url
 from .filter import Filter
 from .index import IMAGE_KINDS, Handles, ShardIndex
-from .ledger import BadSample, LedgerEntry, shown
+from .ledger import LedgerEntry
 from .opening import Accepted, accepted, summed_up, undisturbed
 from .record import Record
 from .shards import expand, index_table

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from .config import DataError
+from .errors import DataError
 from .files import Reader, ShardInfo, read_range
 from .shards import ShardIndex, index_shard
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import DataError
+from .errors import DataError
 
 _MAGIC = b"treeidx\x01"
 _HEAD = 16  # bytes before the header

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from .config import DataError
+from .errors import DataError
 from .files import ShardInfo, shown_url
 
 _BLOCK = 512

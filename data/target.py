@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 
 from fsspec.implementations.local import LocalFileSystem
 
-from .config import DataError
+from .errors import DataError
 from .files import filesystem, readable_errors, shown_url
 
 

@@ -13,15 +13,12 @@ import importlib.util
 from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import regex  # type: ignore[import-untyped,unused-ignore]
 from tokenizers.models import BPE
 
-from .config import DataError
-
-if TYPE_CHECKING:
-    from .tokenizer_file import TextTokenizer
+from .errors import DataError
 
 START, END, VOCABULARY = 49406, 49407, 49408
 _SPECIAL = {"<start_of_text>": START, "<end_of_text>": END}
@@ -126,3 +123,30 @@ def _merges_file() -> Path:
         if path.is_file():
             return path
     raise DataError("CLIP's vocabulary is missing: it comes with open_clip; run `pip install open_clip_torch`")
+
+
+class TextTokenizer(Protocol):
+    """What the loader and the evaluation need of a tokenizer."""
+
+    @property
+    def START(self) -> int:
+        """The id that every text begins with."""
+        ...
+
+    @property
+    def END(self) -> int:
+        """The id that every text ends with."""
+        ...
+
+    @property
+    def VOCABULARY(self) -> int:
+        """Rows that a token table needs: the largest id and one."""
+        ...
+
+    def encode(self, caption: str, context: int) -> list[int]:
+        """START, the caption's ids, END; a longer text is cut to `context` ids, the last of them END."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Readable text: special tokens dropped."""
+        ...

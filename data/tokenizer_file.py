@@ -10,47 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Protocol
 
 import tokenizers
 
-from .config import DataError
+from .errors import DataError, shown
 from .files import filesystem, readable_errors, shown_url
-from .ledger import shown
-from .text import VOCABULARY, Tokenizer
+from .text import VOCABULARY, TextTokenizer, Tokenizer
 
 _MOST_BYTES = 1 << 28
 _STARTS = ("<|startoftext|>", "<start_of_text>", "<|begin_of_text|>", "<bos>", "<s>", "[CLS]", "[BOS]")
 _ENDS = ("<|endoftext|>", "<end_of_text>", "<|end_of_text|>", "<eos>", "</s>", "[SEP]", "[EOS]")
 _ODD = "\U000e0fff\u0378q"  # no vocabulary has it: only one with a token for the unknown, or for bytes, can go on
 _PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
-
-
-class TextTokenizer(Protocol):
-    """What the loader and the evaluation need of a tokenizer."""
-
-    @property
-    def START(self) -> int:
-        """The id that every text begins with."""
-        ...
-
-    @property
-    def END(self) -> int:
-        """The id that every text ends with."""
-        ...
-
-    @property
-    def VOCABULARY(self) -> int:
-        """Rows that a token table needs: the largest id and one."""
-        ...
-
-    def encode(self, caption: str, context: int) -> list[int]:
-        """START, the caption's ids, END; a longer text is cut to `context` ids, the last of them END."""
-        ...
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Readable text: special tokens dropped."""
-        ...
 
 
 def vocabulary_size(name: str = "clip") -> int:

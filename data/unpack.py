@@ -22,7 +22,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from .config import CacheConfig, DataError
+from .config import CacheConfig
+from .errors import DataError
 from .files import Reader, ShardInfo, cache_folder, open_shard, read_range, shown_url
 from .tar import DamagedShard
 

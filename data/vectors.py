@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,9 +19,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from .captions import looks
-from .config import DataError
+from .errors import BadSample, DataError, shown
 from .files import shown_url
-from .ledger import BadSample, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -145,8 +144,3 @@ def read_array(data: bytes) -> NDArray[np.floating]:
         )
     flat = np.frombuffer(data, dtype, offset=file.tell()).astype(dtype.newbyteorder("="))
     return flat.reshape([int(n) for n in shape], order="F" if by_columns else "C")
-
-
-def stack(samples: Sequence[Mapping[str, NDArray[np.float32]]]) -> dict[str, NDArray[np.float32]]:
-    """The arrays of several samples by column, [b, d] or [b, frames, d]."""
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import DataError
+from .errors import DataError
 from .order import Places
 from .record import Batch
 

@@ -65,7 +65,8 @@ def train(
         treering train emoji --out runs/again --from runs/emoji seed=1
     """
     from .recipes import read_recipe
-    from .run import STOPPED, start
+    from .run import start
+    from .run_folder import STOPPED
 
     traced = ["log.profile=true"] if profile else []
     beginning = [f"origin={json.dumps({'commit': origin, 'carry': carry})}"] if origin else []

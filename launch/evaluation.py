@@ -148,7 +148,7 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
 def _captions(recipe: Recipe, count: int) -> list[str]:
     """About `count` captions of the training sources, as many of each; no picture is read."""
     from ..data.captions import read_texts
-    from ..data.ledger import BadSample
+    from ..data.errors import BadSample
     from ..data.order import stream
     from ..data.source import open_source
 

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.beside import put_index
-from ..data.config import DataError
+from ..data.errors import DataError, shown
 from ..data.files import shown_url
 from ..data.filter import Filter
 from ..data.index import Handles
-from ..data.ledger import shown
 from ..data.opening import accepted, summed_up
 from ..data.shards import expand, index_table
 from ..data.source import Source, pattern_of

@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-STOPPED = 130
+from .run_folder import STOPPED, read_rows
+
 BAD_NODE = 3
 """exit code of a node that cannot train"""
 CRASHES = 3
@@ -49,20 +50,6 @@ def owner_file(run: Path) -> Path:
 def fit_folder(run: Path) -> Path:
     """Where the nodes of a life leave a file of their name once they have found themselves fit."""
     return run / "job" / "fit"
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The readable lines of a file of JSON objects."""
-    rows = []
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    except FileNotFoundError:
-        pass
-    return rows
 
 
 def last_end(run: Path) -> str | None:

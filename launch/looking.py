@@ -15,9 +15,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from ..data.errors import shown
 from ..data.files import shown_url
 from ..data.inspect import drawn, in_order, inspect, met, opened
-from ..data.ledger import LedgerEntry, read_ledger, shown
+from ..data.ledger import LedgerEntry, read_ledger
 from ..data.lint import Findings
 from ..data.pack import Packed
 from ..data.sheet import Card, Section, cards, noted, write_sheet

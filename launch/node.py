@@ -20,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 
 from .errors import RunError, user_message
-from .lives import BAD_NODE, FOLLOWING, LIFE, STOPPED, UNFIT, fit_folder, lost
+from .lives import BAD_NODE, FOLLOWING, LIFE, UNFIT, fit_folder, lost
+from .run_folder import STOPPED
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import RunError
-from .lives import BAD_NODE, STOPPED, UNFIT
+from .lives import BAD_NODE, UNFIT
+from .run_folder import RECIPE_FILE, STOPPED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,9 +84,8 @@ def check_store(run: Path) -> None:
     """The store of the recipe takes an object and gives it back. Raises StoreError."""
     from ..training.store import Store
     from .recipes import read_recipe
-    from .run import commits_url
 
-    Store(commits_url(read_recipe(str(run / "recipe.yaml")).recipe, run)).check()
+    Store(read_recipe(str(run / RECIPE_FILE)).recipe.commits_url(run)).check()
 
 
 def check_network() -> None:

@@ -22,12 +22,10 @@ from ..models.flops import parameters
 from ..training.recipe import Recipe
 from ..training.watchdog import HUNG, LOST
 from .errors import RecipeError, RunError, show
-from .lives import read_rows
 from .recipes import ResolvedRecipe
-from .worker import LAUNCHER, work
-from .worker import STOPPED as STOPPED
+from .run_folder import LAUNCHER, RECIPE_FILE, read_rows
+from .worker import STOPPED, work
 
-RECIPE_FILE = "recipe.yaml"
 RENDEZVOUS_SECONDS = 600
 SHUTDOWN_SECONDS = 120  # what a worker has to commit after SIGTERM, before it is killed
 _RESERVE = 64 << 20
@@ -64,13 +62,8 @@ def check(recipe: Recipe, out: Path, processes: int) -> None:
     check_store(recipe, out)
 
 
-def commits_url(recipe: Recipe, out: Path) -> str:
-    """Where the run's commits go."""
-    return recipe.checkpoint.to or str(out / "commits")
-
-
 def _check_disk(recipe: Recipe, out: Path) -> None:
-    url = commits_url(recipe, out)
+    url = recipe.commits_url(out)
     local = "://" not in url or url.startswith("file://")
     place = Path(url.removeprefix("file://")) if local else out
     commit = 12 * max(parameters(spec) for spec in recipe.specs())  # fp32: weight and two moments
@@ -113,7 +106,7 @@ def check_store(recipe: Recipe, out: Path) -> None:
     from ..training.resume import check_same_run
     from ..training.store import Store
 
-    store = Store(commits_url(recipe, out))
+    store = Store(recipe.commits_url(out))
     commits = Commits(store)
     if recipe.origin and not commits.names():
         open_origin(recipe)

@@ -13,7 +13,8 @@ from ..training.report.readable import decimal, duration, exact, percent, score
 from ..training.report.reading import Run, read_run
 from ..training.watchdog import read_heartbeats
 from .errors import RecipeError, clean
-from .lives import lives_file, read_rows
+from .lives import lives_file
+from .run_folder import read_rows
 from .submit import FINISHED, job_of
 from .sweep import is_sweep, members
 

@@ -25,10 +25,10 @@ from typing import Any
 from ..training.recipe import Recipe
 from ..training.signals import NOTICE
 from .errors import RecipeError, clean, show
-from .lives import read_rows
 from .reach import refuse_unreachable
 from .recipes import ResolvedRecipe
-from .run import RECIPE_FILE, check_sources, check_store, commits_url, write_file
+from .run import check_sources, check_store, write_file
+from .run_folder import RECIPE_FILE, read_rows
 from .site import TIME, WORD, Site
 
 TEMPLATE = Path(__file__).parent.parent / "slurm" / "pretrain.sbatch"
@@ -254,7 +254,7 @@ def _ask_slurm(script: str) -> None:
 
 def _within(seconds: float, recipe: Recipe, out: Path) -> None:
     """Check the store, and do not wait for one that does not answer."""
-    place = Path(commits_url(recipe, out))
+    place = Path(recipe.commits_url(out))
     if "://" not in str(recipe.checkpoint.to or "") and not place.exists():  # looking into it would make it
         existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
         if not os.access(existing, os.W_OK):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator
 
-from .duration import duration
+from ..data.units import duration
 
 
 class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):

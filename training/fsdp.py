@@ -22,7 +22,8 @@ from ..models.model import Model, ModelOutput, empty, initialise, materialise
 from ..models.spec import ModelSpec
 from ..models.towers import MAX_LOG_SCALE
 from ..models.transformer import Block
-from .engine import Engine, EngineConfig, assembled
+from .engine import Engine, assembled
+from .engine_config import EngineConfig
 from .objectives.base import Inputs
 from .optimizer import Optimizer, OptimizerConfig
 from .preparing import prepare

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..data.source import held_out
-from ..data.tokenizer_file import TextTokenizer, open_tokenizer
+from ..data.text import TextTokenizer
+from ..data.tokenizer_file import open_tokenizer
 from ..models.flops import parameters
 from ..models.interchange.architectures import InterchangeError
 from ..models.interchange.files import Weights

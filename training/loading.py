@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.decode import centre_crop, decode_image
-from ..data.tokenizer_file import TextTokenizer, open_tokenizer
+from ..data.text import TextTokenizer
+from ..data.tokenizer_file import open_tokenizer
 from ..models.interchange.files import PREFIX, open_weights
 from ..models.model import Model, empty, materialise
 from ..models.spec import ModelSpec

@@ -23,11 +23,12 @@ from ..data.order import Mixture
 from ..data.record import Batch
 from ..models.flops import training_flops
 from ..models.spec import ModelSpec
+from .building import build_engine
 from .commits import Commits
 from .device import describe
 from .display import Display
 from .draws import kept
-from .engine import Engine, StepResult, build_engine
+from .engine import Engine, StepResult
 from .evaluate.suites import evaluate
 from .feed import Feed
 from .growing import grow
@@ -130,7 +131,7 @@ class Run:
         recipe.check_tokenizer()
         self.recipe, self.out, self.world, self.stop, self.watch = recipe, out, world, stop, watch
         self.tally = Tally(world)
-        self.commits = Commits(Store(recipe.checkpoint.to or str(out / "commits")))
+        self.commits = Commits(Store(recipe.commits_url(out)))
         self.display = Display(recipe, out, world)
         self.uploads = Uploads(self.commits, world, self.display)
         self._take_up(RunState())

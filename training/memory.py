@@ -20,7 +20,7 @@ from .optimizer import OptimizerConfig
 from .world import World
 
 if TYPE_CHECKING:
-    from .engine import EngineConfig
+    from .engine_config import EngineConfig
 
 LOGITS_BYTES, TILE_BYTES, PART_BYTES = 32 << 20, 4 << 20, 256 << 20
 CUDA_BYTES = 1 << 30

@@ -19,7 +19,7 @@ from ..models.transformer import Attention, Block, kernel
 from .state import TrainingError
 
 if TYPE_CHECKING:
-    from .engine import EngineConfig
+    from .engine_config import EngineConfig
 
 _SHAPES = 64
 """of blocks in one model: towers, with and without a graph, the last block of captions"""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -19,11 +20,10 @@ from ..data.source import held_out
 from ..data.tokenizer_file import vocabulary_size
 from ..models.spec import ModelSpec
 from .checkpoint import CheckpointConfig, OriginConfig
-from .engine import EngineConfig
+from .engine_config import EngineConfig
 from .evaluate.config import EvalConfig
 from .health import RecoveryConfig
-from .objectives.config import ObjectivesConfig
-from .objectives.registry import build_objectives, check_needs
+from .objectives.registry import ObjectivesConfig, build_objectives, check_needs
 from .optimizer import OptimizerConfig
 from .schedule import ScheduleConfig
 from .stages import StageConfig
@@ -195,6 +195,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
                 stages[made.stage] = stage.model_copy(update={"samples": made.samples})
                 stages[made.stage + 1] = following.model_copy(update={"samples": following.samples + left})
         return self.model_copy(update={"stages": tuple(stages)})
+
+    def commits_url(self, out: Path) -> str:
+        """Where the commits of a run in folder `out` go: a local path or a URL."""
+        return self.checkpoint.to or str(out / "commits")
 
     def specs(self) -> list[ModelSpec]:
         """The model's spec in each stage. Raises SpecError if a stage asks for a growth that cannot be."""

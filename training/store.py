@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ..data.config import DataError
+from ..data.errors import DataError
 from ..data.retries import persist
 
 T = TypeVar("T")

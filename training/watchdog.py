@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field, field_validator
 
-from .duration import duration
+from ..data.units import duration
 from .world import World
 
 HUNG = 75

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..models.model import Model, ModelOutput, built_by_module, empty
 from ..models.spec import ModelSpec
 from ..models.towers import MAX_LOG_SCALE
-from .engine import Engine, EngineConfig, assembled
+from .engine import Engine, assembled
+from .engine_config import EngineConfig
 from .objectives.base import Inputs
 from .optimizer import OptimizerConfig, adamw, decays, pace
 from .preparing import prepare

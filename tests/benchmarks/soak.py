@@ -25,7 +25,8 @@ import torch
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.tests.benchmarks.losses import MIB, proc_bytes
 from treering.training.device import describe, process_memory
-from treering.training.engine import Engine, EngineConfig
+from treering.training.engine import Engine
+from treering.training.engine_config import EngineConfig
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.caption import Caption

@@ -43,7 +43,8 @@ from treering.models.spec import ModelSpec
 from treering.tests.benchmarks.losses import MIB, peak_of
 from treering.tests.open_clip_import import let_open_clip_import
 from treering.training.device import describe, peak_flops
-from treering.training.engine import Engine, EngineConfig
+from treering.training.engine import Engine
+from treering.training.engine_config import EngineConfig
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive

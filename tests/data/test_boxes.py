@@ -20,7 +20,7 @@ from PIL import Image
 from treering.data import Batch, DataConfig, Loader, Tokenizer
 from treering.data.boxes import SampleBoxes, read_boxes, seen_boxes
 from treering.data.decode import Crop
-from treering.data.ledger import BadSample
+from treering.data.errors import BadSample
 
 WriteTar = Callable[..., Path]
 WHOLE = Crop(0, 0, 40, 80, False)

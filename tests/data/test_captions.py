@@ -20,9 +20,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from treering.data import Batch, DataConfig, DataError, EvaluationSet, Loader, Sample, open_source
-from treering.data.captions import Caption, check_tags, drawn_caption, looks, read_texts
+from treering.data.captions import Caption, drawn_caption, looks, read_texts
 from treering.data.config import UNTAGGED, SourceConfig
-from treering.data.ledger import BadSample
+from treering.data.errors import BadSample
+from treering.data.loader import check_tags
 from treering.data.order import stream
 
 WriteTar = Callable[..., Path]

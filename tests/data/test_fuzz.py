@@ -15,7 +15,7 @@ from PIL import Image
 
 from treering.data import decode
 from treering.data.decode import MOST_SCANS, decode_image
-from treering.data.ledger import BadSample
+from treering.data.errors import BadSample
 from treering.tests.fuzz import hostile, shards
 
 

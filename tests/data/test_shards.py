@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from treering.data import open_source
-from treering.data.config import DataError
+from treering.data.errors import DataError
 from treering.data.files import find, shown_url
 from treering.data.shards import expand, expand_braces, index_shard, split_name
 

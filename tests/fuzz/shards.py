@@ -36,8 +36,8 @@ from typing import Any
 from treering.data import DataConfig, DataError, Loader, Tokenizer, open_source
 from treering.data.config import AugmentConfig
 from treering.data.decode import captions_and_labels, picture, random_crop
+from treering.data.errors import BadSample
 from treering.data.inspect import drawn, inspect, look
-from treering.data.ledger import BadSample
 from treering.data.lint import lint, write_ledger
 from treering.data.order import stream
 from treering.data.pack import pack

@@ -13,7 +13,8 @@ import torch
 
 from treering.launch import preflight
 from treering.launch.errors import RunError
-from treering.launch.lives import BAD_NODE, STOPPED
+from treering.launch.lives import BAD_NODE
+from treering.launch.run_folder import STOPPED
 
 
 @pytest.fixture

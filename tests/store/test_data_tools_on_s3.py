@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from treering.data.config import DataError
+from treering.data.archive import write_shards
+from treering.data.errors import DataError
 from treering.data.lint import Findings, lint
-from treering.data.pack import pack, write_shards
+from treering.data.pack import pack
 from treering.data.shards import ShardIndex
 from treering.data.source import open_source, shards_of
 from treering.data.sweep import index_all

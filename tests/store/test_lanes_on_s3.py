@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from treering.data import DataConfig, Loader
-from treering.data.pack import write_shards
+from treering.data.archive import write_shards
 from treering.tests.faulty_proxy import FaultyProxy
 from treering.tests.s3_server import Server
 

@@ -22,7 +22,9 @@ from treering.models.activations import Shape, Stack, choose, peak, stacks
 from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec
 from treering.training import memory
-from treering.training.engine import Engine, EngineConfig, build_engine
+from treering.training.building import build_engine
+from treering.training.engine import Engine
+from treering.training.engine_config import EngineConfig
 from treering.training.loop import train
 from treering.training.objectives.base import Inputs, Objective, extras_of
 from treering.training.objectives.caption import Caption

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from treering.data.config import DataError
+from treering.data.errors import DataError
 from treering.tests.browser import Browser, check_page
 from treering.training.evaluate.comparing import comparison, tasks
 from treering.training.evaluate.outcome import Evaluation

@@ -10,7 +10,8 @@ import torch
 from treering.launch.recipes import read_recipe
 from treering.models.model import build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
-from treering.training.engine import Engine, EngineConfig
+from treering.training.engine import Engine
+from treering.training.engine_config import EngineConfig
 from treering.training.growing import grow
 from treering.training.loop import train
 from treering.training.objectives.base import Inputs

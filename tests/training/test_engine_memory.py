@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
+from treering.training.building import build_engine
 from treering.training.commits import Commits
-from treering.training.engine import Engine, EngineConfig, build_engine
+from treering.training.engine import Engine
+from treering.training.engine_config import EngineConfig
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.optimizer import OptimizerConfig
 from treering.training.state import RunState

@@ -14,7 +14,8 @@ from treering.models.model import build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SharedSpec, TextSpec
 from treering.models.transformer import Block
 from treering.training import micro
-from treering.training.engine import EngineConfig, build_engine
+from treering.training.building import build_engine
+from treering.training.engine_config import EngineConfig
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.caption import Caption

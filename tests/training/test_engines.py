@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.training.building import build_engine
 from treering.training.commits import Commits
-from treering.training.engine import Engine, EngineConfig, build_engine
+from treering.training.engine import Engine
+from treering.training.engine_config import EngineConfig
 from treering.training.manifest import Commit
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.caption import Caption

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from treering.data.config import DataError
+from treering.data.errors import DataError
 from treering.data.loader import EvaluationSet
 from treering.models.model import build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from treering.models.model import Extras, Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, TextSpec
 from treering.training import micro
-from treering.training.engine import Engine, EngineConfig
+from treering.training.engine import Engine
+from treering.training.engine_config import EngineConfig
 from treering.training.objectives.base import Inputs, Objective, extras_of
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Between, Contrastive, LateContrastive, SigmoidContrastive

@@ -20,8 +20,10 @@ from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.tests.tiny_runs import SIZES, same_end, train_until
 from treering.training import growing, muon
+from treering.training.building import build_engine
 from treering.training.commits import Commits, find_commit
-from treering.training.engine import Engine, EngineConfig, build_engine
+from treering.training.engine import Engine
+from treering.training.engine_config import EngineConfig
 from treering.training.growing import grown_rates
 from treering.training.loop import train
 from treering.training.muon import Muon, hidden, orthogonal

@@ -31,7 +31,7 @@ from treering.training.objectives.base import (
     scheduled,
     states,
 )
-from treering.training.objectives.config import ObjectivesConfig
+from treering.training.objectives.registry import ObjectivesConfig
 from treering.training.world import World
 
 SPEC = ModelSpec(

@@ -16,12 +16,12 @@ from treering.launch.recipes import RecipeError, read_recipe
 from treering.models.flops import parameters
 from treering.models.model import Model, build
 from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
-from treering.training.engine import Engine, EngineConfig
+from treering.training.engine import Engine
+from treering.training.engine_config import EngineConfig
 from treering.training.growing import grow
 from treering.training.objectives.base import Inputs
-from treering.training.objectives.config import ObjectivesConfig
 from treering.training.objectives.contrastive import SigmoidContrastive
-from treering.training.objectives.registry import build_objectives
+from treering.training.objectives.registry import ObjectivesConfig, build_objectives
 from treering.training.optimizer import OptimizerConfig
 from treering.training.stages import GrowthConfig
 from treering.training.world import World

@@ -19,7 +19,7 @@ from treering.models.model import Extras, Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.models.transformer import Block
 from treering.training.draws import kept
-from treering.training.engine import EngineConfig
+from treering.training.engine_config import EngineConfig
 from treering.training.loop import train
 from treering.training.preparing import prepare
 from treering.training.state import TrainingError

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from treering.data.config import DataError
+from treering.data.errors import DataError
 from treering.data.pictures import Form, open_pictures
 from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec

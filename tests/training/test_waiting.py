@@ -17,7 +17,8 @@ from treering.models.model import build, empty
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec, TowerSpec
 from treering.models.transformer import Attention
 from treering.training import micro
-from treering.training.engine import Engine, EngineConfig
+from treering.training.engine import Engine
+from treering.training.engine_config import EngineConfig
 from treering.training.feed import Feed
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective, extras_of

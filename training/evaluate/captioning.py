@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...data.config import DataError
+from ...data.errors import DataError
 from ...data.pictures import Pictures
 from ...models.model import Model
 from ..world import World

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ...data.ledger import LedgerEntry
 from ...data.pictures import Pictures
 from ...data.record import Sample
-from ...data.tokenizer_file import TextTokenizer
+from ...data.text import TextTokenizer
 from ...models.model import Model
 from ..world import World
 

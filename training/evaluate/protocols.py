@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.config import CacheConfig, DataError
+from ...data.config import CacheConfig
+from ...data.errors import DataError, shown
 from ...data.files import shown_url
-from ...data.ledger import shown
 from ...data.loader import EvaluationSet
 from ...data.pictures import CLASS, FilePictures, Form, Pictures, ShardPictures, open_pictures
-from ...data.tokenizer_file import TextTokenizer
+from ...data.text import TextTokenizer
 from ...models.model import Model
 from ..world import World
 from . import probes, prompts, retrieval, zero_shot

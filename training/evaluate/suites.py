@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.config import CacheConfig, DataError
+from ...data.config import CacheConfig
+from ...data.errors import DataError
 from ...data.loader import EvaluationSet
 from ...data.record import Sample
 from ...models.model import Model
