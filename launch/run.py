@@ -23,8 +23,8 @@ from ..training.recipe import Recipe
 from ..training.watchdog import HUNG, LOST
 from .errors import RecipeError, RunError, show
 from .recipes import ResolvedRecipe
-from .run_folder import LAUNCHER, RECIPE_FILE, read_rows
-from .worker import STOPPED, work
+from .run_folder import LAUNCHER, RECIPE_FILE, STOPPED, read_rows
+from .worker import work
 
 RENDEZVOUS_SECONDS = 600
 SHUTDOWN_SECONDS = 120  # what a worker has to commit after SIGTERM, before it is killed
