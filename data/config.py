@@ -26,7 +26,8 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     name: str = Field("", description="what stages and logs call it; the URL where it has none")
     filter: str | None = Field(
-        None, description="keep the samples whose metadata fit, as in similarity > 0.28 and not nsfw (data/filter.py)"
+        None,
+        description="keep the samples whose metadata fit, as in similarity > 0.28 and not nsfw (docs/sources.md)",
     )
     captions: dict[str, float] = Field(
         default_factory=dict,
@@ -40,7 +41,7 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @classmethod
     def _is_a_filter(cls, value: str | None) -> str | None:
         if value is not None:
-            from .filter import Filter  # brings numpy, which a recipe without filters does not need
+            from .shards.filter import Filter  # brings numpy, which a recipe without filters does not need
 
             Filter(value)
         return value

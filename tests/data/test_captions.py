@@ -20,11 +20,11 @@ from PIL import Image
 from pydantic import ValidationError
 
 from treering.data import Batch, DataConfig, DataError, EvaluationSet, Loader, Sample, open_source
-from treering.data.captions import Caption, drawn_caption, looks, read_texts
 from treering.data.config import UNTAGGED, SourceConfig
 from treering.data.errors import BadSample
-from treering.data.loader import check_tags
+from treering.data.loading.loader import check_tags
 from treering.data.order import stream
+from treering.data.samples.captions import Caption, drawn_caption, looks, read_texts
 
 WriteTar = Callable[..., Path]
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from treering.data import open_source
 from treering.data.errors import DataError
-from treering.data.files import find, shown_url
-from treering.data.shards import expand, expand_braces, index_shard, split_name
+from treering.data.shards.listing.listing import expand, expand_braces, index_shard, split_name
+from treering.data.storage.files import find, shown_url
 
 WriteTar = Callable[..., Path]
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=150)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from treering.data.errors import DataError
-from treering.data.loader import EvaluationSet
+from treering.data.loading.loader import EvaluationSet
 from treering.models.model import build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.evaluate import retrieval, zero_shot

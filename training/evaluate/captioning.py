@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...data.errors import DataError
-from ...data.pictures import Pictures
+from ...data.evaluation_sets import Pictures
 from ...models.model import Model
 from ..world import World
 from .embed import own_batches, pixels, read
