@@ -174,14 +174,14 @@ def compare(
     treering compare runs/emoji runs/other
     treering compare runs/emoji s3://BUCKET/emoji/step-000000000562-life-0001 --suite pets.yaml,retrieval
     """
+    from ..data.storage.atomic_write import atomic_write
     from ..training.report.comparison_page import render_comparison
     from .commands.compare import compare_runs, comparison_table
-    from .run import write_file
 
     found = compare_runs(commits, _listed(suite), data)
     if os.environ.get("RANK", "0") != "0":
         return
-    write_file(out, render_comparison(found))
+    atomic_write(out, render_comparison(found), durable=True)
     if as_json:
         print_json({**found, "page": str(out)})
         return

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ..data.storage.atomic_write import atomic_write
 from ..models.flops import parameters
 from ..training.health.watchdog import HUNG, LOST
 from ..training.recipe import Recipe
@@ -39,7 +40,7 @@ def start(resolved: ResolvedRecipe, out: Path, processes: int) -> None:
     recipe = resolved.recipe
     check(recipe, out, processes)
     out.mkdir(parents=True, exist_ok=True)
-    write_file(out / RECIPE_FILE, resolved.text)
+    atomic_write(out / RECIPE_FILE, resolved.text, durable=True)
     _set_threads(processes)
     if processes == 1:
         work(out)
@@ -116,19 +117,6 @@ def check_store(recipe: Recipe, out: Path) -> None:
             check_same_run(recipe, commits.open(name))
         except DamagedCommit:
             return  # the run names it and takes the one before
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a file all or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _set_threads(processes: int) -> None:

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..samples.clip_tokenizer import clean
+from ..storage.atomic_write import partial_path
 from ..storage.files import cache_folder
 
 _FORMAT = 1  # of the packed shards; raise it when captions, labels or the split change
@@ -90,7 +91,7 @@ def _packed() -> Path:
     folder = cache_folder("samples") / name
     if folder.is_dir():
         return folder
-    temporary = folder.with_name(f"{name}.{os.getpid()}.part")
+    temporary = partial_path(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         train, held_out = split(emoji_records())

@@ -17,6 +17,7 @@ from ...models.activations import Shape, choose, stacks
 from ...models.activations import peak as peak_bytes
 from ...models.flops import parameters, training_flops
 from ...models.spec import ModelSpec
+from ...training.device import DEVICES
 from ...training.engines import activation_checkpointing
 from ...training.objectives.terms import build_objectives
 from ...training.recipe import Recipe
@@ -24,23 +25,6 @@ from ..errors import RecipeError, show
 
 SAMPLES = 2048
 """read to learn what captions and pictures are like"""
-
-
-@dataclass(frozen=True)
-class Device:
-    """One accelerator: dense bf16 peak in FLOP/s and memory in bytes, from its maker's data sheet."""
-
-    peak: float
-    memory: float
-
-
-DEVICES = {
-    "a100": Device(312e12, 80e9),
-    "b200": Device(2250e12, 180e9),
-    "h100": Device(989e12, 80e9),
-    "h200": Device(989e12, 141e9),
-    "l40s": Device(362e12, 48e9),
-}
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,17 @@ from ...models.activations import Shape, Stack, choose, peak, stacks
 from ...models.flops import parameters
 from ...models.model import Extras, Model, empty
 from ...models.spec import ModelSpec
+from ..checkpoint.writer import PART_BYTES
 from ..device import memory, process_memory
 from ..objectives.base import Inputs
+from ..objectives.caption import CHUNK_LOGITS
+from ..objectives.scores import TILE_BYTES
 from ..world import World
 from .optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
     from .config import EngineConfig
 
-LOGITS_BYTES, TILE_BYTES, PART_BYTES = 32 << 20, 4 << 20, 256 << 20
 CUDA_BYTES = 1 << 30
 """context, kernels and communication buffers of a GPU process"""
 USABLE = 0.92
@@ -38,7 +40,7 @@ def parts(
     state = commit_bytes(spec, optimizer) - (0 if engine.keeps_masters else 4 * count)
     copies = 2 * count if engine.precision == "bf16" and engine.casts_copies else 0
     if spec.caption:
-        caption = spec.text.vocabulary * spec.text.width * 8 + 2 * LOGITS_BYTES
+        caption = spec.text.vocabulary * spec.text.width * 8 + 2 * 4 * CHUNK_LOGITS
     inputs = 3 * spec.image.resolution**2 * (1 + 4 + 4)
     inputs += sum(8 * tower.frames * tower.features for tower in spec.further.values())
     return {
