@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.growth.inheriting import Forget
+from ..models.growth.inherit import Forget
+from ..models.growth.operator import GrownState, Operator, Read, grown_rate, origin
 from ..models.growth.plan import changes, plan_growth
-from ..models.growth.rules import GrownState, Operator, Read, grown_rate, origin
 from ..models.model import empty
 from ..models.spec import ModelSpec
 from .engine import Engine

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..models.flops import parameters
+from ..models.growth.operator import GrownState, origin
 from ..models.growth.plan import changes
-from ..models.growth.rules import GrownState, origin
 from ..models.spec import SpecError
 from .checkpoint import OriginConfig
 from .commits import Commits, find_commit

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .operator import Read, Rule, zero
 from .plan import Drops, Layers
-from .rules import Read, Rule, zero
 
 # The maps that write into the residual stream; with their biases they are all that has to be zero.
 WRITES = re.compile(r"\.(attention\.out|cross\.out|(?:cross_)?mlp\.(?:experts\.\d+\.)?down)\.(weight|bias)$")

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..model import named_generator
 from ..spec import part_of
+from .operator import Rule, TensorMap
 from .plan import Copies
-from .rules import Rule, TensorMap
 from .width import NOISE
 
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .axes import uses
-from .rules import Rule, TensorMap
+from .operator import Rule, TensorMap
 from .width import Widen, along
 
 _SCORED = re.compile(r"\.(query|key)\.(weight|bias)$")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from ..spec import ModelSpec, SpecError, TowerSpec
 
 if TYPE_CHECKING:  # the operators need torch, reading a recipe does not
-    from .rules import Operator, Read
+    from .operator import Operator, Read
 
 Copies = Literal["noise", "duplicate", "lemon"]
 """what new channels, heads and hidden units are: copies told apart by noise, plain copies, or LEMON's projection"""
@@ -131,10 +131,10 @@ def plan_growth(
     if not changed:
         return []
     from .depth import Depth
-    from .inheriting import Inherit, InheritAverage
-    from .joint import Joint, TruncateJoint
+    from .embed_dim import Joint, TruncateJoint
+    from .inherit import Inherit, InheritAverage
     from .positions import Context, Resolution
-    from .tables import Patch, Vocabulary
+    from .vocabulary import Patch, Vocabulary
 
     operators: list[Operator] = _units(old, new, copies, seed)
     if new.embed_dim > old.embed_dim:
@@ -185,10 +185,10 @@ def _blocks(
     old: ModelSpec, new: ModelSpec, layers: Layers, drop: Drops, seed: int, read: Read | None
 ) -> list[Operator]:
     """Blocks of all stacks, and a captioner, shared blocks and further towers where there were none."""
-    from .captioning import NewCaptioner
     from .depth import Depth, Drop, kept_blocks
-    from .further import NewTower
-    from .sharing import NewShared
+    from .modality import NewTower
+    from .new_captioner import NewCaptioner
+    from .shared_blocks import NewShared
 
     before, after = old.sizes(), new.sizes()
     operators: list[Operator] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .rules import Rule, TensorMap
+from .operator import Rule, TensorMap
 
 KEPT = 20
 """caption positions that stay as they are: few captions are longer, so only these are well trained (Long-CLIP)"""

@@ -30,8 +30,8 @@ from torch import Tensor
 from ..model import named_generator
 from ..spec import ModelSpec, padding_variance
 from .axes import Use, uses
+from .operator import Rule, TensorMap
 from .plan import Copies
-from .rules import Rule, TensorMap
 
 NOISE = 10 ** (-10 / 20)
 """size of the noise relative to the divided weights: a signal-to-noise ratio of 10 dB, as in HyperCloning"""

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from treering.models.flops import forward_flops, parameters
 from treering.models.growth.experts import Upcycle
+from treering.models.growth.operator import Operator, grown, grown_rate
 from treering.models.growth.plan import plan_growth
-from treering.models.growth.rules import Operator, grown, grown_rate
 from treering.models.mlp import Experts
 from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SpecError, TextSpec

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treering.models.growth.depth import Depth
+from treering.models.growth.operator import grown
 from treering.models.growth.plan import plan_growth
-from treering.models.growth.rules import grown
 from treering.models.model import Model, ModelOutput, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 

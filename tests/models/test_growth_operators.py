@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from treering.models.flops import parameters
 from treering.models.growth.depth import Depth, Drop
+from treering.models.growth.operator import GrownState, Operator, grown, grown_rate
 from treering.models.growth.plan import plan_growth
-from treering.models.growth.rules import GrownState, Operator, grown, grown_rate
-from treering.models.growth.tables import Patch
+from treering.models.growth.vocabulary import Patch
 from treering.models.mlp import Mlp
 from treering.models.model import Model, build
 from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from treering.models.flops import forward_flops, parameters
+from treering.models.growth.operator import grown
 from treering.models.growth.plan import Copies, plan_growth
-from treering.models.growth.rules import grown
 from treering.models.model import Extras, Model, build
 from treering.models.spec import ModelSpec
 

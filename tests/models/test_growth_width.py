@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from treering.models.growth import axes
 from treering.models.growth.axes import uses
 from treering.models.growth.heads import HeadDim
+from treering.models.growth.operator import Operator, grown, grown_rate
 from treering.models.growth.plan import Copies, plan_growth
 from treering.models.growth.positions import Context, Resolution
-from treering.models.growth.rules import Operator, grown, grown_rate
 from treering.models.model import Extras, Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec, part_of
 from treering.training.optimizer import Optimizer, OptimizerConfig

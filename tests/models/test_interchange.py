@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from treering.models.decoding import Decoder
 from treering.models.flops import parameters
 from treering.models.growth.axes import uses
+from treering.models.growth.operator import grown
 from treering.models.growth.plan import plan_growth
-from treering.models.growth.rules import grown
 from treering.models.interchange.architectures import (
     InterchangeError,
     architectures,

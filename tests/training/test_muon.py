@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treering.launch.recipes import RecipeError, read_recipe
+from treering.models.growth.operator import grown
 from treering.models.growth.plan import plan_growth
-from treering.models.growth.rules import grown
 from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.tests.tiny_runs import SIZES, same_end, train_until

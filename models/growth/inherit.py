@@ -23,7 +23,7 @@ from ..model import initialise
 from ..spec import ModelSpec, TowerSpec
 from .axes import uses
 from .depth import Depth
-from .rules import Rule, zero
+from .operator import Rule, zero
 from .width import along
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..model import named_generator
 from ..spec import ModelSpec
 from .depth import WRITES
-from .rules import Rule, TensorMap, zero
+from .operator import Rule, TensorMap, zero
 
 _BLOCKS = "transformer.blocks."
 

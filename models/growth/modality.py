@@ -17,7 +17,7 @@ from torch import Tensor
 from ..model import initialise
 from ..spec import ModelSpec
 from ..towers import SequenceTower
-from .rules import Rule
+from .operator import Rule
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .rules import Rule, TensorMap
+from .operator import Rule, TensorMap
 
 
 @dataclass(frozen=True)

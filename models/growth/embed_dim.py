@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..model import named_generator
-from .rules import Rule, TensorMap
+from .operator import Rule, TensorMap
 
 _PROJECTIONS = (".projection.weight", ".projection.bias")
 

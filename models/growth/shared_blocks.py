@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..model import Model, initialise
 from ..spec import ModelSpec
-from .rules import Rule
+from .operator import Rule
 
 
 @dataclass(frozen=True)
