@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .captioner import Captioner
 from .mlp import Experts
+from .parts import is_table, part_of, parts
 from .shared import Shared
-from .spec import ModelSpec, is_table, part_of
+from .spec import ModelSpec
 from .towers import MAX_LOG_SCALE, FurtherTowers, ImageTower, TextTower, TowerOutput
 from .transformer import Transformer
 
@@ -94,10 +95,10 @@ class Model(nn.Module):
         return own.weight if own else self.text.token_embedding.weight
 
     def transformers(self) -> dict[str, Transformer]:
-        """The transformers by the part of the model that each is of."""
-        parts = {"image": self.image, "text": self.text, "shared": self.shared, "captioner": self.captioner}
-        found = {name: part.transformer for name, part in parts.items() if part is not None}
-        return found | {f"further.{name}": self.further[name].transformer for name in self.spec.further}
+        """The transformer of every part, by the part's name."""
+        modules = dict(self.named_modules())
+        found = {part.name: modules[f"{part.name}.transformer"] for part in parts(self.spec)}
+        return {name: module for name, module in found.items() if isinstance(module, Transformer)}
 
     def scale(self) -> Tensor:
         """The factor on cosine similarities, [1], at most 100."""
@@ -139,13 +140,7 @@ def initialise(spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]], seed: 
 
     Matrices that write into a residual stream are smaller by the root of its number of writes, as in CLIP and GPT-2.
     """
-    writes = {"image": 2 * spec.image.depth, "text": 2 * spec.text.depth}
-    writes["shared"] = 2 * spec.shared.depth if spec.shared else 1
-    after = spec.caption is not None and spec.caption.cross == "after"
-    writes["captioner"] = (4 if after else 3) * spec.caption.depth if spec.caption else 1
-    gains = {name: tower.layer_scale for name, tower in spec.transformers().items()}
-    gains["captioner"] = spec.text.layer_scale
-    writes |= {f"further.{name}": 2 * tower.depth for name, tower in spec.further.items()}
+    rows = {part.name: part for part in parts(spec)}
     for name, parameter in parameters:
         if name.endswith("logit_scale"):
             parameter.fill_(math.log(10.0 if spec.logit_bias and name == "logit_scale" else 1 / 0.07))
@@ -153,13 +148,13 @@ def initialise(spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]], seed: 
             # Scale and bias start as in SigLIP (arXiv 2303.15343): nearly all pairs are negatives, and taken for such.
             parameter.fill_(-10.0)
         elif parameter.ndim == 1 and name.endswith("_scale"):
-            parameter.fill_(gains[part_of(name)] or 1.0)
+            parameter.fill_(rows[part_of(name)].tower.layer_scale or 1.0)
         elif parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         else:
             std = 0.02 if is_table(name) else parameter.shape[1] ** -0.5
             if name.endswith(("out.weight", "down.weight")):
-                std *= writes[part_of(name)] ** -0.5
+                std *= rows[part_of(name)].writes ** -0.5
             parameter.copy_(torch.randn(parameter.shape, generator=named_generator(seed, f"init/{name}")) * std)
 
 

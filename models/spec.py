@@ -30,17 +30,6 @@ def nearest_multiple(size: int, of: int) -> int:
     return max(1, (2 * size + of) // (2 * of)) * of
 
 
-def part_of(name: str) -> str:
-    """The part of a model that tensor `name` is of: `image`, `captioner`, `further.audio`."""
-    part, *path = name.split(".")
-    return f"{part}.{path[0]}" if part == "further" else part
-
-
-def is_table(name: str) -> bool:
-    """Whether tensor `name` is one whose rows are looked up: tokens or positions."""
-    return name.removesuffix(".weight").endswith("_embedding")
-
-
 def padding_variance(old: int, new: int) -> float:
     """Factor on a stream's variance when whole copies of it are padded with its mean, from `old` to `new` channels."""
     return new // old * old / new
@@ -277,7 +266,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
                 branch[part] = branch.get(part) or {}
                 branch = branch[part]
             branch[key] = value
-        for tower, old in self.transformers().items():
+        for tower, old in self.towers().items():
             if f"{tower}.width" in targets:
                 block, _, name = tower.partition(".")
                 self._follow_width(word, tower, old, tree[block][name] if name else tree[block], targets)
@@ -290,7 +279,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
 
     def _current(self, word: str, path: str, value: int | float) -> int | float:
         """The size at `path` now."""
-        known = self.sizes() | {f"{name}.head_dim": spec.head_width for name, spec in self.transformers().items()}
+        known = self.sizes() | {f"{name}.head_dim": spec.head_width for name, spec in self.towers().items()}
         if word == "grow":
             for part in ("caption.depth", "shared.depth", "shared.width", "shared.heads", *self._new_tower(path)):
                 known.setdefault(part, 0)
@@ -349,7 +338,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
 
     def _whole_factors_only(self, tower: str) -> str | None:
         """What of a tower does not keep a stream padded with its mean, if anything: it puts gains on the stream."""
-        if self.transformers()[tower].layer_scale is not None:
+        if self.towers()[tower].layer_scale is not None:
             return f"{tower}.layer_scale"
         if tower != "image":
             return None
@@ -357,12 +346,13 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
         found = {"image.pre_norm": self.image.pre_norm, "image.pool: attention": self.image.pool == "attention"}
         return next((name for name, there in (found | {"caption.cross: after": crossed}).items() if there), None)
 
-    def transformers(self) -> dict[str, TowerSpec]:
-        """The transformers of the model by the path of their sizes; the captioner's is the text tower's."""
-        shared = {"shared": self.shared} if self.shared else {}
-        return {"image": self.image, "text": self.text, **shared} | {
-            f"further.{name}": spec for name, spec in self.further.items()
-        }
+    def towers(self) -> dict[str, TowerSpec]:
+        """The specs of transformers by the path of their sizes; the captioner has the sizes of the text tower."""
+        found: dict[str, TowerSpec] = {}
+        for field, value in self:
+            group = value if isinstance(value, dict) else {"": value}
+            found |= {f"{field}.{name}".rstrip("."): one for name, one in group.items() if isinstance(one, TowerSpec)}
+        return found
 
     def sizes(self) -> dict[str, int | float]:
         """Every size of the spec by its dotted path, as `grow:` names them."""

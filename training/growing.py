@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.growth.inherit import Forget
-from ..models.growth.operator import GrownState, Operator, Read, grown_rate, origin
+from ..models.growth.inherit import ResetMoments
+from ..models.growth.operator import GrownState, Operator, Read, grown_rate, source_of
 from ..models.growth.plan import changes, plan_growth
 from ..models.model import empty
 from ..models.spec import ModelSpec
@@ -128,7 +128,7 @@ def planned(old: ModelSpec, new: ModelSpec, seed: int, how: GrowthConfig, read: 
     """The operators from one spec to the other as `how` asks for them; `read` reads the old state."""
     operators = plan_growth(old, new, seed, how.copies, how.layers, how.tokens, how.drop, how.inherit, read)
     forgotten = {"map": (), "keep_v": ("exp_avg",), "reset": ("exp_avg", "exp_avg_sq")}[how.moments]
-    return [*operators, Forget(forgotten)] if operators and forgotten else operators
+    return [*operators, ResetMoments(forgotten)] if operators and forgotten else operators
 
 
 def grown_rates(
@@ -148,7 +148,7 @@ def grown_rates(
     now = {name: factor**fade for name, factor in multipliers.items()}
     before, after = tensor_shapes(old), tensor_shapes(new)
     rates = {name: grown_rate(operators, now, name) for name in after}
-    for name, source in ((name, origin(operators, name)) for name in after if optimizer.muon(name)):
+    for name, source in ((name, source_of(operators, name)) for name in after if optimizer.muon(name)):
         if optimizer.muon(source):
             rates[name] *= (min(after[name]) / min(before[source])) ** 0.5
     return {name: rate for name, rate in rates.items() if rate != 1.0}

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..models.activations import Shape, Stack, choose, peak, stacks
+from ..models.activations import BlockMemory, block_memory, choose, peak
 from ..models.flops import parameters
 from ..models.model import Extras, Model, empty
+from ..models.parts import BatchShape
+from ..models.parts import parts as model_parts
 from ..models.spec import ModelSpec
 from .device import memory, process_memory
 from .objectives.base import Inputs
@@ -42,8 +44,7 @@ def parts(
     copies = 2 * count if engine.precision == "bf16" and engine.kind != "fsdp" else 0  # autocast's
     if spec.caption:
         caption = spec.text.vocabulary * spec.text.width * 8 + 2 * LOGITS_BYTES
-    inputs = 3 * spec.image.resolution**2 * (1 + 4 + 4)
-    inputs += sum(8 * tower.frames * tower.features for tower in spec.further.values())
+    inputs = sum(part.input_bytes for part in model_parts(spec))
     return {
         "weights": 4 * count / weights + copies,
         "gradients": 4 * count / gradients,
@@ -60,7 +61,7 @@ def commit_bytes(spec: ModelSpec, optimizer: OptimizerConfig) -> int:
     return sum(4 * p.numel() for name, p in named for kind in kinds if optimizer.keeps(kind, name))
 
 
-def budget(engine: EngineConfig, found: dict[str, Stack], room: float) -> float:
+def budget(engine: EngineConfig, found: dict[str, BlockMemory], room: float) -> float:
     """The bytes that blocks may hold, of `room` bytes that activations can have at all."""
     given = engine.activations
     if given is None:
@@ -102,7 +103,7 @@ class Recomputing:
             longest, total = spec.text.context, pairs * spec.text.context
         places = pairs * longest if self._padded else total
         half = self._config.precision == "bf16"
-        found = stacks(spec, Shape(pairs, total, places, patches, half, extras.tokens))
+        found = block_memory(spec, BatchShape(pairs, total, places, patches, half, extras.tokens))
         self.allowed = budget(self._config, found, self._left(pairs))
         self.again = choose(found, self.allowed)
         self.bytes = peak(found, self.again)

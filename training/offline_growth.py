@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..models.flops import parameters
-from ..models.growth.operator import GrownState, origin
+from ..models.growth.operator import GrownState, source_of
 from ..models.growth.plan import changes
 from ..models.spec import SpecError
 from .checkpoint import OriginConfig
@@ -64,7 +64,7 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     held = OldState(commit, in_turn=how.inherit == "ema")
     operators = planned(old, new, recipe.seed, how, lambda kind, name: held[f"{kind}/{name}"])
     # In the order of the old parts, so that each is read once.
-    names = sorted(tensor_shapes(new), key=lambda name: (held.place(origin(operators, name)), name))
+    names = sorted(tensor_shapes(new), key=lambda name: (held.place(source_of(operators, name)), name))
     fade = faded(before.stages, state.stage, state.samples, before.data.batch)
     rates = grown_rates(operators, state.multipliers, fade, old, new, recipe.optimizer)
     commits = Commits(Store(out))

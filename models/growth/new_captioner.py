@@ -1,8 +1,8 @@
-"""A captioner on a dual encoder that had none: what the towers compute does not change.
+"""A captioner for a dual encoder that had none: what the towers compute does not change.
 
-Its blocks are copies of the text tower's last ones with every write at zero, as in `depth.py`, so its first prediction
-is the text stream itself. What attends to the picture has no original: the query is the self-attention's, key and
-value are drawn afresh. Second moments are those of the originals, or their mean where the shape is another.
+Its blocks are copies of the text tower's last ones with all output projections at zero, as in `depth.py`, so its first
+prediction is the text stream itself. Cross-attention has no original: its query is copied from self-attention, its key
+and value maps are drawn afresh. Second moments are those of the originals, or their mean where the shape differs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from torch import Tensor
 
 from ..model import named_generator
 from ..spec import ModelSpec
-from .depth import WRITES
-from .operator import Rule, TensorMap, zero
-
-_BLOCKS = "transformer.blocks."
+from .operator import OUTPUT_PROJECTIONS, Rule, block_of, fresh, zero
 
 
 @dataclass(frozen=True)
@@ -31,39 +28,37 @@ class NewCaptioner:
 
     def rule(self, name: str) -> Rule:
         """Tensors of the towers are kept; for the captioner's see the module."""
-        own = name.removeprefix("captioner.")
-        if own == name:
+        if not name.startswith("captioner."):
             return Rule(name)
-        if not own.startswith(_BLOCKS):
-            fresh = torch.ones_like if name.endswith("weight") else torch.zeros_like
-            late = "text.norm" if self.spec.text.pool == "class" else "text.transformer.norm"
-            return Rule(own.replace("transformer.norm", late), {"model": fresh, "exp_avg": zero})
+        found = block_of("captioner.transformer.blocks", name)
+        if found is None:
+            return self._outside_of_blocks(name)
         assert self.spec.caption
-        index, rest = own.removeprefix(_BLOCKS).split(".", 1)
-        source = max(0, self.spec.text.depth - self.spec.caption.depth + int(index))
-        original = f"text.{_BLOCKS}{source}.{rest.replace('cross', 'attention')}"
+        number, rest = found
+        source = max(0, self.spec.text.depth - self.spec.caption.depth + number)
+        original = f"text.transformer.blocks.{source}.{rest.replace('cross', 'attention')}"
         if rest in ("cross.key.weight", "cross.value.weight"):
-            return Rule(original, self._fresh(name))
+            return Rule(original, fresh(self._cross_shape, lambda: self._draw(name)))
         maps = {"exp_avg": zero}
-        if WRITES.search(name):
+        if OUTPUT_PROJECTIONS.search(name):
             maps["model"] = zero
         return Rule(original, maps)
 
-    def _fresh(self, name: str) -> dict[str, TensorMap]:
+    def _outside_of_blocks(self, name: str) -> Rule:
+        """The last norm, which starts as the identity."""
+        start = torch.ones_like if name.endswith("weight") else torch.zeros_like
+        # With CoCa's class token the text tower's last norm stands behind its pooling.
+        norm = "text.norm" if self.spec.text.pool == "class" else "text.transformer.norm"
+        return Rule(name.replace("captioner.transformer.norm", norm), {"model": start, "exp_avg": zero})
+
+    @property
+    def _cross_shape(self) -> tuple[int, int]:
+        return self.spec.text.attention_width, self.spec.memory_width
+
+    def _draw(self, name: str) -> Tensor:
         """A map from image tokens to heads, as in a new model."""
-        shape = (self.spec.text.attention_width, self.spec.memory_width)
-
-        def draw(tensor: Tensor) -> Tensor:
-            generator = named_generator(self.seed, f"grow/captioner/{name}")
-            return (torch.randn(shape, generator=generator) * shape[1] ** -0.5).to(tensor)
-
-        def no_momentum(tensor: Tensor) -> Tensor:
-            return tensor.new_zeros(shape)
-
-        def mean(tensor: Tensor) -> Tensor:
-            return tensor.mean().expand(shape).clone()
-
-        return {"model": draw, "exp_avg": no_momentum, "exp_avg_sq": mean}
+        generator = named_generator(self.seed, f"grow/captioner/{name}")
+        return torch.randn(self._cross_shape, generator=generator) * self.spec.memory_width**-0.5
 
     def describe(self) -> dict[str, Any]:
         """For the lineage."""

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from treering.models.flops import parameters
 from treering.models.growth.depth import Depth, Drop
 from treering.models.growth.operator import GrownState, Operator, grown, grown_rate
+from treering.models.growth.patch import Patch
 from treering.models.growth.plan import plan_growth
-from treering.models.growth.vocabulary import Patch
 from treering.models.mlp import Mlp
 from treering.models.model import Model, build
 from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
@@ -178,7 +178,7 @@ def test_a_further_tower_leaves_the_others_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(hearing), strict=True))
     plan, state = plan_growth(model.spec, spec, 3), state_of(model)
     assert [operator.describe() for operator in plan] == [
-        {"operator": "tower", "field": "further.audio.depth", "from": 0, "to": 2, "seed": 3}
+        {"operator": "new_part", "field": "further.audio.depth", "from": 0, "to": 2, "seed": 3}
     ]
     names = [name for name, _ in hearing.named_parameters() if name.startswith("further.")]
     fresh, grown_state = build(spec, 3), GrownState(plan, state, [])
@@ -395,3 +395,17 @@ def test_new_channels_inherit_the_average_quadrant_by_quadrant() -> None:
     assert torch.equal(mixed(name), torch.cat([weights[name], average[name][:8]]))
     for name in ("text.token_embedding.weight", "text.transformer.norm.weight", "logit_scale"):
         assert torch.equal(mixed(name), weights[name])
+
+
+def test_a_wider_modality_inherits_the_average_in_its_new_channels_alone() -> None:
+    model = perturbed(SPEC.grown(HEARING))
+    mixed, plain, average = inheriting(model, model.spec.grown({"further.audio.width": 24}))
+    name = "further.audio.position_embedding"
+    assert torch.equal(mixed(name)[:, :12], plain(name)[:, :12])
+    assert torch.equal(mixed(name)[:, 12:], average(name)[:, 12:])
+    assert not torch.equal(average(name), plain(name))
+
+
+def test_no_part_can_be_removed() -> None:
+    with pytest.raises(SpecError, match=r"shrink: further\.audio is missing, and no part can be removed"):
+        plan_growth(SPEC.grown(HEARING), SPEC)

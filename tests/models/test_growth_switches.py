@@ -8,7 +8,8 @@ from torch import Tensor
 
 from treering.models.flops import forward_flops, parameters
 from treering.models.growth.operator import grown
-from treering.models.growth.plan import Copies, plan_growth
+from treering.models.growth.options import Copies
+from treering.models.growth.plan import plan_growth
 from treering.models.model import Extras, Model, build
 from treering.models.spec import ModelSpec
 

@@ -16,10 +16,12 @@ from treering.models.growth import axes
 from treering.models.growth.axes import uses
 from treering.models.growth.heads import HeadDim
 from treering.models.growth.operator import Operator, grown, grown_rate
-from treering.models.growth.plan import Copies, plan_growth
+from treering.models.growth.options import Copies
+from treering.models.growth.plan import plan_growth
 from treering.models.growth.positions import Context, Resolution
 from treering.models.model import Extras, Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec, part_of
+from treering.models.parts import part_of
+from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec
 from treering.training.optimizer import Optimizer, OptimizerConfig
 
 TIED = ModelSpec(
@@ -215,7 +217,7 @@ def test_growing_twice_keeps_the_function_and_draws_anew() -> None:
 @settings(max_examples=20, deadline=None)
 def test_every_dimension_is_on_the_axis_it_is_said_to_be(spec: ModelSpec) -> None:
     sizes = {}
-    for tower, part in spec.transformers().items():
+    for tower, part in spec.towers().items():
         sizes |= {f"{tower}.width": part.width, f"{tower}.heads": part.attention_width}
         sizes[f"{tower}.mlp_width"] = part.mlp_width
     with torch.device("meta"):
@@ -391,7 +393,7 @@ def test_noise_is_a_function_of_seed_and_name() -> None:
 def test_width_comes_before_depth() -> None:
     spec = TIED.grown({"text.depth": 2, "image.depth": 3, "image.width": 24, "embed_dim": 8, "text.context": 12})
     kinds = [operator.describe()["operator"] for operator in plan_growth(TIED, spec)]
-    assert kinds == ["widen", "widen", "widen", "joint", "context", "depth", "depth"]
+    assert kinds == ["widen", "widen", "widen", "embed_dim", "context", "depth", "depth"]
 
 
 # Joint space and positions

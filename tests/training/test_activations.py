@@ -18,8 +18,9 @@ from torch import Tensor
 
 from treering.launch.plan import plan
 from treering.launch.recipes import read_recipe
-from treering.models.activations import Shape, Stack, choose, peak, stacks
+from treering.models.activations import BlockMemory, block_memory, choose, peak
 from treering.models.model import Model, build
+from treering.models.parts import BatchShape
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec
 from treering.training import memory
 from treering.training.engine import Engine, EngineConfig, build_engine
@@ -103,16 +104,16 @@ def saved(model: Model, inputs: Inputs, again: dict[str, int], half: bool = Fals
     return sum(size for place, size in sizes.items() if place not in weights)
 
 
-def shape(inputs: Inputs, half: bool = False) -> Shape:
+def shape(inputs: Inputs, half: bool = False) -> BatchShape:
     longest = int(inputs.lengths.max())
-    return Shape(len(inputs.lengths), len(inputs.tokens), len(inputs.lengths) * longest, None, half)
+    return BatchShape(len(inputs.lengths), len(inputs.tokens), len(inputs.lengths) * longest, None, half)
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_the_account_is_what_autograd_keeps(name: str) -> None:
     """What each further block frees, of each transformer alone; that is all of what blocks keep, but their inputs."""
     spec, inputs = SPECS[name], batch()
-    model, found = build(spec, 3), stacks(spec, shape(inputs))
+    model, found = build(spec, 3), block_memory(spec, shape(inputs))
     assert found.keys() == model.transformers().keys()
     none = dict.fromkeys(found, 0)
     everything = saved(model, inputs, none)
@@ -126,7 +127,7 @@ def test_the_account_holds_in_half_precision() -> None:
     """Weights in half precision are kept as well, and are no activations: they are what a doubled batch leaves."""
     spec, once, twice = PLAIN, batch(), batch((3, 9, 5, 13, 7, 4) * 2)
     model = build(spec, 3)
-    found = [stacks(spec, shape(inputs, half=True)) for inputs in (once, twice)]
+    found = [block_memory(spec, shape(inputs, half=True)) for inputs in (once, twice)]
     for part in found[0]:
         more = []
         for again in (0, found[0][part].depth):
@@ -143,7 +144,7 @@ SIZES = st.tuples(st.integers(1, 5), st.integers(20, 90), st.integers(1, 19), st
 @settings(max_examples=200, deadline=None)
 def test_as_few_blocks_as_needed(sizes: list[tuple[int, int, int, int]], budget: int) -> None:
     """Against every possible choice: within the budget if any is, and none could be left out of it."""
-    found = {str(i): Stack(d, block, block, stream, work) for i, (d, block, stream, work) in enumerate(sizes)}
+    found = {str(i): BlockMemory(d, block, block, stream, work) for i, (d, block, stream, work) in enumerate(sizes)}
     chosen = choose(found, budget)
     ranges = [range(stack.depth + 1) for stack in found.values()]
     possible = [dict(zip(found, counts, strict=True)) for counts in product(*ranges)]
@@ -179,7 +180,7 @@ def test_a_budget_changes_no_bit_of_the_gradient(name: str, micro: int) -> None:
 def test_long_captions_and_patches_decide_at_every_step() -> None:
     """A bound in bytes that short captions fit into; the account is of the very batch."""
     short, long = batch((3, 4, 3, 4, 3, 4)), batch((13,) * 6)
-    bound = peak(stacks(PLAIN, shape(short)), {"image": 0, "text": 0})
+    bound = peak(block_memory(PLAIN, shape(short)), {"image": 0, "text": 0})
     one = engine(PLAIN, activations=f"{(bound + 1) / 1e6:.6f}MB")
     counts = []
     for inputs in (short, long, replace(long, patches=torch.arange(2).expand(6, 2)), short):
@@ -191,7 +192,7 @@ def test_long_captions_and_patches_decide_at_every_step() -> None:
 
 def test_auto_is_what_the_device_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     others = sum(memory.parts(PLAIN, EngineConfig(), OptimizerConfig(), 1, PAIRS).values())
-    whole = peak(stacks(PLAIN, shape(batch())), {"image": 0, "text": 0})
+    whole = peak(block_memory(PLAIN, shape(batch())), {"image": 0, "text": 0})
     monkeypatch.setattr(memory, "process_memory", lambda: 1000)
     for share, expected in ((1.01, 0), (0.5, 1), (0.0, 7)):
         has = (others + 1000 + share * whole) / memory.USABLE
@@ -206,7 +207,7 @@ def test_auto_is_what_the_device_has_left(monkeypatch: pytest.MonkeyPatch) -> No
 
 def unequal(world: World) -> list[dict[str, int]]:
     """Ranks with captions of quite different lengths, so that they make different blocks again."""
-    whole = peak(stacks(PLAIN, shape(batch((3,) * 6))), {"image": 0, "text": 0})
+    whole = peak(block_memory(PLAIN, shape(batch((3,) * 6))), {"image": 0, "text": 0})
     found = []
     for kind in ("ddp", "fsdp", "deepspeed"):
         config = EngineConfig(kind=kind, zero=3 if kind == "deepspeed" else None, activations=f"{whole / 1e6:.6f}MB")  # type: ignore[arg-type]
@@ -229,14 +230,13 @@ def test_ranks_need_not_agree(on_ranks: Callable[..., list[Any]]) -> None:
 
 def test_tokens_that_are_read_need_the_whole_last_block() -> None:
     inputs = batch()
-    pruned, read = stacks(PLAIN, shape(inputs))["text"], stacks(PLAIN, shape(inputs)._replace(read=True))["text"]
+    reading = shape(inputs)._replace(reads_tokens=True)
+    pruned, read = (block_memory(PLAIN, each)["text"] for each in (shape(inputs), reading))
     assert pruned.last < 0.7 * pruned.block
     assert read.last == read.block == pruned.block
     one = build_engine(PLAIN, [LateContrastive(1.0)], EngineConfig(activations=1.0), OptimizerConfig(), ALONE, seed=3)
     one.step(inputs, 1e-3)
-    assert one.recomputing.bytes == pytest.approx(
-        sum(s.kept(0) for s in stacks(PLAIN, shape(inputs)._replace(read=True)).values())
-    )
+    assert one.recomputing.bytes == pytest.approx(sum(s.kept(0) for s in block_memory(PLAIN, reading).values()))
 
 
 OVERRIDES = [

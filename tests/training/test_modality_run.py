@@ -89,7 +89,7 @@ def test_a_tower_joins_the_run(shard: str, whole: Path) -> None:
     joined, larger = lines(whole, "grow")
     assert joined["logit_difference"] == 0.0
     assert 0.0 < larger["logit_difference"] < 1e-5  # rounding in the new tower: blocks add none
-    assert [operator["operator"] for operator in joined["operators"]] == ["tower"]
+    assert [operator["operator"] for operator in joined["operators"]] == ["new_part"]
     assert joined["to"]["further.audio.frames"] == 4
     assert joined["parameters_after"] == parameters(recipe(shard).specs()[1])
     widened = [o["field"] for o in larger["operators"] if o["operator"] == "widen"]

@@ -113,7 +113,7 @@ def check_needs(config: ObjectivesConfig, spec: ModelSpec) -> None:
 
 
 def _missing(objective: Objective, spec: ModelSpec) -> list[str]:
-    mixtures = any(tower.experts > 1 for tower in spec.transformers().values())
+    mixtures = any(tower.experts > 1 for tower in spec.towers().values())
     there = {"caption": spec.caption is not None, "bias": spec.logit_bias, "routing": mixtures}
     return sorted(need for need in objective.needs if not there.get(need, True)) or sorted(
         objective.further - spec.further.keys()
