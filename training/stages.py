@@ -13,7 +13,7 @@ from ..models.flops import training_flops
 from ..models.growth.options import Copies, Drops, InheritFrom, Layers
 from ..models.growth.plan import changes, check_tokens
 from ..models.spec import ModelSpec
-from .draws import share_of
+from .sample_rng import share_of
 
 
 class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):

@@ -22,7 +22,7 @@ from treering.models.growth.positions import Context, Resolution
 from treering.models.model import Extras, Model, build
 from treering.models.parts import part_of
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec
-from treering.training.optimizer import Optimizer, OptimizerConfig
+from treering.training.engines.optimizer import Optimizer, OptimizerConfig
 
 TIED = ModelSpec(
     embed_dim=6,
