@@ -129,4 +129,4 @@ def _mlp(tower: TowerSpec, tokens: float, size: int) -> float:
     if tower.experts == 1:
         return tokens * hidden
     each = hidden + tower.width * 2 * size + 3 * _INDEX + 2 * size
-    return tokens * (tower.active * each + tower.experts * size)
+    return tokens * (tower.experts_per_token * each + tower.experts * size)

@@ -18,10 +18,10 @@ class Captioner(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        assert spec.caption is not None
-        after = spec.caption.cross == "after"
-        self.transformer = Transformer(spec.text, spec.caption.depth, spec.memory_width, after)
-        own = not spec.caption.tied
+        assert spec.captioner is not None
+        after = spec.captioner.cross_attention == "after"
+        self.transformer = Transformer(spec.text, spec.captioner.depth, spec.memory_width, after)
+        own = not spec.captioner.tied_embeddings
         self.output = nn.Linear(spec.text.width, spec.text.vocabulary, bias=False) if own else None
 
     def forward(self, image: TowerOutput, text: TowerOutput) -> Tensor:

@@ -41,7 +41,7 @@ def block_flops(part: Part, stream: Stream) -> float:
     """Forward operations of one block of `part` for one sample."""
     tower, tokens = part.tower, stream.tokens
     inner, mlp = tower.attention_width, mlp_maps(tower) * tower.width * tower.mlp_width
-    mlps, router = (tower.active, tower.experts) if tower.experts > 1 else (1, 0)
+    mlps, router = (tower.experts_per_token, tower.experts) if tower.experts > 1 else (1, 0)
     # Query, key, value and output maps, the two products of attention, the MLPs that a token goes through, the router.
     products = tokens * (4 * tower.width * inner + 2 * stream.attended * inner + mlps * mlp + router * tower.width)
     if part.memory_width is not None:

@@ -48,7 +48,7 @@ def _gelu(kind: str, x: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """A mixture of MLPs: each token goes through the `active` ones that the router gives most, mixed by their gates.
+    """A mixture of MLPs: each token goes through the `experts_per_token` ones, mixed by their gates.
 
     Gates are a softmax over all experts, and those that are chosen are scaled to sum to one (Mixtral, arXiv
     2401.04088), so that experts which are alike are together what one of them is.
@@ -61,7 +61,7 @@ class Experts(nn.Module):
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
-        self.spec, self.active = spec, spec.active
+        self.spec, self.experts_per_token = spec, spec.experts_per_token
         self.router = nn.Linear(spec.width, spec.experts, bias=False)
         self.experts = nn.ModuleList(Mlp(spec) for _ in range(spec.experts))
         self.grouped = False
@@ -70,18 +70,18 @@ class Experts(nn.Module):
     def forward(self, x_td: Tensor) -> Tensor:
         """[t, d] -> [t, d]."""
         scores_te = self.router(x_td).softmax(-1)
-        gates_tk, chosen_tk = scores_te.topk(self.active, dim=-1)
+        gates_tk, chosen_tk = scores_te.topk(self.experts_per_token, dim=-1)
         gates_tk = gates_tk / gates_tk.sum(-1, keepdim=True)
         chosen = chosen_tk.flatten()
         counts_e = chosen.new_zeros(len(self.experts)).scatter_add(0, chosen, torch.ones_like(chosen))
         self.gates_e, self.counts_e = scores_te.sum(0), counts_e
         order_r = chosen.argsort(stable=True)
-        rows_rd = x_td[order_r // self.active]
+        rows_rd = x_td[order_r // self.experts_per_token]
         if self.grouped and x_td.dtype.itemsize == 2:
             made_rd = self._together(rows_rd, chosen[order_r])
         else:
             made_rd = self._one_by_one(rows_rd)
-        made_tkd = made_rd[order_r.argsort()].unflatten(0, (-1, self.active))
+        made_tkd = made_rd[order_r.argsort()].unflatten(0, (-1, self.experts_per_token))
         return (made_tkd * gates_tk[..., None]).sum(1)
 
     def _one_by_one(self, rows_rd: Tensor) -> Tensor:

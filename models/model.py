@@ -1,4 +1,4 @@
-"""A model from its spec: two towers, a learned temperature, and a captioner or further towers if the spec has some."""
+"""A model from its spec: two towers, a learned temperature, and a captioner or modality towers if the spec has some."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .mlp import Experts
 from .parts import is_table, part_of, parts
 from .shared import Shared
 from .spec import ModelSpec
-from .towers import MAX_LOG_SCALE, FurtherTowers, ImageTower, TextTower, TowerOutput
+from .towers import MAX_LOG_SCALE, ImageTower, ModalityTowers, TextTower, TowerOutput
 from .transformer import Transformer
 
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -34,8 +34,8 @@ class Extras(NamedTuple):
     """int64 [b, k]: patches of each picture that are looked at; None: all"""
     longest: int | None = None
     """no caption has more tokens; None: the device is asked, and waited for"""
-    further: Mapping[str, Tensor] = _NOTHING
-    """samples of further modalities, float [b, frames, features], by the name of the tower; others do not run"""
+    modalities: Mapping[str, Tensor] = _NOTHING
+    """samples of other modalities, float [b, frames, features], by the name of the tower; others do not run"""
 
 
 class ModelOutput(NamedTuple):
@@ -55,8 +55,8 @@ class ModelOutput(NamedTuple):
     """[b, p, e] in the joint space, if asked for"""
     text_tokens: Tensor | None = None
     """[t, e] in the joint space, if asked for"""
-    further: Mapping[str, TowerOutput] = _NO_TOWERS
-    """of the further towers that were asked for"""
+    modalities: Mapping[str, TowerOutput] = _NO_TOWERS
+    """of the modality towers that were asked for"""
 
 
 class Model(nn.Module):
@@ -71,8 +71,8 @@ class Model(nn.Module):
         self.image = ImageTower(spec.image, spec.embed_dim)
         self.text = TextTower(spec.text, spec.embed_dim)
         self.shared = Shared(spec) if spec.shared else None
-        self.captioner = Captioner(spec) if spec.caption else None
-        self.further = FurtherTowers(spec.further, spec.embed_dim)
+        self.captioner = Captioner(spec) if spec.captioner else None
+        self.modalities = ModalityTowers(spec.modalities, spec.embed_dim)
         # Shape [1]: sharded engines refuse 0-dimensional parameters.
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if spec.logit_bias else None
@@ -105,7 +105,7 @@ class Model(nn.Module):
         return self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
 
     def forward(self, images: Tensor, tokens_t: Tensor, lengths_b: Tensor, extras: Extras | None = None) -> ModelOutput:
-        """Both towers, the captioner if there is one, and the further towers that `extras` has samples for."""
+        """Both towers, the captioner if there is one, and the modality towers that `extras` has samples for."""
         extras = extras or Extras()
         # What reads the tokens, and not the embedding alone, needs all of them.
         pooled_only = self.captioner is None and self.shared is None and not extras.tokens
@@ -117,11 +117,11 @@ class Model(nn.Module):
             masked_b = extras.parallel_b
             read = text if masked_b is None else self.text.masked(text, lengths_b, masked_b, shared)
             caption = self.captioner(image, read)
-        further = {name: self.further[name](samples) for name, samples in extras.further.items()}
-        ran = (self.image, self.text, self.shared, self.captioner, *(self.further[name] for name in further))
+        modalities = {name: self.modalities[name](samples) for name, samples in extras.modalities.items()}
+        ran = (self.image, self.text, self.shared, self.captioner, *(self.modalities[name] for name in modalities))
         mlps = (mlp for part in ran if part is not None for mlp in part.modules() if isinstance(mlp, Experts))
         routing = tuple((mlp.counts_e, mlp.gates_e) for mlp in mlps)
-        output = ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing, further=further)
+        output = ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing, modalities=modalities)
         if extras.tokens:
             tokens_bpe = self.image.project(image.tokens).unflatten(0, (len(images), -1))
             output = output._replace(image_tokens=tokens_bpe, text_tokens=self.text.project(text.tokens))

@@ -1,7 +1,7 @@
 """The parts of a model: one table, with a row a part, that everything walks which counts, draws or grows a model.
 
 A part is a transformer with what stands before and after it: a tower, the captioner, the blocks that both towers share,
-a tower of a further modality. Its row says how its tensors are named, how large its blocks are, what flows through them
+a tower of another modality. Its row says how its tensors are named, how large its blocks are, what flows through them
 for a given batch, and what it has outside of its blocks. FLOPs, parameters, activations, initialisation and growth read
 these rows, so a new kind of part is one function here and one module in `model.py`.
 """
@@ -12,16 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .spec import CaptionSpec, ModelSpec, SequenceSpec, SharedSpec, TowerSpec
+from .spec import CaptionerSpec, ModalitySpec, ModelSpec, SharedSpec, TowerSpec
 
-_GROUPS = ("further",)
+_GROUPS = ("modalities",)
 """fields of a ModelSpec that hold parts by name"""
 _CONTINUES = {"captioner": "text"}
 """parts whose blocks work on the stream of another part"""
 
 
 def part_of(name: str) -> str:
-    """The part that tensor `name` belongs to: `image`, `captioner`, `further.audio`."""
+    """The part that tensor `name` belongs to: `image`, `captioner`, `modalities.audio`."""
     part, *path = name.split(".")
     return f"{part}.{path[0]}" if part in _GROUPS else part
 
@@ -72,9 +72,7 @@ class Part:
     """A row of the table."""
 
     name: str
-    """prefix of its tensors' names, as in `image.transformer.blocks`"""
-    field: str
-    """prefix of its sizes in the spec, as in `image.depth`"""
+    """of its field in the spec, and prefix of its tensors: `image.depth`, `image.transformer.blocks`"""
     tower: TowerSpec
     """sizes of its blocks"""
     depth: int
@@ -106,8 +104,8 @@ def parts(spec: ModelSpec) -> list[Part]:
     """The table for a model of `spec`."""
     found = [_image(spec), _text(spec)]
     found += [_shared(spec, spec.shared)] if spec.shared else []
-    found += [_captioner(spec, spec.caption)] if spec.caption else []
-    return found + [_modality(spec, name, tower) for name, tower in spec.further.items()]
+    found += [_captioner(spec, spec.captioner)] if spec.captioner else []
+    return found + [_modality(spec, name, tower) for name, tower in spec.modalities.items()]
 
 
 def _image(spec: ModelSpec) -> Part:
@@ -133,14 +131,14 @@ def _image(spec: ModelSpec) -> Part:
         count += attention_parameters(e, e, image.width) + e * (image.queries + 4)
     # Pictures are uint8, normalised to fp32, and unfolded into patches.
     pixels = 3 * image.resolution**2
-    return Part("image", "image", image, image.depth, streams, products, count, input_bytes=pixels * (1 + 4 + 4))
+    return Part("image", image, image.depth, streams, products, count, input_bytes=pixels * (1 + 4 + 4))
 
 
 def _text(spec: ModelSpec) -> Part:
     text, e = spec.text, spec.embed_dim
 
     def streams(batch: BatchShape) -> tuple[Stream, ...]:
-        if text.filled:
+        if text.padded:
             return (Stream(text.context, (text.context + 1) / 2 if text.causal else text.context),)
         # CoCa's class token stands behind the text and one token of padding (`TextTower`).
         more = 2 * (text.pool == "class")
@@ -153,7 +151,7 @@ def _text(spec: ModelSpec) -> Part:
 
     count = text.width * (text.vocabulary + text.context + e) + e * text.projection_bias
     count += 2 * text.width * (text.pool == "class")
-    return Part("text", "text", text, text.depth, streams, products, count)
+    return Part("text", text, text.depth, streams, products, count)
 
 
 def _shared(spec: ModelSpec, shared: SharedSpec) -> Part:
@@ -167,10 +165,10 @@ def _shared(spec: ModelSpec, shared: SharedSpec) -> Part:
 
     # A map from each tower's width and one back, with biases, and a gate each.
     count = (2 * shared.width + 1) * (spec.image.width + spec.text.width) + 2 * (shared.width + 1)
-    return Part("shared", "shared", shared, shared.depth, streams, products, count)
+    return Part("shared", shared, shared.depth, streams, products, count)
 
 
-def _captioner(spec: ModelSpec, captioner: CaptionSpec) -> Part:
+def _captioner(spec: ModelSpec, captioner: CaptionerSpec) -> Part:
     text = spec.text
 
     def streams(batch: BatchShape) -> tuple[Stream, ...]:
@@ -182,18 +180,17 @@ def _captioner(spec: ModelSpec, captioner: CaptionSpec) -> Part:
 
     return Part(
         "captioner",
-        "caption",
         text,
         captioner.depth,
         streams,
         products,
-        parameters=0 if captioner.tied else text.vocabulary * text.width,
+        parameters=0 if captioner.tied_embeddings else text.vocabulary * text.width,
         memory_width=spec.memory_width,
-        crosses_after=captioner.cross == "after",
+        crosses_after=captioner.cross_attention == "after",
     )
 
 
-def _modality(spec: ModelSpec, name: str, tower: SequenceSpec) -> Part:
+def _modality(spec: ModelSpec, name: str, tower: ModalitySpec) -> Part:
     def streams(batch: BatchShape) -> tuple[Stream, ...]:
         return (Stream(tower.frames, tower.frames),)
 
@@ -203,8 +200,7 @@ def _modality(spec: ModelSpec, name: str, tower: SequenceSpec) -> Part:
     # The map of frames with its bias, positions, projection and temperature.
     count = tower.width * (tower.features + 1 + tower.frames + spec.embed_dim) + 1
     sample = 8 * tower.frames * tower.features  # fp32, twice
-    path = f"further.{name}"
-    return Part(path, path, tower, tower.depth, streams, products, count, input_bytes=sample)
+    return Part(f"modalities.{name}", tower, tower.depth, streams, products, count, input_bytes=sample)
 
 
 def attention_parameters(width: int, inner: int, memory_width: int) -> int:
@@ -229,4 +225,4 @@ def _captions(batch: BatchShape) -> Stream:
 
 def _only_pooled(spec: ModelSpec, batch: BatchShape) -> bool:
     """Whether nobody reads more of the towers than their embeddings."""
-    return not (spec.caption or spec.shared or batch.reads_tokens)
+    return not (spec.captioner or spec.shared or batch.reads_tokens)

@@ -1,4 +1,4 @@
-"""The towers: how pictures, captions and further modalities become a stream, and a stream becomes one embedding.
+"""The towers: how pictures, captions and other modalities become a stream, and a stream becomes one embedding.
 
 Shape suffixes: b samples, t tokens of the whole batch, d channels of the tower, e channels of the joint space,
 p patches of a picture, f frames of a sample, n features of a frame.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .spec import ImageSpec, SequenceSpec, TextSpec, TowerSpec
+from .spec import ImageSpec, ModalitySpec, TextSpec, TowerSpec
 from .transformer import Attention, Dense, Layout, Packed, Transformer
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -33,7 +33,7 @@ class TowerOutput(NamedTuple):
     mask: Layout
     """which tokens form a sample"""
     scale: Tensor | None = None
-    """[1]: multiplies cosine similarities of a further tower; None: the model's does"""
+    """[1]: multiplies cosine similarities of a modality tower; None: the model's does"""
 
 
 class AttentionPool(nn.Module):
@@ -128,7 +128,7 @@ class TextTower(nn.Module):
 
     def __init__(self, spec: TextSpec, embed_dim: int) -> None:
         super().__init__()
-        self.pool, self.causal, self.filled, self.context = spec.pool, spec.causal, spec.filled, spec.context
+        self.pool, self.causal, self.padded, self.context = spec.pool, spec.causal, spec.padded, spec.context
         self.token_embedding = nn.Embedding(spec.vocabulary, spec.width)
         self.position_embedding = nn.Parameter(torch.empty(spec.context, spec.width))
         # Two rows that are summed: the class token and its position, which is behind the context.
@@ -152,8 +152,8 @@ class TextTower(nn.Module):
         blocks, to which all tokens go.
         """
         assert not (pooled_only and shared)
-        if self.filled:
-            return self._filled(tokens_t, lengths_b, longest)
+        if self.padded:
+            return self._padded(tokens_t, lengths_b, longest)
         if self.class_embedding is not None:
             return self._classed(tokens_t, lengths_b, pooled_only, longest)
         layout = Packed.of(lengths_b, len(tokens_t), longest)
@@ -166,7 +166,7 @@ class TextTower(nn.Module):
         x_td = shared(x_td, layout) if shared else x_td
         return TowerOutput(self.project(x_td[last_b]), x_td, layout)
 
-    def _filled(self, tokens_t: Tensor, lengths_b: Tensor, longest: int | None) -> TowerOutput:
+    def _padded(self, tokens_t: Tensor, lengths_b: Tensor, longest: int | None) -> TowerOutput:
         """Texts that are filled to the context with token 0, which takes part like any other."""
         b, n, own = len(lengths_b), self.context, Packed.of(lengths_b, len(tokens_t), longest)
         places_t = own.slots_t // own.longest * n + own.positions_t
@@ -225,14 +225,14 @@ class TextTower(nn.Module):
         return text._replace(tokens=torch.where(masked_t[:, None], masks_nd[layout.positions_t], text.tokens))
 
 
-class SequenceTower(nn.Module):
-    """A transformer over the frames of a further modality; the embedding is the mean of the frame tokens.
+class ModalityTower(nn.Module):
+    """A transformer over the frames of another modality; the embedding is the mean of the frame tokens.
 
     The temperature of its similarities is its own (as in ImageBind, arXiv 2305.05665), so that a tower that has yet to
     learn does not move that of pictures and captions.
     """
 
-    def __init__(self, spec: SequenceSpec, embed_dim: int) -> None:
+    def __init__(self, spec: ModalitySpec, embed_dim: int) -> None:
         super().__init__()
         self.shape = (spec.frames, spec.features)
         self.frames = nn.Linear(spec.features, spec.width)
@@ -251,14 +251,14 @@ class SequenceTower(nn.Module):
         return TowerOutput(self.projection(x_td.unflatten(0, (b, -1)).mean(1)), x_td, layout, scale)
 
 
-class FurtherTowers(nn.Module):
-    """The towers of further modalities by name, any name: also one that a module has a method of, as `type`."""
+class ModalityTowers(nn.Module):
+    """The towers of other modalities by name, any name: also one that a module has a method of, as `type`."""
 
-    def __init__(self, specs: Mapping[str, SequenceSpec], embed_dim: int) -> None:
+    def __init__(self, specs: Mapping[str, ModalitySpec], embed_dim: int) -> None:
         super().__init__()
-        self._modules.update({name: SequenceTower(spec, embed_dim) for name, spec in specs.items()})
+        self._modules.update({name: ModalityTower(spec, embed_dim) for name, spec in specs.items()})
 
-    def __getitem__(self, name: str) -> SequenceTower:
+    def __getitem__(self, name: str) -> ModalityTower:
         tower = self._modules[name]
-        assert isinstance(tower, SequenceTower)
+        assert isinstance(tower, ModalityTower)
         return tower

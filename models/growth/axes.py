@@ -74,7 +74,7 @@ def uses(name: str, spec: ModelSpec | None = None) -> list[Use]:
     if module == "memory_norm":
         return [] if _pooled(spec) else [Use("image.width", 0, reads=False, norm=True)]
     if module in _NORMS:
-        tied = spec is None or spec.caption is None or spec.caption.tied
+        tied = spec is None or spec.captioner is None or spec.captioner.tied_embeddings
         return [Use(f"{tower}.width", 0, reads=place == _OUTPUT_NORM and tied, norm=True)]
     if module in _GAINS:
         return [Use(f"{tower}.width", 0, reads=False)]

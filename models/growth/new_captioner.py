@@ -33,9 +33,9 @@ class NewCaptioner:
         found = block_of("captioner.transformer.blocks", name)
         if found is None:
             return self._outside_of_blocks(name)
-        assert self.spec.caption
+        assert self.spec.captioner
         number, rest = found
-        source = max(0, self.spec.text.depth - self.spec.caption.depth + number)
+        source = max(0, self.spec.text.depth - self.spec.captioner.depth + number)
         original = f"text.transformer.blocks.{source}.{rest.replace('cross', 'attention')}"
         if rest in ("cross.key.weight", "cross.value.weight"):
             return Rule(original, fresh(self._cross_shape, lambda: self._draw(name)))
@@ -62,6 +62,6 @@ class NewCaptioner:
 
     def describe(self) -> dict[str, Any]:
         """For the lineage."""
-        assert self.spec.caption
-        numbers = {"from": 0, "to": self.spec.caption.depth, "seed": self.seed}
-        return {"operator": "captioner", "field": "caption.depth", **numbers}
+        assert self.spec.captioner
+        numbers = {"from": 0, "to": self.spec.captioner.depth, "seed": self.seed}
+        return {"operator": "captioner", "field": "captioner.depth", **numbers}

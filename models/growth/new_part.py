@@ -1,4 +1,4 @@
-"""A part that the model did not have: shared blocks, or the tower of a further modality. Nothing else changes by a bit.
+"""A part that the model did not have: shared blocks, or the tower of another modality. Nothing else changes by a bit.
 
 The part is drawn as a fresh model's, from the streams of its tensors' names. It is neutral where it starts: shared
 blocks stand behind gates at zero, and no other tower reads that of a modality. The optimizer has seen nothing of it, so
@@ -54,4 +54,4 @@ class NewPart:
         numbers = {"from": 0, "to": row.depth, "seed": self.seed}
         # GrowCLIP's way of sharing blocks is not public.
         reconstruction = {"reconstruction": True} if self.part == "shared" else {}
-        return {"operator": "new_part", "field": f"{row.field}.depth", **numbers, **reconstruction}
+        return {"operator": "new_part", "field": f"{self.part}.depth", **numbers, **reconstruction}

@@ -49,23 +49,23 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
     paths = [*before, *(path for path in after if path not in before)]
     changed = {p: (before.get(p, 0), after.get(p, 0)) for p in paths if before.get(p, 0) != after.get(p, 0)}
     for tower, a, b in _both(old, new):
-        if a.experts > b.experts or (a.experts > 1 and a.active > b.active):
+        if a.experts > b.experts or (a.experts > 1 and a.experts_per_token > b.experts_per_token):
             raise SpecError(
-                f"shrink: {tower}.experts = {b.experts} with active = {b.active}: a mixture only grows; "
-                f"leave it at {a.experts} with active = {a.active}, or more"
+                f"shrink: {tower}.experts = {b.experts} with experts_per_token = {b.experts_per_token}: "
+                f"a mixture only grows; leave it at {a.experts} with experts_per_token = {a.experts_per_token}, or more"
             )
     for path in _ONLY_GROWS:
         if path in changed and changed[path][1] < changed[path][0]:
             raise SpecError(f"shrink: {path} = {changed[path][1]}: it only grows; leave it at {changed[path][0]}")
     if "embed_dim" in changed and old.image.pool == "attention":
         raise SpecError(
-            f"grow: embed_dim = {new.embed_dim}: it is the width of the attention pooler, whose norms only copies "
-            f"would keep; leave it at {old.embed_dim}"
+            f"grow: embed_dim = {new.embed_dim}: it is also the width of the attention pooler, whose norms "
+            f"would change the function; leave it at {old.embed_dim}"
         )
-    if "text.context" in changed and old.text.filled:
+    if "text.context" in changed and old.text.padded:
         raise SpecError(
-            f"grow: text.context = {new.text.context}: this text tower fills every text to the context and attends to "
-            f"the filling, so it would compute something else; leave it at {old.text.context}"
+            f"grow: text.context = {new.text.context}: this text tower pads every text to the context and attends to "
+            f"the padding, so its function would change; leave it at {old.text.context}"
         )
     if "image.patch" in changed and new.image.grid < old.image.grid and new.image.resolution >= old.image.resolution:
         raise SpecError(
@@ -76,13 +76,13 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
 
 
 def _check_samples(old: ModelSpec, new: ModelSpec) -> None:
-    """Raise SpecError if a tower of a further modality would have to read samples of another shape."""
-    for name, a in old.further.items():
-        b = new.further.get(name, a)
+    """Raise SpecError if a tower of another modality would have to read samples of another shape."""
+    for name, a in old.modalities.items():
+        b = new.modalities.get(name, a)
         if (a.frames, a.features) != (b.frames, b.features):
             raise SpecError(
-                f"further.{name} with frames = {b.frames} and features = {b.features} does not fit the samples of its "
-                f"data column, which do not change; leave them at {a.frames} and {a.features}"
+                f"modalities.{name} with frames = {b.frames} and features = {b.features} does not fit the samples "
+                f"of its data column, which do not change; leave them at {a.frames} and {a.features}"
             )
 
 
@@ -163,8 +163,10 @@ def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Op
         operators += [Truncate(f"{tower}.{axis}", m, n, unit, new) for axis, m, n, unit in axes if m > n]
         if b.experts > a.experts == 1:
             operators.append(Upcycle(tower, b.experts, b.width, seed))
-        elif a.experts > 1 and (a.experts, a.active) != (b.experts, b.active):
-            operators.append(MoreExperts(tower, a.experts, b.experts, (a.active, b.active), copies, seed))
+        elif a.experts > 1 and (a.experts, a.experts_per_token) != (b.experts, b.experts_per_token):
+            operators.append(
+                MoreExperts(tower, a.experts, b.experts, (a.experts_per_token, b.experts_per_token), copies, seed)
+            )
         if b.head_width > a.head_width:
             operators.append(HeadDim(f"{tower}.heads", a.head_width, b.head_width, b.heads, copies, seed, new))
     return operators
@@ -175,7 +177,7 @@ def _blocks(old: ModelSpec, new: ModelSpec, layers: Layers, drop: Drops, read: R
     after = {part.name: part for part in parts(new)}
     operators: list[Operator] = []
     for part in parts(old):
-        field, small, large = f"{part.field}.depth", part.depth, after[part.name].depth
+        field, small, large = f"{part.name}.depth", part.depth, after[part.name].depth
         if small < large:
             operators.append(Depth(field, part.stack, small, large, layers))
         elif small > large:

@@ -235,9 +235,17 @@ def _tree(
         "projection_bias": bool(text.get("proj_bias")),
     }
     decoder = config.get("multimodal_cfg")
-    caption = {"depth": decoder.get("layers", 12), "cross": "after", "tied": False} if decoder else None
+    blocks = (
+        {"depth": decoder.get("layers", 12), "cross_attention": "after", "tied_embeddings": False} if decoder else {}
+    )
     bias = config.get("init_logit_bias") is not None
-    return {"embed_dim": config["embed_dim"], "image": image, "text": words, "caption": caption, "logit_bias": bias}
+    return {
+        "embed_dim": config["embed_dim"],
+        "image": image,
+        "text": words,
+        "captioner": blocks or None,
+        "logit_bias": bias,
+    }
 
 
 def _trunk(fields: Config, width: int, quick: bool) -> dict[str, Any]:
@@ -280,13 +288,13 @@ def config_of(spec: ModelSpec, words: Config | None = None) -> dict[str, Any]:
     config: dict[str, Any] = {"embed_dim": spec.embed_dim, "vision_cfg": vision, "text_cfg": theirs}
     config |= {"quick_gelu": True} if image.mlp == "quick_gelu" else {}
     config |= {"init_logit_bias": -10.0} if spec.logit_bias else {}
-    if text.pool == "class" or spec.caption:
+    if text.pool == "class" or spec.captioner:
         config["custom_text"] = True
-    if spec.caption:
+    if spec.captioner:
         vision["output_tokens"] = theirs["output_tokens"] = True
         decoder = {key: theirs[key] for key in ("context_length", "vocab_size", "width", "heads")}
         gain = {"ls_init_value": text.layer_scale} if text.layer_scale is not None else {}
-        config["multimodal_cfg"] = {**decoder, "layers": spec.caption.depth, **gain}
+        config["multimodal_cfg"] = {**decoder, "layers": spec.captioner.depth, **gain}
     return config
 
 
@@ -309,7 +317,7 @@ def reasons_to_stay(spec: ModelSpec) -> list[str]:
         found.append("shared blocks: its towers share nothing")
     if ("quick_gelu" in (spec.image.mlp, spec.text.mlp)) and spec.image.mlp != spec.text.mlp:
         found.append(f"image.mlp = {spec.image.mlp} and text.mlp = {spec.text.mlp}: its switch is for both towers")
-    if spec.caption:
+    if spec.captioner:
         found += _caption_limits(spec)
     return found
 
@@ -338,10 +346,10 @@ def _image_limits(image: ImageSpec) -> list[str]:
 
 
 def _caption_limits(spec: ModelSpec) -> list[str]:
-    assert spec.caption
+    assert spec.captioner
     found, text = [], spec.text
-    if spec.caption.cross != "after":
-        found.append("caption.cross = inside: its decoder attends to the picture after a whole block")
+    if spec.captioner.cross_attention != "after":
+        found.append("captioner.cross_attention = inside: its decoder attends to the picture after a whole block")
     if spec.memory_width != text.width:
         found.append(
             f"image tokens of {spec.memory_width} channels for a decoder of text.width = {text.width}: one width"

@@ -97,7 +97,7 @@ def _plain(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
 
 def _text_prefix(spec: ModelSpec) -> str:
     """Where open_clip's model keeps its text tower: CLIP at the top, CoCa and others in a module."""
-    return "text." if spec.caption or spec.text.pool == "class" else ""
+    return "text." if spec.captioner or spec.text.pool == "class" else ""
 
 
 def _pairs(spec: ModelSpec) -> Iterator[Pair]:
@@ -107,13 +107,13 @@ def _pairs(spec: ModelSpec) -> Iterator[Pair]:
         yield Pair(("logit_bias",), ("logit_bias",), lambda t: (t.reshape(1),), lambda t: (t.reshape(()),))
     yield from _image(spec)
     yield from _text(spec)
-    if spec.caption:
-        for number in range(spec.caption.depth):
+    if spec.captioner:
+        for number in range(spec.captioner.depth):
             ours = f"captioner.transformer.blocks.{number}"
             yield from _block(f"text_decoder.resblocks.{number}", ours, spec.text)
             yield from _cross_block(f"text_decoder.cross_attn.{number}", ours, spec.text)
         yield from _affine("text_decoder.ln_final", "captioner.transformer.norm")
-        table = "text.token_embedding" if spec.caption.tied else "captioner.output"
+        table = "text.token_embedding" if spec.captioner.tied_embeddings else "captioner.output"
         yield Pair(("text_decoder.text_projection",), (f"{table}.weight",), _turned, _turned)
 
 

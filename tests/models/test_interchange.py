@@ -92,7 +92,7 @@ def their_logits(model: torch.nn.Module, spec: ModelSpec, images: torch.Tensor, 
     found = [model.logit_scale.exp() * image @ text.T]
     if model.logit_bias is not None:
         found[0] += model.logit_bias
-    if spec.caption:
+    if spec.captioner:
         logits = model(pixels, ids, output_labels=False)["logits"]
         found += [logits[i, : len(text)] for i, text in enumerate(texts)]
     return found
@@ -171,12 +171,12 @@ def test_grown_and_handed_back(open_clip: ModuleType, name: str) -> None:
     theirs, spec = their_model(open_clip, config), spec_of(config, MEAN, STD)
     ours, (images, texts) = our_model(spec, from_open_clip(spec, theirs.state_dict())), inputs(spec, end_of(config))
     targets = {"image.width": 2 * spec.image.width, "image.depth": 3, "text.depth": 5, "image.mlp_ratio": 5.0}
-    if not spec.caption:
+    if not spec.captioner:
         targets |= {"text.width": 3 * spec.text.width}
     elif spec.image.pool == "attention":
-        targets |= {"caption.depth": 3}
+        targets |= {"captioner.depth": 3}
     else:  # the decoder reads image tokens as wide as its own stream
-        targets |= {"text.width": 2 * spec.text.width, "caption.depth": 3}
+        targets |= {"text.width": 2 * spec.text.width, "captioner.depth": 3}
     larger = grow(ours, targets)
     expected = their_logits(theirs, spec, images, texts)
     assert worst(expected, our_logits(larger, images, texts)) < 1e-5
@@ -199,13 +199,17 @@ def test_every_tensor_knows_its_axes(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "targets", "reason"),
     [
-        ("ViT-B-32", {"image.width": 24}, "image.pre_norm is only kept by whole factors; set image.width: 32"),
-        ("ViT-M-16-alt", {"image.width": 24}, "image.layer_scale is only kept by whole factors"),
-        ("coca_ViT-B-32", {"image.width": 24}, "is only kept by whole factors"),
+        (
+            "ViT-B-32",
+            {"image.width": 24},
+            "with image.pre_norm only whole factors keep the function; set image.width: 32",
+        ),
+        ("ViT-M-16-alt", {"image.width": 24}, "with image.layer_scale only whole factors"),
+        ("coca_ViT-B-32", {"image.width": 24}, "only whole factors keep the function"),
         ("coca_ViT-B-32", {"embed_dim": 32}, "the width of the attention pooler"),
         ("coca_ViT-B-32", {"image.queries": 9}, "no such size"),
-        ("ViT-H-14-CLIPA", {"text.context": 12}, "fills every text to the context"),
-        ("ViT-H-14-CLIPA", {"caption.depth": 2}, "caption predicts token after token"),
+        ("ViT-H-14-CLIPA", {"text.context": 12}, "pads every text to the context"),
+        ("ViT-H-14-CLIPA", {"captioner.depth": 2}, "captioner needs a causal text tower"),
     ],
 )
 def test_growth_that_would_not_keep_the_function_is_refused(name: str, targets: dict[str, int], reason: str) -> None:
@@ -224,11 +228,11 @@ def test_other_operators_on_an_imported_model(open_clip: ModuleType, name: str) 
     texts = [text for text in texts if len(text) < CONTEXT]  # a full one is followed by no filling
     images = images[: len(texts)]
     targets = {"image.head_dim": 16, "text.heads": 3, "text.head_dim": 8, "text.vocabulary": VOCABULARY + 5}
-    targets |= {} if spec.caption else {"embed_dim": 20, "image.experts": 3}
+    targets |= {} if spec.captioner else {"embed_dim": 20, "image.experts": 3}
     larger = grow(ours, targets)
     found = [each[..., :VOCABULARY] if i else each for i, each in enumerate(our_logits(larger, images, texts))]
     assert worst(our_logits(ours, images, texts), found) < 1e-5
-    if spec.caption:  # positions are interpolated beyond the first ones; the class token's stays
+    if spec.captioner:  # positions are interpolated beyond the first ones; the class token's stays
         longer = grow(ours, {"text.context": 20})
         assert torch.equal(longer.text.class_embedding, ours.text.class_embedding)
 
@@ -252,7 +256,7 @@ def test_an_imported_dual_encoder_gets_a_captioner(open_clip: ModuleType, name: 
     spec = spec_of(config)
     ours = our_model(spec, from_open_clip(spec, their_model(open_clip, config).state_dict()))
     images, texts = inputs(spec, end_of(config))
-    captioning = grow(ours, {"caption.depth": 2})
+    captioning = grow(ours, {"captioner.depth": 2})
     assert worst(our_logits(ours, images, texts), our_logits(captioning, images, texts)[:1]) < 1e-5
 
 
@@ -401,7 +405,7 @@ def test_a_config_of_odd_values_is_an_error(place: str, value: object) -> None:
         ("text", {"mlp": "swiglu"}, "text.mlp = swiglu"),
         ("text", {"heads": 4, "head_dim": 8}, "text.heads = 4 of 8 channels on text.width = 16"),
         ("text", {"mlp": "quick_gelu"}, "its switch is for both towers"),
-        ("caption", {"cross": "inside"}, "its decoder attends to the picture after a whole block"),
+        ("captioner", {"cross_attention": "inside"}, "its decoder attends to the picture after a whole block"),
         ("text", {"mlp_ratio": 2.0}, "its decoder always has 4"),
         ("text", {"norm_eps": 1e-6}, "its decoder has the defaults"),
         ("text", {"width": 32}, "image tokens of 16 channels for a decoder of text.width = 32"),

@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from treering.models.flops import forward_flops, parameters
 from treering.models.model import Extras, Model, build, empty
 from treering.models.parts import part_of, parts, stream_of
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, SharedSpec, TextSpec
 
 IMAGES = {
     "mean": {},
     "swiglu": {"mlp": "swiglu", "class_token": True},
     "class": {"class_token": True, "pool": "class", "pre_norm": True, "patch_bias": False},
     "pooler": {"class_token": True, "pool": "attention", "queries": 5, "pool_heads": 2},
-    "experts": {"experts": 4, "active": 2},
+    "experts": {"experts": 4, "experts_per_token": 2},
     "gains": {"layer_scale": 0.1, "norm_after_pool": True},
 }
 TEXTS = {
@@ -26,18 +26,18 @@ TEXTS = {
     "padded": {"causal": False, "pool": "last"},
     "last": {"pool": "last"},
     "class": {"pool": "class"},
-    "experts": {"experts": 3, "active": 1, "projection_bias": True},
+    "experts": {"experts": 3, "experts_per_token": 1, "projection_bias": True},
     "gains": {"layer_scale": 0.1, "mlp": "swiglu"},
 }
 OTHERS = {
     "none": {},
-    "captioner": {"caption": CaptionSpec(depth=2)},
-    "after": {"caption": CaptionSpec(depth=2, cross="after", tied=False)},
+    "captioner": {"captioner": CaptionerSpec(depth=2)},
+    "after": {"captioner": CaptionerSpec(depth=2, cross_attention="after", tied_embeddings=False)},
     "shared": {"shared": SharedSpec(width=32, depth=2, heads=2, mlp="swiglu")},
     "modalities": {
-        "further": {
-            "audio": SequenceSpec(width=32, depth=2, heads=2, features=5, frames=4),
-            "type": SequenceSpec(width=16, depth=1, heads=2, features=6),
+        "modalities": {
+            "audio": ModalitySpec(width=32, depth=2, heads=2, features=5, frames=4),
+            "type": ModalitySpec(width=16, depth=1, heads=2, features=6),
         },
         "logit_bias": True,
     },
@@ -90,17 +90,17 @@ def test_flops_are_what_torch_counts(name: str, tokens: bool) -> None:
     multiplies. Captions of one length: nothing is padded."""
     spec, samples, length = SPECS[name], 2, 7
     columns = {"audio": torch.zeros(samples, 4, 5), "type": torch.zeros(samples, 6)}
-    extras = Extras(tokens=tokens, further={each: columns[each] for each in spec.further})
+    extras = Extras(tokens=tokens, modalities={each: columns[each] for each in spec.modalities})
     images, ids = torch.zeros(samples, 3, 16, 16, dtype=torch.uint8), torch.ones(samples * length, dtype=torch.int64)
     model = build(spec, 0)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(images, ids, torch.full((samples,), length), extras)
-    text, alone = spec.text, not (spec.caption or spec.shared or tokens)
+    text, alone = spec.text, not (spec.captioner or spec.shared or tokens)
     read = text.context if text.pool == "last" else length + 2 * (text.pool == "class")
     streams = [(text, read, text.depth - (alone and text.pool != "last"))] if text.causal else []
-    streams += [(text, length, spec.caption.depth)] if spec.caption else []
+    streams += [(text, length, spec.captioner.depth)] if spec.captioner else []
     streams += [(spec.shared, length, spec.shared.depth)] if spec.shared else []
     hidden = sum(depth * 4 * n * (n - (n + 1) / 2) * tower.attention_width for tower, n, depth in streams)
-    table = 2 * (length - 1) * text.width * text.vocabulary if spec.caption else 0
+    table = 2 * (length - 1) * text.width * text.vocabulary if spec.captioner else 0
     ours = samples * (forward_flops(spec, length, tokens=tokens) + hidden - table)
     assert ours == pytest.approx(counter.get_total_flops(), rel=1e-9)

@@ -42,7 +42,7 @@ def parts(
     )
     state = commit_bytes(spec, optimizer) - (4 * count if engine.kind != "deepspeed" else 0)  # DeepSpeed's own masters
     copies = 2 * count if engine.precision == "bf16" and engine.kind != "fsdp" else 0  # autocast's
-    if spec.caption:
+    if spec.captioner:
         caption = spec.text.vocabulary * spec.text.width * 8 + 2 * LOGITS_BYTES
     inputs = sum(part.input_bytes for part in model_parts(spec))
     return {

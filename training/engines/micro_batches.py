@@ -33,8 +33,8 @@ _PARTS: dict[str, tuple[Need, Callable[[ModelOutput], Tensor | None]]] = {
 """What objectives may read of each sample, by the need that says they do."""
 _SUMS = "routing/"
 """What begins so is a sum over the tokens of a piece, and over those of the batch the sum of these."""
-_FURTHER, _SCALES = "further/", "scale/"
-"""What begins so is the embeddings of a further tower, and its temperature."""
+_MODALITY, _SCALES = "modalities/", "scale/"
+"""What begins so is the embeddings of a modality tower, and its temperature."""
 
 
 def backward(
@@ -103,7 +103,7 @@ def cut(inputs: Inputs, parts: int) -> list[Inputs]:
 
 def _of_samples(name: str) -> bool:
     """Whether what is read of a piece is of its samples, and of the batch all of these."""
-    return name in _PARTS or name.startswith(_FURTHER)
+    return name in _PARTS or name.startswith(_MODALITY)
 
 
 def _read(output: ModelOutput, table: Tensor, needs: set[Need]) -> dict[str, Tensor]:
@@ -112,8 +112,8 @@ def _read(output: ModelOutput, table: Tensor, needs: set[Need]) -> dict[str, Ten
     if "routing" in needs:
         for number, (counts_e, gates_e) in enumerate(output.routing):
             read |= {f"{_SUMS}{number}/counts": counts_e, f"{_SUMS}{number}/gates": gates_e}
-    for name, tower in output.further.items():
-        read |= {f"{_FURTHER}{name}": tower.pooled, f"{_SCALES}{name}": tower.scale}
+    for name, tower in output.modalities.items():
+        read |= {f"{_MODALITY}{name}": tower.pooled, f"{_SCALES}{name}": tower.scale}
     read |= {"scale": output.scale, "bias": output.bias, "table": table}
     return {name: tensor for name, tensor in read.items() if tensor is not None}
 
@@ -135,14 +135,14 @@ def _assembled(whole: dict[str, Tensor], inputs: Inputs) -> tuple[ModelOutput, T
     routing = tuple((whole[f"{_SUMS}{i}/counts"], whole[f"{_SUMS}{i}/gates"]) for i in range(mixtures))
     tokens = whole.get("image_tokens"), whole.get("text_tokens")
     output = ModelOutput(image, text, whole["scale"], whole.get("bias"), whole.get("caption"), routing, *tokens)
-    further = {
-        name.removeprefix(_FURTHER): TowerOutput(
-            pooled, nothing, Dense(pairs, 0), whole[_SCALES + name.removeprefix(_FURTHER)]
+    modalities = {
+        name.removeprefix(_MODALITY): TowerOutput(
+            pooled, nothing, Dense(pairs, 0), whole[_SCALES + name.removeprefix(_MODALITY)]
         )
         for name, pooled in whole.items()
-        if name.startswith(_FURTHER)
+        if name.startswith(_MODALITY)
     }
-    return output._replace(further=further), whole["table"]
+    return output._replace(modalities=modalities), whole["table"]
 
 
 def _generators(device: torch.device) -> list[Tensor]:

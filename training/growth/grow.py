@@ -166,11 +166,11 @@ def described(operators: Sequence[Operator]) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def similarities(engine: Engine, inputs: Inputs, spec: ModelSpec) -> Tensor:
-    """Scaled cosine similarities [m, b, b] of a batch's captions with its pictures and the m - 1 further modalities
+    """Scaled cosine similarities [m, b, b] of a batch's captions with its pictures and the m - 1 other modalities
     that a model of `spec` has."""
     output = engine.output(inputs)
     text = F.normalize(output.text.pooled, dim=-1)
-    towers = [output.image, *(output.further[name] for name in sorted(spec.further))]
+    towers = [output.image, *(output.modalities[name] for name in sorted(spec.modalities))]
     scales = [output.scale if tower.scale is None else tower.scale for tower in towers]
     each = zip(towers, scales, strict=True)
     return torch.stack([scale * F.normalize(tower.pooled, dim=-1) @ text.T for tower, scale in each])

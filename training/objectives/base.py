@@ -63,8 +63,8 @@ class Objective(ABC):
         """Its key in the recipe and the logs; a class says `name = "..."`."""
 
     @property
-    def further(self) -> frozenset[str]:
-        """The further towers whose embeddings it reads; they run only if an objective does."""
+    def modalities(self) -> frozenset[str]:
+        """The modality towers whose embeddings it reads; they run only if an objective does."""
         return frozenset()
 
     @abstractmethod
@@ -101,7 +101,7 @@ def extras_of(objectives: Sequence[Objective], inputs: Inputs) -> Extras:
         parallel_b=parallel[0] if parallel else None,
         patches_bk=inputs.patches,
         longest=int(inputs.known_lengths.max()),
-        further={name: inputs.columns[name] for objective in objectives for name in sorted(objective.further)},
+        modalities={name: inputs.columns[name] for objective in objectives for name in sorted(objective.modalities)},
     )
 
 

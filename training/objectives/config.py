@@ -47,11 +47,11 @@ class ContrastiveConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=Tru
 
 
 class BetweenConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
-    """Which sample of a further modality belongs to which caption, picture or sample of another one (InfoNCE)."""
+    """Which sample of another modality belongs to which caption, picture or sample of another one (InfoNCE)."""
 
     between: tuple[str, str] = Field(
         strict=False,
-        description="a further tower, and image, text or another further tower, as in [audio, text]; the temperature "
+        description="a modality tower, and image, text or another modality, as in [audio, text]; the temperature "
         "is that of the first",
     )
     positives: Literal["own", "caption", "picture"] = Field("own", description="as in contrastive")
@@ -59,13 +59,13 @@ class BetweenConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
 
     @field_validator("between")
     @classmethod
-    def _begins_with_a_further_tower(cls, value: tuple[str, str]) -> tuple[str, str]:
+    def _begins_with_a_modality(cls, value: tuple[str, str]) -> tuple[str, str]:
         first, second = value
         if first == second:
             raise ValueError(f"between = [{first}, {second}] compares a tower with itself; name another one")
         if first in ("image", "text"):
             remedy = "that is `contrastive`" if second in ("image", "text") else f"write [{second}, {first}]"
-            raise ValueError(f"between = [{first}, {second}] has to begin with a further tower; {remedy}")
+            raise ValueError(f"between = [{first}, {second}] has to begin with a modality tower; {remedy}")
         return value
 
 

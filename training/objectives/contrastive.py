@@ -1,4 +1,4 @@
-"""Contrastive objectives: which picture belongs to which caption, over all pairs of the global batch; or a further
+"""Contrastive objectives: which picture belongs to which caption, over all pairs of the global batch; or another
 modality to either.
 
 All compare every image of this rank with the captions of all ranks; `pairwise` does so tile by tile. Two pairs that
@@ -111,21 +111,21 @@ class SigmoidContrastive(_Pairwise):
 
 @dataclass
 class Between(_Pairwise):
-    """InfoNCE in both directions between a further modality and another one, at the further tower's temperature."""
+    """InfoNCE in both directions between another modality and another one, at the modality tower's temperature."""
 
     towers: tuple[str, str] = ("", "")
-    """the further one, and `image`, `text` or another further one"""
+    """a modality, and `image`, `text` or another modality"""
 
     @property
     def name(self) -> str:
         return f"contrastive/{'-'.join(self.towers)}"
 
     @property
-    def further(self) -> frozenset[str]:
+    def modalities(self) -> frozenset[str]:
         return frozenset(self.towers) - {"image", "text"}
 
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
-        towers = {"image": output.image, "text": output.text, **output.further}
+        towers = {"image": output.image, "text": output.text, **output.modalities}
         one, other = (towers[name] for name in self.towers)
         assert one.scale is not None
         one_be, other_be = (F.normalize(tower.pooled.float(), dim=-1) for tower in (one, other))

@@ -74,8 +74,8 @@ def _balance(config: BalanceConfig, seed: int) -> Objective:
     return Balance(config.weight)
 
 
-@register("further", BetweenConfig)
-def _further(config: BetweenConfig, seed: int) -> Objective:
+@register("modalities", BetweenConfig)
+def _modality(config: BetweenConfig, seed: int) -> Objective:
     return Between(config.weight, config.positives, config.softening, config.between)
 
 
@@ -84,7 +84,7 @@ def _configs(config: ObjectivesConfig) -> dict[str, tuple[str, ObjectiveConfig]]
     own = {"contrastive": config.contrastive, "caption": config.caption, "balance": config.balance}
     more = {name: registered(name).config.model_validate(fields) for name, fields in config.more.items()}
     found = {name: (name, one) for name, one in {**own, **more}.items() if one is not None}
-    return found | {_further(term, 0).name: ("further", term) for term in config.further}
+    return found | {_modality(term, 0).name: ("modalities", term) for term in config.modalities}
 
 
 def build_objectives(config: ObjectivesConfig, spec: ModelSpec | None = None, seed: int = 0) -> list[Objective]:
@@ -97,21 +97,21 @@ def check_needs(config: ObjectivesConfig, spec: ModelSpec) -> None:
     """Raises ValueError for an objective that a model of `spec` lacks a part for."""
     parts = {
         "bias": ("a learned bias", "add `logit_bias: true` to model"),
-        "caption": ("a captioner", "add `caption: {depth: 2}` to model"),
+        "caption": ("a captioner", "add `captioner: {depth: 2}` to model"),
         "routing": ("a mixture of experts", "set model.image.experts or model.text.experts to 2 or more"),
     }
     for objective in build_objectives(config):
         for need in _missing(objective, spec):
-            part, remedy = parts.get(need) or (f"a tower called {need!r}", f"describe it under model.further.{need}")
+            part, remedy = parts.get(need) or (f"a tower called {need!r}", f"describe it under model.modalities.{need}")
             key = f"{'more.' if objective.name in config.more else ''}{objective.name}"
             raise ValueError(f"objectives.{key} needs {part}; {remedy}, or drop the objective")
 
 
 def _missing(objective: Objective, spec: ModelSpec) -> list[str]:
     mixtures = any(tower.experts > 1 for tower in spec.towers().values())
-    there = {"caption": spec.caption is not None, "bias": spec.logit_bias, "routing": mixtures}
+    there = {"caption": spec.captioner is not None, "bias": spec.logit_bias, "routing": mixtures}
     return sorted(need for need in objective.needs if not there.get(need, True)) or sorted(
-        objective.further - spec.further.keys()
+        objective.modalities - spec.modalities.keys()
     )
 
 
@@ -129,8 +129,8 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     contrastive: ContrastiveConfig | None = None
     caption: CaptionObjectiveConfig | None = None
     balance: BalanceConfig | None = None
-    further: tuple[BetweenConfig, ...] = Field(
-        (), strict=False, description="contrastive terms of further towers, as in [{between: [audio, text]}]"
+    modalities: tuple[BetweenConfig, ...] = Field(
+        (), strict=False, description="contrastive terms of modality towers, as in [{between: [audio, text]}]"
     )
     more: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="other registered objectives by name, as in {uniformity: {weight: 0.1}}"
@@ -144,13 +144,15 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             )
         return self
 
-    @field_validator("further")
+    @field_validator("modalities")
     @classmethod
     def _each_once(cls, value: tuple[BetweenConfig, ...]) -> tuple[BetweenConfig, ...]:
         seen: set[frozenset[str]] = set()
         for term in value:
             if frozenset(term.between) in seen:
-                raise ValueError(f"further compares {' and '.join(term.between)} twice; give one of them more weight")
+                raise ValueError(
+                    f"modalities compares {' and '.join(term.between)} twice; give one of them more weight"
+                )
             seen.add(frozenset(term.between))
         return value
 

@@ -104,7 +104,7 @@ def recipe_for(weights: Weights, data: str, tokenizer: str) -> Recipe:
             "name": name.lstrip("._-") or "imported",
             "data": {"train": [{"source": data}], "batch": BATCH, "tokenizer": tokenizer},
             "model": spec.model_dump(mode="json"),
-            "objectives": {"contrastive": contrastive, "caption": {"weight": 2.0} if spec.caption else None},
+            "objectives": {"contrastive": contrastive, "caption": {"weight": 2.0} if spec.captioner else None},
             "stages": [{"samples": SAMPLES}],
             "optimizer": {"lr": RATE},
             "schedule": {"warmup": WARMUP},

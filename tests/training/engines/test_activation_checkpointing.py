@@ -21,7 +21,7 @@ from treering.launch.recipe.load import read_recipe
 from treering.models.activations import BlockMemory, block_memory, choose, peak
 from treering.models.model import Model, build
 from treering.models.parts import BatchShape
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, SharedSpec, TextSpec
 from treering.training.engines import activation_checkpointing
 from treering.training.engines.build import build_engine
 from treering.training.engines.config import EngineConfig
@@ -37,7 +37,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 PAIRS = 6
 IMAGE = ImageSpec(width=48, depth=3, heads=3, patch=4, resolution=16)
 TEXT = TextSpec(width=64, depth=4, heads=2, context=13).model_copy(update={"vocabulary": 101})
-AUDIO = SequenceSpec(width=32, depth=2, heads=2, features=5, frames=7)
+AUDIO = ModalitySpec(width=32, depth=2, heads=2, features=5, frames=7)
 PLAIN = ModelSpec(embed_dim=16, image=IMAGE, text=TEXT)
 
 
@@ -49,13 +49,13 @@ SPECS = {
     "plain": PLAIN,
     "swiglu": changed(changed(PLAIN, "image", mlp="swiglu"), "text", mlp="quick_gelu"),
     "gains": changed(changed(PLAIN, "image", layer_scale=0.1, class_token=True), "text", layer_scale=0.1),
-    "experts": changed(changed(PLAIN, "image", experts=4), "text", experts=3, active=1),
-    "captioner": PLAIN.model_copy(update={"caption": CaptionSpec(depth=2)}),
-    "after": PLAIN.model_copy(update={"caption": CaptionSpec(depth=2, cross="after")}),
+    "experts": changed(changed(PLAIN, "image", experts=4), "text", experts=3, experts_per_token=1),
+    "captioner": PLAIN.model_copy(update={"captioner": CaptionerSpec(depth=2)}),
+    "after": PLAIN.model_copy(update={"captioner": CaptionerSpec(depth=2, cross_attention="after")}),
     "shared": PLAIN.model_copy(update={"shared": SharedSpec(width=32, depth=2, heads=2)}),
     "filled": changed(PLAIN, "text", causal=False, pool="last"),
     "classed": changed(changed(PLAIN, "text", pool="class"), "image", class_token=True, pool="class"),
-    "further": PLAIN.model_copy(update={"further": {"audio": AUDIO}}),
+    "modalities": PLAIN.model_copy(update={"modalities": {"audio": AUDIO}}),
 }
 
 
@@ -71,8 +71,8 @@ def batch(lengths: tuple[int, ...] = (3, 9, 5, 13, 7, 4)) -> Inputs:
 
 def objectives(spec: ModelSpec) -> list[Objective]:
     found: list[Objective] = [Contrastive(1.0)]
-    found += [Caption(1.0)] if spec.caption else []
-    return found + [Between(1.0, towers=("audio", "text"))] * bool(spec.further)
+    found += [Caption(1.0)] if spec.captioner else []
+    return found + [Between(1.0, towers=("audio", "text"))] * bool(spec.modalities)
 
 
 def engine(spec: ModelSpec, **config: Any) -> Engine:
@@ -158,7 +158,7 @@ def test_as_few_blocks_as_needed(sizes: list[tuple[int, int, int, int]], budget:
         assert chosen == {name: stack.depth for name, stack in found.items()}
 
 
-@pytest.mark.parametrize("name", ["plain", "experts", "captioner", "shared", "further"])
+@pytest.mark.parametrize("name", ["plain", "experts", "captioner", "shared", "modalities"])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_a_budget_changes_no_bit_of_the_gradient(name: str, micro: int) -> None:
     """The less there is, the more blocks are made again."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from treering.models.model import Extras, Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, TextSpec
 from treering.training.engines import micro_batches
 from treering.training.engines.config import EngineConfig
 from treering.training.engines.ddp import Engine
@@ -28,20 +28,20 @@ SPEC = ModelSpec(
     embed_dim=12,
     image=ImageSpec(width=16, depth=1, heads=2, patch=4, resolution=8),
     text=TextSpec(width=16, depth=1, heads=2, context=9),
-    caption=CaptionSpec(depth=1),
-    further={"audio": SequenceSpec(width=8, depth=1, heads=2, features=5, frames=3)},
+    captioner=CaptionerSpec(depth=1),
+    modalities={"audio": ModalitySpec(width=8, depth=1, heads=2, features=5, frames=3)},
     logit_bias=True,
 )
 ALONE = World(0, 1, torch.device("cpu"))
 PAIRS = 16
 WEIGHTS = {"softmax": 0.7, "sigmoid": 0.05, "filip": 1.3, "caption": 0.9, "parallel": 0.4}
-FURTHER = {f"contrastive/audio-{other}": weight for other, weight in {"text": 1.1, "image": 0.3}.items()}
+MODALITY = {f"contrastive/audio-{other}": weight for other, weight in {"text": 1.1, "image": 0.3}.items()}
 
 
 def named(kind: str) -> Objective:
     """Each with a name of its own, so that all can run together."""
-    if kind in FURTHER:
-        return Between(FURTHER[kind], towers=("audio", kind.rpartition("-")[2]))
+    if kind in MODALITY:
+        return Between(MODALITY[kind], towers=("audio", kind.rpartition("-")[2]))
     made = {
         "softmax": Contrastive,
         "sigmoid": SigmoidContrastive,
@@ -54,8 +54,8 @@ def named(kind: str) -> Objective:
 
 
 SETS = {kind: [kind] for kind in ("softmax", "sigmoid", "filip", "caption", "parallel")} | {
-    "all": ["softmax", "sigmoid", "filip", "parallel", *FURTHER],
-    "further": list(FURTHER),
+    "all": ["softmax", "sigmoid", "filip", "parallel", *MODALITY],
+    "modalities": list(MODALITY),
 }
 
 
@@ -74,7 +74,7 @@ def batch() -> Inputs:
 def dense(kind: str, net: Model, inputs: Inputs) -> Tensor:
     """The mean over the whole batch, all logits at once."""
     masked = named(kind).extras(inputs).parallel_b
-    output = net(inputs.images, inputs.tokens, inputs.lengths, Extras(True, masked, further=inputs.columns))
+    output = net(inputs.images, inputs.tokens, inputs.lengths, Extras(True, masked, modalities=inputs.columns))
     if kind in ("caption", "parallel"):
         log_probabilities = (output.caption @ net.text.token_embedding.weight.T).log_softmax(1)
         ends = set((inputs.lengths.cumsum(0) - 1).tolist())
@@ -83,9 +83,9 @@ def dense(kind: str, net: Model, inputs: Inputs) -> Tensor:
     same = (inputs.caption_ids[:, None] == inputs.caption_ids) | (inputs.image_ids[:, None] == inputs.image_ids)
     own = torch.eye(PAIRS, dtype=torch.bool)
     x, y = F.normalize(output.image.pooled, dim=-1), F.normalize(output.text.pooled, dim=-1)
-    if kind in FURTHER:
-        x, y = F.normalize(output.further["audio"].pooled, dim=-1), y if kind.endswith("text") else x
-        output = output._replace(scale=output.further["audio"].scale)
+    if kind in MODALITY:
+        x, y = F.normalize(output.modalities["audio"].pooled, dim=-1), y if kind.endswith("text") else x
+        output = output._replace(scale=output.modalities["audio"].scale)
     forth = back = x @ y.T
     if kind == "filip":
         patches = F.normalize(output.image_tokens, dim=-1)
@@ -135,7 +135,7 @@ def test_every_gradient_is_that_of_the_dense_loss(
     for name, kinds in SETS.items():
         truth = build(SPEC, 3).double()
         terms = {kind: dense(kind, truth, batch()) for kind in kinds}
-        sum((WEIGHTS | FURTHER)[kind] * term for kind, term in terms.items()).backward()
+        sum((WEIGHTS | MODALITY)[kind] * term for kind, term in terms.items()).backward()
         expected = gradients(truth)
         for parts in (1, 2, 4):
             ranks = [answer[name, parts] for answer in answers]
@@ -146,7 +146,7 @@ def test_every_gradient_is_that_of_the_dense_loss(
                 scale = max(1e-3, float(np.abs(gradient).max()))
                 np.testing.assert_allclose(mean, gradient, rtol=1e-10, atol=1e-10 * scale, err_msg=f"{name} {key}")
             scalars = {
-                "further": ["further.audio.logit_scale"],
+                "modalities": ["modalities.audio.logit_scale"],
                 "softmax": ["logit_scale"],
                 "sigmoid": ["logit_scale", "logit_bias"],
                 "all": ["logit_bias"],
@@ -194,7 +194,7 @@ def test_engine_steps_are_the_same(world: int, on_ranks: Callable[..., list[Any]
         states = []
         for parts in (1, 4):
             objectives = [Contrastive(1.0), Caption(0.5)]
-            spec = SPEC.model_copy(update={"logit_bias": False, "further": {}})
+            spec = SPEC.model_copy(update={"logit_bias": False, "modalities": {}})
             engine = Engine(spec, objectives, EngineConfig(micro_batches=parts), OptimizerConfig(), group, seed=1)
             for _ in range(2):
                 engine.step(micro_batches.cut(batch(), group.size)[group.rank], 1e-3)

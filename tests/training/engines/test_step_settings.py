@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
 from treering.models.model import Extras, Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.models.transformer import Block
 from treering.training.engines.config import EngineConfig
 from treering.training.engines.kernels import prepare
@@ -28,9 +28,9 @@ SPEC = ModelSpec(
     embed_dim=12,
     image=ImageSpec(width=16, depth=2, heads=2, patch=4, resolution=16),
     text=TextSpec(width=16, depth=2, heads=2, head_dim=6, context=9),
-    caption=CaptionSpec(depth=1),
+    captioner=CaptionerSpec(depth=1),
 )
-PLAIN = SPEC.model_copy(update={"caption": None})
+PLAIN = SPEC.model_copy(update={"captioner": None})
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -173,7 +173,7 @@ def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     overrides = [
         "data.batch=4",
         "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 24}, "
-        "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+        "text: {width: 8, depth: 1, heads: 1, context: 8}, captioner: {depth: 1}}",
         "objectives={contrastive: {kind: filip, softening: 0.1}, "
         "caption: {weight: 1.0, parallel: 0.5, schedule: [[0.0, 1.0], [1.0, 0.0]]}}",
         "stages=[{samples: 20, patches: 0.5}, {samples: 20}]",

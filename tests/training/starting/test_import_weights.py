@@ -381,7 +381,7 @@ def test_a_model_that_open_clip_cannot_hold_is_refused_with_every_reason(tmp_pat
     tiny = [
         "data.batch=8",
         "model={embed_dim: 8, image: {width: 16, depth: 1, heads: 2, patch: 12, resolution: 24}, text: {width: 8, "
-        "depth: 1, heads: 2, context: 16}, caption: {depth: 1}}",
+        "depth: 1, heads: 2, context: 16}, captioner: {depth: 1}}",
         "stages=[{samples: 8}]",
         "schedule.warmup=0",
         "eval.suites=[]",
@@ -398,9 +398,9 @@ def test_a_model_of_our_own_with_their_parts_goes_to_open_clip(open_clip: Module
     own = [
         "data.batch=8",
         "model={embed_dim: 16, image: {width: 16, depth: 1, heads: 2, patch: 12, resolution: 24, class_token: true, "
-        "pool: class, patch_bias: false}, text: {width: 16, depth: 1, heads: 2, context: 16}, caption: {depth: 1, "
-        "cross: after}}",
-        "stages=[{samples: 8}, {grow: {image.depth: 2, text.depth: 2, caption.depth: 2}, samples: 8}]",
+        "pool: class, patch_bias: false}, text: {width: 16, depth: 1, heads: 2, context: 16}, captioner: {depth: 1, "
+        "cross_attention: after}}",
+        "stages=[{samples: 8}, {grow: {image.depth: 2, text.depth: 2, captioner.depth: 2}, samples: 8}]",
         "schedule.warmup=0",
         "eval.suites=[]",
     ]
