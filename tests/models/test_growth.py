@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from treering.models.growth.depth import Depth
 from treering.models.growth.operator import grown
 from treering.models.growth.plan import plan_growth
-from treering.models.model import Model, ModelOutput, build
+from treering.models.model import Model, build
+from treering.models.output import ModelOutput
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 
 

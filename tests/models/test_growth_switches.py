@@ -10,7 +10,8 @@ from treering.models.flops import forward_flops, parameters
 from treering.models.growth.operator import grown
 from treering.models.growth.options import Copies
 from treering.models.growth.plan import plan_growth
-from treering.models.model import Extras, Model, build
+from treering.models.model import Model, build
+from treering.models.output import Extras
 from treering.models.spec import ModelSpec
 
 IMAGE = {"width": 12, "depth": 1, "heads": 2, "patch": 4, "resolution": 8, "patch_bias": False, "class_token": True}

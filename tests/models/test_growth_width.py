@@ -19,7 +19,8 @@ from treering.models.growth.operator import Operator, grown, grown_rate
 from treering.models.growth.options import Copies
 from treering.models.growth.plan import plan_growth
 from treering.models.growth.positions import Context, Resolution
-from treering.models.model import Extras, Model, build
+from treering.models.model import Model, build
+from treering.models.output import Extras
 from treering.models.parts import part_of
 from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, SharedSpec, TextSpec
 from treering.training.engines.optimizer import Optimizer, OptimizerConfig

@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from treering.models.flops import forward_flops, parameters
-from treering.models.model import Extras, Model, build, empty
+from treering.models.model import Model, build, empty
+from treering.models.output import Extras
 from treering.models.parts import part_of, parts, stream_of
 from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, SharedSpec, TextSpec
 

@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from treering.models.flops import forward_flops, parameters
 from treering.models.growth.axes import uses
-from treering.models.model import Extras, Model, build
+from treering.models.model import Model, build
+from treering.models.output import Extras
 from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, TextSpec
-from treering.models.transformer import Attention, Block, Packed
+from treering.models.transformer import Attention, PackedLayout, TransformerBlock
 from treering.training.engines.optimizer import decays
 
 SPEC = ModelSpec(
@@ -26,14 +28,14 @@ def model() -> Model:
     return build(SPEC, seed=1).double()
 
 
-def inputs(samples: int = 5) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def inputs(samples: int = 5) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (samples, 3, 16, 16), dtype=torch.uint8, generator=generator)
     captions = [torch.randint(0, 49408, (3 + 2 * i % 7,), generator=generator) for i in range(samples)]
     return images, captions
 
 
-def attend(layer: Attention, x: torch.Tensor, memory: torch.Tensor, causal: bool) -> torch.Tensor:
+def attend(layer: Attention, x: Tensor, memory: Tensor, causal: bool) -> Tensor:
     """One sample's attention, head by head."""
     q, k, v = layer.query(x), layer.key(memory), layer.value(memory)
     size = q.shape[1] // layer.heads
@@ -47,7 +49,7 @@ def attend(layer: Attention, x: torch.Tensor, memory: torch.Tensor, causal: bool
     return layer.out(torch.cat(heads, 1))
 
 
-def run_block(block: Block, x: torch.Tensor, causal: bool, memory: torch.Tensor | None = None) -> torch.Tensor:
+def run_block(block: TransformerBlock, x: Tensor, causal: bool, memory: Tensor | None = None) -> Tensor:
     h = block.attention_norm(x)
     x = x + attend(block.attention, h, h, causal)
     if memory is not None:
@@ -55,7 +57,7 @@ def run_block(block: Block, x: torch.Tensor, causal: bool, memory: torch.Tensor 
     return x + block.mlp.down(F.gelu(block.mlp.up(block.mlp_norm(x))))
 
 
-def dense(model: Model, image: torch.Tensor, caption: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def dense(model: Model, image: Tensor, caption: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Image embedding, text embedding and captioner states of one pair."""
     pixels = (image.double() / 255 - model.image_mean) / model.image_std
     kernel = model.image.patches.weight.view(-1, 3, 4, 4)
@@ -160,7 +162,7 @@ def test_a_name_does_not_make_a_tower_another() -> None:
 
 
 def test_layout_round_trip() -> None:
-    layout = Packed.of(torch.tensor([2, 5, 1]))
+    layout = PackedLayout.of(torch.tensor([2, 5, 1]))
     x = torch.randn(8, 3, 4)
     assert torch.equal(layout.flat(layout.grid(x)), x)
     assert layout.positions_t.tolist() == [0, 1, 0, 1, 2, 3, 4, 0]
@@ -194,7 +196,7 @@ def test_what_is_read_at_one_token_needs_no_other_in_its_last_block() -> None:
     batch = images, torch.cat(captions), torch.tensor([len(caption) for caption in captions])
     weights = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
-    def results(extras: Extras) -> list[torch.Tensor]:
+    def results(extras: Extras) -> list[Tensor]:
         model = build(CLASSED, seed=1).double()
         output = model(*batch, extras)
         ((output.image.pooled + output.text.pooled) * weights).sum().backward()

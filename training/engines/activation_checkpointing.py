@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.activations import BlockMemory, block_memory, choose, peak
 from ...models.flops import parameters
-from ...models.model import Extras, Model, empty
+from ...models.model import Model, empty
+from ...models.output import Extras
 from ...models.parts import BatchShape
 from ...models.parts import parts as model_parts
 from ...models.spec import ModelSpec
@@ -83,8 +84,8 @@ class Recomputing:
         self._model, self._config, self._optimizer, self._world, self._padded = model, config, optimizer, world, padded
         self._room: float | None = None
         self._said = False
-        self.again: dict[str, int] = {}
-        """of the latest forward pass: blocks that were made again, by the part of the model"""
+        self.checkpointed: dict[str, int] = {}
+        """of the latest forward pass: blocks that are recomputed in the backward pass, by part of the model"""
         self.bytes = 0.0
         """of the latest forward pass: what blocks held at most"""
         self.allowed = float("inf")
@@ -105,14 +106,14 @@ class Recomputing:
         half = self._config.precision == "bf16"
         found = block_memory(spec, BatchShape(pairs, total, places, patches, half, extras.tokens))
         self.allowed = budget(self._config, found, self._left(pairs))
-        self.again = choose(found, self.allowed)
-        self.bytes = peak(found, self.again)
+        self.checkpointed = choose(found, self.allowed)
+        self.bytes = peak(found, self.checkpointed)
         for name, transformer in self._model.transformers().items():
-            transformer.again = self.again[name]
+            transformer.checkpointed_blocks = self.checkpointed[name]
 
     def figures(self) -> dict[str, Any]:
         """For a step line: the blocks of each part of the model that are made again, and the bytes that blocks hold."""
-        return {"recomputed": self.again, "activations": self.bytes} if self.again else {}
+        return {"recomputed": self.checkpointed, "activations": self.bytes} if self.checkpointed else {}
 
     def shortage(self) -> str | None:
         """The bound where it cannot be kept, as a sentence with a remedy; said once."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...models.model import Model, ModelOutput, build, empty, materialise
+from ...models.model import Model, build, empty, materialise
+from ...models.output import ModelOutput
 from ...models.spec import ModelSpec
 from ..objectives.base import Inputs, Objective, extras_of, gradient_norms, load_states, states
 from ..world import World

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...models.model import Model, ModelOutput, built_by_module, empty
+from ...models.model import Model, built_by_module, empty
+from ...models.output import ModelOutput
 from ...models.spec import ModelSpec
 from ...models.towers import MAX_LOG_SCALE
 from ..objectives.base import Inputs

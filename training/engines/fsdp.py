@@ -18,10 +18,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ...models.model import Model, ModelOutput, empty, initialise, materialise
+from ...models.model import Model, empty, initialise, materialise
+from ...models.output import ModelOutput
 from ...models.spec import ModelSpec
 from ...models.towers import MAX_LOG_SCALE
-from ...models.transformer import Block
+from ...models.transformer import TransformerBlock
 from ..objectives.base import Inputs
 from ..world import World
 from .config import EngineConfig
@@ -54,7 +55,7 @@ class FsdpEngine(Engine):
         else:
             blocks = MixedPrecisionPolicy()
         for module in self.model.modules():
-            if isinstance(module, Block):
+            if isinstance(module, TransformerBlock):
                 fully_shard(module, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=blocks)
         # What is in no block stays in fp32: a temperature rounded to bf16 would move in steps of 1%.
         fully_shard(self._forward, mesh=mesh)

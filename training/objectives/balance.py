@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...models.model import ModelOutput
+from ...models.output import ModelOutput
 from ..world import World
 from .base import Inputs, Objective
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...models.model import Extras, ModelOutput
+from ...models.output import Extras, ModelOutput
 from ..sample_rng import uniform
 from ..world import World
 from .base import Inputs, Objective

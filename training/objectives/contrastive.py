@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...models.model import ModelOutput
+from ...models.output import ModelOutput
 from ..world import World
 from .base import Inputs, Objective
 from .pairwise import late_softmax_losses, sigmoid_losses, softmax_losses

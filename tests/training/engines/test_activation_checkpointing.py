@@ -97,7 +97,7 @@ def kept() -> Iterator[dict[int, int]]:
 def saved(model: Model, inputs: Inputs, again: dict[str, int], half: bool = False) -> int:
     """Bytes kept of a forward pass beside the weights and their copies in half precision."""
     for name, transformer in model.transformers().items():
-        transformer.again = again[name]
+        transformer.checkpointed_blocks = again[name]
     with kept() as sizes, torch.autocast("cpu", torch.bfloat16, enabled=half):
         extras = extras_of(objectives(model.spec), inputs)
         output = model(inputs.images, inputs.tokens, inputs.lengths, extras)
@@ -168,14 +168,14 @@ def test_a_budget_changes_no_bit_of_the_gradient(name: str, micro: int) -> None:
         one.optimizer.step = lambda lr, fade: None  # type: ignore[method-assign]
         one.step(batch(), 1e-3)
         gradients.append({n: p.grad for n, p in one.model.named_parameters()})
-        counts.append(sum(one.recomputing.again.values()))
+        counts.append(sum(one.recomputing.checkpointed.values()))
         held.append(one.recomputing.bytes)
     for n, gradient in gradients[0].items():
         assert gradient is not None
         for other in gradients[1:]:
             assert torch.equal(gradient, other[n]), n  # type: ignore[arg-type]
     assert counts[0] == 0 < counts[1] < counts[2] < counts[3]
-    assert counts[3] == sum(t.again for t in one.model.transformers().values())
+    assert counts[3] == sum(t.checkpointed_blocks for t in one.model.transformers().values())
     assert held[1] > held[2] > held[3]
 
 
@@ -187,7 +187,7 @@ def test_long_captions_and_patches_decide_at_every_step() -> None:
     counts = []
     for inputs in (short, long, replace(long, patches=torch.arange(2).expand(6, 2)), short):
         one.step(inputs, 1e-3)
-        counts.append(sum(one.recomputing.again.values()))
+        counts.append(sum(one.recomputing.checkpointed.values()))
         assert one.recomputing.bytes <= bound + 1
     assert counts[0] == counts[2] == counts[3] == 0 < counts[1]
 
@@ -201,7 +201,7 @@ def test_auto_is_what_the_device_has_left(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(activation_checkpointing, "memory", lambda device, has=has: has)
         one = engine(PLAIN, activations="auto")
         one.step(batch(), 1e-3)
-        again = sum(one.recomputing.again.values())
+        again = sum(one.recomputing.checkpointed.values())
         assert again == expected if share in (0.0, 1.01) else 0 < again < 7
         assert (one.recomputing.shortage() is None) == (share > 0)
     assert one.recomputing.shortage() is None, "said once"
@@ -216,7 +216,7 @@ def unequal(world: World) -> list[dict[str, int]]:
         one = build_engine(PLAIN, [Contrastive(1.0)], config, OptimizerConfig(), world, seed=1)
         for _ in range(2):
             one.step(batch((3,) * 6 if world.rank == 0 else (13,) * 6), 1e-3)
-        found.append(one.recomputing.again)
+        found.append(one.recomputing.checkpointed)
         one.close()
     return found
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from treering.models.model import build
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, SharedSpec, TextSpec
-from treering.models.transformer import Block
+from treering.models.transformer import TransformerBlock
 from treering.training.engines import micro_batches
 from treering.training.engines.build import build_engine
 from treering.training.engines.config import EngineConfig
@@ -60,7 +60,9 @@ def imported_once() -> None:
 @pytest.fixture(autouse=True)
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the tracer of torch.compile; the code generator behind it is torch's affair."""
-    monkeypatch.setattr(Block, "compile", lambda self, **options: nn.Module.compile(self, backend="eager", **options))
+    monkeypatch.setattr(
+        TransformerBlock, "compile", lambda self, **options: nn.Module.compile(self, backend="eager", **options)
+    )
 
 
 def batch(step: int, world: World) -> Inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treering.models.model import Extras, Model, build
+from treering.models.model import Model, build
+from treering.models.output import Extras, Merge, TowerOutput, with_leaves
 from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, TextSpec
 from treering.training.engines import micro_batches
 from treering.training.engines.config import EngineConfig
@@ -174,16 +175,61 @@ def test_random_numbers_are_replayed() -> None:
         module = Dropped()
         if parts == 1:  # the same numbers: the two halves one after another, with a graph, then one loss
             outputs = [module(piece)[0] for piece in micro_batches.cut(batch(), 2)]
-            read = [micro_batches._read(o, module.net.text.token_embedding.weight, {"embeddings"}) for o in outputs]
-            whole = {k: torch.cat([r[k] for r in read]) if k in micro_batches._PARTS else read[0][k] for k in read[0]}
-            output, table = micro_batches._assembled(whole, batch())
-            Contrastive(1.0).share(output, batch(), table, ALONE).backward()
+            pooled = {
+                f"/{tower}/pooled": torch.cat([getattr(output, tower).pooled for output in outputs])
+                for tower in ("image", "text")
+            }
+            output = with_leaves(outputs[0], pooled | {"/scale": outputs[0].scale})
+            Contrastive(1.0).share(output, batch(), module.net.text.token_embedding.weight, ALONE).backward()
         else:
             micro_batches.backward(module, [Contrastive(1.0)], batch(), 2, ALONE)
         found.append(gradients(module.net))
     for key, gradient in found[0].items():
         np.testing.assert_allclose(gradient, found[1][key], rtol=1e-4, atol=1e-7, err_msg=key)
     assert np.abs(found[0]["image.patches.0.weight"]).max() > 1e-6
+
+
+class WiderOutput(NamedTuple):
+    """An output with fields that no engine knows."""
+
+    image: TowerOutput
+    text: TowerOutput
+    scale: Annotated[Tensor, Merge("equal")]
+    words: Annotated[dict[str, Tensor], Merge("concatenate", "words")]
+    """[t, d] by name"""
+    total: Annotated[Tensor, Merge("sum")]
+    """[1]: of the words"""
+
+
+class Words(Contrastive):
+    """Reads what `WiderOutput` has, beside the embeddings."""
+
+    needs = frozenset({"embeddings", "words"})  # type: ignore[arg-type]
+
+    def share(self, output: Any, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        words = output.words["first"]
+        own = words.square().mean() + output.total.square().sum() / len(inputs.tokens) ** 2
+        return super().share(output, inputs, table, world) + own * output.scale.sum()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_an_output_that_declares_itself_needs_no_change_here(parts: int) -> None:
+    """Against one pass over the whole batch."""
+
+    def forward(piece: Inputs, net: Model) -> tuple[Any, Tensor]:
+        output = net(piece.images, piece.tokens, piece.lengths)
+        words = {"first": output.text.tokens}
+        wider = WiderOutput(output.image, output.text, output.scale, words, output.text.tokens.exp().sum().view(1))
+        return wider, net.text.token_embedding.weight
+
+    truth, net = build(SPEC, 3).double(), build(SPEC, 3).double()
+    output, table = forward(batch(), truth)
+    Words(1.0).share(output, batch(), table, ALONE).backward()
+    micro_batches.backward(lambda piece: forward(piece, net), [Words(1.0)], batch(), parts, ALONE)
+    expected, found = gradients(truth), gradients(net)
+    assert expected.keys() == found.keys()
+    for key, gradient in expected.items():
+        np.testing.assert_allclose(found[key], gradient, rtol=1e-5, atol=1e-7, err_msg=key)
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
-from treering.models.model import Extras, Model, build
+from treering.models.model import Model, build
+from treering.models.output import Extras
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
-from treering.models.transformer import Block
+from treering.models.transformer import TransformerBlock
 from treering.training.engines.config import EngineConfig
 from treering.training.engines.kernels import prepare
 from treering.training.loop import train
@@ -106,11 +107,11 @@ def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch)
     """Through the tracer of torch.compile; the code generator behind it is torch's affair."""
     calls: list[dict[str, Any]] = []
 
-    def compile_eagerly(self: Block, **options: Any) -> None:
+    def compile_eagerly(self: TransformerBlock, **options: Any) -> None:
         calls.append(options)
         nn.Module.compile(self, backend="eager", **options)
 
-    monkeypatch.setattr(Block, "compile", compile_eagerly)
+    monkeypatch.setattr(TransformerBlock, "compile", compile_eagerly)
     models = [build(SPEC, 3) for _ in range(2)]
     prepare(models[1], EngineConfig(compile=True), torch.device("cpu"))
     assert calls == [{"dynamic": True}] * 5
@@ -128,7 +129,9 @@ def test_compiling_does_not_grow_with_depth_and_goes_on_after_growth(monkeypatch
         made.append(len(inputs))
         return graph.forward
 
-    monkeypatch.setattr(Block, "compile", lambda self, **options: nn.Module.compile(self, backend=note, **options))
+    monkeypatch.setattr(
+        TransformerBlock, "compile", lambda self, **options: nn.Module.compile(self, backend=note, **options)
+    )
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # type: ignore[attr-defined]
 
     def pieces(width: int, depth: int, steps: int) -> int:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from treering.launch.recipe.load import read_recipe
-from treering.models.model import Model, ModelOutput, build
+from treering.models.model import Model, build
+from treering.models.output import ModelOutput
 from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, TextSpec
 from treering.training.engines import micro_batches
 from treering.training.loop import train
@@ -313,7 +314,7 @@ def test_a_masked_caption_sees_no_token() -> None:
     """Its prediction depends on positions and the picture alone; the others' do not change by masking it."""
     net, inputs = model(), batch()
     masked = torch.arange(PAIRS) % 2 == 0
-    from treering.models.model import Extras
+    from treering.models.output import Extras
 
     plain = net(inputs.images, inputs.tokens, inputs.lengths).caption
     some = net(inputs.images, inputs.tokens, inputs.lengths, Extras(parallel_b=masked)).caption
