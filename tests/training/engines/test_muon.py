@@ -288,7 +288,7 @@ def test_plain_copies_follow_the_small_model() -> None:
 
 @pytest.mark.usefixtures("exact")
 def test_they_would_not_at_adamw_s_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grow, "origin", lambda operators, name: "logit_scale")
+    monkeypatch.setattr(grow, "source_of", lambda operators, name: "logit_scale")
     small, optimizer, large, following = widened("duplicate")
     apart = np.subtract(losses_of(large, following, range(20, 120)), losses_of(small, optimizer, range(20, 120)))
     assert np.abs(apart).max() > 1e-2
