@@ -27,8 +27,8 @@ from .checkpoint.commits import Commits
 from .checkpoint.manifest import Commit
 from .checkpoint.store import Store
 from .device import describe
+from .engines.base import Engine, StepResult
 from .engines.build import build_engine
-from .engines.ddp import Engine, StepResult
 from .engines.device_prefetch import Feed
 from .engines.layout import Layout
 from .evaluate.suites import evaluate
@@ -42,7 +42,7 @@ from .logging.profiler import Profile
 from .logging.run_log import Display
 from .logging.throughput import Meter
 from .objectives.base import Inputs, load_states, states
-from .objectives.registry import advance, build_objectives
+from .objectives.terms import advance, build_objectives
 from .recipe import Recipe
 from .sample_rng import kept
 from .stages import faded, rewarmed, steady_from

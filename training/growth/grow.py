@@ -20,7 +20,7 @@ from ...models.growth.operator import GrownState, Operator, Read, grown_rate, so
 from ...models.growth.plan import changes, plan_growth
 from ...models.model import empty
 from ...models.spec import ModelSpec
-from ..engines.ddp import Engine
+from ..engines.base import Engine
 from ..engines.optimizer import OptimizerConfig
 from ..objectives.base import Inputs
 from ..stages import GrowthConfig

@@ -301,7 +301,9 @@ def test_without_a_network_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(files._tables(), "download_pretrained", offline)
     for cut_off, reason in ((False, "FileNotFoundError"), (True, "no network")):
         monkeypatch.setattr(files, "_offline", lambda value=cut_off: value)
-        with pytest.raises(InterchangeError, match=rf"downloaded \({reason}\).*CLIP-ViT-B-32-laion2B-s34B-b79K/ and name"):
+        with pytest.raises(
+            InterchangeError, match=rf"downloaded \({reason}\).*CLIP-ViT-B-32-laion2B-s34B-b79K/ and name"
+        ):
             open_weights("open_clip:ViT-B-32/laion2b_s34b_b79k")
 
 
