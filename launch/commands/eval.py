@@ -79,7 +79,7 @@ def asked(opened: Opened, config: EvalConfig | None, data: str | None) -> tuple[
     source = data or recipe.evaluation_source
     if wanted.built_in and not source:
         raise RecipeError(f"the recipe of {clean(commit.url)} names no data to evaluate on; give some with --data")
-    if wanted.needs_captioner and commit.manifest.spec.caption is None:
+    if wanted.needs_captioner and commit.manifest.spec.captioner is None:
         raise RecipeError(f"the model of {clean(commit.url)} has no captioner; leave the captioning suite out")
     from ...training.evaluate.protocols import check_suites
 

@@ -79,7 +79,7 @@ class Case:
 
     def objectives(self) -> list[Objective]:
         """The losses of open_clip's recipe for it."""
-        return [Contrastive(1.0), Caption(2.0)] if self.spec.caption else [Contrastive(1.0)]
+        return [Contrastive(1.0), Caption(2.0)] if self.spec.captioner else [Contrastive(1.0)]
 
 
 MODELS = {

@@ -277,7 +277,7 @@ def test_multipart_uploads_left_by_a_kill_are_aborted(s3: str) -> None:
 TINY = [
     "data.batch=4",
     "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
-    "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+    "text: {width: 8, depth: 1, heads: 1, context: 8}, captioner: {depth: 1}}",
     "stages=[{samples: 40}]",
     "schedule.warmup=4",
     "checkpoint.every=8",

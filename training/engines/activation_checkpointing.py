@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ...models.activations import Shape, Stack, choose, peak, stacks
+from ...models.activations import BlockMemory, block_memory, choose, peak
 from ...models.flops import parameters
-from ...models.model import Extras, Model, empty
+from ...models.model import Model, empty
+from ...models.output import Extras
+from ...models.parts import BatchShape
+from ...models.parts import parts as model_parts
 from ...models.spec import ModelSpec
 from ..checkpoint.writer import PART_BYTES
 from ..device import memory, process_memory
@@ -39,10 +42,9 @@ def parts(
     count, caption, shards = parameters(spec), 0, engine.shards(world)
     state = commit_bytes(spec, optimizer) - (0 if engine.keeps_masters else 4 * count)
     copies = 2 * count if engine.precision == "bf16" and engine.casts_copies else 0
-    if spec.caption:
+    if spec.captioner:
         caption = spec.text.vocabulary * spec.text.width * 8 + 2 * 4 * CHUNK_LOGITS
-    inputs = 3 * spec.image.resolution**2 * (1 + 4 + 4)
-    inputs += sum(8 * tower.frames * tower.features for tower in spec.further.values())
+    inputs = sum(part.input_bytes for part in model_parts(spec))
     return {
         "weights": 4 * count / shards.weights + copies,
         "gradients": 4 * count / shards.gradients,
@@ -59,7 +61,7 @@ def commit_bytes(spec: ModelSpec, optimizer: OptimizerConfig) -> int:
     return sum(4 * p.numel() for name, p in named for kind in kinds if optimizer.keeps(kind, name))
 
 
-def budget(engine: EngineConfig, found: dict[str, Stack], room: float) -> float:
+def budget(engine: EngineConfig, found: dict[str, BlockMemory], room: float) -> float:
     """The bytes that blocks may hold, of `room` bytes that activations can have at all."""
     given = engine.activation_budget
     if given is None:
@@ -81,8 +83,8 @@ class Recomputing:
         self._model, self._config, self._optimizer, self._world, self._padded = model, config, optimizer, world, padded
         self._room: float | None = None
         self._said = False
-        self.again: dict[str, int] = {}
-        """of the latest forward pass: blocks that were made again, by the part of the model"""
+        self.checkpointed: dict[str, int] = {}
+        """of the latest forward pass: blocks that are recomputed in the backward pass, by part of the model"""
         self.bytes = 0.0
         """of the latest forward pass: what blocks held at most"""
         self.allowed = float("inf")
@@ -101,16 +103,16 @@ class Recomputing:
             longest, total = spec.text.context, pairs * spec.text.context
         places = pairs * longest if self._padded else total
         half = self._config.precision == "bf16"
-        found = stacks(spec, Shape(pairs, total, places, patches, half, extras.tokens))
+        found = block_memory(spec, BatchShape(pairs, total, places, patches, half, extras.tokens))
         self.allowed = budget(self._config, found, self._left(pairs))
-        self.again = choose(found, self.allowed)
-        self.bytes = peak(found, self.again)
+        self.checkpointed = choose(found, self.allowed)
+        self.bytes = peak(found, self.checkpointed)
         for name, transformer in self._model.transformers().items():
-            transformer.again = self.again[name]
+            transformer.checkpointed_blocks = self.checkpointed[name]
 
     def figures(self) -> dict[str, Any]:
         """For a step line: the blocks of each part of the model that are made again, and the bytes that blocks hold."""
-        return {"recomputed": self.again, "activations": self.bytes} if self.again else {}
+        return {"recomputed": self.checkpointed, "activations": self.bytes} if self.checkpointed else {}
 
     def shortage(self) -> str | None:
         """The bound where it cannot be kept, as a sentence with a remedy; said once."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ...models.model import Model, ModelOutput, build
+from ...models.model import Model, build
+from ...models.output import ModelOutput
 from ...models.spec import ModelSpec
 from ..objectives.base import Inputs, extras_of, gradient_norms, load_states, states
 from .base import Forward, assembled

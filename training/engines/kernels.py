@@ -15,7 +15,7 @@ import torch
 from ...models import mlp, varlen
 from ...models.mlp import Experts
 from ...models.model import Model
-from ...models.transformer import Attention, Block, kernel
+from ...models.transformer import Attention, TransformerBlock, kernel
 from ..state import TrainingError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def prepare(model: Model, config: EngineConfig, device: torch.device) -> dict[st
             module.varlen = refused is None
         if isinstance(module, Experts) and half and config.groups_experts:
             module.grouped = mlp.tried(module.spec, device) is None
-        if isinstance(module, Block) and config.compile:
+        if isinstance(module, TransformerBlock) and config.compile:
             module.compile(dynamic=True)
     image, text, dtype = model.spec.image, model.spec.text, torch.bfloat16 if config.precision == "bf16" else None
     captions = kernel(text, text.context, text.causal, device, dtype)

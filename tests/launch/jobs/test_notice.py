@@ -38,7 +38,7 @@ def test_a_run_that_was_told_too_late_says_so_once(
 ) -> None:
     recipe = read_recipe(
         "emoji",
-        [*SIZES, "model.caption=null", "objectives={contrastive: {}}", "stages=[{samples: 48}]", "eval.suites=[]",
+        [*SIZES, "model.captioner=null", "objectives={contrastive: {}}", "stages=[{samples: 48}]", "eval.suites=[]",
          "checkpoint.every=12"],
     ).recipe  # fmt: skip
     monkeypatch.setenv(NOTICE, "0")

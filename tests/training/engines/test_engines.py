@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.manifest import Commit
 from treering.training.checkpoint.store import Store
@@ -55,7 +55,7 @@ def spec(caption: bool) -> ModelSpec:
         embed_dim=10,
         image=ImageSpec(width=14, depth=2, heads=2, patch=4, resolution=8),
         text=text,
-        caption=CaptionSpec(depth=1) if caption else None,
+        captioner=CaptionerSpec(depth=1) if caption else None,
     )
 
 
@@ -121,7 +121,7 @@ def test_the_parts_of_open_clips_coca(kind: str, on_ranks: Callable[..., list[An
     tree = spec(True).model_dump()
     tree["image"] |= {"class_token": True, "pool": "attention", "queries": 3, "pool_heads": 2, "pre_norm": True}
     tree["text"] |= {"pool": "class", "layer_scale": 0.5, "projection_bias": True}
-    tree["caption"] |= {"cross": "after", "tied": False}
+    tree["captioner"] |= {"cross_attention": "after", "tied_embeddings": False}
     theirs = ModelSpec.model_validate(tree)
 
     def one_rank(world: World) -> Any:

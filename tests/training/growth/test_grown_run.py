@@ -21,7 +21,7 @@ from treering.training.world import World
 
 TINY = [
     *SIZES,
-    "model.caption.depth=1",
+    "model.captioner.depth=1",
     "stages=[{samples: 48}, {grow: {image.width: 32, text.width: 16, image.depth: 2, embed_dim: 24}, samples: 48}, "
     "{grow: {text.width: 48, text.mlp_ratio: 5.0}, copies: duplicate, samples: 36}]",
     "checkpoint.every=24",

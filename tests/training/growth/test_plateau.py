@@ -25,7 +25,7 @@ from treering.training.world import World
 
 TINY = [
     *SIZES,
-    "model.caption=null",
+    "model.captioner=null",
     "objectives={contrastive: {}}",
     # An exponent of 1 expects so much that the first window ends the stage; one of nearly 0 asks only for a fall.
     "stages=[{samples: 120, plateau: {window: 36, exponent: 1.0}}, "

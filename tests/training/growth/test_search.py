@@ -27,7 +27,7 @@ from treering.training.world import World
 TINY = [
     *SIZES,
     "data.train=[{source: samples://emoji, name: old}, {source: samples://emoji/held_out, name: new, weight: 0}]",
-    "model.caption=null",
+    "model.captioner=null",
     "objectives={contrastive: {}}",
     "stages=[{samples: 36}, {search: {space: {image.depth: [2, 3], text.width: [16]}, flops: 2.5, samples: 48}, "
     "mixture: {new: 1}, replay: 0.25, samples: 36}]",

@@ -23,7 +23,7 @@ from treering.training.recipe import Recipe
 
 SHORT = 6
 BATCH = 12
-NO_CAPTIONER = ["model.caption=null", "objectives.caption=null"]
+NO_CAPTIONER = ["model.captioner=null", "objectives.caption=null"]
 
 
 def recipe(*words: str) -> Recipe:
@@ -113,7 +113,7 @@ def test_a_resume_inside_and_across_stages_is_exact(
             [
                 "stages=[{samples: 48, context: 6}]",
                 "model.text.pool=last",
-                "model.caption=null",
+                "model.captioner=null",
                 "objectives.caption=null",
             ],
             r"stages\.0\.context = 6 would save nothing",

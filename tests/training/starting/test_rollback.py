@@ -22,7 +22,7 @@ from treering.training.world import World
 OVERRIDES = [
     "data.batch=4",
     "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
-    "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+    "text: {width: 8, depth: 1, heads: 1, context: 8}, captioner: {depth: 1}}",
     "stages=[{samples: 40}, {grow: {image.depth: 2}, samples: 120}]",
     "schedule.warmup=4",
     "eval.suites=[]",
