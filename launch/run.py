@@ -24,6 +24,7 @@ from ..training.watchdog import HUNG, LOST
 from .errors import RecipeError, RunError, show
 from .lives import read_rows
 from .recipes import ResolvedRecipe
+from .threads import share_cores
 from .worker import LAUNCHER, work
 from .worker import STOPPED as STOPPED
 
@@ -42,7 +43,7 @@ def start(resolved: ResolvedRecipe, out: Path, processes: int) -> None:
     check(recipe, out, processes)
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / RECIPE_FILE, resolved.text)
-    _set_threads(processes)
+    share_cores(processes)
     if processes == 1:
         work(out)
     else:
@@ -136,18 +137,6 @@ def write_file(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _set_threads(processes: int) -> None:
-    """Share the cores out evenly, unless the person has said otherwise by OMP_NUM_THREADS."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if processes == 1:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def launch_workers(
