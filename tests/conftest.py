@@ -16,11 +16,11 @@ import hypothesis
 import pytest
 
 from treering.launch.threads import limit_spinning
-from treering.tests.browser import CHROMIUM, Browser
-from treering.tests.open_clip_import import let_open_clip_import
-from treering.tests.s3_server import KEY, SECRET, Server
+from treering.tests.support.browser import CHROMIUM, Browser
 from treering.tests.support.needs import missing
+from treering.tests.support.open_clip_import import let_open_clip_import
 from treering.tests.support.ports import free_port
+from treering.tests.support.s3_server import KEY, SECRET, Server
 
 limit_spinning()
 os.environ.setdefault("OMP_NUM_THREADS", "1")

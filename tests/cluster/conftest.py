@@ -19,8 +19,8 @@ import pytest
 from treering.data import Loader
 from treering.launch.recipe.load import read_recipe
 from treering.slurm.cluster import Cluster, lacking
-from treering.tests.s3_server import KEY, SECRET, Server
 from treering.tests.support.needs import missing
+from treering.tests.support.s3_server import KEY, SECRET, Server
 
 STEPS = 90
 RECIPE = f"""\

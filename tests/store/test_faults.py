@@ -26,8 +26,8 @@ from treering.data.samples.sample import Batch
 from treering.data.storage import retries
 from treering.launch.recipe.load import read_recipe
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.tests.faulty_proxy import FaultyProxy
-from treering.tests.s3_server import Server
+from treering.tests.support.faulty_proxy import FaultyProxy
+from treering.tests.support.s3_server import Server
 from treering.training import loop
 from treering.training.checkpoint import writer
 from treering.training.checkpoint.commits import Commits

@@ -19,8 +19,8 @@ import pytest
 
 from treering.data import DataConfig, Loader
 from treering.data.shards.tar_writer import write_shards
-from treering.tests.faulty_proxy import FaultyProxy
-from treering.tests.s3_server import Server
+from treering.tests.support.faulty_proxy import FaultyProxy
+from treering.tests.support.s3_server import Server
 
 SHARDS, EACH, BATCH, WORLD = 40, 24, 16, 2
 STEPS = SHARDS * EACH // BATCH

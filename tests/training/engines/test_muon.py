@@ -18,7 +18,7 @@ from treering.models.growth.plan import plan_growth
 from treering.models.growth.rules import grown
 from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
-from treering.tests.tiny_runs import SIZES, same_end, train_until
+from treering.tests.support.tiny_runs import SIZES, same_end, train_until
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.engines import muon

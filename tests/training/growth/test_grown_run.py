@@ -12,7 +12,7 @@ import torch
 from treering.launch.recipe.load import read_recipe
 from treering.models.model import build
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.tests.tiny_runs import SIZES, dies, lines
+from treering.tests.support.tiny_runs import SIZES, dies, lines
 from treering.training.checkpoint.commits import find_commit
 from treering.training.engines.optimizer import Optimizer, OptimizerConfig, decays
 from treering.training.loop import train

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from treering.launch.recipe.load import read_recipe
-from treering.tests.tiny_runs import SIZES, Died, train_until
+from treering.tests.support.tiny_runs import SIZES, Died, train_until
 from treering.training import loop
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.spec import SpecError
-from treering.tests.tiny_runs import SIZES, dies, lines
+from treering.tests.support.tiny_runs import SIZES, dies, lines
 from treering.training.checkpoint.commits import find_commit
 from treering.training.engines.optimizer import Optimizer
 from treering.training.growth.grow import planned

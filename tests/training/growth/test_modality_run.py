@@ -22,7 +22,7 @@ from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import parameters
 from treering.models.model import Model, build
 from treering.models.spec import SpecError
-from treering.tests.tiny_runs import SIZES, lines, same_end, train_until
+from treering.tests.support.tiny_runs import SIZES, lines, same_end, train_until
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store
 from treering.training.evaluate.config import EvalConfig

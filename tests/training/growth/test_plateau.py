@@ -13,7 +13,7 @@ import torch
 
 from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import training_flops
-from treering.tests.tiny_runs import SIZES, dies, lines
+from treering.tests.support.tiny_runs import SIZES, dies, lines
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.growth.plateau import Tally, expected, slopes

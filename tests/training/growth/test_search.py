@@ -14,7 +14,7 @@ import torch
 
 from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import training_flops
-from treering.tests.tiny_runs import SIZES, Died, lines
+from treering.tests.support.tiny_runs import SIZES, Died, lines
 from treering.training import loop
 from treering.training.checkpoint.commits import find_commit
 from treering.training.growth import search
