@@ -74,7 +74,7 @@ def on_ranks() -> Callable[..., list[Any]]:
 
     context = multiprocessing.get_context("fork")
 
-    def run(world: int, function: Callable[..., Any], *arguments: Any, limit: float = 60) -> list[Any]:
+    def run(world: int, function: Callable[..., Any], *arguments: Any, limit: float = 200) -> list[Any]:
         port, results = free_port(), context.Queue()
         ranks = [
             context.Process(target=_one_rank, args=(r, world, port, function, arguments, results, limit))

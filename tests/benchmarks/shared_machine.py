@@ -1,6 +1,6 @@
 """What waiting threads cost: the emoji run on two threads, alone and beside two busy loops, for several ways to wait.
 
-    python -m tests.benchmarks.shared_machine [--quick] [--json] [--rounds N] [--spins N,N,...]
+    python -m tests.benchmarks.shared_machine [--quick] [--json] [--rounds N] [--spins N,N,...] [--realtime]
 
 OpenMP's threads wait for each other many times in a step. Those that spin begin their next piece at once, and on a
 machine that others use too they take the core from the very thread they wait for. Every arm is `treering train emoji`
@@ -11,8 +11,9 @@ turn's figure is the mean of the steps that lie wholly within it. `ours` is what
 
 Figures are medians over rounds: `idle_cost` is what a step of ours takes over one of libgomp's with the machine to
 itself, less one; `beside_over_idle` what it takes beside two busy loops over what it takes without them, where 2 is
-fair. `others` is the part of the cores that processes outside the benchmark took in the turns without busy loops: on a
-machine where it is not near 0 nothing was idle.
+fair. `others` is the part of the cores that processes outside the benchmark took in the turns without busy loops: where
+it is not near 0, nothing was idle. With `--realtime`, which needs root, these turns are under SCHED_FIFO: whatever else
+runs on the machine waits, so that a machine in use is idle for some seconds at a time.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from pathlib import Path
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 LIBGOMP = 300_000
 THREADS = BUSY = 2
-TURN = {0: 3.0, BUSY: 6.0}
-"""seconds of a turn, by the number of busy loops beside it"""
+TURN = {0: 2.0, BUSY: 4.0}
+"""seconds of a turn, by the number of busy loops beside it; a turn is longer where three steps are"""
 RUN = (
     "data.batch=32",
     "stages=[{samples: 100_000_000}]",
@@ -47,6 +48,8 @@ RUN = (
     "watchdog.limit=1000h",
     "log.every=1",
 )
+Seconds = dict[tuple[str, int], list[float]]
+"""of a step, round by round, by the name of an arm and the number of busy loops"""
 
 
 class Arm:
@@ -73,15 +76,18 @@ class Arm:
             return [row["time"] for row in rows if row["event"] == "step"]
         return []
 
-    def turn(self, seconds: float) -> float:
-        """Seconds of a step."""
+    def turn(self, seconds: float, realtime: bool) -> float:
+        """Seconds of a step, in a turn of so many seconds, or of three steps where these take longer."""
+        for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
+            policy, priority = (os.SCHED_FIFO, 1) if realtime else (os.SCHED_OTHER, 0)
+            os.sched_setscheduler(int(thread.name), policy, os.sched_param(priority))
         begun = time.time()
         self.signal(signal.SIGCONT)
-        time.sleep(seconds)
+        within: list[float] = []
+        while time.time() < begun + seconds or len(within) < 3:
+            time.sleep(0.1)
+            within = [moment for moment in self.times() if moment > begun]
         self.signal(signal.SIGSTOP)
-        within = [moment for moment in self.times() if moment > begun]
-        if len(within) < 3:
-            raise SystemExit(f"a turn of {seconds:g} s has {len(within)} steps: this machine is too slow for a figure")
         return statistics.mean(b - a for a, b in pairwise(within))
 
     def processor(self) -> float:
@@ -111,24 +117,23 @@ def machine_busy() -> float:
     return sum(int(fields[at]) for at in (0, 1, 2, 5, 6)) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(arms: dict[str, Arm], rounds: int) -> tuple[dict[tuple[str, int], list[float]], list[float]]:
-    """Seconds of a step, round by round, for each arm and number of busy loops; and the part of the cores that others
-    took in each turn without busy loops."""
-    seconds: dict[tuple[str, int], list[float]] = {}
+def measure(arms: dict[str, Arm], rounds: int, realtime: bool) -> tuple[Seconds, list[float]]:
+    """What all steps took, and the part of the cores that others took in each turn without busy loops."""
+    seconds: Seconds = {}
     others = []
     for _ in range(rounds):
         for loops, turn in TURN.items():
             with busy_loops(loops):
                 for name, arm in arms.items():
                     before, own, begun = machine_busy(), arm.processor(), time.monotonic()
-                    seconds.setdefault((name, loops), []).append(arm.turn(turn))
+                    seconds.setdefault((name, loops), []).append(arm.turn(turn, realtime and not loops))
                     if not loops:
                         taken = (machine_busy() - before) - (arm.processor() - own)
                         others.append(max(0.0, taken) / (time.monotonic() - begun) / len(os.sched_getaffinity(0)))
     return seconds, others
 
 
-def figures_of(seconds: dict[tuple[str, int], list[float]], others: list[float]) -> dict[str, float]:
+def figures_of(seconds: Seconds, others: list[float]) -> dict[str, float]:
     """The ratios, each taken within a round."""
     figures = {"others": statistics.median(others)}
     for name in {name for name, _ in seconds}:
@@ -148,6 +153,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--spins", default="0,1000,10000", help="GOMP_SPINCOUNT of further arms, commas between")
+    parser.add_argument("--realtime", action="store_true", help="turns without busy loops under SCHED_FIFO")
     options = parser.parse_args()
     threads = {"OMP_NUM_THREADS": str(THREADS)}
     settings = {"libgomp": threads | {"GOMP_SPINCOUNT": str(LIBGOMP)}, "ours": threads}
@@ -157,7 +163,7 @@ def main() -> None:
     try:
         for name, values in settings.items():
             arms[name] = Arm(folder / name, values)
-        figures = figures_of(*measure(arms, 2 if options.quick else options.rounds))
+        figures = figures_of(*measure(arms, 2 if options.quick else options.rounds, options.realtime))
     finally:
         for arm in arms.values():
             arm.signal(signal.SIGKILL)

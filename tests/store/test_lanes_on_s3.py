@@ -128,9 +128,8 @@ def test_the_reader_ahead_stays_within_its_bounds_and_ends_with_its_rank(
     sizes = [0]
     for step in (0, 10, 20):
         reader.reached(step)
-        sizes.append(settled(tmp_path / "blocks", sizes[-1]))
+        sizes.append(settled(tmp_path / "blocks", max(sizes[-1], 2_000_000 if step == 20 else 0)))
     assert sizes[-1] < sum(loader.sources[0].shard_sizes)
-    assert sizes[-1] > 2_000_000
     reader.close()
     pid = os.fork()
     if pid == 0:  # a rank that is killed
@@ -155,7 +154,7 @@ def settled(folder: Path, more_than: int) -> int:
     return sizes[-1]
 
 
-def wait(done: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait(done: Callable[[], bool], seconds: float = 100.0) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, "nothing happened"

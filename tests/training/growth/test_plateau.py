@@ -145,7 +145,7 @@ def test_every_world_decides_alike(whole: Path, tmp_path: Path, on_ranks: Callab
     def one_rank(group: World) -> bool:
         return train(recipe(), tmp_path).finished
 
-    assert on_ranks(3, one_rank, limit=120) == [True] * 3
+    assert on_ranks(3, one_rank) == [True] * 3
     for ours, theirs in zip(measured(tmp_path), measured(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
     state, alone = (find_commit(str(out)).manifest.state for out in (tmp_path, whole))
