@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 
-SPINS = 1000
-"""GOMP_SPINCOUNT, turns of a loop until a waiting thread sleeps; docs/benchmarks/shared_machine.md has why"""
-BLOCK_TIME = 0
+SPINS = 2000
+"""GOMP_SPINCOUNT: turns of a loop until a waiting thread sleeps; docs/benchmarks/shared_machine.md compares others"""
+BLOCK_TIME = 1
 """KMP_BLOCKTIME, the same for Intel's runtime, in milliseconds"""
 
 

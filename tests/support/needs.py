@@ -12,5 +12,5 @@ import pytest
 def missing(reason: str) -> NoReturn:
     """End the test, which cannot run here."""
     if os.environ.get("CI"):
-        pytest.fail(f"{reason} (CI is set, so this is no reason to skip)", pytrace=False)
+        pytest.fail(f"{reason}; where CI is set, no test is skipped for that", pytrace=False)
     pytest.skip(reason)
