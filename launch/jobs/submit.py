@@ -31,7 +31,7 @@ from ..run_folder import RECIPE_FILE, read_rows
 from .cluster_config import TIME, WORD, Site
 from .reachable import refuse_unreachable
 
-TEMPLATE = Path(__file__).parent.parent / "slurm" / "pretrain.sbatch"
+TEMPLATE = Path(__file__).parents[2] / "slurm" / "pretrain.sbatch"
 STORE_SECONDS = 20
 LONGEST_NOTICE = 65535
 """seconds, of Slurm's --signal"""
