@@ -42,7 +42,7 @@ from .logging.profiler import Profile
 from .logging.run_log import Display
 from .logging.throughput import Meter
 from .objectives.base import Inputs, load_states, states
-from .objectives.registry import advance, build_objectives
+from .objectives.terms import advance, build_objectives
 from .recipe import Recipe
 from .sample_rng import kept
 from .stages import faded, rewarmed, steady_from

@@ -25,7 +25,7 @@ from .engines.optimizer import OptimizerConfig
 from .evaluate.config import EvalConfig
 from .health.divergence import RecoveryConfig
 from .health.watchdog import WatchdogConfig
-from .objectives.registry import ObjectivesConfig, build_objectives, check_needs
+from .objectives.terms import ObjectivesConfig, build_objectives, check_needs
 from .schedule import ScheduleConfig
 from .stages import StageConfig
 from .state import Decision
@@ -73,10 +73,6 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     def _parts_fit_together(self) -> Self:
         captions = self.specs()[-1].caption is not None  # a stage may add a captioner, none takes it away
         self.mixtures()
-        if captions and not self.objectives.caption:
-            raise ValueError(
-                "model.caption is never trained; add `caption: {weight: 2.0}` to objectives, or drop model.caption"
-            )
         if self.schedule.warmup >= self.total_samples:
             raise ValueError(
                 f"schedule.warmup = {self.schedule.warmup} samples does not end before the run's {self.total_samples}; "
@@ -86,21 +82,6 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("eval.data is missing: name the shards to evaluate on, or set eval.suites to []")
         if self.eval.needs_captioner and not captions:
             raise ValueError("eval.suites has captioning, and the model no captioner; drop it, or add model.caption")
-        return self
-
-    @model_validator(mode="after")
-    def _bias_goes_with_the_sigmoid(self) -> Self:
-        sigmoid = self.objectives.contrastive is not None and self.objectives.contrastive.kind == "sigmoid"
-        if sigmoid and not self.model.logit_bias:
-            raise ValueError(
-                "objectives.contrastive.kind = sigmoid needs a learned bias; add `logit_bias: true` to model, "
-                "or set kind: softmax"
-            )
-        if self.model.logit_bias and not sigmoid:
-            raise ValueError(
-                "model.logit_bias is never trained, a softmax does not see it; "
-                "set objectives.contrastive.kind: sigmoid, or drop model.logit_bias"
-            )
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from ...models.activations import peak as peak_bytes
 from ...models.flops import parameters, training_flops
 from ...models.spec import ModelSpec
 from ...training.engines import activation_checkpointing
-from ...training.objectives.registry import build_objectives
+from ...training.objectives.terms import build_objectives
 from ...training.recipe import Recipe
 from ..errors import RecipeError, show
 

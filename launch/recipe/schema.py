@@ -27,9 +27,14 @@ def blocks(slot: Any) -> tuple[type[BaseModel], ...]:
     return tuple(each for each in bare if isinstance(each, type) and issubclass(each, BaseModel))
 
 
-def _fields(slot: Any) -> dict[str, FieldInfo]:
-    """The fields of a block; of several blocks those of all."""
-    return {name: field for config in reversed(blocks(slot)) for name, field in config.model_fields.items()}
+def fields(slot: Any, key: str = "") -> dict[str, FieldInfo]:
+    """The fields of a block; of several blocks those of all. A block whose fields other packages may add to has a
+    function `recipe_fields`, which looks for `key` there."""
+    found: dict[str, FieldInfo] = {}
+    for config in reversed(blocks(slot)):
+        of = getattr(config, "recipe_fields", None)
+        found |= of(key) if of else config.model_fields
+    return found
 
 
 def is_list(slot: Any) -> bool:
@@ -46,7 +51,7 @@ def part(slot: Any, key: str | int) -> Any | None:
     """The slot of one part of `slot`; None if there is no such part."""
     slot = _bare(slot)
     if blocks(slot):
-        field = _fields(slot).get(str(key))
+        field = fields(slot, str(key)).get(str(key))
         return field.annotation if field else None
     if is_list(slot) and isinstance(key, int):
         return get_args(slot)[0]
@@ -86,7 +91,7 @@ def _kinds(slot: Any) -> dict[str, type[BaseModel]]:
 
 def describe(path: Path) -> str:
     """What the field at `path` is for, in the words of its config; empty if it does not say."""
-    field = _fields(slot_at(path[:-1])).get(str(path[-1])) if path else None
+    field = fields(slot_at(path[:-1])).get(str(path[-1])) if path else None
     return (field.description or "") if field else ""
 
 
@@ -95,7 +100,7 @@ def all_paths() -> list[str]:
 
     def walk(slot: Any, prefix: str) -> Iterator[str]:
         if blocks(slot):
-            for name, field in _fields(slot).items():
+            for name, field in fields(slot).items():
                 yield prefix + name
                 yield from walk(field.annotation, f"{prefix}{name}.")
         elif is_list(slot):
@@ -120,7 +125,7 @@ def _kinds_of(level: Path) -> dict[str, type[BaseModel]]:
 
 def _suggestion(key: str, level: Path) -> str:
     """What to write instead of a key that the block at `level` does not have."""
-    known = list(_fields(slot_at(level)))
+    known = list(fields(slot_at(level)))
     everywhere = all_paths()
     if "." in key and slot_at((*level, *key.split("."))) is not None:
         return f"write it nested, as {_nested(key)}"

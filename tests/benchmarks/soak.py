@@ -47,10 +47,10 @@ SPEC = ModelSpec(
 def objectives() -> list[Objective]:
     """All of them; a recipe has one contrastive kind at a time, here each has a name of its own."""
     made: dict[str, Objective] = {
-        "softmax": Contrastive(1.0, softening=0.05),
+        "softmax": Contrastive(1.0, label_smoothing=0.05),
         "sigmoid": SigmoidContrastive(0.1, positives="caption"),
         "filip": LateContrastive(1.0),
-        "caption": Caption(1.0, parallel=0.5, seed=3),
+        "caption": Caption(1.0, parallel_fraction=0.5, seed=3),
         "balance": Balance(0.01),
     }
     for name, objective in made.items():

@@ -75,7 +75,7 @@ def batch(step: int, world: World) -> Inputs:
 def trained(config: EngineConfig, spec: ModelSpec, world: World) -> list[tuple[float, ...]]:
     """Loss, balance and gradient norm of each step."""
     objectives: list[Objective] = [Contrastive(1.0), Balance(0.5)]
-    objectives += [Caption(0.5, parallel=0.5, seed=3)] if spec.caption else []
+    objectives += [Caption(0.5, parallel_fraction=0.5, seed=3)] if spec.caption else []
     engine = build_engine(spec, objectives, config, OptimizerConfig(clip=0.5), world, seed=1)
     found = []
     for step in range(STEPS):

@@ -47,7 +47,7 @@ def named(kind: str) -> Objective:
         "sigmoid": SigmoidContrastive,
         "filip": LateContrastive,
         "caption": Caption,
-        "parallel": lambda weight: Caption(weight, parallel=0.5, seed=3),
+        "parallel": lambda weight: Caption(weight, parallel_fraction=0.5, seed=3),
     }[kind](WEIGHTS[kind])
     made.name = kind
     return made

@@ -174,8 +174,8 @@ def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "data.batch=4",
         "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 24}, "
         "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
-        "objectives={contrastive: {kind: filip, softening: 0.1}, "
-        "caption: {weight: 1.0, parallel: 0.5, schedule: [[0.0, 1.0], [1.0, 0.0]]}}",
+        "objectives={contrastive: {kind: filip, label_smoothing: 0.1}, "
+        "caption: {weight: 1.0, parallel_fraction: 0.5, schedule: [[0.0, 1.0], [1.0, 0.0]]}}",
         "stages=[{samples: 20, patches: 0.5}, {samples: 20}]",
         "engine={micro_batches: 2, activation_budget: 0.5}",
         "schedule.warmup=4",

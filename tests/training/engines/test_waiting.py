@@ -38,11 +38,11 @@ SPEC = ModelSpec(
 DUAL = SPEC.model_copy(update={"caption": None})
 OBJECTIVES = {
     "softmax": lambda: Contrastive(1.0),
-    "positives": lambda: Contrastive(1.0, positives="caption", softening=0.1),
+    "positives": lambda: Contrastive(1.0, positives="caption", label_smoothing=0.1),
     "sigmoid": lambda: SigmoidContrastive(1.0),
     "filip": lambda: LateContrastive(1.0),
     "caption": lambda: Caption(1.0),
-    "parallel": lambda: Caption(1.0, parallel=0.5, seed=3),
+    "parallel": lambda: Caption(1.0, parallel_fraction=0.5, seed=3),
 }
 
 

@@ -164,7 +164,7 @@ def test_a_tower_from_the_start_beside_a_sigmoid(shard: str, tmp_path: Path) -> 
         shard,
         f"model.further={{audio: {AUDIO}}}",
         "model.logit_bias=true",
-        "objectives={contrastive: {kind: sigmoid}, further: [{between: [audio, image], softening: 0.1}]}",
+        "objectives={contrastive: {kind: sigmoid}, further: [{between: [audio, image], label_smoothing: 0.1}]}",
         "stages=[{samples: 36}]",
         "eval.suites=[]",
     )

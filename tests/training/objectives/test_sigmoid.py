@@ -23,7 +23,7 @@ from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.growth.grow import grow
 from treering.training.objectives.base import Inputs
 from treering.training.objectives.contrastive import SigmoidContrastive
-from treering.training.objectives.registry import ObjectivesConfig, build_objectives
+from treering.training.objectives.terms import ObjectivesConfig, build_objectives
 from treering.training.stages import GrowthConfig
 from treering.training.world import World
 
@@ -149,7 +149,7 @@ def test_steps_do_not_depend_on_the_world(on_ranks: Callable[..., list[Any]]) ->
 
 def test_recipe() -> None:
     recipe = read_recipe("emoji", [*SIGMOID, "model.logit_bias=true"]).recipe
-    assert isinstance(build_objectives(recipe.objectives)[0], SigmoidContrastive)
+    assert isinstance(build_objectives(recipe.objectives)[-1], SigmoidContrastive)
     assert all(spec.logit_bias for spec in recipe.specs())
     with pytest.raises(RecipeError, match=r"add `logit_bias: true` to model"):
         read_recipe("emoji", SIGMOID)
