@@ -252,7 +252,7 @@ RANK_1 = "    if os.environ['RANK'] == '0': time.sleep(600)\n"  # which is not w
     ("body", "code", "words"),
     [
         (
-            RANK_1 + "    from treering.data.config import DataError\n    raise DataError('shard 7 is cut short')\n",
+            RANK_1 + "    from treering.data.errors import DataError\n    raise DataError('shard 7 is cut short')\n",
             2,
             "shard 7 is cut short",
         ),
