@@ -25,6 +25,7 @@ from ..training.recipe import Recipe
 from .errors import RecipeError, RunError, show
 from .recipe.load import ResolvedRecipe
 from .run_folder import LAUNCHER, RECIPE_FILE, STOPPED, read_rows
+from .threads import share_cores
 from .worker import work
 
 RENDEZVOUS_SECONDS = 600
@@ -41,7 +42,7 @@ def start(resolved: ResolvedRecipe, out: Path, processes: int) -> None:
     check(recipe, out, processes)
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / RECIPE_FILE, resolved.text, durable=True)
-    _set_threads(processes)
+    share_cores(processes)
     if processes == 1:
         work(out)
     else:
@@ -117,18 +118,6 @@ def check_store(recipe: Recipe, out: Path) -> None:
             check_same_run(recipe, commits.open(name))
         except DamagedCommit:
             return  # the run names it and takes the one before
-
-
-def _set_threads(processes: int) -> None:
-    """Share the cores out evenly, unless the person has said otherwise by OMP_NUM_THREADS."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if processes == 1:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def launch_workers(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from treering.tests.browser import Browser, check_page
-from treering.tests.made_up_run import (
+from treering.tests.support.browser import Browser, check_page
+from treering.tests.support.made_up_run import (
     BEGAN,
     NAMES,
     RECIPE,
