@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .training.loading import Loaded as Loaded
     from .training.loading import load as load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

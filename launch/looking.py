@@ -21,7 +21,7 @@ from ..data.ledger import LedgerEntry, read_ledger, shown
 from ..data.lint import Findings
 from ..data.pack import Packed
 from ..data.sheet import Card, Section, cards, noted, write_sheet
-from ..data.source import Source
+from ..data.source import Source, attribution
 from ..data.sweep import Told, enough_workers
 from .errors import clean
 
@@ -191,9 +191,14 @@ def inspect_url(url: str, samples: int, out: Path | None, workers: int | None) -
     if out is not None:
         chosen = cards(source, drawn(source, min(samples, _ON_A_SHEET)), workers)
         lead = f"{len(chosen):,} of {len(source):,} samples, drawn by chance."
-        write_sheet(out, shown_url(url), lead, [Section("", chosen), *_alike(source, found, workers)])
+        write_sheet(out, shown_url(url), _credited(lead, url), [Section("", chosen), *_alike(source, found, workers)])
         text.renderables.append(Text(f"contact sheet: {clean(str(out))}"))
     return found, text
+
+
+def _credited(lead: str, url: str) -> str:
+    """The lead of a sheet with the credit that its pictures' licence asks for."""
+    return " ".join([lead, *filter(None, [attribution(url)])])
 
 
 def _alike(source: Source, found: Mapping[str, Any], workers: int) -> list[Section]:
@@ -220,7 +225,7 @@ def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None)
     if named.elsewhere:
         total += f"; {named.elsewhere:,} more are in shards of another source"
     if out is not None:
-        write_sheet(out, shown_url(url), f"{total}.", [Section("", named_cards)])
+        write_sheet(out, shown_url(url), _credited(f"{total}.", url), [Section("", named_cards)])
     found = {
         "source": shown_url(url),
         "samples": [
