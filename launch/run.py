@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,9 @@ def launch_workers(
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it reports every failure; we do, once
+    # Before torch 2.13 the agent has no setting for it and waits for 30 seconds.
+    settings: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS}
+    patience = settings if settings.keys() <= signature(LaunchConfig).parameters.keys() else {}
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
@@ -181,8 +185,8 @@ def launch_workers(
         rdzv_configs={"timeout": RENDEZVOUS_SECONDS} | ({"is_host": leads} if nodes > 1 else {}),
         local_addr=address,
         max_restarts=0,
-        shutdown_timeout=SHUTDOWN_SECONDS,
         signals_to_handle=signals,
+        **patience,
     )
     os.environ[LAUNCHER] = str(os.getpid())
     try:

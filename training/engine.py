@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from inspect import signature
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -27,6 +28,10 @@ from .optimizer import Optimizer, OptimizerConfig
 from .preparing import prepare
 from .shards import Layout
 from .world import World
+
+_NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers": False}
+if not _NO_BUFFERS.keys() <= signature(DistributedDataParallel).parameters.keys():  # its name before torch 2.13
+    _NO_BUFFERS = {"broadcast_buffers": False}
 
 
 class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -199,7 +204,7 @@ class Engine:
         self.optimizer = Optimizer(self.model.named_parameters(), optimizer)
         forward = self._whole_forward(config)
         self._forward: nn.Module = (
-            DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            DistributedDataParallel(forward, gradient_as_bucket_view=True, **_NO_BUFFERS)
             if self.world.size > 1
             else forward
         )
