@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.training.checkpoint import CheckpointConfig
-from treering.training.commits import Commits, find_commit
-from treering.training.manifest import DamagedCommit
+from treering.training.checkpoint.commits import Commits, find_commit
+from treering.training.checkpoint.config import CheckpointConfig
+from treering.training.checkpoint.manifest import DamagedCommit
+from treering.training.checkpoint.store import Store, StoreError
 from treering.training.state import RunState
-from treering.training.store import Store, StoreError
 from treering.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))

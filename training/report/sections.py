@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ...data.source import attribution
+from ...data.shards.source import attribution
 from . import readable
 from .charts import LineChart, Marker, Series
 from .drawings import bar, rings

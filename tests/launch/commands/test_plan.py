@@ -1,0 +1,120 @@
+"""The plan against what runs measure: parameters, operations, commits, memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from treering.launch.commands.plan import DEVICES, plan
+from treering.launch.recipe.load import read_recipe
+from treering.models.flops import parameters
+from treering.training.engines import activation_checkpointing
+
+SMALL = ["data.batch=32", "stages=[{samples: 96}, {grow: {image.depth: 6}, samples: 96}]", "schedule.warmup=32"]
+REST = ["eval.suites=[]", "log.every=1"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[dict], Path]:
+    """A plan for the CPU and the log of the run."""
+    import os
+    import subprocess
+    import sys
+
+    out = tmp_path_factory.mktemp("planned") / "run"
+
+    def treering(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "treering.launch", *words],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=True,
+        )
+        return done.stdout
+
+    planned = json.loads(treering("plan", "emoji", "--device", "cpu", "--json", *SMALL, *REST))
+    treering("train", "emoji", "--out", str(out), *SMALL, *REST)
+    return planned, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], out
+
+
+def test_parameters_are_exact(measured: tuple[dict, list[dict], Path]) -> None:
+    planned, rows, _ = measured
+    found = [row["parameters"] for row in rows if row["event"] == "step"]
+    assert [stage["parameters"] for stage in planned["stages"]] == [found[0], found[-1]]
+
+
+def test_operations_and_commits_are_within_one_percent(measured: tuple[dict, list[dict], Path]) -> None:
+    planned, rows, out = measured
+    assert planned["flops"] == pytest.approx([r for r in rows if r["event"] == "step"][-1]["flops"], rel=0.01)
+    newest = max((out / "commits").glob("step-*"))
+    assert planned["commit_bytes"] == pytest.approx(sum(f.stat().st_size for f in newest.iterdir()), rel=0.01)
+
+
+def test_memory_is_within_fifteen_percent(measured: tuple[dict, list[dict], Path]) -> None:
+    planned, rows, _ = measured
+    peak = max(row["peak_memory"] for row in rows if row["event"] == "step")
+    print(f"planned {planned['memory_per_device'] / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB")
+    assert planned["memory_per_device"] == pytest.approx(peak, rel=0.15)
+
+
+def test_more_devices_share_the_work_and_the_cost_stays() -> None:
+    recipe = read_recipe("emoji", SMALL).recipe
+    one, eight = plan(recipe, 1, 1, "h100", 0.4, 2.0), plan(recipe, 2, 4, "h100", 0.4, 2.0)
+    assert eight["seconds"] == pytest.approx(one["seconds"] / 8)
+    assert eight["cost"] == pytest.approx(one["cost"])
+    assert one["seconds"] == pytest.approx(one["flops"] / (0.4 * DEVICES["h100"].peak))
+    assert one["gradient_bytes_per_step_and_device"] == 0
+    assert any("precision" in said for said in one["warnings"])
+    assert any("pairs of a batch" in said for said in eight["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("words", "each"),
+    [([], 12), (["optimizer.ema=0.99"], 16), (["optimizer.kind=muon"], None), (["engine.kind=fsdp"], 12)],
+)
+def test_a_commit_holds_what_the_optimizer_keeps(words: list[str], each: int | None) -> None:
+    recipe = read_recipe("emoji", [*SMALL, *words]).recipe
+    spec = recipe.specs()[0]
+    found = activation_checkpointing.commit_bytes(spec, recipe.optimizer)
+    if each is None:
+        from treering.models.model import build
+
+        named = dict(build(spec, 0).named_parameters())
+        blocks = sum(p.numel() for name, p in named.items() if ".blocks." in name and p.ndim == 2)
+        assert found == 12 * sum(p.numel() for p in named.values()) - 4 * blocks
+    else:
+        assert found == each * parameters(spec)
+
+
+@pytest.mark.parametrize(
+    ("engine", "shares"),
+    [
+        ("{kind: ddp}", (4, 4, 8)),
+        ("{kind: fsdp}", (1, 1, 2)),
+        ("{kind: fsdp, shard: 2}", (2, 2, 4)),
+        ("{kind: deepspeed, zero: 1}", (4, 4, 3)),
+        ("{kind: deepspeed, zero: 2}", (4, 1, 3)),
+        ("{kind: deepspeed, zero: 3}", (1, 1, 3)),
+        ("{kind: deepspeed, zero: 3, offload: true}", (1, 1, 0)),
+    ],
+)
+def test_engines_spread_what_they_spread(engine: str, shares: tuple[int, ...]) -> None:
+    """Bytes a parameter, on each of four processes."""
+    recipe = read_recipe("emoji", [*SMALL, f"engine={engine}"]).recipe
+    spec = recipe.specs()[0]
+    parts = activation_checkpointing.parts(spec, recipe.engine, recipe.optimizer, 4, 8)
+    found = [parts[name] / parameters(spec) for name in ("weights", "gradients", "optimizer")]
+    assert found == pytest.approx(shares)
+
+
+def test_what_does_not_fit_is_told(refused: Callable[..., str]) -> None:
+    recipe = read_recipe("emoji", [*SMALL, "data.batch=8192", "model.image.width=4096", "model.image.heads=128"]).recipe
+    found = plan(recipe, 1, 1, "l40s", 0.4, None)
+    assert any("a device needs about" in said for said in found["warnings"])
+    assert "is not known; known are cpu, a100" in refused("plan", "emoji", "--device", "abacus")
+    assert "cannot share data.batch = 128" in refused("plan", "emoji", "--nodes", "3")

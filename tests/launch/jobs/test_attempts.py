@@ -1,0 +1,194 @@
+"""What comes after a life: pure decisions from the record, one case after another."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from treering.launch.jobs import attempts
+
+
+def begin(run: Path, restart: int = 0, attempt: int = 0, used: str = "n1 n2") -> bool:
+    about = {"life": f"7.{restart}.{attempt}", "used": used}
+    return attempts.begin(run, {**about, "job": "7", "nodes": "n[1-2]", "restart": str(restart)})
+
+
+def end(run: Path, code: int, signal: str = "none", most: int = 100, life: str = "7.0.0") -> str:
+    return attempts.end(run, life, code, signal, most)
+
+
+def came_to(run: Path, step: int) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "step", "step": step}) + "\n")
+
+
+def failed(run: Path, host: str, message: str, kind: str = "", seconds: float = 0) -> None:
+    folder = run / "job" / "failures"
+    folder.mkdir(exist_ok=True)
+    word = {"time": time.time() + seconds, "host": host, "message": message, "kind": kind}
+    (folder / f"{host}.json").write_text(json.dumps(word))
+
+
+def said(run: Path, line: str) -> None:
+    with (run / "job.log").open("a") as file:
+        file.write(line + "\n")
+
+
+def ends(run: Path) -> list[tuple[str, str]]:
+    rows = attempts.read_rows(attempts.lives_file(run))
+    return [(row["kind"], row["reason"]) for row in rows if row["event"] == "end"]
+
+
+@pytest.mark.parametrize(
+    ("code", "signal", "answer"),
+    [
+        (0, "none", "done"),
+        (130, "none", "requeue"),
+        (143, "none", "requeue"),
+        (1, "USR1", "requeue"),
+        (143, "TERM", "halt"),
+        (130, "ROOM", "requeue"),
+        (1, "none", "again 1"),
+    ],
+)
+def test_one_life(code: int, signal: str, answer: str, tmp_path: Path) -> None:
+    begin(tmp_path)
+    assert end(tmp_path, code, signal) == answer
+
+
+def test_crashes_at_one_step_are_paused_for_longer_and_then_given_up(tmp_path: Path) -> None:
+    answers = []
+    for _ in range(3):
+        begin(tmp_path)
+        came_to(tmp_path, 12)
+        failed(tmp_path, "n2", "it burns")
+        answers.append(end(tmp_path, 1))
+    assert answers == ["again 1", "again 2", "halt"]
+    assert attempts.last_end(tmp_path) == "n2: it burns (on n[1-2])"
+
+
+def test_progress_between_crashes_starts_the_count_over(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        begin(tmp_path)
+        came_to(tmp_path, step)
+        assert end(tmp_path, 1) == "again 1"
+
+
+def test_a_store_that_is_away_is_waited_for_longer(tmp_path: Path) -> None:
+    for number in range(1, attempts.OUTAGES + 1):
+        begin(tmp_path)
+        failed(tmp_path, "n1", "store s3://b: the server does not answer", "StoreError")
+        answer = end(tmp_path, 1)
+        pause = min(attempts.LONGEST_PAUSE, attempts.FIRST_PAUSE * 2 ** (number - 1))
+        assert answer == (f"again {pause}" if number < attempts.OUTAGES else "halt")
+
+
+def test_the_cause_is_told_and_not_what_follows_from_it(tmp_path: Path) -> None:
+    begin(tmp_path)
+    failed(tmp_path, "n1", "Read error: Connection reset by peer", "RuntimeError")
+    failed(tmp_path, "n2", "process 1 was killed by SIGKILL", seconds=1)
+    failed(tmp_path, "n3", "got 0 bytes", "DistNetworkError", seconds=-1)
+    end(tmp_path, 1)
+    assert attempts.last_end(tmp_path) == "n2: process 1 was killed by SIGKILL (on n[1-2])"
+
+
+def test_requeues_are_bounded(tmp_path: Path) -> None:
+    begin(tmp_path, restart=4)
+    assert end(tmp_path, 1, "USR1", 5, "7.4.0") == "requeue"
+    begin(tmp_path, restart=5)
+    assert end(tmp_path, 1, "USR1", 5, "7.5.0") == "halt"
+
+
+def test_a_stop_that_was_asked_for_is_an_end_and_an_old_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "stop").touch()
+    os.utime(tmp_path / "job" / "stop", (1, 1))
+    begin(tmp_path)
+    assert end(tmp_path, 130, "USR1") == "requeue"
+    begin(tmp_path)
+    (tmp_path / "job" / "stop").touch()
+    os.utime(tmp_path / "job" / "stop", (time.time() + 1, time.time() + 1))
+    assert end(tmp_path, 130, "USR1") == "done"
+
+
+def test_a_life_that_left_no_end_gets_one(tmp_path: Path) -> None:
+    begin(tmp_path)
+    came_to(tmp_path, 3)
+    begin(tmp_path)
+    ended = [row for row in attempts.read_rows(attempts.lives_file(tmp_path)) if row["event"] == "end"]
+    assert [(row["kind"], row["step"], row["nodes"]) for row in ended] == [("outside", 3, "n[1-2]")]
+
+
+def test_the_later_of_two_lives_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job whose node was cut off starts elsewhere, and what is left of it gives way; it cannot take the run back."""
+    assert begin(tmp_path)
+    monkeypatch.setenv(attempts.LIFE, "7.0.0")
+    assert attempts.lost(tmp_path) is None
+    assert begin(tmp_path, restart=1, used="n3")
+    assert "life 7.0.0 ends: life 7.1.0 of this run has begun" in str(attempts.lost(tmp_path))
+    before = attempts.lives_file(tmp_path).read_text()
+    assert end(tmp_path, 76) == "halt"
+    assert not begin(tmp_path, attempt=1)
+    assert attempts.lives_file(tmp_path).read_text() == before
+    monkeypatch.setenv(attempts.LIFE, "7.1.0")
+    assert attempts.lost(tmp_path) is None
+    assert end(tmp_path, 1, life="7.1.0") == "again 1"
+    assert begin(tmp_path, restart=1, attempt=1)
+    assert attempts.lost(tmp_path)  # processes of the try before give way too
+    assert begin(tmp_path, restart=2)
+    monkeypatch.delenv(attempts.LIFE)
+    assert attempts.lost(tmp_path) is None
+
+
+def test_an_unfit_node_is_left_out_by_its_own_word(tmp_path: Path) -> None:
+    """It may be that it sees no folder to leave a word in but the log, where earlier lives have spoken too."""
+    said(tmp_path, "n1: this node cannot train: long ago")
+    begin(tmp_path)
+    said(tmp_path, "n9: this node cannot train: nobody asked it")
+    said(tmp_path, "n2: this node cannot train: it does not see the run folder")
+    failed(tmp_path, "n1", "got 0 bytes", "DistNetworkError")
+    assert end(tmp_path, 130) == "without n2"
+    assert ends(tmp_path) == [("unfit", "n2: this node cannot train: it does not see the run folder")]
+    begin(tmp_path, attempt=1, used="n1")
+    assert end(tmp_path, 0, life="7.0.1") == "done"
+
+
+def test_nodes_that_are_all_unfit_end_the_job(tmp_path: Path) -> None:
+    answers = []
+    for attempt in range(3):
+        begin(tmp_path, attempt=attempt)
+        for name in ("n1", "n2"):
+            said(tmp_path, f"{name}: this node cannot train: 0 GPUs can be used and 8 are wanted")
+        answers.append(end(tmp_path, 3, life=f"7.0.{attempt}"))
+    assert answers == ["again 1", "again 2", "halt"]
+
+
+def test_a_node_that_alone_cannot_reach_the_store_is_unfit(tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / "job" / "fit").mkdir()
+    (tmp_path / "job" / "fit" / "n1").touch()
+    failed(tmp_path, "n2", "store s3://b: the server does not answer", "StoreError")
+    assert end(tmp_path, 1) == "without n2"
+    begin(tmp_path, attempt=1)
+    failed(tmp_path, "n2", "store s3://b: the server does not answer", "StoreError")
+    assert end(tmp_path, 1, life="7.0.1") == "again 1"  # nobody has reached it in this life
+    begin(tmp_path, attempt=2)
+    for name in ("n1", "n2"):
+        (tmp_path / "job" / "fit" / name).touch()
+    failed(tmp_path, "n1", "store s3://b: the server does not answer", "StoreError")
+    assert end(tmp_path, 1, life="7.0.2") == "again 2"  # both had reached it when they began
+
+
+def test_looks_for_free_nodes_grow_rare_when_they_bring_none(tmp_path: Path) -> None:
+    waits = []
+    for restart, used in enumerate(("n1 n2", "n1 n2", "n1 n2", "n1 n2 n3", "n1 n2", "n1 n2")):
+        begin(tmp_path, restart, used=used)
+        waits.append(attempts.next_look(attempts.read_rows(attempts.lives_file(tmp_path)), 600))
+        assert end(tmp_path, 130, "ROOM", life=f"7.{restart}.0") == "requeue"
+    assert waits == [600, 1200, 2400, 600, 1200, 2400]
+    begin(tmp_path, 9)
+    assert attempts.next_look(attempts.read_rows(attempts.lives_file(tmp_path)), 0) == 0

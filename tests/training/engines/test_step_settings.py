@@ -1,0 +1,198 @@
+"""Settings that make a step cheaper: the exact ones equal the plain step, patch dropout is what it says."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from treering.launch.recipe.load import read_recipe
+from treering.models.flops import training_flops
+from treering.models.model import Extras, Model, build
+from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.transformer import Block
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.kernels import prepare
+from treering.training.loop import train
+from treering.training.sample_rng import kept
+from treering.training.state import TrainingError
+
+SPEC = ModelSpec(
+    embed_dim=12,
+    image=ImageSpec(width=16, depth=2, heads=2, patch=4, resolution=16),
+    text=TextSpec(width=16, depth=2, heads=2, head_dim=6, context=9),
+    caption=CaptionSpec(depth=1),
+)
+PLAIN = SPEC.model_copy(update={"caption": None})
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 9, 5, 3, 7])
+    tokens = torch.randint(0, 49408, (int(lengths.sum()),), generator=generator)
+    return torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=generator), tokens, lengths
+
+
+def gradients(model: Model, output: Any) -> dict[str, np.ndarray]:
+    parts = [output.image.pooled, output.text.pooled, *([] if output.caption is None else [output.caption])]
+    sum((part * torch.linspace(-1, 2, part.numel()).view_as(part)).sum() for part in parts).backward()
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_last_block_works_only_where_it_is_read() -> None:
+    """The embedding and every gradient are those of the whole block; with a captioner all tokens are there."""
+    pruned, whole = (build(PLAIN, 3).double() for _ in range(2))
+    rows: list[int] = []
+    pruned.text.transformer.blocks[-1].mlp.register_forward_hook(lambda m, i, o: rows.append(len(o)))
+    short = pruned(*batch())
+    images, tokens, lengths = batch()
+    long = short._replace(image=whole.embed_images(images), text=whole.embed_texts(tokens, lengths))
+    assert rows == [5]
+    assert (len(short.text.tokens), len(long.text.tokens)) == (0, int(lengths.sum()))
+    torch.testing.assert_close(short.text.pooled, long.text.pooled, rtol=1e-12, atol=1e-12)
+    mine, truth = gradients(pruned, short), gradients(whole, long)
+    for name, gradient in truth.items():
+        np.testing.assert_allclose(mine[name], gradient, rtol=1e-9, atol=1e-12, err_msg=name)
+    assert len(build(SPEC, 3)(*batch()).text.tokens) == int(lengths.sum())
+    assert len(build(PLAIN, 3)(*batch(), Extras(tokens=True)).text.tokens) == int(lengths.sum())
+
+
+def test_patches_that_are_left_out_do_not_exist() -> None:
+    """Against a tower that is given only the kept patches, picture by picture; all kept is the plain tower."""
+    model = build(PLAIN, 3).double()
+    images, tokens, lengths = batch()
+    patches = kept(1, "image/patches", torch.arange(5), 16, 0.3)
+    assert patches.shape == (5, 5)
+    pooled = model(images, tokens, lengths, Extras(patches_bk=patches)).image.pooled
+    tower = model.image
+    pixels = (images.double() / 255 - model.image_mean) / model.image_std
+    for i in range(5):
+        unfolded = F.unfold(pixels[i : i + 1], 4, stride=4)[0].T
+        x = tower.patches(unfolded[patches[i]]) + tower.position_embedding[patches[i]]
+        for block in tower.transformer.blocks:
+            h = block.attention_norm(x)
+            q, k, v = (
+                getattr(block.attention, part)(h).view(5, 2, 8).transpose(0, 1) for part in ("query", "key", "value")
+            )
+            mixed = (q @ k.transpose(1, 2) / 8**0.5).softmax(2) @ v
+            x = x + block.attention.out(mixed.transpose(0, 1).reshape(5, 16))
+            x = x + block.mlp(block.mlp_norm(x))
+        truth = tower.projection(tower.transformer.norm(x).mean(0))
+        torch.testing.assert_close(pooled[i], truth, rtol=1e-10, atol=1e-12)
+    everything = kept(1, "image/patches", torch.arange(5), 16, 1.0)
+    assert torch.equal(
+        model(images, tokens, lengths, Extras(patches_bk=everything)).image.pooled, model(*batch()).image.pooled
+    )
+
+
+def test_every_patch_is_kept_as_often() -> None:
+    drawn = kept(0, "image/patches", torch.arange(4000), 16, 0.25)
+    assert drawn.shape == (4000, 4)
+    assert (drawn[:, 1:] > drawn[:, :-1]).all()
+    counts = torch.bincount(drawn.flatten(), minlength=16)
+    assert ((counts - 1000).abs() < 5 * 750**0.5).all()
+    assert torch.equal(kept(0, "image/patches", torch.arange(7, 9), 16, 0.25), drawn[7:9])
+    assert training_flops(PLAIN, 9.0, 4) < 0.6 * training_flops(PLAIN, 9.0)
+
+
+def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the tracer of torch.compile; the code generator behind it is torch's affair."""
+    calls: list[dict[str, Any]] = []
+
+    def compile_eagerly(self: Block, **options: Any) -> None:
+        calls.append(options)
+        nn.Module.compile(self, backend="eager", **options)
+
+    monkeypatch.setattr(Block, "compile", compile_eagerly)
+    models = [build(SPEC, 3) for _ in range(2)]
+    prepare(models[1], EngineConfig(compile=True), torch.device("cpu"))
+    assert calls == [{"dynamic": True}] * 5
+    found = [gradients(model, model(*batch())) for model in models]
+    for name, gradient in found[0].items():
+        np.testing.assert_allclose(found[1][name], gradient, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_compiling_does_not_grow_with_depth_and_goes_on_after_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pieces of code for five blocks as for two, none for other captions, and new ones for each new width,
+    also beyond the number that torch keeps of one function."""
+    made: list[int] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        made.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(Block, "compile", lambda self, **options: nn.Module.compile(self, backend=note, **options))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # type: ignore[attr-defined]
+
+    def pieces(width: int, depth: int, steps: int) -> int:
+        sizes = {"width": width, "depth": depth, "heads": width // 8}
+        spec = PLAIN.model_copy(
+            update={part: getattr(PLAIN, part).model_copy(update=sizes | {"head_dim": 8}) for part in ("image", "text")}
+        )
+        model = build(spec, 3)
+        prepare(model, EngineConfig(compile=True), torch.device("cpu"))
+        before = len(made)
+        for step in range(steps):
+            images, tokens, lengths = batch()
+            gradients(model, model(images[step:], tokens[int(lengths[:step].sum()) :], lengths[step:]))
+        return len(made) - before
+
+    few = pieces(16, 2, 3)
+    assert few == pieces(16, 5, 3) <= 6
+    assert pieces(16, 5, 2) == few, "a third batch needs no more"
+    assert min(pieces(width, 2, 1) for width in (24, 32)) >= 3
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(TrainingError, match=r"engine\.compile = true cannot be here: there is no C\+\+ compiler"):
+        prepare(build(PLAIN, 3), EngineConfig(compile=True), torch.device("cpu"))
+    prepare(build(PLAIN, 3), EngineConfig(), torch.device("cpu"))
+
+
+def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FILIP, parallel captions, a schedule, pieces, a bound on activations, half of the patches, then all; a trace."""
+    seen: list[tuple[int, ...] | None] = []
+    embed = Model.embed_images
+
+    def embed_images(
+        self: Model, images: torch.Tensor, patches: torch.Tensor | None = None, pooled_only: bool = False
+    ) -> Any:
+        if len(images) == 2:
+            seen.append(None if patches is None else tuple(patches.shape))
+        return embed(self, images, patches, pooled_only)
+
+    monkeypatch.setattr(Model, "embed_images", embed_images)
+    overrides = [
+        "data.batch=4",
+        "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 24}, "
+        "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+        "objectives={contrastive: {kind: filip, softening: 0.1}, "
+        "caption: {weight: 1.0, parallel: 0.5, schedule: [[0.0, 1.0], [1.0, 0.0]]}}",
+        "stages=[{samples: 20, patches: 0.5}, {samples: 20}]",
+        "engine={micro_batches: 2, activations: 0.5}",
+        "schedule.warmup=4",
+        "eval={suites: [retrieval], writing: beam, examples: 2}",
+        "log={every: 1, profile: true, gradients: true}",
+    ]
+    summary = train(read_recipe("emoji", overrides).recipe, tmp_path)
+    assert summary.finished
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if row["event"] == "step"]
+    assert len(steps) == 10
+    for row in steps:
+        weight = 1 - (row["step"] - 1) * 4 / 40
+        assert row["gradient_norms"].keys() == {"contrastive", "caption"}
+        assert all(norm > 0 for norm in row["gradient_norms"].values())
+        assert row["loss"] == pytest.approx(row["losses"]["contrastive"] + weight * row["losses"]["caption"], rel=1e-5)
+    assert seen[:40] == [(2, 2)] * 20 + [None] * 20  # ten steps of two pieces, twice each
+    with gzip.open(tmp_path / "trace-rank-0.json.gz") as file:
+        trace = json.loads(file.read())
+    assert any(event.get("name") == "aten::addmm" for event in trace["traceEvents"])
