@@ -79,19 +79,13 @@ def train(
         treering train emoji --out runs/small data.batch=64 stages='[{samples: 3200}]' schedule.warmup=640
         treering train emoji --out runs/again --from runs/emoji seed=1
     """
-    from .recipe.load import read_recipe
-    from .run import start
+    from . import run
     from .run_folder import STOPPED
 
     traced = ["log.profile=true"] if profile else []
     beginning = [f"origin={json.dumps({'commit': origin, 'carry': carry})}"] if origin else []
-    resolved = read_recipe(recipe, [*(overrides or []), *traced, *beginning])
-    if processes is None:
-        import torch
-
-        processes = max(1, torch.cuda.device_count())
     try:
-        start(resolved, out or Path("runs") / resolved.recipe.name, processes)
+        run.train(recipe, [*(overrides or []), *traced, *beginning], out, processes)
     except KeyboardInterrupt:
         raise RunError("interrupted; the same command continues from the last commit", STOPPED) from None
 

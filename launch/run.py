@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,33 @@ from ..models.flops import parameters
 from ..training.health.watchdog import HUNG, LOST
 from ..training.recipe import Recipe
 from .errors import RecipeError, RunError, show
-from .recipe.load import ResolvedRecipe
+from .recipe.load import ResolvedRecipe, read_recipe
 from .run_folder import LAUNCHER, RECIPE_FILE, STOPPED, read_rows
 from .worker import work
 
 RENDEZVOUS_SECONDS = 600
 SHUTDOWN_SECONDS = 120  # what a worker has to commit after SIGTERM, before it is killed
 _RESERVE = 64 << 20
+
+
+def train(
+    recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | None = None, processes: int | None = None
+) -> Path:
+    """Train a recipe on this machine and return the run folder; `treering train` in Python.
+
+    `recipe` is a bundled one's name or a YAML file, `overrides` are as on the command line (`data.batch=64`), `out` is
+    the run folder (None: runs/NAME), `processes` None is one a GPU, or one on the CPU. With one, training runs in this
+    process. If the folder has a commit the run continues from it. Raises RecipeError, DataError, StoreError or OSError
+    before anything is written, and RunError if a process fails.
+    """
+    resolved = read_recipe(str(recipe), list(overrides))
+    if processes is None:
+        import torch
+
+        processes = max(1, torch.cuda.device_count())
+    folder = Path(out) if out is not None else Path("runs") / resolved.recipe.name
+    start(resolved, folder, processes)
+    return folder
 
 
 def start(resolved: ResolvedRecipe, out: Path, processes: int) -> None:
