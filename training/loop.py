@@ -27,8 +27,8 @@ from .checkpoint.commits import Commits
 from .checkpoint.manifest import Commit
 from .checkpoint.store import Store
 from .device import describe
+from .engines.base import Engine, StepResult
 from .engines.build import build_engine
-from .engines.ddp import Engine, StepResult
 from .engines.device_prefetch import Feed
 from .engines.layout import Layout
 from .evaluate.suites import evaluate

@@ -20,7 +20,7 @@ from ..data.shards.source import held_out
 from ..data.storage.files import shown_url
 from ..models.spec import ModelSpec
 from .checkpoint.config import CheckpointConfig, OriginConfig
-from .engines.config import EngineConfig
+from .engines.config import DdpConfig, EngineConfig
 from .engines.optimizer import OptimizerConfig
 from .evaluate.config import EvalConfig
 from .health.divergence import RecoveryConfig
@@ -61,7 +61,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     stages: tuple[StageConfig, ...] = Field(min_length=1, strict=False, description="budgets, and growth between them")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = DdpConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
@@ -127,19 +127,19 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @model_validator(mode="after")
     def _gradients_need_the_whole_model(self) -> Self:
-        if self.log.gradients and self.engine.kind != "ddp":
+        if self.log.gradients and not self.engine.measures_objectives:
             raise ValueError(
-                f"log.gradients = true cannot be under engine.kind = {self.engine.kind}: the gradient of one objective "
-                "is taken where every process holds the whole model; set engine.kind: ddp, or leave it out"
+                f"log.gradients = true does not work with engine.kind = {self.engine.kind}: the gradient of one "
+                "objective needs the whole model on every process; set engine.kind: ddp, or leave it out"
             )
         return self
 
     @model_validator(mode="after")
     def _muon_needs_whole_matrices(self) -> Self:
-        if self.optimizer.kind == "muon" and self.engine.kind == "deepspeed":
+        if self.optimizer.kind == "muon" and not self.engine.takes_muon:
             raise ValueError(
-                "optimizer.kind = muon cannot be under engine.kind = deepspeed: ZeRO steps stretches of numbers that "
-                "begin and end anywhere in a matrix, and Muon takes a matrix whole; set engine.kind: fsdp, or "
+                f"optimizer.kind = muon does not work with engine.kind = {self.engine.kind}, which cuts the state in "
+                "the middle of matrices, and Muon updates a matrix as a whole; set engine.kind: fsdp, or "
                 "optimizer.kind: adamw"
             )
         return self
@@ -286,9 +286,4 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"{world} processes cannot share data.batch = {batch} evenly; start {nearest} processes, "
                 f"or set data.batch: {batch - batch % world or world}"
             )
-        shard = self.engine.shard
-        if shard and world > shard and world % shard:
-            raise ValueError(
-                f"{world} processes cannot be split into groups of engine.shard = {shard}; "
-                f"start {world - world % shard} processes, or set engine.shard to a number that divides {world}"
-            )
+        self.engine.check_world(world)

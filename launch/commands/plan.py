@@ -179,7 +179,7 @@ def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
     if needed > 0.92 * there:
         said.append(
             f"a device needs about {needed / 1e9:.0f} GB and has {there / 1e9:.0f} GB; "
-            f"use more devices, engine.activations=auto, engine.micro_batches, or engine.precision=bf16"
+            f"use more devices, engine.activation_budget=auto, engine.micro_batches, or engine.precision=bf16"
         )
     cores = found["loader_cores_per_node"]
     workers = recipe.data.workers * per_node

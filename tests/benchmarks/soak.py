@@ -25,8 +25,8 @@ import torch
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.tests.benchmarks.losses import MIB, proc_bytes
 from treering.training.device import describe, process_memory
-from treering.training.engines.config import EngineConfig
-from treering.training.engines.ddp import Engine
+from treering.training.engines.config import DdpConfig
+from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective
@@ -70,7 +70,7 @@ def batch(step: int) -> Inputs:
 
 def soak(steps: int) -> dict[str, float]:
     """The figures of that many steps."""
-    engine = Engine(SPEC, objectives(), EngineConfig(), OptimizerConfig(), World(0, 1, torch.device("cpu")), seed=0)
+    engine = DdpEngine(SPEC, objectives(), DdpConfig(), OptimizerConfig(), World(0, 1, torch.device("cpu")), seed=0)
     memory, seconds, worst = [], [], 0.0
     for tenth in range(TENTHS):
         begun = time.process_time()

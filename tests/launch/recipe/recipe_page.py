@@ -21,9 +21,12 @@ def tables() -> str:
 
 
 def _tables(path: str, block: type[BaseModel]) -> Iterator[str]:
-    fields = block.model_fields
+    fields = dict(sorted(block.model_fields.items(), key=lambda item: item[0] != "kind"))
     rows = [_row(name, field) for name, field in fields.items()]
     title = f"## `{path}`" if path else "## The recipe"
+    if path and typing.get_origin(kind := fields["kind"].annotation if "kind" in fields else None) is Literal:
+        kinds = typing.get_args(kind)
+        title += f", `kind: {kinds[0]}`" if len(kinds) == 1 else ""
     said = " ".join((block.__doc__ or "").split())
     yield "\n".join([title, "", said, "", "| key | default | what |", "|---|---|---|", *rows])
     for name, field in fields.items():

@@ -16,8 +16,9 @@ from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import parameters
 from treering.models.model import Model, build
 from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
-from treering.training.engines.config import EngineConfig
-from treering.training.engines.ddp import Engine
+from treering.training.engines.base import Engine
+from treering.training.engines.config import DdpConfig
+from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.growth.grow import grow
 from treering.training.objectives.base import Inputs
@@ -112,7 +113,7 @@ def test_it_trains_and_grows() -> None:
     objectives = build_objectives(ObjectivesConfig.model_validate({"contrastive": {"kind": "sigmoid"}}))
 
     def engine(spec: ModelSpec) -> Engine:
-        return Engine(spec, objectives, EngineConfig(), OptimizerConfig(), ALONE, seed=1)
+        return DdpEngine(spec, objectives, DdpConfig(), OptimizerConfig(), ALONE, seed=1)
 
     small = engine(SPEC)
     losses = [small.step(batch(), 1e-2).losses["contrastive"].item() for _ in range(20)]
@@ -132,7 +133,7 @@ def test_steps_do_not_depend_on_the_world(on_ranks: Callable[..., list[Any]]) ->
 
     def one_rank(group: World) -> dict[str, np.ndarray]:
         size = PAIRS // group.size
-        engine = Engine(SPEC, objectives, EngineConfig(), OptimizerConfig(), group, seed=1)
+        engine = DdpEngine(SPEC, objectives, DdpConfig(), OptimizerConfig(), group, seed=1)
         for _ in range(3):
             engine.step(batch(slice(group.rank * size, (group.rank + 1) * size)), 1e-2)
         state = {name: tensor.numpy().copy() for name, tensor in engine.logical_state().items()}
