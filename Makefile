@@ -47,7 +47,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "making .venv with $(PYTHON)"; rm -rf .venv; $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }; \
 	fi
 	@echo "installing the packages of constraints.txt: some minutes the first time"
-	@DS_BUILD_OPS=0 $(PY) -m pip install -qq -c constraints.txt -e '.[deepspeed,test]'
+	@DS_BUILD_OPS=0 $(PY) -m pip install -qq -c constraints.txt -e '.[deepspeed,emoji,test]'
 	@mkdir -p .venv/checkout && ln -sfn "$(CURDIR)" .venv/checkout/treering # where mypy finds the package by its name
 	@rm -f .venv/installed-* && touch $@
 

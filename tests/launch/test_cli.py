@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+
+from treering import __version__
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Refused = Callable[..., str]
@@ -33,6 +36,15 @@ def test_help_comes_without_torch() -> None:
         )
         assert f"treering {command}" in done.stdout
         assert done.stdout.rstrip().endswith("[]"), done.stdout
+
+
+def test_the_version_is_that_of_the_package(treering: Command) -> None:
+    done = treering("--version")
+    assert (done.returncode, done.stdout) == (0, f"treering {__version__}\n")
+    changes = (Path(__file__).parents[2] / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## (.+)$", changes, re.MULTILINE)[0] == __version__
+    citation = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
 
 
 def test_a_run_trains_resumes_and_is_looked_at(treering: Command, tiny: Path, tmp_path: Path) -> None:
