@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .archive import TarWriter, archive_size, member_size
+from .archive import TarWriter, archive_size, import_writer, member_size
 from .config import DataError
 from .files import shown_url
 from .intake import FileItem, Item, check_key, items_of
@@ -103,6 +103,7 @@ def pack(
     numbers = range(first, len(plan.ends), parts)
     there = target.sizes()
     work = partial(_write, plan, target, there, skip_bad, json.dumps(description) + "\n")
+    import_writer()
     try:
         done = list(sweep(work, numbers, workers, told))
     except OSError as error:
