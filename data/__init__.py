@@ -10,8 +10,8 @@ decoders.
 
 `pictures` reads sets to evaluate on that are no shards of pairs: folders of classes, tables, shards with classes.
 
-`pack` makes shards, `emoji` is the built-in data set. `lint` and `inspect` look into a source before a run does, in
-parallel (`sweep`); `sheet` is the page of samples.
+`webdataset` hands the same stream to other training loops. `pack` makes shards, `emoji` is the built-in data set.
+`lint` and `inspect` look into a source before a run does, in parallel (`sweep`); `sheet` is the page of samples.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .source import held_out as held_out
     from .source import open_source as open_source
     from .text import Tokenizer as Tokenizer
+    from .webdataset import as_webdataset as as_webdataset
 
 _MODULES = {
     "config": ("AugmentConfig", "CacheConfig", "DataConfig", "DataError", "SourceConfig"),
@@ -46,6 +47,7 @@ _MODULES = {
     "record": ("Batch", "Record", "Sample"),
     "source": ("Source", "held_out", "open_source"),
     "text": ("Tokenizer",),
+    "webdataset": ("as_webdataset",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
