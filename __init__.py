@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .training.loading import Loaded as Loaded
-    from .training.loading import load as load
+    from .training.load import Loaded as Loaded
+    from .training.load import load as load
 
 __version__ = "0.1.0"
 
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """`load`, and the class `Loaded` of what it gives: late, because they bring torch, which takes seconds."""
     if name in ("load", "Loaded"):
-        from .training import loading
+        from .training import load
 
-        return getattr(loading, name)
+        return getattr(load, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,17 @@
 """What is streamed: tar shards of pictures and captions, as batches in an exact order.
 
-The way of a sample: `source` -> `Record` -> `decode`, `text`, by the `draws` of its position -> `Sample` -> `loader`,
-in the order of `order`, in the processes of `workers` -> `Batch`; what a sample may carry beside its picture is in
-`captions`, `boxes` and `vectors`. Under a source: `opening` finds out about its shards and what its `filter` accepts,
-`shards` walks them (`tar`, `unpack`) and makes an `index` each with the `metadata`, kept in `tables`; `summary` sums
-them up, `beside` is where they lie. `files` reads bytes; `retries`, `blocks` and `ahead` stand between it and a store.
-`ledger` records what could not be used. Names are imported on first use: a recipe is checked without waiting for
-decoders.
+The way of a sample: bytes of a shard -> `Record` -> `Sample`, by random draws that belong to its position -> `Batch`,
+in the order of `order`. Each folder is one step:
 
-`pictures` reads sets to evaluate on that are no shards of pairs: folders of classes, tables, shards with classes.
+- `storage`: bytes from and to anywhere fsspec reaches
+- `shards`: what a source has, and its index
+- `samples`: one sample, decoded
+- `loading`: batches, by processes beside the training process
+- `tools`: packing, checking and looking into shards
+- `builtin`: data sets that come with the package
 
-`webdataset` hands the same stream to other training loops. `pack` makes shards, `emoji` is the built-in data set.
-`lint` and `inspect` look into a source before a run does, in parallel (`sweep`); `sheet` is the page of samples.
+`ledger` records what could not be used; `evaluation_sets` reads sets to evaluate on that are not shards of pairs.
+Names are imported on first use: a recipe is checked without waiting for decoders.
 """
 
 from __future__ import annotations
@@ -23,31 +23,33 @@ if TYPE_CHECKING:
     from .config import AugmentConfig as AugmentConfig
     from .config import CacheConfig as CacheConfig
     from .config import DataConfig as DataConfig
-    from .config import DataError as DataError
     from .config import SourceConfig as SourceConfig
+    from .errors import DataError as DataError
     from .ledger import LedgerEntry as LedgerEntry
-    from .loader import EvaluationSet as EvaluationSet
-    from .loader import Loader as Loader
+    from .loading.loader import EvaluationSet as EvaluationSet
+    from .loading.loader import Loader as Loader
+    from .loading.webdataset import as_webdataset as as_webdataset
     from .order import Order as Order
     from .order import stream as stream
-    from .record import Batch as Batch
-    from .record import Record as Record
-    from .record import Sample as Sample
-    from .source import Source as Source
-    from .source import held_out as held_out
-    from .source import open_source as open_source
-    from .text import Tokenizer as Tokenizer
-    from .webdataset import as_webdataset as as_webdataset
+    from .samples.clip_tokenizer import Tokenizer as Tokenizer
+    from .samples.sample import Batch as Batch
+    from .samples.sample import Sample as Sample
+    from .shards.record import Record as Record
+    from .shards.source import Source as Source
+    from .shards.source import held_out as held_out
+    from .shards.source import open_source as open_source
 
 _MODULES = {
-    "config": ("AugmentConfig", "CacheConfig", "DataConfig", "DataError", "SourceConfig"),
+    "config": ("AugmentConfig", "CacheConfig", "DataConfig", "SourceConfig"),
+    "errors": ("DataError",),
     "ledger": ("LedgerEntry",),
-    "loader": ("EvaluationSet", "Loader"),
+    "loading.loader": ("EvaluationSet", "Loader"),
     "order": ("Order", "stream"),
-    "record": ("Batch", "Record", "Sample"),
-    "source": ("Source", "held_out", "open_source"),
-    "text": ("Tokenizer",),
-    "webdataset": ("as_webdataset",),
+    "loading.webdataset": ("as_webdataset",),
+    "samples.clip_tokenizer": ("Tokenizer",),
+    "samples.sample": ("Batch", "Sample"),
+    "shards.record": ("Record",),
+    "shards.source": ("Source", "held_out", "open_source"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -7,21 +7,11 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)(MB|GB|TB)")
-_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+from .units import size_in_bytes
+
 _COLUMN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 UNTAGGED = "untagged"  # the tag of a caption that has none
 CAPTION_UNIT = 1_000_000  # weights of captions count to a millionth
-
-
-class DataError(ValueError):
-    """Data that cannot be read or used; the message names the place, what is wrong with it and the remedy."""
-
-
-def size_in_bytes(text: str) -> int | None:
-    """Bytes of a size as recipes write it, as in 50GB; None if the text is none."""
-    match = _SIZE.fullmatch(text)
-    return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
 class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -36,7 +26,8 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     name: str = Field("", description="what stages and logs call it; the URL where it has none")
     filter: str | None = Field(
-        None, description="keep the samples whose metadata fit, as in similarity > 0.28 and not nsfw (data/filter.py)"
+        None,
+        description="keep the samples whose metadata fit, as in similarity > 0.28 and not nsfw (docs/sources.md)",
     )
     captions: dict[str, float] = Field(
         default_factory=dict,
@@ -50,7 +41,7 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @classmethod
     def _is_a_filter(cls, value: str | None) -> str | None:
         if value is not None:
-            from .filter import Filter  # brings numpy, which a recipe without filters does not need
+            from .shards.filter import Filter  # brings numpy, which a recipe without filters does not need
 
             Filter(value)
         return value

@@ -12,11 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import DataError
-
-
-class BadSample(Exception):
-    """One sample cannot be used; the message is the reason that goes to the ledger."""
+from .errors import DataError, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +59,3 @@ def reasons_table(entries: Iterable[LedgerEntry]) -> str:
         f"  {count:6}  {kind} (first: key {shown(example[kind].key)} in {shown(example[kind].shard)})"
         for kind, count in counts.most_common(10)
     )
-
-
-def shown(text: str, most: int = 120) -> str:
-    """A name from data made safe for a terminal: quoted, escaped and cut to `most` characters."""
-    return ascii(text if len(text) <= most else text[: most - 3] + "...")

@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from . import data_commands, job_commands
 from .arguments import AsJson, Overrides, RecipeName, print_json
+from .commands import data, jobs
 from .errors import RecipeError, RunError, user_message
 
 app = typer.Typer(
@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.add_typer(data_commands.app, name="data")
+app.add_typer(data.app, name="data")
 
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; left out: runs/NAME.")]
 
@@ -64,8 +64,9 @@ def train(
         treering train emoji --out runs/small data.batch=64 stages='[{samples: 3200}]' schedule.warmup=640
         treering train emoji --out runs/again --from runs/emoji seed=1
     """
-    from .recipes import read_recipe
-    from .run import STOPPED, start
+    from .recipe.load import read_recipe
+    from .run import start
+    from .run_folder import STOPPED
 
     traced = ["log.profile=true"] if profile else []
     beginning = [f"origin={json.dumps({'commit': origin, 'carry': carry})}"] if origin else []
@@ -88,7 +89,7 @@ def explain(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = F
 
         treering explain emoji optimizer.lr=3e-4
     """
-    from .recipes import read_recipe
+    from .recipe.load import read_recipe
 
     resolved = read_recipe(recipe, overrides or [])
     if as_json:
@@ -128,7 +129,7 @@ def evaluate(
         treering eval runs/emoji --suite retrieval
         treering eval s3://BUCKET/emoji --suite pets.yaml,flickr.yaml,retrieval
     """
-    from .evaluation import compare_commits, compatibility_table, evaluate_commit
+    from .commands.eval import compare_commits, compatibility_table, evaluate_commit
     from .worker import score_table
 
     if against is not None:
@@ -173,8 +174,8 @@ def compare(
     treering compare runs/emoji runs/other
     treering compare runs/emoji s3://BUCKET/emoji/step-000000000562-life-0001 --suite pets.yaml,retrieval
     """
-    from ..training.report.comparison import render_comparison
-    from .comparing import compare_runs, comparison_table
+    from ..training.report.comparison_page import render_comparison
+    from .commands.compare import compare_runs, comparison_table
     from .run import write_file
 
     found = compare_runs(commits, _listed(suite), data)
@@ -220,7 +221,7 @@ def grow(
 
         treering grow runs/emoji --to image.depth=12 --out runs/emoji-12 samples=48000
     """
-    from .growing import grow_offline
+    from .commands.grow import grow_offline
 
     found = grow_offline(commit, to or [], shrink or [], options or [], out)
     if as_json:
@@ -262,7 +263,7 @@ def import_(
         treering import open_clip:ViT-B-32/laion2b_s34b_b79k --to runs/b32
         treering import open_clip:ViT-B-32/laion2b_s34b_b79k=b32.safetensors --to s3://BUCKET/b32
     """
-    from .importing import import_weights
+    from .commands.import_ import import_weights
 
     found = import_weights(source, to, data, tokenizer)
     if as_json:
@@ -294,7 +295,7 @@ def export(
         treering export runs/emoji --to safetensors --out emoji-weights
         treering export runs/b32 --to open_clip --out b32-weights
     """
-    from .exporting import export_commit
+    from .commands.export import export_commit
 
     found = export_commit(commit, to, out, weights)
     if as_json:
@@ -326,8 +327,8 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Say where a run stands: state, nodes, samples, stage, loss, speed, time left, newest commit and scores."""
-    from . import status as reading
-    from .status import as_table, read_status
+    from .commands import status as reading
+    from .commands.status import as_table, read_status
 
     if watch and not as_json:
         try:
@@ -353,7 +354,7 @@ def doctor(
 
     Exit code 0 if a run can start here, 1 if something essential is lacking.
     """
-    from . import doctor as checks
+    from .commands import doctor as checks
 
     found = checks.examine(out, store)
     if as_json:
@@ -364,7 +365,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-job_commands.add_to(app)
+jobs.add_to(app)
 
 
 def main() -> None:

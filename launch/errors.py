@@ -56,11 +56,11 @@ def user_message(error: BaseException) -> str | None:
         place = f"{show(error.filename)}: " if error.filename else ""
         remedy = _REMEDIES.get(error.errno, "choose another place")
         return f"{place}{clean(error.strerror or str(error))}; {remedy}"
-    from ..data.config import DataError  # late: the last of these brings torch, which a help page must not wait for
+    from ..data.errors import DataError  # late: the last of these brings torch, which a help page must not wait for
     from ..models.interchange.architectures import InterchangeError
     from ..models.spec import SpecError
+    from ..training.checkpoint.store import StoreError
     from ..training.state import TrainingError
-    from ..training.store import StoreError
 
     if isinstance(error, RecipeError | DataError | SpecError | InterchangeError | StoreError | TrainingError):
         return clean(str(error))

@@ -19,15 +19,13 @@ from rich.console import Console
 from rich.text import Text
 
 from ..models.flops import parameters
+from ..training.health.watchdog import HUNG, LOST
 from ..training.recipe import Recipe
-from ..training.watchdog import HUNG, LOST
 from .errors import RecipeError, RunError, show
-from .lives import read_rows
-from .recipes import ResolvedRecipe
-from .worker import LAUNCHER, work
-from .worker import STOPPED as STOPPED
+from .recipe.load import ResolvedRecipe
+from .run_folder import LAUNCHER, RECIPE_FILE, STOPPED, read_rows
+from .worker import work
 
-RECIPE_FILE = "recipe.yaml"
 RENDEZVOUS_SECONDS = 600
 SHUTDOWN_SECONDS = 120  # what a worker has to commit after SIGTERM, before it is killed
 _RESERVE = 64 << 20
@@ -64,13 +62,8 @@ def check(recipe: Recipe, out: Path, processes: int) -> None:
     check_store(recipe, out)
 
 
-def commits_url(recipe: Recipe, out: Path) -> str:
-    """Where the run's commits go."""
-    return recipe.checkpoint.to or str(out / "commits")
-
-
 def _check_disk(recipe: Recipe, out: Path) -> None:
-    url = commits_url(recipe, out)
+    url = recipe.commits_url(out)
     local = "://" not in url or url.startswith("file://")
     place = Path(url.removeprefix("file://")) if local else out
     commit = 12 * max(parameters(spec) for spec in recipe.specs())  # fp32: weight and two moments
@@ -88,9 +81,9 @@ def _check_disk(recipe: Recipe, out: Path) -> None:
 
 def check_sources(recipe: Recipe) -> None:
     """Open every source once, which resolves and indexes its shards (and packs samples:// ones)."""
-    from ..data.blocks import BlockCache
-    from ..data.source import open_source
-    from .indexing import told_of
+    from ..data.shards.source import open_source
+    from ..data.storage.block_cache import BlockCache
+    from .commands.data_index import told_of
 
     cache = BlockCache(recipe.data.cache.bytes)
     for each in recipe.data.train:
@@ -107,13 +100,13 @@ def check_sources(recipe: Recipe) -> None:
 
 def check_store(recipe: Recipe, out: Path) -> None:
     """The store works, and the newest commit in it, if any, is one that this recipe can continue."""
-    from ..training.commits import Commits
-    from ..training.manifest import DamagedCommit
-    from ..training.origin import open_origin
-    from ..training.resume import check_same_run
-    from ..training.store import Store
+    from ..training.checkpoint.commits import Commits
+    from ..training.checkpoint.manifest import DamagedCommit
+    from ..training.checkpoint.store import Store
+    from ..training.starting.init_from import open_origin
+    from ..training.starting.resume import check_same_run
 
-    store = Store(commits_url(recipe, out))
+    store = Store(recipe.commits_url(out))
     commits = Commits(store)
     if recipe.origin and not commits.names():
         open_origin(recipe)

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from . import BEGUN
 from .errors import RecipeError, RunError, user_message
-from .lives import LIFE, last_end, lost
-from .lives import STOPPED as STOPPED
-from .recipes import read_recipe
+from .jobs.attempts import LIFE, last_end, lost
+from .recipe.load import read_recipe
+from .run_folder import LAUNCHER, STOPPED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from ..training.loop import Summary
 
 _PR_SET_PDEATHSIG = 1
-LAUNCHER = "TREERING_LAUNCHER"
-"""environment variable that tells a worker the process id of the launcher it belongs to"""
 
 
 def work(out: Path) -> None:
@@ -43,7 +41,7 @@ def work(out: Path) -> None:
 
     imports = time.monotonic() - BEGUN
     if LIFE in os.environ:
-        from .preflight import check_network
+        from .jobs.preflight import check_network
 
         check_network()
     summary = train(recipe, out, Beginning(imports, last_end(out)), lost=lambda: lost(out))

@@ -18,38 +18,39 @@ from typing import Any
 import torch
 
 from ..data.ledger import LedgerEntry
-from ..data.loader import Loader
+from ..data.loading.loader import Loader
 from ..data.order import Mixture
-from ..data.record import Batch
+from ..data.samples.sample import Batch
 from ..models.flops import training_flops
 from ..models.spec import ModelSpec
-from .commits import Commits
+from .checkpoint.commits import Commits
+from .checkpoint.manifest import Commit
+from .checkpoint.store import Store
 from .device import describe
-from .display import Display
-from .draws import kept
-from .engine import Engine, StepResult, build_engine
+from .engines.build import build_engine
+from .engines.ddp import Engine, StepResult
+from .engines.device_prefetch import Feed
+from .engines.layout import Layout
 from .evaluate.suites import evaluate
-from .feed import Feed
-from .growing import grow
-from .health import Health
-from .manifest import Commit
-from .meter import Meter
+from .growth.grow import grow
+from .growth.plateau import Tally, slopes
+from .growth.search import search
+from .health.divergence import Health
+from .health.signals import StopRequest
+from .health.watchdog import Watchdog
+from .logging.profiler import Profile
+from .logging.run_log import Display
+from .logging.throughput import Meter
 from .objectives.base import Inputs, load_states, states
 from .objectives.registry import advance, build_objectives
-from .origin import begin_with, open_origin
-from .plateau import Tally, slopes
-from .profiling import Profile
 from .recipe import Recipe
-from .resume import check_same_run, newest_intact
-from .rollback import roll_back
-from .search import search
-from .shards import Layout
-from .signals import StopRequest
+from .sample_rng import kept
 from .stages import faded, rewarmed, steady_from
+from .starting.init_from import begin_with, open_origin
+from .starting.resume import check_same_run, newest_intact
+from .starting.rollback import roll_back
 from .state import Decision, Event, RolledBack, RunState, TrainingError
-from .store import Store
 from .uploads import Uploads
-from .watchdog import Watchdog
 from .world import World
 
 
@@ -130,7 +131,7 @@ class Run:
         recipe.check_tokenizer()
         self.recipe, self.out, self.world, self.stop, self.watch = recipe, out, world, stop, watch
         self.tally = Tally(world)
-        self.commits = Commits(Store(recipe.checkpoint.to or str(out / "commits")))
+        self.commits = Commits(Store(recipe.commits_url(out)))
         self.display = Display(recipe, out, world)
         self.uploads = Uploads(self.commits, world, self.display)
         self._take_up(RunState())

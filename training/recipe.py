@@ -1,34 +1,34 @@
 """The recipe: the whole description of a run, as typed, frozen, nested config objects.
 
 Each block belongs to the part it configures and checks itself there; this module composes them and adds the checks
-that need more than one block. Reading YAML and overrides is `treering.launch.recipes`.
+that need more than one block. Reading YAML and overrides is `treering.launch.recipe.load`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, Field, model_validator
 
 from ..data.config import DataConfig
-from ..data.files import shown_url
 from ..data.order import Mixture
-from ..data.source import held_out
-from ..data.tokenizer_file import vocabulary_size
+from ..data.samples.tokenizer import vocabulary_size
+from ..data.shards.source import held_out
+from ..data.storage.files import shown_url
 from ..models.spec import ModelSpec
-from .checkpoint import CheckpointConfig, OriginConfig
-from .engine import EngineConfig
+from .checkpoint.config import CheckpointConfig, OriginConfig
+from .engines.config import EngineConfig
+from .engines.optimizer import OptimizerConfig
 from .evaluate.config import EvalConfig
-from .health import RecoveryConfig
-from .objectives.config import ObjectivesConfig
-from .objectives.registry import build_objectives, check_needs
-from .optimizer import OptimizerConfig
+from .health.divergence import RecoveryConfig
+from .health.watchdog import WatchdogConfig
+from .objectives.registry import ObjectivesConfig, build_objectives, check_needs
 from .schedule import ScheduleConfig
 from .stages import StageConfig
 from .state import Decision
-from .watchdog import WatchdogConfig
 
 
 def _blended(new: Sequence[float], old: Sequence[float], replay: float) -> tuple[float, ...]:
@@ -195,6 +195,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
                 stages[made.stage] = stage.model_copy(update={"samples": made.samples})
                 stages[made.stage + 1] = following.model_copy(update={"samples": following.samples + left})
         return self.model_copy(update={"stages": tuple(stages)})
+
+    def commits_url(self, out: Path) -> str:
+        """Where the commits of a run in folder `out` go: a local path or a URL."""
+        return self.checkpoint.to or str(out / "commits")
 
     def specs(self) -> list[ModelSpec]:
         """The model's spec in each stage. Raises SpecError if a stage asks for a growth that cannot be."""

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from ..models.flops import training_flops
 from ..models.growth.plan import Copies, Drops, Inheriting, Layers, changes, check_tokens
 from ..models.spec import ModelSpec
-from .draws import share_of
+from .sample_rng import share_of
 
 
 class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from .health import Health
+from .health.divergence import Health
 
 
 class TrainingError(RuntimeError):

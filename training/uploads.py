@@ -9,14 +9,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .commits import Commits
-from .display import Display
-from .engine import Engine
+from .checkpoint.commits import Commits
+from .checkpoint.writer import Writing
+from .engines.ddp import Engine
+from .health.signals import short_notice
+from .logging.run_log import Display
 from .recipe import Recipe
-from .signals import short_notice
 from .state import RunState
 from .world import World
-from .writing import Writing
 
 
 @dataclass

@@ -39,11 +39,11 @@ from torch import Tensor
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.tests.conftest import free_port
 from treering.tests.s3_server import KEY, SECRET, Server
-from treering.training.commits import Commits
+from treering.training.checkpoint.config.commits import Commits
+from treering.training.checkpoint.config.store import Store
 from treering.training.device import describe
-from treering.training.shards import rows
+from treering.training.engines.layout import rows
 from treering.training.state import RunState
-from treering.training.store import Store
 from treering.training.world import World
 
 MB = 1_000_000

@@ -35,12 +35,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from treering.data.loader import EvaluationSet
-from treering.launch.recipes import read_recipe
+from treering.data.loading.loader import EvaluationSet
+from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
 from treering.models.growth.plan import changes
 from treering.models.model import build
-from treering.training.commits import find_commit
+from treering.training.checkpoint.config.commits import find_commit
 from treering.training.device import describe
 from treering.training.evaluate.embed import embed
 from treering.training.loop import train

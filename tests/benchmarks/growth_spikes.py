@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from treering.models.growth.rules import grown
 from treering.models.model import Model, build
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.training.growing import grown_rates, planned
-from treering.training.optimizer import Optimizer, OptimizerConfig
+from treering.training.engines.optimizer import Optimizer, OptimizerConfig
+from treering.training.growth.grow import grown_rates, planned
 from treering.training.stages import GrowthConfig
 
 LR = 1.5e-3

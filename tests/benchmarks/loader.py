@@ -37,8 +37,8 @@ import torch
 from PIL import Image
 
 from treering.data import Source, open_source, stream
-from treering.data.decode import picture, resized
-from treering.data.pack import pack
+from treering.data.samples.decode import picture, resized
+from treering.data.tools.pack import pack
 from treering.tests.open_clip_import import let_open_clip_import
 from treering.training.device import describe
 

@@ -25,12 +25,13 @@ import torch
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.tests.benchmarks.losses import MIB, proc_bytes
 from treering.training.device import describe, process_memory
-from treering.training.engine import Engine, EngineConfig
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.ddp import Engine
+from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive, LateContrastive, SigmoidContrastive
-from treering.training.optimizer import OptimizerConfig
 from treering.training.world import World
 
 PAIRS, CONTEXT, TENTHS = 16, 24, 10

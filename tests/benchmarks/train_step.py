@@ -43,11 +43,12 @@ from treering.models.spec import ModelSpec
 from treering.tests.benchmarks.losses import MIB, peak_of
 from treering.tests.open_clip_import import let_open_clip_import
 from treering.training.device import describe, peak_flops
-from treering.training.engine import Engine, EngineConfig
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.ddp import Engine
+from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive
-from treering.training.optimizer import OptimizerConfig
 from treering.training.world import World
 
 LARGEST = 32_768
@@ -106,7 +107,7 @@ def real_pairs(folder: Path, count: int) -> tuple[Tensor, list[list[int]]]:
     import numpy as np
     from PIL import Image
 
-    from treering.data.text import Tokenizer
+    from treering.data.samples.clip_tokenizer import Tokenizer
 
     tokenizer, pictures, captions = Tokenizer(), [], {}
     for line in (folder / "captions.tsv").read_text(encoding="utf-8").splitlines():

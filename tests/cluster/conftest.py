@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from treering.data import Loader
-from treering.launch.recipes import read_recipe
+from treering.launch.recipe.load import read_recipe
 from treering.slurm.cluster import Cluster, lacking
 from treering.tests.s3_server import KEY, SECRET, Server
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from treering.launch.lives import lives_file, read_rows
+from treering.launch.jobs.attempts import lives_file
+from treering.launch.run_folder import read_rows
 from treering.slurm.cluster import Cluster
 from treering.tests.cluster.conftest import Bench, as_if_nothing_had_happened, lives, log, rows, step, until
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from treering.launch.lives import lives_file, owner_file, read_rows
+from treering.launch.jobs.attempts import lives_file, owner_file
+from treering.launch.run_folder import read_rows
 from treering.slurm.cluster import Cluster
 from treering.tests.cluster import conftest
 from treering.tests.cluster.conftest import Bench, lives, log, losses, rows, started, step, until, workers

@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from treering.data import Batch, DataConfig, EvaluationSet, LedgerEntry, Loader
-from treering.data.draws import rows
+from treering.data.samples.draws import rows
 
 RESOLUTION, CONTEXT, BATCH, SEED = 16, 12, 12, 4
 Members = dict[str, bytes]

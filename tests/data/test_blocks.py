@@ -15,9 +15,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from treering.data import CacheConfig, blocks
-from treering.data.blocks import BlockCache
-from treering.data.files import ShardInfo
+from treering.data import CacheConfig
+from treering.data.storage import block_cache
+from treering.data.storage.block_cache import BlockCache
+from treering.data.storage.files import ShardInfo
 
 DATA = random.Random(1).randbytes(300_001)
 SHARD = ShardInfo("s3://bucket/one.tar", len(DATA), '"etag"')
@@ -39,7 +40,7 @@ class Store:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     there = Store()
-    monkeypatch.setattr(blocks, "read_range", there.read)
+    monkeypatch.setattr(block_cache, "read_range", there.read)
     return there
 
 
@@ -69,7 +70,7 @@ def test_any_range_is_right_at_any_limit(
     folder, there = tmp_path_factory.mktemp("cache"), Store()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TREERING_CACHE", str(folder))
-        patch.setattr(blocks, "read_range", there.read)
+        patch.setattr(block_cache, "read_range", there.read)
         each = cache(limit)
         for start, size in asked:
             assert each.read(SHARD, start, min(start + size, len(DATA))) == DATA[start : start + size]

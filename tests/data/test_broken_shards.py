@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from treering.data import DataConfig, DataError, LedgerEntry, Loader, open_source
-from treering.data.tar import DamagedShard
+from treering.data.shards.listing.tar_reader import DamagedShard
 
 WriteTar = Callable[..., Path]
 GOOD = [("bad0.png", b"1" * 700), ("bad0.txt", b"x"), ("bad1.png", b"2" * 1024), ("bad1.txt", b"y")]
@@ -107,16 +107,16 @@ def test_a_broken_shard_is_refused_in_a_sentence(tmp_path: Path, write_source: C
 def test_a_shard_that_shrinks_while_it_is_indexed_has_changed(
     tmp_path: Path, write_source: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from treering.data import shards
+    from treering.data.shards.listing import listing
 
     url = write_source(tmp_path, 1, 5)
-    walked = shards.open_content
+    walked = listing.open_content
 
     def shrinking(shard: object, read: object) -> object:
         os.truncate(tmp_path / "part-000.tar", 600)
         return walked(shard, read)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards, "open_content", shrinking)
+    monkeypatch.setattr(listing, "open_content", shrinking)
     for option in ("refuse", "skip"):  # it is not known to be damaged: never left out
         with pytest.raises(DataError, match=r"part-000.tar changed while it was read: bytes 0 to \d+ .*; start again"):
             open_source(url, bad_shards=option)  # type: ignore[arg-type]

@@ -20,10 +20,11 @@ from PIL import Image
 from pydantic import ValidationError
 
 from treering.data import Batch, DataConfig, DataError, EvaluationSet, Loader, Sample, open_source
-from treering.data.captions import Caption, check_tags, drawn_caption, looks, read_texts
 from treering.data.config import UNTAGGED, SourceConfig
-from treering.data.ledger import BadSample
+from treering.data.errors import BadSample
+from treering.data.loading.loader import check_tags
 from treering.data.order import stream
+from treering.data.samples.captions import Caption, drawn_caption, looks, read_texts
 
 WriteTar = Callable[..., Path]
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from treering.data import decode
 from treering.data.config import AugmentConfig
-from treering.data.decode import captions_and_labels, centre_crop, decode_image, picture, random_crop, resized
-from treering.data.ledger import BadSample
+from treering.data.errors import BadSample
+from treering.data.samples import decode
+from treering.data.samples.decode import captions_and_labels, centre_crop, decode_image, picture, random_crop, resized
 
 RGB = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
 SMOOTH = np.asarray(Image.fromarray(RGB).resize((130, 90), Image.Resampling.BICUBIC))

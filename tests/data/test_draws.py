@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treering.data.draws import Draws, rows
 from treering.data.order import stable_hash
+from treering.data.samples.draws import Draws, rows
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from treering.data import DataConfig, Loader, Source, Tokenizer, held_out, open_source
-from treering.data.decode import decode_image
-from treering.data.text import clean
+from treering.data.samples.clip_tokenizer import clean
+from treering.data.samples.decode import decode_image
 
 TONES = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark", "1f3ff": "dark"}
 BY_CODE = {

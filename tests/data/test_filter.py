@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from treering.data import DataConfig, DataError, Loader, open_source
 from treering.data.config import SourceConfig
-from treering.data.filter import Filter
-from treering.data.metadata import Collector, Columns
+from treering.data.shards.listing.columns import Collector, Columns
+from treering.data.shards.listing.filter import Filter
 
 WriteTar = Callable[..., Path]
 Sample = dict[str, Any]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from treering.data import decode
-from treering.data.decode import MOST_SCANS, decode_image
-from treering.data.ledger import BadSample
+from treering.data.errors import BadSample
+from treering.data.samples import decode
+from treering.data.samples.decode import MOST_SCANS, decode_image
 from treering.tests.fuzz import hostile, shards
 
 

@@ -18,16 +18,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treering.data import DataConfig, DataError, Loader, Source, index, open_source, opening, shards, tables
-from treering.data.beside import fetch_index, put_index
-from treering.data.blocks import BlockCache
-from treering.data.files import find, read_range
-from treering.data.index import cached_at, fits
-from treering.data.lint import lint
-from treering.data.shards import expand, index_shard
-from treering.data.summary import read_summary, write_summary
-from treering.data.tables import DamagedTable, Table, packed_texts, table_bytes
-from treering.data.unpack import Unpacked
+from treering.data import DataConfig, DataError, Loader, Source, open_source
+from treering.data.shards.listing import index, listing, opening, table_file
+from treering.data.shards.listing.index import cached_at, fits
+from treering.data.shards.listing.listing import expand, index_shard
+from treering.data.shards.listing.sidecar import fetch_index, put_index
+from treering.data.shards.listing.summary import read_summary, write_summary
+from treering.data.shards.listing.table_file import DamagedTable, Table, packed_texts, table_bytes
+from treering.data.storage.block_cache import BlockCache
+from treering.data.storage.files import find, read_range
+from treering.data.storage.gzip_cache import Unpacked
+from treering.data.tools.lint import lint
 
 WriteTar = Callable[..., Path]
 WriteSource = Callable[..., str]
@@ -123,7 +124,7 @@ def test_opening_again_walks_nothing_and_opens_no_index(
         return whole_open(path)
 
     monkeypatch.setattr(Table, "open", counted)
-    monkeypatch.setattr(shards, "open_content", lambda *_: pytest.fail("a shard was walked"))
+    monkeypatch.setattr(listing, "open_content", lambda *_: pytest.fail("a shard was walked"))
     source = open_source(url)
     assert [path.parent.name for path in opened] == ["sources"]
     assert source.shard_lengths.tolist() == [4] * 5
@@ -142,13 +143,13 @@ def test_only_new_and_changed_shards_are_walked(
     url = str(tmp_path / "data" / "*.tar")
     open_source(url)
     walked: list[str] = []
-    whole = shards.open_content
+    whole = listing.open_content
 
     def counted(shard: Any, read: Any) -> Any:
         walked.append(Path(shard.url).name)
         return whole(shard, read)
 
-    monkeypatch.setattr(shards, "open_content", counted)
+    monkeypatch.setattr(listing, "open_content", counted)
     write_tar(tmp_path / "data" / "part-001.tar", [("x.png", b"1"), ("x.txt", b"2")])
     write_tar(tmp_path / "data" / "part-009.tar", [("y.png", b"1"), ("y.txt", b"2")])
     (tmp_path / "data" / "part-002.tar").unlink()
@@ -244,13 +245,13 @@ def test_indexes_beside_shards_spare_other_nodes_the_walk(
     assert sorted(path.suffix for path in beside.iterdir()) == [".index"] * 3 + [".source"]
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path / "another node"))
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "open_content", lambda *_: pytest.fail("a shard was walked"))
+        patch.setattr(listing, "open_content", lambda *_: pytest.fail("a shard was walked"))
         assert content(open_source(url)) == expected
         assert len(list((tmp_path / "another node" / "index").iterdir())) == 3
         assert len(open_source(str(tmp_path / "data" / "**"))) == 12  # indexes are no shards
     shutil.move(tmp_path / "data", tmp_path / "moved")  # the stamps stay
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path / "third node"))
-    monkeypatch.setattr(shards, "open_content", lambda *_: pytest.fail("a shard was walked"))
+    monkeypatch.setattr(listing, "open_content", lambda *_: pytest.fail("a shard was walked"))
     moved = open_source(url.replace("/data/", "/moved/"))
     assert [each[1] for each in content(moved)] == [each[1] for each in expected]
 
@@ -347,7 +348,7 @@ def test_broken_gzip_is_a_damaged_shard(tmp_path: Path, write_source: WriteSourc
         gzip.compress(b"no tar" * 100): "is not a tar file at byte 0", short: "cut short",
     }.items():  # fmt: skip
         path.write_bytes(data)
-        with pytest.raises(shards.DamagedShard, match=words) as error:
+        with pytest.raises(listing.DamagedShard, match=words) as error:
             open_source(str(path))
         assert str(error.value).startswith(f"{path} ")
         assert "byte" in str(error.value)
@@ -359,7 +360,7 @@ def test_a_gzip_bomb_is_refused(tmp_path: Path, own_cache: Path) -> None:
     with gzip.open(path, "wb") as file:
         for _ in range(40):
             file.write(bytes(1 << 20))
-    with pytest.raises(shards.DamagedShard, match=r"is a decompression bomb: [\d,]+ bytes that hold more than 10,"):
+    with pytest.raises(listing.DamagedShard, match=r"is a decompression bomb: [\d,]+ bytes that hold more than 10,"):
         open_source(str(path))
     assert list((own_cache / "unpacked").iterdir()) == []
 
@@ -394,7 +395,7 @@ def test_local_listing_equals_a_plain_one(tmp_path: Path, write_tar: WriteTar, m
     globs = ("a/*.tar", "*/1.tar", "**/*.tar", "a/?.tar", "a/[12].tar", "{a,b}/*.tar", "a/{1..2}.tar", "../d/a/1.tar")
     for url in (*globs, f"file://{os.getcwd()}/a/*.tar", "./a/1.tar"):
         found = expand(url)
-        names = {name for part in shards.expand_braces(url) for name in system.glob(part.removeprefix("file://"))}
+        names = {name for part in listing.expand_braces(url) for name in system.glob(part.removeprefix("file://"))}
         expected = {(os.path.normpath(n), os.stat(n).st_size) for n in names if os.path.isfile(n)}
         assert {(shard.url.removeprefix("file://"), shard.size) for shard in found} == expected, url
         assert [shard.url for shard in found] == sorted(shard.url for shard in found)
@@ -402,7 +403,7 @@ def test_local_listing_equals_a_plain_one(tmp_path: Path, write_tar: WriteTar, m
 
 
 def open_content(shard: Any) -> bool:
-    with shards.open_content(shard, read_range) as (file, _):
+    with listing.open_content(shard, read_range) as (file, _):
         return len(file.read(tarfile.BLOCKSIZE)) == tarfile.BLOCKSIZE
 
 
@@ -419,6 +420,6 @@ def test_writing_where_nothing_can_be_written_says_so(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tables.os, "replace", full)
+    monkeypatch.setattr(table_file.os, "replace", full)
     with pytest.raises(DataError, match=r"cannot write .*: No space left on device; free some space or set"):
         open_source(url)

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from treering.data import DataError, LedgerEntry, Source, open_source
-from treering.data.inspect import drawn, in_order, inspect, met, opened, script
 from treering.data.ledger import read_ledger
-from treering.data.sheet import Section, cards, noted, printable, write_sheet
-from treering.data.tally import Alike, Copies, Values, difference_hash
+from treering.data.tools.contact_sheet import Section, cards, noted, printable, write_sheet
+from treering.data.tools.inspect import drawn, in_order, inspect, met, opened, script
+from treering.data.tools.statistics import Alike, Copies, Values, difference_hash
 
 WriteTar = Callable[..., Path]
 CAPTIONS = [

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from treering.data import Batch, DataConfig, Loader
 from treering.data.config import JitterConfig
-from treering.data.jitter import contrasted, jittered, lit, saturated, turned
+from treering.data.samples.color_jitter import contrasted, jittered, lit, saturated, turned
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 IMAGE[:2] = np.arange(24, dtype=np.uint8)[None, :, None] * 11  # greys

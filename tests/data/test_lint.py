@@ -25,14 +25,14 @@ import pytest
 from PIL import Image
 
 from treering.data import DataConfig, DataError, EvaluationSet, LedgerEntry, Loader, Source, open_source
-from treering.data import lint as lint_module
-from treering.data.inspect import inspect
 from treering.data.ledger import read_ledger
-from treering.data.lint import lint, write_ledger
-from treering.data.pack import pack
-from treering.data.sheet import cards
-from treering.data.source import shards_of
-from treering.data.sweep import index_all, sweep, sweep_samples
+from treering.data.shards.listing.parallel import index_all, sweep, sweep_samples
+from treering.data.shards.listing.source import shards_of
+from treering.data.tools import lint as lint_module
+from treering.data.tools.contact_sheet import cards
+from treering.data.tools.inspect import inspect
+from treering.data.tools.lint import lint, write_ledger
+from treering.data.tools.pack import pack
 
 WriteTar = Callable[..., Path]
 Members = list[tuple[str, bytes]]
@@ -230,7 +230,7 @@ def test_what_is_known_of_a_shard_is_not_read_again(
         if workers == 1 and len(told) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("treering.data.sweep._TOGETHER", 3)
+    monkeypatch.setattr("treering.data.shards.parallel._TOGETHER", 3)
     with contextlib.suppress(KeyboardInterrupt):
         lint(url, workers, stop)
     assert told[0] == (6, 9)  # the first shard was known
@@ -336,7 +336,7 @@ def test_a_dead_process_is_an_error() -> None:
 def test_an_interrupt_does_not_wait_for_the_work(tmp_path: Path) -> None:
     code = (
         "import signal, time\n"
-        "from treering.data.sweep import sweep\n"
+        "from treering.data.shards.parallel import sweep\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # pytest may be one who ignores it
         "list(sweep(lambda n: time.sleep(50), range(4), 2))"
     )

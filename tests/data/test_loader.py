@@ -27,7 +27,7 @@ from treering.data import (
     Tokenizer,
     open_source,
 )
-from treering.data.record import caption_id
+from treering.data.samples.sample import caption_id
 
 WriteSource = Callable[..., str]
 RESOLUTION, CONTEXT = 24, 16

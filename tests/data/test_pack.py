@@ -19,10 +19,10 @@ import pytest
 import webdataset
 
 from treering.data import DataError, open_source
-from treering.data.archive import TarWriter, archive_size, member_size
-from treering.data.intake import items_of
 from treering.data.ledger import read_ledger
-from treering.data.pack import pack, plan_of
+from treering.data.shards.listing.tar_writer import TarWriter, archive_size, member_size
+from treering.data.tools.pack import pack, plan_of
+from treering.data.tools.pack_input import items_of
 
 Picture = Callable[..., bytes]
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
-from treering.data import DataConfig, DataError, Loader, loader, open_source, retries
-from treering.data.blocks import BlockCache
-from treering.data.files import find, read_range
+from treering.data import DataConfig, DataError, Loader, open_source
+from treering.data.loading import loader
+from treering.data.storage import retries
+from treering.data.storage.block_cache import BlockCache
+from treering.data.storage.files import find, read_range
 from treering.tests.faulty_proxy import FAULTS, FaultyProxy, one_in
 from treering.tests.s3_server import Server
 

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treering.data import open_source, shards
-from treering.data.config import DataError
-from treering.data.files import find, shown_url
-from treering.data.shards import expand, expand_braces, index_shard, split_name
+from treering.data import open_source
+from treering.data.errors import DataError
+from treering.data.shards import listing
+from treering.data.shards.listing import expand, expand_braces, index_shard, split_name
+from treering.data.storage.files import find, shown_url
 
 WriteTar = Callable[..., Path]
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=150)
@@ -242,7 +243,7 @@ def test_braces_are_those_of_bash_and_counted_beforehand(url: str) -> None:
     said = subprocess.run(["bash", "-c", f"printf '%s\\n' {url}"], capture_output=True, text=True, check=True)
     assert expand_braces(url) == said.stdout.split("\n")[:-1]
     if url != "{a..d}{0..1}":  # a range of letters counts as one name, so as at most 52 too few
-        assert shards._names(url) == len(expand_braces(url))
+        assert listing._names(url) == len(expand_braces(url))
 
 
 @pytest.mark.parametrize("url", ["{0..99999999999999}", "{a,b{0..99999999}}", "{0..1}" * 24, "{0..8{0..99999999}}"])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treering.data.text import END, START, Tokenizer, clean, fitted
+from treering.data.samples.clip_tokenizer import END, START, Tokenizer, clean, fitted
 
 OURS = Tokenizer()
 TRICKY = [

@@ -21,11 +21,11 @@ from tokenizers import Tokenizer as Theirs
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from treering.data import DataConfig, DataError, EvaluationSet, Loader, Tokenizer
-from treering.data.text import fitted
-from treering.data.tokenizer_file import FileTokenizer, open_tokenizer, vocabulary_size
+from treering.data.samples.clip_tokenizer import fitted
+from treering.data.samples.tokenizer import FileTokenizer, open_tokenizer, vocabulary_size
+from treering.launch.commands.eval import evaluate_commit
 from treering.launch.errors import RecipeError
-from treering.launch.evaluation import evaluate_commit
-from treering.launch.recipes import read_recipe
+from treering.launch.recipe.load import read_recipe
 from treering.training.evaluate.config import EvalConfig
 from treering.training.evaluate.suites import evaluate
 from treering.training.loop import train

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from treering.data import Batch, DataConfig, DataError, EvaluationSet, Loader, Sample, Source, open_source
-from treering.data.vectors import read_array
+from treering.data.samples.arrays import read_array
 
 WriteTar = Callable[..., Path]
 

@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from treering.data import DataConfig, DataError, Loader
-from treering.data import loader as loader_module
-from treering.data.workers import Note, _joined
+from treering.data.loading import loader as loader_module
+from treering.data.loading.workers import Note, _joined
 
 WriteSource = Callable[..., str]
 

@@ -35,14 +35,14 @@ from typing import Any
 
 from treering.data import DataConfig, DataError, Loader, Tokenizer, open_source
 from treering.data.config import AugmentConfig
-from treering.data.decode import captions_and_labels, picture, random_crop
-from treering.data.inspect import drawn, inspect, look
-from treering.data.ledger import BadSample
-from treering.data.lint import lint, write_ledger
+from treering.data.errors import BadSample
 from treering.data.order import stream
-from treering.data.pack import pack
-from treering.data.sheet import Section, cards, write_sheet
-from treering.data.text import clean
+from treering.data.samples.clip_tokenizer import clean
+from treering.data.samples.decode import captions_and_labels, picture, random_crop
+from treering.data.tools.contact_sheet import Section, cards, write_sheet
+from treering.data.tools.inspect import drawn, inspect, look
+from treering.data.tools.lint import lint, write_ledger
+from treering.data.tools.pack import pack
 from treering.tests.fuzz import hostile
 
 SECONDS = 20.0

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from treering.models.model import build
 from treering.models.spec import ModelSpec
-from treering.training.commits import find_commit
+from treering.training.checkpoint.config.commits import find_commit
 
 PAGE = Path(__file__).parents[2] / "docs/checkpoints.md"
 Run = Callable[..., object]

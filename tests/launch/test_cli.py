@@ -199,7 +199,7 @@ def test_a_full_disk_is_found_before_anything_starts(refused: Refused) -> None:
 
 def test_our_own_mistake_keeps_its_traceback(tmp_path: Path) -> None:
     script = (
-        "import treering.launch.status as status, sys\n"
+        "import treering.launch.commands.status as status, sys\n"
         "def broken(folder): raise ZeroDivisionError('ours')\n"
         "status.read_status = broken\n"
         "sys.argv = ['treering', 'status', 'x']\n"

@@ -144,7 +144,7 @@ def test_inspect(treering: Command, clean: str, here: Path) -> None:
 def test_inspect_a_ledger(treering: Command, clean: str, here: Path) -> None:
     """The ledger that a run leaves leads to its samples, and only to them."""
     from treering.data import DataConfig, Loader
-    from treering.training.logs import RunLog
+    from treering.training.logging.jsonl import RunLog
 
     shard(here / "shards" / "3.tar", [*good(90, 91), (f"{HOSTILE}.jpg", photo(1)), (f"{HOSTILE}.txt", b"\xff"),
                                       ("c.jpg", b"x"), ("c.txt", b"c")])  # fmt: skip
@@ -200,7 +200,7 @@ def test_no_process_outlives_the_command(clean: str, here: Path) -> None:
     """SIGKILL gives the command no time to end its processes: they end by themselves."""
     script = (
         "import os, sys, time\n"
-        "from treering.data.sweep import sweep\n"
+        "from treering.data.shards.parallel import sweep\n"
         "def work(n):\n"
         "    open(f'pid-{os.getpid()}', 'w').close()\n"
         "    time.sleep(0.1)\n"

@@ -46,15 +46,15 @@ def suites(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of embeddings of its own, the rest as it is."""
-    from treering.data import files
-    from treering.training.evaluate import kept
+    from treering.data.storage import files
+    from treering.training.evaluate import embedding_cache
 
     def folder(name: str) -> Path:
         own = tmp_path / "cache" / name
         own.mkdir(parents=True, exist_ok=True)
         return own if name == "embeddings" else files.cache_folder(name)
 
-    monkeypatch.setattr(kept, "cache_folder", folder)
+    monkeypatch.setattr(embedding_cache, "cache_folder", folder)
     return tmp_path / "cache" / "embeddings"
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from treering.data import open_source
-from treering.launch.indexing import told_of
+from treering.launch.commands.data_index import told_of
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 

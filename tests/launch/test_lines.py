@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treering.launch.lines import read_yaml, write_scalar, write_yaml
-from treering.launch.recipes import RecipeError
+from treering.launch.recipe.load import RecipeError
+from treering.launch.recipe.yaml_lines import read_yaml, write_scalar, write_yaml
 
 # Numbers that read_yaml takes: 40 digits at most, and finite.
 NUMBERS = st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)

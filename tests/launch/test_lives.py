@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from treering.launch import lives
+from treering.launch.jobs import attempts
 
 
 def begin(run: Path, restart: int = 0, attempt: int = 0, used: str = "n1 n2") -> bool:
     about = {"life": f"7.{restart}.{attempt}", "used": used}
-    return lives.begin(run, {**about, "job": "7", "nodes": "n[1-2]", "restart": str(restart)})
+    return attempts.begin(run, {**about, "job": "7", "nodes": "n[1-2]", "restart": str(restart)})
 
 
 def end(run: Path, code: int, signal: str = "none", most: int = 100, life: str = "7.0.0") -> str:
-    return lives.end(run, life, code, signal, most)
+    return attempts.end(run, life, code, signal, most)
 
 
 def came_to(run: Path, step: int) -> None:
@@ -39,7 +39,7 @@ def said(run: Path, line: str) -> None:
 
 
 def ends(run: Path) -> list[tuple[str, str]]:
-    rows = lives.read_rows(lives.lives_file(run))
+    rows = attempts.read_rows(attempts.lives_file(run))
     return [(row["kind"], row["reason"]) for row in rows if row["event"] == "end"]
 
 
@@ -68,7 +68,7 @@ def test_crashes_at_one_step_are_paused_for_longer_and_then_given_up(tmp_path: P
         failed(tmp_path, "n2", "it burns")
         answers.append(end(tmp_path, 1))
     assert answers == ["again 1", "again 2", "halt"]
-    assert lives.last_end(tmp_path) == "n2: it burns (on n[1-2])"
+    assert attempts.last_end(tmp_path) == "n2: it burns (on n[1-2])"
 
 
 def test_progress_between_crashes_starts_the_count_over(tmp_path: Path) -> None:
@@ -79,12 +79,12 @@ def test_progress_between_crashes_starts_the_count_over(tmp_path: Path) -> None:
 
 
 def test_a_store_that_is_away_is_waited_for_longer(tmp_path: Path) -> None:
-    for number in range(1, lives.OUTAGES + 1):
+    for number in range(1, attempts.OUTAGES + 1):
         begin(tmp_path)
         failed(tmp_path, "n1", "store s3://b: the server does not answer", "StoreError")
         answer = end(tmp_path, 1)
-        pause = min(lives.LONGEST_PAUSE, lives.FIRST_PAUSE * 2 ** (number - 1))
-        assert answer == (f"again {pause}" if number < lives.OUTAGES else "halt")
+        pause = min(attempts.LONGEST_PAUSE, attempts.FIRST_PAUSE * 2 ** (number - 1))
+        assert answer == (f"again {pause}" if number < attempts.OUTAGES else "halt")
 
 
 def test_the_cause_is_told_and_not_what_follows_from_it(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_the_cause_is_told_and_not_what_follows_from_it(tmp_path: Path) -> None:
     failed(tmp_path, "n2", "process 1 was killed by SIGKILL", seconds=1)
     failed(tmp_path, "n3", "got 0 bytes", "DistNetworkError", seconds=-1)
     end(tmp_path, 1)
-    assert lives.last_end(tmp_path) == "n2: process 1 was killed by SIGKILL (on n[1-2])"
+    assert attempts.last_end(tmp_path) == "n2: process 1 was killed by SIGKILL (on n[1-2])"
 
 
 def test_requeues_are_bounded(tmp_path: Path) -> None:
@@ -119,29 +119,29 @@ def test_a_life_that_left_no_end_gets_one(tmp_path: Path) -> None:
     begin(tmp_path)
     came_to(tmp_path, 3)
     begin(tmp_path)
-    ended = [row for row in lives.read_rows(lives.lives_file(tmp_path)) if row["event"] == "end"]
+    ended = [row for row in attempts.read_rows(attempts.lives_file(tmp_path)) if row["event"] == "end"]
     assert [(row["kind"], row["step"], row["nodes"]) for row in ended] == [("outside", 3, "n[1-2]")]
 
 
 def test_the_later_of_two_lives_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job whose node was cut off starts elsewhere, and what is left of it gives way; it cannot take the run back."""
     assert begin(tmp_path)
-    monkeypatch.setenv(lives.LIFE, "7.0.0")
-    assert lives.lost(tmp_path) is None
+    monkeypatch.setenv(attempts.LIFE, "7.0.0")
+    assert attempts.lost(tmp_path) is None
     assert begin(tmp_path, restart=1, used="n3")
-    assert "life 7.0.0 ends: life 7.1.0 of this run has begun" in str(lives.lost(tmp_path))
-    before = lives.lives_file(tmp_path).read_text()
+    assert "life 7.0.0 ends: life 7.1.0 of this run has begun" in str(attempts.lost(tmp_path))
+    before = attempts.lives_file(tmp_path).read_text()
     assert end(tmp_path, 76) == "halt"
     assert not begin(tmp_path, attempt=1)
-    assert lives.lives_file(tmp_path).read_text() == before
-    monkeypatch.setenv(lives.LIFE, "7.1.0")
-    assert lives.lost(tmp_path) is None
+    assert attempts.lives_file(tmp_path).read_text() == before
+    monkeypatch.setenv(attempts.LIFE, "7.1.0")
+    assert attempts.lost(tmp_path) is None
     assert end(tmp_path, 1, life="7.1.0") == "again 1"
     assert begin(tmp_path, restart=1, attempt=1)
-    assert lives.lost(tmp_path)  # processes of the try before give way too
+    assert attempts.lost(tmp_path)  # processes of the try before give way too
     assert begin(tmp_path, restart=2)
-    monkeypatch.delenv(lives.LIFE)
-    assert lives.lost(tmp_path) is None
+    monkeypatch.delenv(attempts.LIFE)
+    assert attempts.lost(tmp_path) is None
 
 
 def test_an_unfit_node_is_left_out_by_its_own_word(tmp_path: Path) -> None:
@@ -187,8 +187,8 @@ def test_looks_for_free_nodes_grow_rare_when_they_bring_none(tmp_path: Path) -> 
     waits = []
     for restart, used in enumerate(("n1 n2", "n1 n2", "n1 n2", "n1 n2 n3", "n1 n2", "n1 n2")):
         begin(tmp_path, restart, used=used)
-        waits.append(lives.next_look(lives.read_rows(lives.lives_file(tmp_path)), 600))
+        waits.append(attempts.next_look(attempts.read_rows(attempts.lives_file(tmp_path)), 600))
         assert end(tmp_path, 130, "ROOM", life=f"7.{restart}.0") == "requeue"
     assert waits == [600, 1200, 2400, 600, 1200, 2400]
     begin(tmp_path, 9)
-    assert lives.next_look(lives.read_rows(lives.lives_file(tmp_path)), 0) == 0
+    assert attempts.next_look(attempts.read_rows(attempts.lives_file(tmp_path)), 0) == 0

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from treering.launch.recipes import read_recipe
-from treering.launch.site import Site
-from treering.launch.submit import Wish, render
+from treering.launch.jobs.cluster_config import Site
+from treering.launch.jobs.submit import Wish, render
+from treering.launch.recipe.load import read_recipe
 from treering.tests.tiny_runs import SIZES
+from treering.training.health.divergence.signals import NOTICE, short_notice
 from treering.training.loop import train
-from treering.training.signals import NOTICE, short_notice
 
 
 def signal_of(*outs: Path) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from treering.launch.plan import DEVICES, plan
-from treering.launch.recipes import read_recipe
+from treering.launch.commands.plan import DEVICES, plan
+from treering.launch.recipe.load import read_recipe
 from treering.models.flops import parameters
-from treering.training import memory
+from treering.training.engines import activation_checkpointing
 
 SMALL = ["data.batch=32", "stages=[{samples: 96}, {grow: {image.depth: 6}, samples: 96}]", "schedule.warmup=32"]
 REST = ["eval.suites=[]", "log.every=1"]
@@ -80,7 +80,7 @@ def test_more_devices_share_the_work_and_the_cost_stays() -> None:
 def test_a_commit_holds_what_the_optimizer_keeps(words: list[str], each: int | None) -> None:
     recipe = read_recipe("emoji", [*SMALL, *words]).recipe
     spec = recipe.specs()[0]
-    found = memory.commit_bytes(spec, recipe.optimizer)
+    found = activation_checkpointing.commit_bytes(spec, recipe.optimizer)
     if each is None:
         from treering.models.model import build
 
@@ -107,7 +107,7 @@ def test_engines_spread_what_they_spread(engine: str, shares: tuple[int, ...]) -
     """Bytes a parameter, on each of four processes."""
     recipe = read_recipe("emoji", [*SMALL, f"engine={engine}"]).recipe
     spec = recipe.specs()[0]
-    parts = memory.parts(spec, recipe.engine, recipe.optimizer, 4, 8)
+    parts = activation_checkpointing.parts(spec, recipe.engine, recipe.optimizer, 4, 8)
     found = [parts[name] / parameters(spec) for name in ("weights", "gradients", "optimizer")]
     assert found == pytest.approx(shares)
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from treering.launch import preflight
 from treering.launch.errors import RunError
-from treering.launch.lives import BAD_NODE, STOPPED
+from treering.launch.jobs import preflight
+from treering.launch.jobs.attempts import BAD_NODE
+from treering.launch.run_folder import STOPPED
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_a_node_without_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("skew", [-90, 90])
 def test_a_clock_that_is_off(skew: int, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     true = time.time
-    monkeypatch.setattr("treering.launch.preflight.time.time", lambda: true() + skew)
+    monkeypatch.setattr("treering.launch.jobs.preflight.time.time", lambda: true() + skew)
     (wrong,) = preflight.examine_node(run, 1)
     assert "its clock is 90 s off" in wrong
 
@@ -48,7 +49,7 @@ def test_too_little_memory(run: Path) -> None:
 def test_gpus_that_are_missing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREERING_GPUS", "1")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    monkeypatch.setattr("treering.launch.preflight.LEAST_MEMORY", 0)
+    monkeypatch.setattr("treering.launch.jobs.preflight.LEAST_MEMORY", 0)
     (wrong,) = preflight.examine_node(run, there + 1)
     assert f"{there} GPUs can be used and {there + 1} are wanted" in wrong
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from treering.launch.errors import RecipeError
-from treering.launch.reach import endpoint, refuse_unreachable
+from treering.launch.jobs.reachable import endpoint, refuse_unreachable
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treering.launch.errors import clean, show
-from treering.launch.lines import read_yaml, write_scalar
-from treering.launch.overrides import Override, apply_override, parse_override
-from treering.launch.recipes import RecipeError, bundled_names, dump_recipe, read_recipe
+from treering.launch.recipe.load import RecipeError, bundled_names, dump_recipe, read_recipe
+from treering.launch.recipe.overrides import Override, apply_override, parse_override
+from treering.launch.recipe.yaml_lines import read_yaml, write_scalar
 
 KEYS = st.text("abcdefgh_", min_size=1, max_size=4)
 PATHS = st.lists(KEYS, min_size=1, max_size=4)

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from treering.launch.cli import app
 from treering.launch.errors import RecipeError
-from treering.launch.recipes import read_recipe
-from treering.launch.sweep import Point, expand, write_sweep
+from treering.launch.jobs.sweep import Point, expand, write_sweep
+from treering.launch.recipe.load import read_recipe
 from treering.tests.browser import Browser, check_page
 from treering.training.report import write_report
 from treering.training.report.reading import read_run
-from treering.training.report.sweep import Member, ranking, read_sweep
+from treering.training.report.sweep_page import Member, ranking, read_sweep
 
 HOSTILE = "<img src=http://evil.example/p.png>\x1b[31m"
 

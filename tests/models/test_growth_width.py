@@ -20,7 +20,7 @@ from treering.models.growth.positions import Context, Resolution
 from treering.models.growth.rules import Operator, grown, grown_rate
 from treering.models.model import Extras, Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec, part_of
-from treering.training.optimizer import Optimizer, OptimizerConfig
+from treering.training.engines.optimizer import Optimizer, OptimizerConfig
 
 TIED = ModelSpec(
     embed_dim=6,

@@ -11,7 +11,7 @@ from treering.models.growth.axes import uses
 from treering.models.model import Extras, Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, TextSpec
 from treering.models.transformer import Attention, Block, Packed
-from treering.training.optimizer import decays
+from treering.training.engines.optimizer import decays
 
 SPEC = ModelSpec(
     embed_dim=24,

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from treering.data.config import DataError
-from treering.data.lint import Findings, lint
-from treering.data.pack import pack, write_shards
-from treering.data.shards import ShardIndex
-from treering.data.source import open_source, shards_of
-from treering.data.sweep import index_all
+from treering.data.errors import DataError
+from treering.data.shards.listing.listing import ShardIndex
+from treering.data.shards.listing.parallel import index_all
+from treering.data.shards.listing.source import open_source, shards_of
+from treering.data.shards.listing.tar_writer import write_shards
+from treering.data.tools.lint import Findings, lint
+from treering.data.tools.pack import pack
 
 
 def bad(found: Findings) -> list[tuple[str, str, int, str]]:

@@ -22,18 +22,19 @@ import pytest
 import s3fs
 import torch
 
-from treering.data import retries
-from treering.data.record import Batch
-from treering.launch.recipes import read_recipe
+from treering.data.samples.sample import Batch
+from treering.data.storage import retries
+from treering.launch.recipe.load import read_recipe
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.tests.faulty_proxy import FaultyProxy
 from treering.tests.s3_server import Server
-from treering.training import loop, writing
-from treering.training.checkpoint import CheckpointConfig
-from treering.training.commits import Commits
+from treering.training import loop
+from treering.training.checkpoint.config import writer
+from treering.training.checkpoint.config.commits import Commits
+from treering.training.checkpoint.config.config import CheckpointConfig
+from treering.training.checkpoint.config.store import Store, StoreError
 from treering.training.loop import train
 from treering.training.state import RunState
-from treering.training.store import Store, StoreError
 from treering.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -98,7 +99,7 @@ class Changes:
 
 def _second_commit(url: str, kill_at: int, results: multiprocessing.Queue[int]) -> None:
     """What a resumed run does: claim a life, commit, and remove the commit before."""
-    writing.CONNECTIONS = 1  # the same order each time
+    writer.CONNECTIONS = 1  # the same order each time
     changes = Changes(kill_at)
     commits = Commits(Store(url))
     write(url, 2, commits.claim_life("second"))
@@ -173,7 +174,7 @@ def test_the_server_is_killed_and_restarted_in_mid_commit(own_server: Server, mo
             downs[0].start()
         put(store, name, data)
 
-    monkeypatch.setattr(writing, "CONNECTIONS", 1)
+    monkeypatch.setattr(writer, "CONNECTIONS", 1)
     monkeypatch.setattr(Store, "put", dying)
     write(url, 2, 1, size=100)
     downs[0].join()
@@ -268,7 +269,7 @@ def test_multipart_uploads_left_by_a_kill_are_aborted(s3: str) -> None:
     write(s3, 3, 2)
     assert {name for name, _ in store.uploads()} == {names[1], "notes.txt"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("treering.training.commits._STALE", timedelta(0))
+        patch.setattr("treering.training.checkpoint.commits._STALE", timedelta(0))
         write(s3, 4, 2)
     assert {name for name, _ in store.uploads()} == {"notes.txt"}
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from treering.data import DataError, open_source, shards
-from treering.data import files as data_files
-from treering.data.shards import expand
-from treering.launch.indexing import index_url
+from treering.data import DataError, open_source
+from treering.data.shards.listing import listing
+from treering.data.shards.listing.listing import expand
+from treering.data.storage import files as data_files
+from treering.launch.commands.data_index import index_url
 
 SHARDS = 20
 
@@ -62,7 +63,7 @@ def test_another_node_needs_no_walk(url: str, tmp_path: Path, monkeypatch: pytes
     found = index_url(url, 2, beside=True, filter=wanted)
     assert (found["samples"], found["accepted"], found["beside"], found["faults"]) == (60, 30, SHARDS, [])
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path / "two"))
-    monkeypatch.setattr(shards, "open_content", lambda *_: pytest.fail("a shard was walked"))
+    monkeypatch.setattr(listing, "open_content", lambda *_: pytest.fail("a shard was walked"))
     source = open_source(url, filter=wanted)
     assert [source.key(n) for n in range(30)] == [f"{n // 3:03}{n % 3}" for n in range(30, 60)]
     assert source.record(29).fields["png"] == b"P2"

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from treering.data import DataConfig, Loader
-from treering.data.pack import write_shards
+from treering.data.shards.listing.tar_writer import write_shards
 from treering.tests.faulty_proxy import FaultyProxy
 from treering.tests.s3_server import Server
 
@@ -115,16 +115,16 @@ def test_the_reader_ahead_stays_within_its_bounds_and_ends_with_its_rank(
 ) -> None:
     import s3fs
 
-    from treering.data import ahead
+    from treering.data.loading import prefetch
 
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path))
-    monkeypatch.setattr(ahead, "_MOST_BYTES", 2_000_000)
+    monkeypatch.setattr(prefetch, "_MOST_BYTES", 2_000_000)
     s3fs.S3FileSystem().put([str(path) for path in sorted(folder.iterdir())], f"{s3.removeprefix('s3://')}/")
     config = DataConfig.model_validate({"train": [{"source": f"{s3}/*.tar"}], "cache": {"limit": "1GB"}, **OPTIONS})
     loader = Loader(config, 24, 16, 3)
     for path in (tmp_path / "blocks").iterdir():  # left there by the walk
         path.unlink()
-    reader = ahead.Ahead(loader.order, loader.sources, loader.cache, 0, 1, 0)
+    reader = prefetch.Ahead(loader.order, loader.sources, loader.cache, 0, 1, 0)
     sizes = [0]
     for step in (0, 10, 20):
         reader.reached(step)
@@ -134,7 +134,7 @@ def test_the_reader_ahead_stays_within_its_bounds_and_ends_with_its_rank(
     reader.close()
     pid = os.fork()
     if pid == 0:  # a rank that is killed
-        reader = ahead.Ahead(loader.order, loader.sources, loader.cache, 0, 1, 0)
+        reader = prefetch.Ahead(loader.order, loader.sources, loader.cache, 0, 1, 0)
         (tmp_path / "reader").write_text(str(multiprocessing.active_children()[0].pid))
         os.kill(os.getpid(), 9)
     os.waitpid(pid, 0)

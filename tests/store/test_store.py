@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.training.checkpoint import CheckpointConfig
-from treering.training.commits import Commits, find_commit
-from treering.training.manifest import DamagedCommit
+from treering.training.checkpoint.config.commits import Commits, find_commit
+from treering.training.checkpoint.config.config import CheckpointConfig
+from treering.training.checkpoint.config.manifest import DamagedCommit
+from treering.training.checkpoint.config.store import Store, StoreError
 from treering.training.state import RunState
-from treering.training.store import Store, StoreError
 from treering.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))

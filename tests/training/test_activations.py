@@ -16,18 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from treering.launch.plan import plan
-from treering.launch.recipes import read_recipe
+from treering.launch.commands.plan import plan
+from treering.launch.recipe.load import read_recipe
 from treering.models.activations import Shape, Stack, choose, peak, stacks
 from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec
-from treering.training import memory
-from treering.training.engine import Engine, EngineConfig, build_engine
+from treering.training.engines import activation_checkpointing, build_engine
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.ddp import Engine
+from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.loop import train
 from treering.training.objectives.base import Inputs, Objective, extras_of
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Between, Contrastive, LateContrastive
-from treering.training.optimizer import OptimizerConfig
 from treering.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -190,12 +191,12 @@ def test_long_captions_and_patches_decide_at_every_step() -> None:
 
 
 def test_auto_is_what_the_device_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = sum(memory.parts(PLAIN, EngineConfig(), OptimizerConfig(), 1, PAIRS).values())
+    others = sum(activation_checkpointing.parts(PLAIN, EngineConfig(), OptimizerConfig(), 1, PAIRS).values())
     whole = peak(stacks(PLAIN, shape(batch())), {"image": 0, "text": 0})
-    monkeypatch.setattr(memory, "process_memory", lambda: 1000)
+    monkeypatch.setattr(activation_checkpointing, "process_memory", lambda: 1000)
     for share, expected in ((1.01, 0), (0.5, 1), (0.0, 7)):
-        has = (others + 1000 + share * whole) / memory.USABLE
-        monkeypatch.setattr(memory, "memory", lambda device, has=has: has)
+        has = (others + 1000 + share * whole) / activation_checkpointing.USABLE
+        monkeypatch.setattr(activation_checkpointing, "memory", lambda device, has=has: has)
         one = engine(PLAIN, activations="auto")
         one.step(batch(), 1e-3)
         again = sum(one.recomputing.again.values())

@@ -6,8 +6,8 @@ import itertools
 import json
 from pathlib import Path
 
-from treering.data.source import open_source
-from treering.launch.recipes import read_recipe
+from treering.data.shards.listing.source import open_source
+from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
 from treering.tests.benchmarks.arriving_data import BOUND, LARGE, SMALL, SOURCE, SPACE, Outcome, deal, figures_of
 from treering.tests.benchmarks.arriving_data import model as model_of

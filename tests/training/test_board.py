@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from treering.training.board import Board
+from treering.training.logging.tensorboard import Board
 
 HOSTILE = "a | b <script>alert(1)</script> **bold** [x](http://evil.example) `c`"
 

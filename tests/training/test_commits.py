@@ -16,14 +16,14 @@ from pydantic import ValidationError
 
 from treering.data.order import stable_hash
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.training import writing
-from treering.training.checkpoint import CheckpointConfig
-from treering.training.commits import Commits
-from treering.training.manifest import DamagedCommit
-from treering.training.packing import Packed
-from treering.training.shards import Stretch, gathered, rows
+from treering.training.checkpoint.config import writer
+from treering.training.checkpoint.config.commits import Commits
+from treering.training.checkpoint.config.config import CheckpointConfig
+from treering.training.checkpoint.config.manifest import DamagedCommit
+from treering.training.checkpoint.config.serialize import Packed
+from treering.training.checkpoint.config.store import Store, StoreError
+from treering.training.engines.layout import Stretch, gathered, rows
 from treering.training.state import RunState
-from treering.training.store import Store, StoreError
 from treering.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -44,7 +44,7 @@ def truth(kind: str = "model") -> dict[str, torch.Tensor]:
     }
 
 
-def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALONE, **more: Any) -> writing.Writing:
+def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALONE, **more: Any) -> writer.Writing:
     step = more.pop("step", 1)
     return commits.begin(SPEC, RunState(step=step, samples=10 * step, life=1), {}, tensors, world, **more)
 
@@ -90,7 +90,7 @@ def test_stretches_of_many_ranks_are_read_whole_and_in_any_other_stretches(
 
 def test_a_rank_reads_only_the_parts_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two halves in two parts, as two ranks leave them; who wants the second half of everything opens one file."""
-    monkeypatch.setattr(writing, "PART_BYTES", 1)
+    monkeypatch.setattr(writer, "PART_BYTES", 1)
     commits = Commits(Store(str(tmp_path)))
     layout = {"a.weight": Stretch((5, 3), 0, 15), "c.bias": Stretch((7,), 0, 7)}
     begin(commits, {f"model/{name}": truth()[name] for name in layout}, layout=layout).finish()
@@ -216,7 +216,7 @@ def test_a_late_mark_on_what_was_swept_completes_nothing(tmp_path: Path, monkeyp
 
 
 def test_a_flipped_byte_anywhere_is_found_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "PART_BYTES", 40)
+    monkeypatch.setattr(writer, "PART_BYTES", 40)
     commits = Commits(Store(str(tmp_path)))
     begin(commits, {f"{kind}/{name}": t for kind in ("model", "exp_avg") for name, t in truth(kind).items()}).finish()
     name = commits.names()[0]
@@ -253,7 +253,7 @@ def test_a_flipped_byte_anywhere_is_found_and_named(tmp_path: Path, monkeypatch:
 )
 def test_a_part_has_no_name_outside_its_commit(file: str) -> None:
     try:
-        part = writing.Part(file=file, kind="model", bytes=1, sha256="", tensors=1)
+        part = writer.Part(file=file, kind="model", bytes=1, sha256="", tensors=1)
     except ValidationError:
         return
     assert re.fullmatch(r"[a-z_]+-[0-9]{5}-[0-9]{5}\.safetensors", part.file)
@@ -280,8 +280,8 @@ def test_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_giving_up_leaves_nothing_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "PART_BYTES", 1)
-    monkeypatch.setattr(writing, "CONNECTIONS", 1)
+    monkeypatch.setattr(writer, "PART_BYTES", 1)
+    monkeypatch.setattr(writer, "CONNECTIONS", 1)
     commits, put, door = Commits(Store(str(tmp_path))), Store.put, threading.Event()
     written: list[str] = []
 
@@ -310,7 +310,7 @@ def test_a_staged_snapshot_waits_on_disk_and_leaves_nothing(tmp_path: Path, monk
         put(self, name, data)
 
     monkeypatch.setattr(Store, "put", held)
-    monkeypatch.setattr(writing, "PART_BYTES", 30)  # several files
+    monkeypatch.setattr(writer, "PART_BYTES", 30)  # several files
     left = staging / f"treering-{stable_hash('staging', store.url):016x}-00000-step-000000000000-life-0000"
     left.mkdir(parents=True)  # of a killed life
     other = staging / "treering-0000000000000000-00000-step-000000000000-life-0000"
@@ -340,9 +340,9 @@ def test_sends_are_spread_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of our own: whatever is asked when, no stretch of time gets more than the rate allows beside one
     send."""
     now, sent = [100.0], []
-    monkeypatch.setattr(writing.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(writing.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    pace = writing.Pace(10.0)
+    monkeypatch.setattr(writer.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(writer.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    pace = writer.Pace(10.0)
     for size, later in [(20, 0.0), (5, 0.0), (30, 9.0), (1, 0.0), (40, 0.1)]:
         now[0] += later
         pace.wait(size)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from treering.data.config import DataError
+from treering.data.errors import DataError
 from treering.tests.browser import Browser, check_page
 from treering.training.evaluate.comparing import comparison, tasks
 from treering.training.evaluate.outcome import Evaluation
 from treering.training.evaluate.reliability import calibration_interval, difference, holm
-from treering.training.report.comparison import render_comparison, signed, verdict
+from treering.training.report.comparison_page import render_comparison, signed, verdict
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/p.png>\x1b[31m"
 

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from treering.launch.cli import app
-from treering.launch.recipes import read_recipe
-from treering.training.commits import Commits
+from treering.launch.recipe.load import read_recipe
+from treering.training.checkpoint.config.commits import Commits
+from treering.training.checkpoint.config.store import Store
 from treering.training.evaluate.compatibility import compatibility, text_map
 from treering.training.evaluate.embed import Embedded
 from treering.training.loop import train
-from treering.training.store import Store
 
 
 def embedded(images: torch.Tensor, texts: torch.Tensor, owners: torch.Tensor, **changed: Any) -> Embedded:

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from treering.launch.recipes import read_recipe
+from treering.launch.recipe.load import read_recipe
 from treering.models.model import build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
-from treering.training.engine import Engine, EngineConfig
-from treering.training.growing import grow
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.ddp import Engine
+from treering.training.engines.optimizer import OptimizerConfig, decays
+from treering.training.growth.grow import grow
 from treering.training.loop import train
 from treering.training.objectives.base import Inputs
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive
-from treering.training.optimizer import OptimizerConfig, decays
 from treering.training.schedule import ScheduleConfig
 from treering.training.stages import GrowthConfig
 from treering.training.state import TrainingError

@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.training.commits import Commits
-from treering.training.engine import Engine, EngineConfig, build_engine
+from treering.training.checkpoint.config.commits import Commits
+from treering.training.checkpoint.config.store import Store
+from treering.training.engines.build import build_engine
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.ddp import Engine
+from treering.training.engines.optimizer import OptimizerConfig
+from treering.training.engines.zero_state import require
 from treering.training.objectives.contrastive import Contrastive
-from treering.training.optimizer import OptimizerConfig
 from treering.training.state import RunState
-from treering.training.store import Store
 from treering.training.world import World
-from treering.training.zero_partitions import require
 
 RANKS = 4
 M_MMAP_THRESHOLD = -3

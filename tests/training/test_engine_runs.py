@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from treering.launch.recipes import RecipeError, read_recipe
+from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.training import loop
-from treering.training.commits import find_commit
+from treering.training.checkpoint.config.commits import find_commit
+from treering.training.engines.zero_state import require
 from treering.training.loop import train
 from treering.training.recipe import Recipe
 from treering.training.world import World
-from treering.training.zero_partitions import require
 
 TINY = [
     "data.batch=12",

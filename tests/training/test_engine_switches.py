@@ -13,15 +13,15 @@ from torch import nn
 from treering.models.model import build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SharedSpec, TextSpec
 from treering.models.transformer import Block
-from treering.training import micro
-from treering.training.engine import EngineConfig, build_engine
+from treering.training.engines.build import build_engine, micro_batches
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.optimizer import OptimizerConfig
+from treering.training.engines.zero_state import require
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive
-from treering.training.optimizer import OptimizerConfig
 from treering.training.world import World
-from treering.training.zero_partitions import require
 
 ALONE = World(0, 1, torch.device("cpu"))
 PAIRS, STEPS = 8, 3
@@ -68,7 +68,7 @@ def batch(step: int, world: World) -> Inputs:
     tokens = torch.randint(0, 101, (int(lengths.sum()),), generator=generator)
     images = torch.randint(0, 256, (PAIRS, 3, 8, 8), dtype=torch.uint8, generator=generator)
     ids = torch.arange(PAIRS)
-    return micro.cut(Inputs(images, tokens, lengths, ids, ids, ids + PAIRS * step), world.size)[world.rank]
+    return micro_batches.cut(Inputs(images, tokens, lengths, ids, ids, ids + PAIRS * step), world.size)[world.rank]
 
 
 def trained(config: EngineConfig, spec: ModelSpec, world: World) -> list[tuple[float, ...]]:
@@ -109,7 +109,7 @@ def test_gates_of_experts_learn_the_same_from_pieces() -> None:
         def forward(piece: Inputs, net: Any = net) -> Any:
             return net(piece.images, piece.tokens, piece.lengths), net.text.token_embedding.weight
 
-        micro.backward(forward, objectives, batch(0, ALONE), parts, ALONE)
+        micro_batches.backward(forward, objectives, batch(0, ALONE), parts, ALONE)
         gradients.append({n: p.grad for n, p in net.named_parameters() if p.grad is not None and p.grad.any()})
     assert gradients[0].keys() == gradients[1].keys()
     assert "image.transformer.blocks.0.mlp.router.weight" in gradients[0]

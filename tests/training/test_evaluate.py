@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from treering.data.config import DataError
-from treering.data.loader import EvaluationSet
+from treering.data.errors import DataError
+from treering.data.loading.loader import EvaluationSet
 from treering.models.model import build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.evaluate import retrieval, zero_shot

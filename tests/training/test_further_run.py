@@ -14,21 +14,21 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from treering.data.loader import EvaluationSet
-from treering.launch.evaluation import evaluate_commit
-from treering.launch.growing import grow_offline
-from treering.launch.plan import plan
-from treering.launch.recipes import RecipeError, read_recipe
+from treering.data.loading.loader import EvaluationSet
+from treering.launch.commands.eval import evaluate_commit
+from treering.launch.commands.grow import grow_offline
+from treering.launch.commands.plan import plan
+from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import parameters
 from treering.models.model import Model, build
 from treering.models.spec import SpecError
 from treering.tests.tiny_runs import SIZES, lines, same_end, train_until
-from treering.training.commits import Commits, find_commit
+from treering.training.checkpoint.config.commits import Commits, find_commit
+from treering.training.checkpoint.config.store import Store
 from treering.training.evaluate.config import EvalConfig
 from treering.training.evaluate.suites import evaluate
 from treering.training.loop import train
 from treering.training.recipe import Recipe
-from treering.training.store import Store
 
 AUDIO = "{width: 8, depth: 1, heads: 2, features: 5, frames: 4}"
 ADDED = "further.audio.width: 8, further.audio.depth: 1, further.audio.heads: 2, further.audio.features: 5"

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from treering.launch.recipes import read_recipe
+from treering.launch.recipe.load import read_recipe
 from treering.models.model import build
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.tests.tiny_runs import SIZES, dies, lines
-from treering.training.commits import find_commit
+from treering.training.checkpoint.config.commits import find_commit
+from treering.training.engines.optimizer import Optimizer, OptimizerConfig, decays
 from treering.training.loop import train
-from treering.training.optimizer import Optimizer, OptimizerConfig, decays
 from treering.training.recipe import Recipe
 from treering.training.world import World
 

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from treering.launch.recipes import read_recipe
+from treering.launch.recipe.load import read_recipe
 from treering.tests.tiny_runs import SIZES, Died, train_until
 from treering.training import loop
-from treering.training.commits import Commits, find_commit
+from treering.training.checkpoint.config.commits import Commits, find_commit
+from treering.training.checkpoint.config.store import Store
+from treering.training.engines.zero_state import require
 from treering.training.loop import train
 from treering.training.recipe import Recipe
-from treering.training.store import Store
 from treering.training.world import World
-from treering.training.zero_partitions import require
 
 TINY = [
     *SIZES,

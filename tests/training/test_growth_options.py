@@ -10,13 +10,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from treering.launch.recipes import RecipeError, read_recipe
+from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.spec import SpecError
 from treering.tests.tiny_runs import SIZES, dies, lines
-from treering.training.commits import find_commit
-from treering.training.growing import planned
+from treering.training.checkpoint.config.commits import find_commit
+from treering.training.engines.optimizer import Optimizer
+from treering.training.growth.grow import planned
 from treering.training.loop import train
-from treering.training.optimizer import Optimizer
 from treering.training.recipe import Recipe
 from treering.training.stages import GrowthConfig, StageConfig, faded, rewarmed, since_growth
 from treering.training.world import World

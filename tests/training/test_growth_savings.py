@@ -7,7 +7,7 @@ from math import exp, log
 import numpy as np
 import pytest
 
-from treering.launch.recipes import read_recipe
+from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
 from treering.tests.benchmarks.growth_savings import MEAN_TOKENS, Outcome, figures_of, overrides, reached, saved
 

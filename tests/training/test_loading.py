@@ -22,19 +22,19 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import treering
+from treering.launch.commands.eval import evaluate_commit
+from treering.launch.commands.export import export_commit
+from treering.launch.commands.grow import grow_offline
+from treering.launch.commands.import_ import import_weights
 from treering.launch.errors import RecipeError
-from treering.launch.evaluation import evaluate_commit
-from treering.launch.exporting import export_commit
-from treering.launch.growing import grow_offline
-from treering.launch.importing import import_weights
-from treering.launch.recipes import read_recipe
+from treering.launch.recipe.load import read_recipe
 from treering.models.interchange import architectures, files
 from treering.models.interchange.architectures import InterchangeError
 from treering.models.interchange.files import open_weights, picture_settings, read_state
 from treering.tests.models.test_interchange import small, their_model
-from treering.training.commits import find_commit
+from treering.training.checkpoint.config.commits import find_commit
+from treering.training.checkpoint.config.store import StoreError
 from treering.training.loop import train
-from treering.training.store import StoreError
 
 TEXTS = ["a red circle", "Two dogs, running!! through   the grass", "&amp; caf\u00e9 " + "long " * 40]
 PICTURES = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.4, 0.5], "interpolation": "bicubic", "resize_mode": "shortest"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from treering.training.logs import RunLog
+from treering.training.logging.jsonl import RunLog
 from treering.training.state import TrainingError
 
 

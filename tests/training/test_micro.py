@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from treering.models.model import Extras, Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, TextSpec
-from treering.training import micro
-from treering.training.engine import Engine, EngineConfig
+from treering.training.engines import micro_batches
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.ddp import Engine
+from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.base import Inputs, Objective, extras_of
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Between, Contrastive, LateContrastive, SigmoidContrastive
-from treering.training.optimizer import OptimizerConfig
 from treering.training.world import World
 
 SPEC = ModelSpec(
@@ -125,8 +126,8 @@ def test_every_gradient_is_that_of_the_dense_loss(
                     extras = extras_of(objectives, piece)
                     return net(piece.images, piece.tokens, piece.lengths, extras), net.text.token_embedding.weight
 
-                own = micro.cut(batch(), group.size)[group.rank]
-                shares = micro.backward(forward, objectives, own, parts, group)
+                own = micro_batches.cut(batch(), group.size)[group.rank]
+                shares = micro_batches.backward(forward, objectives, own, parts, group)
                 answers[name, parts] = {n: s.item() for n, s in shares.items()}, gradients(net)
         return answers
 
@@ -172,13 +173,13 @@ def test_random_numbers_are_replayed() -> None:
         torch.manual_seed(5)
         module = Dropped()
         if parts == 1:  # the same numbers: the two halves one after another, with a graph, then one loss
-            outputs = [module(piece)[0] for piece in micro.cut(batch(), 2)]
-            read = [micro._read(o, module.net.text.token_embedding.weight, {"embeddings"}) for o in outputs]
-            whole = {k: torch.cat([r[k] for r in read]) if k in micro._PARTS else read[0][k] for k in read[0]}
-            output, table = micro._assembled(whole, batch())
+            outputs = [module(piece)[0] for piece in micro_batches.cut(batch(), 2)]
+            read = [micro_batches._read(o, module.net.text.token_embedding.weight, {"embeddings"}) for o in outputs]
+            whole = {k: torch.cat([r[k] for r in read]) if k in micro_batches._PARTS else read[0][k] for k in read[0]}
+            output, table = micro_batches._assembled(whole, batch())
             Contrastive(1.0).share(output, batch(), table, ALONE).backward()
         else:
-            micro.backward(module, [Contrastive(1.0)], batch(), 2, ALONE)
+            micro_batches.backward(module, [Contrastive(1.0)], batch(), 2, ALONE)
         found.append(gradients(module.net))
     for key, gradient in found[0].items():
         np.testing.assert_allclose(gradient, found[1][key], rtol=1e-4, atol=1e-7, err_msg=key)
@@ -196,7 +197,7 @@ def test_engine_steps_are_the_same(world: int, on_ranks: Callable[..., list[Any]
             spec = SPEC.model_copy(update={"logit_bias": False, "further": {}})
             engine = Engine(spec, objectives, EngineConfig(micro_batches=parts), OptimizerConfig(), group, seed=1)
             for _ in range(2):
-                engine.step(micro.cut(batch(), group.size)[group.rank], 1e-3)
+                engine.step(micro_batches.cut(batch(), group.size)[group.rank], 1e-3)
             states.append({name: tensor.numpy().copy() for name, tensor in engine.logical_state().items()})
             engine.close()
         return states
@@ -230,7 +231,7 @@ def test_less_is_kept() -> None:
                 alive -= self.size
 
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            micro.backward(forward, objectives, batch(), parts, ALONE, contextlib.nullcontext)
+            micro_batches.backward(forward, objectives, batch(), parts, ALONE, contextlib.nullcontext)
         return peak
 
     table = 2 * net.text.token_embedding.weight.nbytes  # its gradient is kept by the caption loss

@@ -13,26 +13,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from treering.launch.recipes import RecipeError, read_recipe
+from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.growth.plan import plan_growth
 from treering.models.growth.rules import grown
 from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.tests.tiny_runs import SIZES, same_end, train_until
-from treering.training import growing, muon
-from treering.training.commits import Commits, find_commit
-from treering.training.engine import Engine, EngineConfig, build_engine
-from treering.training.growing import grown_rates
+from treering.training.checkpoint.config.commits import Commits, find_commit
+from treering.training.checkpoint.config.store import Store, StoreError
+from treering.training.engines.build import build_engine, muon
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.ddp import Engine
+from treering.training.engines.layout import rows
+from treering.training.engines.muon import Muon, hidden, orthogonal
+from treering.training.engines.optimizer import Optimizer, OptimizerConfig, decays
+from treering.training.growth import grow
+from treering.training.growth.grow import grown_rates
+from treering.training.growth.offline import grow_commit
 from treering.training.loop import train
-from treering.training.muon import Muon, hidden, orthogonal
 from treering.training.objectives.base import Inputs
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive
-from treering.training.offline_growth import grow_commit
-from treering.training.optimizer import Optimizer, OptimizerConfig, decays
 from treering.training.recipe import Recipe
-from treering.training.shards import rows
-from treering.training.store import Store, StoreError
 from treering.training.world import World
 
 ALONE, PLAIN = World(0, 1, torch.device("cpu")), EngineConfig()
@@ -285,7 +287,7 @@ def test_plain_copies_follow_the_small_model() -> None:
 
 @pytest.mark.usefixtures("exact")
 def test_they_would_not_at_adamw_s_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growing, "origin", lambda operators, name: "logit_scale")
+    monkeypatch.setattr(grow, "origin", lambda operators, name: "logit_scale")
     small, optimizer, large, following = widened("duplicate")
     apart = np.subtract(losses_of(large, following, range(20, 120)), losses_of(small, optimizer, range(20, 120)))
     assert np.abs(apart).max() > 1e-2

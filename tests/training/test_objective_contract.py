@@ -15,11 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from treering.launch.recipes import read_recipe
+from treering.launch.recipe.load import read_recipe
 from treering.models.model import Model, ModelOutput, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, TextSpec
-from treering.training import micro
-from treering.training.draws import uniform
+from treering.training.engines import micro_batches
 from treering.training.loop import train
 from treering.training.objectives import registry
 from treering.training.objectives.base import (
@@ -31,7 +30,8 @@ from treering.training.objectives.base import (
     scheduled,
     states,
 )
-from treering.training.objectives.config import ObjectivesConfig
+from treering.training.objectives.registry import ObjectivesConfig
+from treering.training.sample_rng import uniform
 from treering.training.world import World
 
 SPEC = ModelSpec(
@@ -146,7 +146,7 @@ def test_neutral_at_weight_0(name: str, fields: dict[str, Any]) -> None:
     for objectives in ([made(other, {})], [made(other, {}), made(name, fields | {"weight": 0.0})]):
         net, inputs = model(), batch()
         masked = extras_of(objectives[1:], inputs).parallel_b is not None
-        micro.backward(lambda piece, o=objectives, n=net: run(o, n, piece), objectives, inputs, 1, ALONE)
+        micro_batches.backward(lambda piece, o=objectives, n=net: run(o, n, piece), objectives, inputs, 1, ALONE)
         gradients.append({n: p.grad for n, p in net.named_parameters() if p.grad is not None and p.grad.any()})
     assert masked == (fields.get("parallel", 0) > 0)
     assert gradients[0].keys() == gradients[1].keys()
@@ -159,7 +159,7 @@ def test_the_world_does_not_matter(on_ranks: Callable[..., list[Any]]) -> None:
     def one_rank(group: World) -> list[Any]:
         answers = []
         for name, fields in CASES:
-            objective, net, inputs = made(name, fields), model(), micro.cut(batch(), group.size)[group.rank]
+            objective, net, inputs = made(name, fields), model(), micro_batches.cut(batch(), group.size)[group.rank]
             term = share(objective, net, inputs, group)
             term.backward()
             gradients = {n: p.grad.numpy().copy() for n, p in net.named_parameters() if p.grad is not None}
@@ -203,10 +203,10 @@ def test_it_reads_no_more_than_it_needs(name: str, fields: dict[str, Any]) -> No
     """Given the needed parts and nothing else, the share is the same."""
     objective, net, inputs = made(name, fields), model(), batch()
     output, table = run([objective], net, inputs)
-    read = micro._read(output, table, set(objective.needs))
+    read = micro_batches._read(output, table, set(objective.needs))
     if "bias" not in objective.needs:
         read.pop("bias")
-    stripped, table = micro._assembled(read, inputs)
+    stripped, table = micro_batches._assembled(read, inputs)
     whole, parts = (
         made(name, fields).share(output, inputs, table, ALONE),
         objective.share(stripped, inputs, table, ALONE),

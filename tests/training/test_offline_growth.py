@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from treering.launch.growing import grow_offline
-from treering.launch.recipes import RecipeError, read_recipe
+from treering.launch.commands.grow import grow_offline
+from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.spec import SpecError
-from treering.training import offline_growth
-from treering.training.commits import Commits, find_commit
+from treering.training.checkpoint.config.commits import Commits, find_commit
+from treering.training.checkpoint.config.manifest import Commit
+from treering.training.checkpoint.config.store import Store, StoreError
+from treering.training.checkpoint.config.writer import Part
+from treering.training.growth import offline
+from treering.training.growth.offline import OldState, grow_commit
 from treering.training.loop import train
-from treering.training.manifest import Commit
-from treering.training.offline_growth import OldState, grow_commit
-from treering.training.store import Store, StoreError
-from treering.training.writing import Part
 
 GROW = "{grow: {image.width: 24, text.width: 16, text.depth: 3, caption.depth: 1}, fade: 60, samples: 36}"
 TINY = [
@@ -54,7 +54,7 @@ def losses(out: Path) -> list[tuple[int, float, float]]:
 
 
 def test_it_is_what_the_run_would_have_been(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline_growth, "PART_BYTES", 1 << 20)  # several parts of each kind
+    monkeypatch.setattr(offline, "PART_BYTES", 1 << 20)  # several parts of each kind
     out = tmp_path / "grown"
     to = ["image.width=24,text.width=16", "text.depth=3,caption.depth=1"]
     found = grow_offline(commit_at(whole, 3).url, to, [], ["fade=60", "samples=36"], str(out))
@@ -78,7 +78,7 @@ def test_it_is_what_the_run_would_have_been(whole: Path, tmp_path: Path, monkeyp
 
 def test_new_parts_from_the_average_are_those_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two kinds of state are read in turn, from several parts of each."""
-    monkeypatch.setattr(offline_growth, "PART_BYTES", 1 << 20)
+    monkeypatch.setattr(offline, "PART_BYTES", 1 << 20)
     grow = "{grow: {image.width: 24, text.depth: 2, caption.depth: 1}, inherit: ema, samples: 36}"
     recipe = read_recipe("emoji", [*TINY, "optimizer.ema=0.5", f"stages=[{{samples: 36}}, {grow}]"]).recipe
     assert train(recipe, tmp_path / "run").finished
@@ -115,7 +115,7 @@ def test_the_rest_of_a_stage_is_the_new_one(whole: Path, tmp_path: Path) -> None
 def test_every_part_is_read_once_for_each_kind_and_one_is_kept(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offline_growth, "PART_BYTES", 1 << 20)
+    monkeypatch.setattr(offline, "PART_BYTES", 1 << 20)
     grow_commit(commit_at(whole, 3).url, {"grow": {"image.depth": 2}}, str(tmp_path / "a"), samples=24)
     source = find_commit(str(tmp_path / "a"))
     read: list[str] = []
@@ -151,14 +151,14 @@ def test_bad_requests_are_refused(to: list[str], options: list[str], message: st
 
 
 def test_a_kill_leaves_nothing_that_a_reader_sees(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = offline_growth._put
+    real = offline._put
 
     def dying(store: Store, name: str, kind: str, number: int, chunk: dict[str, torch.Tensor]) -> Part:
         if kind == "exp_avg_sq":
             raise KeyboardInterrupt
         return real(store, name, kind, number, chunk)
 
-    monkeypatch.setattr(offline_growth, "_put", dying)
+    monkeypatch.setattr(offline, "_put", dying)
     stage = {"grow": {"image.depth": 2}}
     with pytest.raises(KeyboardInterrupt):
         grow_commit(commit_at(whole, 3).url, stage, str(tmp_path), 24)

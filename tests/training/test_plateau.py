@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from treering.launch.recipes import RecipeError, read_recipe
+from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import training_flops
 from treering.tests.tiny_runs import SIZES, dies, lines
-from treering.training.commits import Commits, find_commit
+from treering.training.checkpoint.config.commits import Commits, find_commit
+from treering.training.checkpoint.config.store import Store, StoreError
+from treering.training.growth.plateau import Tally, expected, slopes
 from treering.training.loop import train
-from treering.training.plateau import Tally, expected, slopes
 from treering.training.recipe import Recipe
 from treering.training.stages import StageConfig, steady_from
 from treering.training.state import Decision
-from treering.training.store import Store, StoreError
 from treering.training.world import World
 
 TINY = [

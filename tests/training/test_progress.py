@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from treering.training.progress import Progress
+from treering.training.logging.progress import Progress
 
 
 class Clock:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from treering.launch.recipes import read_recipe
+from treering.launch.recipe.load import read_recipe
 from treering.training import loop
-from treering.training.commits import Commits, find_commit
-from treering.training.health import Health, RecoveryConfig
+from treering.training.checkpoint.config.commits import Commits, find_commit
+from treering.training.checkpoint.config.store import Store
+from treering.training.health.divergence.divergence import Health, RecoveryConfig
 from treering.training.loop import train
 from treering.training.state import Event, RunState, TrainingError
-from treering.training.store import Store
 from treering.training.world import World
 
 OVERRIDES = [

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from treering.data import Loader, Tokenizer
-from treering.launch.recipes import read_recipe
+from treering.launch.recipe.load import read_recipe
 from treering.training import loop
-from treering.training.commits import Commits, find_commit
+from treering.training.checkpoint.config.commits import Commits, find_commit
+from treering.training.checkpoint.config.store import Store, StoreError
 from treering.training.loop import Summary, train
 from treering.training.recipe import Recipe
-from treering.training.resume import check_same_run
-from treering.training.store import Store, StoreError
+from treering.training.starting.resume import check_same_run
 from treering.training.world import World
 
 TINY = [

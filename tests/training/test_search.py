@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from treering.launch.recipes import RecipeError, read_recipe
+from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import training_flops
 from treering.tests.tiny_runs import SIZES, Died, lines
-from treering.training import loop, search
-from treering.training.commits import find_commit
+from treering.training import loop
+from treering.training.checkpoint.config.commits import find_commit
+from treering.training.growth import search
+from treering.training.growth.search import Trial, choose
 from treering.training.loop import train
 from treering.training.recipe import Recipe
-from treering.training.search import Trial, choose
 from treering.training.state import Decision
 from treering.training.world import World
 

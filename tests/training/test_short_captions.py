@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from treering.data.loader import Loader
-from treering.data.text import END, Tokenizer
-from treering.launch.plan import plan
-from treering.launch.recipes import read_recipe
+from treering.data.loading.loader import Loader
+from treering.data.samples.clip_tokenizer import END, Tokenizer
+from treering.launch.commands.plan import plan
+from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
 from treering.models.model import build
 from treering.models.towers import TextTower
 from treering.tests.tiny_runs import SIZES, lines, same_end, train_until
-from treering.training.commits import find_commit
+from treering.training.checkpoint.config.commits import find_commit
 from treering.training.loop import train
 from treering.training.recipe import Recipe
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treering.launch.recipes import RecipeError, read_recipe
+from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import parameters
 from treering.models.model import Model, build
 from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
-from treering.training.engine import Engine, EngineConfig
-from treering.training.growing import grow
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.ddp import Engine
+from treering.training.engines.optimizer import OptimizerConfig
+from treering.training.growth.grow import grow
 from treering.training.objectives.base import Inputs
-from treering.training.objectives.config import ObjectivesConfig
 from treering.training.objectives.contrastive import SigmoidContrastive
-from treering.training.objectives.registry import build_objectives
-from treering.training.optimizer import OptimizerConfig
+from treering.training.objectives.registry import ObjectivesConfig, build_objectives
 from treering.training.stages import GrowthConfig
 from treering.training.world import World
 

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from treering.launch.recipes import read_recipe
+from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
 from treering.models.model import Extras, Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.models.transformer import Block
-from treering.training.draws import kept
-from treering.training.engine import EngineConfig
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.kernels import prepare
 from treering.training.loop import train
-from treering.training.preparing import prepare
+from treering.training.sample_rng import kept
 from treering.training.state import TrainingError
 
 SPEC = ModelSpec(

@@ -16,13 +16,13 @@ import torch
 import yaml
 from PIL import Image
 
-from treering.data.config import DataError
-from treering.data.pictures import Form, open_pictures
+from treering.data.errors import DataError
+from treering.data.evaluation_sets import Form, open_pictures
 from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.evaluate.config import EvalConfig
 from treering.training.evaluate.embed import embed, embed_prompts
-from treering.training.evaluate.kept import Kept
+from treering.training.evaluate.embedding_cache import Kept
 from treering.training.evaluate.outcome import Evaluation
 from treering.training.evaluate.protocols import check_suites
 from treering.training.evaluate.suites import evaluate

@@ -16,15 +16,16 @@ from treering.models.mlp import Experts
 from treering.models.model import build, empty
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec, TowerSpec
 from treering.models.transformer import Attention
-from treering.training import micro
-from treering.training.engine import Engine, EngineConfig
-from treering.training.feed import Feed
+from treering.training.engines import micro_batches
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.ddp import Engine
+from treering.training.engines.device_prefetch import Feed
+from treering.training.engines.kernels import prepare
+from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective, extras_of
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive, LateContrastive, SigmoidContrastive
-from treering.training.optimizer import OptimizerConfig
-from treering.training.preparing import prepare
 from treering.training.world import World
 
 SPEC = ModelSpec(
@@ -82,7 +83,7 @@ def backward(objective: Objective, inputs: Inputs, parts: int, spec: ModelSpec |
         return net(piece.images, piece.tokens, piece.lengths, extras), net.text.token_embedding.weight
 
     if parts > 1:
-        micro.backward(forward, [objective], inputs, parts, world)
+        micro_batches.backward(forward, [objective], inputs, parts, world)
     else:
         output, table = forward(inputs)
         objective.share(output, inputs, table, world).backward()

@@ -15,14 +15,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from treering.training.watchdog import HUNG, LOST, Watchdog, WatchdogConfig, read_heartbeats
+from treering.training.health.divergence.watchdog import HUNG, LOST, Watchdog, WatchdogConfig, read_heartbeats
 from treering.training.world import World
 
 SLEEPER = """
 import os, sys, time
 from pathlib import Path
 import torch
-from treering.training.watchdog import Watchdog, WatchdogConfig
+from treering.training.health.divergence.watchdog import Watchdog, WatchdogConfig
 from treering.training.world import World
 rank = int(os.environ["RANK"])
 with Watchdog(WatchdogConfig(limit="2s"), Path(sys.argv[1]), World(rank, 2, torch.device("cpu"))) as watch:
@@ -106,7 +106,7 @@ GIVES_WAY = """
 import sys, time
 from pathlib import Path
 import torch
-from treering.training.watchdog import Watchdog, WatchdogConfig
+from treering.training.health.divergence.watchdog import Watchdog, WatchdogConfig
 from treering.training.world import World
 folder = Path(sys.argv[1])
 def lost(): return "another life has begun" if (folder / "taken").exists() else None

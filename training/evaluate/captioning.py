@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...data.config import DataError
-from ...data.pictures import Pictures
+from ...data.errors import DataError
+from ...data.evaluation_sets import Pictures
 from ...models.model import Model
 from ..world import World
 from .embed import own_batches, pixels, read

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.config import DataError
-from ...data.ledger import shown
+from ...data.errors import DataError, shown
 from ..report.readable import lower_is_better
 from .outcome import Evaluation
 from .reliability import compare, difference, holm

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...data.evaluation_sets import Pictures
 from ...data.ledger import LedgerEntry
-from ...data.pictures import Pictures
-from ...data.record import Sample
-from ...data.tokenizer_file import TextTokenizer
+from ...data.samples.clip_tokenizer import TextTokenizer
+from ...data.samples.sample import Sample
 from ...models.model import Model
 from ..world import World
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...models.decoding import Decoder
 from ...models.model import Model
-from ..draws import uniform
+from ..sample_rng import uniform
 
 Writing = Literal["greedy", "beam", "nucleus"]
 

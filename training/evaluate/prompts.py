@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.config import DataError
-from ...data.ledger import shown
+from ...data.errors import DataError, shown
 from . import zero_shot
 from .config import ZeroShot, check_templates
 

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.config import CacheConfig, DataError
-from ...data.files import shown_url
-from ...data.ledger import shown
-from ...data.loader import EvaluationSet
-from ...data.pictures import CLASS, FilePictures, Form, Pictures, ShardPictures, open_pictures
-from ...data.tokenizer_file import TextTokenizer
+from ...data.config import CacheConfig
+from ...data.errors import DataError, shown
+from ...data.evaluation_sets import CLASS, FilePictures, Form, Pictures, ShardPictures, open_pictures
+from ...data.loading.loader import EvaluationSet
+from ...data.samples.clip_tokenizer import TextTokenizer
+from ...data.storage.files import shown_url
 from ...models.model import Model
 from ..world import World
 from . import probes, prompts, retrieval, zero_shot
 from .captioning import bleu, check_installed, ciders, written
 from .config import Captioning, EvalConfig, Geometry, KnnProbe, LinearProbe, Pairs, Retrieval, SuiteConfig, ZeroShot
 from .embed import Embedded, embed, embed_prompts
+from .embedding_cache import Content, Kept
 from .geometry import geometry
-from .kept import Content, Kept
 from .outcome import Evaluation
 from .reliability import calibration_error, calibration_interval
 

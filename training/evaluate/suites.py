@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.config import CacheConfig, DataError
-from ...data.loader import EvaluationSet
-from ...data.record import Sample
+from ...data.config import CacheConfig
+from ...data.errors import DataError
+from ...data.loading.loader import EvaluationSet
+from ...data.samples.sample import Sample
 from ...models.model import Model
 from ..world import World
 from . import zero_shot
 from .config import Captioning, EvalConfig
 from .embed import Embedded, pixels
+from .embedding_cache import Kept
 from .generate import write
-from .kept import Kept
 from .outcome import Evaluation as Evaluation
 from .protocols import Bench, captioned, retrieved, run, shaped
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.model import Extras, ModelOutput
-from ..draws import uniform
+from ..sample_rng import uniform
 from ..world import World
 from .base import Inputs, Objective
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator
 
 Point = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0)]], Field(strict=False)]
 
@@ -86,51 +86,3 @@ class BalanceConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
     """Equal work for all experts of a mixture (Switch)."""
 
     weight: float = Field(0.01, ge=0)
-
-
-class ObjectivesConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """The weighted terms of the loss; an objective left out does not run."""
-
-    contrastive: ContrastiveConfig | None = None
-    caption: CaptionObjectiveConfig | None = None
-    balance: BalanceConfig | None = None
-    further: tuple[BetweenConfig, ...] = Field(
-        (), strict=False, description="contrastive terms of further towers, as in [{between: [audio, text]}]"
-    )
-    more: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="other registered objectives by name, as in {uniformity: {weight: 0.1}}"
-    )
-
-    @model_validator(mode="after")
-    def _contrastive_present(self) -> Self:
-        if self.contrastive is None:
-            raise ValueError(
-                "objectives has no contrastive term to train the embeddings; add `contrastive: {weight: 1.0}`"
-            )
-        return self
-
-    @field_validator("further")
-    @classmethod
-    def _each_once(cls, value: tuple[BetweenConfig, ...]) -> tuple[BetweenConfig, ...]:
-        seen: set[frozenset[str]] = set()
-        for term in value:
-            if frozenset(term.between) in seen:
-                raise ValueError(f"further compares {' and '.join(term.between)} twice; give one of them more weight")
-            seen.add(frozenset(term.between))
-        return value
-
-    @field_validator("more")
-    @classmethod
-    def _registered(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        from .registry import registered  # which needs the classes above
-
-        resolved = {}
-        for name, fields in value.items():
-            if name in cls.model_fields:
-                raise ValueError(f"{name} has a key of its own; write it as objectives.{name}")
-            try:
-                resolved[name] = registered(name).config.model_validate(fields).model_dump(mode="json")
-            except ValidationError as error:
-                first = error.errors()[0]
-                raise ValueError(f"{name}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        return resolved

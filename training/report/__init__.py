@@ -21,7 +21,7 @@ def write_report(folder: Path) -> Path:
     """
     from .page import render
     from .reading import read_run
-    from .sweep import SWEEP_FILE, read_sweep, render_sweep
+    from .sweep_page import SWEEP_FILE, read_sweep, render_sweep
 
     if (folder / SWEEP_FILE).is_file():
         return _write(folder, render_sweep(folder.resolve().name, read_sweep(folder)))

@@ -1,0 +1,282 @@
+"""Pictures to evaluate on, in the forms that benchmarks come in: folders of classes, tables, and shards.
+
+The one idea: whatever the form, a set is a list of samples in a fixed order, each with the texts that its use needs:
+captions (`captions`), the class (`class`), or a caption and a wrong one made from it by swapping words (`swap`). Files
+are listed and their texts checked when a set is opened; a picture's bytes are read when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .config import CacheConfig
+from .errors import BadSample, DataError, shown
+from .ledger import LedgerEntry
+from .samples.captions import read_texts
+from .samples.clip_tokenizer import TextTokenizer
+from .samples.decode import captions_and_labels, centre_crop, decode_image, picture
+from .samples.sample import Sample
+from .samples.tokenizer import open_tokenizer
+from .shards.listing import IMAGE_KINDS
+from .shards.source import READ_KINDS, check_sizes, open_source
+from .storage.block_cache import BlockCache
+from .storage.files import shown_url
+from .tools.pack_input import FileItem, PictureFolder, Table, folder_items, names_shards, table_items
+
+Need = Literal["captions", "class", "swap"]
+See = Callable[[Any], Any]
+"""from a picture as it is, uint8 [h, w, 3], to what a model sees, uint8 [resolution, resolution, 3]"""
+CLASS = "class"
+"""the label under which a sample of a set of classes has its class"""
+_CLASS_COLUMNS = ("label", "class", "cls")
+
+
+class Pictures(Protocol):
+    """A set of samples in a fixed order."""
+
+    tokenizer: TextTokenizer
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def identity(self) -> str: ...
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+    def __len__(self) -> int: ...
+    def sample(self, number: int) -> Sample | LedgerEntry: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A picture in a file, with its texts."""
+
+    key: str
+    path: Path
+    captions: tuple[str, ...] = ()
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a set is wanted for, and where its texts stand if not in the usual place."""
+
+    need: Need
+    images: str | None = None
+    """where the paths of a table begin; None: beside it"""
+    label: str | None = None
+    """the column, or the label of a shard's .json, that holds the class; None: label, or the .cls of a shard"""
+    swapped: str = "swapped"
+    """the column, or the key of a shard's .json, that holds the wrong caption"""
+
+
+def open_pictures(
+    url: str,
+    form: Form,
+    resolution: int,
+    context: int,
+    tokenizer: str = "clip",
+    cache: CacheConfig | None = None,
+    *,
+    resize: str = "crop",
+    interpolation: str = "bicubic",
+) -> FilePictures | ShardPictures:
+    """The set at `url`: a folder, a table or shards; pictures are brought to `resolution` as `centre_crop` says.
+
+    Raises DataError if it is none of them, is empty, or lacks texts.
+    """
+    path, see = Path(url), partial(centre_crop, resolution=resolution, resize=resize, interpolation=interpolation)
+    if names_shards(url):
+        return ShardPictures(url, form, see, context, tokenizer, cache)
+    if path.is_dir():
+        read = {"captions": _caption_folder, "class": _class_folder, "swap": _no_folder}[form.need]
+        entries = list(read(path))
+    elif path.exists():
+        images = Path(form.images) if form.images else path.parent
+        rows = {"captions": _caption_rows, "class": _class_rows, "swap": _swap_rows}[form.need]
+        entries = list(rows(path, images, form))
+    else:
+        raise DataError(f"{shown_url(url)}: nothing is there; name a folder, a .tsv, .csv or .jsonl table, or shards")
+    return FilePictures(url, entries, see, context, tokenizer)
+
+
+class FilePictures:
+    """Pictures in files."""
+
+    columns = ()
+
+    def __init__(self, url: str, entries: Sequence[_Entry], see: See, context: int, tokenizer: str) -> None:
+        if not entries:
+            raise DataError(f"{shown_url(url)} is empty: there is no picture in it")
+        self.url, self._entries, self._see = url, entries, see
+        self.context = context
+        self.tokenizer = open_tokenizer(tokenizer)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of what is read: other data has another."""
+        digest = sha256()
+        for each in self._entries:
+            stat = each.path.stat()
+            facts = (str(each.path), stat.st_size, stat.st_mtime_ns, each.captions, each.label)
+            digest.update(ascii(facts).encode())
+        return digest.hexdigest()
+
+    @property
+    def known_labels(self) -> list[str]:
+        """The class of every picture, as it is written."""
+        return [each.label for each in self._entries if each.label is not None]
+
+    def sample(self, number: int) -> Sample | LedgerEntry:
+        """Sample `number`, or the reason why it cannot be used."""
+        entry = self._entries[number]
+        try:
+            check_sizes({entry.path.suffix[1:]: entry.path.stat().st_size})
+            pixels = self._see(decode_image(entry.path.read_bytes()))
+        except BadSample as error:
+            return LedgerEntry(self.url, str(entry.path), entry.key, 0, str(error))
+        except OSError as error:
+            return LedgerEntry(self.url, str(entry.path), entry.key, 0, f"cannot be read: {error.strerror}")
+        labels = {} if entry.label is None else {CLASS: entry.label}
+        return _sample(self, entry.key, pixels, entry.captions, labels)
+
+
+class ShardPictures:
+    """Pictures in tar shards: a class is in .cls or a label of .json, a swapped caption in .json."""
+
+    columns = ()
+
+    def __init__(self, url: str, form: Form, see: See, context: int, tokenizer: str, cache: CacheConfig | None) -> None:
+        blocks = BlockCache((cache or CacheConfig()).bytes)
+        self.source = open_source(url, blocks, captions=form.need != "class")
+        self.url, self.form, self._see = url, form, see
+        self.context = context
+        self.tokenizer = open_tokenizer(tokenizer)
+        self.known_labels: list[str] = []  # they lie beside the pictures
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def identity(self) -> str:
+        """A hash of what is read: other data has another."""
+        return sha256(f"{self.source.identity}{self.form}".encode()).hexdigest()
+
+    def sample(self, number: int) -> Sample | LedgerEntry:
+        """Sample `number`, or the reason why it cannot be used."""
+        source = self.source
+        try:
+            record = source.record(number, READ_KINDS | {"cls"})
+            captions, labels = self._texts(record.fields)
+            pixels = self._see(picture(record.fields, record.kinds))
+        except BadSample as error:
+            place = (source.shard(number), source.key(number), source.offset(number))
+            return LedgerEntry(source.url, *place, str(error))
+        return _sample(self, record.key, pixels, captions, labels)
+
+    def _texts(self, fields: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, str]]:
+        form = self.form
+        if form.need == "captions":
+            return captions_and_labels(fields)
+        if form.need == "swap":
+            texts = read_texts(fields)
+            return (texts.captions[0].text, _swap_of(texts.metadata, form.swapped)), {}
+        if form.label is not None:
+            labels = read_texts({"txt": b"-", **fields}).labels  # a class needs no caption
+            if form.label not in labels:
+                raise BadSample(f"no class: its labels are {', '.join(map(shown, sorted(labels))) or 'none'}")
+            return (), {CLASS: labels[form.label]}
+        if "cls" not in fields:
+            raise BadSample("no class: the sample has no .cls; name a label of its .json")
+        try:
+            return (), {CLASS: fields["cls"].decode("utf-8-sig").strip()}
+        except UnicodeDecodeError:
+            raise BadSample("the class is not UTF-8") from None
+
+
+def _sample(data: Pictures, key: str, pixels: Any, captions: tuple[str, ...], labels: dict[str, str]) -> Sample:
+    return Sample(data.url, key, pixels, captions, captions[0] if captions else "", [], labels)
+
+
+# Folders
+
+
+def _class_folder(folder: Path) -> Iterator[_Entry]:
+    """A folder a class, as torchvision's ImageFolder reads them: classes and pictures by name."""
+    for kind in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        files = [file for file in sorted(kind.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+        if not files:
+            raise DataError(f"{kind} is empty: a class needs pictures; add some or remove the folder")
+        for file in files:
+            if file.suffix[1:].lower() not in IMAGE_KINDS:
+                raise DataError(f"{file} is not .{', .'.join(IMAGE_KINDS)}; convert it, or move it out of the classes")
+            yield _Entry(file.relative_to(folder).as_posix(), file, label=kind.name)
+    if not any(path.is_dir() for path in folder.iterdir()):
+        tars = any(folder.glob("*.tar"))
+        raise DataError(
+            f"{folder} is no folder of classes: "
+            + (f"name its shards as {folder}/*.tar" if tars else "it must hold a folder of pictures for each class")
+        )
+
+
+def _caption_folder(folder: Path) -> Iterator[_Entry]:
+    return map(_captioned, folder_items(folder))
+
+
+def _no_folder(folder: Path) -> Iterator[_Entry]:
+    raise DataError(
+        f"{folder} is a folder; pairs come as a table with the columns path, caption and swapped, or shards"
+    )
+
+
+# Tables
+
+
+def _caption_rows(path: Path, images: Path, form: Form) -> Iterator[_Entry]:
+    return map(_captioned, table_items(path, images))
+
+
+def _class_rows(path: Path, images: Path, form: Form) -> Iterator[_Entry]:
+    for row, file in _rows(path, images, (form.label,) if form.label else _CLASS_COLUMNS):
+        given = [str(each) for each in row.captions] or [
+            str(row.columns[name]) for name in ((form.label,) if form.label else _CLASS_COLUMNS) if name in row.columns
+        ]
+        if len(given) != 1:
+            raise DataError(f"{path}, line {row.line}: {len(given)} classes for one picture; a line has one")
+        yield _Entry(row.path, file, label=given[0])
+
+
+def _swap_rows(path: Path, images: Path, form: Form) -> Iterator[_Entry]:
+    """A line a pair: a picture may have several."""
+    for row, file in _rows(path, images, ("caption", "text")):
+        try:
+            wrong = _swap_of(row.columns, form.swapped)
+            texts = read_texts({"txt": str(row.captions[0]).encode()} if row.captions else {})
+        except BadSample as error:
+            raise DataError(f"{path}, line {row.line}: {error}") from None
+        yield _Entry(row.path, file, (texts.captions[0].text, wrong))
+
+
+def _rows(path: Path, images: Path, texts: Sequence[str]) -> Iterator[tuple[Any, Path]]:
+    folder = PictureFolder(images)
+    for row in Table(path, texts).rows():
+        yield row, folder.file(row.path, f"{path}, line {row.line}")
+
+
+def _captioned(item: FileItem) -> _Entry:
+    captions, _ = captions_and_labels({"txt": item.txt, "json": item.json})
+    return _Entry(item.key, Path(item.picture), captions)
+
+
+def _swap_of(columns: Mapping[str, Any], name: str) -> str:
+    wrong = columns.get(name)
+    if not isinstance(wrong, str) or not wrong.strip():
+        raise BadSample(f"no swapped caption: {shown(name)} is missing or no text")
+    return wrong.strip()

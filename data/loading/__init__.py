@@ -1,0 +1,1 @@
+"""Batches of training samples, decoded by processes beside the training process."""

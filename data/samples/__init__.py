@@ -1,0 +1,1 @@
+"""One sample: from a shard's raw bytes to pixels, tokens, boxes and arrays."""

@@ -1,0 +1,160 @@
+"""A sample's texts: its captions with their tags and weights, and which one of them a position of the stream shows.
+
+key.txt is one caption. key.json may hold more of them, and what else is known of the picture:
+`{"captions": [TEXT or {"text": TEXT, "source": TAG, "weight": 2.5}, ...], "labels": {NAME: CLASS}, ...}`. A plain text
+has the tag `untagged` and the weight 1.
+
+The draw has two steps. Where the recipe gives a source weights by tag (`captions: {alt: 1, recaption: 3}`), a tag is
+drawn by them among those that the sample has; then a caption among those of the tag, by their own weights. So a tag
+keeps its share however many captions it has. Weights count to a millionth and are drawn as whole numbers: the choice
+is exact, and depends on the seed, the position and the sample alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from math import gcd
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..config import CAPTION_UNIT, UNTAGGED
+from ..errors import BadSample, shown
+from .clip_tokenizer import clean
+from .draws import Draws
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .draws import Draws
+
+MOST_TEXT = 1 << 20  # bytes of a caption or its metadata
+_MOST_CAPTIONS = 10_000
+_LONGEST_TAG = 100
+_HEAVIEST = 1_000_000
+_LOOKS = 16  # places of a source that are looked at, and samples at each of them
+
+
+class Caption(NamedTuple):
+    """One caption of a sample."""
+
+    text: str
+    tag: str = UNTAGGED
+    weight: int = CAPTION_UNIT  # millionths
+
+
+class Texts(NamedTuple):
+    """What a sample says of its picture."""
+
+    captions: tuple[Caption, ...]  # that of the .txt first; no two alike in text and tag
+    labels: dict[str, str]
+    metadata: dict[str, Any]  # all of the .json, as it came
+
+
+def read_texts(fields: Mapping[str, bytes]) -> Texts:
+    """The captions, labels and metadata among a record's members. Raises BadSample.
+
+    A plain text that also comes with a tag is that caption, once. img2dataset's "caption" counts where nothing else
+    gives one.
+    """
+    metadata = _metadata(fields["json"]) if "json" in fields else {}
+    captions = [Caption(_text(fields["txt"], "caption").strip())] if "txt" in fields else []
+    first = captions[0].text if captions else ""
+    further = metadata.get("captions", [metadata["caption"]] if metadata.get("caption") and not captions else [])
+    if not isinstance(further, list) or len(further) > _MOST_CAPTIONS:
+        raise BadSample("metadata is wrong: captions must be a list of texts or of {text, source, weight}")
+    captions += [_caption(each) for each in further]
+    if not captions:
+        raise BadSample("no caption: neither .txt nor captions in .json")
+    tagged = {caption.text for caption in captions if caption.tag != UNTAGGED}
+    if tagged:
+        captions = [caption for caption in captions if caption.tag != UNTAGGED or caption.text not in tagged]
+        captions.sort(key=lambda caption: caption.text != first)
+    unique: dict[tuple[str, str], Caption] = {}
+    for caption in captions:
+        check_text(caption.text, "caption")
+        unique.setdefault((caption.text, caption.tag), caption)
+    labels = metadata.get("labels", {})
+    if not isinstance(labels, dict) or not all(isinstance(value, str) for value in labels.values()):
+        raise BadSample("metadata is wrong: labels must map names to classes")
+    return Texts(tuple(unique.values()), labels, metadata)
+
+
+def drawn_caption(
+    captions: Sequence[Caption], shares: Mapping[str, int], random: Draws | np.random.Generator
+) -> Caption:
+    """One caption, by the weights of the tags in `shares` (none: all tags together) and then by its own.
+    Raises BadSample if none may be drawn."""
+    allowed = [caption for caption in captions if caption.weight]
+    if shares:
+        present = {caption.tag for caption in allowed}
+        tags = [tag for tag in shares if tag in present]
+        if not tags:
+            wanted, found = (", ".join(shown(tag, 40) for tag in each) for each in (shares, tags_of(captions)))
+            raise BadSample(f"no caption from {wanted}: found {found}")
+        tag = tags[_weighted([shares[tag] for tag in tags], random)]
+        allowed = [caption for caption in allowed if caption.tag == tag]
+    if not allowed:
+        raise BadSample("no caption to draw: all have the weight 0")
+    return allowed[_weighted([caption.weight for caption in allowed], random)]
+
+
+def tags_of(captions: Iterable[Caption]) -> list[str]:
+    return sorted({caption.tag for caption in captions})
+
+
+def _weighted(weights: Sequence[int], random: Draws | np.random.Generator) -> int:
+    """An index, with a chance in exact proportion to its weight."""
+    unit = gcd(*weights)
+    at = int(random.integers(sum(weights) // unit))
+    for i, weight in enumerate(weights):
+        at -= weight // unit
+        if at < 0:
+            return i
+    raise AssertionError("the weights are their sum")
+
+
+def looks(length: int) -> list[int]:
+    """The numbers of the samples that a source of `length` is judged by before a run: a few in each of a few places,
+    the places in turn. (Neighbours lie in one shard, and are read together.)"""
+    numbers = (place * length // _LOOKS + step for step in range(_LOOKS) for place in range(_LOOKS))
+    return list(dict.fromkeys(number for number in numbers if number < length))
+
+
+def _caption(item: object) -> Caption:
+    if isinstance(item, str):
+        return Caption(item.strip())
+    if not isinstance(item, dict) or not isinstance(item.get("text"), str):
+        raise BadSample("metadata is wrong: captions must be a list of texts or of {text, source, weight}")
+    tag, weight = item.get("source", UNTAGGED), item.get("weight", 1)
+    if not isinstance(tag, str) or not 0 < len(tag) <= _LONGEST_TAG:
+        raise BadSample(f"metadata is wrong: a caption's source must be a name of 1 to {_LONGEST_TAG} characters")
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= _HEAVIEST:
+        raise BadSample(f"metadata is wrong: a caption's weight must be a number from 0 to {_HEAVIEST:,}")
+    return Caption(item["text"].strip(), tag, round(weight * CAPTION_UNIT))
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises BadSample if there is nothing to tokenise."""
+    if not clean(text):
+        raise BadSample(f"{what} is empty")
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise BadSample(f"{what} is not Unicode: it holds half of a surrogate pair")
+
+
+def _text(data: bytes, what: str) -> str:
+    if len(data) > MOST_TEXT:
+        raise BadSample(f"{what} is too long: {len(data):,} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at {error.start}") from None
+
+
+def _metadata(data: bytes) -> dict[str, Any]:
+    try:
+        metadata = json.loads(_text(data, "metadata"))
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"metadata is not JSON: {ascii(str(error))[1:-1][:100]}") from None
+    if not isinstance(metadata, dict):
+        raise BadSample("metadata is not JSON: an object is expected")
+    return metadata

@@ -1,0 +1,152 @@
+"""Captions to tokens: CLIP's byte-pair encoding, with the ids of open_clip's SimpleTokenizer on any text.
+
+The text is cleaned as open_clip does (ftfy, HTML entities, white space, lower case), cut into words by CLIP's pattern,
+and each word is merged by the `tokenizers` library; words seen before come from a table. The vocabulary file lies in
+the open_clip wheel and is found without importing open_clip, which would cost seconds.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import importlib.util
+from collections.abc import Iterable
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import regex  # type: ignore[import-untyped,unused-ignore]
+from tokenizers.models import BPE
+
+from ..errors import DataError
+
+START, END, VOCABULARY = 49406, 49407, 49408
+_SPECIAL = {"<start_of_text>": START, "<end_of_text>": END}
+# CLIP's words: contractions, runs of letters, single digits, runs of anything else that is not white space.
+_WORDS = regex.compile(
+    r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
+_REMEMBERED_WORDS = 100_000
+
+
+class Tokenizer:
+    """CLIP's tokenizer. Ids of special tokens: START, END."""
+
+    START, END, VOCABULARY = START, END, VOCABULARY
+
+    def __init__(self) -> None:
+        self._bpe, self._texts = _vocabulary()
+        self._known: dict[str, list[int]] = {}
+
+    def encode(self, caption: str, context: int) -> list[int]:
+        """START, the caption's ids, END; a longer text is cut to `context` ids, the last of them END."""
+        ids = [START]
+        for match in _WORDS.finditer(clean(caption)):
+            ids += self._word(match.group())
+            if len(ids) >= context:  # no later word can show
+                break
+        ids = [*ids, END][:context]
+        ids[-1] = END
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Readable text: special tokens dropped, bytes that are not UTF-8 shown as U+FFFD."""
+        text = b"".join(self._texts[i] for i in ids if 0 <= i < START)
+        return text.decode("utf-8", errors="replace").strip()
+
+    def _word(self, word: str) -> list[int]:
+        known = self._known.get(word)
+        if known is None:
+            known = [_SPECIAL[word]] if word in _SPECIAL else self._merged(word)
+            if len(self._known) >= _REMEMBERED_WORDS:
+                self._known.clear()
+            self._known[word] = known
+        return known
+
+    def _merged(self, word: str) -> list[int]:
+        letters = _byte_letters()
+        return [token.id for token in self._bpe.tokenize("".join(letters[b] for b in word.encode("utf-8")))]
+
+
+def fitted(tokenizer: TextTokenizer, caption: str, context: int) -> tuple[list[int], bool]:
+    """The ids of `tokenizer.encode(caption, context)`, and whether the caption was cut to make them fit."""
+    ids = tokenizer.encode(caption, context + 1)
+    if len(ids) <= context:
+        return ids, False
+    return [*ids[: context - 1], ids[-1]], True
+
+
+@lru_cache(maxsize=32)  # a caption is looked at thrice: is it empty, its ids, its hash
+def clean(text: str) -> str:
+    """The text as the tokenizer sees it. Captions that are equal here are one caption to a model.
+
+    As open_clip's `_clean_lower`: ftfy, HTML entities resolved twice, white space collapsed, lower case.
+    """
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # else the next two change nothing
+        import ftfy  # most captions never need it
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+@cache
+def _byte_letters() -> list[str]:
+    """A visible letter for each byte (GPT-2's table): printable Latin-1 bytes stand for themselves, the other 68, in
+    order, for the letters from U+0100 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+@cache
+def _vocabulary() -> tuple[BPE, list[bytes]]:
+    """The merging model, and each id's bytes. Ids: 256 bytes, 256 bytes that end a word, the merges, START, END."""
+    letters = _byte_letters()
+    # Visible bytes come first in CLIP's numbering, each group in rising order.
+    singles = sorted(letters, key=lambda letter: (ord(letter) >= 256, ord(letter)))
+    lines = gzip.decompress(_merges_file().read_bytes()).decode("utf-8").split("\n")
+    merges = [(first, second) for first, second in (line.split() for line in lines[1 : VOCABULARY - 512 - 2 + 1])]
+    tokens = [*singles, *(single + "</w>" for single in singles), *(first + second for first, second in merges)]
+    model = BPE({token: i for i, token in enumerate(tokens)}, merges, end_of_word_suffix="</w>")
+    values = {letter: byte for byte, letter in enumerate(letters)}
+    texts = []
+    for token in tokens:
+        word, end = token.removesuffix("</w>"), b" " if token.endswith("</w>") else b""
+        texts.append(bytes(values[letter] for letter in word) + end)
+    return model, texts
+
+
+def _merges_file() -> Path:
+    spec = importlib.util.find_spec("open_clip")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
+        if path.is_file():
+            return path
+    raise DataError("CLIP's vocabulary is missing: it comes with open_clip; run `pip install open_clip_torch`")
+
+
+class TextTokenizer(Protocol):
+    """What the loader and the evaluation need of a tokenizer."""
+
+    @property
+    def START(self) -> int:
+        """The id that every text begins with."""
+        ...
+
+    @property
+    def END(self) -> int:
+        """The id that every text ends with."""
+        ...
+
+    @property
+    def VOCABULARY(self) -> int:
+        """Rows that a token table needs: the largest id and one."""
+        ...
+
+    def encode(self, caption: str, context: int) -> list[int]:
+        """START, the caption's ids, END; a longer text is cut to `context` ids, the last of them END."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Readable text: special tokens dropped."""
+        ...

@@ -1,0 +1,116 @@
+"""The tokenizer a recipe names: CLIP's, or any Hugging Face tokenizer.json by path or URL.
+
+A file says by itself how text is cleaned and cut; what the model needs beside that is one token that starts every
+text, for the captioner to begin from, and one that ends it, at which the text tower pools. They are those that the
+file's post-processor puts around a text; where it has none, the special tokens with one of the usual names. A file
+with an end and no start begins texts with the end, as GPT-2 does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import tokenizers
+
+from ..errors import DataError, shown
+from ..storage.files import filesystem, readable_errors, shown_url
+from .clip_tokenizer import VOCABULARY, TextTokenizer, Tokenizer
+
+_MOST_BYTES = 1 << 28
+_STARTS = ("<|startoftext|>", "<start_of_text>", "<|begin_of_text|>", "<bos>", "<s>", "[CLS]", "[BOS]")
+_ENDS = ("<|endoftext|>", "<end_of_text>", "<|end_of_text|>", "<eos>", "</s>", "[SEP]", "[EOS]")
+_ODD = "\U000e0fff\u0378q"  # no vocabulary has it: only one with a token for the unknown, or for bytes, can go on
+_PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
+
+
+def vocabulary_size(name: str = "clip") -> int:
+    """Rows that a token table needs for a tokenizer. Raises DataError."""
+    return VOCABULARY if name == "clip" else open_tokenizer(name).VOCABULARY
+
+
+@lru_cache(maxsize=4)
+def open_tokenizer(name: str = "clip") -> TextTokenizer:
+    """The tokenizer `clip`, or that of a tokenizer.json at a path or URL. Raises DataError."""
+    if name == "clip":
+        return Tokenizer()
+    where = f"data.tokenizer: {shown_url(name)}"
+    with readable_errors(name):
+        system, path = filesystem(name)
+        with system.open(path, "rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise DataError(f"{where} has more than {_MOST_BYTES:,} bytes; name a tokenizer.json")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
+    except Exception as error:  # of their own kind, whatever is wrong
+        raise DataError(
+            f"{where} is no Hugging Face tokenizer ({ascii(str(error))[1:-1][:100]}); name a tokenizer.json"
+        ) from None
+    return FileTokenizer(tokenizer, where)
+
+
+class FileTokenizer:
+    """A Hugging Face tokenizer. Ids of special tokens: START, END, and PAD where there is one (batches are packed and
+    never padded)."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, where: str) -> None:
+        """`where` names the file in messages. Raises DataError if there is no token that ends a text."""
+        tokenizer.no_truncation()  # texts are cut here
+        self.PAD = _padding(tokenizer)
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.START, self.END = _around(tokenizer, where)
+        self.VOCABULARY = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._special = {self.START, self.END, self.PAD}
+
+    def encode(self, caption: str, context: int) -> list[int]:
+        """START, the caption's ids, END; a longer text is cut to `context` ids, the last of them END."""
+        ids = self._tokenizer.encode(caption, add_special_tokens=False).ids
+        return [self.START, *ids[: max(0, context - 2)], self.END][:context]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Readable text: special tokens and ids that there are not dropped."""
+        text = self._tokenizer.decode([i for i in ids if 0 <= i < self.VOCABULARY and i not in self._special])
+        return str(text).strip()
+
+
+def _around(tokenizer: tokenizers.Tokenizer, where: str) -> tuple[int, int]:
+    """The ids that start and end a text."""
+    try:
+        tokenizer.encode(_ODD)
+        around = tokenizer.encode("a")
+    except Exception as error:
+        raise DataError(
+            f"{where} cannot encode every text ({ascii(str(error))[1:-1][:100]}); give its model an unknown token"
+        ) from None
+    words = [place for place, special in enumerate(around.special_tokens_mask) if not special]
+    if words:
+        before, after = around.ids[: words[0]], around.ids[words[-1] + 1 :]
+    else:  # "a" is no word of it: what is left are the tokens around nothing
+        half = len(around.ids) // 2
+        before, after = around.ids[:half], around.ids[half:]
+    if len(before) > 1 or len(after) > 1:
+        found = ", ".join(shown(token, 30) for token in around.tokens[:6])
+        raise DataError(
+            f"{where} puts more than one token before or after a text ({found}); "
+            f"give its post-processor one token to start and one to end with"
+        )
+    start = before[0] if before else _named(tokenizer, _STARTS)
+    end = after[0] if after else _named(tokenizer, _ENDS)
+    if end is None:
+        raise DataError(
+            f"{where} has no token that ends a text; give it a post-processor that adds one, or a special token "
+            f"with a usual name such as </s>"
+        )
+    return end if start is None else start, end
+
+
+def _padding(tokenizer: tokenizers.Tokenizer) -> int | None:
+    padding = tokenizer.padding
+    return int(padding["pad_id"]) if padding else _named(tokenizer, _PADS)
+
+
+def _named(tokenizer: tokenizers.Tokenizer, names: Sequence[str]) -> int | None:
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    return next((tokenizer.token_to_id(name) for name in names if name in special), None)

@@ -1,0 +1,229 @@
+"""The index of a shard: where the members of each sample lie, the samples' keys, and the scalars of their metadata.
+
+It is a table (tables.py) of about 50 bytes a sample, found in one of two places: in the cache folder, under a hash of
+the shard's URL, size and stamp; and, where `treering data index --beside` put it, in the folder `.treering` beside the
+shard, which may be in a bucket, so that other nodes need no walk over the shards.
+
+What guards it. The table's own checksum tells a torn or rotten index from a whole one. The shard's size and stamp
+(etag in a store, time of modification on a disk) are part of it and must equal those that the listing gives: an
+index of another version of the shard is passed over and made anew. Shards copied elsewhere get other stamps there, so
+index them again at their new place. The shard's content itself is not read again: where a store has etags, every read
+asks for that very version.
+
+An index is never loaded whole to read a sample: a `ShardIndex` is a handle that costs nothing until it is asked, and
+then keeps the header of its table (at most `MOST_OPEN` in a process) and reads the rows of one sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple, TypeVar, overload
+
+import numpy as np
+
+from ..errors import DataError
+from ..storage.files import ShardInfo, cache_folder, shown_url
+from .columns import Collector, Columns
+from .table_file import DamagedTable, Table, packed_texts, smallest, table_bytes
+
+T = TypeVar("T")
+FORMAT = 2  # raise it when what is in an index changes
+MOST_OPEN = 2048
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+Samples = dict[str, dict[str, tuple[int, int]]]
+"""{key: {kind: (offset, size)}}"""
+
+
+class _Open(NamedTuple):
+    table: Table
+    kinds: list[str]
+
+
+class Indexes:
+    """Opens the indexes of shards when they are needed, by `make`, and keeps the last MOST_OPEN of them open."""
+
+    def __init__(self, make: Callable[[ShardInfo], Table]) -> None:
+        self._make = make
+        self._open: OrderedDict[ShardInfo, _Open] = OrderedDict()
+
+    def get(self, shard: ShardInfo) -> _Open:
+        """The opened index of a shard; raises what `make` does."""
+        found = self._open.get(shard)
+        if found is None:
+            table = self._make(shard)
+            found = self._open[shard] = _Open(table, table.texts("kinds"))
+            if len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)
+        else:
+            self._open.move_to_end(shard)
+        return found
+
+    def forget(self, shard: ShardInfo) -> None:
+        """The index is not what it was: the next one who asks has it made anew."""
+        self._open.pop(shard, None)
+
+
+class ShardIndex:
+    """Where the samples of one shard lie. Sample i has the key `key(i)` and the members `places(i)`."""
+
+    __slots__ = ("_count", "_indexes", "shard")
+
+    def __init__(self, shard: ShardInfo, count: int, indexes: Indexes) -> None:
+        self.shard, self._count, self._indexes = shard, count, indexes
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __repr__(self) -> str:
+        return f"ShardIndex({shown_url(self.url)}, {self._count} samples)"
+
+    @property
+    def url(self) -> str:
+        """Where the shard lies."""
+        return self.shard.url
+
+    @property
+    def size(self) -> int:
+        """Bytes of the shard."""
+        return self.shard.size
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all samples."""
+        return self._asked(lambda found: found.table.texts("keys"))
+
+    @property
+    def samples(self) -> list[dict[str, tuple[int, int]]]:
+        """The members of all samples: [{kind: (offset, size)}], in bytes."""
+        return self._asked(lambda found: _places(found, 0, self._count))
+
+    @property
+    def columns(self) -> Columns:
+        """The scalars of the samples' metadata."""
+        return self._asked(lambda found: Columns(found.table.rows("columns").tobytes()))
+
+    @property
+    def content_size(self) -> int:
+        """Bytes of the tar: of a .tar.gz, unpacked."""
+        return self._asked(lambda found: int(found.table.header["content"]))
+
+    @property
+    def usable(self) -> int:
+        """How many samples have a picture and something that may hold a caption."""
+        return self._asked(lambda found: int(found.table.header["usable"]))
+
+    def key(self, number: int) -> str:
+        """The key of one sample."""
+        return self._asked(lambda found: found.table.texts("keys", number, number + 1)[0])
+
+    def places(self, number: int) -> dict[str, tuple[int, int]]:
+        """The members of one sample: {kind: (offset, size)}, in bytes."""
+        return self._asked(lambda found: _places(found, number, number + 1)[0])
+
+    @classmethod
+    def of(cls, shard: ShardInfo, table: Table) -> ShardIndex:
+        """The index that `table` is."""
+        return cls(shard, table.count("samples"), Indexes(lambda _: table))
+
+    def __reduce__(self) -> tuple[Callable[..., ShardIndex], tuple[ShardInfo, Table]]:
+        return ShardIndex.of, (self.shard, self._indexes.get(self.shard).table)
+
+    def _asked(self, question: Callable[[_Open], T]) -> T:
+        """The answer of the index; one that was damaged or removed since it was opened is made anew, once."""
+        for attempt in range(2):
+            found = self._indexes.get(self.shard)
+            try:
+                if found.table.count("samples") != self._count:
+                    raise DamagedTable("it has another number of samples")
+                return question(found)
+            except (DamagedTable, OSError) as error:
+                self._indexes.forget(self.shard)
+                if attempt:
+                    reason = error.strerror if isinstance(error, OSError) else error
+                    raise DataError(
+                        f"the index of {shown_url(self.url)} cannot be read ({reason}); start again"
+                    ) from None
+        raise AssertionError("the second attempt returns or raises")
+
+
+class Handles(Sequence[ShardIndex]):
+    """The indexes of many shards, as handles that are made when they are asked for."""
+
+    def __init__(self, shards: Sequence[ShardInfo], counts: Sequence[int], make: Callable[[ShardInfo], Table]) -> None:
+        """`counts`: the samples of each shard."""
+        self._shards, self._counts, self._indexes = shards, counts, Indexes(make)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @overload
+    def __getitem__(self, place: int) -> ShardIndex: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[ShardIndex]: ...
+    def __getitem__(self, place: int | slice) -> ShardIndex | list[ShardIndex]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        return ShardIndex(self._shards[place], self._counts[place], self._indexes)
+
+
+def index_bytes(shard: ShardInfo, content: int, samples: Samples, columns: Collector) -> bytes:
+    """The index of a shard whose tar has `content` bytes."""
+    kinds: dict[str, int] = {}
+    members = [place for own in samples.values() for place in own.items()]
+    codes = np.array([kinds.setdefault(kind, len(kinds)) for kind, _ in members], np.int64)
+    places = np.array([place for _, place in members], np.int64).reshape(-1, 2)
+    parts = {"offset": smallest(places[:, 0]), "size": smallest(places[:, 1]), "kind": smallest(codes)}
+    table = np.empty(len(members), [(name, part.dtype) for name, part in parts.items()])
+    for name, part in parts.items():
+        table[name] = part
+    ends = np.cumsum([len(own) for own in samples.values()], dtype=np.int64)
+    arrays = {
+        "samples": smallest(ends),  # where the members of each sample end
+        "members": table,
+        **packed_texts("keys", list(samples)),
+        **packed_texts("kinds", list(kinds)),
+        "columns": np.frombuffer(columns.table(len(samples)), np.uint8),
+    }
+    usable = sum(is_usable(own) for own in samples.values())
+    header = {"format": FORMAT, "size": shard.size, "stamp": shard.stamp, "content": content, "usable": usable}
+    return table_bytes(header, arrays)
+
+
+def cached_at(shard: ShardInfo) -> Path:
+    """Where the index of a shard is kept in the cache folder."""
+    name = sha256(json.dumps([FORMAT, *asdict(shard).values()]).encode()).hexdigest()
+    return cache_folder("index") / name
+
+
+def fits(table: Table, shard: ShardInfo) -> bool:
+    """Whether a table is an index of this version of the shard."""
+    header = table.header
+    same = (header.get("format"), header.get("size"), header.get("stamp")) == (FORMAT, shard.size, shard.stamp)
+    numbers = all(type(header.get(name)) is int for name in ("content", "usable"))
+    numbers = numbers and (header["content"] == shard.size or shard.url.endswith("gz"))
+    arrays = all(name in table for name in ("keys.ends", "keys.bytes", "kinds.ends", "kinds.bytes", "columns"))
+    whole = table.fields("samples") == ("",) and table.fields("members") == ("offset", "size", "kind")
+    return same and numbers and arrays and whole and table.count("samples") == table.count("keys.ends")
+
+
+def is_usable(sample: dict[str, tuple[int, int]]) -> bool:
+    """Whether a sample has a picture and something that may hold a caption."""
+    return any(kind in sample for kind in IMAGE_KINDS) and ("txt" in sample or "json" in sample)
+
+
+def _places(found: _Open, start: int, stop: int) -> list[dict[str, tuple[int, int]]]:
+    ends = found.table.rows("samples", max(start - 1, 0), stop).tolist()
+    base = ends.pop(0) if start else 0
+    members = found.table.rows("members", base, ends[-1] if ends else base).tolist()
+    content = found.table.header["content"]
+    if sorted(ends) != ends or any(k >= len(found.kinds) or o + size > content for o, size, k in members):
+        raise DamagedTable("its members lie in no sample")
+    return [
+        {found.kinds[kind]: (offset, size) for offset, size, kind in members[a - base : b - base]}
+        for a, b in zip([base, *ends], ends, strict=False)
+    ]

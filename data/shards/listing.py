@@ -1,0 +1,170 @@
+"""Tar shards: from a URL to the list of shards, and from a shard to its index.
+
+The index of a shard (index.py) is made by one walk over the tar's headers, which also reads the metadata of each
+sample. Members are grouped by WebDataset's rule: the key is the path up to the first dot of its last part, the kind is
+the rest in lower case.
+
+Names in a tar are hostile until shown otherwise: they are only ever dictionary keys.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from math import prod
+
+from braceexpand import braceexpand
+
+from ..errors import DataError, shown
+from ..storage.files import Reader, ShardInfo, changed, find_all, read_range, shown_url
+from ..storage.gzip_cache import open_content
+from .columns import LONGEST_JSON, Collector
+from .index import IMAGE_KINDS as IMAGE_KINDS
+from .index import Samples, cached_at, fits, index_bytes
+from .index import ShardIndex as ShardIndex
+from .index import is_usable as is_usable
+from .sidecar import fetch_index
+from .table_file import DamagedTable, Table, write_whole
+from .tar_reader import DamagedShard, tar_members
+
+_MOST_SHARDS = 10_000_000
+_NUMBER = r"(-?\d{1,4300})"  # Python reads no longer ones
+_RANGE = re.compile(rf"{_NUMBER}\.\.{_NUMBER}(?:\.\.-?(\d{{1,4300}}))?")
+
+
+def expand(url: str) -> list[ShardInfo]:
+    """The shards a URL stands for, sorted. Braces are ranges {000..012} or lists {a,b}; *, ? and [] are globs.
+
+    Raises DataError where nothing matches, or a shard named without a glob is missing.
+    """
+    found = {shard.url: shard for shard in find_all(expand_braces(url))}
+    return [found[name] for name in sorted(found)]
+
+
+def expand_braces(url: str) -> list[str]:
+    """`a{08..10}b{x,y}` -> a08bx, a08by, a09bx, ...: braces as in bash and WebDataset, nested ones and steps included.
+
+    Raises DataError for a range that runs backwards, braces that do not match, and more names than anyone has shards.
+    """
+    for braces in re.findall(r"\{([^{}]*)\}", url):
+        numbers = _RANGE.fullmatch(braces)
+        if numbers and int(numbers[1]) > int(numbers[2]):
+            right = f"{{{numbers[2]}..{numbers[1]}}}"
+            raise DataError(f"{shown_url(url)}: the range {{{braces}}} runs backwards; write {right}")
+    count = _names(url)
+    if count > _MOST_SHARDS:
+        raise DataError(f"{shown_url(url)} names {count:,} shards; {_MOST_SHARDS:,} are the most, check the ranges")
+    try:
+        return list(braceexpand(url, escape=False))
+    except ValueError:  # UnbalancedBracesError, or a number that Python does not read
+        raise DataError(
+            f"{shown_url(url)}: the braces do not match; write a range as {{000..012}}, a list as {{a,b}}"
+        ) from None
+
+
+def _names(url: str) -> int:
+    """How many names a URL with braces stands for, counted before any is written down: from the innermost braces out,
+    each replaced by its count."""
+
+    def product(text: str) -> int:
+        return prod(int(count) for count in re.findall("\0([0-9]+)\0", text))
+
+    def counted(braces: re.Match[str]) -> str:
+        numbers = _RANGE.fullmatch(braces[1])
+        if numbers:
+            count = (int(numbers[2]) - int(numbers[1])) // (int(numbers[3] or 1) or 1) + 1
+        else:
+            count = sum(product(each) for each in braces[1].split(","))
+        return f"\0{count}\0"
+
+    left, found = url.replace("\0", ""), 1
+    while found:
+        left, found = re.subn(r"\{([^{}]*)\}", counted, left)
+    return product(left)
+
+
+def index_shard(shard: ShardInfo, read: Reader = read_range) -> ShardIndex:
+    """The index of a shard: from the cache folder, from beside the shard, or made from the shard through `read` and
+    kept in the cache folder. Raises DamagedShard if the shard is damaged, DataError if it cannot be read."""
+    return ShardIndex.of(shard, index_table(shard, read))
+
+
+def index_table(shard: ShardInfo, read: Reader = read_range) -> Table:
+    """What `index_shard` gives, as the table that the index is."""
+    cached = cached_at(shard)
+    try:
+        table = Table.open(cached)
+        if fits(table, shard):
+            return table
+    except (OSError, DamagedTable):  # none yet, or damaged: made anew
+        pass
+    data = fetch_index(shard)
+    if data is None:
+        data, faults = _walked(shard, read)
+        if faults:
+            raise faults[0]
+    write_whole(cached, data)
+    return Table.open(cached)
+
+
+def walk(shard: ShardInfo, read: Reader = read_range) -> tuple[ShardIndex, list[str]]:
+    """What a walk over the shard's headers finds, as far as it gets, and everything that is wrong with the shard."""
+    data, faults = _walked(shard, read)
+    return ShardIndex.of(shard, Table.parse(data)), [str(fault) for fault in faults]
+
+
+def _walked(shard: ShardInfo, read: Reader) -> tuple[bytes, list[DataError]]:
+    """The index of a shard as far as a walk gets, and everything that is wrong with the shard."""
+    samples: Samples = {}
+    rows: dict[str, int] = {}
+    columns = Collector()
+    faults: list[DataError] = []
+    content = shard.size
+    try:
+        with open_content(shard, read) as (file, tar):
+            content = tar.size
+            for name, offset, size in tar_members(file, tar):
+                key, kind = split_name(name)
+                if kind is None:
+                    continue
+                members = samples.setdefault(key, {})
+                rows.setdefault(key, len(rows))
+                clash = next((k for k in members if k == kind or {k, kind} <= set(IMAGE_KINDS)), None)
+                if clash is not None:
+                    faults.append(_two_members(shard, key, clash, kind, offset))
+                    continue
+                members[kind] = (offset, size)
+                if kind == "json" and size <= LONGEST_JSON:
+                    file.seek(offset)
+                    columns.add(rows[key], file.read(size))
+    except DataError as error:
+        faults.append(_changed_meanwhile(shard) or error)
+        if samples and not is_usable(samples[last := next(reversed(samples))]):
+            del samples[last]  # the rest of it lies beyond the damage
+    return index_bytes(shard, content, samples, columns), faults
+
+
+def _two_members(shard: ShardInfo, key: str, one: str, other: str, offset: int) -> DamagedShard:
+    return DamagedShard(
+        f"{shown_url(shard.url)} holds two members for key {shown(key)}: {shown(one)} and {shown(other)}, "
+        f"at byte {offset}; rename one of them and pack the shard again",
+        offset,
+    )
+
+
+def _changed_meanwhile(shard: ShardInfo) -> DataError | None:
+    """What looks like damage because the file is no longer the one that was listed."""
+    try:
+        same = "://" in shard.url or os.stat(shard.url).st_size == shard.size
+    except OSError:
+        return None
+    return None if same else changed(shard, 0, shard.size)
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """WebDataset's rule: `a/b.c.TXT` -> key `a/b`, kind `c.txt`. Kind None: the member belongs to no sample."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, kind = last.partition(".")
+    if not stem or not dot or (not slash and name.startswith("__")):
+        return name, None
+    return folder + slash + stem, kind.lower()

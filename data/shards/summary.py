@@ -1,0 +1,124 @@
+"""The summary of a source: what opening it must know of its shards, in one file instead of one a shard.
+
+It lists the shards by name, size and stamp, each with how many samples it has, how many of them may be used, and the
+bytes of its tar, or with what is wrong with it. Opening lists the shards anew and takes from the summary what is known
+of those that are unchanged; only new ones are indexed. It lies in the cache folder, and beside the shards where
+`treering data index --beside` put it; names in it are relative to the folder of the source, so that it is found under
+any name of that folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..storage.files import BESIDE, ShardInfo, cache_folder, is_remote
+from .index import FORMAT
+from .sidecar import fetch, put
+from .table_file import DamagedTable, Table, packed_texts, smallest, table_bytes, write_whole
+
+
+class ShardSummary(NamedTuple):
+    """One shard: its samples, those of them with picture and caption, the bytes of its tar; or what is wrong with it,
+    and at which byte."""
+
+    shard: ShardInfo
+    samples: int = 0
+    usable: int = 0
+    content: int = 0
+    fault: str = ""
+    offset: int = 0
+
+
+def read_summary(url: str, shards: Sequence[ShardInfo]) -> list[ShardSummary | None]:
+    """What is known of each of the shards behind a URL; None of those that nobody has summed up as they are now."""
+    place = _Place(url)
+    try:
+        return _parsed(Table.open(place.cached), place.folder, shards)
+    except (OSError, DamagedTable):
+        pass
+    data = fetch(place.beside)
+    try:
+        return [None] * len(shards) if data is None else _parsed(Table.parse(data), place.folder, shards)
+    except DamagedTable:
+        return [None] * len(shards)
+
+
+def write_summary(url: str, shards: Iterable[ShardSummary], beside: bool = False) -> None:
+    """Keeps a summary in the cache folder, or beside the shards. Raises DataError."""
+    place = _Place(url)
+    data = _packed(list(shards), place.folder)
+    if beside:
+        put(place.beside, data)
+    else:
+        write_whole(place.cached, data)
+
+
+def fingerprint(shards: Sequence[ShardSummary]) -> str:
+    """A name for the content of a source: equal for equal shards in the same order."""
+    digest = sha256(str(FORMAT).encode())
+    for each in shards:
+        shard = each.shard
+        digest.update(f"{shard.url}\0{shard.size}\0{shard.stamp}\0{each.samples}\n".encode("utf-8", "replace"))
+    return digest.hexdigest()
+
+
+class _Place:
+    """Where the summary of a URL is kept, and the folder that names in it are relative to."""
+
+    def __init__(self, url: str) -> None:
+        literal = re.split(r"[*?\[{]", url, maxsplit=1)[0]
+        folder = literal.rpartition("/")[0]
+        rest = url[len(folder) :].lstrip("/")
+        if not is_remote(url) and "://" not in url:
+            folder = os.path.abspath(os.path.expanduser(folder or "/" if url.startswith("/") else folder))
+        self.folder = folder.rstrip("/")
+        self.cached: Path = cache_folder("sources") / _hash(self.folder, rest)
+        self.beside = f"{self.folder}/{BESIDE}/{_hash(rest)[:16]}.source"
+
+
+def _hash(*parts: str) -> str:
+    return sha256("\0".join((str(FORMAT), *parts)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _packed(shards: list[ShardSummary], folder: str) -> bytes:
+    numbers = {
+        "size": [each.shard.size for each in shards],
+        "samples": [each.samples for each in shards],
+        "usable": [each.usable for each in shards],
+        "content": [each.content for each in shards],
+    }
+    names = [each.shard.url.removeprefix(f"{folder}/") for each in shards]
+    faults = [[i, each.offset, each.fault] for i, each in enumerate(shards) if each.fault]
+    arrays = {name: smallest(np.array(values, np.int64)) for name, values in numbers.items()}
+    arrays |= packed_texts("names", names) | packed_texts("stamps", [each.shard.stamp for each in shards])
+    return table_bytes({"format": FORMAT, "faults": faults}, arrays)
+
+
+def _parsed(table: Table, folder: str, shards: Sequence[ShardInfo]) -> list[ShardSummary | None]:
+    """What a summary says of each shard. Raises DamagedTable."""
+    try:
+        if table.header["format"] != FORMAT:
+            raise DamagedTable("it is of another version")
+        names = [name if name[:1] == "/" or "://" in name else f"{folder}/{name}" for name in table.texts("names")]
+        sizes, *numbers = (table.rows(name).tolist() for name in ("size", "samples", "usable", "content"))
+        stamps, counts = table.texts("stamps"), list(zip(*numbers, strict=True))
+        faults = {int(i): (str(reason), int(offset)) for i, offset, reason in table.header["faults"]}
+    except (KeyError, TypeError, ValueError):
+        raise DamagedTable("it is no summary of a source") from None
+    if not len(names) == len(sizes) == len(stamps) == len(counts):
+        raise DamagedTable("its lists differ in length")
+    rows = {name: i for i, name in enumerate(names)}
+    found: list[ShardSummary | None] = []
+    for shard in shards:
+        i = rows.get(shard.url, -1)
+        same = i >= 0 and sizes[i] == shard.size and stamps[i] == shard.stamp
+        samples, usable, content = counts[i] if same else (0, 0, 0)
+        found.append(ShardSummary(shard, samples, usable, content, *faults.get(i, ("", 0))) if same else None)
+    return found

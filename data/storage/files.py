@@ -1,0 +1,407 @@
+"""Where bytes come from: local paths and stores (fsspec), and the cache folder.
+
+What is read from a store is one ranged request, received piece by piece: a failure that passes (retries.py) costs the
+bytes that had not yet come, for the next request goes on behind the last one that had.
+
+File systems are opened where they are used: fsspec keeps its instances per process, so nothing crosses a fork.
+What a store refuses becomes a DataError with the remedy; its own words are not echoed, for they may hold secrets.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
+
+import fsspec.config
+import fsspec.core
+from fsspec.utils import glob_translate
+
+from ..errors import DataError
+from .retries import http_status, persist, reason
+
+_GLOB = frozenset("*?[")
+_MAGIC = re.compile(r"[*?\[]")
+_LISTED = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs"))  # stores that list the names with a prefix
+_MANY = 16  # names in a folder from which it is listed; requests at a time where it cannot be
+BESIDE = ".treering"
+"""the folder, beside shards, of what is known about them"""
+_LOCAL = frozenset(("file", "local", "memory"))
+_AHEAD = 8 << 20  # bytes that a walk over a remote shard asks for at a time
+_CHUNK = 1 << 18  # bytes taken at a time from an answer
+_START_SECONDS = 20.0  # a store that does not answer at all is more often misspelt than restarting
+# What a process opened stays alive in its forked children: collected there, it would close the parent's connections.
+_OPENED: dict[int, Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """A shard and what tells one version of it from another."""
+
+    url: str
+    size: int  # bytes
+    stamp: str  # modification time or etag
+
+
+def shown_url(url: str) -> str:
+    """A URL fit for a message: without passwords and signatures, and without control characters."""
+    parts = urlsplit(url) if "://" in url else None
+    if parts and (parts.query or "@" in parts.netloc):
+        url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in url)
+
+
+def cache_folder(name: str) -> Path:
+    """The folder `name` in $TREERING_CACHE, else ~/.cache/treering; made if missing."""
+    root = os.environ.get("TREERING_CACHE")
+    folder = (Path(root) if root else Path.home() / ".cache" / "treering") / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot make {folder}: {error.strerror}; set TREERING_CACHE to a folder you can write to"
+        ) from None
+    return folder
+
+
+Reader = Callable[[ShardInfo, int, int], bytes]  # the bytes [start, end) of a shard
+
+
+def is_remote(url: str) -> bool:
+    """Whether reading goes over the network."""
+    protocol, separator, _ = url.partition("://")
+    return bool(separator) and protocol not in _LOCAL
+
+
+def find_all(urls: Sequence[str]) -> list[ShardInfo]:
+    """The files that URLs without braces stand for. Names in one folder of a store are looked up by listing it, for to
+    ask for each of tens of thousands would take minutes. Raises what `find` does."""
+    found: list[ShardInfo] = []
+    single: list[str] = []
+    local: list[str] = []
+    folders: dict[str, list[str]] = {}
+    for url in urls:
+        if _is_local(url):
+            local.append(url)
+        elif _GLOB & set(url):
+            found += find(url)
+        elif url.partition("://")[0] in _LISTED:
+            folders.setdefault(url.rpartition("/")[0], []).append(url)
+        else:
+            single.append(url)
+    found += _find_local(local)
+    for folder, names in folders.items():
+        if len(names) < _MANY:
+            single += names
+        else:
+            found += _listed(folder, names)
+    if len(single) < _MANY:
+        return found + [each for url in single for each in find(url)]
+    with ThreadPoolExecutor(_MANY) as pool:
+        return found + [each for few in pool.map(find, single) for each in few]
+
+
+def _listed(folder: str, urls: Sequence[str]) -> list[ShardInfo]:
+    """Files of one folder of a store, all named by `urls`."""
+    first, last = min(urls), max(urls)  # what these two share, all between them do
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    prefix = first[len(folder) + 1 : length]
+    with readable_errors(folder):
+        system, path = _reading(folder)
+        matches = persist(
+            shown_url(folder),
+            lambda: system.find(path, maxdepth=1, prefix=prefix, detail=True),
+            seconds=_START_SECONDS,
+        )
+    there = {_with_protocol(folder, name): match for name, match in matches.items() if match["type"] == "file"}
+    missing = [url for url in urls if url not in there]
+    if missing:
+        more = f" (and {len(missing) - 1:,} more of {len(urls):,})" if len(missing) > 1 else ""
+        raise DataError(
+            f"no shards match {shown_url(missing[0])}{more}: nothing is there; check the bucket and the names in it"
+        )
+    return [ShardInfo(url, int(there[url]["size"]), _stamp(there[url])) for url in urls]
+
+
+def _is_local(url: str) -> bool:
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def _find_local(urls: Sequence[str]) -> list[ShardInfo]:
+    """`find` on this machine's own file systems, with one call of the system a file. Raises DataError."""
+    found = []
+    for url in urls:
+        path = url if url[0] == "/" else url.removeprefix("file://").removeprefix("local://")
+        before = url[: len(url) - len(path)]
+        if not path.startswith("/") or "/." in path or "//" in path:
+            path = os.path.abspath(os.path.expanduser(path))
+        try:
+            stats = _matches(path) if _MAGIC.search(path) else [(path, os.stat(path))]
+        except FileNotFoundError:
+            stats = []
+        except OSError as error:
+            with readable_errors(url):
+                raise error
+        shards = [
+            ShardInfo(before + name, stat.st_size, str(stat.st_mtime_ns))
+            for name, stat in stats
+            if S_ISREG(stat.st_mode)
+        ]
+        if not shards:
+            if stats and S_ISDIR(stats[0][1].st_mode) and not _MAGIC.search(path):
+                where = shown_url(url).rstrip("/")
+                raise DataError(f"{shown_url(url)} is a folder; name the tar files in it, as in {where}/*.tar")
+            raise DataError(f"no shards match {shown_url(url)}: nothing is there; check the path")
+        found += shards
+    return found
+
+
+def _matches(path: str) -> list[tuple[str, os.stat_result]]:
+    """What a local glob matches."""
+    folder, _, name = path.rpartition("/")
+    if _MAGIC.search(folder) or "**" in name:
+        names = [each for each in filesystem(path)[0].glob(path) if f"/{BESIDE}/" not in each]
+        return [(each, os.stat(each)) for each in names]
+    fits = re.compile(glob_translate(name)).match
+    with os.scandir(folder or "/") as entries:
+        return [(entry.path, entry.stat()) for entry in entries if fits(entry.name)]
+
+
+def find(url: str) -> list[ShardInfo]:
+    """The files a URL without braces stands for. DataError if there is none, or the store does not answer."""
+    if _is_local(url):
+        return _find_local([url])
+    with readable_errors(url):
+        system, path = _reading(url)
+        if _GLOB & set(path):
+            found = persist(shown_url(url), lambda: system.glob(path, detail=True), seconds=_START_SECONDS)
+            matches = [match for name, match in found.items() if f"/{BESIDE}/" not in name]
+        else:
+            match = persist(shown_url(url), lambda: _info(system, path), seconds=_START_SECONDS)
+            matches = [match] if match else []
+            if match and match["type"] == "directory":
+                raise DataError(
+                    f"{shown_url(url)} is a folder; name the tar files in it, as in {shown_url(url).rstrip('/')}/*.tar"
+                )
+        files = [match for match in matches if match["type"] == "file"]
+        if not files:
+            raise DataError(f"no shards match {shown_url(url)}: nothing is there; check the bucket and the names in it")
+        return [ShardInfo(_with_protocol(url, m["name"]), int(m["size"]), _stamp(m)) for m in files]
+
+
+def _info(system: Any, path: str) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = system.info(path)
+        return found
+    except FileNotFoundError as error:
+        if http_status(error) not in (None, 404, 410):  # of http: any failure, under this name
+            raise
+        return None
+
+
+def _with_protocol(url: str, name: str) -> str:
+    protocol, separator, _ = url.partition("://")
+    return name if not separator or "://" in name else f"{protocol}://{name}"
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    for field in ("ETag", "etag", "mtime", "LastModified", "Last-Modified", "last_modified", "updated"):
+        if info.get(field) is not None:
+            return str(info[field])
+    return ""
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The file system of a URL, as this process may use it, and the path in it."""
+    system, path = fsspec.core.url_to_fs(url)
+    _OPENED[id(system)] = system
+    return system, path
+
+
+def _reading(url: str) -> tuple[Any, str]:
+    """The same for reading alone. S3 clients try again by themselves, in two layers; here they leave it to `persist`,
+    which knows how far a range came."""
+    if not url.startswith(("s3://", "s3a://")):
+        return filesystem(url)
+    theirs = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    ours = {**theirs, "retries": {"max_attempts": 0}}
+    system, path = fsspec.core.url_to_fs(url, config_kwargs=ours, use_listings_cache=False)
+    system.retries = 1
+    _OPENED[id(system)] = system
+    return system, path
+
+
+def read_range(shard: ShardInfo, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a shard. DataError where they are not there, or the shard is another one by now."""
+    with readable_errors(shard.url):
+        data = _received(shard, start, end) if "://" in shard.url else _read_local(shard, start, end)
+    if len(data) != end - start:
+        raise changed(shard, start, end)
+    return data
+
+
+def changed(shard: ShardInfo, start: int, end: int) -> DataError:
+    """What to say of a shard that is no longer the one that was listed."""
+    return DataError(
+        f"{shown_url(shard.url)} changed while it was read: bytes {start} to {end} are not all there; start again"
+    )
+
+
+def _received(shard: ShardInfo, start: int, end: int) -> bytes:
+    """What a store sends of [start, end), less than that if the shard ends before."""
+    received = bytearray()
+    reached = -1
+    while reached < len(received) < end - start:
+        reached = len(received)
+        try:
+            persist(shown_url(shard.url), lambda: _receive(shard, start, end, received), lambda: len(received))
+        except DataError:
+            raise
+        except Exception as error:
+            if http_status(error) in (412, 416):
+                raise changed(shard, start, end) from None
+            raise
+    return bytes(received)
+
+
+def _receive(shard: ShardInfo, start: int, end: int, received: bytearray) -> None:
+    """One request for what of [start, end) is not yet in `received`; appends what comes, also if it then fails."""
+    from fsspec.asyn import sync
+
+    system, path = _reading(shard.url)
+    at = start + len(received)
+    protocols = (system.protocol,) if isinstance(system.protocol, str) else system.protocol
+    if "s3" in protocols:
+        sync(system.loop, _receive_s3, system, path, shard, at, end, received)
+    elif "https" in protocols:
+        sync(system.loop, _receive_http, system, path, at, end, received)
+    else:
+        received += system.cat_file(path, start=at, end=end)
+
+
+async def _receive_s3(system: Any, path: str, shard: ShardInfo, start: int, end: int, received: bytearray) -> None:
+    bucket, key, version = system.split_path(path)
+    options = {"VersionId": version} if version else {}
+    if shard.stamp.startswith('"'):  # an etag: a shard written anew must not be mixed with the old one
+        options["IfMatch"] = shard.stamp
+    answer = await system._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **options)
+    body = answer["Body"]
+    try:
+        _check_range("ContentRange" in answer, shard.url)
+        while chunk := await body.read(_CHUNK):
+            received += chunk
+    finally:
+        body.close()
+
+
+async def _receive_http(system: Any, path: str, start: int, end: int, received: bytearray) -> None:
+    options = dict(system.kwargs)
+    options["headers"] = {**options.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
+    session = await system.set_session()
+    async with session.get(system.encode_url(path), **options) as answer:
+        if answer.status in (401, 403):
+            raise PermissionError
+        system._raise_not_found_for_status(answer, path)
+        _check_range(answer.status == 206, path)
+        async for chunk in answer.content.iter_chunked(_CHUNK):
+            received += chunk
+
+
+def _check_range(is_range: bool, url: str) -> None:
+    if not is_range:
+        raise DataError(f"{shown_url(url)}: the server does not send parts of files; copy the shards elsewhere")
+
+
+@contextmanager
+def open_shard(shard: ShardInfo, read: Reader = read_range) -> Iterator[BinaryIO]:
+    """The shard as a seekable file; a remote one is asked for in large ranges through `read`."""
+    with readable_errors(shard.url):
+        if is_remote(shard.url):
+            yield cast(BinaryIO, io.BufferedReader(_Ranges(shard, read), _AHEAD))
+            return
+        system, path = filesystem(shard.url)
+        with system.open(path, "rb") as file:
+            yield cast(BinaryIO, file)
+
+
+class _Ranges(io.RawIOBase):
+    """A shard as an unbuffered file."""
+
+    def __init__(self, shard: ShardInfo, read: Reader) -> None:
+        self._shard, self._read, self._position = shard, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._shard.size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._shard.size)
+        if end <= self._position:
+            return 0
+        data = self._read(self._shard, self._position, end)
+        buffer[: len(data)] = data
+        self._position = end
+        return len(data)
+
+
+def _read_local(shard: ShardInfo, start: int, end: int) -> bytes:
+    return os.pread(_kept_open(shard).fileno(), end - start, start)
+
+
+@lru_cache(maxsize=64)  # one that is dropped is closed
+def _kept_open(shard: ShardInfo) -> io.FileIO:
+    return io.FileIO(shard.url)
+
+
+@contextmanager
+def readable_errors(url: str) -> Iterator[None]:
+    """Turns what a file system raises into a DataError that names the place and the remedy."""
+    name = shown_url(url)
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(
+            f"{name}: nothing is there; check the {'bucket and the name' if '://' in url else 'path'}"
+        ) from None
+    except PermissionError:
+        remedy = "check that the credentials in use may read it" if "://" in url else "check the file's permissions"
+        raise DataError(f"{name}: access refused; {remedy}") from None
+    except (ImportError, ValueError) as error:  # fsspec: unknown protocol, or its package is missing
+        raise DataError(
+            f"cannot open {name}: {type(error).__name__}; check the protocol, or install its fsspec package"
+        ) from None
+    except Exception as error:
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
+            raise DataError(
+                f"{name}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "
+                f"(and AWS_ENDPOINT_URL for a store that is not Amazon's)"
+            ) from None
+        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
+            "botocore",
+            "aiohttp",
+            "aiobotocore",
+        ):
+            raise DataError(
+                f"cannot read {name}: {reason(error)}; check that the store is reachable and try again"
+            ) from None
+        raise

@@ -1,0 +1,126 @@
+"""Trying again: which failures of a store pass by themselves, and how long they are waited for.
+
+A failure is judged by its HTTP status where it carries one, else by the names of its types, so that no client library
+is imported for it. What is refused (401, 403, 404, no credentials) fails at once. Waits double from try to try; their
+jitter comes from a named stream of the process, so that processes that failed together do not return together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from ..errors import DataError
+from ..order import stable_hash, stream
+
+T = TypeVar("T")
+TRIES = 20
+SECONDS = 120.0  # a store that restarts is back within 20
+_FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0  # seconds
+_SILENCE = 5.0  # seconds after which a person is told what is waited for
+_TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529))
+_TRANSIENT_CODES = frozenset(
+    ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "InternalError", "ConditionalRequestConflict")
+)
+_TRANSIENT_TYPES = frozenset((
+    "TimeoutError", "ConnectionError", "HTTPClientError", "IncompleteRead", "IncompleteReadError",
+    "ResponseParserError", "ClientConnectionError", "ClientPayloadError",
+))  # fmt: skip
+_PERMANENT_TYPES = frozenset(("SSLError", "ClientSSLError", "SSLCertVerificationError"))
+
+
+def persist(
+    name: str,
+    attempt: Callable[[], T],
+    progress: Callable[[], int] = lambda: 0,
+    seconds: float | None = None,
+    doing: str = "read",
+) -> T:
+    """The result of `attempt`, made again after transient failures: at most TRIES times and `seconds` (SECONDS) long,
+    counted from the last try after which `progress()` had grown. Other failures pass through unchanged.
+
+    A message shows "cannot", `doing` and `name`. Raises DataError, with how often and how long it tried.
+    """
+    patience = SECONDS if seconds is None else seconds
+    tries, begun, reached, told = 0, time.monotonic(), progress(), False
+    while True:
+        try:
+            return attempt()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            now = time.monotonic()
+            if progress() > reached:
+                tries, begun, reached = 0, now, progress()
+            tries, waited = tries + 1, now - begun
+            wait = _wait(name, tries)
+            if tries >= TRIES or waited + wait > patience:
+                raise DataError(
+                    f"cannot {doing} {name}: {reason(error)}; tried {tries} times in {waited:.0f} seconds; "
+                    f"check that the store is reachable and try again"
+                ) from None
+            if waited > _SILENCE and not told:
+                told = True
+                logging.getLogger(__name__).warning(
+                    "cannot %s %s: %s; trying again for up to %.0f seconds", doing, name, reason(error), patience
+                )
+        time.sleep(wait)
+
+
+def _wait(name: str, tries: int) -> float:
+    """Seconds before the next try: doubling, of which the upper half is chance."""
+    longest = min(_FIRST_WAIT * 2.0 ** (tries - 1), _LONGEST_WAIT)
+    return longest * float(stream(os.getpid(), "retry", stable_hash(name), tries).uniform(0.5, 1.0))
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later."""
+    status = http_status(error)
+    if status is not None and status in _TRANSIENT_STATUS:
+        return True
+    if any(_code(each) in _TRANSIENT_CODES for each in _chain(error)):
+        return True
+    if status is not None and status >= 300:
+        return False
+    names = {kind.__name__ for each in _chain(error) for kind in type(each).__mro__}
+    return bool(names & _TRANSIENT_TYPES) and not names & _PERMANENT_TYPES
+
+
+def http_status(error: BaseException) -> int | None:
+    """The status of the answer behind an error of s3fs, aiohttp or gcsfs, if there was an answer."""
+    for each in _chain(error):
+        response = getattr(each, "response", None)
+        metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+        # aiohttp gives a body that was cut short the code 400, though nobody answered that: only gcsfs's `code` counts
+        code = getattr(each, "code", None) if type(each).__name__ == "HttpError" else None
+        for status in (metadata.get("HTTPStatusCode"), getattr(each, "status", None), code):
+            if isinstance(status, int) and status >= 100:
+                return status
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in a word or two: never a store's own text, which may hold secrets."""
+    status = http_status(error)
+    if status is not None and status >= 300:
+        return "the store is full (507)" if status == 507 else f"the store answers {status}"
+    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+
+
+def _code(error: BaseException) -> str | None:
+    response = getattr(error, "response", None)
+    found = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it says it came from: stores' clients translate what they meet."""
+    each: BaseException | None = error
+    for _ in range(8):
+        if each is None:
+            return
+        yield each
+        each = each.__cause__

@@ -1,0 +1,264 @@
+"""Packing: pictures and captions, or shards, become shards NAME-000000.tar of one size, well mixed.
+
+The one idea: a *plan*. From the input, the seed and the shard size follows which samples lie in which shard, in which
+order, and so each shard's bytes. Every process works the plan out for itself and writes the shards that are its own and
+not yet there: processes, parts of a Slurm array and a second start after a kill need no word with one another, and
+whatever they do, in whatever order and however often, the shards come out with equal bytes. `packing.json` beside the
+shards carries the plan's checksum, so that shards of two inputs never mix.
+
+Pictures keep their bytes; each sample is decoded once to see that training can use it. A shard appears under its name
+when it is whole and on the disk (or in the store); one that has not the size its plan gives it is written anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import BadSample, DataError
+from ..ledger import LedgerEntry
+from ..order import permuted, stable_hash
+from ..shards.parallel import Told, silent, sweep
+from ..shards.source import check_sizes
+from ..shards.tar_writer import TarWriter, archive_size, import_writer, member_size
+from ..storage.files import shown_url
+from ..storage.output import Target
+from ..units import size_in_bytes
+from .pack_input import FileItem, Item, check_key, items_of
+
+_FORMAT = 1  # of the plan; raise it when equal input gives other bytes
+_PLAN = "packing.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What there is after packing, or after packing a part."""
+
+    shards: tuple[str, ...]  # URLs of all shards of the plan
+    samples: int  # of the plan
+    captions: int | None  # of the plan; None where shards were packed anew, for their texts are not read beforehand
+    written: int  # shards that this call wrote
+    missing: int  # shards of the plan that are not there yet: other parts' work
+    bad: int  # samples left out of this call's shards
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What lies in which shard: shard i holds items[ends[i - 1]:ends[i]]."""
+
+    items: Sequence[Item]
+    ends: list[int]
+    name: str
+    digest: str
+
+    def shard(self, number: int) -> str:
+        """The file name of a shard."""
+        return f"{self.name}-{number:06d}.tar"
+
+    def of(self, number: int) -> Sequence[Item]:
+        """The items of a shard."""
+        return self.items[self.ends[number - 1] if number else 0 : self.ends[number]]
+
+
+def pack(
+    input: str | Path,
+    output: str,
+    shard_size: str | int = "300MB",
+    images: Path | None = None,
+    *,
+    part: str = "0/1",
+    seed: int = 0,
+    skip_bad: bool = False,
+    workers: int = 1,
+    told: Told = silent,
+) -> Packed:
+    """Packs a table, a folder or shards (intake.py) into OUTPUT/NAME-000000.tar, NAME being OUTPUT's last part.
+
+    shard_size: about the bytes of a shard ("300MB"), or the most samples in it (1000); all come out nearly alike.
+    part: "i/n" writes the shards i, i + n, i + 2n, ... alone; all n parts make the whole.
+    skip_bad: leave out what training could not use and list it in NAME-000000.bad.jsonl; else it is a DataError.
+    workers: processes; `told` hears of shards. The bytes depend on neither.
+
+    Given again after an interruption it goes on where it was. Raises DataError: shards that are whole stay, nothing
+    else does.
+    """
+    target = Target(output)
+    first, parts = _part(part)
+    limit = _limit(str(shard_size))
+    _refuse_foreign(target)
+    plan = plan_of(items_of(str(input), images, workers), target.name, seed, *limit)
+    description = {"format": _FORMAT, "plan": plan.digest, "shards": len(plan.ends), "samples": len(plan.items)}
+    _refuse_other_plan(target, plan.digest)
+    numbers = range(first, len(plan.ends), parts)
+    there = target.sizes()
+    work = partial(_write, plan, target, there, skip_bad, json.dumps(description) + "\n")
+    import_writer()
+    try:
+        done = list(sweep(work, numbers, workers, told))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"{shown_url(output)}: the disk is full; free some space or choose another place") from None
+        raise DataError(f"cannot write {shown_url(output)}: {error.strerror or error}; choose another place") from None
+    finally:
+        target.forsake()
+    there = target.sizes()
+    files = [item for item in plan.items if isinstance(item, FileItem)]
+    return Packed(
+        shards=tuple(target.url(plan.shard(i)) for i in range(len(plan.ends))),
+        samples=len(plan.items),
+        captions=sum(item.captions for item in files) if len(files) == len(plan.items) else None,
+        written=sum(new for new, _ in done),
+        missing=sum(plan.shard(i) not in there for i in range(len(plan.ends))),
+        bad=sum(bad for _, bad in done),
+    )
+
+
+def plan_of(items: Sequence[Item], name: str, seed: int, most_bytes: int | None, most_samples: int | None) -> Plan:
+    """The plan: the items in an order drawn by the seed, cut into shards of nearly equal bytes, or numbers."""
+    key = stable_hash("pack", seed)
+    items = [items[i] for i in permuted(np.arange(len(items)), len(items), key).tolist()]
+    if most_samples is not None:
+        count = -(-len(items) // most_samples)
+        ends = [len(items) * (i + 1) // count for i in range(count)]
+    else:
+        assert most_bytes is not None
+        sums = list(accumulate(_tar_size(item.key, item.sizes) for item in items))
+        count = -(-sums[-1] // most_bytes)
+        cuts = {bisect_left(sums, sums[-1] * (i + 1) // count) + 1 for i in range(count)}  # a set: no shard is empty
+        ends = sorted({*(cut for cut in cuts if cut < len(items)), len(items)})
+    digest = sha256(json.dumps([_FORMAT, name, ends]).encode())
+    for item in items:
+        own = (item.txt, item.json) if isinstance(item, FileItem) else ()
+        digest.update(b"".join([json.dumps([item.key, item.sizes]).encode(), b"\n", *own]))
+    return Plan(items, ends, name, digest.hexdigest())
+
+
+def written(target: Target) -> tuple[int, int] | None:
+    """How many shards of a pack are there, and of how many; None where nothing was packed."""
+    names = target.sizes()
+    if _PLAN not in names:
+        return None
+    try:
+        wanted = int(json.loads(target.text(_PLAN))["shards"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return sum(name.endswith(".tar") for name in names), wanted
+
+
+def _write(
+    plan: Plan, target: Target, there: dict[str, int], skip_bad: bool, description: str, number: int
+) -> tuple[bool, int]:
+    """Writes one shard unless it is there: whether it did, and how many samples are left out of the shard."""
+    name, items = plan.shard(number), plan.of(number)
+    listed = name.removesuffix(".tar") + ".bad.jsonl"
+    if name in there:
+        left_out = target.text(listed).splitlines() if listed in there else []
+        bad_keys = {json.loads(line)["key"] for line in left_out}
+        if there[name] == _shard_size(item for item in items if item.key not in bad_keys):
+            if left_out and not skip_bad:
+                raise DataError(f"{target.shown(listed)} names samples that were left out; mend them, or skip bad ones")
+            target.clean(name)
+            return False, len(bad_keys)
+    bad: list[LedgerEntry] = []
+    with target.writing(name) as file, TarWriter(file) as writer:
+        for item in items:
+            try:
+                writer.write(item.key, _checked(item))
+            except BadSample as error:
+                if not skip_bad:
+                    raise DataError(f"{_where(item)}: {error}; {_remedy(item)}") from None
+                bad.append(_entry(item, error))
+        if _PLAN not in target.sizes():
+            target.put_text(_PLAN, description)
+        if bad:
+            target.put_text(listed, "".join(json.dumps(asdict(entry)) + "\n" for entry in bad))
+    _refuse_other_plan(target, plan.digest)
+    return True, len(bad)
+
+
+def _tar_size(key: str, sizes: Mapping[str, int]) -> int:
+    return sum(member_size(f"{key}.{kind}", size) for kind, size in sizes.items())
+
+
+def _shard_size(items: Iterable[Item]) -> int:
+    return archive_size(sum(_tar_size(item.key, item.sizes) for item in items))
+
+
+def _checked(item: Item) -> dict[str, bytes]:
+    """An item's members, read by the steps of training. Raises BadSample."""
+    from ..samples.decode import captions_and_labels, picture
+
+    check_sizes(item.sizes)
+    members = item.members()
+    if {kind: len(data) for kind, data in members.items()} != item.sizes:
+        raise DataError(f"{_where(item)} changed while it was packed; start again")
+    check_key(item.key, members)
+    captions_and_labels(members)
+    picture(members)
+    return members
+
+
+def _where(item: Item) -> str:
+    return f"{item.where}: {item.picture}" if isinstance(item, FileItem) else item.where
+
+
+def _remedy(item: Item) -> str:
+    what = "replace the picture or drop its lines" if isinstance(item, FileItem) else "mend the shard"
+    return f"{what}, or leave out bad samples with --skip-bad"
+
+
+def _entry(item: Item, error: BadSample) -> LedgerEntry:
+    if isinstance(item, FileItem):
+        return LedgerEntry(item.where, item.picture, item.key, 0, str(error))
+    offset = min(at for at, _ in item.places.values())
+    return LedgerEntry(item.shard.url, item.shard.url, item.key, offset, str(error))
+
+
+def _part(part: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
+    i, n = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not i < n:
+        raise DataError(f"part = {part!r} must be i/n with i from 0 to n - 1, as in 0/8, 1/8, ... 7/8")
+    return i, n
+
+
+def _limit(shard_size: str) -> tuple[int | None, int | None]:
+    """Most bytes, or most samples, of a shard."""
+    if re.fullmatch(r"\d{1,12}", shard_size) and int(shard_size):
+        return None, int(shard_size)
+    most = size_in_bytes(shard_size)
+    if not most:
+        raise DataError(f"shard_size = {shard_size!r} must be a size such as 300MB or 1GB, or a number of samples")
+    return most, None
+
+
+def _refuse_foreign(target: Target) -> None:
+    """An output may hold this pack's work, and nothing else."""
+    own = re.compile(rf"{re.escape(_PLAN)}|{re.escape(target.name)}-\d{{6,}}\.(tar|bad\.jsonl)")
+    names = target.sizes()
+    if (names and _PLAN not in names) or not all(own.fullmatch(name) for name in names):
+        raise DataError(f"{target.shown()} is there already; remove it or choose another name")
+
+
+def _refuse_other_plan(target: Target, digest: str) -> None:
+    if _PLAN not in target.sizes():
+        return
+    try:
+        there = json.loads(target.text(_PLAN))["plan"]
+    except (ValueError, KeyError, TypeError):
+        there = None
+    if there != digest:
+        raise DataError(
+            f"{target.shown()} holds shards packed from another input, or with another seed or shard size; give the "
+            f"same again, or choose another output"
+        )

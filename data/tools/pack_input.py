@@ -1,0 +1,378 @@
+"""What there is to pack: a folder of pictures and captions, a table of them, or shards that are packed anew.
+
+Each becomes a list of items whose order is a function of the input alone, so that every process and every machine that
+packs a part of it has the same list. An item knows its key and the sizes of its members; its bytes are read when it is
+written. Names come from outside: a path may not leave its folder, and a key that could is a bad sample (`check_key`).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadSample, DataError, shown
+from ..shards.listing import IMAGE_KINDS, split_name
+from ..shards.parallel import Told, index_all, silent
+from ..shards.source import shards_of
+from ..storage.files import ShardInfo, shown_url
+from ..storage.gzip_cache import Unpacked
+
+_PATHS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path", "image path", "picture")
+_CAPTIONS = ("caption", "text")
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,15})?([eE][+-]?\d{1,2})?")
+_KIND = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_LONGEST_KEY = 1024  # bytes
+_GAP = 1 << 16  # bytes between two members that are cheaper read than skipped
+
+
+@dataclass(frozen=True, slots=True)
+class FileItem:
+    """A picture in a file, with its captions. `where` says, in words, which file or line it came from."""
+
+    key: str
+    picture: str
+    size: int  # bytes of the picture
+    txt: bytes
+    json: bytes
+    captions: int
+    where: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each member."""
+        return {self.kind: self.size, "txt": len(self.txt), "json": len(self.json)}
+
+    @property
+    def kind(self) -> str:
+        """The picture's kind."""
+        return os.path.splitext(self.picture)[1][1:].lower()
+
+    def members(self) -> dict[str, bytes]:
+        """The bytes by kind."""
+        return {self.kind: Path(self.picture).read_bytes(), "txt": self.txt, "json": self.json}
+
+
+@dataclass(frozen=True, slots=True)
+class ShardItem:
+    """A sample of a shard: all its members, as they are."""
+
+    key: str
+    shard: ShardInfo
+    places: dict[str, tuple[int, int]]  # offset and size by kind
+
+    @property
+    def where(self) -> str:
+        """In words, where it lies."""
+        return f"{shown_url(self.shard.url)} at byte {min((offset for offset, _ in self.places.values()), default=0)}"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each member."""
+        return {kind: size for kind, (_, size) in self.places.items()}
+
+    def members(self) -> dict[str, bytes]:
+        """The bytes by kind, in one read where they lie together."""
+        start = min(offset for offset, _ in self.places.values())
+        end = max(offset + size for offset, size in self.places.values())
+        if end - start > sum(self.sizes.values()) + _GAP:
+            return {kind: _read(self.shard, at, at + size) for kind, (at, size) in self.places.items()}
+        span = _read(self.shard, start, end)
+        return {kind: span[at - start : at - start + size] for kind, (at, size) in self.places.items()}
+
+
+_read = Unpacked().read  # also of .tar.gz
+Item = FileItem | ShardItem
+
+
+def items_of(input: str, images: Path | None, workers: int = 1, told: Told = silent) -> list[Item]:
+    """The items of a folder, a table (.tsv, .csv, .jsonl; paths relative to `images`, else to the table's folder), or
+    a URL of shards (indexed by `workers` processes; `told` hears of shards). Raises DataError at the first thing that
+    is wrong."""
+    path = Path(input)
+    items: list[Item]
+    if path.is_dir():
+        items = [*folder_items(path)]
+    elif names_shards(input):
+        items = [*shard_items(input, workers, told)]
+    elif path.exists():
+        items = [*table_items(path, images or path.parent)]
+    else:
+        raise DataError(
+            f"{shown_url(input)}: nothing is there; name a .tsv, .csv or .jsonl table, a folder of key.jpg and "
+            f"key.txt, or shards"
+        )
+    _refuse_equal_keys(items)
+    return items
+
+
+def names_shards(input: str) -> bool:
+    """Whether `input` is a URL of shards and no folder or table."""
+    is_pattern = set("*?[{") & set(input) and not Path(input).exists()
+    return bool(input.lower().endswith((".tar", ".tar.gz", ".tgz")) or "://" in input or is_pattern)
+
+
+def check_key(key: str, kinds: Iterable[str]) -> None:
+    """Raises BadSample for a name that could do harm where a shard is unpacked, or that readers would not find."""
+    parts = key.split("/")
+    if not key or any(part in ("", ".", "..") for part in parts) or "\\" in key:
+        raise BadSample(f"key is unsafe: {shown(key)} is no path inside a folder")
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in key):
+        raise BadSample(f"key is unsafe: {shown(key)} holds control characters or is not Unicode")
+    if len(key.encode("utf-8")) > _LONGEST_KEY:
+        raise BadSample(f"key is unsafe: {shown(key)} is longer than {_LONGEST_KEY:,} bytes")
+    for kind in kinds:
+        if not _KIND.fullmatch(kind) or split_name(f"{key}.{kind}") != (key, kind):
+            raise BadSample(f"key is unsafe: readers would not find {shown(f'{key}.{kind}')}")
+
+
+# Shards
+
+
+def shard_items(url: str, workers: int, told: Told) -> Iterator[ShardItem]:
+    """The samples of shards, in the order of shards and offsets. Keys that several shards hold get the number of their
+    shard in front (`00003/key`), for keys must differ within a source."""
+    indexes = []
+    for shard, index in index_all(shards_of(url), workers, told):
+        if isinstance(index, DataError):
+            raise index
+        indexes.append((shard, index))
+    seen: set[str] = set()
+    several = {key for _, index in indexes for key in index.keys if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
+    if not seen:
+        raise DataError(f"{shown_url(url)} is empty: there is no sample in its shards")
+    for number, (shard, index) in enumerate(indexes):
+        for key, places in zip(index.keys, index.samples, strict=True):
+            yield ShardItem(f"{number:05d}/{key}" if key in several else key, shard, places)
+
+
+# Folders
+
+
+def folder_items(folder: Path) -> Iterator[FileItem]:
+    """The pictures of a folder of key.jpg, key.txt and perhaps key.json, sorted by name."""
+    files: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        kind = path.suffix[1:].lower()
+        if kind not in (*IMAGE_KINDS, "txt", "json") or path.name.startswith(".") or not path.is_file():
+            continue
+        members = files.setdefault(path.relative_to(folder).with_suffix("").as_posix(), {})
+        other = next((k for k in members if k == kind or {k, kind} <= set(IMAGE_KINDS)), None)
+        if other:
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            raise DataError(f"{path} and {members[other]} are two files for one key, {shown(name)}; rename one")
+        members[kind] = path
+    if not files:
+        tars = next(folder.glob("*.tar"), None)
+        remedy = f"name its shards as {folder}/*.tar" if tars else "it must hold key.jpg (or .png, .webp) and key.txt"
+        raise DataError(f"{folder} is empty: {remedy} files" if not tars else f"{folder} holds shards: {remedy}")
+    for name, members in files.items():
+        yield _folder_item(name, members)
+
+
+def _folder_item(name: str, members: dict[str, Path]) -> FileItem:
+    picture = next((members[kind] for kind in IMAGE_KINDS if kind in members), None)
+    if picture is None:
+        raise DataError(
+            f"{next(iter(members.values()))}: no picture with that name lies beside it; add one or drop the file"
+        )
+    texts = {kind: members[kind] for kind in ("txt", "json") if kind in members}
+    where = " and ".join(str(path) for path in texts.values()) or f"{picture}"
+    return _item(name, picture, {kind: path.read_bytes() for kind, path in texts.items()}, where, str(picture))
+
+
+def _item(name: str, picture: Path, texts: dict[str, bytes], where: str, picture_where: str) -> FileItem:
+    """The item of a picture and its .txt or .json, or both, which are read as training reads them."""
+    from ..samples.decode import captions_and_labels
+
+    try:
+        captions, _ = captions_and_labels(texts)
+    except BadSample as error:
+        raise DataError(f"{where}: {error}; mend it or drop the key") from None
+    metadata = json.loads(texts["json"].decode("utf-8-sig")) if "json" in texts else {}
+    metadata.setdefault("captions", list(captions))
+    encoded = json.dumps(metadata, sort_keys=True).encode()
+    size = picture.stat().st_size
+    return FileItem(
+        name.replace(".", "_"), str(picture), size, captions[0].encode(), encoded, len(captions), picture_where
+    )
+
+
+def _refuse_equal_keys(items: Iterable[Item]) -> None:
+    seen: dict[str, Item] = {}
+    for item in items:
+        other = seen.setdefault(item.key, item)
+        if other is not item:
+            one, two = (each.picture if isinstance(each, FileItem) else each.where for each in (other, item))
+            raise DataError(f"{one} and {two} are two files for one key, {shown(item.key)}; rename one")
+
+
+# Tables
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a table: a picture's path, captions (texts, or what the .json may hold instead) and other columns."""
+
+    line: int
+    path: str
+    captions: list[Any]
+    columns: dict[str, Any]
+
+
+class Table:
+    """A table of pictures. .tsv and .csv: two columns, path and caption, or a first line that names the columns.
+    .jsonl: an object a line, with `path`, and `caption` or `captions`. Other columns become metadata."""
+
+    def __init__(self, path: Path, texts: Sequence[str] = _CAPTIONS) -> None:
+        """`texts`: what the column of captions may be called, or the one of classes or else that stands there."""
+        self.path, self.kind, self.texts = path, path.suffix.lower(), tuple(texts)
+        if self.kind not in (".tsv", ".csv", ".jsonl"):
+            raise DataError(
+                f"{path}: a table must end in .tsv, .csv or .jsonl; or name a folder of key.jpg and key.txt"
+            )
+
+    def rows(self) -> Iterator[Row]:
+        """The rows with something in them."""
+        return self._objects() if self.kind == ".jsonl" else self._cells()
+
+    def wrong(self, line: int, what: str) -> DataError:
+        """What is wrong with a line, as an error."""
+        return DataError(f"{self.path}, line {line}: {what}")
+
+    def _lines(self) -> Iterator[str]:
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    byte = f"not UTF-8 (byte 0x{line[error.start]:02x}); save the table as UTF-8"
+                    raise self.wrong(number, byte) from None
+
+    def _objects(self) -> Iterator[Row]:
+        for number, line in enumerate(self._lines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise self.wrong(number, f"not JSON: {ascii(str(error))[1:-1][:100]}; write an object a line") from None
+            if not isinstance(row, dict):
+                raise self.wrong(number, "not an object; write one a line, with path and caption")
+            path = next((row.pop(name) for name in _PATHS if isinstance(row.get(name), str)), None)
+            if path is None:
+                raise self.wrong(number, f"no path of a picture; name it {_PATHS[0]}")
+            captions = row.pop("captions", [])
+            if not isinstance(captions, list):
+                raise self.wrong(number, "captions must be a list of texts")
+            single = next((row.pop(name) for name in self.texts if isinstance(row.get(name), str)), None)
+            yield Row(number, path, [*([single] if single is not None else []), *captions], row)
+
+    def _cells(self) -> Iterator[Row]:
+        tabs = self.kind == ".tsv"
+        reader = (
+            csv.reader(self._lines(), delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(self._lines())
+        )
+        names: list[str] | None = None
+        first = True
+        try:
+            for row in reader:
+                if first and {cell.strip().lower() for cell in row} & {*_PATHS, "key"}:
+                    names = self._named(row)
+                elif any(cell.strip() for cell in row):
+                    yield self._row(reader.line_num, row, names, tabs)
+                first = False
+        except csv.Error as error:
+            raise self.wrong(reader.line_num, f"{error}; check the quotes") from None
+
+    def _named(self, header: list[str]) -> list[str]:
+        """The columns' names, with the path called path and each caption called caption."""
+        names = [cell.strip() for cell in header]
+        lower = [name.lower() for name in names]
+        path = next((lower.index(name) for name in _PATHS if name in lower), 0)
+        captions = {i for i, name in enumerate(lower) if name in self.texts} or (
+            {1 - path} if len(names) == 2 else set()
+        )
+        if not captions:
+            raise self.wrong(1, f"which of the columns is the {self.texts[0]}? name it {self.texts[0]}")
+        others = [name for i, name in enumerate(names) if i != path and i not in captions]
+        wrong = next((n for n in others if not n or others.count(n) > 1 or n in ("captions", "labels")), None)
+        if wrong is not None:
+            raise self.wrong(1, f"a column cannot be called {shown(wrong)}; rename it, or write a .jsonl table")
+        return ["path" if i == path else "caption" if i in captions else name for i, name in enumerate(names)]
+
+    def _row(self, line: int, row: list[str], names: list[str] | None, tabs: bool) -> Row:
+        wanted = len(names) if names else 2
+        if len(row) != wanted:
+            remedy = "separate columns by one tab" if tabs else 'put a caption in "quotes" if it holds commas'
+            raise self.wrong(line, f"{len(row)} columns instead of {wanted}; {remedy}")
+        cells = list(zip(names or ("path", "caption"), (cell.strip() for cell in row), strict=True))
+        captions = [cell for name, cell in cells if name == "caption" and cell]
+        if not captions:
+            raise self.wrong(line, f"the {self.texts[0]} is empty; write one or drop the line")
+        others = {name: _value(cell) for name, cell in cells if name not in ("path", "caption") and cell}
+        return Row(line, next(cell for name, cell in cells if name == "path"), [*captions], others)
+
+
+def _value(cell: str) -> str | int | float:
+    """A cell of a further column: a number where it is written as JSON writes numbers."""
+    if not _NUMBER.fullmatch(cell):
+        return cell
+    number: int | float = json.loads(cell)
+    return number
+
+
+def table_items(path: Path, images: Path) -> Iterator[FileItem]:
+    """The pictures of a table, in the order of their first lines; further lines of a picture are further captions."""
+    table, folder = Table(path), PictureFolder(images)
+    rows: dict[Path, Row] = {}
+    for row in table.rows():
+        first = rows.setdefault(folder.file(row.path, f"{path}, line {row.line}"), row)
+        if first is not row:
+            first.captions.extend(row.captions)
+    if not rows:
+        raise DataError(f"{path} is empty: each line must hold a picture's path and a caption")
+    for picture, row in rows.items():
+        where = f"{path}, line {row.line}"
+        captions = [c for i, c in enumerate(row.captions) if c not in row.captions[:i]]
+        metadata = json.dumps({**row.columns, "captions": captions}).encode()
+        name = picture.relative_to(folder.root).with_suffix("").as_posix()
+        yield _item(name, picture, {"json": metadata}, where, where)
+
+
+class PictureFolder:
+    """The folder of a table's pictures, which no path may leave."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def root(self) -> Path:
+        return self.path.resolve()
+
+    def file(self, path: str, where: str) -> Path:
+        """The file a table names, shown to lie inside the folder and to exist."""
+        if "\0" in path or len(path) > 4096:
+            raise DataError(f"{where}: {shown(path)} is no path")
+        try:
+            full = (self.root / path).resolve()
+            found = full.is_file()
+        except (OSError, UnicodeEncodeError):  # a part too long, or half of a surrogate pair
+            raise DataError(f"{where}: {shown(path)} is no path") from None
+        if not full.is_relative_to(self.root):
+            raise DataError(
+                f"{where}: {shown(path)} lies outside {self.path}; name the folder of the pictures, or move the file "
+                f"there"
+            )
+        if not found:
+            raise DataError(f"{where}: the picture {shown(path)} is missing from {self.path}")
+        if full.suffix[1:].lower() not in IMAGE_KINDS:
+            raise DataError(f"{where}: {shown(path)} is not .{', .'.join(IMAGE_KINDS)}; convert it")
+        return full

@@ -1,0 +1,22 @@
+"""Sizes and lengths of time as recipes and options write them: 500MB, 50GB, 30s, 2min, 1h."""
+
+from __future__ import annotations
+
+import re
+
+_BYTES = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(kB|MB|GB|TB)")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
+
+
+def size_in_bytes(text: str) -> int | None:
+    """Bytes of a size such as 50GB; None if `text` is not a size."""
+    match = _SIZE.fullmatch(text)
+    return int(float(match[1]) * _BYTES[match[2]]) if match else None
+
+
+def duration(text: str) -> float | None:
+    """Seconds of a length of time such as 2min; None if `text` is not one."""
+    match = _DURATION.fullmatch(text)
+    return float(match[1]) * _SECONDS[match[2]] if match else None

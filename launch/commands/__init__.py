@@ -1,0 +1,1 @@
+"""The commands of `treering`, one file each."""

@@ -1,0 +1,92 @@
+"""`treering compare`: two or more commits on the same suites, task by task, in the terminal and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...training.report.comparison_page import signed, verdict
+from ...training.report.readable import score
+from ..errors import RecipeError, clean
+from .eval import asked, opened_commit, scored, suites_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def compare_runs(urls: Sequence[str], suites: list[str] | None, data: str | None) -> dict[str, Any]:
+    """Every score of the commits at `urls` (or of the newest of run folders) beside that of the first.
+
+    What is not given comes from the recipe of the first. Raises RecipeError, StoreError, DataError.
+    """
+    if len(urls) < 2:
+        raise RecipeError("one model has nothing to be compared with; name two or more commits or run folders")
+    config = suites_of(suites) if suites else None
+    from ...training.evaluate.comparing import comparison, tasks
+    from ...training.world import World
+
+    opened = [opened_commit(url) for url in urls]
+    first, source = asked(opened[0], config, data)
+    for each in opened[1:]:
+        asked(each, first, source)
+    world = World.join()
+    try:
+        found = [scored(each, first, source, world) for each in opened]
+    finally:
+        world.leave()
+    names = _names(urls)
+    models = [
+        {
+            "name": name,
+            "commit": commit.url,
+            "run": url if Path(url).is_dir() and (Path(url) / "metrics.jsonl").is_file() else None,
+            "samples": commit.manifest.state.samples,
+            "parameters": sum(p.numel() for p in _parameters(commit.manifest.spec)),
+        }
+        for name, url, (commit, _) in zip(names, urls, opened, strict=True)
+    ]
+    return {**comparison(models, tasks(names, found)), "data": source}
+
+
+def _parameters(spec: Any) -> Any:
+    from ...models.model import empty
+
+    return empty(spec).parameters()
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    """What tells the models apart: as they were named, without the parts that all share, at the front and the back."""
+    parts = {url: url.rstrip("/").split("/") for url in urls}
+    for end in (0, -1):
+        while min(map(len, parts.values())) > 1 and len({each[end] for each in parts.values()}) == 1:
+            for each in parts.values():
+                each.pop(end)
+    names = ["/".join(parts[url]) for url in urls]
+    return [f"{name} ({i + 1})" if name in names[:i] else name for i, name in enumerate(names)]
+
+
+def comparison_table(found: Mapping[str, Any]) -> Table:
+    """Scores side by side; below each, for every other model, the difference, its interval, flips and significance."""
+    from rich.table import Table
+    from rich.text import Text
+
+    names = [model["name"] for model in found["models"]]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("score", overflow="fold")
+    for head in (*names, "difference", "95% interval", "lost", "won", "p", ""):
+        table.add_column(Text(clean(head)), justify="right")
+    for task in found["tasks"]:
+        key, values = task["key"], task["values"]
+        for number, change in enumerate(task["changes"]):
+            shown = [score(key, value) for value in values] if not number else [""] * len(values)
+            title = key if not number else f"  {clean(names[number + 1])}"
+            table.add_row(Text(title), *shown, *_cells(key, change))
+    return table
+
+
+def _cells(key: str, change: Mapping[str, Any]) -> list[str]:
+    ends = [signed(key, change[end]) for end in ("low", "high")] if change["low"] is not None else []
+    flips = ["" if change[name] is None else str(change[name]) for name in ("lost", "won")]
+    p_value = "" if change["adjusted"] is None else f"{change['adjusted']:.2g}"
+    return [signed(key, change["value"]), " to ".join(ends), *flips, p_value, verdict(key, change)]

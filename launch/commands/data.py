@@ -1,0 +1,190 @@
+"""The commands about data: pack, index, lint, inspect, batch. What they do stands in the modules they call."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ..arguments import AsJson, Overrides, RecipeName, print_json
+from ..errors import RunError, show
+
+app = typer.Typer(help="Make shards of pictures and captions, and look into the stream.", no_args_is_help=True)
+
+DataUrl = Annotated[str, typer.Argument(metavar="URL", help="samples://NAME, or a glob/brace URL of tar shards.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", metavar="N", min=1, help="Processes; left out: one a core, 16 for a store.")
+]
+
+
+@app.command("pack")
+def pack(
+    input: Annotated[
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="A table (.tsv, .csv, .jsonl: picture path, caption), a folder of key.jpg and key.txt, or shards.",
+        ),
+    ],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="A folder or URL of its own for the shards.")],
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="SIZE", help="About the size of a shard, 300MB; or samples, 1000.")
+    ] = "300MB",
+    images: Annotated[
+        Path | None, typer.Option("--images", metavar="DIR", help="Where the table's paths begin; left out: beside it.")
+    ] = None,
+    part: Annotated[
+        str,
+        typer.Option("--part", metavar="I/N", help="Write one part of the shards: 0/8, 1/8, ... 7/8 are the whole."),
+    ] = "0/1",
+    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Of the order of the samples.")] = 0,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out what training could not use, and list it beside the shard.")
+    ] = False,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pack pictures and captions into tar shards of one size, in mixed order, each sample checked.
+
+    The same command goes on where an earlier one was cut off. Shards as INPUT are packed anew. Several lines of a table
+    for one picture are several captions; columns beside path and caption become metadata. Parts may run anywhere, at
+    any time, in any order, as under Slurm: sbatch --array=0-7 with --part $SLURM_ARRAY_TASK_ID/8.
+
+        treering data pack captions.tsv shards/photos --images photos/
+        treering data pack 's3://BUCKET/raw/*.tar' s3://BUCKET/photos --shard-size 1GB --part 0/8
+    """
+    from ...data.shards.parallel import enough_workers
+    from ...data.tools.pack import pack as pack_shards
+    from . import data_output
+
+    with data_output.progress("shards") as told:
+        packed = pack_shards(
+            input, output, shard_size, images,
+            part=part, seed=seed, skip_bad=skip_bad, workers=workers or enough_workers(input), told=told,
+        )  # fmt: skip
+    if as_json:
+        print_json(asdict(packed))
+        return
+    Console().print(Text("\n".join(data_output.packed_lines(packed))), soft_wrap=True)
+
+
+@app.command("index")
+def index(
+    url: DataUrl,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Also put the indexes in .treering beside the shards, for other machines.")
+    ] = False,
+    filter: Annotated[
+        str | None, typer.Option("--filter", metavar="EXPR", help="Say how many samples it accepts, and keep that.")
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Index all shards, in parallel; what was indexed before is not read again.
+
+    A run makes the index itself: this makes its start quick. Exit code 2 if a shard is damaged.
+
+        treering data index 's3://BUCKET/photos/{00000..01023}.tar' --beside --filter 'similarity > 0.28 and not nsfw'
+    """
+    from . import data_index, data_output
+
+    found = data_index.index_url(url, workers, beside, filter)
+    reasons = [fault["reason"] for fault in found["faults"]]
+    if as_json:
+        print_json(found)
+        raise typer.Exit(2 if reasons else 0)
+    Console().print(Text(data_index.as_text(found, filter)), soft_wrap=True)
+    if reasons:
+        raise RunError(data_output.faults_message(found["shards"], reasons), 2)
+
+
+@app.command("lint")
+def lint(
+    url: DataUrl,
+    ledger: Annotated[
+        Path | None,
+        typer.Option("--ledger", metavar="FILE", help="Write all bad samples here, as a run does."),
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read and decode every sample as a run would, and list what it could not use, with the reasons.
+
+    Cut off, the same command goes on where it was; shards that did not change are not read again. Exit code 0 if
+    everything can be used, 2 if not.
+
+        treering data lint 'shards/photos/*.tar' --ledger bad.jsonl
+        treering data inspect 'shards/photos/*.tar' --ledger bad.jsonl --out bad.html
+    """
+    from ...data.shards.parallel import enough_workers
+    from ...data.tools.lint import lint as lint_url
+    from ...data.tools.lint import write_ledger
+    from . import data_output
+
+    with data_output.progress("samples") as told:
+        found = lint_url(url, workers or enough_workers(url), told)
+    if ledger is not None:
+        write_ledger(ledger, found.bad)
+    if as_json:
+        print_json(data_output.findings_json(found))
+        raise typer.Exit(0 if found.clean else 2)
+    Console().print(data_output.findings(found, ledger), soft_wrap=True)
+    if found.faults:
+        raise RunError(data_output.faults_message(found.shards, [fault.reason for fault in found.faults]), 2)
+    raise typer.Exit(0 if found.clean else 2)
+
+
+@app.command("inspect")
+def inspect(
+    url: DataUrl,
+    samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="How many samples to draw.")] = 10_000,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PAGE", help="Write a contact sheet here: .html or .png.")
+    ] = None,
+    ledger: Annotated[
+        Path | None, typer.Option("--ledger", metavar="FILE", help="Show the samples a run's ledger.jsonl names.")
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what pictures, captions, labels and columns are like, from N samples drawn by chance, always the same ones.
+
+    The contact sheet shows the first 120 of them, and pictures that look alike. With --ledger: instead, all samples
+    that a run could not use.
+
+        treering data inspect 'shards/photos/*.tar' --out sheet.html
+        treering data inspect 'shards/photos/*.tar' --ledger runs/photos/ledger.jsonl
+    """
+    from .data_output import inspect_url, replay_ledger
+
+    if ledger is not None:
+        found, text = replay_ledger(url, ledger, out, workers)
+    else:
+        found, text = inspect_url(url, samples, out, workers)
+    if as_json:
+        print_json(found)
+        return
+    Console().print(text, soft_wrap=True)
+
+
+@app.command("batch")
+def batch(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option("--step", metavar="T", min=0, help="Number of the global batch, from 0.")] = 0,
+    world: Annotated[int, typer.Option("--world", metavar="W", min=1, help="Processes that share it.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Say which samples are in global batch T, and which process reads them; nothing is decoded."""
+    from .data_batch import keys_by_rank
+
+    ranks = keys_by_rank(recipe, overrides or [], step, world)
+    if as_json:
+        print_json({"step": step, "world": world, "ranks": ranks})
+        return
+    for rank, keys in enumerate(ranks):
+        print("\n".join(f"rank {rank}  {show(key, 200)[1:-1]}" for key in keys))

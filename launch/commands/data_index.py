@@ -1,0 +1,100 @@
+"""`treering data index`: makes the indexes of all shards of a source, in parallel, and puts them beside the shards.
+
+Every index is kept as soon as it is made: cut off, the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...data.errors import DataError, shown
+from ...data.shards.filter import Filter
+from ...data.shards.index import Handles
+from ...data.shards.listing import expand, index_table
+from ...data.shards.opening import accepted, summed_up
+from ...data.shards.parallel import enough_workers, index_all, sweep
+from ...data.shards.sidecar import put_index
+from ...data.shards.source import Source, pattern_of
+from ...data.shards.summary import ShardSummary, write_summary
+from ...data.shards.tar_reader import DamagedShard
+from ...data.storage.files import shown_url
+from ..errors import RunError, clean
+from .data_output import progress, size
+
+
+def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -> dict[str, Any]:
+    """Indexes all shards of a URL; what there is, what is wrong with which shard, and what a filter accepts.
+
+    With `beside`, indexes and summary also go beside the shards, so that other nodes need no walk. Raises DataError.
+    """
+    wanted = _read(filter)
+    pattern = pattern_of(url)
+    shards = expand(pattern)
+    workers = workers or enough_workers(pattern)
+    faults, unread = [], set()
+    with progress("shards") as told:
+        for shard, index in index_all(shards, workers, told):
+            if isinstance(index, DataError):
+                faults.append({"shard": shown_url(shard.url), "reason": str(index)})
+                if not isinstance(index, DamagedShard):
+                    unread.add(shard)
+    summary = summed_up(pattern, [shard for shard in shards if shard not in unread], skip_damaged=True, workers=workers)
+    whole = [each for each in summary if not each.fault]
+    found: dict[str, Any] = {
+        "source": shown_url(url),
+        "shards": len(shards),
+        "samples": sum(each.samples for each in whole),
+        "bytes": sum(shard.size for shard in shards),
+        "faults": faults,
+    }
+    if wanted is not None:
+        handles = Handles([each.shard for each in whole], [each.samples for each in whole], index_table)
+        with progress("shards") as told:
+            found["accepted"] = int(accepted(pattern, wanted, whole, handles, workers, told).counts.sum())
+    if beside:
+        _put_beside(pattern, summary, workers)
+        found["beside"] = len(whole)
+    return found
+
+
+def _read(text: str | None) -> Filter | None:
+    try:
+        return None if text is None else Filter(text)
+    except ValueError as error:
+        raise RunError(f"--filter: {clean(str(error))}", 2) from None
+
+
+def _put_beside(pattern: str, summary: Sequence[ShardSummary], workers: int) -> None:
+    whole = [each.shard for each in summary if not each.fault]
+    with progress("shards put beside") as told:
+        for _ in sweep(put_index, whole, workers, told):
+            pass
+    write_summary(pattern, summary, beside=True)
+
+
+def as_text(found: dict[str, Any], filter: str | None) -> str:
+    """What `index_url` found, in a line or some."""
+    whole = found["shards"] - len(found["faults"])
+    lines = [f"{found['samples']:,} samples in {whole:,} shards, {size(found['bytes'])}"]
+    if "accepted" in found:
+        lines.append(accepts(filter or "", found["accepted"], found["samples"]))
+    if "beside" in found:
+        lines.append(f"{found['beside']:,} indexes and their summary are in .treering beside the shards")
+    return "\n".join(lines)
+
+
+def accepts(filter: str, count: int, of: int) -> str:
+    """What a filter leaves, in a line."""
+    return clean(f"the filter {shown(filter)} accepts {count:,} of {of:,} samples ({count / max(of, 1):.1%})")
+
+
+def told_of(source: Source, filter: str | None) -> list[str]:
+    """What a person should know of a source when a run begins: what its filter leaves, and the shards left out."""
+    name = clean(shown_url(source.url))
+    lines = [] if filter is None else [f"{name}: {accepts(filter, len(source), source.samples_before_filter)}"]
+    if source.left_out:
+        count = len(source.left_out)
+        what = "1 damaged shard is" if count == 1 else f"{count} damaged shards are"
+        lines.append(f"{name}: {what} left out; see ledger.jsonl")
+    return lines

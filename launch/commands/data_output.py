@@ -1,0 +1,248 @@
+"""What `treering data index`, `lint` and `inspect` print: progress on the way, tables and lines at the end.
+
+Keys, captions and labels come from the shards: all of them go through `shown`, `clean` or `printable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from ...data.errors import shown
+from ...data.ledger import LedgerEntry, read_ledger
+from ...data.shards.parallel import Told, enough_workers
+from ...data.shards.source import Source
+from ...data.storage.files import shown_url
+from ...data.tools.contact_sheet import Card, Section, cards, noted, write_sheet
+from ...data.tools.inspect import drawn, in_order, inspect, met, opened
+from ...data.tools.lint import Findings
+from ...data.tools.pack import Packed
+from ..errors import clean
+
+MOST_FAULTS = 8
+MOST_BAD = 40
+_MOST_ROWS = 12
+_ON_A_SHEET = 120
+_QUANTILES = ("mean", "least", "p10", "p50", "p90", "p99", "most")
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Told]:
+    """A line on stderr that shows how much of `what` is done, where a person watches; gone at the end."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def told(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield told
+
+
+def packed_lines(packed: Packed) -> list[str]:
+    """What pack did, for a terminal."""
+    shards = packed.shards
+    captions = f" with {packed.captions:,} captions" if packed.captions is not None else ""
+    lines = [f"{packed.samples:,} samples{captions} in {len(shards):,} shards", clean(shards[0])]
+    lines += [f"to\n{clean(shards[-1])}"] if len(shards) > 1 else []
+    if packed.bad:
+        lines.append(f"{packed.bad:,} samples could not be used and are left out: see the .bad.jsonl files")
+    if packed.written < len(shards):
+        lines.append(f"{packed.written:,} shards written now")
+    if packed.missing:
+        lines.append(f"{packed.missing:,} shards are not there yet: the other parts' work")
+    return lines
+
+
+def faults_message(shards: int, reasons: Sequence[str]) -> str:
+    """All that is wrong with a source's shards, on one screen."""
+    few = [f"  {clean(reason[:300])}".replace("\n", " ") for reason in reasons[:MOST_FAULTS]]
+    more = [f"  and {len(reasons) - MOST_FAULTS} more; --json lists all"] if len(reasons) > MOST_FAULTS else []
+    return "\n".join([f"{len(reasons)} faults in {shards} shards", *few, *more])
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units."""
+    factor, unit = next(((factor, unit) for factor, unit in _UNITS if count >= factor), (1, "B"))
+    return f"{count / factor:.3g} {unit}" if count < 999.5 * factor else f"{count / factor:,.0f} {unit}"
+
+
+def bad_line(entry: LedgerEntry) -> str:
+    """A bad sample in one line."""
+    return clean(f"{shown_url(entry.shard)} at byte {entry.offset}: {shown(entry.key)}: {entry.reason}")
+
+
+def findings_json(found: Findings) -> dict[str, Any]:
+    """What lint found, as plain data."""
+    return {
+        "source": shown_url(found.source),
+        "shards": found.shards,
+        "samples": found.samples,
+        "clean": found.clean,
+        "reasons": found.kinds,
+        "bad": [{"shard": shown_url(e.shard), "key": e.key, "offset": e.offset, "reason": e.reason} for e in found.bad],
+        "faults": [{"shard": shown_url(fault.shard), "reason": fault.reason} for fault in found.faults],
+    }
+
+
+def findings(found: Findings, ledger: Path | None) -> Group:
+    """What lint found, for a terminal: the first bad samples, a table of all reasons, the sum."""
+    parts: list[Any] = [Text(bad_line(entry)) for entry in found.bad[:MOST_BAD]]
+    more = len(found.bad) - len(parts)
+    if more:
+        parts.append(Text(f"and {more:,} more; " + ("the ledger" if ledger else "--ledger FILE") + " names all"))
+    if found.bad:
+        parts.append(reasons_table(found.kinds))
+    total = f"{len(found.bad):,} of {found.samples:,} samples in {found.shards:,} shards cannot be used"
+    parts.append(Text(total))
+    if ledger is not None:
+        parts.append(Text(f"ledger: {clean(str(ledger))}"))
+    return Group(*parts)
+
+
+def reasons_table(kinds: Mapping[str, int]) -> Table:
+    """Reasons by how many samples they took."""
+    table = Table("reason", box=box.SIMPLE_HEAD)
+    table.add_column("samples", justify="right")
+    for kind, count in kinds.items():
+        table.add_row(Text(clean(kind)), f"{count:,}")
+    return table
+
+
+def statistics(found: Mapping[str, Any]) -> Group:
+    """What inspect found, for a terminal."""
+    pictures, captions = found["pictures"], found["captions"]
+    every = found["looked_at"] == found["samples"]
+    looked = "all looked at" if every else f"{found['looked_at']:,} of them looked at"
+    parts: list[Any] = [
+        Text(
+            f"{clean(found['source'])}: {found['samples']:,} samples in {found['shards']:,} shards, "
+            f"{size(found['bytes'])}; {looked}"
+        )
+    ]
+    if found["bad"]:
+        parts.append(reasons_table(found["bad"]))
+    rows = {name.replace("_", " "): pictures[name] for name in ("width", "height", "short_side", "width_over_height")}
+    rows |= {"captions a sample": captions["a_sample"], "tokens a caption": captions["tokens"]}
+    rows |= {"characters a caption": captions["characters"]}
+    columns = list(found["columns"].items())
+    rows |= {f"column {_quoted(name, 30)}": column["numbers"] for name, column in columns if column["numbers"]}
+    table = Table("", box=box.SIMPLE_HEAD)
+    for name in _QUANTILES:
+        table.add_column(name, justify="right")
+    for label, values in rows.items():
+        table.add_row(label, *(f"{values[name]:,.4g}" if values else "–" for name in _QUANTILES))
+    parts.append(table)
+    if captions["count"]:
+        parts.append(Text(f"{captions['cut_at_77']:.2%} of {captions['count']:,} captions are cut at 77 tokens"))
+    parts.append(Text(f"scripts: {_counts(captions['scripts'])}"))
+    for what, equal in (("pictures", pictures["equal"]), ("captions", captions["equal"])):
+        named = ", ".join(f"{_quoted(group['first'])} {group['times']} times" for group in equal["largest"][:3])
+        parts.append(Text(f"{what} that are copies: {equal['copies']:,}" + (f" (most: {named})" if named else "")))
+    parts.append(Text(f"pictures in files that are copies: {pictures['equal_files']['copies']:,}"))
+    parts.append(Text(_alike_line(pictures["alike"])))
+    names = list(found["labels"])
+    parts += [Text(f"label {_quoted(name)}: {_counts(found['labels'][name])}") for name in names[:_MOST_ROWS]]
+    if len(names) > _MOST_ROWS:
+        parts.append(Text(f"and {len(names) - _MOST_ROWS} more labels; --json lists all"))
+    parts += [Text(_column_line(name, column, found["looked_at"])) for name, column in columns[:_MOST_ROWS]]
+    if len(columns) > _MOST_ROWS:
+        parts.append(Text(f"and {len(columns) - _MOST_ROWS} more columns; --json lists all"))
+    return Group(*parts)
+
+
+def _alike_line(alike: Mapping[str, Any]) -> str:
+    groups = "; ".join(", ".join(_quoted(key, 24) for key in group["keys"][:3]) for group in alike["largest"][:2])
+    return f"pictures that look like an earlier one: {alike['copies']:,}" + (f" (as {groups})" if groups else "")
+
+
+def _column_line(name: str, column: Mapping[str, Any], looked: int) -> str:
+    texts = f": {_counts(column['texts'])}" if column["texts"] else ""
+    more = f" ({column['different']:,} different)" if column["different"] > _MOST_ROWS else ""
+    return f"column {_quoted(name, 40)}: {'/'.join(column['types'])} in {column['samples'] / looked:.0%}{texts}{more}"
+
+
+def _quoted(text: str, most: int = 60) -> str:
+    cut = text if len(text) <= most else text[: most - 1] + "…"
+    return f"'{clean(cut)}'".replace("\n", " ")
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    few = ", ".join(f"{_quoted(name, 40)[1:-1]} {count:,}" for name, count in list(counts.items())[:_MOST_ROWS])
+    return few + (f" and {len(counts) - _MOST_ROWS} more" if len(counts) > _MOST_ROWS else "") or "–"
+
+
+def inspect_url(url: str, samples: int, out: Path | None, workers: int | None) -> tuple[dict[str, Any], Group]:
+    """The statistics of `samples` drawn samples, as data and as a text; a contact sheet goes to `out`."""
+    source, workers = _opened(url, workers)
+    with progress("samples") as told:
+        found = inspect(source, in_order(source, samples), workers, told)
+    text = statistics(found)
+    if out is not None:
+        chosen = cards(source, drawn(source, min(samples, _ON_A_SHEET)), workers)
+        lead = f"{len(chosen):,} of {len(source):,} samples, drawn by chance."
+        write_sheet(out, shown_url(url), lead, [Section("", chosen), *_alike(source, found, workers)])
+        text.renderables.append(Text(f"contact sheet: {clean(str(out))}"))
+    return found, text
+
+
+def _alike(source: Source, found: Mapping[str, Any], workers: int) -> list[Section]:
+    """The groups of pictures that look alike, to judge whether they are."""
+    groups = found["pictures"]["alike"]["largest"]
+    keys = {key for group in groups for key in group["keys"]}
+    numbers = {source.key(n): n for n in range(len(source)) if source.key(n) in keys} if keys else {}
+    return [
+        Section(f"{group['times']:,} that look alike", cards(source, [numbers[key] for key in group["keys"]], workers))
+        for group in groups
+    ]
+
+
+def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None) -> tuple[dict[str, Any], Group]:
+    """The samples that a run's ledger names, as data and as a text; a contact sheet of them goes to `out`."""
+    entries = read_ledger(ledger)
+    source, workers = _opened(url, workers)
+    named = met(source, entries)
+    notes = named.notes.values()
+    named_cards = [noted(card, own) for card, own in zip(cards(source, list(named.notes), workers), notes, strict=True)]
+    total = f"{len(named_cards):,} samples named by {len(entries):,} entries of the ledger"
+    if named.gone:
+        total += f"; {named.gone:,} more are no longer in their shards"
+    if named.elsewhere:
+        total += f"; {named.elsewhere:,} more are in shards of another source"
+    if out is not None:
+        write_sheet(out, shown_url(url), f"{total}.", [Section("", named_cards)])
+    found = {
+        "source": shown_url(url),
+        "samples": [
+            {"shard": c.shard, "key": c.key, "offset": c.offset, "ledger": list(c.notes), "now": c.fault or None}
+            for c in named_cards
+        ],
+        "gone": named.gone,
+        "elsewhere": named.elsewhere,
+    }
+    sheet = [Text(f"contact sheet: {clean(str(out))}")] if out is not None else []
+    return found, Group(*(Text(card_lines(card)) for card in named_cards), Text(total), *sheet)
+
+
+def _opened(url: str, workers: int | None) -> tuple[Source, int]:
+    workers = workers or enough_workers(url)
+    with progress("shards") as told:
+        return opened(url, workers, told), workers
+
+
+def card_lines(card: Card) -> str:
+    """A ledger's sample: where it is, what the ledger said of it, and what is wrong with it now."""
+    now = f"now: {card.fault}" if card.fault else "now: it can be used"
+    what = [*card.notes, *([] if card.fault in card.notes else [now])]
+    return "\n  ".join(clean(line) for line in (f"{card.shard} at byte {card.offset}: {shown(card.key)}", *what))

@@ -1,0 +1,60 @@
+"""`treering grow`: a commit made larger without the run, and the recipe that trains it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError, show
+from ..recipe.overrides import parse_override
+
+
+def grow_offline(commit: str, to: list[str], shrink: list[str], options: list[str], out: str) -> dict[str, Any]:
+    """Grow `commit` to the sizes `to` (and `shrink`), each `path=size`, into `out`, and write the recipe beside it.
+
+    `out` is a new run folder, or the URL of a store. `options` are `key=value` of a stage: samples, copies, layers,
+    and so on. Raises RecipeError, SpecError, StoreError.
+    """
+    from ...training.growth.offline import grow_commit
+    from ...training.stages import GrowthConfig
+    from ..recipe.load import dump_recipe
+
+    if not to and not shrink:
+        raise RecipeError("nothing to grow; say what, as in --to image.depth=12")
+    chosen = dict(_values(options))
+    known = ("samples", *GrowthConfig.model_fields)
+    for key in chosen:
+        if key not in known:
+            raise RecipeError(f"there is no option {show(key)} for growth; there are {', '.join(known)}")
+    samples = chosen.pop("samples", None)
+    if samples is not None and (not isinstance(samples, int) or samples < 1):
+        raise RecipeError(f"samples = {show(samples)} is no budget; give a whole number, as in samples=40000")
+    stage = {"grow": dict(_values(to)), "shrink": dict(_values(shrink)), **chosen}
+    remote = "://" in out
+    grown = grow_commit(commit, stage, out if remote else str(Path(out) / "commits"), samples)
+    recipe = grown.recipe.model_copy(
+        update={"checkpoint": grown.recipe.checkpoint.model_copy(update={"to": out if remote else None})}
+    )
+    file = Path(f"{recipe.name}-grown.yaml") if remote else Path(out) / "recipe.yaml"
+    file.write_text(dump_recipe(recipe), encoding="utf-8")
+    folder = ["--out", f"runs/{recipe.name}-trained"] if recipe.origin else [] if remote else ["--out", out]
+    return {"commit": grown.url, "recipe": str(file), "continue": ["treering", "train", str(file), *folder]} | {
+        key: grown.event[key] for key in ("from", "to", "operators", "parameters_before", "parameters_after")
+    }
+
+
+def _values(texts: list[str]) -> list[tuple[str, Any]]:
+    """`path=value` each, or several with commas between."""
+    parts = [part for text in texts for part in _split(text)]
+    return [tuple(parse_override(part)) for part in parts]
+
+
+def _split(text: str) -> list[str]:
+    """At the commas that begin another `key=`; commas inside a value stay."""
+    parts: list[str] = []
+    for piece in text.split(","):
+        if parts and "=" not in piece:
+            parts[-1] += f",{piece}"
+        else:
+            parts.append(piece)
+    return parts

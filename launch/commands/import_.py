@@ -1,0 +1,39 @@
+"""`treering import`: weights of open_clip's as a commit, and the recipe that trains them on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError, show
+
+
+def import_weights(source: str, to: str, data: str | None, tokenizer: str | None) -> dict[str, Any]:
+    """Read `source` into the new run folder `to`, or the URL of a store, and write a recipe beside it.
+
+    Raises RecipeError, InterchangeError, DataError, StoreError.
+    """
+    from ...models.flops import parameters
+    from ...models.interchange.files import PREFIX, open_weights
+    from ...training.starting.import_weights import import_commit, notes
+    from ..recipe.load import dump_recipe
+
+    if not source.startswith(PREFIX):
+        raise RecipeError(
+            f"{show(source, 200)} is nothing to import; write {PREFIX}ARCHITECTURE/TAG, {PREFIX}ARCHITECTURE=FILE or "
+            f"{PREFIX}local-dir:FOLDER"
+        )
+    weights = open_weights(source)
+    remote = "://" in to
+    url, recipe = import_commit(weights, to if remote else str(Path(to) / "commits"), data, tokenizer)
+    file = Path(f"{recipe.name}-imported.yaml") if remote else Path(to) / "recipe.yaml"
+    file.write_text(dump_recipe(recipe), encoding="utf-8")
+    return {
+        "source": source,
+        "weights": weights.file,
+        "commit": url,
+        "parameters": parameters(weights.spec),
+        "recipe": str(file),
+        "continue": ["treering", "train", str(file), "--out", f"runs/{recipe.name}-trained"],
+        "notes": notes(weights),
+    }

@@ -1,0 +1,159 @@
+"""The commands about jobs: submit, stop, logs, plan. What they do stands in the modules they call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ..arguments import AsJson, Overrides, RecipeName, print_json
+from ..errors import RecipeError, RunError, clean
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunOrSweep = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a sweep.")]
+
+
+def submit(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        str, typer.Option("--nodes", metavar="N", help="Nodes; 2-8 for as many of them as there are, life by life.")
+    ] = "1",
+    gpus: Annotated[
+        int | None, typer.Option("--gpus-per-node", metavar="G", min=0, help="One process for each.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes-per-node", metavar="P", min=1, help="On nodes without GPUs.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option("--partition", metavar="P")] = None,
+    account: Annotated[str | None, typer.Option("--account", metavar="A")] = None,
+    qos: Annotated[str | None, typer.Option("--qos", metavar="Q")] = None,
+    time: Annotated[str | None, typer.Option("--time", metavar="T", help="30, 2:00:00 or 1-00:00:00.")] = None,
+    constraint: Annotated[str | None, typer.Option("--constraint", metavar="C")] = None,
+    after: Annotated[int | None, typer.Option("--after", metavar="JOB", min=1, help="Begin when it has ended.")] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="KEY=A,B", help="One run for each value, as a job array; again for a grid."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The run folder, on a shared disk; left out: runs/NAME.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the batch script, stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a recipe under Slurm: checks it and the cluster, submits one job, prints its number.
+
+    The job commits when Slurm warns it, puts itself back into the queue, and starts again after a crash. What a site
+    wants of every job stands in ~/.config/treering/site.yaml or $TREERING_SITE.
+
+        treering submit emoji --nodes 2 --processes-per-node 2 checkpoint.to=s3://BUCKET/emoji
+    """
+    from ..jobs import submit as submitting
+    from ..jobs.cluster_config import read_site
+    from ..jobs.sweep import expand, write_sweep
+    from ..recipe.load import read_recipe
+
+    wish = submitting.Wish(nodes, processes, gpus, partition, account, qos, time, constraint, after)
+    whole = read_recipe(recipe, overrides or []).recipe
+    base = out or Path("runs") / whole.name
+    points = expand(sweep or [], whole.checkpoint.to)
+    runs = [(base / point.name, read_recipe(recipe, [*(overrides or []), *point.overrides])) for point in points]
+    job = submitting.prepare(runs, wish, read_site())
+    console = Console(stderr=True)
+    for note in job.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+    if dry_run:
+        print(job.script, end="")
+        return
+    if sweep:
+        write_sweep(base, points)
+    number = submitting.submit(job)
+    folders = [str(folder) for folder, _ in job.runs]
+    if as_json:
+        print_json({"job": number, "runs": folders, "nodes": job.nodes, "processes": job.processes})
+        return
+    about = f"job {number}: {job.nodes[0]} nodes x {job.processes} processes, {len(folders)} run(s) in {base}"
+    follow = [f"treering status --watch {base}", f"treering logs --follow {folders[0]}", f"treering stop {base}"]
+    print("\n".join([clean(about), *(clean(line) for line in follow)]))
+
+
+def stop(run: RunOrSweep) -> None:
+    """Commit the run at its next step, then end its job; `treering submit` with the same words continues it.
+
+    Of a sweep, all runs.
+    """
+    from ..jobs.stop import stop_run
+    from ..jobs.sweep import is_sweep, members
+
+    if not is_sweep(run):
+        return print(clean(stop_run(run)))
+    stopped = 0
+    for folder in members(run):
+        try:
+            print(clean(f"{folder.name}: {stop_run(folder)}"))
+            stopped += 1
+        except RecipeError as nothing_runs:
+            print(clean(f"{folder.name}: {nothing_runs}"))
+    if not stopped:
+        raise RecipeError(f"no run of the sweep in {clean(str(run))} can be stopped here")
+
+
+def logs(
+    run: RunFolder,
+    rank: Annotated[int, typer.Option("--rank", metavar="R", min=0, help="The log of one process.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is added.")] = False,
+) -> None:
+    """Print what a job has written, life after life: its script and first process, or the process of one rank."""
+    import time
+
+    path = run / "logs" / f"rank-{rank:05d}.log" if rank else run / "job.log"
+    if not path.is_file():
+        known = sorted(int(file.stem.rpartition("-")[2]) for file in (run / "logs").glob("rank-*.log"))
+        remedy = f"ranks with a log: 0, {', '.join(map(str, known))}" if known else "no job of it has begun"
+        raise RecipeError(f"there is no {clean(str(path))}; {remedy}")
+    try:
+        read = 0
+        while True:
+            with path.open("rb") as file:  # each life has a new file, which begins with the lines of the old one
+                file.seek(read)
+                for line in file:
+                    print(clean(line.decode(errors="replace").rstrip("\n")), flush=follow)
+                read = file.tell()
+            if not follow:
+                return
+            time.sleep(1)
+    except KeyboardInterrupt:
+        raise RunError("", 0) from None
+
+
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option("--nodes", metavar="N", min=1)] = 1,
+    per_node: Annotated[int, typer.Option("--gpus-per-node", metavar="G", min=1)] = 1,
+    device: Annotated[str, typer.Option("--device", metavar="D", help="a100, b200, h100, h200, l40s or cpu.")] = "h100",
+    mfu: Annotated[float, typer.Option("--mfu", metavar="F", help="Share of the device's peak that is reached.")] = 0.4,
+    price: Annotated[float | None, typer.Option("--price", metavar="P", help="Of a device for an hour.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a run will need before anything starts: memory, time, loader, network, store, cost; warn of what fails.
+
+    treering plan photos --nodes 4 --gpus-per-node 8 --device h100 --price 2.5
+    """
+    from ..recipe.load import read_recipe
+    from . import plan as planning
+
+    found = planning.plan(read_recipe(recipe, overrides or []).recipe, nodes, per_node, device, mfu, price)
+    if as_json:
+        print_json(found)
+    else:
+        Console().print(planning.as_table(found))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make them commands of `app`."""
+    for command in (submit, stop, logs, plan):
+        app.command()(command)

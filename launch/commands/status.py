@@ -1,0 +1,213 @@
+"""Where a run stands, read from its folder or, without one, from its store.
+
+Works on a run that is going on, waits in a queue, ended, or was killed; Slurm is asked only for what it alone knows.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ...training.health.watchdog import read_heartbeats
+from ...training.report.readable import decimal, duration, exact, percent, score
+from ...training.report.reading import Run, read_run
+from ..errors import RecipeError, clean
+from ..jobs.attempts import lives_file
+from ..jobs.submit import FINISHED, job_of
+from ..jobs.sweep import is_sweep, members
+from ..run_folder import read_rows
+
+SILENT_SECONDS = 60
+"""without a heartbeat for so long a process does not run"""
+_SCORES = 2  # columns of a sweep's table
+
+
+def read_status(place: str) -> dict[str, Any]:
+    """One object about the run in folder or store `place`; of a sweep, `finished` and that of each of its `runs`.
+
+    Raises RecipeError or StoreError if there is none.
+    """
+    folder = Path(place)
+    if is_sweep(folder):
+        runs = {run.name: read_status(str(run)) if run.is_dir() else None for run in members(folder)}
+        return {"finished": all(run and run["finished"] for run in runs.values()), "runs": runs}
+    if "://" in place or (not (folder / "recipe.yaml").is_file() and any(folder.glob("step-*"))):
+        return _from_store(place)
+    try:
+        run = read_run(folder)
+    except ValueError as error:
+        raise RecipeError(clean(str(error))) from None
+    last = {line["event"]: line for line in run.lines}
+    step, scores = last.get("step", {}), last.get("eval", {})
+    speed, total = step.get("samples_per_second"), run.total_samples
+    left = (total - run.samples) / speed if speed and total is not None else None
+    begun = next((line for line in reversed(run.lines) if line["event"] in ("start", "resume")), {})
+    job = job_of(folder)
+    return {
+        "state": _state(run, job),
+        "job": job and job["name"],
+        "nodes": begun.get("hosts") or [],
+        "processes": begun.get("world"),
+        "mfu": step.get("mfu"),
+        "data_wait": step.get("data_wait"),
+        "restarts": max(len(run.events("start", "resume")) - 1, begun.get("life", 1) - 1),
+        "last_end": _last_end(folder),
+        "commit_age": time.time() - last["commit"]["time"] if "commit" in last else None,
+        "name": run.name,
+        "finished": run.finished,
+        "samples": run.samples,
+        "total_samples": total,
+        "step": max((line.get("step", 0) for line in run.lines), default=0),
+        "stage": step.get("stage"),
+        "stages": len(run.recipe.get("stages") or []),
+        "parameters": step.get("parameters"),
+        "loss": step.get("loss"),
+        "losses": step.get("losses"),
+        "samples_per_second": speed,
+        "seconds_left": 0.0 if run.finished else left,
+        "seconds_since_last_line": time.time() - run.lines[-1]["time"] if run.lines else None,
+        "bad_samples": len(run.ledger),
+        "skipped_steps": step.get("skipped"),
+        "lives": len(run.events("start", "resume")),
+        "commit": last.get("commit", {}).get("url"),
+        "scores": scores.get("scores") or {},
+        "chance": scores.get("chance") or {},
+    }
+
+
+def as_table(status: dict[str, Any]) -> Any:
+    """The status as a rich table: of a run two columns, of a sweep a row for each run."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if "runs" in status:
+        return _sweep_table(status["runs"])
+    rows = {
+        "run": f"{status['name']}, {status['state']}",
+        "nodes": f"{', '.join(status['nodes'])} ({status['processes']} processes)" if status["nodes"] else None,
+        "job": status["job"],
+        "samples": f"{exact(status['samples'])} of {exact(status['total_samples'])} (step {exact(status['step'])})",
+        "restarts": f"{status['restarts']}, last: {status['last_end'] or 'not told'}" if status["restarts"] else None,
+        "stage": None if status["stage"] is None else f"{status['stage'] + 1} of {status['stages']}",
+        "parameters": exact(status["parameters"]),
+        "loss": decimal(status["loss"]),
+        "samples/s": decimal(status["samples_per_second"], 3),
+        "mfu": percent(status["mfu"]) if status["mfu"] is not None else None,
+        "data wait": percent(status["data_wait"]) if status["data_wait"] is not None else None,
+        "time left": duration(status["seconds_left"]),
+        "last line": _ago(status["seconds_since_last_line"]),
+        "bad samples": exact(status["bad_samples"]),
+        "skipped steps": exact(status["skipped_steps"]) if status["skipped_steps"] else None,
+        "commit": f"{status['commit']} ({_ago(status['commit_age'])})" if status["commit"] else None,
+    }
+    rows |= {
+        name: score(name, value) + (f" (chance {percent(status['chance'][name])})" if name in status["chance"] else "")
+        for name, value in status["scores"].items()
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(Text(clean(name)), Text(clean(str(value))))
+    return table
+
+
+def _sweep_table(runs: dict[str, dict[str, Any] | None]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    scores = list(dict.fromkeys(name for run in runs.values() if run for name in run["scores"]))[:_SCORES]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", no_wrap=True)
+    table.add_column("state")
+    for heading in ("samples", "loss", "time left", *(key.rpartition("/")[2] for key in scores)):
+        table.add_column(Text(clean(heading)), justify="right")
+    for name, run in runs.items():
+        cells = ["not begun"]
+        if run:
+            cells = [run["state"], exact(run["samples"]), decimal(run["loss"]), duration(run["seconds_left"])]
+            cells += [score(key, run["scores"].get(key)) for key in scores]
+        table.add_row(*(Text(clean(cell)) for cell in (name, *cells)))
+    return table
+
+
+def watch(place: str, seconds: float = 2.0) -> None:
+    """Show the status again and again, until all is finished or Ctrl-C."""
+    from rich.live import Live
+
+    with Live(auto_refresh=False) as live:
+        while True:
+            found = read_status(place)
+            live.update(as_table(found), refresh=True)
+            if found["finished"]:
+                return
+            time.sleep(seconds)
+
+
+def _state(run: Run, job: dict[str, Any] | None) -> str:
+    """What the run does at this moment, in a few words."""
+    if run.finished:
+        return "finished"
+    beats = read_heartbeats(run.folder)
+    newest = max((beat["time"] for beat in beats), default=0.0)
+    queued = (job or {}).get("state") or ""
+    if time.time() - newest < SILENT_SECONDS and any(beat["phase"] not in ("end", "failed") for beat in beats):
+        slowest = max(beats, key=lambda beat: beat["seconds"])
+        where = f" (rank {slowest['rank']} on {slowest['host']})" if slowest["seconds"] > SILENT_SECONDS else ""
+        return f"running: {slowest['phase']} for {slowest['seconds']:.0f} s{where}" if where else "running"
+    if job and queued == "PENDING":
+        why = {"BeginTime": "begins soon"}.get(job["waits_for"], job["waits_for"])
+        return f"waits in the queue ({why}; expected start {job['expected']})"
+    if queued and not FINISHED.match(queued):
+        return f"starting (job {queued.lower()})"
+    return "stopped" if run.lines else "not begun"
+
+
+def _last_end(folder: Path) -> str | None:
+    ends = [row for row in read_rows(lives_file(folder)) if row.get("event") == "end"]
+    return str(ends[-1].get("reason")) if ends else None
+
+
+def _from_store(place: str) -> dict[str, Any]:
+    """The same from the newest commit alone: what it cannot tell is None."""
+    from ...training.checkpoint.commits import find_commit
+    from ...training.recipe import Recipe
+
+    commit = find_commit(place)
+    state = commit.manifest.state
+    recipe = Recipe.model_validate(commit.manifest.recipe)
+    begun = [event for event in state.lineage if event.event in ("start", "resume")]
+    written = commit.written()
+    speed = state.samples / state.seconds if state.seconds else None
+    finished = state.samples >= recipe.total_samples
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("job", "mfu", "data_wait", "loss", "losses", "seconds_since_last_line", "parameters")
+    )
+    age = None if written is None else time.time() - written
+    return nothing | {
+        "name": recipe.name,
+        "state": "finished" if finished else f"last committed {_ago(age)}",
+        "finished": finished,
+        "nodes": begun[-1].detail.get("hosts", []) if begun else [],
+        "processes": begun[-1].world if begun else None,
+        "samples": state.samples,
+        "total_samples": recipe.total_samples,
+        "step": state.step,
+        "stage": state.stage,
+        "stages": len(recipe.stages),
+        "samples_per_second": speed,
+        "seconds_left": 0.0 if finished else (recipe.total_samples - state.samples) / speed if speed else None,
+        "bad_samples": None,
+        "skipped_steps": state.skipped,
+        "lives": state.life,
+        "restarts": max(0, state.life - 1),
+        "last_end": next((e.detail["before"] for e in reversed(begun) if e.detail.get("before")), None),
+        "commit": commit.url,
+        "commit_age": age,
+        "scores": {},
+        "chance": {},
+    }
+
+
+def _ago(seconds: float | None) -> str:
+    return "at a time not told" if seconds is None else f"{duration(seconds)} ago"

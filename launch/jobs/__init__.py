@@ -1,0 +1,1 @@
+"""Runs under Slurm: submitting, starting on each node, stopping and continuing them."""

@@ -1,0 +1,246 @@
+"""The lives of a run under a scheduler, and what is to come after each: `python -m treering.launch.jobs.attempts`.
+
+The batch script asks; the answer is one word. A stop that Slurm announced puts the job back into the queue. A crash is
+tried again after a pause that doubles, and ends the job when it came three times without a step in between. Nodes that
+found themselves unfit are left out. The record is `DIR/job/lives.jsonl`, a line when a life begins and one when it
+ends. `DIR/job/owner.json` names the life that has the run: one that Slurm took for dead, since its node was cut off,
+may still go on there, and whatever of it looks there sees that another has begun, and ends. Only the standard library
+is imported: the script waits for the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal as signals
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ..run_folder import STOPPED, read_rows
+
+BAD_NODE = 3
+"""exit code of a node that cannot train"""
+CRASHES = 3
+"""crashes without progress after which a run is given up"""
+OUTAGES = 12
+"""the same, while it is the store that does not work: 40 minutes"""
+FOLLOWING = ("DistNetworkError", "DistStoreError", "RendezvousClosedError", "RendezvousConnectionError")
+"""errors of a node that lost another one: its own word comes last"""
+FIRST_PAUSE, LONGEST_PAUSE = 1, 300
+"""seconds"""
+LIFE = "TREERING_LIFE"
+"""environment variable that tells a process which life it belongs to: JOB.RESTART.TRY"""
+UNFIT = "this node cannot train"
+"""what a node says of itself in the job's log, behind its name: it may see no other file"""
+
+
+def lives_file(run: Path) -> Path:
+    """Where the record of a run lies."""
+    return run / "job" / "lives.jsonl"
+
+
+def owner_file(run: Path) -> Path:
+    """Where it stands which life has the run."""
+    return run / "job" / "owner.json"
+
+
+def fit_folder(run: Path) -> Path:
+    """Where the nodes of a life leave a file of their name once they have found themselves fit."""
+    return run / "job" / "fit"
+
+
+def last_end(run: Path) -> str | None:
+    """How the life before this one ended, as a sentence; None if there was none."""
+    ends = [row for row in read_rows(lives_file(run)) if row["event"] == "end"]
+    return f"{ends[-1]['reason']} (on {ends[-1]['nodes']})" if ends else None
+
+
+def lost(run: Path) -> str | None:
+    """Why this process must end: another life has the run. None if this one has it, or nobody says who has."""
+    own, owner = os.environ.get(LIFE), _owner(run)
+    if own is None or owner is None or owner["life"] == own:
+        return None
+    return f"life {own} ends: life {owner['life']} of this run has begun on {owner['nodes']}"
+
+
+def begin(run: Path, job: dict[str, str]) -> bool:
+    """Write down that a life begins, and give it the run; `job` says which and where. False if another job, or a later
+    start of this one, has the run: only the first try of a start takes it from somebody.
+
+    A life before it that left no end was ended from outside.
+    """
+    owner = _owner(run)
+    start, attempt = job["life"].rsplit(".", 1)
+    if owner is not None and attempt != "0" and owner["life"].rsplit(".", 1)[0] != start:
+        return False
+    rows = read_rows(lives_file(run))
+    if rows and rows[-1]["event"] == "begin":
+        reason = "ended from outside: requeued, cancelled, or its node was lost"
+        _write(run, {**rows[-1], "event": "end", "reason": reason, "kind": "outside", "step": reached(run)})
+    for old in (*(run / "job" / "failures").glob("*.json"), *fit_folder(run).glob("*")):
+        old.unlink(missing_ok=True)
+    _write(run, {"event": "begin", "log": _size(run / "job.log"), **job})
+    passing = owner_file(run).with_suffix(".partial")
+    passing.write_text(json.dumps({**job, "time": time.time()}), encoding="utf-8")
+    os.replace(passing, owner_file(run))
+    return True
+
+
+def end(run: Path, life: str, code: int, signal: str, most_restarts: int) -> str:
+    """Write down how the life ended, and say what comes next: done, requeue, `again SECONDS`, `without NODE ...`, halt.
+
+    A life that no longer has the run writes nothing and halts.
+    """
+    owner = _owner(run)
+    if owner is not None and owner["life"] != life:
+        print(f"life {life} ends: life {owner['life']} has begun on {owner['nodes']}", file=sys.stderr)
+        return "halt"
+    rows = read_rows(lives_file(run))
+    begun: dict[str, Any] = (
+        rows[-1] if rows else {"event": "begin", "time": 0.0, "nodes": "?", "used": "", "restart": "0", "log": 0}
+    )
+    step = reached(run)
+    kind, reason, error = _why(run, code, signal, begun)
+    row = {**begun, "event": "end", "kind": kind, "reason": reason, "step": step, "code": code}
+    _write(run, row)
+    if kind in ("finished", "asked", "ending"):
+        return "halt" if kind == "ending" else "done"
+    if int(begun["restart"]) >= most_restarts:
+        print(f"requeued {most_restarts} times already; submit again to go on", file=sys.stderr)
+        return "halt"
+    if kind in ("stopped", "room"):
+        return "requeue"
+    if kind == "unfit":
+        return f"without {error}"
+    repeated = _crashes_without_progress([*rows, row])
+    if repeated >= (OUTAGES if error == "StoreError" else CRASHES):
+        print(f"{repeated} crashes, none of them after step {step}: {reason}; mend that, submit again", file=sys.stderr)
+        return "halt"
+    return f"again {min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (repeated - 1))}"
+
+
+def next_look(rows: list[dict[str, Any]], every: int) -> int:
+    """Seconds after which a life on fewer nodes than it could use looks for free ones: `every`, or longer if starting
+    over for more nodes brought none the last times. `rows` end with the life's begin."""
+    fruitless, before = 0, None
+    for row in rows:
+        if row["event"] == "end":
+            before = _count(row) if row["kind"] == "room" else None
+        elif before is not None:
+            fruitless = fruitless + 1 if _count(row) <= before else 0
+    return every << min(fruitless, 10)
+
+
+def reached(run: Path) -> int:
+    """The furthest step that the run is known to have come to."""
+    rows = read_rows(run / "metrics.jsonl")
+    return max((int(row.get("step") or 0) for row in rows), default=0)
+
+
+def _why(run: Path, code: int, signal: str, begun: dict[str, Any]) -> tuple[str, str, str]:
+    """The kind of an end, a sentence about it, and the class of the error, if known, or the nodes that are unfit."""
+    if code == 0:
+        return "finished", "the run came to its end", ""
+    asked = run / "job" / "stop"
+    if asked.exists() and asked.stat().st_mtime > begun["time"]:
+        return "asked", "stopped by treering stop", ""
+    if signal == "TERM":
+        return "ending", "Slurm ended it: cancelled, requeued by hand, preempted, or a node was lost", ""
+    if signal == "USR1":
+        return "stopped", "Slurm announced an end (preemption or time limit)", ""
+    if signal == "ROOM":
+        return "room", "more nodes are free", ""
+    told = []
+    for path in (run / "job" / "failures").glob("*.json"):
+        try:
+            told.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+    if unfit := _unfit(run, begun, told):
+        reason = "; ".join(f"{name}: {UNFIT}: {why}" for name, why in unfit.items())
+        everyone = set(unfit) >= set(begun["used"].split())
+        return ("crash", f"{reason}; no other node is left", "") if everyone else ("unfit", reason, " ".join(unfit))
+    first = min(told, key=lambda failure: (_follows(failure), failure["time"]), default=None)
+    if first is None and code in (STOPPED, 128 + signals.SIGTERM):  # preemption may tell the processes alone
+        return "stopped", "its processes were asked to stop", ""
+    if first is None:
+        return "crash", f"srun ended with code {code}", ""
+    return "crash", f"{first['host']}: {first['message']}", first["kind"]
+
+
+def _unfit(run: Path, begun: dict[str, Any], told: list[dict[str, Any]]) -> dict[str, str]:
+    """Nodes of the life that cannot train, and why: what they said, and those that alone cannot reach the store."""
+    used = begun["used"].split()
+    try:
+        with (run / "job.log").open("rb") as file:
+            file.seek(begun["log"])
+            said = file.read(1 << 20).decode(errors="replace")
+    except OSError:
+        said = ""
+    unfit = dict(re.findall(rf"^(\S+): {UNFIT}: (.*)$", said, re.MULTILINE))
+    fit = {path.name for path in fit_folder(run).glob("*")}
+    if fit:
+        unfit |= {f["host"]: f["message"] for f in told if f["kind"] == "StoreError" and f["host"] not in fit}
+    return {name: why for name, why in unfit.items() if name in used}
+
+
+def _follows(failure: dict[str, Any]) -> bool:
+    """Whether a failure is what the end of another process looks like from afar."""
+    return failure["kind"] in FOLLOWING or "by peer" in failure["message"] or "by SIGTERM" in failure["message"]
+
+
+def _crashes_without_progress(rows: list[dict[str, Any]]) -> int:
+    """How many crashes in a row came to the same step, or not even to that."""
+    count, furthest = 0, -1
+    for row in rows:
+        if row["event"] == "end":
+            crash = row["kind"] == "crash"
+            count = 0 if not crash else count + 1 if row["step"] <= furthest else 1
+            furthest = max(furthest, row["step"]) if crash else -1
+    return count
+
+
+def _write(run: Path, row: dict[str, Any]) -> None:
+    path = lives_file(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, "time": time.time()}) + "\n")
+
+
+def _owner(run: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(owner_file(run).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _count(row: dict[str, Any]) -> int:
+    return len(row.get("used", "").split())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def main() -> None:
+    """Entry for the batch script: `begin RUN LIFE "NODE ..." SECONDS` and `end RUN LIFE CODE SIGNAL RESTARTS`."""
+    verb, run, life, *rest = sys.argv[1:]
+    folder = Path(run)
+    if verb == "begin":
+        used, every = rest
+        names = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "restart": "SLURM_RESTART_COUNT"}
+        about = {key: os.environ.get(name, "0") for key, name in names.items()}
+        if not begin(folder, {"life": life, "used": used, **about}):
+            sys.exit(f"life {life} does not begin: another has the run")
+        print(next_look(read_rows(lives_file(folder)), int(every)))
+    else:
+        code, signal, most = rest
+        print(end(folder, life, int(code), signal, int(most)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The site file: what is true of one cluster and of no recipe, written down once.
+
+`$TREERING_SITE`, or ~/.config/treering/site.yaml. It holds the defaults of `treering submit`, shell lines to run first
+(module loads), variables, and how to get into a container. It is the site's own shell code: only its variables are
+checked for secrets. Everything else that reaches the batch script is checked by a pattern or quoted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from ..errors import RecipeError, clean, has_secret, show
+from ..recipe.yaml_lines import read_yaml
+
+WORD = r"^[A-Za-z0-9_][A-Za-z0-9_.,:/+=@&|*\[\]()-]{0,255}$"
+OPTION = r"^--?[A-Za-z][A-Za-z0-9-]*(=[A-Za-z0-9_.,:/+=@%^~-]{0,1000})?$"
+TIME = r"^(\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2})$"
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"secret|token|passw|credential|access_key|api_?key", re.IGNORECASE)
+
+
+class Site(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Everything a cluster's owner would tell a new user."""
+
+    partition: str | None = Field(None, pattern=WORD)
+    account: str | None = Field(None, pattern=WORD)
+    qos: str | None = Field(None, pattern=WORD)
+    constraint: str | None = Field(None, pattern=WORD)
+    time: str | None = Field(None, pattern=TIME, description="as Slurm writes it: 30, 2:00:00, 1-00:00:00")
+    gpus_per_node: int | None = Field(None, ge=0)
+    options: tuple[str, ...] = Field(
+        ("--exclusive", "--mem=0"), strict=False, description="further options of sbatch, one a line"
+    )
+    setup: tuple[str, ...] = Field((), strict=False, description="shell lines before all else: module load cuda")
+    environment: dict[str, str] = Field(default_factory=dict, description="variables, as in {NCCL_IB_HCA: mlx5}")
+    srun: tuple[str, ...] = Field(
+        (), strict=False, description="options of srun, as pyxis has them: --container-image=/images/treering.sqsh"
+    )
+    inside: tuple[str, ...] = Field(
+        (), strict=False, description="words before the command: [apptainer, exec, --nv, /images/treering.sif]"
+    )
+    tasks: Literal["node", "gpu"] = Field(
+        "node", description="one task of srun a node, whose processes share it out, or one a GPU, which Slurm binds"
+    )
+    bandwidth: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="GB/s that an all-reduce between nodes must reach"
+    )
+    drain: bool = Field(False, description="set unfit nodes to DRAIN, where Slurm lets you; else jobs leave them out")
+    expand: int = Field(
+        600, ge=0, description="seconds between looks for free nodes of a job that may use more (2-8); 0: never"
+    )
+    python: str | None = Field(None, description="the interpreter on the nodes; left out: the one that submits")
+    notice: int = Field(120, ge=10, lt=3600, description="seconds before the time limit at which a run commits")
+    restarts: int = Field(100, ge=0, description="how often a job may put itself back into the queue")
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for option in value:
+            if not re.fullmatch(OPTION, option):
+                raise ValueError(f"{show(option)} is no option of sbatch; write it as --name or --name=value")
+        return value
+
+    @field_validator("environment")
+    @classmethod
+    def _environment(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{show(name)} is no name of a variable")
+            if _SECRET.search(name) or has_secret(text):
+                raise ValueError(
+                    f"{name} looks like a secret, which would stand in every batch script; "
+                    f"use ~/.aws/credentials, or export it before treering submit"
+                )
+        return value
+
+
+def read_site() -> Site:
+    """The site file, or the defaults if there is none. Raises RecipeError."""
+    named = os.environ.get("TREERING_SITE")
+    path = Path(named) if named else Path.home() / ".config" / "treering" / "site.yaml"
+    if not path.is_file():
+        if named:
+            raise RecipeError(f"$TREERING_SITE names {show(named, 200)}, which is no file; correct or unset it")
+        return Site()
+    try:
+        tree, _ = read_yaml(path.read_text(encoding="utf-8"))
+        return Site.model_validate(tree or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RecipeError(f"{clean(str(path))}: {where}: {clean(first['msg'])}") from None
+    except (UnicodeDecodeError, RecipeError) as error:
+        raise RecipeError(f"{clean(str(path))}: {clean(str(error))}") from None

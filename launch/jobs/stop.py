@@ -1,0 +1,35 @@
+"""`treering stop`: a run commits at its next step edge and ends, under Slurm or on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from ...training.health.watchdog import read_heartbeats
+from ..errors import RecipeError, show
+from .submit import FINISHED, job_of
+
+
+def stop_run(run: Path) -> str:
+    """Ask the run in `run` to stop, and say what was asked. Raises RecipeError if nothing of it can be stopped here."""
+    about = job_of(run)
+    if about and about.get("state") and not FINISHED.match(about["state"]):
+        if about["state"] == "PENDING":
+            subprocess.run(["scancel", about["name"]], check=True, timeout=30)
+            return f"job {about['name']} was waiting and is cancelled"
+        (run / "job" / "stop").touch()  # the batch script sees it and does not go back into the queue
+        subprocess.run(["scancel", "--batch", "--signal=USR1", about["name"]], check=True, timeout=30)
+        return f"job {about['name']} commits at its next step and ends"
+    beats = [beat for beat in read_heartbeats(run) if time.time() - beat["time"] < 30 and beat["phase"] != "end"]
+    here = [beat["pid"] for beat in beats if beat["host"] == socket.gethostname()]
+    if not here:
+        where = f"; its last processes were on {beats[0]['host']}" if beats else ""
+        raise RecipeError(f"nothing of the run in {show(str(run), 200)} is running{where}")
+    for process in here:
+        if b"treering" in Path(f"/proc/{process}/cmdline").read_bytes():
+            os.kill(process, signal.SIGUSR1)
+    return "the run commits at its next step and ends"

@@ -1,0 +1,322 @@
+"""`treering submit`: one command from a recipe to a job that survives its cluster.
+
+All that can be known is looked at before anything is written or queued, the cheapest first: recipe, site file, Slurm's
+own opinion of the job, store, sources. The batch script is slurm/pretrain.sbatch with two places filled in. Headers are
+words that passed a pattern; everything else (paths, above all) stands in quoted assignments, so that no name of the
+user's is ever read by a shell. Overrides do not reach the script at all: the run folder has the resolved recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...training.health.signals import NOTICE
+from ...training.recipe import Recipe
+from ..errors import RecipeError, clean, show
+from ..recipe.load import ResolvedRecipe
+from ..run import check_sources, check_store, write_file
+from ..run_folder import RECIPE_FILE, read_rows
+from .cluster_config import TIME, WORD, Site
+from .reachable import refuse_unreachable
+
+TEMPLATE = Path(__file__).parent.parent / "slurm" / "pretrain.sbatch"
+STORE_SECONDS = 20
+LONGEST_NOTICE = 65535
+"""seconds, of Slurm's --signal"""
+FINISHED = re.compile(r"COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|BOOT_FAIL|DEADLINE|OUT_OF_MEMORY")
+_LOCAL_DISKS = {"ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs"}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the person asks of the cluster; None: as the site file says."""
+
+    nodes: str
+    processes: int | None = None
+    gpus: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    constraint: str | None = None
+    after: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, pattern in (("partition", WORD), ("account", WORD), ("qos", WORD), ("constraint", WORD)):
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(pattern, value):
+                raise RecipeError(f"--{name} {show(value)} is no name Slurm could have; see `sinfo`")
+        if self.time is not None and not re.fullmatch(TIME, self.time):
+            raise RecipeError(f"--time {show(self.time)} is no time; write minutes, 2:00:00 or 1-00:00:00")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job ready to be submitted."""
+
+    runs: tuple[tuple[Path, ResolvedRecipe], ...]
+    script: str
+    nodes: tuple[int, ...]
+    processes: int
+    notes: tuple[str, ...]
+
+
+def prepare(runs: list[tuple[Path, ResolvedRecipe]], wish: Wish, site: Site) -> Job:
+    """Check everything and render the batch script; nothing is written. Raises RecipeError, StoreError or DataError."""
+    if shutil.which("sbatch") is None:
+        raise RecipeError("there is no sbatch here; submit on a login node of the cluster, or use treering train")
+    least, most = _node_range(wish.nodes)
+    gpus = wish.gpus if wish.gpus is not None else site.gpus_per_node
+    processes = wish.processes or gpus or 1
+    recipes = [resolved.recipe for _, resolved in runs]
+    counts = _fitting(recipes, least, most, processes)
+    for out, _ in runs:
+        _refuse_second_job(out)
+    script = render([out for out, _ in runs], recipes[0].name, counts, processes, gpus, wish, site)
+    _ask_partition(wish.partition or site.partition, wish.time or site.time, counts[0])
+    _ask_slurm(script)
+    for out, resolved in runs:
+        _within(STORE_SECONDS, resolved.recipe, out)
+    for recipe in recipes:
+        check_sources(recipe)
+    return Job(tuple(runs), script, counts, processes, _notes([out for out, _ in runs], least, most, counts, processes))
+
+
+def submit(job: Job) -> int:
+    """Write the run folders and put the job into the queue; its number. Raises RecipeError if Slurm refuses it."""
+    for out, resolved in job.runs:
+        (out / "job").mkdir(parents=True, exist_ok=True)
+        write_file(out / RECIPE_FILE, resolved.text)
+        write_file(out / "job" / TEMPLATE.name, job.script)
+        (out / "job" / "stop").unlink(missing_ok=True)
+    done = _slurm(["sbatch", "--parsable", str(job.runs[0][0].absolute() / "job" / TEMPLATE.name)])
+    if done.returncode:
+        raise RecipeError(f"Slurm refused the job: {_said(done)}")
+    number = int(done.stdout.split(";")[0])
+    for place, (out, _) in enumerate(job.runs):
+        about = {"job": number, "task": place if len(job.runs) > 1 else None, "time": time.time(), "nodes": job.nodes}
+        write_file(out / "job" / "job.json", json.dumps(about))
+    return number
+
+
+def render(
+    outs: list[Path], name: str, counts: tuple[int, ...], processes: int, gpus: int | None, wish: Wish, site: Site
+) -> str:
+    """The batch script."""
+    notice = max(site.notice, *(_grace(out) for out in outs))
+    nodes = f"{counts[-1]}-{counts[0]}" if len(counts) > 1 else str(counts[0])
+    tasks = processes if site.tasks == "gpu" else 1
+    binding = ["--cpu-bind=none"] if site.tasks == "node" else ["--gpus-per-task=1"] if gpus else []
+    headers = {  # no --ntasks-per-node: of a range, Slurm would give the nodes that the fewest tasks need
+        "job-name": name,
+        "nodes": nodes,
+        "partition": wish.partition or site.partition,
+        "account": wish.account or site.account,
+        "qos": wish.qos or site.qos,
+        "time": wish.time or site.time,
+        "constraint": wish.constraint or site.constraint,
+        "gpus-per-node": str(gpus) if gpus else None,
+        "dependency": f"afterany:{wish.after}" if wish.after else None,
+        "array": f"0-{len(outs) - 1}" if len(outs) > 1 else None,
+        "signal": f"B:USR1@{notice}",
+    }
+    lines = [f"#SBATCH --{key}={value}" for key, value in headers.items() if value is not None]
+    lines += [f"#SBATCH {option}" for option in site.options]
+    settings = [
+        f"RUNS=({_words(str(out.absolute()) for out in outs)})",
+        f"PYTHON={shlex.quote(site.python or sys.executable)}",
+        f"TASKS={tasks} PROCESSES={processes // tasks} NODE_COUNTS='{' '.join(map(str, counts))}'",
+        f"RESTARTS={site.restarts} EXPAND={site.expand} DRAIN={'yes' if site.drain else 'no'}",
+        f"SRUN=({_words([*binding, *site.srun])}) INSIDE=({_words(site.inside)})",
+        *(f"export {key}={shlex.quote(value)}" for key, value in sorted(site.environment.items())),
+        f"export {NOTICE}={notice}",
+        *(["export TREERING_GPUS=1"] if gpus else []),
+        *([f"export TREERING_BANDWIDTH={site.bandwidth:g}"] if site.bandwidth else []),
+        "setup() {",
+        *(f"    {line}" for line in (*site.setup, "true")),
+        "}",
+    ]
+    text = TEMPLATE.read_text(encoding="utf-8")
+    text = text.replace("# treering: headers\n", "\n".join(lines) + "\n")
+    return text.replace("# treering: settings\n", "\n".join(settings) + "\n")
+
+
+def _grace(out: Path) -> int:
+    """Seconds that a run needs to end, as measured by its own commits: twice the longest of the last ten, and a start.
+
+    0 if it has made none.
+    """
+    commits = [row["seconds"] for row in read_rows(out / "metrics.jsonl") if row.get("event") == "commit"]
+    return min(LONGEST_NOTICE, math.ceil(2 * max(commits[-10:]) + 30)) if commits else 0
+
+
+def job_of(out: Path) -> dict[str, Any] | None:
+    """The job that was last submitted for the run in `out`, with its state as far as Slurm remembers it."""
+    try:
+        about: dict[str, Any] = json.loads((out / "job" / "job.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    name = f"{about['job']}_{about['task']}" if about.get("task") is not None else str(about["job"])
+    if shutil.which("squeue"):
+        done = _slurm(["squeue", "-h", "-a", "-t", "all", "-j", name, "-o", "%T|%N|%r|%S"])
+        state, nodes, reason, start = ((done.stdout.splitlines() or [""])[0].split("|") + [""] * 4)[:4]
+        about |= {"state": state or None, "on": nodes, "waits_for": reason, "expected": start}
+    return about | {"name": name}
+
+
+def _node_range(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text)
+    if not match or not 0 < int(match[1]) <= int(match[2] or match[1]):
+        raise RecipeError(f"--nodes {show(text)} is no number of nodes; write 4, or 2-8 for as many as there are")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _fitting(recipes: list[Recipe], least: int, most: int, processes: int) -> tuple[int, ...]:
+    """Numbers of nodes, largest first, whose processes can share every recipe's batch."""
+    counts, reason = [], ""
+    for count in range(most, least - 1, -1):
+        try:
+            for recipe in recipes:
+                recipe.check_world(count * processes)
+            counts.append(count)
+        except ValueError as error:
+            reason = reason or str(error)
+    if not counts:
+        raise RecipeError(f"--nodes {least if least == most else f'{least}-{most}'}: {reason}")
+    return tuple(counts)
+
+
+def _refuse_second_job(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"--out {show(str(out))} is a file; give a folder")
+    about = job_of(out)
+    if about and about.get("state") and not FINISHED.match(about["state"]):
+        raise RecipeError(
+            f"job {about['name']} ({about['state'].lower()}) already has the run folder {show(str(out))}; "
+            f"follow it with treering status, end it with treering stop, or give another --out"
+        )
+
+
+def _ask_partition(partition: str | None, limit: str | None, nodes: int) -> None:
+    """Limits of the partition, which sbatch --test-only does not mind everywhere."""
+    done = _slurm(["scontrol", "-o", "show", "partition", *([partition] if partition else [])])
+    if done.returncode:
+        known = sorted({name.rstrip("*") for name in _slurm(["sinfo", "-h", "-o", "%P"]).stdout.split()})
+        wrong = f"there is no partition {show(partition)}" if known else f"Slurm does not answer: {_said(done)}"
+        raise RecipeError(f"{wrong}; known here: {', '.join(known)}" if known else wrong)
+    for line in done.stdout.splitlines():
+        fields = dict(part.split("=", 1) for part in line.split() if "=" in part)
+        if partition is None and fields.get("Default") != "YES":
+            continue
+        longest, name = fields.get("MaxTime", "UNLIMITED"), fields.get("PartitionName")
+        if limit and longest != "UNLIMITED" and _minutes(limit) > _minutes(longest):
+            raise RecipeError(f"--time {limit} is more than partition {name} allows, {longest}; ask for that or less")
+        largest = fields.get("MaxNodes", "UNLIMITED")
+        if largest != "UNLIMITED" and nodes > int(largest):
+            raise RecipeError(f"--nodes {nodes} is more than partition {name} gives a job, {largest}; ask for fewer")
+        if nodes > int(fields.get("TotalNodes", nodes)):
+            raise RecipeError(f"--nodes {nodes}: partition {name} has {fields['TotalNodes']} nodes; ask for fewer")
+
+
+def _minutes(text: str) -> float:
+    """A time as Slurm writes it, in minutes."""
+    days, _, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, minutes, seconds = 0, parts[0], parts[1] if len(parts) == 2 else 0
+    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+
+
+def _ask_slurm(script: str) -> None:
+    """Whether Slurm could ever run the job; nothing is queued."""
+    done = _slurm(["sbatch", "--test-only"], script)
+    if done.returncode:
+        raise RecipeError(
+            f"Slurm would refuse the job: {_said(done)}; see `sinfo` for partitions and nodes, and the site file"
+        )
+
+
+def _within(seconds: float, recipe: Recipe, out: Path) -> None:
+    """Check the store, and do not wait for one that does not answer."""
+    place = Path(recipe.commits_url(out))
+    if "://" not in str(recipe.checkpoint.to or "") and not place.exists():  # looking into it would make it
+        existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+        if not os.access(existing, os.W_OK):
+            raise RecipeError(f"{show(str(existing), 200)} cannot be written; give another --out or checkpoint.to")
+        return
+    refuse_unreachable(str(recipe.checkpoint.to or ""))
+    found: list[Exception | None] = []
+
+    def look() -> None:
+        try:
+            check_store(recipe, out)
+            found.append(None)
+        except Exception as error:
+            found.append(error)
+
+    threading.Thread(target=look, daemon=True).start()
+    end = time.monotonic() + seconds
+    while not found and time.monotonic() < end:
+        time.sleep(0.02)
+    if not found:
+        url = clean(recipe.checkpoint.to or str(out))
+        raise RecipeError(
+            f"store {url}: no answer within {seconds:.0f} s; check the network, and that the server works"
+        )
+    if found[0] is not None:
+        raise found[0]
+
+
+def _notes(outs: list[Path], least: int, most: int, counts: tuple[int, ...], processes: int) -> tuple[str, ...]:
+    """What a person should know and nothing forbids."""
+    notes = []
+    left = [str(n) for n in range(least, most + 1) if n not in counts]
+    if left:
+        notes.append(f"{', '.join(left)} nodes of {processes} processes cannot share the batch; fewer will be used")
+    place = outs[0].absolute()
+    mounts = (
+        [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()] if sys.platform == "linux" else []
+    )
+    under = [(len(point), kind) for point, kind in mounts if place.is_relative_to(point)]
+    if under and max(under)[1] in _LOCAL_DISKS:
+        notes.append(
+            f"{place} lies on a disk of kind {max(under)[1]}; each node looks whether it sees it before it trains"
+        )
+    return tuple(notes)
+
+
+def _words(words: Any) -> str:
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def _slurm(command: list[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """A Slurm command. Raises RecipeError if the controller does not answer in time."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SBATCH_", "SLURM_"))}
+    environment |= {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    try:
+        return subprocess.run(
+            command, input=text, env=environment, capture_output=True, text=True, timeout=20, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise RecipeError(f"{command[0]} does not answer; is the controller up? `scontrol ping` tells") from None
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.split("error: ")[-1] for line in done.stderr.splitlines() if line.strip()]
+    return clean("; ".join(dict.fromkeys(lines)))[:400] or f"exit code {done.returncode}"

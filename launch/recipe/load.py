@@ -1,0 +1,206 @@
+"""Reads recipes: YAML and overrides in, a checked `Recipe` out, with the origin of every value.
+
+The one idea: overrides change the *tree* that was read, and only the result is checked, so that a recipe with
+overrides and the same recipe written out are the same thing. A value's origin is the recipe line or the override that
+set it; what neither sets is a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from ...training.recipe import Recipe
+from ..errors import RecipeError as RecipeError
+from ..errors import clean, has_secret, show
+from .messages import complaints
+from .overrides import apply_override, dotted, parse_override, secret_found
+from .yaml_lines import Path, read_yaml, write_scalar, write_yaml
+
+BUNDLED = FilePath(__file__).parents[1] / "recipes"
+LARGEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value comes from; `line` (from 1) only for those from a recipe."""
+
+    kind: Literal["default", "recipe", "override"]
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"line {self.line}" if self.kind == "recipe" else self.kind
+
+
+DEFAULT = Origin("default")
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """A checked recipe, the file it was read from, and the origin of every value by its dotted path."""
+
+    recipe: Recipe
+    file: FilePath
+    origins: dict[str, Origin]
+
+    @property
+    def text(self) -> str:
+        """The recipe with every value, as YAML that reads back equal."""
+        return dump_recipe(self.recipe)
+
+    def headline(self) -> str:
+        """The run in a line, as a comment."""
+        recipe = self.recipe
+        stages = f"{len(recipe.stages)} stage{'s' if len(recipe.stages) > 1 else ''}"
+        return (
+            f"# {recipe.name}: {stages}, {recipe.total_samples:,} samples, "
+            f"{recipe.total_steps:,} steps of {recipe.data.batch}"
+        )
+
+    def annotated(self) -> str:
+        """The same, a value a line with its origin as a comment; a recipe itself."""
+        lines = list(_lines(self.recipe.model_dump(mode="json"), (), ""))
+        width = min(72, max(len(line) for line, _ in lines))
+        return "\n".join(
+            line if path is None else f"{line:<{width}}  # {self.origins[dotted(path)]}" for line, path in lines
+        )
+
+
+def bundled_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in BUNDLED.glob("*.yaml"))
+
+
+def read_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> ResolvedRecipe:
+    """Read a bundled recipe by its name, or any by its path, and apply `key=value` overrides.
+
+    Raises RecipeError with all that is wrong, on one screen.
+    """
+    parsed = [parse_override(text) for text in overrides]
+    file, text = _open(name_or_path)
+    try:
+        tree, lines = read_yaml(text)
+        if not isinstance(tree, dict):
+            what = "is empty" if tree is None else f"holds {show(tree)}"
+            raise RecipeError(f"{what}; a recipe has the keys name, data, model, stages; see `treering explain emoji`")
+        origins: dict[Path, Origin] = {path: Origin("recipe", line) for path, line in lines.items()}
+        for override in parsed:
+            _note(origins, apply_override(tree, override), override.value)
+        _refuse_secrets(tree, origins)
+        recipe = _check(tree, origins)
+    except RecipeError as error:
+        label = f"the recipe {name_or_path}" if file.parent == BUNDLED else clean(str(file))
+        raise RecipeError(f"{label}: {error}") from None
+    return ResolvedRecipe(recipe, file, _leaf_origins(recipe, tree, origins))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe with every value, as YAML that reads back equal."""
+    return write_yaml(recipe.model_dump(mode="json"))
+
+
+def _open(name_or_path: str) -> tuple[FilePath, str]:
+    """The file a name or path means, and its text."""
+    names = bundled_names()
+    file = BUNDLED / f"{name_or_path}.yaml" if name_or_path in names else FilePath(name_or_path)
+    remedy = f"give the path of a YAML file, or one of the bundled recipes: {', '.join(names)}"
+    try:
+        if file.is_dir():
+            raise RecipeError(f"{show(name_or_path, 200)} is a folder; {remedy}")
+        if not file.exists():
+            raise RecipeError(f"there is no recipe {show(name_or_path, 200)}; {remedy}")
+        if not file.is_file():
+            raise RecipeError(f"{show(name_or_path, 200)} is not a regular file; {remedy}")
+        with file.open("rb") as stream:
+            content = stream.read(LARGEST + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RecipeError(
+            f"the recipe {show(name_or_path, 200)} cannot be read ({clean(str(reason))}); {remedy}"
+        ) from None
+    if len(content) > LARGEST:
+        raise RecipeError(f"{show(name_or_path, 200)} is larger than 1 MiB, which no recipe is; {remedy}")
+    try:
+        return file, content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise RecipeError(f"{show(name_or_path, 200)}, line {line}: not UTF-8 text; save the file as UTF-8") from None
+
+
+def _note(origins: dict[Path, Origin], path: Path, value: Any) -> None:
+    """Record that an override set `value` at `path`; whatever stood there is gone."""
+    for old in [p for p in origins if p[: len(path)] == path]:
+        del origins[old]
+    for inside in _paths(value, path):
+        origins[inside] = Origin("override")
+
+
+def _paths(value: Any, path: Path) -> Iterator[Path]:
+    """The path of `value` and of everything in it."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _paths(item, (*path, key))
+
+
+def _refuse_secrets(tree: Any, origins: dict[Path, Origin]) -> None:
+    for path in _paths(tree, ()):
+        value = tree
+        for key in path:
+            value = value[key]
+        written = (value if isinstance(value, str) else "", str(path[-1]) if path else "")
+        if any(has_secret(text) for text in written):
+            raise RecipeError(secret_found(f"{dotted(path)} ({origins.get(path, DEFAULT)})"))
+
+
+def _check(tree: Any, origins: dict[Path, Origin]) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(tree)
+        recipe.check_tokenizer()
+    except ValidationError as error:
+        wrong = complaints(error, tree, {path: str(origin) for path, origin in origins.items()})
+        raise RecipeError(wrong if "\n" not in wrong else "cannot run\n  " + wrong.replace("\n", "\n  ")) from None
+    except ValueError as error:
+        raise RecipeError(clean(str(error))) from None
+    return recipe
+
+
+def _leaf_origins(recipe: Recipe, tree: Any, origins: dict[Path, Origin]) -> dict[str, Origin]:
+    """The origin of every value of the checked recipe.
+
+    A value may stand deeper in the recipe than in the tree: `every: 2min` becomes a list of one. Its origin is then
+    that of the value it was made from, but a block's line says nothing about what is left out of it.
+    """
+    blocks = {path[:-1] for path in origins if path}
+
+    def origin(path: Path) -> Origin:
+        for length in range(len(path), 0, -1):
+            if path[:length] in origins:
+                is_default = length < len(path) and path[:length] in blocks
+                return DEFAULT if is_default else origins[path[:length]]
+        return DEFAULT
+
+    dump = recipe.model_dump(mode="json")
+    return {dotted(path): origin(path) for _, path in _lines(dump, (), "") if path is not None}
+
+
+def _lines(value: Any, path: Path, indent: str) -> Iterator[tuple[str, Path | None]]:
+    """`value` in block style, a line at a time; with the path where a line ends in a value."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        head = f"{indent}-" if isinstance(key, int) else f"{indent}{write_scalar(key)}:"
+        here = (*path, key)
+        if not (isinstance(item, dict | list) and item):
+            yield f"{head} {write_scalar(item)}", here
+        elif isinstance(key, int):  # the first line of an item goes beside its dash
+            (first, at), *others = _lines(item, here, indent + "  ")
+            yield f"{head} {first.lstrip()}", at
+            yield from others
+        else:
+            yield head, None
+            yield from _lines(item, here, indent + "  ")

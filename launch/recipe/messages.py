@@ -1,0 +1,132 @@
+"""What is wrong with a recipe, in sentences: path, value, where it stands, what is wrong, remedy.
+
+Turns pydantic's errors, which speak of types and unions, into what a person can act on, and keeps them to one screen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from ..errors import clean, show
+from . import schema
+from .overrides import dotted
+from .yaml_lines import Path
+
+MOST = 8
+_KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "dict_type": "a mapping, as in {key: value}",
+    "tuple_type": "a list, as in [a, b]",
+    "list_type": "a list, as in [a, b]",
+    "model_type": "a block of keys",
+    "model_attributes_type": "a block of keys",
+}
+_NAMED_VALUE = re.compile(r"([\w.]+) = (\S+?)(?=[\s;,:]|$)")
+
+
+def complaints(error: ValidationError, tree: Any, places: Mapping[Path, str]) -> str:
+    """All that is wrong, a line each. `places` says where each value of `tree` stands."""
+    grouped: dict[Path, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        grouped.setdefault(_path(detail), []).append(detail)
+    lines = [_complaint(path, details, tree, places) for path, details in grouped.items()]
+    more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
+    return "\n".join(lines[:MOST] + more)
+
+
+def _path(detail: ErrorDetails) -> Path:
+    """Where the error is, without the names of union members; unknown and missing keys stay at the end."""
+    path: Path = detail["loc"]
+    return path if detail["type"] in ("extra_forbidden", "missing") else schema.known_part(path)
+
+
+def _complaint(path: Path, details: list[ErrorDetails], tree: Any, places: Mapping[Path, str]) -> str:
+    kind = details[0]["type"]
+    name = show(dotted(path), 80)[1:-1]
+    if kind == "value_error":
+        return _from_validator(path, str(details[0]["msg"]).removeprefix("Value error, "), tree, places)
+    if kind == "extra_forbidden":
+        return f"{name} ({_where(path, places)}): no such key; {schema.suggestion(path)}"
+    if kind == "missing":
+        purpose = schema.describe(path)
+        return f"{name} is missing ({_where(path[:-1], places)}); add it" + (f": {purpose}" if purpose else "")
+    value, purpose = details[0]["input"], schema.describe(path)
+    wrong = _wrong(value, details)
+    return f"{name} = {show(value)} ({_where(path, places)}): {wrong}" + (f" ({purpose})" if purpose else "")
+
+
+def _wrong(value: Any, details: list[ErrorDetails]) -> str:
+    """What is wrong with one value, from all the errors that pydantic has about it."""
+    first, context = details[0], details[0].get("ctx", {})
+    kinds = dict.fromkeys(_KINDS[d["type"]] for d in details if d["type"] in _KINDS)
+    if "a number" in kinds:
+        kinds.pop("a whole number", None)
+    if kinds:
+        return f"must be {' or '.join(kinds)}{_rewritten(value, list(kinds))}"
+    if first["type"] == "literal_error":
+        return f"must be {context.get('expected')}"
+    limits = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    for key, words in limits.items():
+        if key in context:
+            return f"must be {words} {context[key]}"
+    if first["type"] == "string_pattern_mismatch":
+        return "has characters that cannot be here"
+    if first["type"] == "string_too_short":
+        return "is empty; give a value"
+    if first["type"] == "too_short":
+        return f"must have {context.get('min_length', 1)} or more items"
+    if first["type"] == "too_long":
+        return f"must have at most {context.get('max_length')} items"
+    return clean(first["msg"])
+
+
+def _rewritten(value: Any, kinds: list[str]) -> str:
+    """How to write the same value right, where that can be told."""
+    if isinstance(value, float) and value.is_integer() and kinds == ["a whole number"]:
+        return f"; write {int(value)}"
+    if isinstance(value, str) and kinds == ["true or false"] and value.lower() in ("yes", "no", "on", "off"):
+        return f"; write {'true' if value.lower() in ('yes', 'on') else 'false'}"
+    if isinstance(value, str) and "text" not in kinds and re.fullmatch(r"[-+]?[\d_.]+(e[-+]?\d+)?", value):
+        return "; take the quotes off"
+    return ""
+
+
+def _from_validator(path: Path, message: str, tree: Any, places: Mapping[Path, str]) -> str:
+    """A config's own sentence, which names field, value and remedy; adds the block and where the field stands."""
+    message = clean(message)
+    for named, value in _NAMED_VALUE.findall(message):
+        for place in places:
+            ours = place[: len(path)] == path and f".{dotted(place)}".endswith(f".{named}")
+            ours = ours and ("grow" in place or not message.startswith("grow: "))  # a stage's size, not the model's
+            if ours and str(_value(tree, place)) == value:
+                owner = dotted(place).removesuffix(named).rstrip(".")
+                if owner.endswith(".grow"):
+                    message = message.removeprefix("grow: ")
+                return f"{owner}{': ' if owner else ''}{message} ({places[place]})"
+    return f"{dotted(path)} ({_where(path, places)}): {message}" if path else message
+
+
+def _where(path: Path, places: Mapping[Path, str]) -> str:
+    """Where the value stands, or the innermost block around it that stands somewhere."""
+    for length in range(len(path), -1, -1):
+        if path[:length] in places:
+            return places[path[:length]]
+    return "default"
+
+
+def _value(tree: Any, path: Path) -> Any:
+    for key in path:
+        try:
+            tree = tree[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return tree

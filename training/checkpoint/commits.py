@@ -1,0 +1,291 @@
+"""Commits: whole snapshots in a store, all or nothing.
+
+A commit is a set of objects under `step-N-life-L/`: parts with the tensors, a manifest that lists them with sizes and
+checksums, and last of all a small COMMIT object that holds the manifest's checksum. Readers only look at sets that have
+both, so a writer killed anywhere leaves nothing a reader could see; and what is removed loses its manifest first, so
+that a slow writer's COMMIT that comes after completes nothing. Of two runs in one place the later one has it: whoever
+claimed a life before is refused at its next commit. Nothing in a commit is code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import time
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from ...models.spec import ModelSpec
+from ..engines.layout import Layout
+from ..state import RunState
+from ..world import World
+from .config import CheckpointConfig
+from .manifest import Commit, DamagedCommit, Manifest, read_verified
+from .store import Store, StoreError
+from .writer import Part, Writing, taken
+
+_SET = re.compile(r"^step-(\d{12})-life-(\d{4})$")
+_LIFE = re.compile(r"^life-(\d{4})\.json$")
+_STALE = timedelta(days=1)
+
+
+class Commits:
+    """The commits of one run in one store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._manifests: dict[str, Manifest | None] = {}
+
+    def _sets(self) -> dict[str, set[str]]:
+        """Objects of every set, complete or not, by set name."""
+        sets: dict[str, set[str]] = {}
+        for path in self.store.sizes():
+            name, _, file = path.partition("/")
+            if _SET.match(name) and file:
+                sets.setdefault(name, set()).add(file)
+        return sets
+
+    def names(self) -> list[str]:
+        """Complete commits, oldest first."""
+        return sorted(name for name, files in self._sets().items() if _complete(files))
+
+    def remove_after(self, step: int) -> None:
+        """Remove complete commits of later steps, the newest first."""
+        for name in reversed(self.names()):
+            if _step(name) > step:
+                self._remove(name)
+
+    def newest_until(self, step: int) -> int | None:
+        """The step of the newest complete commit up to this step."""
+        return max((at for name in self.names() if (at := _step(name)) <= step), default=None)
+
+    def claim_life(self, who: str) -> int:
+        """The number of a new life, one more than any before it, taken by at most one run.
+
+        Names of commits hold it, so two lives never write the same objects. Raises StoreError if another run took it.
+        """
+        taken = [int(match[1]) for path in self.store.sizes() if (match := _LIFE.match(path))]
+        life = max([*taken, *(_life(name) for name in self._sets())], default=0) + 1
+        claim = json.dumps({"who": who, "time": time.time(), "token": secrets.token_hex(8)}).encode()
+        if not self.store.put_new(_claim(life), claim):
+            raise StoreError(
+                f"another run started in {self.store.url} at this moment; give each run its own checkpoint.to"
+            )
+        return life
+
+    def open(self, name: str) -> Commit:
+        """Read and verify a commit's manifest. Raises DamagedCommit or StoreError."""
+        try:
+            seal = self.store.get(f"{name}/COMMIT")
+            digest = json.loads(seal)["manifest_sha256"]
+            if seal != _seal(digest):
+                raise DamagedCommit(f"{self.store.url}/{name}/COMMIT is damaged; use another commit")
+            data = read_verified(self.store, f"{name}/manifest.json", digest)
+            return Commit(self.store, name, Manifest.model_validate_json(data))
+        except FileNotFoundError:
+            raise StoreError(
+                f"{self.store.url}/{name} is not a complete commit; complete ones: {self.names()[-5:]}"
+            ) from None
+        except (ValidationError, ValueError, KeyError, TypeError) as error:
+            file, where = "COMMIT", str(error)
+            if isinstance(error, ValidationError):
+                file, where = "manifest.json", ".".join(map(str, error.errors()[0]["loc"]))
+            raise DamagedCommit(f"{self.store.url}/{name}/{file} is damaged ({where!r}); use another commit") from None
+
+    def begin(
+        self,
+        spec: ModelSpec,
+        state: RunState,
+        recipe: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        world: World,
+        layout: Layout | None = None,
+        policy: CheckpointConfig | None = None,
+        reason: str = "interval",
+        scores: Mapping[str, float] | None = None,
+        copies: World | None = None,
+    ) -> Writing:
+        """Begin a commit of `tensors` as they are now; every rank calls this, and then leads its Writing to the end.
+
+        `layout` says what stretches of the whole tensors these are; without it they are whole. Of what several ranks
+        hold alike, which are `copies` (left out: all without `layout`, none with it), each writes a share. What
+        `policy` does not keep is removed once this commit is complete.
+        """
+        own = _share(tensors, copies or (World(0, 1, world.device) if layout else world))
+
+        name = f"step-{state.step:012d}-life-{state.life:04d}"
+        starts = {path: stretch.start for path, stretch in (layout or {}).items()}
+        shapes = {path: stretch.shape for path, stretch in (layout or {}).items()}
+
+        def complete(parts: Sequence[Part]) -> None:
+            manifest = Manifest(
+                spec=spec,
+                state=state,
+                recipe=recipe,
+                reason=reason,
+                scores=dict(scores or {}),
+                shapes=shapes,
+                parts=tuple(parts),
+            )
+            self.seal(name, manifest)
+            if policy is not None:
+                self.retain(policy, state.life)
+                self.sweep_uploads(state.life)
+
+        discard = partial(self._discard, name)
+        return Writing(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
+
+    def write(
+        self, spec: ModelSpec, state: RunState, recipe: dict[str, Any], tensors: Mapping[str, Tensor], world: World
+    ) -> str:
+        """Commit a snapshot and return its name; every rank calls this with the same tensors and writes its share.
+
+        Raises StoreError on every rank if any rank failed; what was written is then removed and was never visible.
+        """
+        writing = self.begin(spec, state, recipe, tensors, world)
+        writing.finish()
+        return writing.name
+
+    def seal(self, name: str, manifest: Manifest) -> None:
+        """Write the manifest and, when every part is there at its size, the COMMIT object."""
+        data = manifest.model_dump_json(indent=1).encode()
+        self.store.put(f"{name}/manifest.json", data)
+        there = self.store.sizes(name)
+        needed = {part.file: part.bytes for part in manifest.parts} | {"manifest.json": len(data)}
+        short = next((file for file, size in needed.items() if there.get(f"{name}/{file}") != size), None)
+        self._check_life(manifest.state.life)
+        if short:
+            raise StoreError(
+                f"store {self.store.url}: {short} of {name} is missing or short right after it was written"
+            )
+        if not self.store.put_new(f"{name}/COMMIT", _seal(hashlib.sha256(data).hexdigest())):
+            raise taken(self.store, name)
+
+    def _check_life(self, life: int) -> None:
+        """Raise StoreError if a later run has claimed this place: lives have no gaps."""
+        try:
+            claim = self.store.get(_claim(life + 1))
+        except FileNotFoundError:
+            return
+        try:
+            who = str(json.loads(claim)["who"])
+        except (ValueError, KeyError, TypeError):
+            who = "a run"
+        raise StoreError(
+            f"another run ({who!r}) took over {self.store.url}, and this one is refused; "
+            f"stop it, or give each run its own checkpoint.to"
+        )
+
+    def retain(self, policy: CheckpointConfig, life: int) -> None:
+        """Remove the commits that `policy` does not keep, and what `life` and those before it left unfinished.
+
+        None of this life may be under way.
+        """
+        sets = self._sets()
+        complete = sorted(name for name, files in sets.items() if _complete(files))
+        kept = self._kept(complete, policy)
+        for name in sets:
+            unfinished = name not in complete and _life(name) <= life
+            if unfinished or (name in complete and name not in kept):
+                self._remove(name)
+                self._manifests.pop(name, None)
+
+    def sweep_uploads(self, life: int) -> None:
+        """Abort multipart uploads that a kill left half way: those of lives before `life`, and those of a day ago."""
+        limit = datetime.now(UTC) - _STALE
+        for (path, upload), begun in self.store.uploads().items():
+            name = path.partition("/")[0]
+            if _SET.match(name) and (_life(name) < life or begun < limit):
+                self.store.abort(path, upload)
+
+    def _kept(self, complete: Sequence[str], policy: CheckpointConfig) -> set[str]:
+        """Which complete commits, oldest first, stay. Whatever was removed before, the answer is the same."""
+        known = {name: manifest for name in complete if (manifest := self._manifest(name))}
+        kept = {*complete[-policy.keep :], *(name for name, manifest in known.items() if manifest.reason == "growth")}
+        if policy.keep_every:
+            first: dict[int, str] = {}
+            for name, manifest in known.items():
+                first.setdefault(manifest.state.samples // policy.keep_every, name)
+            kept |= {name for number, name in first.items() if number > 0}
+        scored = [name for name, manifest in known.items() if policy.keep_best in manifest.scores]
+        if policy.keep_best and scored:
+            kept.add(max(scored, key=lambda name: (known[name].scores[str(policy.keep_best)], name)))
+        return kept
+
+    def _manifest(self, name: str) -> Manifest | None:
+        """A commit's manifest, read once; None if it is damaged: there is nothing in it to keep."""
+        if name not in self._manifests:
+            try:
+                self._manifests[name] = self.open(name).manifest
+            except DamagedCommit:
+                self._manifests[name] = None
+        return self._manifests[name]
+
+    def _discard(self, name: str) -> None:
+        """Remove a set unless it is complete."""
+        if not _complete(self._sets().get(name, ())):
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Remove a set, its manifest first: from then on no reader sees it, and no writer can complete it."""
+        files = sorted(self._sets().get(name, ()), key=lambda file: (file != "manifest.json", file != "COMMIT"))
+        self.store.delete(f"{name}/{file}" for file in files)
+        self.store.prune(name)
+
+
+def find_commit(url: str) -> Commit:
+    """A commit by its own URL, or the newest one of a run folder or of a folder of commits. Raises StoreError."""
+    parent, _, last = url.rstrip("/").rpartition("/")
+    if _SET.match(last):
+        return Commits(Store(parent or ".")).open(last)
+    for place in (url.rstrip("/"), f"{url.rstrip('/')}/commits"):
+        commits = Commits(Store(place))
+        if names := commits.names():
+            return commits.open(names[-1])
+    raise StoreError(
+        f"there is no commit at {url} nor in its folder commits/; give a commit, or the --out folder of a run"
+    )
+
+
+def _complete(files: Collection[str]) -> bool:
+    return "COMMIT" in files and "manifest.json" in files
+
+
+def _seal(digest: str) -> bytes:
+    """The COMMIT object for a manifest; it has a checksum of its own, so that a damaged one is told from the other."""
+    return json.dumps({"manifest_sha256": digest, "check": hashlib.sha256(digest.encode()).hexdigest()[:16]}).encode()
+
+
+def _claim(life: int) -> str:
+    return f"life-{life:04d}.json"
+
+
+def _step(name: str) -> int:
+    match = _SET.match(name)
+    assert match
+    return int(match[1])
+
+
+def _life(name: str) -> int:
+    match = _SET.match(name)
+    assert match
+    return int(match[2])
+
+
+def _share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """The tensors this rank writes: each goes to the rank with the least so far, largest first."""
+    loads = [0] * world.size
+    mine: dict[str, Tensor] = {}
+    for name in sorted(tensors, key=lambda n: (-tensors[n].nbytes, n)):
+        rank = loads.index(min(loads))
+        loads[rank] += tensors[name].nbytes
+        if rank == world.rank:
+            mine[name] = tensors[name]
+    return mine

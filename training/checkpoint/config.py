@@ -1,0 +1,68 @@
+"""The recipe's words on commits: where they go, how often they are taken, which stay, and which a run begins with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field, field_validator
+
+from ...data.units import duration
+
+
+class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Where, how often and how long commits are kept. A run always commits before growth and at its end."""
+
+    to: str | None = Field(None, description="any fsspec URL; left out: the folder commits/ of the run")
+    every: tuple[int | str, ...] = Field(
+        ("2min",), strict=False, description="2min, 30s, 1h, a number of samples such as 10_000, or a list of these"
+    )
+    keep: int = Field(3, gt=0, description="newest commits to keep; those before a growth are kept as well")
+    keep_every: int | None = Field(None, gt=0, description="samples; keep the first commit of every so many as well")
+    keep_best: str | None = Field(
+        None, description="a score such as retrieval/image_to_text@1; keep the commit that has the best as well"
+    )
+    bandwidth: float | None = Field(
+        None, gt=0, description="most megabytes a second that each process uploads; left out: all it can"
+    )
+    staging: str | None = Field(
+        None,
+        description="a folder on the node's own disk where a snapshot waits for its upload, for stores so slow that it "
+        "would fill the memory; left out: in memory",
+    )
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return value if isinstance(value, list | tuple) else (value,)
+
+    @field_validator("every")
+    @classmethod
+    def _readable(cls, value: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        for item in value:
+            fits = item > 0 if isinstance(item, int) else duration(item) is not None
+            if not fits:
+                raise ValueError(
+                    f"{item!r} is no interval; write a time such as 30s, 2min or 1h, or samples such as 10_000"
+                )
+        return value
+
+    @property
+    def every_samples(self) -> int | None:
+        """The shortest interval in samples, if any is given."""
+        return min((i for i in self.every if isinstance(i, int)), default=None)
+
+    @property
+    def every_seconds(self) -> float | None:
+        """The shortest interval in seconds, if any is given."""
+        times = [duration(item) for item in self.every if isinstance(item, str)]
+        return min((time for time in times if time is not None), default=None)
+
+
+class OriginConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Where a new run begins. Once it has a commit of its own, it continues from that."""
+
+    commit: str = Field(description="a commit's URL, or the newest one of a run folder")
+    carry: Literal["weights", "all"] = Field(
+        "weights",
+        description="weights: the first step, with these weights; all: the commit's next step, with its optimizer too",
+    )

@@ -1,0 +1,233 @@
+"""The store: a folder of named byte objects behind any fsspec URL, local disk and object storage alike.
+
+It promises little, so that every backend can keep it: an object appears whole or not at all, and `put_new` lets exactly
+one writer win. What a commit is, is built on that in `commits.py`. Failures that pass by themselves are waited for, a
+minute or two; others are one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from ...data.errors import DataError
+from ...data.storage.retries import persist
+
+T = TypeVar("T")
+_GOOGLE = ("gs://", "gcs://")
+
+
+class StoreError(RuntimeError):
+    """A store that cannot be used; the message names the place, what is wrong and the remedy."""
+
+
+class Store:
+    """Objects by name below one URL. Names are our own, never a user's."""
+
+    def __init__(self, url: str) -> None:
+        if "@" in urlsplit(url).netloc:
+            raise StoreError(
+                "the store's URL holds a user or password; give credentials by environment or credentials file"
+            )
+        self.url = url.rstrip("/")
+        try:
+            # A listing that is remembered would hide what other processes wrote since.
+            self._fs, root = fsspec.url_to_fs(self.url, use_listings_cache=False)
+        except ImportError as error:
+            package = "'treering[gcs]'" if url.startswith(_GOOGLE) else "what is missing"
+            raise StoreError(f"store {self.url}: {error}; pip install {package}") from None
+        except ValueError as error:
+            raise StoreError(
+                f"store {self.url}: {error}; use a local path, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or another "
+                "fsspec URL"
+            ) from None
+        self._root = str(root)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def _tried(self, doing: str, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns, made again while the store fails in a way that passes. Raises StoreError."""
+        try:
+            return persist(f"the store {self.url}", attempt, doing="reach")
+        except DataError as error:
+            raise StoreError(f"{error} ({doing})") from None
+        except Exception as error:
+            raise self._explained(error, doing) from error
+
+    def put(self, name: str, data: bytes | bytearray) -> None:
+        """Write an object, replacing an older one."""
+
+        def attempt() -> None:
+            if isinstance(self._fs, LocalFileSystem):
+                self._put_local(name, data, exclusive=False)
+            else:
+                self._fs.pipe_file(self._path(name), data)
+
+        self._tried(f"writing {name}", attempt)
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Write an object if there is none of this name; whether this writer won."""
+
+        def attempt() -> bool:
+            try:
+                if isinstance(self._fs, LocalFileSystem):
+                    self._put_local(name, data, exclusive=True)
+                else:
+                    self._fs.pipe_file(self._path(name), data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                # S3 servers answer 412, which s3fs gives as EINVAL or as text, depending on the server.
+                if error.errno != errno.EINVAL and "PreconditionFailed" not in str(error):
+                    raise
+                return False
+            return True
+
+        # A retry after a lost answer meets its own object: that is a win too.
+        return self._tried(f"writing {name}", attempt) or self.get(name) == data
+
+    def _put_local(self, name: str, data: bytes | bytearray, exclusive: bool) -> None:
+        path = self._path(name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        passing = f"{path}.{secrets.token_hex(4)}.partial"
+        try:
+            with open(passing, "xb") as file:
+                file.write(data)
+            if exclusive:
+                os.link(passing, path)  # unlike a rename, refuses an existing name
+                os.unlink(passing)
+            else:
+                os.replace(passing, path)
+        except BaseException:
+            if os.path.exists(passing):
+                os.unlink(passing)
+            raise
+
+    def get(self, name: str) -> bytes:
+        """An object's bytes. Raises FileNotFoundError if there is none, StoreError if it cannot be read."""
+
+        def attempt() -> bytes | None:
+            try:
+                data: bytes = self._fs.cat_file(self._path(name))
+                return data
+            except FileNotFoundError:
+                return None
+
+        data = self._tried(f"reading {name}", attempt)
+        if data is None:
+            raise FileNotFoundError(f"{self.url}/{name}")
+        return data
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Every object below `prefix`: its name and its size in bytes; empty if there is none."""
+
+        def attempt() -> dict[str, dict[str, Any]]:
+            try:
+                found: dict[str, dict[str, Any]] = self._fs.find(self._path(prefix), detail=True)
+                return found
+            except FileNotFoundError:
+                return {}
+
+        found = self._tried("listing", attempt)
+        start = len(self._root) + 1
+        # Servers may list an emptied folder as an object of its own: only files with a name count.
+        return {p[start:]: info["size"] for p, info in found.items() if info["type"] == "file" and len(p) > start}
+
+    def modified(self, name: str) -> float | None:
+        """Unix time at which an object was written, if the store tells."""
+        try:
+            moment = self._fs.modified(self._path(name))
+        except FileNotFoundError:
+            raise
+        except NotImplementedError:
+            return None
+        except Exception as error:
+            raise self._explained(error, f"looking at {name}") from error
+        return float(moment.timestamp())
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove objects; one that is already gone is no error."""
+        for name in names:
+
+            def attempt(path: str = self._path(name)) -> None:
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.rm_file(path)
+
+            self._tried(f"deleting {name}", attempt)
+
+    def uploads(self) -> dict[tuple[str, str], datetime]:
+        """Multipart uploads below here that were begun and are neither complete nor aborted, as only S3 has them: the
+        object's name and the upload's id, and when it was begun."""
+        if "s3" not in self._fs.protocol:
+            return {}
+        bucket, _, prefix = self._root.partition("/")
+        place = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
+        found = self._tried("listing", lambda: self._fs.call_s3("list_multipart_uploads", **place)).get("Uploads") or []
+        start = len(place["Prefix"])
+        return {(each["Key"][start:], each["UploadId"]): each["Initiated"] for each in found}
+
+    def abort(self, name: str, upload: str) -> None:
+        """Abort a multipart upload of the object `name`, which frees what it takes; one that is gone is no error."""
+        bucket, _, key = self._path(name).partition("/")
+
+        def attempt() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
+
+        self._tried(f"deleting {name}", attempt)
+
+    def prune(self, prefix: str) -> None:
+        """Remove the empty folder that deleted objects leave on a local disk."""
+        if isinstance(self._fs, LocalFileSystem) and os.path.isdir(self._path(prefix)):
+            with contextlib.suppress(OSError):  # not empty: somebody else's file, not ours to remove
+                os.rmdir(self._path(prefix))
+
+    def check(self) -> None:
+        """Raise StoreError unless an object can be written, read back and removed here."""
+        name, data = f"check-{secrets.token_hex(8)}", secrets.token_bytes(64)
+        self.put(name, data)
+        try:
+            if self.get(name) != data:
+                raise StoreError(
+                    f"store {self.url}: an object read back differs from what was written; check the server"
+                )
+        finally:
+            self.delete([name])
+
+    def _explained(self, error: Exception, doing: str) -> StoreError:
+        """The sentence for a failure, without anything the credentials could be in."""
+        kind, said = type(error).__name__, f"{error} {error.__cause__ or ''}"  # s3fs leaves the code to the cause
+        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "NoSpace" in said or "QuotaExceeded" in said:
+            remedy = "it is full; free some space, keep fewer commits (checkpoint.keep), or set checkpoint.to elsewhere"
+        elif any(code in said for code in ("ExpiredToken", "TokenRefreshRequired", "token has expired")):
+            remedy = "the credentials have expired; renew them, then the same command continues"
+        elif "Credential" in kind or "Unable to locate credentials" in said or "InvalidAccessKeyId" in said:
+            remedy = "no valid credentials; " + (
+                "set GOOGLE_APPLICATION_CREDENTIALS, or use `gcloud auth application-default login`"
+                if self.url.startswith(_GOOGLE)
+                else "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use ~/.aws/credentials"
+            )
+        elif (
+            isinstance(error, PermissionError)
+            or "AccessDenied" in said
+            or "Forbidden" in said
+            or "SignatureDoesNotMatch" in said
+        ):
+            remedy = "access is denied; check the credentials and that they may read, write, list and delete here"
+        elif "NoSuchBucket" in said or isinstance(error, FileNotFoundError):
+            remedy = "there is no such place; create the bucket or folder, or correct checkpoint.to"
+        elif "Endpoint" in kind or "Connect" in kind or isinstance(error, TimeoutError | ConnectionError):
+            remedy = "the server does not answer; check AWS_ENDPOINT_URL_S3 and the network"
+        else:
+            remedy = f"{kind}: {str(error)[:200]}"
+        return StoreError(f"store {self.url}: {doing} failed: {remedy}")

@@ -1,0 +1,228 @@
+"""A commit on its way to the store while training goes on.
+
+The snapshot is a copy of this rank's share in host memory, taken at once and in the form of the files to be; threads
+upload them, a few at a time, and each is let go of when it is written. Processes only talk to each other on their main
+threads, at step edges: once to hand over what they have written, so that the first rank's thread can complete the
+commit, and once to learn how that went.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from ..world import World
+from .config import CheckpointConfig
+from .serialize import Packed
+from .staging import File, Staging
+from .store import Store, StoreError
+
+PART_BYTES = 64 << 20
+"""largest part, unless one tensor is larger: what a writer or reader holds beside the tensors themselves"""
+_FEW_BYTES, _PARTS = 1 << 20, 64
+"""a share of more than the first is cut into this many parts or more: what sending one takes is a 64th"""
+CONNECTIONS = 3
+"""most parts that are on their way at a time; clients copy what they send, so no more than make a tenth of the share"""
+
+
+class Part(BaseModel, frozen=True, extra="forbid", strict=True):
+    """One object with tensors of one kind."""
+
+    # The pattern is a guard: a manifest cannot ask for anything outside its own set.
+    file: str = Field(pattern=r"^[a-z_]{1,32}-\d{5}-\d{5}\.safetensors$")
+    kind: str
+    bytes: int
+    sha256: str
+    tensors: int
+    stretches: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """of tensors that are no wholes: the first element's place in the whole, laid out flat, and how many there are"""
+
+
+def taken(store: Store, name: str) -> StoreError:
+    """The error of a writer that comes second."""
+    return StoreError(f"{store.url}/{name} was committed by another run; give each run its own checkpoint.to")
+
+
+class Pace:
+    """Spreads what several threads send over time: on average no more than `rate` bytes a second."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate, self._lock, self._free = rate, threading.Lock(), 0.0
+
+    def wait(self, size: int) -> None:
+        """Until `size` more bytes may be sent."""
+        with self._lock:
+            begin = max(time.monotonic(), self._free)
+            self._free = begin + size / self._rate
+        time.sleep(max(0.0, begin - time.monotonic()))
+
+
+class Writing:
+    """One commit from its snapshot to its completion. All ranks have one at the same time, and lead it together.
+
+    `advance` as soon as no rank is `busy` any more, until `done`; or `finish`, which waits.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        starts: Mapping[str, int],
+        world: World,
+        complete: Callable[[Sequence[Part]], None],
+        discard: Callable[[], None],
+        policy: CheckpointConfig = CheckpointConfig(),  # noqa: B008  frozen
+    ) -> None:
+        """Copy `tensors` (by `kind/name`; stretches begin at `starts`, by name) and start to upload them, as fast and
+        from where `policy` says.
+
+        With the parts of all ranks the first one's thread calls `complete`; if the store failed anybody, the first rank
+        calls `discard`.
+        """
+        self.name, self.done = name, False
+        self.bytes = 0
+        self.begun = time.monotonic()
+        self._store, self._world, self._starts = store, world, starts
+        self._complete, self._discard = complete, discard
+        self._pace = Pace(policy.bandwidth * 1e6) if policy.bandwidth else None
+        self._staging = Staging(policy.staging, store.url, name, world.rank) if policy.staging else None
+        self._parts: list[Part] = []
+        self._error: BaseException | None = None
+        self._given_up = False
+        self._sealing = False
+        self._snapshot = self._copied({path: t for path, t in tensors.items() if t.numel()})
+        self._start(self._upload)
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> list[tuple[Part, File]]:
+        """The files of this rank, kind by kind, their checksums still missing."""
+        snapshot: list[tuple[Part, File]] = []
+        for (kind, number), paths in _chunks(tensors).items():
+            pieces = {path.partition("/")[2]: tensors[path] for path in paths}
+            packed = Packed(pieces)
+            part = Part(
+                file=f"{kind}-{self._world.rank:05d}-{number:05d}.safetensors",
+                kind=kind,
+                bytes=packed.size,
+                sha256="",
+                tensors=len(pieces),
+                stretches={name: (self._starts[name], p.numel()) for name, p in pieces.items() if name in self._starts},
+            )
+            snapshot.append((part, packed))
+        if any(t.is_cuda for t in tensors.values()):
+            torch.cuda.synchronize()
+        return snapshot
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's thread has something left to do."""
+        return self._thread.is_alive()
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=guarded, name=f"commit {self.name}", daemon=True)
+        self._thread.start()
+
+    def _upload(self) -> None:
+        """Write this rank's parts, kind by kind; what is written is let go of."""
+        try:
+            self._store.get(f"{self.name}/COMMIT")
+        except FileNotFoundError:
+            pass
+        else:
+            raise taken(self._store, self.name)
+        sizes = [part.bytes for part, _ in self._snapshot]
+        spare = max(sum(sizes) // 10, 2 * _FEW_BYTES)
+        at_once = max(1, min(CONNECTIONS, spare // max(sizes, default=1)))
+        with self._staging or contextlib.nullcontext(), ThreadPoolExecutor(at_once, "part") as senders:
+            if self._staging:
+                for place, (part, packed) in enumerate(self._snapshot):
+                    self._snapshot[place] = (part, self._staging.keep(part.file, packed))
+            for sent in senders.map(lambda _: self._send(), sizes):
+                self._parts += [sent] if sent else []
+        self._parts.sort(key=lambda part: part.file)
+
+    def _send(self) -> Part | None:
+        """Write the next part, and let go of it. After a failure, or once given up, nothing more is sent."""
+        if self._given_up:
+            return None
+        part, packed = self._snapshot.pop(0)
+        try:
+            data = packed.data()
+            if self._pace:
+                self._pace.wait(len(data))
+            self._store.put(f"{self.name}/{part.file}", data)
+            return part.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
+        except BaseException:
+            self._given_up = True
+            raise
+
+    def advance(self) -> None:
+        """The next of the two meetings; all ranks call it when none is busy.
+
+        Raises on every rank if one of them failed: what was written is then removed, and was never visible.
+        """
+        self._thread.join()
+        world = self._world
+        if self._sealing:
+            self._agree()
+            self.done = True
+            return
+        reports = world.objects([part.model_dump() for part in self._parts])
+        self._agree()
+        parts = [Part.model_validate(part, strict=False) for report in reports for part in report]
+        self.bytes = sum(part.bytes for part in parts)
+        self._sealing = True
+        if world.is_first:
+            self._start(lambda: self._complete(parts))
+
+    def finish(self) -> None:
+        """Wait until the commit is complete. Raises as `advance` does."""
+        while not self.done:
+            self.advance()
+
+    def give_up(self) -> None:
+        """Upload no further and wait for what is under way: the run ends in an error, and nothing becomes visible."""
+        self._given_up = True
+        self._thread.join()
+
+    def _agree(self) -> None:
+        """Raise on every rank what failed on one; an error that is nobody's to mend is raised as it is where it was."""
+        error = self._error
+        said = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
+        failures = [failure for failure in self._world.objects(said if error else None) if failure]
+        if error is not None and not isinstance(error, StoreError):
+            raise error
+        if failures:
+            if self._world.is_first:
+                with contextlib.suppress(StoreError):  # the next life sweeps what is left
+                    self._discard()
+            raise StoreError(failures[0])
+
+
+def _chunks(tensors: Mapping[str, Tensor]) -> dict[tuple[str, int], list[str]]:
+    """Paths of tensors of one kind together, in chunks of a limited size (or one tensor)."""
+    chunks: dict[tuple[str, int], list[str]] = {}
+    limit = min(PART_BYTES, max(_FEW_BYTES, sum(t.nbytes for t in tensors.values()) // _PARTS))
+    filled: dict[str, list[int]] = {}
+    for path in sorted(tensors):
+        kind = path.partition("/")[0]
+        at = filled.setdefault(kind, [0, 0])
+        if at[1] and at[1] + tensors[path].nbytes > limit:
+            at[0], at[1] = at[0] + 1, 0
+        at[1] += tensors[path].nbytes
+        chunks.setdefault((kind, at[0]), []).append(path)
+    return chunks

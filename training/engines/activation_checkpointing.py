@@ -1,0 +1,134 @@
+"""The memory of a process: what it holds beside activations, and how many blocks are made again so that it suffices.
+
+`engine.activations` bounds what the blocks of a model keep for the backward pass. Before each forward pass the bytes
+are counted for the very batch (`models.activations`), and just as many blocks as have to are made again: so the bound
+holds after a growth, in micro-batches, and for long captions, and a batch that fits costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from ...models.activations import Shape, Stack, choose, peak, stacks
+from ...models.flops import parameters
+from ...models.model import Extras, Model, empty
+from ...models.spec import ModelSpec
+from ..device import memory, process_memory
+from ..objectives.base import Inputs
+from ..world import World
+from .optimizer import OptimizerConfig
+
+if TYPE_CHECKING:
+    from .config import EngineConfig
+
+LOGITS_BYTES, TILE_BYTES, PART_BYTES = 32 << 20, 4 << 20, 256 << 20
+CUDA_BYTES = 1 << 30
+"""context, kernels and communication buffers of a GPU process"""
+USABLE = 0.92
+"""of a device's memory: an allocator leaves holes"""
+
+
+def parts(
+    spec: ModelSpec, engine: EngineConfig, optimizer: OptimizerConfig, world: int, pairs: float
+) -> dict[str, float]:
+    """Bytes beside activations that one of `world` processes holds at its fullest moment, by part; `pairs` are its own
+    of a batch."""
+    count, caption, shards = parameters(spec), 0, min(engine.shard or world, world)
+    weights, gradients, moments = {"ddp": (1, 1, 1), "fsdp": (shards, shards, shards)}.get(
+        engine.kind, (world if engine.zero_stage == 3 else 1, world if engine.zero_stage > 1 else 1, world)
+    )
+    state = commit_bytes(spec, optimizer) - (4 * count if engine.kind != "deepspeed" else 0)  # DeepSpeed's own masters
+    copies = 2 * count if engine.precision == "bf16" and engine.kind != "fsdp" else 0  # autocast's
+    if spec.caption:
+        caption = spec.text.vocabulary * spec.text.width * 8 + 2 * LOGITS_BYTES
+    inputs = 3 * spec.image.resolution**2 * (1 + 4 + 4)
+    inputs += sum(8 * tower.frames * tower.features for tower in spec.further.values())
+    return {
+        "weights": 4 * count / weights + copies,
+        "gradients": 4 * count / gradients,
+        "optimizer": 0.0 if engine.offload else state / moments,
+        "loss": 4 * TILE_BYTES + 8 * pairs * spec.embed_dim * 4 + caption,
+        "batches": pairs * inputs,
+        "commit": 2 * min(4 * count / world, PART_BYTES),
+    }
+
+
+def commit_bytes(spec: ModelSpec, optimizer: OptimizerConfig) -> int:
+    """Bytes of the tensors of a commit: weights, moments (Muon has one), the average of the weights if it is kept."""
+    kinds, named = ("model", *optimizer.kinds), empty(spec).named_parameters()
+    return sum(4 * p.numel() for name, p in named for kind in kinds if optimizer.keeps(kind, name))
+
+
+def budget(engine: EngineConfig, found: dict[str, Stack], room: float) -> float:
+    """The bytes that blocks may hold, of `room` bytes that activations can have at all."""
+    given = engine.activations
+    if given is None:
+        return float("inf")
+    if given == "auto":
+        return room
+    if isinstance(given, float):
+        return given * peak(found, dict.fromkeys(found, 0))
+    assert engine.activation_bytes is not None
+    return float(engine.activation_bytes)
+
+
+class Recomputing:
+    """Decides before every forward pass of a model which blocks are made again."""
+
+    def __init__(
+        self, model: Model, config: EngineConfig, optimizer: OptimizerConfig, world: World, padded: bool
+    ) -> None:
+        self._model, self._config, self._optimizer, self._world, self._padded = model, config, optimizer, world, padded
+        self._room: float | None = None
+        self._said = False
+        self.again: dict[str, int] = {}
+        """of the latest forward pass: blocks that were made again, by the part of the model"""
+        self.bytes = 0.0
+        """of the latest forward pass: what blocks held at most"""
+        self.allowed = float("inf")
+        """the bound that there was for it"""
+
+    def decide(self, inputs: Inputs, extras: Extras) -> None:
+        """For a forward pass with a graph of these inputs, on the host."""
+        if self._config.activations is None:
+            return
+        assert extras.longest is not None
+        patches = None if extras.patches_bk is None else extras.patches_bk.shape[1]
+        pairs, total, longest = len(inputs.lengths), len(inputs.tokens), extras.longest
+        spec = self._model.spec
+        if self._config.kind == "deepspeed" and self._config.zero_stage == 3:
+            # Weights are fetched for a block that is made again, by all ranks or none: so count what none exceeds.
+            longest, total = spec.text.context, pairs * spec.text.context
+        places = pairs * longest if self._padded else total
+        half = self._config.precision == "bf16"
+        found = stacks(spec, Shape(pairs, total, places, patches, half, extras.tokens))
+        self.allowed = budget(self._config, found, self._left(pairs))
+        self.again = choose(found, self.allowed)
+        self.bytes = peak(found, self.again)
+        for name, transformer in self._model.transformers().items():
+            transformer.again = self.again[name]
+
+    def figures(self) -> dict[str, Any]:
+        """For a step line: the blocks of each part of the model that are made again, and the bytes that blocks hold."""
+        return {"recomputed": self.again, "activations": self.bytes} if self.again else {}
+
+    def shortage(self) -> str | None:
+        """The bound where it cannot be kept, as a sentence with a remedy; said once."""
+        if self._said or self.bytes <= self.allowed:
+            return None
+        self._said = True
+        return (
+            f"engine.activations = {self._config.activations} leaves {self.allowed / 1e6:,.2f} MB, and blocks hold "
+            f"{self.bytes / 1e6:,.2f} MB though all are made again; set engine.micro_batches, or a smaller data.batch"
+        )
+
+    def _left(self, pairs: int) -> float:
+        """What the device has for activations; said once, as it is what all batches have to do with."""
+        if self._room is None:
+            device, world = self._world.device, self._world.size
+            others = parts(self._model.spec, self._config, self._optimizer, world, pairs * self._config.micro_batches)
+            on_cpu = device.type == "cpu"
+            has = memory(device) / (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_cpu else 1)
+            self._room = USABLE * has - sum(others.values()) - (process_memory() if on_cpu else CUDA_BYTES)
+        return max(0.0, self._room)

@@ -1,0 +1,113 @@
+"""The FSDP2 engine: torch's `fully_shard` around every block, and the optimizer on what this rank holds.
+
+A rank holds some rows of every parameter and of its moments; weights are gathered block by block while they are
+needed, gradients are summed into the rows of their owners. The optimizer sees plain tensors that share the memory of
+these rows, so it is the very one of every other engine: multipliers, skipped steps and the norm over all ranks too.
+With `shard` groups of neighbouring ranks each hold a whole copy between them: weights are only gathered within a
+group, a node say, and gradients alone cross between groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ...models.model import Model, ModelOutput, empty, initialise, materialise
+from ...models.spec import ModelSpec
+from ...models.towers import MAX_LOG_SCALE
+from ...models.transformer import Block
+from ..objectives.base import Inputs
+from ..world import World
+from .config import EngineConfig
+from .ddp import Engine, assembled
+from .kernels import prepare
+from .layout import Stretch, gathered, rows
+from .optimizer import Optimizer, OptimizerConfig
+
+
+class FsdpEngine(Engine):
+    """Fully sharded data parallelism over all processes of the run; there are at least two."""
+
+    layout: dict[str, Stretch]
+
+    def _build(self, spec: ModelSpec, config: EngineConfig, optimizer: OptimizerConfig, seed: int) -> None:
+        """Nowhere is there ever a whole model: it gets memory when it is sharded, and values one tensor at a time."""
+        world = self.world
+        self.model = empty(spec)
+        self.attention = prepare(self.model, config, world.device)
+        self._forward = self._whole_forward(config)
+        shard = min(config.shard or world.size, world.size)
+        mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("copy", "shard"))
+        self._holders = World(world.rank % shard, shard, world.device, mesh.get_group("shard"))
+        self.copies = World(world.rank // shard, world.size // shard, world.device, mesh.get_group("copy"))
+        if shard == world.size:
+            mesh = mesh["shard"]
+        if config.precision == "bf16":
+            # The stream between blocks stays in fp32, as under DDP's autocast.
+            blocks = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        else:
+            blocks = MixedPrecisionPolicy()
+        for module in self.model.modules():
+            if isinstance(module, Block):
+                fully_shard(module, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=blocks)
+        # What is in no block stays in fp32: a temperature rounded to bf16 would move in steps of 1%.
+        fully_shard(self._forward, mesh=mesh)
+        materialise(self.model, world.device, self._forward)
+        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        self.layout = {name: rows(shape, self._holders.rank, shard) for name, shape in shapes.items()}
+        initialise(spec, self._one_by_one(), seed)
+        self.optimizer = Optimizer(
+            ((name, nn.Parameter(_local(p))) for name, p in self.model.named_parameters()),
+            optimizer,
+            (self._holders, self.layout),
+        )
+
+    def _one_by_one(self) -> Iterator[tuple[str, Tensor]]:
+        """A whole tensor for each parameter to be filled by the caller; this rank's rows are then taken from it."""
+        for name, parameter in self.model.named_parameters():
+            whole = torch.empty(parameter.shape)
+            yield name, whole
+            mine = _local(parameter)
+            assert mine.numel() == self.layout[name].length, f"{name} is not sharded by rows"
+            mine.copy_(self.layout[name].cut(whole).view(mine.shape))
+
+    def _update(self, lr: float, fade: float) -> Tensor:
+        for name, parameter in self.model.named_parameters():
+            assert parameter.grad is not None, f"{name} has no gradient"
+            self.optimizer.parameters[name].grad = _local(parameter.grad)
+            parameter.grad = None
+        return super()._update(lr, fade)
+
+    @torch.no_grad()
+    def output(self, inputs: Inputs) -> ModelOutput:
+        output: ModelOutput = self._forward(inputs, losses=False)
+        return output
+
+    def scale(self) -> float:
+        with torch.no_grad():
+            held = self.optimizer.parameters["logit_scale"]
+            return self.whole("logit_scale", held).clamp(max=MAX_LOG_SCALE).exp().item()
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[Model]:
+        yield assembled(self)
+
+    def whole(self, name: str, own: Tensor) -> Tensor:
+        return gathered(own, self.layout[name], self._holders)
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        return self.layout[name].cut(whole)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor, sharing its memory."""
+    assert isinstance(tensor, DTensor)
+    with torch.no_grad():
+        local: Tensor = tensor.to_local()
+    return local.detach()

@@ -1,0 +1,1 @@
+"""Growing a model while it trains, or between runs: when, into what, and how its state follows."""

@@ -1,0 +1,176 @@
+"""Growing a run: from one engine to the next at a stage boundary.
+
+The state goes through its logical form, so growth neither knows nor cares which engine held it, and a commit taken
+before leads to the same grown model as the run that went straight on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...models.growth.inheriting import Forget
+from ...models.growth.plan import changes, plan_growth
+from ...models.growth.rules import GrownState, Operator, Read, grown_rate, origin
+from ...models.model import empty
+from ...models.spec import ModelSpec
+from ..engines.ddp import Engine
+from ..engines.optimizer import OptimizerConfig
+from ..objectives.base import Inputs
+from ..stages import GrowthConfig
+
+
+class _Whole(Mapping[str, Tensor]):
+    """An engine's state by `kind/name`: each tensor is put together when all ranks ask for it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._state = engine, engine.logical_state()
+
+    def __getitem__(self, path: str) -> Tensor:
+        return self._engine.whole(path.partition("/")[2], self._state[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What one growth did."""
+
+    before: dict[str, int | float]
+    after: dict[str, int | float]
+    operators: list[dict[str, Any]]
+    parameters_before: int
+    parameters_after: int
+    logit_difference: float | None
+    """largest change of a similarity on the probe pairs at its own temperature; None if pictures change size.
+    Rounding, unless an operator says that it is lossy."""
+    seconds: float
+
+    def json(self) -> dict[str, Any]:
+        """For metrics.jsonl and the lineage."""
+        return {
+            "from": self.before,
+            "to": self.after,
+            "operators": self.operators,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "logit_difference": self.logit_difference,
+            "seconds": self.seconds,
+        }
+
+
+def grow(
+    engine: Engine,
+    build: Callable[[ModelSpec], Engine],
+    spec: ModelSpec,
+    probe: Inputs | None,
+    seed: int,
+    how: GrowthConfig,
+    fade: float = 1.0,
+) -> tuple[Engine, Growth]:
+    """A new engine for `spec` that continues `engine`, weights and moments mapped; the old one is closed.
+
+    `probe` is a batch on which the similarities before and after are compared. Random draws are of `seed`; `fade` is
+    the power of the old multipliers now. Raises SpecError for what cannot be made.
+    """
+    begun = time.monotonic()
+    old = engine.model.spec
+    if old.image.resolution != spec.image.resolution:
+        probe = None  # the larger model sees other pictures
+    before = None if probe is None else similarities(engine, probe, old)
+    parameters = engine.parameters
+    larger, operators = enlarged(engine, build, spec, seed, how, fade)
+    engine.close()
+    moved = None if before is None or probe is None else (similarities(larger, probe, old) - before).abs().max().item()
+    changed = changes(old, spec)
+    return larger, Growth(
+        before={path: sizes[0] for path, sizes in changed.items()},
+        after={path: sizes[1] for path, sizes in changed.items()},
+        operators=described(operators),
+        parameters_before=parameters,
+        parameters_after=larger.parameters,
+        logit_difference=moved,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def enlarged(
+    engine: Engine, build: Callable[[ModelSpec], Engine], spec: ModelSpec, seed: int, how: GrowthConfig, fade: float
+) -> tuple[Engine, list[Operator]]:
+    """A new engine for `spec` that continues `engine`, which stays as it is, and how it was made. See `grow`."""
+    state = _Whole(engine)
+    operators = planned(engine.model.spec, spec, seed, how, lambda kind, name: state[f"{kind}/{name}"])
+    larger = build(spec)
+    old, optimizer = engine.model.spec, engine.optimizer_config
+    multipliers = grown_rates(operators, engine.multipliers, fade, old, spec, optimizer)
+    larger.expect(multipliers)
+    made = GrownState(operators, state, larger.logical_state())
+    larger.load_logical_state(
+        {path: larger.cut(path.partition("/")[2], made[path]) for path in made},
+        0 if how.moments == "reset" and operators else engine.applied,
+        engine.skipped,
+        multipliers,
+    )
+    return larger, operators
+
+
+def planned(old: ModelSpec, new: ModelSpec, seed: int, how: GrowthConfig, read: Read) -> list[Operator]:
+    """The operators from one spec to the other as `how` asks for them; `read` reads the old state."""
+    operators = plan_growth(old, new, seed, how.copies, how.layers, how.tokens, how.drop, how.inherit, read)
+    forgotten = {"map": (), "keep_v": ("exp_avg",), "reset": ("exp_avg", "exp_avg_sq")}[how.moments]
+    return [*operators, Forget(forgotten)] if operators and forgotten else operators
+
+
+def grown_rates(
+    operators: Sequence[Operator],
+    multipliers: Mapping[str, float],
+    fade: float,
+    old: ModelSpec,
+    new: ModelSpec,
+    optimizer: OptimizerConfig,
+) -> dict[str, float]:
+    """The multipliers of the grown model's tensors that are not 1; the old ones are raised to `fade`.
+
+    They say by how much smaller a single number's steps are. Muon makes all singular values of a step alike, whatever
+    their number. Of a matrix made of copies it makes as many as the original has; the numbers of its step are smaller
+    by the root of how many more there could be, the shorter side, which is made good here.
+    """
+    now = {name: factor**fade for name, factor in multipliers.items()}
+    before, after = tensor_shapes(old), tensor_shapes(new)
+    rates = {name: grown_rate(operators, now, name) for name in after}
+    for name, source in ((name, origin(operators, name)) for name in after if optimizer.muon(name)):
+        if optimizer.muon(source):
+            rates[name] *= (min(after[name]) / min(before[source])) ** 0.5
+    return {name: rate for name, rate in rates.items() if rate != 1.0}
+
+
+def tensor_shapes(spec: ModelSpec) -> dict[str, torch.Size]:
+    """Names and shapes of a model's parameters; nothing is built."""
+    return {name: p.shape for name, p in empty(spec).named_parameters()}
+
+
+def described(operators: Sequence[Operator]) -> list[dict[str, Any]]:
+    """For the lineage: each operator, and whether it is lossy."""
+    return [operator.describe() | ({} if operator.preserves else {"lossy": True}) for operator in operators]
+
+
+@torch.no_grad()
+def similarities(engine: Engine, inputs: Inputs, spec: ModelSpec) -> Tensor:
+    """Scaled cosine similarities [m, b, b] of a batch's captions with its pictures and the m - 1 further modalities
+    that a model of `spec` has."""
+    output = engine.output(inputs)
+    text = F.normalize(output.text.pooled, dim=-1)
+    towers = [output.image, *(output.further[name] for name in sorted(spec.further))]
+    scales = [output.scale if tower.scale is None else tower.scale for tower in towers]
+    each = zip(towers, scales, strict=True)
+    return torch.stack([scale * F.normalize(tower.pooled, dim=-1) @ text.T for tower, scale in each])

@@ -1,0 +1,227 @@
+"""Growing a commit without the run: from one store to another, tensor by tensor.
+
+What comes out is the commit that the run would have continued from, had its recipe said so: the recipe in its manifest
+has the growth as a stage, so training goes on from it by that recipe, and the lineage says where it came from. Of the
+tensors no more is held at a time than one part of the old commit and one of the new; a part is at most 64 MiB, or one
+tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from ...models.flops import parameters
+from ...models.growth.plan import changes
+from ...models.growth.rules import GrownState, origin
+from ...models.spec import SpecError
+from ..checkpoint.commits import Commits, find_commit
+from ..checkpoint.config import OriginConfig
+from ..checkpoint.manifest import Commit, Manifest
+from ..checkpoint.serialize import Packed
+from ..checkpoint.store import Store, StoreError
+from ..checkpoint.writer import PART_BYTES, Part
+from ..recipe import Recipe
+from ..stages import StageConfig, faded
+from ..state import Event, RunState
+from .grow import described, grown_rates, planned, tensor_shapes
+
+
+@dataclass(frozen=True)
+class GrownCommit:
+    """What growing a commit left."""
+
+    url: str
+    recipe: Recipe
+    """the recipe that training continues by"""
+    event: dict[str, Any]
+    """what was done, as the lineage has it"""
+
+
+def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | None = None) -> GrownCommit:
+    """Grow the commit at URL `source` (or the newest one of a run) into a new store at URL `out`.
+
+    `stage` are fields of a `StageConfig`: `grow`, `shrink` and how. It is the run's last stage, of `samples`, or it
+    takes what is left of the commit's own; of weights that were not trained here it is the first. Raises SpecError for
+    what cannot be, StoreError for a store that has commits or cannot be used.
+    """
+    begun = time.monotonic()
+    commit = find_commit(source)
+    state, before = commit.manifest.state, Recipe.model_validate(commit.manifest.recipe)
+    before = before.settled(state.decisions)
+    recipe, number = with_stage(before, state, stage, samples)
+    old, new = commit.manifest.spec, recipe.specs()[number]
+    if old == new:
+        raise SpecError(f"{commit.url} has these sizes already; name one that changes")
+    how = recipe.stages[number]
+    held = OldState(commit, in_turn=how.inherit == "ema")
+    operators = planned(old, new, recipe.seed, how, lambda kind, name: held[f"{kind}/{name}"])
+    # In the order of the old parts, so that each is read once.
+    names = sorted(tensor_shapes(new), key=lambda name: (held.place(origin(operators, name)), name))
+    fade = faded(before.stages, state.stage, state.samples, before.data.batch)
+    rates = grown_rates(operators, state.multipliers, fade, old, new, recipe.optimizer)
+    commits = Commits(Store(out))
+    if commits.names():
+        raise StoreError(f"{out} has commits already; give a new place")
+    life = commits.claim_life(f"grown from {commit.url}")
+    name = f"step-{state.step:012d}-life-{life:04d}"
+    keeps = recipe.optimizer.keeps
+    grown = GrownState(operators, held, (f"{k}/{n}" for k in held.kinds for n in names if keeps(k, n)))
+    parts = tuple(_written(commits.store, name, grown))
+    changed = changes(old, new)
+    detail = {
+        "from": {path: sizes[0] for path, sizes in changed.items()},
+        "to": {path: sizes[1] for path, sizes in changed.items()},
+        "operators": described(operators),
+        "parameters_before": parameters(old),
+        "parameters_after": parameters(new),
+        "logit_difference": None,
+        "seconds": time.monotonic() - begun,
+        "source": commit.url,
+        "seed": recipe.seed,
+        "multipliers": len(rates),
+    }
+    event = Event(event="grow", step=state.step, samples=state.samples, detail=detail)
+    following = state.model_copy(
+        update={
+            "stage": number,
+            "life": life,
+            "multipliers": rates,
+            "window": (),
+            "applied": 0 if how.moments == "reset" else state.applied,
+            "lineage": (*state.lineage, event),
+        }
+    )
+    commits.seal(
+        name, Manifest(spec=new, state=following, recipe=recipe.model_dump(mode="json"), reason="growth", parts=parts)
+    )
+    url = f"{commits.store.url}/{name}"
+    begun_there = {} if state.step else {"origin": OriginConfig(commit=url)}  # there is no run to continue
+    return GrownCommit(url, recipe.model_copy(update=begun_there), detail)
+
+
+def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: int | None) -> tuple[Recipe, int]:
+    """The recipe with its present stage ended at `state` and a new one after it, and the number of that one.
+
+    The new stage takes what is left of the present one, before the stages that follow it; or it is the last, of
+    `samples`. A captioner brings its objective with it, a further tower also its data column.
+    """
+    batch, now = recipe.data.batch, recipe.stages[state.stage]
+    if not state.step:
+        first = {**now.model_dump(mode="json"), **stage} | ({"samples": samples} if samples else {})
+        return _with_stages(recipe, [first, *recipe.model_dump(mode="json")["stages"][1:]], first), 0
+    done = state.samples - batch * sum(s.steps(batch) for s in recipe.stages[: state.stage])
+    left = batch * now.steps(batch) - done
+    if not done:
+        raise SpecError("this commit has not trained since it grew; grow the one before it to all sizes at once")
+    if not (samples or left):
+        raise SpecError(f"this commit is at the end of its stage; say how long the next one is: samples={now.samples}")
+    following = {"samples": samples or left, **stage}
+    stages = recipe.model_dump(mode="json")["stages"]
+    later = [] if samples else stages[state.stage + 1 :]
+    stages = [*stages[: state.stage], {**stages[state.stage], "samples": done}, following, *later]
+    return _with_stages(recipe, stages, following), state.stage + 1
+
+
+def _with_stages(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, Any]) -> Recipe:
+    """The recipe with these stages, of which `new` is new. Raises SpecError."""
+    tree = recipe.model_dump(mode="json") | {"stages": stages}
+    captions = tree["model"]["caption"] or any("caption.depth" in each.get("grow", {}) for each in tree["stages"])
+    tree["objectives"]["caption"] = (tree["objectives"]["caption"] or {}) if captions else None
+    _feed_and_train(tree)
+    try:
+        StageConfig.model_validate(new)
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        said = first["msg"].removeprefix("Value error, ")
+        raise SpecError(f"{where}: {said}" if where else said) from None
+
+
+def _feed_and_train(tree: dict[str, Any]) -> None:
+    """Give each further tower of a recipe its column, and a contrastive term with the text if it has none; drop the
+    terms of towers that no stage has."""
+    grown = [path.split(".") for stage in tree["stages"] for path in stage.get("grow", {})]
+    towers = {*tree["model"]["further"], *(path[1] for path in grown if path[0] == "further" and len(path) == 3)}
+    known, terms = towers | {"image", "text"}, tree["objectives"]["further"]
+    terms = [term for term in terms if known.issuperset(term["between"])]
+    trained = {name for term in terms for name in term["between"]}
+    tree["objectives"]["further"] = terms + [{"between": [name, "text"]} for name in sorted(towers - trained)]
+    tree["data"]["columns"] |= dict.fromkeys(towers, "npy")
+
+
+class OldState(Mapping[str, Tensor]):
+    """The tensors of a commit by `kind/name`, read and verified a part at a time; one part is kept."""
+
+    def __init__(self, commit: Commit, in_turn: bool = False) -> None:
+        """`in_turn`: two kinds will be read in turn, so the part before is kept as well."""
+        self._commit, self._in_turn = commit, in_turn
+        self._part: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+        self._parts: dict[str, int] = {}
+        for number in range(len(commit.manifest.parts)):
+            self._parts.update(dict.fromkeys(self._load(number), number))
+
+    def _load(self, number: int) -> Iterable[str]:
+        part = self._commit.manifest.parts[number]
+        self._part = {}  # before the next one comes
+        found = {f"{part.kind}/{name}": tensor for name, tensor in self._commit.pieces(part).items()}
+        if part.stretches:
+            # An engine that spreads its state leaves stretches: their kind is then put together as a whole.
+            found = self._commit.tensors(part.kind)
+        self._part = found
+        return found
+
+    @property
+    def kinds(self) -> list[str]:
+        """Weights and moments, as far as the commit has them."""
+        return list(dict.fromkeys(part.kind for part in self._commit.manifest.parts))
+
+    def place(self, name: str) -> int:
+        """Which of the parts the weights `name` lie in."""
+        return self._parts[f"model/{name}"]
+
+    def __getitem__(self, path: str) -> Tensor:
+        if path not in self._part and self._in_turn:
+            self._part, self._before = self._before, self._part
+        if path not in self._part:
+            self._load(self._parts[path])
+        return self._part[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[Part]:
+    """Write tensors one after another into parts of one kind each."""
+    chunk: dict[str, Tensor] = {}
+    kind, size, number = "", 0, 0
+    for path in state:
+        other, _, tensor_name = path.partition("/")
+        tensor = state[path].clone(memory_format=torch.contiguous_format)  # copies of one tensor share its memory
+        if chunk and (other != kind or size + tensor.nbytes > PART_BYTES):
+            yield _put(store, name, kind, number, chunk)
+            number = number + 1 if other == kind else 0
+            chunk, size = {}, 0
+        kind, size = other, size + tensor.nbytes
+        chunk[tensor_name] = tensor
+    if chunk:
+        yield _put(store, name, kind, number, chunk)
+
+
+def _put(store: Store, name: str, kind: str, number: int, chunk: dict[str, Tensor]) -> Part:
+    data = Packed(chunk).data()
+    file = f"{kind}-00000-{number:05d}.safetensors"
+    store.put(f"{name}/{file}", data)
+    return Part(file=file, kind=kind, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), tensors=len(chunk))

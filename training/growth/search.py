@@ -1,0 +1,154 @@
+"""What to grow into: candidates tried for a short while from the present state, on the newest data.
+
+After GrowCLIP (Deng et al., ICCV 2023), whose code is not public, and AutoProg (Li et al., CVPR 2022), whose rule this
+is: over the candidates the loss l is fitted as a power T^-w of the FLOPs T for a sample, and the candidate with the
+smallest l T^w is chosen, the one that lies furthest below what its cost would let expect. The present size is a
+candidate too. Each grows from the present state and sees the same samples at the present learning rate; its loss is
+that of the second half of them, every batch scored before it is trained on. Trials leave nothing but their record: a
+run that is killed in a search repeats it from the commit before, to the same choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import islice
+from math import exp, fsum, inf, isfinite, log
+from typing import Any
+
+import torch
+
+from ...data.loading.loader import Loader
+from ...data.order import stable_hash
+from ...data.samples.sample import Batch
+from ...models.flops import training_flops
+from ...models.spec import ModelSpec, SpecError
+from ..engines.ddp import Engine
+from ..objectives.base import Inputs
+from ..recipe import Recipe
+from ..stages import GrowthConfig, faded
+from ..state import Decision, RunState
+from .grow import enlarged
+from .plateau import Tally
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate and how it did."""
+
+    sizes: dict[str, int | float]
+    """those that change"""
+    parameters: int
+    flops_per_sample: float
+    loss: float
+    """infinite if it was not finite"""
+    spent: float
+    """FLOPs of the trial"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All trials, and which won."""
+
+    trials: tuple[Trial, ...]
+    scores: tuple[float, ...]
+    """loss x (FLOPs a sample)^exponent of each; smaller is better"""
+    exponent: float
+    chosen: int
+
+    @property
+    def sizes(self) -> dict[str, int | float]:
+        """Of the winner."""
+        return self.trials[self.chosen].sizes
+
+    @property
+    def spent(self) -> float:
+        """FLOPs of all trials."""
+        return fsum(trial.spent for trial in self.trials)
+
+    def json(self) -> dict[str, Any]:
+        """For metrics.jsonl and the lineage."""
+        scored = zip(self.trials, self.scores, strict=True)
+        rows = [
+            {key: value if not isinstance(value, float) or isfinite(value) else None for key, value in row.items()}
+            for row in (asdict(trial) | {"score": score} for trial, score in scored)
+        ]
+        return {"candidates": rows, "chosen": self.sizes, "exponent": self.exponent, "flops": self.spent}
+
+
+def search(
+    engine: Engine,
+    build: Callable[[ModelSpec], Engine],
+    recipe: Recipe,
+    state: RunState,
+    stage: int,
+    to_device: Callable[[Batch], Inputs],
+) -> Choice:
+    """Try everything that `stage` may grow into from `engine`, at its place in the run; all ranks call it together."""
+    plan, world = recipe.settled(state.decisions), engine.world
+    how, size = plan.stages[stage], plan.data.batch
+    assert how.search
+    steps = max(2, -(-how.search.samples // size))
+    fade = faded(plan.stages, state.stage, state.samples, size)
+    lr = plan.optimizer.lr * plan.schedule.factor(state.samples, size, plan.total_samples)
+    seed, newest = stable_hash("search", plan.seed, stage), [plan.newest(stage)]
+    trials = []
+    for sizes, spec in how.candidates(engine.model.spec):
+        if not _leads_on(recipe, (*state.decisions, Decision(stage=stage, grow=sizes))):
+            continue
+        resolution, context = spec.image.resolution, how.longest(spec)
+        loader = Loader(plan.data, resolution, context, seed, world.rank, world.size, newest)
+        with closing(loader.batches(0)) as batches:
+            inputs = map(to_device, islice(batches, steps))
+            trials.append(tried(engine, build, (sizes, spec), inputs, size, lr, plan.seed, how, fade))
+    return choose(trials)
+
+
+def _leads_on(recipe: Recipe, decisions: Sequence[Decision]) -> bool:
+    """Whether the stages that follow can be."""
+    try:
+        recipe.settled(decisions).specs()
+    except SpecError:
+        return False
+    return True
+
+
+def tried(
+    engine: Engine,
+    build: Callable[[ModelSpec], Engine],
+    candidate: tuple[dict[str, int | float], ModelSpec],
+    batches: Iterable[Inputs],
+    size: int,
+    lr: float,
+    seed: int,
+    how: GrowthConfig,
+    fade: float,
+) -> Trial:
+    """Train a candidate made from `engine`, which stays as it is, on `batches` (global batches of `size` pairs)."""
+    sizes, spec = candidate
+    larger, _ = enlarged(engine, build, spec, seed, how, fade)
+    tally = Tally(engine.world)
+    for inputs in batches:
+        losses = larger.step(inputs, lr).losses
+        tally.add(torch.stack([o.weight * losses[o.name] for o in larger.objectives]).sum(), len(inputs.tokens))
+    parameters = larger.parameters
+    larger.close()
+    steps = tally.take()
+    spent = [size * training_flops(spec, tokens / size) for _, tokens in steps]
+    judged = [loss for loss, _ in steps[len(steps) // 2 :]]
+    loss = fsum(judged) / len(judged) if all(map(isfinite, judged)) else inf
+    return Trial(sizes, parameters, fsum(spent) / (size * len(spent)), loss, fsum(spent))
+
+
+def choose(trials: Sequence[Trial]) -> Choice:
+    """The best trial. With fewer than three different costs there is nothing to fit, and the lowest loss wins."""
+    known = [trial for trial in trials if trial.loss < inf]
+    exponent = 0.0
+    if len({trial.flops_per_sample for trial in known}) >= 3:
+        costs, losses = [log(t.flops_per_sample) for t in known], [log(t.loss) for t in known]
+        mean, centre = fsum(losses) / len(known), fsum(costs) / len(known)
+        rise = fsum((x - centre) * (y - mean) for x, y in zip(costs, losses, strict=True))
+        exponent = max(0.0, -rise / fsum((x - centre) ** 2 for x in costs))
+    scores = [trial.loss * exp(exponent * log(trial.flops_per_sample)) for trial in trials]
+    return Choice(tuple(trials), tuple(scores), exponent, min(range(len(scores)), key=scores.__getitem__))

@@ -1,0 +1,1 @@
+"""What ends a run or takes it back: hangs, signals, divergence."""

@@ -1,0 +1,216 @@
+"""The watchdog: every process says where it is, and a run that goes nowhere ends itself and says which process hangs.
+
+A thread beside the training writes this process's phase and step into `DIR/heartbeats/` every few seconds. A process
+that stays in one phase for too long asks the others for the stacks of their threads, brings them together in
+`DIR/hang.txt` with where each is and the samples it had last, adds a line to `DIR/hangs.jsonl`, and exits with a code
+of its own: whoever started the run starts it again. A stopped process cannot do any of that; the others see its
+heartbeat grow old and name it. A process whose run another life has begun elsewhere, since this one was taken for dead,
+ends too.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import BaseModel, Field, field_validator
+
+from ...data.units import duration
+from ..world import World
+
+HUNG = 75
+"""exit code of a process that gave up waiting"""
+LOST = 76
+"""exit code of a process whose run another life has taken over"""
+SLOW_FACTOR = 6
+"""how much longer than a step the other phases may take: start, evaluation, commit, growth"""
+_STEP_PHASES = ("data", "step")
+
+
+class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """When a run that makes no progress is ended."""
+
+    limit: str = Field(
+        "10min", description="30s, 10min, 1h: the longest a step may take; evaluations, commits and growth six times it"
+    )
+
+    @field_validator("limit")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        if duration(value) is None:
+            raise ValueError(f"{value!r} is no time; write one such as 30s, 10min or 1h")
+        return value
+
+    @property
+    def seconds(self) -> float:
+        """The limit of a step."""
+        limit = duration(self.limit)
+        assert limit is not None
+        return limit
+
+
+class Watchdog:
+    """Watches this process from a thread of its own for as long as the context is open."""
+
+    def __init__(
+        self, config: WatchdogConfig, folder: Path, world: World, lost: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """`lost` says why this process must end at once; None while it need not."""
+        self._lost = lost
+        self.folder, self.world, self.limit = folder, world, config.seconds
+        self.pause = min(5.0, self.limit / 10)
+        self._now: tuple[str, int, float] = ("start", 0, time.monotonic())
+        self._keys: Sequence[str] = ()
+        self._asked = self._question()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        (self.folder / "heartbeats").mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._now = ("end" if error is None else "failed", self._now[1], time.monotonic())
+        self._closed.set()
+        self._thread.join()
+
+    def at(self, phase: str, step: int, keys: Sequence[str] | None = None) -> None:
+        """This process begins a phase (start, data, step, evaluate, commit, grow, end) after `step` steps; `keys` are
+        the samples it now has, left out: those it had."""
+        self._keys = self._keys if keys is None else keys
+        self._now = (phase, step, time.monotonic())
+
+    def _watch(self) -> None:
+        while True:
+            closed = self._closed.wait(self.pause)
+            if reason := self._lost():
+                print(reason, file=sys.stderr, flush=True)
+                os._exit(LOST)
+            self._beat()
+            if closed:
+                return
+            phase, step, since = self._now
+            limit = self.limit * (1 if phase in _STEP_PHASES else SLOW_FACTOR)
+            if time.monotonic() - since > limit:
+                self._give_up(phase, step, time.monotonic() - since)
+            if self._question() != self._asked:
+                self._asked = self._question()
+                self._leave_stacks()
+
+    def _question(self) -> int | None:
+        """When a process last asked all for their stacks, by the clock of the disk."""
+        try:
+            return (self.folder / "stacks" / "asked").stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def _leave_stacks(self) -> None:
+        """Write the stacks of all threads for who asked."""
+        path = self.folder / "stacks" / f"rank-{self.world.rank:05d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+
+    def _beat(self) -> None:
+        """Write where this process is. A disk that is full for a while is no reason to end a run."""
+        phase, step, since = self._now
+        beat = {
+            "rank": self.world.rank,
+            "world": self.world.size,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "phase": phase,
+            "step": step,
+            "seconds": time.monotonic() - since,
+            "time": time.time(),
+            "keys": list(self._keys),
+        }
+        path = _path(self.folder, self.world.rank)
+        try:
+            passing = path.with_suffix(".partial")
+            passing.write_text(json.dumps(beat), encoding="utf-8")
+            os.replace(passing, path)
+        except OSError:
+            pass
+
+    def _give_up(self, phase: str, step: int, seconds: float) -> None:
+        """Say all there is to say, give the others the time to do the same, and end."""
+        silent = [beat for beat in read_heartbeats(self.folder) if time.time() - beat["time"] > 4 * self.pause + 1]
+        message = f"no progress for {seconds:.0f} s in phase {phase!r} after step {step}"
+        if silent:
+            message += "; without a heartbeat: " + ", ".join(
+                f"rank {beat['rank']} on {beat['host']} (process {beat['pid']}, last in {beat['phase']!r})"
+                for beat in silent
+            )
+        self._leave_stacks()
+        (self.folder / "stacks" / "asked").write_text(message, encoding="utf-8")
+        row = {"time": time.time(), "rank": self.world.rank, "host": socket.gethostname(), "message": message}
+        with (self.folder / "hangs.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        print(f"{message}; stacks in {self.folder / 'hang.txt'}", file=sys.stderr, flush=True)
+        asked = time.time()
+        time.sleep(2 * self.pause)
+        self._bring_together(f"rank {self.world.rank}: {message}", asked)
+        for beat in silent:
+            _kill_beside(beat)
+        os._exit(HUNG)
+
+    def _bring_together(self, message: str, asked: float) -> None:
+        """Write what every rank answered, and of the silent ones what is known, into one file."""
+        told = [message]
+        for beat in read_heartbeats(self.folder):
+            path = self.folder / "stacks" / f"rank-{beat['rank']:05d}.txt"
+            answered = path.exists() and path.stat().st_mtime > asked - 2 * self.pause
+            told += [
+                "",
+                f"rank {beat['rank']} on {beat['host']}, process {beat['pid']}: for {beat['seconds']:.0f} s in phase "
+                f"{beat['phase']!r} after step {beat['step']}",
+                f"samples: {json.dumps(beat['keys'])}",
+                path.read_text(encoding="utf-8", errors="replace") if answered else "no stacks: it does not answer",
+            ]
+        passing = self.folder / f"hang-{self.world.rank:05d}.partial"
+        passing.write_text("\n".join(told), encoding="utf-8")
+        os.replace(passing, self.folder / "hang.txt")
+
+
+def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
+    """The last heartbeat of every rank of the newest life of the run in `folder`, in rank order."""
+    beats = []
+    for path in sorted((folder / "heartbeats").glob("rank-*.json")):
+        try:
+            beats.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+    if not beats:
+        return []
+    world = max(beats, key=lambda beat: beat["time"])["world"]
+    return [beat for beat in beats if beat["rank"] < world]
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / "heartbeats" / f"rank-{rank:05d}.json"
+
+
+def _kill_beside(beat: dict[str, Any]) -> None:
+    """End a silent process of this very run and machine, which may be stopped and not end by itself."""
+    if beat["host"] != socket.gethostname() or beat["pid"] == os.getpid():
+        return
+    try:
+        ours, theirs = (Path(f"/proc/{pid}/cmdline").read_bytes() for pid in (os.getpid(), beat["pid"]))
+        if ours == theirs:
+            os.kill(beat["pid"], signal.SIGKILL)
+    except OSError:
+        pass

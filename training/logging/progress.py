@@ -1,0 +1,120 @@
+"""What a person watches while a run trains: a progress bar on a terminal, plain lines everywhere else.
+
+Rank 0 alone shows it, on stderr, so that stdout stays free for results. The bar is drawn only when it is told
+something: it has no thread of its own, because a thread that holds a lock while loader workers are forked can hang
+them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+from ..report import readable
+
+_SMOOTHING = 0.3  # share of the newest rate in the one that the time left is told by
+
+
+class Progress:
+    """Shows samples done, loss, speed, time left, stage and model size; use as a context manager.
+
+    `total_samples`: of the whole run. `stages`: how many. `stream`: where to (stderr); a bar if it is a terminal,
+    else a line every `interval` seconds and at events. `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        total_samples: int,
+        stages: int = 1,
+        stream: TextIO | None = None,
+        interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._stages, self._interval, self._clock = total_samples, stages, interval, clock
+        self._stream = stream or sys.stderr
+        self._rate: float | None = None
+        self._shape: tuple[int, int] | None = None
+        self._shown = -math.inf
+        self._pending: str | None = None
+        console = Console(file=self._stream, highlight=False)
+        self._bar: Bar | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            columns = (BarColumn(None), TextColumn("{task.fields[text]}", markup=False))
+            self._bar = Bar(*columns, console=console, auto_refresh=False, expand=True)
+            self._task = self._bar.add_task("", total=total_samples, text="starting")
+            self._bar.start()
+
+    def update(self, samples: int, loss: float | None, samples_per_second: float, stage: int, parameters: int) -> None:
+        """Tell where the run stands after a step: `stage` counts from 0; a `loss` of None was not finite."""
+        if samples_per_second > 0 and math.isfinite(samples_per_second):
+            fresh = self._rate is None or self._shape != (stage, parameters)  # a grown model has a speed of its own
+            old = samples_per_second if fresh or self._rate is None else self._rate
+            self._rate = (1 - _SMOOTHING) * old + _SMOOTHING * samples_per_second
+        changed = self._shape != (stage, parameters)
+        self._shape = (stage, parameters)
+        text = self._text(samples, loss, samples_per_second)
+        if self._bar:
+            self._bar.update(self._task, completed=samples, text=text)
+            self._bar.refresh()
+            return
+        share = f"{100 * samples / self._total:.0f}%" if self._total else ""
+        self._pending = f"{share:>4} · {text}"
+        if changed or samples >= self._total or self._clock() - self._shown >= self._interval:
+            self._flush()
+
+    def note(self, message: str) -> None:
+        """Print one line about an event, such as a commit, above the bar. Safe for text that comes from data."""
+        line = " ".join(readable.printable(message).split())
+        if self._bar:
+            self._bar.console.print(Text(line))
+            self._bar.refresh()
+        else:
+            self._write(line)
+
+    def close(self) -> None:
+        """Leave the last state on the screen and give the terminal back; may be called twice."""
+        if self._bar:
+            self._bar.refresh()
+            self._bar.stop()
+            self._bar = None
+        else:
+            self._flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _text(self, samples: int, loss: float | None, rate: float) -> str:
+        stage, parameters = self._shape or (0, 0)
+        left = (self._total - samples) / self._rate if self._rate else None
+        seen = readable.compact if self._total >= 10_000_000 else readable.exact
+        parts = [
+            f"{seen(samples)}/{seen(self._total)}",
+            f"loss {readable.decimal(loss) if loss is not None else 'not finite'}",
+            f"{readable.compact(rate)}/s",
+            f"{readable.duration(left)} left" if samples < self._total else "done",
+            f"stage {stage + 1}/{self._stages} · {readable.compact(parameters)}",
+        ]
+        return " · ".join(parts)
+
+    def _flush(self) -> None:
+        if self._pending is not None:
+            self._write(self._pending)
+            self._pending, self._shown = None, self._clock()
+
+    def _write(self, line: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        print(line.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)

@@ -1,0 +1,172 @@
+"""The page of a sweep: its runs side by side, what each was given, and which of them is ahead.
+
+sweep.json, which `treering submit --sweep` leaves beside the run folders, names the runs and what each was given; the
+rest is read from their folders, so that the page can be made at any time. A run that ends makes it anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from urllib.parse import quote
+
+from . import readable
+from .comparison_page import curves_of
+from .drawings import rings
+from .page import environment
+from .readable import is_number, lower_is_better, printable
+from .reading import Line, Run, read_run
+from .sections import interval, score_title, state
+
+SWEEP_FILE = "sweep.json"
+_LINES = 10  # as sweep.html says
+"""step lines whose losses are averaged, as the loss of one batch says little"""
+_DRAWN = 6
+
+View = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep: the name of its folder, its values by keys of the recipe, and what it wrote so far."""
+
+    name: str
+    values: Mapping[str, str]
+    run: Run | None
+
+    def events(self, name: str) -> list[Line]:
+        """The run's lines of this kind, in order."""
+        return self.run.events(name) if self.run else []
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of the last losses."""
+        losses = [line["loss"] for line in self.events("step") if is_number(line.get("loss"))]
+        return fmean(losses[-_LINES:]) if losses else None
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Those of the newest evaluation."""
+        return {key: value for key, value in self._evaluated("scores").items() if is_number(value)}
+
+    def interval(self, key: str) -> str:
+        """The 95% interval of a score in words, if there is one."""
+        return interval(key, self._evaluated("intervals").get(key))
+
+    def _evaluated(self, part: str) -> Mapping[str, Any]:
+        evaluations = self.events("eval")
+        found = evaluations[-1].get(part) if evaluations else None
+        return found if isinstance(found, Mapping) else {}
+
+
+def read_sweep(folder: Path) -> list[Member]:
+    """The runs of the sweep in `folder`, in its order. Raises ValueError if its sweep.json cannot be read."""
+    try:
+        told = json.loads((folder / SWEEP_FILE).read_bytes())["runs"]
+        named = {name: {str(k): str(v) for k, v in values.items()} for name, values in told.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder / SWEEP_FILE} cannot be read; submit the sweep again to write it anew") from None
+    if wrong := [name for name in named if Path(name).name != name]:
+        raise ValueError(f"{folder / SWEEP_FILE} names {wrong[0]!r}, which is no folder beside it")
+    return [Member(name, values, _run(folder / name)) for name, values in named.items()]
+
+
+def render_sweep(name: str, members: Sequence[Member]) -> str:
+    """The whole page as HTML text."""
+    keys = list(dict.fromkeys(key for member in members for key in member.values))
+    scores = list(dict.fromkeys(key for member in members for key in member.scores))
+    order = ranking(members)
+    drawn = [m for m, _ in order[:_DRAWN]]
+    finished = sum(m.run is not None and m.run.finished for m in members)
+    return (
+        environment()
+        .get_template("sweep.html")
+        .render(
+            rings=rings([1.0] * min(len(members), 12)),
+            name=printable(name),
+            count=len(members),
+            finished=finished,
+            begun=sum(bool(m.run and m.run.lines) for m in members),
+            ahead=_ahead(order, scores),
+            keys=[printable(key) for key in keys],
+            columns=[{"key": printable(key), "name": score_title(key)} for key in scores],
+            rows=[_row(member, keys, scores, members) for member in members],
+            curves=curves_of([(printable(m.name), m.run) for m in drawn if m.run]),
+            drawn=len(drawn) if len(drawn) < len(order) else 0,
+        )
+    )
+
+
+def ranking(members: Sequence[Member]) -> list[tuple[Member, float]]:
+    """The members that have something to show, the best first, each with its mean rank over the scores (1: best).
+
+    Runs that tie share the mean of their places. A run without a score that others have comes last in it. If nothing
+    was evaluated, the rank is that of the loss.
+    """
+    shown = [m for m in members if m.scores] or [m for m in members if m.loss is not None]
+    keys = list(dict.fromkeys(key for m in shown for key in m.scores if lower_is_better(key) is not None))
+    columns = [[_value(m.scores.get(key), bool(lower_is_better(key))) for m in shown] for key in keys]
+    columns = columns or [[_value(m.loss, True) for m in shown]]
+    ranks = [
+        fmean(sum(v < column[n] for v in column) + (column.count(column[n]) + 1) / 2 for column in columns)
+        for n in range(len(shown))
+    ]
+    return sorted(zip(shown, ranks, strict=True), key=lambda pair: pair[1])
+
+
+def _value(value: float | None, lower: bool) -> float:
+    """A number that is less the better the value is."""
+    return float("inf") if value is None else value if lower else -value
+
+
+def _ahead(order: Sequence[tuple[Member, float]], scores: Sequence[str]) -> View | None:
+    if len(order) < 2:
+        return None
+    best, rank = order[0]
+    return {
+        "name": printable(best.name),
+        "rank": readable.decimal(rank, 2),
+        "over": f"{len(scores)} score{'s' if len(scores) > 1 else ''}" if scores else "the loss",
+        "of": len(order),
+        "second": printable(order[1][0].name),
+        "its": readable.decimal(order[1][1], 2),
+    }
+
+
+def _row(member: Member, keys: Sequence[str], scores: Sequence[str], members: Sequence[Member]) -> View:
+    losses = [m.loss for m in members if m.loss is not None]
+    return {
+        "name": printable(member.name),
+        "report": quote(f"{member.name}/report.html") if member.run and member.run.lines else "",
+        "values": [printable(member.values.get(key, readable.MISSING)) for key in keys],
+        "state": "Not begun" if not (member.run and member.run.lines) else state(member.run).partition(":")[0],
+        "samples": readable.exact(member.run.samples) if member.run else readable.MISSING,
+        "total": readable.exact(member.run.total_samples) if member.run and not member.run.finished else "",
+        "loss": readable.decimal(member.loss),
+        "lowest": member.loss is not None and member.loss == min(losses),
+        "scores": [
+            {
+                "value": readable.score(key, member.scores.get(key)),
+                "interval": member.interval(key),
+                "best": _is_best(member, key, members),
+            }
+            for key in scores
+        ],
+    }
+
+
+def _is_best(member: Member, key: str, members: Sequence[Member]) -> bool:
+    lower, value = lower_is_better(key), member.scores.get(key)
+    values = [m.scores[key] for m in members if key in m.scores]
+    return lower is not None and value is not None and value == (min(values) if lower else max(values))
+
+
+def _run(folder: Path) -> Run | None:
+    try:
+        return read_run(folder)
+    except ValueError:
+        return None

@@ -1,0 +1,87 @@
+"""Origin: the commit of another run that a new one begins with, its weights alone or its whole state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..checkpoint.commits import find_commit
+from ..checkpoint.manifest import Commit
+from ..checkpoint.store import StoreError
+from ..engines.ddp import Engine
+from ..engines.optimizer import OptimizerConfig
+from ..recipe import Recipe
+from ..state import Event, RunState
+from .resume import differences
+
+
+def open_origin(recipe: Recipe) -> Commit:
+    """The commit that the recipe's `origin` names. Raises StoreError if the run cannot begin with it."""
+    assert recipe.origin
+    commit, carry = find_commit(recipe.origin.commit), recipe.origin.carry
+    state = commit.manifest.state
+    if carry == "all":
+        _check_all(recipe, commit)
+    spec = recipe.specs()[state.stage if carry == "all" else 0]
+    different = differences(spec.model_dump(mode="json"), commit.manifest.spec.model_dump(mode="json"))
+    if different:
+        raise StoreError(
+            f"{commit.url} has a model of another shape ({'; '.join(different[:4])}); give the recipe that shape, "
+            f"or bring the commit to the recipe's by `treering grow`"
+        )
+    return commit
+
+
+def _check_all(recipe: Recipe, commit: Commit) -> None:
+    """Raise StoreError if the recipe cannot go on with the whole state of a commit."""
+    state, batch = commit.manifest.state, recipe.data.batch
+    remedy = "change the recipe, or carry only the weights"
+    if state.samples != state.step * batch:
+        raise StoreError(f"{commit.url} was trained in batches other than data.batch = {batch}; {remedy}")
+    ends = [0]
+    for stage in recipe.stages:
+        ends.append(ends[-1] + stage.steps(batch))
+    if state.stage >= len(recipe.stages) or not ends[state.stage] <= state.step <= ends[state.stage + 1]:
+        raise StoreError(
+            f"{commit.url} is at step {state.step} of stage {state.stage}, where no such stage is; {remedy}"
+        )
+    kinds = {part.kind for part in commit.manifest.parts}
+    lacking = sorted(set(recipe.optimizer.kinds) - kinds)
+    if lacking:
+        raise StoreError(f"{commit.url} holds no {lacking[0]}, which the recipe's optimizer keeps; {remedy}")
+    theirs = OptimizerConfig.model_validate(commit.manifest.recipe["optimizer"]).kind
+    if theirs == "muon" != recipe.optimizer.kind:
+        raise StoreError(
+            f"{commit.url} was trained with optimizer.kind = muon, which leaves AdamW no second moment of the matrices "
+            f"inside of blocks; set optimizer.kind: muon, or carry only the weights"
+        )
+
+
+def begin_with(recipe: Recipe, commit: Commit, engine: Engine) -> RunState:
+    """Load what the recipe carries over from `commit` into a fresh engine of the same shape; the state to begin with.
+
+    The lineage says where it came from: what came before stands in it (all), or in its first event (weights). All ranks
+    call this. Raises DamagedCommit.
+    """
+    assert recipe.origin
+    carry, theirs = recipe.origin.carry, commit.manifest.state
+    detail: dict[str, Any] = {"commit": commit.url, "carry": carry}
+    if carry == "all":
+        engine.expect(theirs.multipliers)
+        tensors = commit.tensors(layout=engine.layout)
+        tensors = {path: tensor for path, tensor in tensors.items() if recipe.optimizer.keeps(*path.split("/", 1))}
+        engine.load_logical_state(tensors, theirs.applied, theirs.skipped, theirs.multipliers)
+        event = Event(event="from", step=theirs.step, samples=theirs.samples, detail=detail)
+        return theirs.model_copy(update={"lineage": (*theirs.lineage, event), "life": 0})
+    weights = commit.tensors("model", engine.layout)
+    state = dict(weights)
+    for kind in recipe.optimizer.kinds:
+        for path, tensor in weights.items():
+            name = path.partition("/")[2]
+            if recipe.optimizer.keeps(kind, name):
+                state[f"{kind}/{name}"] = tensor.clone() if kind == "ema" else torch.zeros_like(tensor)
+    engine.load_logical_state(state, 0, 0, {})
+    before = [event.model_dump() for event in theirs.lineage]
+    detail |= {"step": theirs.step, "samples": theirs.samples, "lineage": before}
+    return RunState(lineage=(Event(event="from", step=0, samples=0, detail=detail),))

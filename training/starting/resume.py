@@ -1,0 +1,131 @@
+"""Where a run begins: at the newest intact commit of its store, or at the first step.
+
+A damaged commit is named and the one before it is taken. A commit of another experiment is refused: a resume continues
+the very run, or says what differs. What the run has not come to yet may be another: stages that have not begun, and
+sources that only they read, for data that arrives while it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from ..checkpoint.commits import Commits
+from ..checkpoint.manifest import Commit, DamagedCommit
+from ..checkpoint.store import StoreError
+from ..engines.layout import Layout
+from ..recipe import Recipe
+from ..state import RunState
+from ..world import World
+
+_T = TypeVar("_T")
+
+CONTINUES = ("seed", "data", "model", "objectives", "stages", "optimizer", "schedule")
+"""blocks of the recipe that decide what is computed; the others may change at a resume"""
+_FREE = {"data.workers", "data.bad_samples", "data.cache.limit"}
+
+
+def newest_intact(
+    commits: Commits,
+    names: Sequence[str],
+    prepare: Callable[[Commit], Layout | None],
+    warn: Callable[[str], None],
+    world: World,
+) -> tuple[Commit, dict[str, Tensor]] | None:
+    """The newest of the commits `names` whose every byte verifies, and this rank's part of its tensors; None of none.
+
+    `prepare` makes what the tensors will go into, and says which part of them that is. Damaged commits are told to
+    `warn`; all ranks agree on the one that is taken. Raises StoreError if all are damaged.
+    """
+
+    def attempt(read: Callable[[], _T]) -> _T | None:
+        found, damage = None, None
+        try:
+            found = read()
+        except DamagedCommit as error:
+            damage = str(error)
+        damages = [d for d in world.objects(damage) if d]
+        if damages:
+            warn(damages[0])
+        return None if damages else found
+
+    for name in reversed(names):
+        commit = attempt(partial(commits.open, name))
+        if commit is not None:
+            layout = prepare(commit)
+            tensors = attempt(partial(commit.tensors, layout=layout))
+            if tensors is not None:
+                return commit, tensors
+    if names:
+        raise StoreError(
+            f"every commit in {commits.store.url} is damaged; move them away to start over, or restore one"
+        )
+    return None
+
+
+def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
+    """What the recipe changes of the run's future, as sentences for the lineage. Raise StoreError if it changes what
+    the run has computed up to the commit."""
+    state = commit.manifest.state
+    if not state.step and {part.kind for part in commit.manifest.parts} == {"model"}:
+        raise StoreError(
+            f"{commit.url} holds weights alone, which a run begins with and does not continue; give another --out, "
+            f"and begin there with --from {commit.url}"
+        )
+    try:  # a field that is newer than the commit has its default there; the engine may be any
+        before = Recipe.model_validate({key: value for key, value in commit.manifest.recipe.items() if key != "engine"})
+    except ValidationError as error:
+        raise StoreError(
+            f"{commit.url} was written by another release, whose recipe says what this one does not know "
+            f"({'.'.join(map(str, error.errors()[0]['loc']))}); continue it with that release"
+        ) from None
+    different = differences(_past(recipe, state), _past(before, state))
+    if different:
+        raise StoreError(
+            f"{commit.url} is of a run with another recipe ({'; '.join(different[:4])}); "
+            f"use the same recipe to continue it, or another --out to start a new run"
+        )
+    cooling = before.total_samples * (1 - before.schedule.cooldown)
+    if recipe.total_samples != before.total_samples and state.samples > cooling:
+        raise StoreError(
+            f"{commit.url} is of a run whose learning rate is falling since sample {cooling:,.0f}: its stages are "
+            f"settled; leave them as they were, continue from an earlier commit, or start a new run"
+        )
+    return differences(*(each.model_dump(mode="json", include={"data", "stages"}) for each in (recipe, before)))
+
+
+def _past(recipe: Recipe, state: RunState) -> dict[str, Any]:
+    """What of a recipe decides what was computed up to a state: stages that have begun, sources that were read."""
+    past = recipe.model_dump(mode="json", include=set(CONTINUES))
+    mixtures = [mixture for mixture in recipe.settled(state.decisions).mixtures() if mixture.step < max(state.step, 1)]
+    for i, source in enumerate(past["data"]["train"]):
+        source["weight"] = {str(mixture.step): mixture.weights[i] for mixture in mixtures}
+    read = [source for source in past["data"]["train"] if any(source["weight"].values())]
+    past["data"]["train"] = {str(past["data"]["train"].index(source)): source for source in read}
+    past["stages"] = [{**stage, "mixture": None, "replay": None} for stage in past["stages"][: state.stage + 1]]
+    return past
+
+
+def differences(ours: Any, theirs: Any) -> list[str]:
+    """Where two trees of a recipe's values differ, as sentences."""
+    ours, theirs = _flat(ours), _flat(theirs)
+    return [
+        f"{path}: {theirs.get(path)!r} there, {ours.get(path)!r} here"
+        for path in sorted(ours.keys() | theirs.keys())
+        if path not in _FREE and ours.get(path) != theirs.get(path)
+    ]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted path."""
+    if isinstance(tree, Mapping):
+        items = list(tree.items())
+    elif isinstance(tree, list | tuple):
+        items = list(enumerate(tree))
+    else:
+        return {prefix[:-1]: tree}
+    return {path: leaf for key, value in items for path, leaf in _flat(value, f"{prefix}{key}.").items()}
