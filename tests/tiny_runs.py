@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from treering.training import loop
-from treering.training.checkpoint.config.commits import find_commit
+from treering.training.checkpoint.commits import find_commit
 from treering.training.recipe import Recipe
 
 SIZES = [

@@ -32,11 +32,11 @@ from typing import Any
 import torch
 
 from treering.data.order import stable_hash
-from treering.data.shards.listing.source import held_out, open_source
-from treering.data.shards.listing.tar_writer import TarWriter
+from treering.data.shards.source import held_out, open_source
+from treering.data.shards.tar_writer import TarWriter
 from treering.launch.recipe.load import read_recipe
 from treering.models.spec import ModelSpec
-from treering.training.checkpoint.config.commits import find_commit
+from treering.training.checkpoint.commits import find_commit
 from treering.training.device import describe
 from treering.training.loop import train
 from treering.training.stages import StageConfig

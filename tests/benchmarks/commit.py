@@ -39,8 +39,8 @@ from torch import Tensor
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.tests.conftest import free_port
 from treering.tests.s3_server import KEY, SECRET, Server
-from treering.training.checkpoint.config.commits import Commits
-from treering.training.checkpoint.config.store import Store
+from treering.training.checkpoint.commits import Commits
+from treering.training.checkpoint.store import Store
 from treering.training.device import describe
 from treering.training.engines.layout import rows
 from treering.training.state import RunState

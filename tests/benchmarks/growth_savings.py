@@ -40,7 +40,7 @@ from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
 from treering.models.growth.plan import changes
 from treering.models.model import build
-from treering.training.checkpoint.config.commits import find_commit
+from treering.training.checkpoint.commits import find_commit
 from treering.training.device import describe
 from treering.training.evaluate.embed import embed
 from treering.training.loop import train

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from treering.data import AugmentConfig, DataConfig, Loader, Source
-from treering.data.shards.listing.listing import IMAGE_KINDS
+from treering.data.shards.listing import IMAGE_KINDS
 
 RESOLUTION, CONTEXT, BATCH = 224, 77, 64
 AUGMENT = AugmentConfig()  # crops as open_clip's default: 0.9 to 1 of the area

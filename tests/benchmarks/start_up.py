@@ -92,8 +92,8 @@ def make_tar(path: Path) -> None:
 
 def make_source(folder: Path, shards: int, tar: Path) -> dict[str, str]:
     """Names of the tar as shards, and names of its index as their indexes. The URLs by form."""
-    from treering.data.shards.listing.index import cached_at
-    from treering.data.shards.listing.listing import expand, index_shard
+    from treering.data.shards.index import cached_at
+    from treering.data.shards.listing import expand, index_shard
 
     folder.mkdir()
     for n in range(shards):
@@ -109,9 +109,9 @@ def make_source(folder: Path, shards: int, tar: Path) -> dict[str, str]:
 
 def sum_up(urls: dict[str, str]) -> float:
     """Makes the summaries of a source. Seconds of the first opening, where every shard has an index already."""
-    from treering.data.shards.listing.listing import expand
-    from treering.data.shards.listing.opening import summed_up
-    from treering.data.shards.listing.summary import write_summary
+    from treering.data.shards.listing import expand
+    from treering.data.shards.opening import summed_up
+    from treering.data.shards.summary import write_summary
 
     found = expand(urls["glob"])
     begun = time.perf_counter()
@@ -125,7 +125,7 @@ def sum_up(urls: dict[str, str]) -> float:
 @contextmanager
 def one_key_in_many_shards() -> Iterator[None]:
     """A small source with keys that repeat, as the names of one tar do, would be refused."""
-    from treering.data.shards.listing import opening
+    from treering.data.shards import opening
 
     whole = opening._MOST_COMPARED
     opening._MOST_COMPARED = 0

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.main import get_command
 
 from treering.launch.cli import app
-from treering.training.checkpoint.config.commits import find_commit
+from treering.training.checkpoint.commits import find_commit
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

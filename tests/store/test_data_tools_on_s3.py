@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from treering.data.errors import DataError
-from treering.data.shards.listing.listing import ShardIndex
-from treering.data.shards.listing.parallel import index_all
-from treering.data.shards.listing.source import open_source, shards_of
-from treering.data.shards.listing.tar_writer import write_shards
+from treering.data.shards.listing import ShardIndex
+from treering.data.shards.parallel import index_all
+from treering.data.shards.source import open_source, shards_of
+from treering.data.shards.tar_writer import write_shards
 from treering.data.tools.lint import Findings, lint
 from treering.data.tools.pack import pack
 

@@ -29,10 +29,10 @@ from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.tests.faulty_proxy import FaultyProxy
 from treering.tests.s3_server import Server
 from treering.training import loop
-from treering.training.checkpoint.config import writer
-from treering.training.checkpoint.config.commits import Commits
-from treering.training.checkpoint.config.config import CheckpointConfig
-from treering.training.checkpoint.config.store import Store, StoreError
+from treering.training.checkpoint import writer
+from treering.training.checkpoint.commits import Commits
+from treering.training.checkpoint.config import CheckpointConfig
+from treering.training.checkpoint.store import Store, StoreError
 from treering.training.loop import train
 from treering.training.state import RunState
 from treering.training.world import World

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from treering.data import DataError, open_source
-from treering.data.shards.listing import listing
-from treering.data.shards.listing.listing import expand
+from treering.data.shards import listing
+from treering.data.shards.listing import expand
 from treering.data.storage import files as data_files
 from treering.launch.commands.data_index import index_url
 

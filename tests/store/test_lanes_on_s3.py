@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from treering.data import DataConfig, Loader
-from treering.data.shards.listing.tar_writer import write_shards
+from treering.data.shards.tar_writer import write_shards
 from treering.tests.faulty_proxy import FaultyProxy
 from treering.tests.s3_server import Server
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from treering.data.shards.listing.source import open_source
+from treering.data.shards.source import open_source
 from treering.launch.recipe.load import read_recipe
 from treering.training import loop
-from treering.training.checkpoint.config.commits import find_commit
+from treering.training.checkpoint.commits import find_commit
 from treering.training.loop import train
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.training.checkpoint.config.commits import Commits, find_commit
-from treering.training.checkpoint.config.config import CheckpointConfig
-from treering.training.checkpoint.config.manifest import DamagedCommit
-from treering.training.checkpoint.config.store import Store, StoreError
+from treering.training.checkpoint.commits import Commits, find_commit
+from treering.training.checkpoint.config import CheckpointConfig
+from treering.training.checkpoint.manifest import DamagedCommit
+from treering.training.checkpoint.store import Store, StoreError
 from treering.training.state import RunState
 from treering.training.world import World
 

@@ -18,8 +18,8 @@ import torch
 from treering.data import Loader, Tokenizer
 from treering.launch.recipe.load import read_recipe
 from treering.training import loop
-from treering.training.checkpoint.config.commits import Commits, find_commit
-from treering.training.checkpoint.config.store import Store, StoreError
+from treering.training.checkpoint.commits import Commits, find_commit
+from treering.training.checkpoint.store import Store, StoreError
 from treering.training.loop import Summary, train
 from treering.training.recipe import Recipe
 from treering.training.starting.resume import check_same_run

@@ -1,0 +1,110 @@
+"""Where the state is spread no process ever holds the whole of it: not to build it, to commit it or to load it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from treering.models.spec import ImageSpec, ModelSpec, TextSpec
+from treering.training.checkpoint.commits import Commits
+from treering.training.checkpoint.store import Store
+from treering.training.engines.build import build_engine
+from treering.training.engines.config import EngineConfig
+from treering.training.engines.ddp import Engine
+from treering.training.engines.optimizer import OptimizerConfig
+from treering.training.engines.zero_state import require
+from treering.training.objectives.contrastive import Contrastive
+from treering.training.state import RunState
+from treering.training.world import World
+
+RANKS = 4
+M_MMAP_THRESHOLD = -3
+"""glibc's malloc.h"""
+SPEC = ModelSpec(
+    embed_dim=64,
+    image=ImageSpec(width=512, depth=6, heads=4, patch=4, resolution=8),
+    text=TextSpec(width=16, depth=1, heads=1, context=9),
+)
+WEIGHTS = 80_000_000
+"""bytes, about: six blocks, of which no tensor has more than a twentieth"""
+ENGINES = {
+    "ddp": EngineConfig(),
+    "fsdp": EngineConfig(kind="fsdp"),
+    "zero3": EngineConfig(kind="deepspeed", zero=3),
+}
+
+
+@contextmanager
+def peak(found: dict[str, float], name: str) -> Iterator[None]:
+    """The most memory that the process has meanwhile beyond what it had before, over the weights of the model."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    yield
+    lines = Path("/proc/self/status").read_text().splitlines()
+    most = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    found.setdefault(name, (most - before) / WEIGHTS)
+
+
+def built(kind: str, world: World, found: dict[str, float]) -> Engine:
+    """An engine; what its building takes, but for what DeepSpeed then lays out of the parts: several times the part."""
+    import deepspeed
+
+    initialize, measuring = deepspeed.initialize, peak(found, "build")
+
+    def measured(**arguments: Any) -> Any:
+        measuring.__exit__(None, None, None)
+        return initialize(**arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed, "initialize", measured)
+        measuring.__enter__()
+        engine = build_engine(SPEC, [Contrastive(1.0)], ENGINES[kind], OptimizerConfig(), world, 1)
+        if kind != "zero3":
+            measuring.__exit__(None, None, None)
+    return engine
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "zero3", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_what_one_process_holds(kind: str, tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
+    """In units of the weights, of which each of four processes has a quarter, and as much of each moment."""
+    commits = Commits(Store(str(tmp_path)))
+
+    def write(engine: Engine, world: World, step: int) -> None:
+        state, tensors = RunState(step=step, life=1), engine.logical_state()
+        commits.begin(SPEC, state, {}, tensors, world, engine.layout, copies=engine.copies).finish()
+
+    def read(engine: Engine) -> None:
+        commit = commits.open(commits.names()[0])
+        engine.load_logical_state(commit.tensors(layout=engine.layout), 1, 0, {})
+
+    def one_rank(world: World) -> dict[str, float]:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed is gone: holes are not what is held
+        found: dict[str, float] = {}
+        # Once before: pages of libraries come into memory with their first use, more or fewer as the machine is busy.
+        build_engine(SPEC, [Contrastive(1.0)], ENGINES[kind], OptimizerConfig(), world, 1).close()
+        engine = built(kind, world, found)
+        write(engine, world, 1)
+        read(engine)  # from now on there are moments
+        with peak(found, "commit"):
+            write(engine, world, 2)
+        with peak(found, "load"):
+            read(engine)
+        engine.close()
+        return found
+
+    require(World(0, 1, torch.device("cpu")))  # ranks are forked: imported here, they need not import it
+    for found in on_ranks(RANKS, one_rank, limit=120):
+        # The part, and the largest module three times: its values, random numbers and their product.
+        assert (found["build"] < 0.5) == (kind != "ddp"), found
+        assert 0.7 < found["commit"] < 0.85, found
+        assert (found["load"] < 1.4) == (kind != "ddp"), found

@@ -1,0 +1,218 @@
+"""What to grow into: the rule and the growth space against plain arithmetic, and runs that search."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from treering.launch.recipe.load import RecipeError, read_recipe
+from treering.models.flops import training_flops
+from treering.tests.tiny_runs import SIZES, Died, lines
+from treering.training import loop
+from treering.training.checkpoint.commits import find_commit
+from treering.training.growth import search
+from treering.training.growth.search import Trial, choose
+from treering.training.loop import train
+from treering.training.recipe import Recipe
+from treering.training.state import Decision
+from treering.training.world import World
+
+TINY = [
+    *SIZES,
+    "data.train=[{source: samples://emoji, name: old}, {source: samples://emoji/held_out, name: new, weight: 0}]",
+    "model.caption=null",
+    "objectives={contrastive: {}}",
+    "stages=[{samples: 36}, {search: {space: {image.depth: [2, 3], text.width: [16]}, flops: 2.5, samples: 48}, "
+    "mixture: {new: 1}, replay: 0.25, samples: 36}]",
+    "checkpoint.every=12",
+    "checkpoint.keep=20",
+    "eval.suites=[]",
+]
+
+
+def recipe(*overrides: str) -> Recipe:
+    return read_recipe("emoji", [*TINY, *overrides]).recipe
+
+
+def searched(out: Path) -> dict[str, Any]:
+    (line,) = lines(out, "search")
+    return {key: value for key, value in line.items() if key not in ("time", "seconds")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happened to."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole")
+    assert train(recipe(), out).finished
+    return out
+
+
+def trial(cost: float, loss: float) -> Trial:
+    return Trial({}, 1, cost, loss, 1.0)
+
+
+def test_the_rule_is_autoprog_s() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        costs, losses = random.uniform(1e6, 9e6, 6), random.uniform(1, 4, 6)
+        slope = np.polyfit(np.log(costs), np.log(losses), 1)[0]
+        exponent = max(-slope, 0.0)
+        found = choose([trial(cost, loss) for cost, loss in zip(costs.tolist(), losses.tolist(), strict=True)])
+        assert found.exponent == pytest.approx(exponent, abs=1e-9)
+        assert found.chosen == int(np.argmin(losses * costs**exponent))
+        assert found.spent == 6
+
+
+def test_a_trial_that_broke_is_not_chosen_and_two_costs_are_no_fit() -> None:
+    found = choose([trial(1e6, 3.0), trial(2e6, inf), trial(3e6, 2.0), trial(4e6, 1.9), trial(5e6, 1.95)])
+    assert found.chosen in (2, 3, 4)
+    assert found.json()["candidates"][1]["loss"] is None
+    found = choose([trial(1e6, 3.0), trial(2e6, 2.9)])
+    assert (found.exponent, found.chosen) == (0.0, 1)
+
+
+def test_the_growth_space_is_every_combination_under_the_bound() -> None:
+    given = recipe()
+    found = given.stages[1].candidates(given.model)
+    bound = 2.5 * training_flops(given.model, 16)
+    expected = []
+    for depth, width in itertools.product([1, 2, 3], [8, 16]):
+        sizes = {k: v for k, v, old in (("image.depth", depth, 1), ("text.width", width, 8)) if v != old}
+        if training_flops(given.model.grown(sizes), 16) <= bound:
+            expected.append(sizes)
+    costs = [training_flops(spec, 16) for _, spec in found]
+    assert costs == sorted(costs)
+    assert sorted(map(str, expected)) == sorted(str(sizes) for sizes, _ in found)
+    assert 3 < len(found) < 7
+    assert given.specs()[1] == found[-1][1]
+
+
+def test_a_search_is_written_down_with_what_was_rejected_and_what_it_cost(whole: Path) -> None:
+    found = searched(whole)
+    assert found["step"] == 3
+    rows = found["candidates"]
+    assert [row["sizes"] for row in rows] == [sizes for sizes, _ in recipe().stages[1].candidates(recipe().model)]
+    assert all(2 < row["loss"] < 6 for row in rows)
+    assert len({row["loss"] for row in rows}) == len(rows)
+    best = min(rows, key=lambda row: row["score"])
+    assert best["sizes"] == found["chosen"]
+    for row in rows:
+        assert row["score"] == pytest.approx(row["loss"] * row["flops_per_sample"] ** found["exponent"], rel=1e-9)
+        assert row["spent"] == pytest.approx(48 * row["flops_per_sample"])
+    assert found["flops"] == pytest.approx(sum(row["spent"] for row in rows))
+    state = find_commit(str(whole)).manifest.state
+    assert state.decisions == (Decision(stage=1, grow=found["chosen"]),)
+    assert [event.event for event in state.lineage][:2] == ["start", "search"]
+    assert state.lineage[1].detail["candidates"] == rows
+    steps = lines(whole, "step")
+    trained = 12 * (steps[4]["flops"] - steps[3]["flops"]) / 12  # of a step after the search
+    assert steps[3]["flops"] - steps[2]["flops"] == pytest.approx(found["flops"] + trained, rel=0.2)
+    page = (whole / "report.html").read_text()
+    assert "Search for the next size" in page
+    assert all(f"{row['score']:g}" in page for row in rows)
+
+
+@pytest.mark.parametrize("at", ["in the second trial", "after the search", "in the stage"])
+def test_a_kill_repeats_the_search_to_the_same_choice(
+    at: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count()
+    real_tried, real_step, real_grow = search.tried, loop.Run.step, loop.grow
+
+    def tried(*arguments: Any) -> Any:
+        if at == "in the second trial" and next(calls) == 1:
+            raise Died
+        return real_tried(*arguments)
+
+    def grow(*arguments: Any) -> Any:
+        if at == "after the search":
+            raise Died
+        return real_grow(*arguments)
+
+    def step(run: loop.Run, batch: Any) -> None:
+        if at == "in the stage" and run.state.step == 5:
+            raise Died
+        real_step(run, batch)
+
+    monkeypatch.setattr(search, "tried", tried)
+    monkeypatch.setattr(loop, "grow", grow)
+    monkeypatch.setattr(loop.Run, "step", step)
+    with pytest.raises(Died):
+        train(recipe(), tmp_path)
+    monkeypatch.undo()
+    assert train(recipe(), tmp_path).finished
+    assert searched(tmp_path) == searched(whole)
+    ours, theirs = find_commit(str(tmp_path)), find_commit(str(whole))
+    assert ours.manifest.state.decisions == theirs.manifest.state.decisions
+    assert ours.manifest.state.flops == theirs.manifest.state.flops
+    mine, other = ours.tensors(), theirs.tensors()
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "{kind: fsdp}",
+        pytest.param("{kind: ddp}", marks=pytest.mark.slow),
+        pytest.param("{kind: deepspeed, zero: 3}", marks=pytest.mark.slow),
+    ],
+)
+def test_engines_choose_alike(engine: str, whole: Path, tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
+    def one_rank(group: World) -> bool:
+        return train(recipe(f"engine={engine}"), tmp_path).finished
+
+    assert on_ranks(2, one_rank, limit=200) == [True] * 2
+    ours, theirs = searched(tmp_path), searched(whole)
+    assert ours["chosen"] == theirs["chosen"]
+    for mine, other in zip(ours["candidates"], theirs["candidates"], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert mine["spent"] == other["spent"]
+
+
+def test_trials_read_the_newest_sources_and_a_stage_replays_the_old(whole: Path) -> None:
+    given = recipe()
+    assert given.newest(1).weights == (0.0, 0.75)
+    assert recipe("stages.1.mixture={old: 1}", "stages.0.mixture={new: 1, old: 1}").newest(1).weights == (0.875, 0.125)
+    assert [m.weights for m in given.mixtures()] == [(1.0, 0.0), (0.25, 0.75)]
+    passes = [row["passes"] for row in lines(whole, "step")]
+    assert passes[2]["new"] == 0 < passes[3]["new"]
+    # A quarter of the second stage's 36 samples beside the 36 of the first.
+    assert passes[-1]["old"] / passes[2]["old"] == pytest.approx((36 + 9) / 36)
+
+
+def test_replay_of_a_replay_keeps_the_proportions() -> None:
+    sources = "data.train=[{source: samples://emoji, name: a}, {source: samples://emoji/held_out, name: b, weight: 0}]"
+    second, third = "{samples: 24, mixture: {b: 3}, replay: 0.4}", "{samples: 24, mixture: {a: 2}, replay: 0.5}"
+    stages = f"stages=[{{samples: 24}}, {second}, {third}]"
+    weights = [m.weights for m in recipe(sources, stages).mixtures()]
+    assert weights[1:] == [pytest.approx((0.4, 0.6)), pytest.approx((0.5 + 0.5 * 0.4, 0.5 * 0.6))]
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (
+            "{samples: 12, grow: {image.depth: 2}, search: {space: {text.depth: [2]}, flops: 2, samples: 12}}",
+            "leave out",
+        ),
+        ("{samples: 12, search: {space: {text.depth: []}, flops: 2, samples: 12}}", "text.depth is empty"),
+        ("{samples: 12, search: {space: {text.depht: [2]}, flops: 2, samples: 12}}", "text.depht"),
+        (
+            f"{{samples: 12, search: {{space: {{text.depth: {list(range(2, 300))}}}, flops: 2, samples: 12}}}}",
+            "more than 256",
+        ),
+        ("{samples: 12, replay: 0.5}", "name the new sources in mixture"),
+    ],
+)
+def test_impossible_searches_are_refused(stage: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe(f"stages=[{{samples: 36, mixture: {{old: 1, new: 1}}}}, {stage}]")

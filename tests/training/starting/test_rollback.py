@@ -1,0 +1,179 @@
+"""Going back: after a streak of bad steps a run returns to its last good commit and passes over the samples since."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from treering.launch.recipe.load import read_recipe
+from treering.training import loop
+from treering.training.checkpoint.commits import Commits, find_commit
+from treering.training.checkpoint.store import Store
+from treering.training.health.divergence import Health, RecoveryConfig
+from treering.training.loop import train
+from treering.training.state import Event, RunState, TrainingError
+from treering.training.world import World
+
+OVERRIDES = [
+    "data.batch=4",
+    "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
+    "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+    "stages=[{samples: 40}, {grow: {image.depth: 2}, samples: 120}]",
+    "schedule.warmup=4",
+    "eval.suites=[]",
+    "log.every=1",
+    "checkpoint={every: 20, keep: 99}",
+]
+
+
+class Trouble:
+    """At some places of the data order: `nan` gradients, or losses times 100. Notes which keys each step had, last."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, nan: Any = (), leap: Any = (), dies_at: int | None = None) -> None:
+        self.keys: dict[int, tuple[str, ...]] = {}
+        self.cursors: list[int] = []
+        step, norm = loop.Run.step, torch.nn.utils.get_total_norm
+        broken = [False]
+
+        def watched(run: loop.Run, batch: Any) -> None:
+            cursor = run.state.cursor
+            if dies_at is not None and len(self.cursors) == dies_at:
+                raise KeyboardInterrupt
+            self.cursors.append(cursor)
+            self.keys[run.state.step] = batch.keys
+            broken[0] = cursor in nan
+            step(run, batch)
+            if cursor in leap:
+                for loss in run.result.losses.values():
+                    loss.mul_(100)
+
+        patch.setattr(loop.Run, "step", watched)
+        patch.setattr(torch.nn.utils, "get_total_norm", lambda g: norm(g) * (float("nan") if broken[0] else 1))
+
+
+def run(out: Path, *more: str) -> None:
+    train(read_recipe("emoji", [*OVERRIDES, *more]).recipe, out)
+
+
+def rows(out: Path, event: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def losses(out: Path) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(out, "step")]
+
+
+def rollbacks(out: Path) -> list[tuple[int, int, int]]:
+    lineage = json.loads((out / "lineage.json").read_text())
+    return [(e["step"], e["detail"]["batches"], e["detail"]["times"]) for e in lineage if e["event"] == "rollback"]
+
+
+def test_ten_steps_without_a_finite_gradient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At cursors 12 to 25: noticed at step 22, back to 10, on with cursor 22; four more are skipped, then all is well.
+
+    The whole way is the same when the run dies after it went back, and once more later.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Trouble(patch, nan=range(12, 26))
+        run(tmp_path / "whole")
+    assert whole.cursors == list(range(22 + 30))
+    assert rollbacks(tmp_path / "whole") == [(10, 12, 1)]
+    assert [row["step"] for row in rows(tmp_path / "whole", "step")] == list(range(1, 41))
+    assert find_commit(str(tmp_path / "whole")).manifest.state.cursor == 52
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no finite gradient in the last 10 steps up to step 22; went back to step-000000000010-life-0001" in said
+    assert "passes over 12 batches" in said
+    with pytest.MonkeyPatch.context() as patch:  # the samples are those of the order, twelve batches on
+        plain = Trouble(patch)
+        run(tmp_path / "plain", "stages=[{samples: 40}, {grow: {image.depth: 2}, samples: 168}]")
+    assert all(whole.keys[step] == plain.keys[step] for step in range(10))
+    assert all(whole.keys[step] == plain.keys[step + 12] for step in range(10, 40))
+    for dies_at in (24, 31):
+        out = tmp_path / f"dies-{dies_at}"
+        with pytest.MonkeyPatch.context() as patch:
+            Trouble(patch, nan=range(12, 26), dies_at=dies_at)
+            with pytest.raises(KeyboardInterrupt):
+                run(out)
+        with pytest.MonkeyPatch.context() as patch:
+            again = Trouble(patch, nan=range(12, 26))
+            run(out)
+        assert losses(out) == losses(tmp_path / "whole")
+        assert rollbacks(out) == [(10, 12, 1)]
+        assert all(whole.keys[step] == keys for step, keys in again.keys.items())
+
+
+def test_processes_that_share_the_state_go_back_together(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
+    """Two ranks under FSDP2; the losses are those of one process."""
+
+    def one_rank(world: World, engine: str) -> list[int]:
+        with pytest.MonkeyPatch.context() as patch:
+            trouble = Trouble(patch, nan=range(12, 22))
+            run(tmp_path / engine, f"engine.kind={engine}")
+        return trouble.cursors
+
+    assert on_ranks(2, one_rank, "fsdp", limit=120) == [list(range(52))] * 2
+    assert on_ranks(1, one_rank, "ddp", limit=120) == [list(range(52))]
+    assert rollbacks(tmp_path / "fsdp") == rollbacks(tmp_path / "ddp") == [(10, 12, 1)]
+    for ours, theirs in zip(losses(tmp_path / "fsdp"), losses(tmp_path / "ddp"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, nan_ok=True)
+
+
+def test_a_loss_that_leapt(tmp_path: Path) -> None:
+    """At cursors 27 to 39: commits 30 and 35 may be spoilt, so the one of step 25 it is, and they are gone."""
+    with pytest.MonkeyPatch.context() as patch:
+        trouble = Trouble(patch, leap=range(27, 40))
+        run(tmp_path)
+    assert trouble.cursors == [*range(37), *range(37, 37 + 15)]
+    assert rollbacks(tmp_path) == [(25, 12, 1)]
+    steps = {int(name[5:17]): int(name[-4:]) for name in Commits(Store(str(tmp_path / "commits"))).names()}
+    assert steps == {5: 1, 10: 1, 15: 1, 20: 1, 25: 1, 30: 2, 35: 2, 40: 2}
+
+
+def test_it_gives_up_where_going_back_does_not_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trouble = Trouble(monkeypatch, nan=range(12, 200))
+    with pytest.raises(TrainingError, match=r"up to step 20, and again after 2 rollbacks; lower optimizer.lr"):
+        run(tmp_path, "recovery.times=2")
+    assert trouble.cursors == list(range(12 + 3 * 10))
+    assert find_commit(str(tmp_path)).manifest.state.step == 15
+    assert not [e for e in find_commit(str(tmp_path)).manifest.state.lineage if e.event == "end"]
+
+
+def test_back_over_a_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trouble right after the growth at step 10: the grown model goes, and grows again from the same commit."""
+    Trouble(monkeypatch, nan=range(10, 20))
+    run(tmp_path, "checkpoint.every=40")
+    assert rollbacks(tmp_path) == [(10, 10, 1)]
+    lineage = find_commit(str(tmp_path)).manifest.state.lineage
+    assert [e.event for e in lineage].count("grow") == 1
+
+
+def test_where_things_lie_after_a_rollback() -> None:
+    events = (
+        Event(event="start", step=0, samples=0),
+        Event(event="rollback", step=20, samples=80, detail={"batches": 2}),
+        Event(event="rollback", step=30, samples=120, detail={"batches": 5}),
+    )
+    state = RunState(step=33, lineage=events)
+    assert state.cursor == 40
+    assert [state.passed(before=step) for step in (0, 20, 21, 30, 31, 99)] == [0, 0, 2, 2, 7, 7]
+
+
+def test_what_is_well() -> None:
+    config = RecoveryConfig(after=10, leap=3.0)
+    health = Health()
+    for step, loss in enumerate([9.0, 1.0] * 5, start=1):  # no leap is seen before ten lines are known
+        health = health.after_line(config, step, 1, 0, loss)
+    assert (health.ill, health.well, len(health.losses)) == (0, 10, 10)
+    assert health.after_line(config, 11, 1, 0, 15.0).ill == 0  # the median is 5
+    leapt = health.after_line(config, 12, 2, 0, 15.1)
+    assert (leapt.ill, leapt.leapt, leapt.well, leapt.losses) == (2, True, 10, health.losses)
+    skipped = leapt.after_line(config, 15, 3, 3, float("nan"))
+    assert (skipped.ill, skipped.leapt) == (5, True)
+    assert skipped.after_line(config, 17, 2, 1, float("nan")) == Health(losses=health.losses, well=17)
+    assert not health.after_line(RecoveryConfig(leap=None), 11, 1, 0, 1e9).ill
