@@ -6,7 +6,7 @@ import re
 
 _BYTES = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(kB|MB|GB|TB)")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(kB|MB|GB|TB)")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|min|h)")
 
 
