@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -19,11 +19,11 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: matrix work in bf16; master weights, losses and sums of gradients stay in fp32"
     )
-    micro_batches: int = Field(
+    micro_batches: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
         1,
-        gt=0,
         description="pieces in which a process takes its part of a batch through the model: with more than one it "
-        "needs less memory and a second forward pass, and the gradient is the same",
+        "needs less memory and a second forward pass, and the gradient is the same; auto: as few as fit the device, "
+        "found before the first step of each stage (ddp)",
     )
     activations: float | str | None = Field(
         None,
@@ -66,6 +66,11 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return size_in_bytes(self.activations) if isinstance(self.activations, str) else None
 
     @property
+    def pieces(self) -> int:
+        """The pieces that the recipe asks for; 1 where they are found later."""
+        return 1 if self.micro_batches == "auto" else self.micro_batches
+
+    @property
     def zero_stage(self) -> int:
         """The stage of ZeRO that deepspeed runs."""
         return self.zero or 2
@@ -94,7 +99,13 @@ class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @model_validator(mode="after")
     def _deepspeed_goes_its_own_way(self) -> Self:
-        if self.kind == "deepspeed" and self.micro_batches > 1:
+        if self.kind == "fsdp" and self.micro_batches == "auto":
+            raise ValueError(
+                "engine.micro_batches = auto cannot be under engine.kind = fsdp: each process tries alone, and fsdp "
+                "gathers weights from the others; give a number (`treering plan` counts the memory), or set "
+                "engine.activations: auto"
+            )
+        if self.kind == "deepspeed" and self.micro_batches != 1:
             raise ValueError(
                 f"engine.micro_batches = {self.micro_batches} cannot be under engine.kind = deepspeed: it takes one "
                 "loss a step, not the gradient at the outputs of each piece; set engine.kind: fsdp, or leave it out"

@@ -88,7 +88,7 @@ class Engine:
     ) -> None:
         self.world = self.copies = world
         self.objectives = objectives
-        self.precision, self.micro_batches = config.precision, config.micro_batches
+        self.precision, self.micro_batches = config.precision, config.pieces
         self.optimizer_config = optimizer
         self._build(spec, config, optimizer, seed)
 
@@ -109,6 +109,10 @@ class Engine:
         padded = self.attention["captions"] != "varlen"
         self.recomputing = Recomputing(self.model, config, self.optimizer_config, self.world, padded)
         return Forward(self.model, self.objectives, self.world, config.precision, self.recomputing)
+
+    def take_pieces(self, pieces: int) -> None:
+        """Take batches through the model in `pieces` pieces from now on."""
+        self.micro_batches = self.recomputing.pieces = pieces
 
     def step(self, inputs: Inputs, lr: float, fade: float = 1.0) -> StepResult:
         """One optimizer step on this rank's part of a global batch, at learning rate `lr`; `fade` is the power that

@@ -23,6 +23,8 @@ from ...models.transformer import Dense, Packed
 from ..objectives.base import Inputs, Need, Objective
 from ..world import World
 
+Output = tuple[ModelOutput, Tensor]
+"""a model's output and its token table"""
 _PARTS: dict[str, tuple[Need, Callable[[ModelOutput], Tensor | None]]] = {
     "image": ("embeddings", lambda output: output.image.pooled),
     "text": ("embeddings", lambda output: output.text.pooled),
@@ -38,7 +40,7 @@ _FURTHER, _SCALES = "further/", "scale/"
 
 
 def backward(
-    forward: Callable[[Inputs], tuple[ModelOutput, Tensor]],
+    forward: Callable[[Inputs], Output],
     objectives: Sequence[Objective],
     inputs: Inputs,
     parts: int,
