@@ -28,8 +28,8 @@ from .checkpoint.manifest import Commit
 from .checkpoint.store import Store
 from .device import describe
 from .engines.automatic_micro_batches import fewest_pieces
+from .engines.base import Engine, StepResult
 from .engines.build import build_engine
-from .engines.ddp import Engine, StepResult
 from .engines.device_prefetch import Feed
 from .engines.layout import Layout
 from .engines.micro_batches import cut
@@ -44,7 +44,7 @@ from .logging.profiler import Profile
 from .logging.run_log import Display
 from .logging.throughput import Meter
 from .objectives.base import Inputs, load_states, states
-from .objectives.registry import advance, build_objectives
+from .objectives.terms import advance, build_objectives
 from .recipe import Recipe
 from .sample_rng import kept
 from .stages import faded, rewarmed, steady_from
@@ -143,7 +143,7 @@ class Run:
         self._bad: list[dict[str, Any]] = []
         self._preparing = 0.0
         self._changes: list[str] = []
-        self._pieces, self._settled = recipe.engine.pieces, -1
+        self._pieces, self._settled = recipe.engine.pieces or 1, -1
         """pieces of a batch, and the stage they were found for"""
         self._scored = -1
         """the step of the latest evaluation"""
@@ -327,7 +327,7 @@ class Run:
         """For `engine.micro_batches: auto`, once a stage: as many pieces as the run found for it on as many devices of
         this kind, else as it finds now, before the first step."""
         stage = self.state.stage
-        if self.recipe.engine.micro_batches != "auto" or self._settled == stage:
+        if self.recipe.engine.pieces is not None or self._settled == stage:
             return
         self._settled, here = stage, {"stage": stage, "device": describe(self.world.device)}
         found = [

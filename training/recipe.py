@@ -20,12 +20,12 @@ from ..data.shards.source import held_out
 from ..data.storage.files import shown_url
 from ..models.spec import ModelSpec
 from .checkpoint.config import CheckpointConfig, OriginConfig
-from .engines.config import EngineConfig
+from .engines.config import DdpConfig, EngineConfig
 from .engines.optimizer import OptimizerConfig
 from .evaluate.config import EvalConfig
 from .health.divergence import RecoveryConfig
 from .health.watchdog import WatchdogConfig
-from .objectives.registry import ObjectivesConfig, build_objectives, check_needs
+from .objectives.terms import ObjectivesConfig, build_objectives, check_needs
 from .schedule import ScheduleConfig
 from .stages import StageConfig
 from .state import Decision
@@ -61,7 +61,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     stages: tuple[StageConfig, ...] = Field(min_length=1, strict=False, description="budgets, and growth between them")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = DdpConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
@@ -73,10 +73,6 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     def _parts_fit_together(self) -> Self:
         captions = self.specs()[-1].caption is not None  # a stage may add a captioner, none takes it away
         self.mixtures()
-        if captions and not self.objectives.caption:
-            raise ValueError(
-                "model.caption is never trained; add `caption: {weight: 2.0}` to objectives, or drop model.caption"
-            )
         if self.schedule.warmup >= self.total_samples:
             raise ValueError(
                 f"schedule.warmup = {self.schedule.warmup} samples does not end before the run's {self.total_samples}; "
@@ -86,21 +82,6 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("eval.data is missing: name the shards to evaluate on, or set eval.suites to []")
         if self.eval.needs_captioner and not captions:
             raise ValueError("eval.suites has captioning, and the model no captioner; drop it, or add model.caption")
-        return self
-
-    @model_validator(mode="after")
-    def _bias_goes_with_the_sigmoid(self) -> Self:
-        sigmoid = self.objectives.contrastive is not None and self.objectives.contrastive.kind == "sigmoid"
-        if sigmoid and not self.model.logit_bias:
-            raise ValueError(
-                "objectives.contrastive.kind = sigmoid needs a learned bias; add `logit_bias: true` to model, "
-                "or set kind: softmax"
-            )
-        if self.model.logit_bias and not sigmoid:
-            raise ValueError(
-                "model.logit_bias is never trained, a softmax does not see it; "
-                "set objectives.contrastive.kind: sigmoid, or drop model.logit_bias"
-            )
         return self
 
     @model_validator(mode="after")
@@ -127,19 +108,19 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @model_validator(mode="after")
     def _gradients_need_the_whole_model(self) -> Self:
-        if self.log.gradients and self.engine.kind != "ddp":
+        if self.log.gradients and not self.engine.measures_objectives:
             raise ValueError(
-                f"log.gradients = true cannot be under engine.kind = {self.engine.kind}: the gradient of one objective "
-                "is taken where every process holds the whole model; set engine.kind: ddp, or leave it out"
+                f"log.gradients = true does not work with engine.kind = {self.engine.kind}: the gradient of one "
+                "objective needs the whole model on every process; set engine.kind: ddp, or leave it out"
             )
         return self
 
     @model_validator(mode="after")
     def _muon_needs_whole_matrices(self) -> Self:
-        if self.optimizer.kind == "muon" and self.engine.kind == "deepspeed":
+        if self.optimizer.kind == "muon" and not self.engine.takes_muon:
             raise ValueError(
-                "optimizer.kind = muon cannot be under engine.kind = deepspeed: ZeRO steps stretches of numbers that "
-                "begin and end anywhere in a matrix, and Muon takes a matrix whole; set engine.kind: fsdp, or "
+                f"optimizer.kind = muon does not work with engine.kind = {self.engine.kind}, which cuts the state in "
+                "the middle of matrices, and Muon updates a matrix as a whole; set engine.kind: fsdp, or "
                 "optimizer.kind: adamw"
             )
         return self
@@ -286,9 +267,4 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"{world} processes cannot share data.batch = {batch} evenly; start {nearest} processes, "
                 f"or set data.batch: {batch - batch % world or world}"
             )
-        shard = self.engine.shard
-        if shard and world > shard and world % shard:
-            raise ValueError(
-                f"{world} processes cannot be split into groups of engine.shard = {shard}; "
-                f"start {world - world % shard} processes, or set engine.shard to a number that divides {world}"
-            )
+        self.engine.check_world(world)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .checkpoint.commits import Commits
 from .checkpoint.writer import Writing
-from .engines.ddp import Engine
+from .engines.base import Engine
 from .health.signals import short_notice
 from .logging.run_log import Display
 from .recipe import Recipe

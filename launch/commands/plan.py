@@ -18,7 +18,7 @@ from ...models.activations import peak as peak_bytes
 from ...models.flops import parameters, training_flops
 from ...models.spec import ModelSpec
 from ...training.engines import activation_checkpointing
-from ...training.objectives.registry import build_objectives
+from ...training.objectives.terms import build_objectives
 from ...training.recipe import Recipe
 from ..errors import RecipeError, show
 
@@ -131,7 +131,7 @@ def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: 
 def _fullest(recipe: Recipe, world: int, lengths: list[int], patches: int, device: str) -> Shape:
     """The most that goes through the model at once: of the pieces that captions of these lengths fall into."""
     half = recipe.engine.precision == "bf16"
-    pairs = max(1, recipe.data.batch // (world * recipe.engine.pieces))
+    pairs = max(1, recipe.data.batch // (world * (recipe.engine.pieces or 1)))
     pieces = [lengths[at : at + pairs] for at in range(0, len(lengths), pairs)]
     each = pairs / max(map(len, pieces))  # where fewer were read than a piece has
     tokens = max(map(sum, pieces)) * each
@@ -179,7 +179,7 @@ def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
     if needed > 0.92 * there:
         said.append(
             f"a device needs about {needed / 1e9:.0f} GB and has {there / 1e9:.0f} GB; "
-            f"use more devices, engine.activations=auto, engine.micro_batches, or engine.precision=bf16"
+            f"use more devices, engine.activation_budget=auto, engine.micro_batches, or engine.precision=bf16"
         )
     cores = found["loader_cores_per_node"]
     workers = recipe.data.workers * per_node

@@ -46,7 +46,10 @@ def complaints(error: ValidationError, tree: Any, places: Mapping[Path, str]) ->
 def _path(detail: ErrorDetails) -> Path:
     """Where the error is, without the names of union members; unknown and missing keys stay at the end."""
     path: Path = detail["loc"]
-    return path if detail["type"] in ("extra_forbidden", "missing") else schema.known_part(path)
+    if detail["type"] in ("extra_forbidden", "missing"):
+        return (*schema.known_part(path[:-1]), path[-1])
+    known = schema.known_part(path)
+    return (*known, "kind") if detail["type"] == "union_tag_invalid" else known
 
 
 def _complaint(path: Path, details: list[ErrorDetails], tree: Any, places: Mapping[Path, str]) -> str:
@@ -55,11 +58,13 @@ def _complaint(path: Path, details: list[ErrorDetails], tree: Any, places: Mappi
     if kind == "value_error":
         return _from_validator(path, str(details[0]["msg"]).removeprefix("Value error, "), tree, places)
     if kind == "extra_forbidden":
-        return f"{name} ({_where(path, places)}): no such key; {schema.suggestion(path)}"
+        return f"{name} ({_where(path, places)}): {schema.unknown(path)}"
     if kind == "missing":
         purpose = schema.describe(path)
         return f"{name} is missing ({_where(path[:-1], places)}); add it" + (f": {purpose}" if purpose else "")
     value, purpose = details[0]["input"], schema.describe(path)
+    if kind == "union_tag_invalid":
+        value = value.get("kind") if isinstance(value, dict) else value
     wrong = _wrong(value, details)
     return f"{name} = {show(value)} ({_where(path, places)}): {wrong}" + (f" ({purpose})" if purpose else "")
 
@@ -74,6 +79,8 @@ def _wrong(value: Any, details: list[ErrorDetails]) -> str:
         return f"must be {' or '.join(kinds)}{_rewritten(value, list(kinds))}"
     if first["type"] == "literal_error":
         return f"must be {context.get('expected')}"
+    if first["type"] == "union_tag_invalid":
+        return f"must be one of {context.get('expected_tags')}"
     limits = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
     for key, words in limits.items():
         if key in context:

@@ -78,7 +78,7 @@ def _next_key(branch: Any, slot: Any, parts: list[str], path: Path, override: Ov
     for used in range(len(parts), 1, -1):  # the keys of a table may hold dots, as in grow: {image.depth: 8}
         if ".".join(parts[:used]) in branch:
             return ".".join(parts[:used]), used
-    blocks = schema.block(schema.part(slot, parts[0])) is not None  # named blocks: what follows the name is a field
+    blocks = bool(schema.blocks(schema.part(slot, parts[0])))  # named blocks: what follows the name is a field
     if schema.is_table(slot) and not blocks and parts[0] not in branch:
         return ".".join(parts), len(parts)
     return parts[0], 1

@@ -1,7 +1,8 @@
 """The keys a recipe may have, read off the config classes; for overrides and for "did you mean".
 
 A *slot* is the annotation of a field, with Optional and Annotated taken off. Three kinds of slot have parts: a config
-block (its fields), a list (`tuple[X, ...]`) and a table of free keys (`dict[str, X]`). Everything else is a value.
+block (its fields; of a union of blocks, such as the engines, the fields of all), a list (`tuple[X, ...]`) and a table
+of free keys (`dict[str, X]`). Everything else is a value.
 """
 
 from __future__ import annotations
@@ -12,15 +13,28 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from ...training.recipe import Recipe
 from .yaml_lines import Path
 
 
-def block(slot: Any) -> type[BaseModel] | None:
-    """The config class of a slot that is a block."""
+def blocks(slot: Any) -> tuple[type[BaseModel], ...]:
+    """The config classes of a slot that is a block: one, or several of which the key `kind` chooses; else none."""
     slot = _bare(slot)
-    return slot if isinstance(slot, type) and issubclass(slot, BaseModel) else None
+    members = get_args(slot) if get_origin(slot) in (Union, types.UnionType) else (slot,)
+    bare = [_bare(member) for member in members]
+    return tuple(each for each in bare if isinstance(each, type) and issubclass(each, BaseModel))
+
+
+def fields(slot: Any, key: str = "") -> dict[str, FieldInfo]:
+    """The fields of a block; of several blocks those of all. A block whose fields other packages may add to has a
+    function `recipe_fields`, which looks for `key` there."""
+    found: dict[str, FieldInfo] = {}
+    for config in reversed(blocks(slot)):
+        of = getattr(config, "recipe_fields", None)
+        found |= of(key) if of else config.model_fields
+    return found
 
 
 def is_list(slot: Any) -> bool:
@@ -36,8 +50,9 @@ def is_table(slot: Any) -> bool:
 def part(slot: Any, key: str | int) -> Any | None:
     """The slot of one part of `slot`; None if there is no such part."""
     slot = _bare(slot)
-    if (config := block(slot)) is not None:
-        return config.model_fields[key].annotation if key in config.model_fields else None
+    if blocks(slot):
+        field = fields(slot, str(key)).get(str(key))
+        return field.annotation if field else None
     if is_list(slot) and isinstance(key, int):
         return get_args(slot)[0]
     if is_table(slot) and isinstance(key, str):
@@ -56,19 +71,27 @@ def slot_at(path: Path) -> Any | None:
 
 
 def known_part(path: Path) -> Path:
-    """The longest start of `path` that a recipe can have: drops the names of union members pydantic appends."""
+    """The longest start of `path` that a recipe can have, without the names of union members that pydantic inserts."""
     slot: Any = Recipe
-    for length, key in enumerate(path):
-        slot = part(slot, key)
-        if slot is None:
-            return path[:length]
-    return path
+    known: Path = ()
+    for key in path:
+        inner = part(slot, key)
+        if inner is None and len(blocks(slot)) > 1 and key in _kinds(slot):
+            continue
+        if inner is None:
+            return known
+        slot, known = inner, (*known, key)
+    return known
+
+
+def _kinds(slot: Any) -> dict[str, type[BaseModel]]:
+    """Of a union of blocks, which block each value of `kind` chooses."""
+    return {get_args(config.model_fields["kind"].annotation)[0]: config for config in blocks(slot)}
 
 
 def describe(path: Path) -> str:
     """What the field at `path` is for, in the words of its config; empty if it does not say."""
-    owner = block(slot_at(path[:-1])) if path else None
-    field = owner.model_fields.get(str(path[-1])) if owner is not None else None
+    field = fields(slot_at(path[:-1])).get(str(path[-1])) if path else None
     return (field.description or "") if field else ""
 
 
@@ -76,8 +99,8 @@ def all_paths() -> list[str]:
     """Every key of a recipe, dotted, with N for the place in a list."""
 
     def walk(slot: Any, prefix: str) -> Iterator[str]:
-        if (config := block(slot)) is not None:
-            for name, field in config.model_fields.items():
+        if blocks(slot):
+            for name, field in fields(slot).items():
                 yield prefix + name
                 yield from walk(field.annotation, f"{prefix}{name}.")
         elif is_list(slot):
@@ -86,11 +109,23 @@ def all_paths() -> list[str]:
     return list(walk(Recipe, ""))
 
 
-def suggestion(path: Path) -> str:
-    """What to write instead of the unknown key at the end of `path`, as a sentence."""
+def unknown(path: Path) -> str:
+    """What is wrong with the unknown key at the end of `path`, and what to write instead."""
     key, level = str(path[-1]), path[:-1]
-    owner = block(slot_at(level))
-    known = list(owner.model_fields) if owner is not None else []
+    if kinds := [kind for kind, config in _kinds_of(level).items() if key in config.model_fields]:
+        block = ".".join(map(str, level))
+        return f"only for {block}.kind = {' or '.join(kinds)}; set that, or leave {key} out"
+    return f"no such key; {_suggestion(key, level)}"
+
+
+def _kinds_of(level: Path) -> dict[str, type[BaseModel]]:
+    slot = slot_at(level)
+    return _kinds(slot) if len(blocks(slot)) > 1 else {}
+
+
+def _suggestion(key: str, level: Path) -> str:
+    """What to write instead of a key that the block at `level` does not have."""
+    known = list(fields(slot_at(level)))
     everywhere = all_paths()
     if "." in key and slot_at((*level, *key.split("."))) is not None:
         return f"write it nested, as {_nested(key)}"

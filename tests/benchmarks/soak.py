@@ -25,8 +25,8 @@ import torch
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.tests.benchmarks.losses import MIB, proc_bytes
 from treering.training.device import describe, process_memory
-from treering.training.engines.config import EngineConfig
-from treering.training.engines.ddp import Engine
+from treering.training.engines.config import DdpConfig
+from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective
@@ -47,10 +47,10 @@ SPEC = ModelSpec(
 def objectives() -> list[Objective]:
     """All of them; a recipe has one contrastive kind at a time, here each has a name of its own."""
     made: dict[str, Objective] = {
-        "softmax": Contrastive(1.0, softening=0.05),
+        "softmax": Contrastive(1.0, label_smoothing=0.05),
         "sigmoid": SigmoidContrastive(0.1, positives="caption"),
         "filip": LateContrastive(1.0),
-        "caption": Caption(1.0, parallel=0.5, seed=3),
+        "caption": Caption(1.0, parallel_fraction=0.5, seed=3),
         "balance": Balance(0.01),
     }
     for name, objective in made.items():
@@ -70,7 +70,7 @@ def batch(step: int) -> Inputs:
 
 def soak(steps: int) -> dict[str, float]:
     """The figures of that many steps."""
-    engine = Engine(SPEC, objectives(), EngineConfig(), OptimizerConfig(), World(0, 1, torch.device("cpu")), seed=0)
+    engine = DdpEngine(SPEC, objectives(), DdpConfig(), OptimizerConfig(), World(0, 1, torch.device("cpu")), seed=0)
     memory, seconds, worst = [], [], 0.0
     for tenth in range(TENTHS):
         begun = time.process_time()

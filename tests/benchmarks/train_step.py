@@ -43,8 +43,8 @@ from treering.models.spec import ModelSpec
 from treering.tests.benchmarks.losses import MIB, peak_of
 from treering.tests.open_clip_import import let_open_clip_import
 from treering.training.device import describe, peak_flops
-from treering.training.engines.config import EngineConfig
-from treering.training.engines.ddp import Engine
+from treering.training.engines.config import DdpConfig
+from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.caption import Caption
@@ -148,9 +148,9 @@ class Ours:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         precision = "bf16" if device.type == "cuda" else "fp32"
-        engine = EngineConfig.model_validate({"precision": precision})
+        engine = DdpConfig(precision=precision)
         self.device, world = device, World(0, 1, device)
-        self.engine = Engine(case.spec, case.objectives(), engine, OptimizerConfig(), world, seed=0)
+        self.engine = DdpEngine(case.spec, case.objectives(), engine, OptimizerConfig(), world, seed=0)
 
     def prepare(self, images: Tensor, captions: list[list[int]]) -> None:
         tokens = torch.tensor([token for caption in captions for token in caption])

@@ -208,7 +208,7 @@ def test_two_kills_at_random(uninterrupted: dict[int, list[tuple[int, float, flo
 ENGINES = {
     "ddp": "{kind: ddp}",
     "fsdp": "{kind: fsdp}",
-    **{f"zero{stage}": f"{{kind: deepspeed, zero: {stage}}}" for stage in (1, 2, 3)},
+    **{f"zero{stage}": f"{{kind: deepspeed, zero_stage: {stage}}}" for stage in (1, 2, 3)},
 }
 
 

@@ -1,8 +1,8 @@
-"""The memory of a process: what it holds beside activations, and how many blocks are made again so that it suffices.
+"""Activation checkpointing within a budget: how many blocks are recomputed so that the activations fit.
 
-`engine.activations` bounds what the blocks of a model keep for the backward pass. Before each forward pass the bytes
-are counted for the very batch (`models.activations`), and just as many blocks as have to are made again: so the bound
-holds after a growth, in micro-batches, and for long captions, and a batch that fits costs nothing.
+`engine.activation_budget` bounds what the blocks of a model keep for the backward pass. Before each forward pass the
+bytes are counted for the very batch (`models.activations`), and only as many blocks as needed are recomputed: so the
+bound holds after a growth, in micro-batches, and for long captions, and a batch that fits costs nothing.
 """
 
 from __future__ import annotations
@@ -34,20 +34,17 @@ def parts(
 ) -> dict[str, float]:
     """Bytes beside activations that one of `world` processes holds at its fullest moment, by part; `pairs` are its own
     of a batch."""
-    count, caption, shards = parameters(spec), 0, min(engine.shard or world, world)
-    weights, gradients, moments = {"ddp": (1, 1, 1), "fsdp": (shards, shards, shards)}.get(
-        engine.kind, (world if engine.zero_stage == 3 else 1, world if engine.zero_stage > 1 else 1, world)
-    )
-    state = commit_bytes(spec, optimizer) - (4 * count if engine.kind != "deepspeed" else 0)  # DeepSpeed's own masters
-    copies = 2 * count if engine.precision == "bf16" and engine.kind != "fsdp" else 0  # autocast's
+    count, caption, shards = parameters(spec), 0, engine.shards(world)
+    state = commit_bytes(spec, optimizer) - (0 if engine.keeps_masters else 4 * count)
+    copies = 2 * count if engine.precision == "bf16" and engine.casts_copies else 0
     if spec.caption:
         caption = spec.text.vocabulary * spec.text.width * 8 + 2 * LOGITS_BYTES
     inputs = 3 * spec.image.resolution**2 * (1 + 4 + 4)
     inputs += sum(8 * tower.frames * tower.features for tower in spec.further.values())
     return {
-        "weights": 4 * count / weights + copies,
-        "gradients": 4 * count / gradients,
-        "optimizer": 0.0 if engine.offload else state / moments,
+        "weights": 4 * count / shards.weights + copies,
+        "gradients": 4 * count / shards.gradients,
+        "optimizer": 0.0 if engine.steps_on_host else state / shards.optimizer,
         "loss": 4 * TILE_BYTES + 8 * pairs * spec.embed_dim * 4 + caption,
         "batches": pairs * inputs,
         "commit": 2 * min(4 * count / world, PART_BYTES),
@@ -62,7 +59,7 @@ def commit_bytes(spec: ModelSpec, optimizer: OptimizerConfig) -> int:
 
 def budget(engine: EngineConfig, found: dict[str, Stack], room: float) -> float:
     """The bytes that blocks may hold, of `room` bytes that activations can have at all."""
-    given = engine.activations
+    given = engine.activation_budget
     if given is None:
         return float("inf")
     if given == "auto":
@@ -82,7 +79,7 @@ class Recomputing:
         self._model, self._config, self._optimizer, self._world, self._padded = model, config, optimizer, world, padded
         self._room: float | None = None
         self._said = False
-        self.pieces = config.pieces
+        self.pieces = config.pieces or 1
         """in which a batch comes"""
         self.again: dict[str, int] = {}
         """of the latest forward pass: blocks that were made again, by the part of the model"""
@@ -93,13 +90,13 @@ class Recomputing:
 
     def decide(self, inputs: Inputs, extras: Extras) -> None:
         """For a forward pass with a graph of these inputs, on the host."""
-        if self._config.activations is None:
+        if self._config.activation_budget is None:
             return
         assert extras.longest is not None
         patches = None if extras.patches_bk is None else extras.patches_bk.shape[1]
         pairs, total, longest = len(inputs.lengths), len(inputs.tokens), extras.longest
         spec = self._model.spec
-        if self._config.kind == "deepspeed" and self._config.zero_stage == 3:
+        if self._config.recomputes_together:
             # Weights are fetched for a block that is made again, by all ranks or none: so count what none exceeds.
             longest, total = spec.text.context, pairs * spec.text.context
         places = pairs * longest if self._padded else total
@@ -121,8 +118,9 @@ class Recomputing:
             return None
         self._said = True
         return (
-            f"engine.activations = {self._config.activations} leaves {self.allowed / 1e6:,.2f} MB, and blocks hold "
-            f"{self.bytes / 1e6:,.2f} MB though all are made again; set engine.micro_batches, or a smaller data.batch"
+            f"engine.activation_budget = {self._config.activation_budget} leaves {self.allowed / 1e6:,.2f} MB, and "
+            f"blocks keep {self.bytes / 1e6:,.2f} MB although all of them are recomputed; set "
+            "engine.micro_batches, or a smaller data.batch"
         )
 
     def _left(self, pairs: int) -> float:

@@ -19,7 +19,7 @@ from ..state import TrainingError
 from ..world import World
 from . import micro_batches
 from .activation_checkpointing import USABLE
-from .ddp import Engine, Forward
+from .base import Engine, Forward
 
 
 def fewest_pieces(engine: Engine, inputs: Inputs, longest: int) -> int:
@@ -58,7 +58,7 @@ def fewest_pieces(engine: Engine, inputs: Inputs, longest: int) -> int:
     if not all(needed):
         raise TrainingError(
             f"engine.micro_batches = auto: a single pair does not fit the memory of rank {needed.index(0)}; use "
-            f"engine.activations: auto, engine.kind: fsdp on more devices, or a smaller model"
+            f"engine.activation_budget: auto, engine.kind: fsdp on more devices, or a smaller model"
         )
     return int(max(needed))
 
@@ -74,7 +74,7 @@ def with_longest_captions(inputs: Inputs, longest: int) -> Inputs:
 def _try(engine: Engine, inputs: Inputs, pieces: int) -> None:
     """A forward and a backward pass of this rank alone, as `Engine.step` makes them."""
     alone = World(0, 1, engine.world.device)
-    forward = Forward(engine.model, engine.objectives, alone, engine.precision, engine.recomputing)
+    forward = Forward(engine.model, engine.objectives, alone, engine.config.precision, engine.recomputing)
     engine.take_pieces(pieces)
     if pieces > 1:
 
@@ -90,7 +90,7 @@ def _try(engine: Engine, inputs: Inputs, pieces: int) -> None:
 @contextlib.contextmanager
 def _unchanged(engine: Engine) -> Iterator[None]:
     """Puts back what a trial changes: pieces, gradients, random numbers, what objectives count."""
-    device, counted, pieces = engine.world.device, states(engine.objectives), engine.micro_batches
+    device, counted, pieces = engine.world.device, states(engine.objectives), engine.pieces
     cuda = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(cuda):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from ...models.spec import ModelSpec
 from ..objectives.base import Objective
 from ..world import World
+from .base import Engine
 from .config import EngineConfig
-from .ddp import Engine
+from .ddp import DdpEngine
 from .optimizer import OptimizerConfig
 
 
@@ -19,9 +20,13 @@ def build_engine(
     seed: int,
 ) -> Engine:
     """The engine that `config` asks for, with a freshly initialised model."""
-    kind = Engine
+    kind: type[Engine] = DdpEngine
     if config.kind == "fsdp" and world.size > 1:  # one process has nothing to shard
-        from .fsdp import FsdpEngine as kind
+        from .fsdp import FsdpEngine
+
+        kind = FsdpEngine
     elif config.kind == "deepspeed":
-        from .deepspeed import ZeroEngine as kind
+        from .deepspeed import DeepSpeedEngine
+
+        kind = DeepSpeedEngine
     return kind(spec, objectives, config, optimizer, world, seed)

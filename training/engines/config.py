@@ -1,118 +1,206 @@
-"""What a recipe's `engine:` block says."""
+"""What a recipe's `engine:` block says: one config class for each engine, chosen by `kind`.
+
+Each class has only the options of its engine, and declares as facts what that engine cannot do. The recipe asks for
+the facts; nobody else compares kinds.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator
 
 from ...data.units import size_in_bytes
 
 
-class EngineConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """How the model is spread over processes and in what precision it computes."""
+class Shards(NamedTuple):
+    """Over how many processes each part of the training state is sharded; 1: every process holds all of it."""
 
-    kind: Literal["ddp", "fsdp", "deepspeed"] = Field(
-        "ddp",
-        description="ddp: every process holds the whole state; fsdp: each a part of it (FSDP2); deepspeed: ZeRO",
-    )
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+class _Engine(BaseModel, frozen=True, extra="forbid", strict=True):
+    """What every engine has."""
+
+    takes_muon: ClassVar[bool] = True
+    """whether a process can update whole matrices"""
+    measures_objectives: ClassVar[bool] = False
+    """whether the gradient of a single objective can be taken: every process holds the whole model"""
+    groups_experts: ClassVar[bool] = True
+    """whether the experts of a mixture may run as one grouped matrix product"""
+    keeps_masters: ClassVar[bool] = False
+    """whether the optimizer has master weights beside the model's own"""
+    casts_copies: ClassVar[bool] = True
+    """whether bf16 keeps a cast copy of all weights (autocast's cache)"""
+
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: matrix work in bf16; master weights, losses and sums of gradients stay in fp32"
+        "fp32", description="bf16: matrix products in bf16; master weights, losses and gradient sums stay in fp32"
     )
-    micro_batches: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
-        1,
-        description="pieces in which a process takes its part of a batch through the model: with more than one it "
-        "needs less memory and a second forward pass, and the gradient is the same; auto: as few as fit the device, "
-        "found before the first step of each stage (ddp)",
-    )
-    activations: float | str | None = Field(
+    activation_budget: float | str | None = Field(
         None,
-        description="what blocks may keep for the backward pass: bytes of a process as in 40GB, a share as in 0.5, or "
-        "auto for what the device has left; just as many blocks as have to are made again instead; left out: all",
+        description="what blocks may keep for the backward pass: bytes per process as in 40GB, a fraction as in 0.5, "
+        "or auto for what the device has left; only as many blocks as needed are recomputed (activation "
+        "checkpointing); default: keep all activations",
     )
-    compile: bool = Field(
-        False,
-        description="compile blocks with torch.compile, once for all of a shape; the first steps after a start or a "
-        "growth take minutes",
-    )
-    reshard: bool = Field(
-        True,
-        description="fsdp: drop a block's gathered weights after its forward pass; false: more memory, less traffic",
-    )
-    shard: int | None = Field(
-        None,
-        gt=1,
-        description="fsdp: neighbouring processes that share one copy of the state, such as those of a node; left out: "
-        "all share one",
-    )
-    zero: Literal[1, 2, 3] | None = Field(
-        None,
-        description="deepspeed: what is spread. 1: optimizer state, 2: gradients too (left out: 2), 3: weights too",
-    )
-    offload: bool = Field(False, description="deepspeed: keep masters and moments, and step, on the host")
 
-    @field_validator("activations")
+    @field_validator("activation_budget")
     @classmethod
-    def _a_bound(cls, value: float | str | None) -> float | str | None:
+    def _is_a_budget(cls, value: float | str | None) -> float | str | None:
         if isinstance(value, str) and value != "auto" and size_in_bytes(value) is None:
-            raise ValueError(f"{value!r} is no size; write one such as 500MB or 40GB, a share such as 0.5, or auto")
+            raise ValueError(
+                f"{value!r} is not a valid size; write one such as 500MB or 40GB, a fraction such as 0.5, or auto"
+            )
         if isinstance(value, float) and not 0 <= value <= 1:
-            raise ValueError(f"{value} is no share; write one from 0 (nothing) to 1 (all), or a size such as 40GB")
+            raise ValueError(
+                f"{value} is not a fraction; write one from 0 (nothing) to 1 (all), or a size such as 40GB"
+            )
         return value
 
     @property
     def activation_bytes(self) -> int | None:
-        """The bound on what blocks keep, where it is a number of bytes."""
-        return size_in_bytes(self.activations) if isinstance(self.activations, str) else None
+        """The budget where it is a number of bytes."""
+        return size_in_bytes(self.activation_budget) if isinstance(self.activation_budget, str) else None
 
     @property
-    def pieces(self) -> int:
-        """The pieces that the recipe asks for; 1 where they are found later."""
-        return 1 if self.micro_batches == "auto" else self.micro_batches
+    def pieces(self) -> int | None:
+        """Pieces in which a process runs its part of a batch through the model; None: as few as fit, to be found."""
+        return 1
 
     @property
-    def zero_stage(self) -> int:
-        """The stage of ZeRO that deepspeed runs."""
-        return self.zero or 2
+    def steps_on_host(self) -> bool:
+        """Whether the optimizer's state lies in host memory."""
+        return False
 
-    @model_validator(mode="after")
-    def _options_belong_to_the_kind(self) -> Self:
-        if self.zero is not None and self.kind != "deepspeed":
-            raise ValueError(
-                f"engine.zero = {self.zero} is a stage of DeepSpeed's; set engine.kind: deepspeed, or leave it out"
-            )
-        if self.offload and self.kind != "deepspeed":
-            raise ValueError(
-                f"engine.offload = true is not there for engine.kind = {self.kind}; set engine.kind: deepspeed, "
-                "or leave it out"
-            )
-        if not self.reshard and self.kind != "fsdp":
-            raise ValueError(
-                f"engine.reshard = false is for engine.kind = fsdp: {self.kind} gathers no weights; leave it out"
-            )
-        if self.shard and self.kind != "fsdp":
-            raise ValueError(
-                f"engine.shard = {self.shard} is for engine.kind = fsdp: {self.kind} spreads the state over all "
-                "processes or over none; leave it out"
-            )
-        return self
+    @property
+    def recomputes_together(self) -> bool:
+        """Whether all ranks must recompute the same blocks, because they fetch the weights for it together."""
+        return False
 
-    @model_validator(mode="after")
-    def _deepspeed_goes_its_own_way(self) -> Self:
-        if self.kind == "fsdp" and self.micro_batches == "auto":
+    def shards(self, world: int) -> Shards:
+        """How the state is sharded over a world of `world` processes."""
+        return Shards(1, 1, 1)
+
+    def check_world(self, world: int) -> None:
+        """Raises ValueError if this engine cannot run on `world` processes."""
+
+
+class _TorchEngine(_Engine, frozen=True, extra="forbid", strict=True):
+    """What the engines built on torch's own wrappers have."""
+
+    micro_batches: int = Field(
+        1,
+        gt=0,
+        description="pieces in which a process runs its part of a batch through the model: more than one needs less "
+        "memory and a second forward pass, and gives the same gradient",
+    )
+    compile: bool = Field(
+        False,
+        description="compile blocks with torch.compile, once per block shape; the first steps after a start or a "
+        "growth take minutes",
+    )
+
+    @property
+    def pieces(self) -> int | None:
+        return self.micro_batches
+
+
+class DdpConfig(_TorchEngine, frozen=True, extra="forbid", strict=True):
+    """torch's DistributedDataParallel: every process holds the whole training state."""
+
+    measures_objectives: ClassVar[bool] = True
+
+    kind: Literal["ddp"] = Field("ddp", description="which engine: ddp (default), fsdp or deepspeed")
+    micro_batches: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(  # type: ignore[assignment]
+        1,
+        description="pieces in which a process runs its part of a batch through the model: more than one needs less "
+        "memory and a second forward pass, and gives the same gradient; auto: as few as fit the device, found before "
+        "the first step of each stage",
+    )
+
+    @property
+    def pieces(self) -> int | None:
+        return None if self.micro_batches == "auto" else self.micro_batches
+
+
+class FsdpConfig(_TorchEngine, frozen=True, extra="forbid", strict=True):
+    """torch's FSDP2 (`fully_shard`): weights, gradients and optimizer state are sharded over the processes."""
+
+    casts_copies: ClassVar[bool] = False
+
+    kind: Literal["fsdp"] = Field("fsdp", description="which engine")
+    reshard_after_forward: bool = Field(
+        True, description="drop a block's gathered weights after its forward pass; false: more memory, less traffic"
+    )
+    shard_group: int | None = Field(
+        None,
+        gt=1,
+        description="processes that share one copy of the state (HSDP), such as those of a node; neighbouring ranks "
+        "form a group; default: all processes",
+    )
+
+    @field_validator("micro_batches", mode="before")
+    @classmethod
+    def _are_given(cls, value: Any) -> Any:
+        if value == "auto":
             raise ValueError(
-                "engine.micro_batches = auto cannot be under engine.kind = fsdp: each process tries alone, and fsdp "
-                "gathers weights from the others; give a number (`treering plan` counts the memory), or set "
-                "engine.activations: auto"
+                "engine.micro_batches = auto is for engine.kind = ddp, where a process can try alone: fsdp gathers "
+                "weights from the others; give a number (`treering plan` counts the memory), or set "
+                "engine.activation_budget: auto"
             )
-        if self.kind == "deepspeed" and self.micro_batches != 1:
+        return value
+
+    def shards(self, world: int) -> Shards:
+        group = min(self.shard_group or world, world)
+        return Shards(group, group, group)
+
+    def check_world(self, world: int) -> None:
+        group = self.shard_group
+        if group and world > group and world % group:
             raise ValueError(
-                f"engine.micro_batches = {self.micro_batches} cannot be under engine.kind = deepspeed: it takes one "
-                "loss a step, not the gradient at the outputs of each piece; set engine.kind: fsdp, or leave it out"
+                f"{world} processes cannot be split into groups of engine.shard_group = {group}; "
+                f"start {world - world % group} processes, or set engine.shard_group to a number that divides {world}"
             )
-        if self.kind == "deepspeed" and self.compile:
-            raise ValueError(
-                "engine.compile = true cannot be under engine.kind = deepspeed: its hooks inside of blocks break them "
-                "up; set engine.kind: fsdp, or leave it out"
-            )
-        return self
+
+
+class DeepSpeedConfig(_Engine, frozen=True, extra="forbid", strict=True):
+    """DeepSpeed's ZeRO, stages 1 to 3."""
+
+    # It takes one loss a step, not the gradient at the outputs of each piece (so there are no micro-batches), and its
+    # hooks inside of blocks break compiled ones up.
+    compile: ClassVar[bool] = False
+    # A rank holds a run of elements that may begin in the middle of a matrix.
+    takes_muon: ClassVar[bool] = False
+    groups_experts: ClassVar[bool] = False
+    keeps_masters: ClassVar[bool] = True
+
+    kind: Literal["deepspeed"] = Field("deepspeed", description="which engine")
+    zero_stage: Literal[1, 2, 3] = Field(
+        2, description="what is sharded. 1: optimizer state; 2: gradients too; 3: weights too"
+    )
+    offload_optimizer: bool = Field(False, description="keep master weights and moments, and step, on the host")
+
+    @property
+    def steps_on_host(self) -> bool:
+        return self.offload_optimizer
+
+    @property
+    def recomputes_together(self) -> bool:
+        return self.zero_stage == 3
+
+    def shards(self, world: int) -> Shards:
+        return Shards(world if self.zero_stage == 3 else 1, world if self.zero_stage > 1 else 1, world)
+
+
+def _kind(value: Any) -> Any:
+    return value.get("kind", "ddp") if isinstance(value, dict) else getattr(value, "kind", "ddp")
+
+
+EngineConfig = Annotated[
+    Annotated[DdpConfig, Tag("ddp")]
+    | Annotated[FsdpConfig, Tag("fsdp")]
+    | Annotated[DeepSpeedConfig, Tag("deepspeed")],
+    Discriminator(_kind),
+]
+"""How the model is distributed over processes, and in what precision it computes."""

@@ -7,34 +7,34 @@ checkpoints, which load at the same world only, are never written.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...models.model import Model, ModelOutput, built_by_module, empty
+from ...models.model import built_by_module, empty
 from ...models.spec import ModelSpec
 from ...models.towers import MAX_LOG_SCALE
-from ..objectives.base import Inputs
 from ..world import World
-from .config import EngineConfig
-from .ddp import Engine, assembled
+from .base import Engine
+from .config import DeepSpeedConfig
 from .kernels import prepare
 from .layout import gathered
 from .optimizer import OptimizerConfig, adamw, decays, pace
 from .zero_state import Partitions, cutter, require
 
 
-class ZeroEngine(Engine):
+class DeepSpeedEngine(Engine):
     """DeepSpeed ZeRO over all processes of the run."""
 
     _engine: Any
 
-    def _build(self, spec: ModelSpec, config: EngineConfig, optimizer: OptimizerConfig, seed: int) -> None:
-        self._config, self._adamw, self._seed = config, optimizer, seed
+    config: DeepSpeedConfig
+
+    def _build(self, spec: ModelSpec, seed: int) -> None:
+        self._seed = seed
         if not dist.is_initialized():  # a world of one: DeepSpeed wants a group all the same
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -42,28 +42,28 @@ class ZeroEngine(Engine):
 
     def _initialise(self, spec: ModelSpec, multipliers: Mapping[str, float]) -> None:
         """Make the model and DeepSpeed's engine around it: the parameter groups it starts with are for good."""
-        deepspeed, stage, device = require(self.world), self._config.zero_stage, self.world.device
-        settings = _settings(self._config, self._adamw)
+        deepspeed, stage, device = require(self.world), self.config.zero_stage, self.world.device
+        settings = _settings(self.config, self.optimizer_config)
         self.model = empty(spec)
         plan = dict(self.model.named_parameters())  # parameters forget their shapes when they are cut
         cut = cutter(deepspeed, settings) if stage == 3 else None
         for module in built_by_module(self.model, self._seed, device):
             if cut:
                 cut(module)
-        self.attention = prepare(self.model, self._config, device)
+        self.attention = prepare(self.model, self.config, device)
         self._multipliers = dict(multipliers)
         self._steps = self._skips = 0
         named = dict(self.model.named_parameters())
-        forward = self._whole_forward(self._config)
+        forward = self._whole_forward()
         decayed = {name for name, parameter in plan.items() if decays(name, parameter)}
-        self._adam = adamw(named, decayed, self._adamw, multipliers)
+        self._adam = adamw(named, decayed, self.optimizer_config, multipliers)
         self._engine, zero, _, _ = deepspeed.initialize(model=forward, optimizer=self._adam, config=settings)
         if stage == 3:  # the captioner's loss reads the token table outside of the module that owns it
             deepspeed.zero.register_external_parameter(forward, self.model.output_table)
         self._forward = self._engine
         shapes = {name: tuple(parameter.shape) for name, parameter in plan.items()}
         self._partitions = Partitions(zero, stage, named, shapes, self.world)
-        if self._adamw.ema:
+        if self.optimizer_config.ema:
             self._partitions.average(0.0)
         self.layout = self._partitions.layout
         self.copies = World(0, 1, self.world.device)
@@ -82,8 +82,8 @@ class ZeroEngine(Engine):
         self._engine.step()
         overflowed = self._partitions.overflowed
         self._steps, self._skips = self._steps + (not overflowed), self._skips + overflowed
-        if self._adamw.ema and not overflowed:
-            self._partitions.average(self._adamw.ema)
+        if self.optimizer_config.ema and not overflowed:
+            self._partitions.average(self.optimizer_config.ema)
         return self._partitions.norm
 
     @property
@@ -102,18 +102,9 @@ class ZeroEngine(Engine):
     def parameters(self) -> int:
         return sum(torch.Size(stretch.shape).numel() for stretch in self._partitions.layout.values())
 
-    @torch.no_grad()
-    def output(self, inputs: Inputs) -> ModelOutput:
-        output: ModelOutput = self._forward(inputs, losses=False)
-        return output
-
     def scale(self) -> float:
         held = self._partitions.view("model", "logit_scale")
         return self.whole("logit_scale", held).clamp(max=MAX_LOG_SCALE).exp().item()
-
-    @contextlib.contextmanager
-    def whole_model(self) -> Iterator[Model]:
-        yield assembled(self)
 
     def whole(self, name: str, own: Tensor) -> Tensor:
         return gathered(own, self._partitions.layout[name], self.world)
@@ -125,7 +116,7 @@ class ZeroEngine(Engine):
         names = self._partitions.layout
         return {
             f"{kind}/{name}": self._partitions.view(kind, name)
-            for kind in ("model", *self._adamw.kinds)
+            for kind in ("model", *self.optimizer_config.kinds)
             for name in names
         }
 
@@ -147,10 +138,10 @@ class ZeroEngine(Engine):
         del self._engine, self._forward, self._partitions, self._adam
 
 
-def _settings(config: EngineConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
+def _settings(config: DeepSpeedConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
     """DeepSpeed's own configuration: plain ZeRO in fp32 around torch's AdamW."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
-    if config.offload:
+    if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,  # counted by our loader, not here

@@ -9,7 +9,6 @@ group, a node say, and gradients alone cross between groups.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -18,31 +17,32 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ...models.model import Model, ModelOutput, empty, initialise, materialise
+from ...models.model import empty, initialise, materialise
 from ...models.spec import ModelSpec
 from ...models.towers import MAX_LOG_SCALE
 from ...models.transformer import Block
-from ..objectives.base import Inputs
 from ..world import World
-from .config import EngineConfig
-from .ddp import Engine, assembled
+from .config import FsdpConfig
 from .kernels import prepare
 from .layout import Stretch, gathered, rows
-from .optimizer import Optimizer, OptimizerConfig
+from .optimizer import Optimizer
+from .torch_engine import TorchEngine
 
 
-class FsdpEngine(Engine):
+class FsdpEngine(TorchEngine):
     """Fully sharded data parallelism over all processes of the run; there are at least two."""
 
     layout: dict[str, Stretch]
 
-    def _build(self, spec: ModelSpec, config: EngineConfig, optimizer: OptimizerConfig, seed: int) -> None:
+    config: FsdpConfig
+
+    def _build(self, spec: ModelSpec, seed: int) -> None:
         """Nowhere is there ever a whole model: it gets memory when it is sharded, and values one tensor at a time."""
-        world = self.world
+        world, config = self.world, self.config
         self.model = empty(spec)
         self.attention = prepare(self.model, config, world.device)
-        self._forward = self._whole_forward(config)
-        shard = min(config.shard or world.size, world.size)
+        self._forward = self._whole_forward()
+        shard = config.shards(world.size).weights
         mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("copy", "shard"))
         self._holders = World(world.rank % shard, shard, world.device, mesh.get_group("shard"))
         self.copies = World(world.rank // shard, world.size // shard, world.device, mesh.get_group("copy"))
@@ -55,7 +55,7 @@ class FsdpEngine(Engine):
             blocks = MixedPrecisionPolicy()
         for module in self.model.modules():
             if isinstance(module, Block):
-                fully_shard(module, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=blocks)
+                fully_shard(module, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=blocks)
         # What is in no block stays in fp32: a temperature rounded to bf16 would move in steps of 1%.
         fully_shard(self._forward, mesh=mesh)
         materialise(self.model, world.device, self._forward)
@@ -64,7 +64,7 @@ class FsdpEngine(Engine):
         initialise(spec, self._one_by_one(), seed)
         self.optimizer = Optimizer(
             ((name, nn.Parameter(_local(p))) for name, p in self.model.named_parameters()),
-            optimizer,
+            self.optimizer_config,
             (self._holders, self.layout),
         )
 
@@ -84,19 +84,10 @@ class FsdpEngine(Engine):
             parameter.grad = None
         return super()._update(lr, fade)
 
-    @torch.no_grad()
-    def output(self, inputs: Inputs) -> ModelOutput:
-        output: ModelOutput = self._forward(inputs, losses=False)
-        return output
-
     def scale(self) -> float:
         with torch.no_grad():
             held = self.optimizer.parameters["logit_scale"]
             return self.whole("logit_scale", held).clamp(max=MAX_LOG_SCALE).exp().item()
-
-    @contextlib.contextmanager
-    def whole_model(self) -> Iterator[Model]:
-        yield assembled(self)
 
     def whole(self, name: str, own: Tensor) -> Tensor:
         return gathered(own, self.layout[name], self._holders)

@@ -41,7 +41,7 @@ def prepare(model: Model, config: EngineConfig, device: torch.device) -> dict[st
     for module in model.modules():
         if isinstance(module, Attention):
             module.varlen = refused is None
-        if isinstance(module, Experts) and half and config.kind != "deepspeed":
+        if isinstance(module, Experts) and half and config.groups_experts:
             module.grouped = mlp.tried(module.spec, device) is None
         if isinstance(module, Block) and config.compile:
             module.compile(dynamic=True)

@@ -20,7 +20,7 @@ from ...models.growth.plan import changes, plan_growth
 from ...models.growth.rules import GrownState, Operator, Read, grown_rate, origin
 from ...models.model import empty
 from ...models.spec import ModelSpec
-from ..engines.ddp import Engine
+from ..engines.base import Engine
 from ..engines.optimizer import OptimizerConfig
 from ..objectives.base import Inputs
 from ..stages import GrowthConfig

@@ -134,7 +134,7 @@ def _with_stages(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, An
     """The recipe with these stages, of which `new` is new. Raises SpecError."""
     tree = recipe.model_dump(mode="json") | {"stages": stages}
     captions = tree["model"]["caption"] or any("caption.depth" in each.get("grow", {}) for each in tree["stages"])
-    tree["objectives"]["caption"] = (tree["objectives"]["caption"] or {}) if captions else None
+    tree["objectives"]["caption"] = (tree["objectives"].get("caption") or {}) if captions else None
     _feed_and_train(tree)
     try:
         StageConfig.model_validate(new)
@@ -151,7 +151,7 @@ def _feed_and_train(tree: dict[str, Any]) -> None:
     terms of towers that no stage has."""
     grown = [path.split(".") for stage in tree["stages"] for path in stage.get("grow", {})]
     towers = {*tree["model"]["further"], *(path[1] for path in grown if path[0] == "further" and len(path) == 3)}
-    known, terms = towers | {"image", "text"}, tree["objectives"]["further"]
+    known, terms = towers | {"image", "text"}, tree["objectives"].get("further", [])
     terms = [term for term in terms if known.issuperset(term["between"])]
     trained = {name for term in terms for name in term["between"]}
     tree["objectives"]["further"] = terms + [{"between": [name, "text"]} for name in sorted(towers - trained)]

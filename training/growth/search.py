@@ -24,7 +24,7 @@ from ...data.order import stable_hash
 from ...data.samples.sample import Batch
 from ...models.flops import training_flops
 from ...models.spec import ModelSpec, SpecError
-from ..engines.ddp import Engine
+from ..engines.base import Engine
 from ..objectives.base import Inputs
 from ..recipe import Recipe
 from ..stages import GrowthConfig, faded

@@ -1,4 +1,4 @@
-"""Balance: experts of a mixture are to get equal shares of the tokens (Switch, Fedus et al., arXiv 2101.03961).
+"""Balance: the experts of a mixture should get equal numbers of tokens (Switch, Fedus et al., arXiv 2101.03961).
 
 Shape suffix: e experts.
 """
@@ -8,18 +8,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ...models.model import ModelOutput
 from ..world import World
 from .base import Inputs, Objective
+from .config import ObjectiveConfig
+from .registry import register
+
+
+class BalanceConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
+    """Equal work for all experts of a mixture (Switch)."""
+
+    weight: float = Field(0.01, ge=0, description="factor of the term in the loss")
 
 
 @dataclass
 class Balance(Objective):
     """L = mean over mixtures of E * sum_e f_e p_e; 1 if all experts get the same.
 
-    f_e is the share of the global batch's choices that fell on expert e, p_e the mean of its gate, which alone has a
+    f_e is the fraction of the global batch's choices that fell on expert e, p_e the mean of its gate, which alone has a
     gradient.
     """
 
@@ -39,3 +48,8 @@ class Balance(Objective):
     def values(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """The term, for every sample: it is one of the batch."""
         return world.sum(self.share(output, inputs, table, world)).expand(len(inputs.lengths))
+
+
+@register("balance", BalanceConfig)
+def _balance(config: BalanceConfig, seed: int) -> Objective:
+    return Balance(config.weight)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,32 +21,47 @@ from ...models.model import Extras, ModelOutput
 from ..sample_rng import uniform
 from ..world import World
 from .base import Inputs, Objective
+from .config import ObjectiveConfig
+from .registry import register
 
-_CHUNK_LOGITS = 1 << 23
+CHUNK_LOGITS = 1 << 23
 """logits held at once: 32 MiB in fp32"""
+
+
+class CaptionConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
+    """Next-token prediction of the caption from the picture (CoCa)."""
+
+    weight: float = Field(2.0, ge=0, description="factor of the term in the loss")
+    parallel_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="fraction of the captions whose tokens are all predicted at once, from the picture and masked "
+        "inputs (CapPa)",
+    )
 
 
 @dataclass
 class Caption(Objective):
     """Next-token cross-entropy of the captioner; of some captions, that of all tokens at once.
 
-    A share `parallel` of the captions is predicted from the picture and masked inputs, in which nothing but positions
-    is to be seen (CapPa, Tschannen et al., arXiv 2306.07915; its decoder also drops the causal mask, here a token sees
+    A fraction `parallel_fraction` of the captions is predicted from the picture and masked inputs, which show nothing
+    but positions (CapPa, Tschannen et al., arXiv 2306.07915; its decoder also drops the causal mask, here a token sees
     the masks before it).
     """
 
     name = "caption"
     needs = frozenset({"caption"})
 
-    parallel: float = 0.0
+    parallel_fraction: float = 0.0
     seed: int = 0
 
     def extras(self, inputs: Inputs) -> Extras:
         """Which captions are masked: by the sample's number in the run, so the same in any world."""
-        if not self.parallel:
+        if not self.parallel_fraction:
             return Extras()
         assert inputs.numbers is not None
-        return Extras(parallel_b=uniform(self.seed, "caption/parallel", inputs.numbers)[:, 0] < self.parallel)
+        return Extras(parallel_b=uniform(self.seed, "caption/parallel", inputs.numbers)[:, 0] < self.parallel_fraction)
 
     def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """This rank's summed token losses over the global number of predicted tokens."""
@@ -68,6 +84,11 @@ class Caption(Objective):
         return total_b.index_add_(0, rows_p, torch.cat(losses)) / mean
 
 
+@register("caption", CaptionConfig)
+def _caption(config: CaptionConfig, seed: int) -> Objective:
+    return Caption(config.weight, config.parallel_fraction, seed)
+
+
 def _predictions(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Every token but a caption's last predicts the one after it: its place, its target and its caption, int64 [p]."""
     pairs, device = len(inputs.lengths), inputs.tokens.device
@@ -80,7 +101,7 @@ def _predictions(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def _chunk(table_vd: Tensor) -> int:
     """Tokens whose logits are made at once."""
-    return max(1, _CHUNK_LOGITS // len(table_vd))
+    return max(1, CHUNK_LOGITS // len(table_vd))
 
 
 def linear_cross_entropy(states_td: Tensor, table_vd: Tensor, targets_t: Tensor) -> Tensor:

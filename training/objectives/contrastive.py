@@ -13,17 +13,64 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.model import ModelOutput
 from ..world import World
 from .base import Inputs, Objective
+from .config import ObjectiveConfig
 from .pairwise import late_softmax_losses, sigmoid_losses, softmax_losses
+from .registry import register
 from .scores import Relations
+
+
+class _PairwiseConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
+    """What the contrastive objectives have in common."""
+
+    positives: Literal["own", "caption", "picture"] = Field(
+        "own",
+        description="own: a pair's own, and pairs of equal caption or picture are left out; caption, picture: those of "
+        "equal caption or equal picture are positives, too",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="fraction of each target that is spread over all candidates"
+    )
+
+
+class ContrastiveConfig(_PairwiseConfig, frozen=True, extra="forbid", strict=True):
+    """Which picture belongs to which caption, over all pairs of the global batch."""
+
+    kind: Literal["softmax", "sigmoid", "filip"] = Field(
+        "softmax",
+        description="softmax: InfoNCE both ways; sigmoid: SigLIP, needs model.logit_bias; filip: InfoNCE of token-wise "
+        "maximum similarity",
+    )
+
+
+class BetweenConfig(_PairwiseConfig, frozen=True, extra="forbid", strict=True):
+    """Which sample of a further modality belongs to which caption, picture or sample of another one (InfoNCE)."""
+
+    between: tuple[str, str] = Field(
+        strict=False,
+        description="a further tower, and image, text or another further tower, as in [audio, text]; the temperature "
+        "is that of the first",
+    )
+
+    @field_validator("between")
+    @classmethod
+    def _begins_with_a_further_tower(cls, value: tuple[str, str]) -> tuple[str, str]:
+        first, second = value
+        if first == second:
+            raise ValueError(f"between = [{first}, {second}] compares a tower with itself; name another one")
+        if first in ("image", "text"):
+            remedy = "that is `contrastive`" if second in ("image", "text") else f"write [{second}, {first}]"
+            raise ValueError(f"between = [{first}, {second}] has to begin with a further tower; {remedy}")
+        return value
 
 
 @dataclass
@@ -34,8 +81,8 @@ class _Pairwise(Objective):
 
     positives: Literal["own", "caption", "picture"] = "own"
     """which pairs belong together beside the given ones: those of equal caption, or of equal picture"""
-    softening: float = 0.0
-    """share of each target that is spread over all candidates"""
+    label_smoothing: float = 0.0
+    """fraction of each target that is spread over all candidates"""
 
     @abstractmethod
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
@@ -67,7 +114,7 @@ class Contrastive(_Pairwise):
 
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
         image_losses_b, text_losses_b = softmax_losses(
-            *_compared(output), output.scale.float(), relations, world, self.softening
+            *_compared(output), output.scale.float(), relations, world, self.label_smoothing
         )
         return (image_losses_b + text_losses_b) / 2
 
@@ -88,7 +135,7 @@ class LateContrastive(_Pairwise):
         image_bpe = F.normalize(output.image_tokens.float(), dim=-1)
         text_te = F.normalize(output.text_tokens.float(), dim=-1)
         image_losses_b, text_losses_b = late_softmax_losses(
-            image_bpe, text_te, inputs.known_lengths, output.scale.float(), relations, world, self.softening
+            image_bpe, text_te, inputs.known_lengths, output.scale.float(), relations, world, self.label_smoothing
         )
         return (image_losses_b + text_losses_b) / 2
 
@@ -105,7 +152,7 @@ class SigmoidContrastive(_Pairwise):
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
         assert output.bias is not None
         return sigmoid_losses(
-            *_compared(output), output.scale.float(), output.bias.float(), relations, world, self.softening
+            *_compared(output), output.scale.float(), output.bias.float(), relations, world, self.label_smoothing
         )
 
 
@@ -129,8 +176,28 @@ class Between(_Pairwise):
         one, other = (towers[name] for name in self.towers)
         assert one.scale is not None
         one_be, other_be = (F.normalize(tower.pooled.float(), dim=-1) for tower in (one, other))
-        losses = softmax_losses(one_be, other_be, one.scale.float(), relations, world, self.softening)
+        losses = softmax_losses(one_be, other_be, one.scale.float(), relations, world, self.label_smoothing)
         return (losses[0] + losses[1]) / 2
+
+
+@register("contrastive", ContrastiveConfig)
+def _contrastive(config: ContrastiveConfig, seed: int) -> Objective:
+    kinds: dict[str, Any] = {"softmax": Contrastive, "filip": LateContrastive, "sigmoid": SigmoidContrastive}
+    return kinds[config.kind](config.weight, config.positives, config.label_smoothing)
+
+
+def _each_once(terms: tuple[BetweenConfig, ...]) -> tuple[BetweenConfig, ...]:
+    seen: set[frozenset[str]] = set()
+    for term in terms:
+        if frozenset(term.between) in seen:
+            raise ValueError(f"compares {' and '.join(term.between)} twice; give one of them more weight")
+        seen.add(frozenset(term.between))
+    return terms
+
+
+@register("further", BetweenConfig, several=_each_once)
+def _between(config: BetweenConfig, seed: int) -> Objective:
+    return Between(config.weight, config.positives, config.label_smoothing, config.between)
 
 
 def _compared(output: ModelOutput) -> tuple[Tensor, Tensor]:

@@ -27,18 +27,18 @@ from .scores import Dots, Kind, LateInteraction, Relations, Scores, Tile
 
 
 def softmax_losses(
-    image_be: Tensor, text_ne: Tensor, scale: Tensor, relations: Relations, world: World, softening: float = 0.0
+    image_be: Tensor, text_ne: Tensor, scale: Tensor, relations: Relations, world: World, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each image among all texts [b], and of each text among all images [n]: InfoNCE.
 
         lse_j (s<x_i, y_j> + log v_j) - sum_j q_ij s<x_i, y_j>    and the same from texts to images
 
-    q is spread over the positives, in proportion to their weights v, and a share `softening` of it over all that is not
-    left out. An item without a positive (a hard negative) has loss 0. Features of this rank and `scale` [1], all of one
-    float dtype. All ranks call it together with the same b and n. Differentiable once, in the features of all ranks and
-    the scale: as everywhere in objectives, the gradient is that of the sum over ranks.
+    q is spread over the positives, in proportion to their weights v, and a fraction `label_smoothing` of it over all
+    that is not left out. An item without a positive (a hard negative) has loss 0. Features of this rank and `scale`
+    [1], all of one float dtype. All ranks call it together with the same b and n. Differentiable once, in the features
+    of all ranks and the scale: as everywhere in objectives, the gradient is that of the sum over ranks.
     """
-    found: tuple[Tensor, Tensor] = _Softmax.apply(image_be, text_ne, scale, Dots, softening, world, *relations)
+    found: tuple[Tensor, Tensor] = _Softmax.apply(image_be, text_ne, scale, Dots, label_smoothing, world, *relations)
     return found
 
 
@@ -49,7 +49,7 @@ def late_softmax_losses(
     scale: Tensor,
     relations: Relations,
     world: World,
-    softening: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`softmax_losses` of token-wise maximum similarity (FILIP): each direction has scores of its own.
 
@@ -61,7 +61,7 @@ def late_softmax_losses(
     lengths_wn = lengths_wn.to(text_te.device, non_blocking=True)
     kind = partial(LateInteraction, lengths_wn=lengths_wn, longest=longest)
     text_te = LateInteraction.padded(text_te, most)
-    found: tuple[Tensor, Tensor] = _Softmax.apply(image_bpe, text_te, scale, kind, softening, world, *relations)
+    found: tuple[Tensor, Tensor] = _Softmax.apply(image_bpe, text_te, scale, kind, label_smoothing, world, *relations)
     return found
 
 
@@ -72,16 +72,16 @@ def sigmoid_losses(
     bias: Tensor,
     relations: Relations,
     world: World,
-    softening: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Each image's binary cross-entropies with all texts, summed: SigLIP (arXiv 2303.15343), a [b] vector.
 
         - sum_j v_j [ (1 - h) logsigmoid(z_ij l_ij) + h logsigmoid(-z_ij l_ij) ],    l_ij = s<x_i, y_j> + bias
 
-    z = 1 for positives, else -1; v are the weights and h half of `softening`. `bias` is [1]; the rest as in
+    z = 1 for positives, else -1; v are the weights and h half of `label_smoothing`. `bias` is [1]; the rest as in
     `softmax_losses`.
     """
-    losses_b: Tensor = _Sigmoid.apply(image_be, text_ne, scale, bias, softening, world, *relations)
+    losses_b: Tensor = _Sigmoid.apply(image_be, text_ne, scale, bias, label_smoothing, world, *relations)
     return losses_b
 
 
@@ -93,11 +93,11 @@ class _Folded:
     which no difference is NaN.
     """
 
-    def __init__(self, like: Tensor, *shape: int, softening: float) -> None:
-        self.softening = softening
+    def __init__(self, like: Tensor, *shape: int, label_smoothing: float) -> None:
+        self.label_smoothing = label_smoothing
         self.top = like.new_full(shape, torch.finfo(like.dtype).min)
         # Of exp(score - top); of the positives' scores and weights; of all scores and weights.
-        self.sums = like.new_zeros(5 if softening else 3, *shape)
+        self.sums = like.new_zeros(5 if label_smoothing else 3, *shape)
 
     def add(self, place: Any, scores_rc: Tensor, tile: Tile, weights: Tensor | None, dim: int) -> None:
         """Fold in a tile's scores along `dim`; `weights` [r, 1] or [1, c] are of the items along it."""
@@ -122,24 +122,24 @@ class _Folded:
         """Those of this rank's items, put together from what all ranks have of them, [w, n] -> [n]."""
         highest_wn = world.max(self.top)
         self.sums[0] *= (self.top - highest_wn).exp_()
-        mine = _Folded(highest_wn, 0, softening=self.softening)
+        mine = _Folded(highest_wn, 0, label_smoothing=self.label_smoothing)
         mine.top, mine.sums = highest_wn[world.rank].clone(), world.sum(self.sums)[:, world.rank].clone()
         return mine
 
     def losses(self) -> Tensor:
         """Cross-entropies; 0 for items without positives."""
         total, matched, positives, *rest = self.sums
-        target = matched / positives * (1 - self.softening)
+        target = matched / positives * (1 - self.label_smoothing)
         if rest:
-            target = target + rest[0] / rest[1] * self.softening
+            target = target + rest[0] / rest[1] * self.label_smoothing
         return (total.log() + (self.top - target)).masked_fill(positives == 0, 0.0)
 
     def slopes(self, slope: Tensor) -> Tensor:
         """[k, ...]: the top, and what exp(score - top), positives and all are multiplied by in the gradient."""
         total, _, positives, *rest = self.sums
         slope = slope.masked_fill(positives == 0, 0.0)
-        factors = [slope / total, (slope * (1 - self.softening) / positives).masked_fill(positives == 0, 0.0)]
-        return torch.stack([self.top, *factors, *([slope * self.softening / rest[1]] if rest else [])])
+        factors = [slope / total, (slope * (1 - self.label_smoothing) / positives).masked_fill(positives == 0, 0.0)]
+        return torch.stack([self.top, *factors, *([slope * self.label_smoothing / rest[1]] if rest else [])])
 
 
 class _Softmax(torch.autograd.Function):
@@ -150,20 +150,20 @@ class _Softmax(torch.autograd.Function):
         text: Tensor,
         scale: Tensor,
         kind: Callable[[Tensor], Kind],
-        softening: float,
+        label_smoothing: float,
         world: World,
         *known: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         relations = Relations(*known)  # type: ignore[arg-type]
         images, texts = len(relations.image_ids_bg), len(relations.text_ids_ng)
-        of_images = _Folded(image, images, softening=softening)
-        of_texts = _Folded(image, world.size, texts, softening=softening)
+        of_images = _Folded(image, images, label_smoothing=label_smoothing)
+        of_texts = _Folded(image, world.size, texts, label_smoothing=label_smoothing)
         for tile in Scores(kind(image * scale), text, relations, world).all_tiles():
             text_weights, image_weights = _weights(tile, relations)
             of_images.add(tile.rows, tile.image_rc, tile, text_weights, 1)
             of_texts.add(tile.place, tile.text_rc, tile, image_weights, 0)
         mine = of_texts.of_rank(world)
-        ctx.world, ctx.kind, ctx.softening = world, kind, softening
+        ctx.world, ctx.kind, ctx.label_smoothing = world, kind, label_smoothing
         ctx.save_for_backward(image, text, scale, *known, of_images.top, of_images.sums, mine.top, mine.sums)
         return of_images.losses(), mine.losses()
 
@@ -175,7 +175,7 @@ class _Softmax(torch.autograd.Function):
         relations = Relations(*known)
         folded = []
         for top, sums, slope in ((image_top, image_sums, slopes[0]), (text_top, text_sums, slopes[1])):
-            side = _Folded(top, 0, softening=ctx.softening)
+            side = _Folded(top, 0, label_smoothing=ctx.label_smoothing)
             side.top, side.sums = top, sums
             folded.append(side.slopes(slope))
         of_images_kb = folded[0]
@@ -241,7 +241,7 @@ class _Sigmoid(torch.autograd.Function):
         text_ne: Tensor,
         scale: Tensor,
         bias: Tensor,
-        softening: float,
+        label_smoothing: float,
         world: World,
         *known: Tensor | None,
     ) -> Tensor:
@@ -249,10 +249,12 @@ class _Sigmoid(torch.autograd.Function):
         losses_b = image_be.new_zeros(len(image_be))
         for tile in Scores(Dots(image_be * scale), text_ne, relations, world).all_tiles():
             wrong_rc = _wrongness(tile, bias)
-            if softening:
-                losses_b[tile.rows] -= _weighed(wrong_rc.masked_fill(tile.out_rc, 0.0) * (softening / 2), tile).sum(1)
+            if label_smoothing:
+                losses_b[tile.rows] -= _weighed(
+                    wrong_rc.masked_fill(tile.out_rc, 0.0) * (label_smoothing / 2), tile
+                ).sum(1)
             losses_b[tile.rows] -= _weighed(F.logsigmoid(wrong_rc.neg_()), tile).sum(1)
-        ctx.world, ctx.softening = world, softening
+        ctx.world, ctx.label_smoothing = world, label_smoothing
         ctx.save_for_backward(image_be, text_ne, scale, bias, *known)
         return losses_b
 
@@ -264,8 +266,8 @@ class _Sigmoid(torch.autograd.Function):
 
         def slopes_of(tile: Tile) -> tuple[Tensor, Tensor]:
             slope_rc = _wrongness(tile, bias).sigmoid_()
-            if ctx.softening:
-                slope_rc.sub_(ctx.softening / 2).masked_fill_(tile.out_rc, 0.0)
+            if ctx.label_smoothing:
+                slope_rc.sub_(ctx.label_smoothing / 2).masked_fill_(tile.out_rc, 0.0)
             slope_rc = _weighed(slope_rc.mul_(slope_b[tile.rows, None]), tile)
             slope_rc = _turned(slope_rc, tile)
             bias_grad.add_(slope_rc.sum())

@@ -9,7 +9,7 @@ import torch
 from ..checkpoint.commits import find_commit
 from ..checkpoint.manifest import Commit
 from ..checkpoint.store import StoreError
-from ..engines.ddp import Engine
+from ..engines.base import Engine
 from ..engines.optimizer import OptimizerConfig
 from ..recipe import Recipe
 from ..state import Event, RunState

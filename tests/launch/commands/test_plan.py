@@ -98,11 +98,11 @@ def test_a_commit_holds_what_the_optimizer_keeps(words: list[str], each: int | N
     [
         ("{kind: ddp}", (4, 4, 8)),
         ("{kind: fsdp}", (1, 1, 2)),
-        ("{kind: fsdp, shard: 2}", (2, 2, 4)),
-        ("{kind: deepspeed, zero: 1}", (4, 4, 3)),
-        ("{kind: deepspeed, zero: 2}", (4, 1, 3)),
-        ("{kind: deepspeed, zero: 3}", (1, 1, 3)),
-        ("{kind: deepspeed, zero: 3, offload: true}", (1, 1, 0)),
+        ("{kind: fsdp, shard_group: 2}", (2, 2, 4)),
+        ("{kind: deepspeed, zero_stage: 1}", (4, 4, 3)),
+        ("{kind: deepspeed, zero_stage: 2}", (4, 1, 3)),
+        ("{kind: deepspeed, zero_stage: 3}", (1, 1, 3)),
+        ("{kind: deepspeed, zero_stage: 3, offload_optimizer: true}", (1, 1, 0)),
     ],
 )
 def test_engines_spread_what_they_spread(engine: str, shares: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from treering.launch.recipe.schema import fields as fields_of
 from treering.training.recipe import Recipe
 
 
@@ -21,14 +22,23 @@ def tables() -> str:
 
 
 def _tables(path: str, block: type[BaseModel]) -> Iterator[str]:
-    fields = block.model_fields
+    fields = {name: field for name, field in fields_of(block).items() if _ours(field)}
+    fields = dict(sorted(fields.items(), key=lambda item: item[0] != "kind"))
     rows = [_row(name, field) for name, field in fields.items()]
     title = f"## `{path}`" if path else "## The recipe"
+    if path and typing.get_origin(kind := fields["kind"].annotation if "kind" in fields else None) is Literal:
+        kinds = typing.get_args(kind)
+        title += f", `kind: {kinds[0]}`" if len(kinds) == 1 else ""
     said = " ".join((block.__doc__ or "").split())
     yield "\n".join([title, "", said, "", "| key | default | what |", "|---|---|---|", *rows])
     for name, field in fields.items():
         for inner in _blocks(field.annotation):
             yield from _tables(f"{path}.{name}".lstrip("."), inner)
+
+
+def _ours(field: FieldInfo) -> bool:
+    """Whether the field is of this package; installed ones may add objectives."""
+    return all(block.__module__.startswith("treering.") for block in _blocks(field.annotation))
 
 
 def _row(name: str, field: FieldInfo) -> str:

@@ -22,9 +22,9 @@ from treering.models.activations import Shape, Stack, choose, peak, stacks
 from treering.models.model import Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec
 from treering.training.engines import activation_checkpointing
+from treering.training.engines.base import Engine
 from treering.training.engines.build import build_engine
-from treering.training.engines.config import EngineConfig
-from treering.training.engines.ddp import Engine
+from treering.training.engines.config import DdpConfig, DeepSpeedConfig, FsdpConfig
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.loop import train
 from treering.training.objectives.base import Inputs, Objective, extras_of
@@ -75,7 +75,7 @@ def objectives(spec: ModelSpec) -> list[Objective]:
 
 
 def engine(spec: ModelSpec, **config: Any) -> Engine:
-    return build_engine(spec, objectives(spec), EngineConfig(**config), OptimizerConfig(), ALONE, seed=3)
+    return build_engine(spec, objectives(spec), DdpConfig(**config), OptimizerConfig(), ALONE, seed=3)
 
 
 @contextmanager
@@ -163,7 +163,7 @@ def test_a_budget_changes_no_bit_of_the_gradient(name: str, micro: int) -> None:
     """The less there is, the more blocks are made again."""
     gradients, counts, held = [], [], []
     for share in (None, 0.8, 0.55, 0.0):
-        one = engine(SPECS[name], activations=share, micro_batches=micro)
+        one = engine(SPECS[name], activation_budget=share, micro_batches=micro)
         one.optimizer.step = lambda lr, fade: None  # type: ignore[method-assign]
         one.step(batch(), 1e-3)
         gradients.append({n: p.grad for n, p in one.model.named_parameters()})
@@ -182,7 +182,7 @@ def test_long_captions_and_patches_decide_at_every_step() -> None:
     """A bound in bytes that short captions fit into; the account is of the very batch."""
     short, long = batch((3, 4, 3, 4, 3, 4)), batch((13,) * 6)
     bound = peak(stacks(PLAIN, shape(short)), {"image": 0, "text": 0})
-    one = engine(PLAIN, activations=f"{(bound + 1) / 1e6:.6f}MB")
+    one = engine(PLAIN, activation_budget=f"{(bound + 1) / 1e6:.6f}MB")
     counts = []
     for inputs in (short, long, replace(long, patches=torch.arange(2).expand(6, 2)), short):
         one.step(inputs, 1e-3)
@@ -192,13 +192,13 @@ def test_long_captions_and_patches_decide_at_every_step() -> None:
 
 
 def test_auto_is_what_the_device_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = sum(activation_checkpointing.parts(PLAIN, EngineConfig(), OptimizerConfig(), 1, PAIRS).values())
+    others = sum(activation_checkpointing.parts(PLAIN, DdpConfig(), OptimizerConfig(), 1, PAIRS).values())
     whole = peak(stacks(PLAIN, shape(batch())), {"image": 0, "text": 0})
     monkeypatch.setattr(activation_checkpointing, "process_memory", lambda: 1000)
     for share, expected in ((1.01, 0), (0.5, 1), (0.0, 7)):
         has = (others + 1000 + share * whole) / activation_checkpointing.USABLE
         monkeypatch.setattr(activation_checkpointing, "memory", lambda device, has=has: has)
-        one = engine(PLAIN, activations="auto")
+        one = engine(PLAIN, activation_budget="auto")
         one.step(batch(), 1e-3)
         again = sum(one.recomputing.again.values())
         assert again == expected if share in (0.0, 1.01) else 0 < again < 7
@@ -210,8 +210,12 @@ def unequal(world: World) -> list[dict[str, int]]:
     """Ranks with captions of quite different lengths, so that they make different blocks again."""
     whole = peak(stacks(PLAIN, shape(batch((3,) * 6))), {"image": 0, "text": 0})
     found = []
-    for kind in ("ddp", "fsdp", "deepspeed"):
-        config = EngineConfig(kind=kind, zero=3 if kind == "deepspeed" else None, activations=f"{whole / 1e6:.6f}MB")  # type: ignore[arg-type]
+    budget = f"{whole / 1e6:.6f}MB"
+    for config in (
+        DdpConfig(activation_budget=budget),
+        FsdpConfig(activation_budget=budget),
+        DeepSpeedConfig(zero_stage=3, activation_budget=budget),
+    ):
         one = build_engine(PLAIN, [Contrastive(1.0)], config, OptimizerConfig(), world, seed=1)
         for _ in range(2):
             one.step(batch((3,) * 6 if world.rank == 0 else (13,) * 6), 1e-3)
@@ -234,7 +238,9 @@ def test_tokens_that_are_read_need_the_whole_last_block() -> None:
     pruned, read = stacks(PLAIN, shape(inputs))["text"], stacks(PLAIN, shape(inputs)._replace(read=True))["text"]
     assert pruned.last < 0.7 * pruned.block
     assert read.last == read.block == pruned.block
-    one = build_engine(PLAIN, [LateContrastive(1.0)], EngineConfig(activations=1.0), OptimizerConfig(), ALONE, seed=3)
+    one = build_engine(
+        PLAIN, [LateContrastive(1.0)], DdpConfig(activation_budget=1.0), OptimizerConfig(), ALONE, seed=3
+    )
     one.step(inputs, 1e-3)
     assert one.recomputing.bytes == pytest.approx(
         sum(s.kept(0) for s in stacks(PLAIN, shape(inputs)._replace(read=True)).values())
@@ -256,7 +262,7 @@ OVERRIDES = [
 
 def test_growth_changes_what_is_made_again(tmp_path: Path) -> None:
     """A bound that the small model keeps with ease; the plan counts what the run does."""
-    recipe = read_recipe("emoji", [*OVERRIDES, "engine.activations=0.1MB"]).recipe
+    recipe = read_recipe("emoji", [*OVERRIDES, "engine.activation_budget=0.1MB"]).recipe
     train(recipe, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["event"] == "step"]
@@ -270,8 +276,12 @@ def test_growth_changes_what_is_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("lots", "is no size; write one such as 500MB"), (1.5, "is no share; write one from 0"), (-0.1, "is no share")],
+    [
+        ("lots", "is not a valid size; write one such as 500MB"),
+        (1.5, "is not a fraction; write one from 0"),
+        (-0.1, "is not a fraction"),
+    ],
 )
 def test_a_bound_that_is_none_is_refused(value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EngineConfig(activations=value)
+        DdpConfig(activation_budget=value)

@@ -16,9 +16,9 @@ import torch
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.store import Store
+from treering.training.engines.base import Engine
 from treering.training.engines.build import build_engine
-from treering.training.engines.config import EngineConfig
-from treering.training.engines.ddp import Engine
+from treering.training.engines.config import DdpConfig, DeepSpeedConfig, FsdpConfig
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.engines.zero_state import require
 from treering.training.objectives.contrastive import Contrastive
@@ -36,9 +36,9 @@ SPEC = ModelSpec(
 WEIGHTS = 80_000_000
 """bytes, about: six blocks, of which no tensor has more than a twentieth"""
 ENGINES = {
-    "ddp": EngineConfig(),
-    "fsdp": EngineConfig(kind="fsdp"),
-    "zero3": EngineConfig(kind="deepspeed", zero=3),
+    "ddp": DdpConfig(),
+    "fsdp": FsdpConfig(),
+    "zero3": DeepSpeedConfig(zero_stage=3),
 }
 
 

@@ -31,7 +31,11 @@ TINY = [
     "eval={suites: [retrieval, zero_shot], examples: 2, data: samples://emoji/held_out}",
     "log.every=1",
 ]
-FSDP, ZERO2, ZERO3 = "{kind: fsdp}", "{kind: deepspeed, zero: 2}", "{kind: deepspeed, zero: 3, offload: true}"
+FSDP, ZERO2, ZERO3 = (
+    "{kind: fsdp}",
+    "{kind: deepspeed, zero_stage: 2}",
+    "{kind: deepspeed, zero_stage: 3, offload_optimizer: true}",
+)
 
 
 def recipe(engine: str, *overrides: str) -> Recipe:
@@ -114,10 +118,25 @@ def test_a_run_goes_on_under_another_engine(
 @pytest.mark.parametrize(
     ("engine", "reason"),
     [
-        ("{kind: fsdp, zero: 2}", r"engine.zero = 2 is a stage of DeepSpeed's; set engine.kind: deepspeed"),
-        ("{kind: ddp, offload: true}", r"engine.offload = true is not there for engine.kind = ddp"),
-        ("{kind: deepspeed, reshard: false}", r"engine.reshard = false is for engine.kind = fsdp"),
-        ("{kind: deepspeed, zero: 4}", r"engine.zero = 4"),
+        (
+            "{kind: fsdp, zero_stage: 2}",
+            r"engine.zero_stage \(override\): only for engine.kind = deepspeed; set that",
+        ),
+        (
+            "{kind: ddp, offload_optimizer: true}",
+            r"offload_optimizer \(override\): only for engine.kind = deepspeed",
+        ),
+        (
+            "{kind: deepspeed, reshard_after_forward: false}",
+            r"engine.reshard_after_forward \(override\): only for engine.kind = fsdp",
+        ),
+        ("{kind: deepspeed, zero_stage: 4}", r"engine.zero_stage = 4"),
+        (
+            "{kind: deepspeed, micro_batches: 2}",
+            r"micro_batches \(override\): only for engine.kind = ddp or fsdp",
+        ),
+        ("{kind: deepspeed, compile: true}", r"engine.compile \(override\): only for engine.kind = ddp or fsdp"),
+        ("{kind: horovod}", r"engine.kind = 'horovod' \(override\): must be one of 'ddp', 'fsdp', 'deepspeed'"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_with_the_reason(engine: str, reason: str) -> None:

@@ -15,9 +15,9 @@ from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.manifest import Commit
 from treering.training.checkpoint.store import Store
+from treering.training.engines.base import Engine
 from treering.training.engines.build import build_engine
-from treering.training.engines.config import EngineConfig
-from treering.training.engines.ddp import Engine
+from treering.training.engines.config import DdpConfig, DeepSpeedConfig, EngineConfig, FsdpConfig
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.engines.zero_state import require
 from treering.training.objectives.base import Inputs, Objective
@@ -30,10 +30,10 @@ ALONE = World(0, 1, torch.device("cpu"))
 PAIRS = 12
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.3, clip=0.5, ema=0.8)
 ENGINES = {
-    "ddp": EngineConfig(),
-    "fsdp": EngineConfig(kind="fsdp"),
-    "hybrid": EngineConfig(kind="fsdp", shard=2),
-    **{f"zero{stage}": EngineConfig(kind="deepspeed", zero=stage) for stage in (1, 2, 3)},
+    "ddp": DdpConfig(),
+    "fsdp": FsdpConfig(),
+    "hybrid": FsdpConfig(shard_group=2),
+    **{f"zero{stage}": DeepSpeedConfig(zero_stage=stage) for stage in (1, 2, 3)},
 }
 QUICK = {("fsdp", 2, True), ("hybrid", 4, False), ("zero3", 2, False)}
 MATRIX = [
@@ -104,7 +104,7 @@ def test_fifty_steps_equal_one_process(
         ours.close()
         return found
 
-    plain = engine(EngineConfig(), ALONE, caption)
+    plain = engine(DdpConfig(), ALONE, caption)
     expected, scale = train(plain, range(50)), plain.scale()
     for found, its_scale, *counts in on_ranks(ranks, one_rank, limit=250):
         for (loss, norm), (true_loss, true_norm) in zip(found, expected, strict=True):
@@ -130,7 +130,7 @@ def test_the_parts_of_open_clips_coca(kind: str, on_ranks: Callable[..., list[An
         ours.close()
         return found
 
-    expected = train(build_engine(theirs, objectives(True), EngineConfig(), OPTIMIZER, ALONE, 1), range(10))
+    expected = train(build_engine(theirs, objectives(True), DdpConfig(), OPTIMIZER, ALONE, 1), range(10))
     for found in on_ranks(2, one_rank, limit=120):
         for (loss, norm), (true_loss, true_norm) in zip(found, expected, strict=True):
             assert loss == pytest.approx(true_loss, abs=1e-5)
@@ -159,7 +159,7 @@ def test_bf16_multiplies_alone(kind: str, ranks: int, on_ranks: Callable[..., li
         return losses, first, types
 
     unclipped = OptimizerConfig(clip=1e9)
-    expected = train(build_engine(spec(True), objectives(True), EngineConfig(), unclipped, ALONE, 1), range(10))
+    expected = train(build_engine(spec(True), objectives(True), DdpConfig(), unclipped, ALONE, 1), range(10))
     for losses, first, types in on_ranks(ranks, one_rank, limit=120):
         assert types == {"torch.float32"}
         apart = [abs(loss - true_loss) / true_loss for (loss, _), (true_loss, _) in zip(losses, expected, strict=True)]
@@ -229,7 +229,7 @@ def test_a_run_hops_through_engines_and_worlds_by_commits(
 
 def load_initial(ours: Engine) -> None:
     """The state of a fresh engine of seed 1, whatever it was built with."""
-    fresh = engine(EngineConfig(), ALONE).logical_state()
+    fresh = engine(DdpConfig(), ALONE).logical_state()
     ours.load_logical_state({p: ours.cut(p.partition("/")[2], t) for p, t in fresh.items()}, 0, 0, {})
 
 
@@ -290,13 +290,13 @@ def test_a_resume_where_nothing_changed_is_bit_identical(
         ours.close()
         return losses, end
 
-    initial = {path: t.clone() for path, t in engine(EngineConfig(), ALONE).logical_state().items()}
+    initial = {path: t.clone() for path, t in engine(DdpConfig(), ALONE).logical_state().items()}
     first, second = on_ranks(ranks, straight, limit=250), on_ranks(ranks, resumed, limit=100)
     for (losses, state), (again, same) in zip(first, second, strict=True):
         assert losses == again
         assert state.keys() == same.keys()
         assert all((state[path] == same[path]).all() for path in state)
-    plain = engine(EngineConfig(), ALONE)
+    plain = engine(DdpConfig(), ALONE)
     plain.load_logical_state(initial, 0, 0, factors)
     train(plain, range(3))
     for (loss, _), (true_loss, _) in zip(first[0][0], train(plain, range(4, 8)), strict=True):

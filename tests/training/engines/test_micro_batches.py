@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from treering.models.model import Extras, Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, TextSpec
 from treering.training.engines import micro_batches
-from treering.training.engines.config import EngineConfig
-from treering.training.engines.ddp import Engine
+from treering.training.engines.config import DdpConfig
+from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.base import Inputs, Objective, extras_of
 from treering.training.objectives.caption import Caption
@@ -47,7 +47,7 @@ def named(kind: str) -> Objective:
         "sigmoid": SigmoidContrastive,
         "filip": LateContrastive,
         "caption": Caption,
-        "parallel": lambda weight: Caption(weight, parallel=0.5, seed=3),
+        "parallel": lambda weight: Caption(weight, parallel_fraction=0.5, seed=3),
     }[kind](WEIGHTS[kind])
     made.name = kind
     return made
@@ -195,7 +195,7 @@ def test_engine_steps_are_the_same(world: int, on_ranks: Callable[..., list[Any]
         for parts in (1, 4):
             objectives = [Contrastive(1.0), Caption(0.5)]
             spec = SPEC.model_copy(update={"logit_bias": False, "further": {}})
-            engine = Engine(spec, objectives, EngineConfig(micro_batches=parts), OptimizerConfig(), group, seed=1)
+            engine = DdpEngine(spec, objectives, DdpConfig(micro_batches=parts), OptimizerConfig(), group, seed=1)
             for _ in range(2):
                 engine.step(micro_batches.cut(batch(), group.size)[group.rank], 1e-3)
             states.append({name: tensor.numpy().copy() for name, tensor in engine.logical_state().items()})

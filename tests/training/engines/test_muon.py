@@ -22,9 +22,9 @@ from treering.tests.tiny_runs import SIZES, same_end, train_until
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.engines import muon
+from treering.training.engines.base import Engine
 from treering.training.engines.build import build_engine
-from treering.training.engines.config import EngineConfig
-from treering.training.engines.ddp import Engine
+from treering.training.engines.config import DdpConfig, EngineConfig, FsdpConfig
 from treering.training.engines.layout import rows
 from treering.training.engines.muon import Muon, hidden, orthogonal
 from treering.training.engines.optimizer import Optimizer, OptimizerConfig, decays
@@ -38,7 +38,7 @@ from treering.training.objectives.contrastive import Contrastive
 from treering.training.recipe import Recipe
 from treering.training.world import World
 
-ALONE, PLAIN = World(0, 1, torch.device("cpu")), EngineConfig()
+ALONE, PLAIN = World(0, 1, torch.device("cpu")), DdpConfig()
 SPEC = ModelSpec(
     embed_dim=12,
     image=ImageSpec(width=16, depth=1, heads=2, patch=4, resolution=8, experts=2),
@@ -214,9 +214,7 @@ def test_rows_on_many_ranks_step_as_the_whole_does_to_the_bit(ranks: int, on_ran
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize(
-    ("config", "ranks"), [(PLAIN, 2), (EngineConfig(kind="fsdp"), 2), (EngineConfig(kind="fsdp", shard=2), 4)]
-)
+@pytest.mark.parametrize(("config", "ranks"), [(PLAIN, 2), (FsdpConfig(), 2), (FsdpConfig(shard_group=2), 4)])
 def test_engines_step_alike(config: EngineConfig, ranks: int, on_ranks: Callable[..., list[Any]]) -> None:
     def stepped(world: World) -> tuple[list[float], dict[str, Any]]:
         ours = engine(OptimizerConfig(kind="muon", ema=0.8), config if world.size > 1 else PLAIN, world)

@@ -10,8 +10,9 @@ import torch
 from treering.launch.recipe.load import read_recipe
 from treering.models.model import build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
-from treering.training.engines.config import EngineConfig
-from treering.training.engines.ddp import Engine
+from treering.training.engines.base import Engine
+from treering.training.engines.config import DdpConfig
+from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.optimizer import OptimizerConfig, decays
 from treering.training.growth.grow import grow
 from treering.training.loop import train
@@ -34,7 +35,7 @@ OBJECTIVES = [Contrastive(1.0), Caption(0.5)]
 
 
 def engine(config: OptimizerConfig) -> Engine:
-    return Engine(SPEC, list(OBJECTIVES), EngineConfig(), config, ALONE, seed=1)
+    return DdpEngine(SPEC, list(OBJECTIVES), DdpConfig(), config, ALONE, seed=1)
 
 
 def batch(seed: int) -> Inputs:
@@ -98,7 +99,7 @@ def test_the_average_grows_as_weights_do() -> None:
     """Where it is equal to the weights before, it is after."""
 
     def build_one(spec: ModelSpec) -> Engine:
-        return Engine(spec, list(OBJECTIVES), EngineConfig(), OptimizerConfig(ema=0.75), ALONE, seed=1)
+        return DdpEngine(spec, list(OBJECTIVES), DdpConfig(), OptimizerConfig(ema=0.75), ALONE, seed=1)
 
     small = build_one(SPEC)
     small.step(batch(0), 1e-2)

@@ -18,7 +18,7 @@ from treering.models.flops import training_flops
 from treering.models.model import Extras, Model, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
 from treering.models.transformer import Block
-from treering.training.engines.config import EngineConfig
+from treering.training.engines.config import DdpConfig
 from treering.training.engines.kernels import prepare
 from treering.training.loop import train
 from treering.training.sample_rng import kept
@@ -112,7 +112,7 @@ def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Block, "compile", compile_eagerly)
     models = [build(SPEC, 3) for _ in range(2)]
-    prepare(models[1], EngineConfig(compile=True), torch.device("cpu"))
+    prepare(models[1], DdpConfig(compile=True), torch.device("cpu"))
     assert calls == [{"dynamic": True}] * 5
     found = [gradients(model, model(*batch())) for model in models]
     for name, gradient in found[0].items():
@@ -137,7 +137,7 @@ def test_compiling_does_not_grow_with_depth_and_goes_on_after_growth(monkeypatch
             update={part: getattr(PLAIN, part).model_copy(update=sizes | {"head_dim": 8}) for part in ("image", "text")}
         )
         model = build(spec, 3)
-        prepare(model, EngineConfig(compile=True), torch.device("cpu"))
+        prepare(model, DdpConfig(compile=True), torch.device("cpu"))
         before = len(made)
         for step in range(steps):
             images, tokens, lengths = batch()
@@ -153,8 +153,8 @@ def test_compiling_does_not_grow_with_depth_and_goes_on_after_growth(monkeypatch
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(TrainingError, match=r"engine\.compile = true cannot be here: there is no C\+\+ compiler"):
-        prepare(build(PLAIN, 3), EngineConfig(compile=True), torch.device("cpu"))
-    prepare(build(PLAIN, 3), EngineConfig(), torch.device("cpu"))
+        prepare(build(PLAIN, 3), DdpConfig(compile=True), torch.device("cpu"))
+    prepare(build(PLAIN, 3), DdpConfig(), torch.device("cpu"))
 
 
 def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,10 +174,10 @@ def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "data.batch=4",
         "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 24}, "
         "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
-        "objectives={contrastive: {kind: filip, softening: 0.1}, "
-        "caption: {weight: 1.0, parallel: 0.5, schedule: [[0.0, 1.0], [1.0, 0.0]]}}",
+        "objectives={contrastive: {kind: filip, label_smoothing: 0.1}, "
+        "caption: {weight: 1.0, parallel_fraction: 0.5, schedule: [[0.0, 1.0], [1.0, 0.0]]}}",
         "stages=[{samples: 20, patches: 0.5}, {samples: 20}]",
-        "engine={micro_batches: 2, activations: 0.5}",
+        "engine={micro_batches: 2, activation_budget: 0.5}",
         "schedule.warmup=4",
         "eval={suites: [retrieval], writing: beam, examples: 2}",
         "log={every: 1, profile: true, gradients: true}",

@@ -17,8 +17,8 @@ from treering.models.model import build, empty
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec, TowerSpec
 from treering.models.transformer import Attention
 from treering.training.engines import micro_batches
-from treering.training.engines.config import EngineConfig
-from treering.training.engines.ddp import Engine
+from treering.training.engines.config import DdpConfig
+from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.device_prefetch import Feed
 from treering.training.engines.kernels import prepare
 from treering.training.engines.optimizer import OptimizerConfig
@@ -38,11 +38,11 @@ SPEC = ModelSpec(
 DUAL = SPEC.model_copy(update={"caption": None})
 OBJECTIVES = {
     "softmax": lambda: Contrastive(1.0),
-    "positives": lambda: Contrastive(1.0, positives="caption", softening=0.1),
+    "positives": lambda: Contrastive(1.0, positives="caption", label_smoothing=0.1),
     "sigmoid": lambda: SigmoidContrastive(1.0),
     "filip": lambda: LateContrastive(1.0),
     "caption": lambda: Caption(1.0),
-    "parallel": lambda: Caption(1.0, parallel=0.5, seed=3),
+    "parallel": lambda: Caption(1.0, parallel_fraction=0.5, seed=3),
 }
 
 
@@ -117,8 +117,8 @@ def test_the_steady_step_does_not_wait_for_the_gpu(name: str) -> None:
     """torch raises at every synchronisation, from the feed of a batch to the optimizer."""
     device, objective = torch.device("cuda", 0), OBJECTIVES.get(name, lambda: Contrastive(1.0))()
     spec = TOWERS.get(name, SPEC if "caption" in objective.needs else DUAL)
-    config = EngineConfig(precision="bf16", activations=0.5)
-    engine = Engine(spec, [objective], config, OptimizerConfig(ema=0.9), World(0, 1, device), 0)
+    config = DdpConfig(precision="bf16", activation_budget=0.5)
+    engine = DdpEngine(spec, [objective], config, OptimizerConfig(ema=0.9), World(0, 1, device), 0)
     feed, host = Feed(device), batch(torch.device("cpu"))
     columns = (host.images, host.tokens, host.lengths, host.caption_ids, host.image_ids, host.numbers)
     for _ in range(2):  # the first steps make the optimizer's state and the kernels
@@ -207,10 +207,10 @@ def test_a_kernel_is_tried_before_it_is_used() -> None:
 
 def test_a_model_says_how_it_attends() -> None:
     model = build(SPEC, 0)
-    found = prepare(model, EngineConfig(precision="bf16"), torch.device("cpu"))
+    found = prepare(model, DdpConfig(precision="bf16"), torch.device("cpu"))
     assert found == {"pictures": "flash", "captions": "flash, padded (bf16 on cpu)"}
     with sdpa_kernel(SDPBackend.MATH):
-        found = prepare(model, EngineConfig(), torch.device("cpu"))
+        found = prepare(model, DdpConfig(), torch.device("cpu"))
     assert found == {"pictures": "math", "captions": "math, padded (fp32 on cpu)"}
     assert not any(module.varlen for module in model.modules() if isinstance(module, Attention))
 

@@ -36,7 +36,7 @@ TINY = [
 ENGINES = {
     "ddp": "{kind: ddp}",
     "fsdp": "{kind: fsdp}",
-    **{f"zero{stage}": f"{{kind: deepspeed, zero: {stage}}}" for stage in (1, 2, 3)},
+    **{f"zero{stage}": f"{{kind: deepspeed, zero_stage: {stage}}}" for stage in (1, 2, 3)},
 }
 QUICK = {("fsdp", 2)}
 MATRIX = [

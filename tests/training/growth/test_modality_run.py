@@ -142,8 +142,8 @@ def test_a_resume_across_the_new_tower_is_bit_identical(step: int, shard: str, w
         "{kind: ddp}",
         "{kind: ddp, micro_batches: 2}",
         "{kind: fsdp}",
-        pytest.param("{kind: deepspeed, zero: 1}", marks=pytest.mark.slow),
-        pytest.param("{kind: deepspeed, zero: 3}", marks=pytest.mark.slow),
+        pytest.param("{kind: deepspeed, zero_stage: 1}", marks=pytest.mark.slow),
+        pytest.param("{kind: deepspeed, zero_stage: 3}", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks(engine: str, shard: str, whole: Path, tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
@@ -164,7 +164,7 @@ def test_a_tower_from_the_start_beside_a_sigmoid(shard: str, tmp_path: Path) -> 
         shard,
         f"model.further={{audio: {AUDIO}}}",
         "model.logit_bias=true",
-        "objectives={contrastive: {kind: sigmoid}, further: [{between: [audio, image], softening: 0.1}]}",
+        "objectives={contrastive: {kind: sigmoid}, further: [{between: [audio, image], label_smoothing: 0.1}]}",
         "stages=[{samples: 36}]",
         "eval.suites=[]",
     )

@@ -163,7 +163,7 @@ def test_a_kill_repeats_the_search_to_the_same_choice(
     [
         "{kind: fsdp}",
         pytest.param("{kind: ddp}", marks=pytest.mark.slow),
-        pytest.param("{kind: deepspeed, zero: 3}", marks=pytest.mark.slow),
+        pytest.param("{kind: deepspeed, zero_stage: 3}", marks=pytest.mark.slow),
     ],
 )
 def test_engines_choose_alike(engine: str, whole: Path, tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:

@@ -20,7 +20,7 @@ from treering.models.model import Model, ModelOutput, build
 from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, TextSpec
 from treering.training.engines import micro_batches
 from treering.training.loop import train
-from treering.training.objectives import registry
+from treering.training.objectives import registry, terms
 from treering.training.objectives.base import (
     Inputs,
     Objective,
@@ -30,7 +30,7 @@ from treering.training.objectives.base import (
     scheduled,
     states,
 )
-from treering.training.objectives.registry import ObjectivesConfig
+from treering.training.objectives.terms import ObjectivesConfig
 from treering.training.sample_rng import uniform
 from treering.training.world import World
 
@@ -51,12 +51,12 @@ VARIANTS = {
     "contrastive": [
         {"kind": kind, **more}
         for kind in ("softmax", "sigmoid", "filip")
-        for more in ({}, {"positives": "caption", "softening": 0.2})
+        for more in ({}, {"positives": "caption", "label_smoothing": 0.2})
     ],
-    "caption": [{}, {"parallel": 0.5}, {"parallel": 1.0}],
+    "caption": [{}, {"parallel_fraction": 0.5}, {"parallel_fraction": 1.0}],
     "further": [
         {"between": ["audio", "text"]},
-        {"between": ["depth", "image"], "positives": "picture", "softening": 0.2},
+        {"between": ["depth", "image"], "positives": "picture", "label_smoothing": 0.2},
         {"between": ["audio", "depth"]},
     ],
 }
@@ -148,7 +148,7 @@ def test_neutral_at_weight_0(name: str, fields: dict[str, Any]) -> None:
         masked = extras_of(objectives[1:], inputs).parallel_b is not None
         micro_batches.backward(lambda piece, o=objectives, n=net: run(o, n, piece), objectives, inputs, 1, ALONE)
         gradients.append({n: p.grad for n, p in net.named_parameters() if p.grad is not None and p.grad.any()})
-    assert masked == (fields.get("parallel", 0) > 0)
+    assert masked == (fields.get("parallel_fraction", 0) > 0)
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradient, gradients[1][key]) for key, gradient in gradients[0].items())
 
@@ -238,35 +238,33 @@ def test_schedules() -> None:
         {"between": ["audio", "depth"], "weight": 3.0},
     ]
     config = ObjectivesConfig.model_validate(
-        {"contrastive": {"weight": 2.0, "schedule": points}, "caption": {}, "more": {"centred": {"momentum": 0.5}}}
+        {"contrastive": {"weight": 2.0, "schedule": points}, "caption": {}, "centred": {"momentum": 0.5}}
         | {"further": further}
     )
-    assert config.more["centred"] == {"weight": 1.0, "schedule": [], "momentum": 0.5}
-    objectives = registry.build_objectives(config, SPEC)
-    registry.advance(objectives, config, 0.4)
-    assert [o.weight for o in objectives] == [pytest.approx(4.0), 2.0, 1.0, pytest.approx(12.0), 3.0]
+    assert config.model_dump(mode="json")["centred"] == {"weight": 1.0, "schedule": [], "momentum": 0.5}
+    assert ObjectivesConfig.model_validate(config.model_dump(mode="json")) == config
+    objectives = terms.build_objectives(config, SPEC)
+    terms.advance(objectives, config, 0.4)
+    assert [o.weight for o in objectives] == [2.0, 1.0, pytest.approx(4.0), pytest.approx(12.0), 3.0]
     bare = SPEC.model_copy(update={"caption": None, "further": {"audio": SPEC.further["audio"]}})
-    built = registry.build_objectives(config, bare)
-    assert [o.name for o in built] == ["contrastive", "centred", "contrastive/audio-text"]
+    built = terms.build_objectives(config, bare)
+    assert [o.name for o in built] == ["centred", "contrastive", "contrastive/audio-text"]
 
 
 @pytest.mark.parametrize(
     ("block", "message"),
     [
         (
-            {"more": {"nonsense": {}}},
+            {"nonsense": {}},
             "there is no objective 'nonsense'; there are balance, caption, centred, contrastive, further",
         ),
-        ({"more": {"centred": {"speed": 1}}}, r"centred\.speed"),
-        ({"more": {"caption": {}}}, "caption has a key of its own"),
-        ({"more": {"balance": {}}}, "balance has a key of its own"),
+        ({"centred": {"speed": 1}}, r"centred\.speed"),
         ({"caption": {"schedule": [[0.5, 1.0], [0.5, 2.0]]}}, "in the order of the run"),
         ({"caption": {"schedule": [[0.5, -1.0]]}}, "greater than or equal to 0"),
-        ({"more": {"further": {}}}, "further has a key of its own"),
         ({"further": [{"between": ["text", "image"]}]}, "has to begin with a further tower; that is `contrastive`"),
         ({"further": [{"between": ["text", "audio"]}]}, r"has to begin with a further tower; write \[audio, text\]"),
         ({"further": [{"between": ["audio", "audio"]}]}, "compares a tower with itself"),
-        ({"further": [{"between": ["a", "b"]}, {"between": ["b", "a"]}]}, "further compares b and a twice"),
+        ({"further": [{"between": ["a", "b"]}, {"between": ["b", "a"]}]}, "compares b and a twice"),
     ],
 )
 def test_wrong_blocks_are_refused(block: dict[str, Any], message: str) -> None:
@@ -276,10 +274,10 @@ def test_wrong_blocks_are_refused(block: dict[str, Any], message: str) -> None:
 
 def test_an_installed_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere.py").write_text(
-        "from treering.training.objectives.config import CaptionObjectiveConfig\n"
+        "from treering.training.objectives.caption import CaptionConfig\n"
         "from treering.training.objectives.caption import Caption\n"
         "from treering.training.objectives.registry import register\n"
-        "@register('elsewhere', CaptionObjectiveConfig)\n"
+        "@register('elsewhere', CaptionConfig)\n"
         "def build(config, seed):\n    return Caption(config.weight)\n"
     )
     info = tmp_path / "elsewhere-1.dist-info"
@@ -288,7 +286,7 @@ def test_an_installed_package_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     (info / "entry_points.txt").write_text("[treering.objectives]\nelsewhere = elsewhere\n")
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        assert registry.registered("elsewhere").config.__name__ == "CaptionObjectiveConfig"
+        assert registry.registered("elsewhere").config.__name__ == "CaptionConfig"
     finally:
         registry._registry.pop("elsewhere", None)
 
@@ -330,7 +328,7 @@ def test_state_goes_through_growth_and_resume(tmp_path: Path, monkeypatch: pytes
         "data.batch=4",
         "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
         "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
-        "objectives.more={centred: {weight: 5.0}}",
+        "objectives.centred={weight: 5.0}",
         "stages=[{samples: 16}, {grow: {image.depth: 2}, samples: 16}]",
         "schedule.warmup=4",
         "eval.suites=[]",

@@ -148,7 +148,7 @@ def test_duplicates_matter() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 100_000, 1 << 23])
 def test_linear_cross_entropy_in_any_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caption_module, "_CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(caption_module, "CHUNK_LOGITS", chunk)
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(7, 5, dtype=torch.float64, generator=generator, requires_grad=True)
     table = torch.randn(11, 5, dtype=torch.float64, generator=generator, requires_grad=True)

@@ -28,7 +28,7 @@ class Case(NamedTuple):
     texts: int = IMAGES
     labels: bool = False
     weights: bool = False
-    softening: float = 0.0
+    label_smoothing: float = 0.0
 
 
 CASES = {
@@ -37,8 +37,8 @@ CASES = {
     "captions": Case(texts=2 * IMAGES, labels=True),
     "hard": Case(texts=IMAGES + 4),
     "weights": Case(weights=True),
-    "softened": Case(softening=0.3),
-    "all": Case(texts=2 * IMAGES, labels=True, weights=True, softening=0.1),
+    "softened": Case(label_smoothing=0.3),
+    "all": Case(texts=2 * IMAGES, labels=True, weights=True, label_smoothing=0.1),
 }
 KINDS = ("softmax", "sigmoid", "late")
 
@@ -128,13 +128,13 @@ def dense(kind: str, case: Case, known: Relations, world: int, inputs: list[Tens
     image_weights = ones[:IMAGES] if known.image_weights_b is None else known.image_weights_b
     text_weights = ones[: case.texts] if known.text_weights_n is None else known.text_weights_n
     if kind == "sigmoid":
-        logits, half = forth + bias, case.softening / 2
+        logits, half = forth + bias, case.label_smoothing / 2
         targets = positive.double() * (1 - 2 * half) + half
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return ((losses * text_weights * kept).sum(1),)
     return (
-        cross_entropies(forth, positive, kept, text_weights, case.softening),
-        cross_entropies(back.T, positive.T, kept.T, image_weights, case.softening),
+        cross_entropies(forth, positive, kept, text_weights, case.label_smoothing),
+        cross_entropies(back.T, positive.T, kept.T, image_weights, case.label_smoothing),
     )
 
 
@@ -143,10 +143,10 @@ def tiled(
 ) -> tuple[Tensor, ...]:
     image, text, scale, bias = inputs
     if kind == "sigmoid":
-        return (sigmoid_losses(image, text, scale, bias, known, world, case.softening),)
+        return (sigmoid_losses(image, text, scale, bias, known, world, case.label_smoothing),)
     if kind == "late":
-        return late_softmax_losses(image, text, lengths_n, scale, known, world, case.softening)
-    return softmax_losses(image, text, scale, known, world, case.softening)
+        return late_softmax_losses(image, text, lengths_n, scale, known, world, case.label_smoothing)
+    return softmax_losses(image, text, scale, known, world, case.label_smoothing)
 
 
 def measured(found: Callable[[list[Tensor]], tuple[Tensor, ...]], inputs: list[Tensor], slopes: list[Tensor]) -> Any:

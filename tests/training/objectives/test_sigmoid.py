@@ -16,13 +16,14 @@ from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import parameters
 from treering.models.model import Model, build
 from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
-from treering.training.engines.config import EngineConfig
-from treering.training.engines.ddp import Engine
+from treering.training.engines.base import Engine
+from treering.training.engines.config import DdpConfig
+from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.growth.grow import grow
 from treering.training.objectives.base import Inputs
 from treering.training.objectives.contrastive import SigmoidContrastive
-from treering.training.objectives.registry import ObjectivesConfig, build_objectives
+from treering.training.objectives.terms import ObjectivesConfig, build_objectives
 from treering.training.stages import GrowthConfig
 from treering.training.world import World
 
@@ -112,7 +113,7 @@ def test_it_trains_and_grows() -> None:
     objectives = build_objectives(ObjectivesConfig.model_validate({"contrastive": {"kind": "sigmoid"}}))
 
     def engine(spec: ModelSpec) -> Engine:
-        return Engine(spec, objectives, EngineConfig(), OptimizerConfig(), ALONE, seed=1)
+        return DdpEngine(spec, objectives, DdpConfig(), OptimizerConfig(), ALONE, seed=1)
 
     small = engine(SPEC)
     losses = [small.step(batch(), 1e-2).losses["contrastive"].item() for _ in range(20)]
@@ -132,7 +133,7 @@ def test_steps_do_not_depend_on_the_world(on_ranks: Callable[..., list[Any]]) ->
 
     def one_rank(group: World) -> dict[str, np.ndarray]:
         size = PAIRS // group.size
-        engine = Engine(SPEC, objectives, EngineConfig(), OptimizerConfig(), group, seed=1)
+        engine = DdpEngine(SPEC, objectives, DdpConfig(), OptimizerConfig(), group, seed=1)
         for _ in range(3):
             engine.step(batch(slice(group.rank * size, (group.rank + 1) * size)), 1e-2)
         state = {name: tensor.numpy().copy() for name, tensor in engine.logical_state().items()}
@@ -148,7 +149,7 @@ def test_steps_do_not_depend_on_the_world(on_ranks: Callable[..., list[Any]]) ->
 
 def test_recipe() -> None:
     recipe = read_recipe("emoji", [*SIGMOID, "model.logit_bias=true"]).recipe
-    assert isinstance(build_objectives(recipe.objectives)[0], SigmoidContrastive)
+    assert isinstance(build_objectives(recipe.objectives)[-1], SigmoidContrastive)
     assert all(spec.logit_bias for spec in recipe.specs())
     with pytest.raises(RecipeError, match=r"add `logit_bias: true` to model"):
         read_recipe("emoji", SIGMOID)
