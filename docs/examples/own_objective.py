@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import treering
-from treering.models.model import ModelOutput
+from treering.models.output import ModelOutput
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.config import ObjectiveConfig
 from treering.training.objectives.registry import register

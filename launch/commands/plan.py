@@ -116,7 +116,7 @@ def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: 
 def _fullest(recipe: Recipe, world: int, lengths: list[int], patches: int, device: str) -> BatchShape:
     """The most that goes through the model at once: of the pieces that captions of these lengths fall into."""
     half = recipe.engine.precision == "bf16"
-    pairs = max(1, recipe.data.batch // (world * recipe.engine.micro_batches))
+    pairs = max(1, recipe.data.batch // (world * (recipe.engine.pieces or 1)))
     pieces = [lengths[at : at + pairs] for at in range(0, len(lengths), pairs)]
     each = pairs / max(map(len, pieces))  # where fewer were read than a piece has
     tokens = max(map(sum, pieces)) * each

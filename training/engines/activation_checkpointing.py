@@ -83,6 +83,8 @@ class Recomputing:
         self._model, self._config, self._optimizer, self._world, self._padded = model, config, optimizer, world, padded
         self._room: float | None = None
         self._said = False
+        self.pieces = config.pieces or 1
+        """in which a batch comes"""
         self.checkpointed: dict[str, int] = {}
         """of the latest forward pass: blocks that are recomputed in the backward pass, by part of the model"""
         self.bytes = 0.0
@@ -129,7 +131,7 @@ class Recomputing:
         """What the device has for activations; said once, as it is what all batches have to do with."""
         if self._room is None:
             device, world = self._world.device, self._world.size
-            others = parts(self._model.spec, self._config, self._optimizer, world, pairs * self._config.micro_batches)
+            others = parts(self._model.spec, self._config, self._optimizer, world, pairs * self.pieces)
             on_cpu = device.type == "cpu"
             has = memory(device) / (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_cpu else 1)
             self._room = USABLE * has - sum(others.values()) - (process_memory() if on_cpu else CUDA_BYTES)
