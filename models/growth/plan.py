@@ -97,12 +97,12 @@ def check_tokens(old: ModelSpec, new: ModelSpec, tokens: Sequence[Sequence[int]]
     more = new.text.vocabulary - old.text.vocabulary
     if tokens and len(tokens) != more:
         raise SpecError(
-            f"tokens has {len(tokens)} entries for {more} new rows of text.vocabulary; "
-            f"give one list of ids for each, or leave tokens out"
+            f"token_init has {len(tokens)} entries for {more} new rows of text.vocabulary; "
+            f"give one list of ids for each, or leave token_init out"
         )
     if not all(ids and all(0 <= i < old.text.vocabulary for i in ids) for ids in tokens):
         raise SpecError(
-            f"tokens has a list that is empty or names an id that is not below {old.text.vocabulary}; "
+            f"token_init has a list that is empty or names an id that is not below {old.text.vocabulary}; "
             f"each new row is the mean of some old ones"
         )
 
