@@ -15,6 +15,7 @@ from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.config import CheckpointConfig
 from treering.training.checkpoint.manifest import DamagedCommit
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.state import RunState
 from treering.training.world import World
@@ -39,7 +40,7 @@ def tensors(fill: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 def write(commits: Commits, step: int, attempt: int = 1, fill: float = 1.0) -> str:
-    return commits.write(SPEC, RunState(step=step, attempt=attempt), {"name": "x"}, tensors(fill), ALONE)
+    return commits.write(Snapshot(SPEC, RunState(step=step, attempt=attempt), {"name": "x"}, tensors(fill)), ALONE)
 
 
 def test_objects(url: str) -> None:

@@ -17,19 +17,16 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
 
-from ...models.spec import ModelSpec
-from ..engines.layout import Layout
-from ..state import RunState
 from ..world import World
 from .config import CheckpointConfig
 from .manifest import Commit, DamagedCommit, Manifest, read_verified
+from .snapshot import Snapshot
 from .store import Store, StoreError
-from .writer import Part, Writing, taken
+from .writer import CommitUpload, Part, taken
 
 _SET = re.compile(r"^step-(\d{12})-attempt-(\d{4})$")
 _ATTEMPT = re.compile(r"^attempt-(\d{4})\.json$")
@@ -100,59 +97,42 @@ class Commits:
                 file, where = "manifest.json", ".".join(map(str, error.errors()[0]["loc"]))
             raise DamagedCommit(f"{self.store.url}/{name}/{file} is damaged ({where!r}); use another commit") from None
 
-    def begin(
-        self,
-        spec: ModelSpec,
-        state: RunState,
-        recipe: dict[str, Any],
-        tensors: Mapping[str, Tensor],
-        world: World,
-        layout: Layout | None = None,
-        policy: CheckpointConfig | None = None,
-        reason: str = "interval",
-        scores: Mapping[str, float] | None = None,
-        copies: World | None = None,
-    ) -> Writing:
-        """Begin a commit of `tensors` as they are now; every rank calls this, and then leads its Writing to the end.
+    def begin(self, snapshot: Snapshot, world: World, policy: CheckpointConfig | None = None) -> CommitUpload:
+        """Begin a commit of a snapshot as it is now; every rank calls this, and then leads its upload to the end.
 
-        `layout` says what stretches of the whole tensors these are; without it they are whole. Of what several ranks
-        hold alike, which are `copies` (left out: all without `layout`, none with it), each writes a share. What
-        `policy` does not keep is removed once this commit is complete.
+        Of what several ranks hold alike each writes a part. What `policy` does not keep is removed once this commit is
+        complete.
         """
-        own = _share(tensors, copies or (World(0, 1, world.device) if layout else world))
-
-        name = f"step-{state.step:012d}-attempt-{state.attempt:04d}"
-        starts = {path: stretch.start for path, stretch in (layout or {}).items()}
-        shapes = {path: stretch.shape for path, stretch in (layout or {}).items()}
+        layout, name, attempt = snapshot.layout or {}, snapshot.name, snapshot.state.attempt
+        copies = snapshot.copies or (World(0, 1, world.device) if snapshot.layout else world)
+        starts = {path: stretch.start for path, stretch in layout.items()}
 
         def complete(parts: Sequence[Part]) -> None:
             manifest = Manifest(
-                spec=spec,
-                state=state,
-                recipe=recipe,
-                reason=reason,
-                scores=dict(scores or {}),
-                shapes=shapes,
+                spec=snapshot.spec,
+                state=snapshot.state,
+                recipe=dict(snapshot.recipe),
+                reason=snapshot.reason,
+                scores=dict(snapshot.scores),
+                shapes={path: stretch.shape for path, stretch in layout.items()},
                 parts=tuple(parts),
             )
             self.seal(name, manifest)
             if policy is not None:
-                self.retain(policy, state.attempt)
-                self.sweep_uploads(state.attempt)
+                self.retain(policy, attempt)
+                self.sweep_uploads(attempt)
 
-        discard = partial(self._discard, name)
-        return Writing(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
+        own, discard = _share(snapshot.tensors, copies), partial(self._discard, name)
+        return CommitUpload(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
 
-    def write(
-        self, spec: ModelSpec, state: RunState, recipe: dict[str, Any], tensors: Mapping[str, Tensor], world: World
-    ) -> str:
-        """Commit a snapshot and return its name; every rank calls this with the same tensors and writes its share.
+    def write(self, snapshot: Snapshot, world: World) -> str:
+        """Commit a snapshot and return its name; every rank calls this with the same tensors and writes its part.
 
         Raises StoreError on every rank if any rank failed; what was written is then removed and was never visible.
         """
-        writing = self.begin(spec, state, recipe, tensors, world)
-        writing.finish()
-        return writing.name
+        upload = self.begin(snapshot, world)
+        upload.finish()
+        return upload.name
 
     def seal(self, name: str, manifest: Manifest) -> None:
         """Write the manifest and, when every part is there at its size, the COMMIT object."""

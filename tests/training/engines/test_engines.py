@@ -14,6 +14,7 @@ import torch
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.manifest import Commit
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store
 from treering.training.engines.base import Engine
 from treering.training.engines.build import build_engine
@@ -236,7 +237,8 @@ def load_initial(ours: Engine) -> None:
 def write(commits: Commits, ours: Engine, step: int, world: World) -> None:
     state = RunState(step=step, attempt=1, applied=ours.applied, skipped=ours.skipped, multipliers=ours.multipliers)
     valid = ours.model.spec.model_copy(update={"text": TextSpec(width=18, depth=2, heads=3, context=9)})
-    commits.begin(valid, state, {}, ours.logical_state(), world, ours.layout, copies=ours.copies).finish()
+    snapshot = Snapshot(valid, state, {}, ours.logical_state(), ours.layout, ours.copies)
+    commits.begin(snapshot, world).finish()
 
 
 def load(ours: Engine, commit: Commit) -> None:
