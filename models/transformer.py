@@ -315,8 +315,22 @@ class Transformer(nn.Module):
             wanted_b = rows_b if number == len(self.blocks) - 1 else None
             stream = Stream(x_td, layout)
             if number < self.checkpointed_blocks and torch.is_grad_enabled():
-                # Blocks draw no random numbers, so their state need not be restored for recomputing.
-                x_td = checkpoint(block, stream, memory, wanted_b, use_reentrant=False, preserve_rng_state=False)
+                x_td = _checkpointed(block, stream, memory, wanted_b)
             else:
                 x_td = block(stream, memory, wanted_b)
         return self.norm(x_td)
+
+
+def _checkpointed(block: nn.Module, stream: Stream, memory: Stream | None, rows_b: Tensor | None) -> Tensor:
+    """A block that keeps its inputs alone and is recomputed in the backward pass."""
+
+    def run(x_td: Tensor, memory_td: Tensor | None) -> Tensor:
+        other = None if memory is None or memory_td is None else Stream(memory_td, memory.layout)
+        result: Tensor = block(Stream(x_td, stream.layout), other, rows_b)
+        return result
+
+    # Autograd keeps tensors that are arguments themselves, so hooks on saved tensors see them. Blocks draw no random
+    # numbers, so the state of the generators need not be restored.
+    inputs = stream.x_td, memory and memory.x_td
+    kept: Tensor = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return kept
