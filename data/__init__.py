@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .ledger import LedgerEntry as LedgerEntry
     from .loading.loader import EvaluationSet as EvaluationSet
     from .loading.loader import Loader as Loader
+    from .loading.webdataset import as_webdataset as as_webdataset
     from .order import Order as Order
     from .order import stream as stream
     from .samples.clip_tokenizer import Tokenizer as Tokenizer
@@ -44,6 +45,7 @@ _MODULES = {
     "ledger": ("LedgerEntry",),
     "loading.loader": ("EvaluationSet", "Loader"),
     "order": ("Order", "stream"),
+    "loading.webdataset": ("as_webdataset",),
     "samples.clip_tokenizer": ("Tokenizer",),
     "samples.sample": ("Batch", "Sample"),
     "shards.record": ("Record",),

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +34,14 @@ def causal(query_thc: Tensor, key_thc: Tensor, value_thc: Tensor, starts: Tensor
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    # The window says causal: all keys to the left, none to the right.
-    mixed: Tensor = varlen_attn(query_thc, key_thc, value_thc, starts, starts, longest, longest, window_size=(-1, 0))  # type: ignore[assignment]
+    setting = _causal_setting(varlen_attn)
+    mixed: Any = varlen_attn(query_thc, key_thc, value_thc, starts, starts, longest, longest, **setting)
     return mixed
+
+
+def _causal_setting(attention: Callable[..., Any]) -> dict[str, Any]:
+    """What makes `varlen_attn` causal: a window, or before torch 2.11 a flag."""
+    return {"window_size": (-1, 0)} if "window_size" in signature(attention).parameters else {"is_causal": True}
 
 
 def refusal(heads: int, channels: int, device: torch.device, attend: Attend = causal) -> str | None:

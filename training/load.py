@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -31,15 +31,19 @@ from .starting.import_weights import checked_tokenizer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from .offloading import Memory
+
 
 class Loaded:
     """A model with what it needs to be used; its weights are fixed and in fp32."""
 
-    def __init__(self, model: Model, tokenizer: TextTokenizer, source: str) -> None:
+    def __init__(self, model: Model, tokenizer: TextTokenizer, source: str, elsewhere: object = None) -> None:
+        """`elsewhere` is what has to live as long as the model: the folder of blocks that lie on the disk."""
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         """`encode(text, context)` gives the ids of a text, `decode(ids)` readable text"""
         self.source = source
+        self._elsewhere = elsewhere
 
     @property
     def spec(self) -> ModelSpec:
@@ -62,7 +66,9 @@ class Loaded:
         return 0.0 if self.model.logit_bias is None else self.model.logit_bias.item()
 
     def to(self, device: torch.device | str) -> Loaded:
-        """Move it to a device; returns itself."""
+        """Move it to a device; returns itself. ValueError for one that lies in several places."""
+        if self._elsewhere is not None:
+            raise ValueError("a model loaded with device_map = 'auto' cannot be moved; load it for another device")
         self.model.to(device)
         return self
 
@@ -129,20 +135,47 @@ class Loaded:
         return images.to(self.device)
 
 
-def load(source: str | Path, device: torch.device | str = "cpu", tokenizer: str | None = None) -> Loaded:
+def load(
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    tokenizer: str | None = None,
+    *,
+    device_map: Literal["auto"] | None = None,
+    max_memory: Memory | None = None,
+    offload_folder: str | Path | None = None,
+) -> Loaded:
     """The model at `source`: a commit's URL or a run folder, a folder that `treering export` wrote, or `open_clip:...`
     as for `treering import`; of a run that keeps an average of its weights, the average.
 
-    `tokenizer` is a tokenizer.json for open_clip weights that do not use CLIP's. Raises StoreError, InterchangeError or
-    DataError where there is nothing to load, each saying what to give.
+    tokenizer: a tokenizer.json for open_clip weights that do not use CLIP's.
+    device_map: auto, for a model that may be larger than the device: blocks for which it has no room lie in the host's
+    memory, and those for which that has none on the disk, below `offload_folder`; they are fetched when they are used.
+    max_memory: with it, the most that the device and `cpu` may hold, as in {"cuda:0": "20GB", "cpu": "100GB"}; left
+    out, what is free.
+
+    Raises StoreError, InterchangeError or DataError where there is nothing to load, ValueError for a memory that cannot
+    be, each saying what to give.
     """
-    source = str(source)
+    if device_map not in (None, "auto") or (device_map is None and (max_memory or offload_folder)):
+        raise ValueError(f"device_map = {device_map!r} must be 'auto', or left out with max_memory and offload_folder")
+    spec, tensors, text, name = _read(str(source), tokenizer)
+    if device_map is None:
+        return Loaded(_filled(spec, tensors, device), text, name)
+    from .offloading import spread  # brings accelerate
+
+    folder = None if offload_folder is None else Path(offload_folder)
+    model, left = spread(spec, tensors, torch.device(device), max_memory, folder)
+    return Loaded(model, text, name, left)
+
+
+def _read(source: str, tokenizer: str | None) -> tuple[ModelSpec, dict[str, Tensor], TextTokenizer, str]:
+    """Spec, weights by name, tokenizer and full name of what lies at `source`."""
     folder = Path(source)
     if not source.startswith(PREFIX) and (folder / "open_clip_config.json").is_file():
         source = f"{PREFIX}local-dir:{source}"
     if source.startswith(PREFIX):
         weights = open_weights(source)
-        return Loaded(_filled(weights.spec, weights.tensors, device), checked_tokenizer(weights, tokenizer), source)
+        return weights.spec, weights.tensors, checked_tokenizer(weights, tokenizer), source
     if (folder / "spec.json").is_file() and (folder / "model.safetensors").is_file():
         from safetensors.torch import load_file
 
@@ -155,7 +188,7 @@ def load(source: str | Path, device: torch.device | str = "cpu", tokenizer: str 
         kind = "ema" if any(part.kind == "ema" for part in commit.manifest.parts) else "model"
         tensors = {path.partition("/")[2]: tensor for path, tensor in commit.tensors(kind).items()}
     name = tokenizer or recipe.get("data", {}).get("tokenizer", "clip")
-    return Loaded(_filled(spec, tensors, device), open_tokenizer(name), source)
+    return spec, tensors, open_tokenizer(name), source
 
 
 @torch.no_grad()

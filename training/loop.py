@@ -27,10 +27,12 @@ from .checkpoint.commits import Commits
 from .checkpoint.manifest import Commit
 from .checkpoint.store import Store
 from .device import describe
+from .engines.automatic_micro_batches import fewest_pieces
 from .engines.base import Engine, StepResult
 from .engines.build import build_engine
 from .engines.device_prefetch import Feed
 from .engines.layout import Layout
+from .engines.micro_batches import cut
 from .evaluate.suites import evaluate
 from .growth.grow import grow
 from .growth.plateau import Tally, slopes
@@ -141,6 +143,8 @@ class Run:
         self._bad: list[dict[str, Any]] = []
         self._preparing = 0.0
         self._changes: list[str] = []
+        self._pieces, self._settled = recipe.engine.pieces or 1, -1
+        """pieces of a batch, and the stage they were found for"""
         self._scored = -1
         """the step of the latest evaluation"""
         self._feed = Feed(world.device)
@@ -236,7 +240,9 @@ class Run:
     def _build(self, spec: ModelSpec) -> Engine:
         recipe = self.recipe
         objectives = build_objectives(recipe.objectives, spec, recipe.seed)
-        return build_engine(spec, objectives, recipe.engine, recipe.optimizer, self.world, recipe.seed)
+        engine = build_engine(spec, objectives, recipe.engine, recipe.optimizer, self.world, recipe.seed)
+        engine.take_pieces(self._pieces)
+        return engine
 
     def _loader(self) -> Loader:
         """The stream as the stage sees it; it knows which samples are bad already."""
@@ -275,7 +281,7 @@ class Run:
         if self.specs[stage] != self.engine.model.spec:
             self.watch.at("grow", self.state.step)
             with contextlib.closing(self.loader.batches(self.state.cursor)) as batches:
-                probe = replace(self._inputs(next(batches)), patches=None)
+                probe = replace(cut(self._inputs(next(batches)), self._pieces)[0], patches=None)
             recipe, how = self.plan, self.plan.stages[stage]
             fade = faded(recipe.stages, self.state.stage, self.state.samples, recipe.data.batch)
             learned = states(self.engine.objectives)
@@ -314,7 +320,33 @@ class Run:
                 begun = time.monotonic()
                 batch = next(batches)
                 self.meter.waited(time.monotonic() - begun)
+                self._settle_pieces(batch)
                 yield batch
+
+    def _settle_pieces(self, batch: Batch) -> None:
+        """For `engine.micro_batches: auto`, once a stage: as many pieces as the run found for it on as many devices of
+        this kind, else as it finds now, before the first step."""
+        stage = self.state.stage
+        if self.recipe.engine.pieces is not None or self._settled == stage:
+            return
+        self._settled, here = stage, {"stage": stage, "device": describe(self.world.device)}
+        found = [
+            event.detail["pieces"]
+            for event in self.state.lineage
+            if event.event == "micro_batches"
+            and event.world == self.world.size
+            and here.items() <= event.detail.items()
+        ]
+        if not found:
+            self.watch.at("micro_batches", self.state.step)
+            begun = time.monotonic()
+            found = [fewest_pieces(self.engine, self._inputs(batch), self._seen()[1])]
+            detail = {**here, "pieces": found[-1], "pairs": -(-len(batch.lengths) // found[-1])}
+            self._remember("micro_batches", detail)
+            self.display.event("micro_batches", self.state, **detail, seconds=time.monotonic() - begun)
+            self.meter.pause(time.monotonic() - begun)
+        self._pieces = found[-1]
+        self.engine.take_pieces(self._pieces)
 
     def _inputs(self, batch: Batch) -> Inputs:
         pairs = len(batch.lengths)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import count
 from math import ceil, floor, sqrt
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,7 @@ _MOST_SPARES = 1000
 _AT_ONCE = 16  # samples that are read before their pictures are decoded
 _MOST_DRAWS = 48  # for one sample: its caption's tag and its caption, ten tries at a crop, a flip
 Drawn = tuple[Sample, list[LedgerEntry]]
+T = TypeVar("T")
 
 
 class Loader:
@@ -151,6 +152,12 @@ class Loader:
         """The keys of the whole global batch `step`; nothing is read. A bad sample is named, not its spare."""
         return [self.sources[place.source].key(place.number) for place in self.order.places(step)]
 
+    def records(self, step: int) -> list[tuple[Record, str, list[LedgerEntry]]]:
+        """This rank's part of global batch `step` as it lies in the shards: of each sample the raw members, the caption
+        drawn, and the bad samples it stands in for. Pictures are decoded once, to see that they can be: the samples are
+        those of `batches`. Raises DataError as `batches` does."""
+        return self._items.records(self.order.places(step, self.rank, self.world))
+
     def coverage(self, step: int) -> dict[str, float]:
         """How often each source has been read through before global batch `step`, by its name: below 1 it is the share
         of its samples that were seen, all of them different; from 1 on each was seen at least once."""
@@ -209,14 +216,34 @@ class _Items:
         """All is read before the first picture is decoded: each runs faster, for the processor's caches, by itself."""
         chances = rows(self.order.seed, "sample", places.position, _MOST_DRAWS)
         begun = [self._read(place, place.number, chance, note) for place, chance in zip(places, chances, strict=True)]
-        return [self._drawn(*each, note) for each in zip(places, chances, begun, strict=True)]
+        return [self._drawn(*each, note, self._decoded) for each in zip(places, chances, begun, strict=True)]
 
-    def _drawn(self, place: Place, chance: list[float], read: _Undecoded | BadSample, note: Note) -> Drawn:
+    def records(self, places: Places) -> list[tuple[Record, str, list[LedgerEntry]]]:
+        """What `Loader.records` gives."""
+        chances, note, found = rows(self.order.seed, "sample", places.position, _MOST_DRAWS), Note(), []
+        for place, chance in zip(places, chances, strict=True):
+            read = self._read(place, place.number, chance, note)
+            (record, caption), bad = self._drawn(place, chance, read, note, self._checked)
+            found.append((record, caption, bad))
+        return found
+
+    def _drawn(
+        self,
+        place: Place,
+        chance: list[float],
+        read: _Undecoded | BadSample,
+        note: Note,
+        finish: Callable[[_Undecoded, Place], T],
+    ) -> tuple[T, list[LedgerEntry]]:
+        """What `finish` makes of the sample at a place, or of the first of its spares that can be used."""
         source, number = self.sources[place.source], place.number
         bad: list[LedgerEntry] = []
         for attempt in range(_MOST_SPARES):
             try:
-                return self._decoded(read, place, number, note), bad
+                if isinstance(read, BadSample):
+                    raise read
+                note.write(place.position, place.source, number)
+                return finish(read, place), bad
             except BadSample as error:
                 bad.append(_entry(source, number, error, place.position))
             spare = self.order.spare(place, attempt)
@@ -243,10 +270,13 @@ class _Items:
         tokens, cut = fitted(self.tokenizer, caption, self.context)
         return _Undecoded(record, texts, caption, tokens, cut, vectors, random)
 
-    def _decoded(self, read: _Undecoded | BadSample, place: Place, number: int, note: Note) -> Sample:
-        if isinstance(read, BadSample):
-            raise read
-        note.write(place.position, place.source, number)
+    def _checked(self, read: _Undecoded, place: Place) -> tuple[Record, str]:
+        """The raw members and the caption of a sample that `_decoded` can use. Raises BadSample as that does."""
+        height, width = picture(read.record.fields, read.record.kinds, self.least).shape[:2]
+        self._boxes(place.source, read, Crop(0, 0, height, width, False), height, width)
+        return read.record, read.caption
+
+    def _decoded(self, read: _Undecoded, place: Place) -> Sample:
         record, texts = read.record, read.texts
         whole = picture(record.fields, record.kinds, self.least)
         height, width = whole.shape[:2]

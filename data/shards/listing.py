@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import re
-from itertools import product
+from math import prod
+
+from braceexpand import braceexpand
 
 from ..errors import DataError, shown
 from ..storage.files import Reader, ShardInfo, changed, find_all, read_range, shown_url
@@ -26,6 +28,8 @@ from .table_file import DamagedTable, Table, write_whole
 from .tar_reader import DamagedShard, tar_members
 
 _MOST_SHARDS = 10_000_000
+_NUMBER = r"(-?\d{1,4300})"  # Python reads no longer ones
+_RANGE = re.compile(rf"{_NUMBER}\.\.{_NUMBER}(?:\.\.-?(\d{{1,4300}}))?")
 
 
 def expand(url: str) -> list[ShardInfo]:
@@ -38,29 +42,45 @@ def expand(url: str) -> list[ShardInfo]:
 
 
 def expand_braces(url: str) -> list[str]:
-    """`a{08..10}b{x,y}` -> a08bx, a08by, a09bx, ...; a range keeps the width of its first number."""
-    parts = re.split(r"\{([^{}]*)\}", url)
-    choices: list[list[str] | range] = []
-    widths = []
-    for i, part in enumerate(parts):
-        numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", part) if i % 2 else None
-        widths.append(len(numbers[1]) if numbers else 0)
-        if numbers:
-            first, last = numbers.groups()
-            if int(first) > int(last):
-                raise DataError(f"{shown_url(url)}: the range {{{part}}} runs backwards; write {{{last}..{first}}}")
-            choices.append(range(int(first), int(last) + 1))
-        else:
-            choices.append(part.split(",") if i % 2 else [part])
-    count = 1
-    for choice in choices:
-        count *= len(choice)
+    """`a{08..10}b{x,y}` -> a08bx, a08by, a09bx, ...: braces as in bash and WebDataset, nested ones and steps included.
+
+    Raises DataError for a range that runs backwards, braces that do not match, and more names than anyone has shards.
+    """
+    for braces in re.findall(r"\{([^{}]*)\}", url):
+        numbers = _RANGE.fullmatch(braces)
+        if numbers and int(numbers[1]) > int(numbers[2]):
+            right = f"{{{numbers[2]}..{numbers[1]}}}"
+            raise DataError(f"{shown_url(url)}: the range {{{braces}}} runs backwards; write {right}")
+    count = _names(url)
     if count > _MOST_SHARDS:
         raise DataError(f"{shown_url(url)} names {count:,} shards; {_MOST_SHARDS:,} are the most, check the ranges")
-    return [
-        "".join(f"{each:0{width}}" if width else str(each) for each, width in zip(combination, widths, strict=True))
-        for combination in product(*choices)
-    ]
+    try:
+        return list(braceexpand(url, escape=False))
+    except ValueError:  # UnbalancedBracesError, or a number that Python does not read
+        raise DataError(
+            f"{shown_url(url)}: the braces do not match; write a range as {{000..012}}, a list as {{a,b}}"
+        ) from None
+
+
+def _names(url: str) -> int:
+    """How many names a URL with braces stands for, counted before any is written down: from the innermost braces out,
+    each replaced by its count."""
+
+    def product(text: str) -> int:
+        return prod(int(count) for count in re.findall("\0([0-9]+)\0", text))
+
+    def counted(braces: re.Match[str]) -> str:
+        numbers = _RANGE.fullmatch(braces[1])
+        if numbers:
+            count = (int(numbers[2]) - int(numbers[1])) // (int(numbers[3] or 1) or 1) + 1
+        else:
+            count = sum(product(each) for each in braces[1].split(","))
+        return f"\0{count}\0"
+
+    left, found = url.replace("\0", ""), 1
+    while found:
+        left, found = re.subn(r"\{([^{}]*)\}", counted, left)
+    return product(left)
 
 
 def index_shard(shard: ShardInfo, read: Reader = read_range) -> ShardIndex:

@@ -1,57 +1,56 @@
 """Writing tar files whose bytes depend on the samples alone: no clock, no user, members sorted by kind.
 
-The headers are those of webdataset's TarWriter; `tarfile` alone writes them, which spares every packing process the
-seconds of importing webdataset, and their sizes are known before anything is written (`member_size`).
+webdataset's TarWriter writes them; this adds what packing needs beside it: sizes that are known before anything is
+written (`member_size`). webdataset imports torch, which takes a second, so it is imported at first use;
+`import_writer` does that ahead of a fork.
 """
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import BinaryIO
 
 BLOCK = 512
 RECORD = tarfile.RECORDSIZE
 
 
+def import_writer() -> ModuleType:
+    """webdataset. A process that forks others which write calls this first, so that the import is paid once."""
+    return import_module("webdataset")
+
+
 class TarWriter:
-    """Writes samples to an open file; a context manager, which ends the archive unless an error passes through it."""
+    """Writes samples to an open file; a context manager, which ends the archive."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)
+        self._writer = import_writer().TarWriter(file, encoder=False, keep_meta=True, mtime=0)
 
     def __enter__(self) -> TarWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self._tar.close()
+        self._writer.close()
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Writes the members of one sample, by kind."""
-        for kind, data in sorted(members.items()):
-            self._tar.addfile(_header(f"{key}.{kind}", len(data)), io.BytesIO(data))
+        """Writes the members of one sample, by kind. Kinds must not begin with two underscores."""
+        self._writer.write({"__key__": key, **members})
 
 
 def member_size(name: str, size: int) -> int:
     """Bytes that a member of `size` bytes takes in the archive, headers and padding included."""
+    header = tarfile.TarInfo(name)
+    header.size = size
     plain = len(name) <= 100 and name.isascii()
-    header = BLOCK if plain else len(_header(name, size).tobuf(tarfile.PAX_FORMAT))
-    return header + -(-size // BLOCK) * BLOCK
+    return (BLOCK if plain else len(header.tobuf(tarfile.PAX_FORMAT))) + -(-size // BLOCK) * BLOCK
 
 
 def archive_size(members: int) -> int:
     """Bytes of an archive whose members take `members` bytes."""
     return -(-(members + 2 * BLOCK) // RECORD) * RECORD
-
-
-def _header(name: str, size: int) -> tarfile.TarInfo:
-    header = tarfile.TarInfo(name)
-    header.size, header.mtime, header.mode, header.uname, header.gname = size, 0, 0o444, "bigdata", "bigdata"
-    return header
 
 
 def write_shards(

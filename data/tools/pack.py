@@ -30,7 +30,7 @@ from ..ledger import LedgerEntry
 from ..order import permuted, stable_hash
 from ..shards.parallel import Told, silent, sweep
 from ..shards.source import check_sizes
-from ..shards.tar_writer import TarWriter, archive_size, member_size
+from ..shards.tar_writer import TarWriter, archive_size, import_writer, member_size
 from ..storage.files import shown_url
 from ..storage.output import Target
 from ..units import size_in_bytes
@@ -102,6 +102,7 @@ def pack(
     numbers = range(first, len(plan.ends), parts)
     there = target.sizes()
     work = partial(_write, plan, target, there, skip_bad, json.dumps(description) + "\n")
+    import_writer()
     try:
         done = list(sweep(work, numbers, workers, told))
     except OSError as error:

@@ -18,6 +18,7 @@ from ...models.activations import peak as peak_bytes
 from ...models.flops import parameters, training_flops
 from ...models.parts import BatchShape
 from ...models.spec import ModelSpec
+from ...training.device import DEVICES
 from ...training.engines import activation_checkpointing
 from ...training.objectives.terms import build_objectives
 from ...training.recipe import Recipe
@@ -25,23 +26,6 @@ from ..errors import RecipeError, show
 
 SAMPLES = 2048
 """read to learn what captions and pictures are like"""
-
-
-@dataclass(frozen=True)
-class Device:
-    """One accelerator: dense bf16 peak in FLOP/s and memory in bytes, from its maker's data sheet."""
-
-    peak: float
-    memory: float
-
-
-DEVICES = {
-    "a100": Device(312e12, 80e9),
-    "b200": Device(2250e12, 180e9),
-    "h100": Device(989e12, 80e9),
-    "h200": Device(989e12, 141e9),
-    "l40s": Device(362e12, 48e9),
-}
 
 
 @dataclass(frozen=True)
@@ -132,7 +116,7 @@ def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: 
 def _fullest(recipe: Recipe, world: int, lengths: list[int], patches: int, device: str) -> BatchShape:
     """The most that goes through the model at once: of the pieces that captions of these lengths fall into."""
     half = recipe.engine.precision == "bf16"
-    pairs = max(1, recipe.data.batch // (world * recipe.engine.micro_batches))
+    pairs = max(1, recipe.data.batch // (world * (recipe.engine.pieces or 1)))
     pieces = [lengths[at : at + pairs] for at in range(0, len(lengths), pairs)]
     each = pairs / max(map(len, pieces))  # where fewer were read than a piece has
     tokens = max(map(sum, pieces)) * each

@@ -41,7 +41,7 @@ from treering.models.interchange.weights import to_open_clip
 from treering.models.model import Model
 from treering.models.spec import ModelSpec
 from treering.tests.benchmarks.losses import MIB, peak_of
-from treering.tests.open_clip_import import let_open_clip_import
+from treering.tests.support.open_clip_import import let_open_clip_import
 from treering.training.device import describe, peak_flops
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.ddp import DdpEngine

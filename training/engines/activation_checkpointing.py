@@ -17,15 +17,17 @@ from ...models.output import Extras
 from ...models.parts import BatchShape
 from ...models.parts import parts as model_parts
 from ...models.spec import ModelSpec
+from ..checkpoint.writer import PART_BYTES
 from ..device import memory, process_memory
 from ..objectives.base import Inputs
+from ..objectives.caption import CHUNK_LOGITS
+from ..objectives.scores import TILE_BYTES
 from ..world import World
 from .optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
     from .config import EngineConfig
 
-LOGITS_BYTES, TILE_BYTES, PART_BYTES = 32 << 20, 4 << 20, 256 << 20
 CUDA_BYTES = 1 << 30
 """context, kernels and communication buffers of a GPU process"""
 USABLE = 0.92
@@ -41,7 +43,7 @@ def parts(
     state = commit_bytes(spec, optimizer) - (0 if engine.keeps_masters else 4 * count)
     copies = 2 * count if engine.precision == "bf16" and engine.casts_copies else 0
     if spec.captioner:
-        caption = spec.text.vocabulary * spec.text.width * 8 + 2 * LOGITS_BYTES
+        caption = spec.text.vocabulary * spec.text.width * 8 + 2 * 4 * CHUNK_LOGITS
     inputs = sum(part.input_bytes for part in model_parts(spec))
     return {
         "weights": 4 * count / shards.weights + copies,
@@ -81,6 +83,8 @@ class Recomputing:
         self._model, self._config, self._optimizer, self._world, self._padded = model, config, optimizer, world, padded
         self._room: float | None = None
         self._said = False
+        self.pieces = config.pieces or 1
+        """in which a batch comes"""
         self.checkpointed: dict[str, int] = {}
         """of the latest forward pass: blocks that are recomputed in the backward pass, by part of the model"""
         self.bytes = 0.0
@@ -127,7 +131,7 @@ class Recomputing:
         """What the device has for activations; said once, as it is what all batches have to do with."""
         if self._room is None:
             device, world = self._world.device, self._world.size
-            others = parts(self._model.spec, self._config, self._optimizer, world, pairs * self._config.micro_batches)
+            others = parts(self._model.spec, self._config, self._optimizer, world, pairs * self.pieces)
             on_cpu = device.type == "cpu"
             has = memory(device) / (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_cpu else 1)
             self._room = USABLE * has - sum(others.values()) - (process_memory() if on_cpu else CUDA_BYTES)

@@ -89,6 +89,7 @@ class Engine(ABC):
         self.world = self.copies = world
         self.objectives = objectives
         self.config, self.optimizer_config = config, optimizer
+        self.pieces = config.pieces or 1
         self._build(spec, seed)
 
     @abstractmethod
@@ -107,9 +108,8 @@ class Engine(ABC):
 
         A gradient that is not finite leaves weights and moments as they are; `skipped` counts it.
         """
-        pieces = self.config.micro_batches
-        if pieces > 1:
-            shares = micro_batches.backward(self._output, self.objectives, inputs, pieces, self.world, self._hold)
+        if self.pieces > 1:
+            shares = micro_batches.backward(self._output, self.objectives, inputs, self.pieces, self.world, self._hold)
         else:
             shares = self._forward(inputs)
             loss = torch.stack([o.weight * shares[o.name] for o in self.objectives]).sum()
@@ -117,6 +117,10 @@ class Engine(ABC):
             self._backward(loss * self.world.size)
         norm = self._update(lr, fade)
         return StepResult({name: share.detach() for name, share in shares.items()}, norm)
+
+    def take_pieces(self, pieces: int) -> None:
+        """Run batches through the model in `pieces` pieces from now on."""
+        self.pieces = self.recomputing.pieces = pieces
 
     _forward: nn.Module
     """what wraps `Forward`"""

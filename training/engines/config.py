@@ -64,6 +64,11 @@ class _Engine(BaseModel, frozen=True, extra="forbid", strict=True):
         return size_in_bytes(self.activation_budget) if isinstance(self.activation_budget, str) else None
 
     @property
+    def pieces(self) -> int | None:
+        """Pieces in which a process runs its part of a batch through the model; None: as few as fit, to be found."""
+        return 1
+
+    @property
     def steps_on_host(self) -> bool:
         """Whether the optimizer's state lies in host memory."""
         return False
@@ -96,6 +101,10 @@ class _TorchEngine(_Engine, frozen=True, extra="forbid", strict=True):
         "growth take minutes",
     )
 
+    @property
+    def pieces(self) -> int | None:
+        return self.micro_batches
+
 
 class DdpConfig(_TorchEngine, frozen=True, extra="forbid", strict=True):
     """torch's DistributedDataParallel: every process holds the whole training state."""
@@ -103,6 +112,16 @@ class DdpConfig(_TorchEngine, frozen=True, extra="forbid", strict=True):
     measures_objectives: ClassVar[bool] = True
 
     kind: Literal["ddp"] = Field("ddp", description="which engine: ddp (default), fsdp or deepspeed")
+    micro_batches: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(  # type: ignore[assignment]
+        1,
+        description="pieces in which a process runs its part of a batch through the model: more than one needs less "
+        "memory and a second forward pass, and gives the same gradient; auto: as few as fit the device, found before "
+        "the first step of each stage",
+    )
+
+    @property
+    def pieces(self) -> int | None:
+        return None if self.micro_batches == "auto" else self.micro_batches
 
 
 class FsdpConfig(_TorchEngine, frozen=True, extra="forbid", strict=True):
@@ -121,6 +140,17 @@ class FsdpConfig(_TorchEngine, frozen=True, extra="forbid", strict=True):
         "form a group; default: all processes",
     )
 
+    @field_validator("micro_batches", mode="before")
+    @classmethod
+    def _are_given(cls, value: Any) -> Any:
+        if value == "auto":
+            raise ValueError(
+                "engine.micro_batches = auto is for engine.kind = ddp, where a process can try alone: fsdp gathers "
+                "weights from the others; give a number (`treering plan` counts the memory), or set "
+                "engine.activation_budget: auto"
+            )
+        return value
+
     def shards(self, world: int) -> Shards:
         group = min(self.shard_group or world, world)
         return Shards(group, group, group)
@@ -137,9 +167,8 @@ class FsdpConfig(_TorchEngine, frozen=True, extra="forbid", strict=True):
 class DeepSpeedConfig(_Engine, frozen=True, extra="forbid", strict=True):
     """DeepSpeed's ZeRO, stages 1 to 3."""
 
-    # It takes one loss a step, not the gradient at the outputs of each piece, and its hooks inside of blocks break
-    # compiled ones up.
-    micro_batches: ClassVar[int] = 1
+    # It takes one loss a step, not the gradient at the outputs of each piece (so there are no micro-batches), and its
+    # hooks inside of blocks break compiled ones up.
     compile: ClassVar[bool] = False
     # A rank holds a run of elements that may begin in the middle of a matrix.
     takes_muon: ClassVar[bool] = False

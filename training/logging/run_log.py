@@ -79,6 +79,8 @@ class Display:
         elif event == "search":
             chosen = ", ".join(f"{path} {size}" for path, size in row["chosen"].items()) or "no growth"
             self.progress.note(f"tried {len(row['candidates'])} candidates for {row['flops']:.1e} FLOPs: {chosen}")
+        elif event == "micro_batches":
+            self.progress.note(f"micro-batches: {row['pieces']} of {row['pairs']} pairs fit the memory")
         elif event == "plateau":
             said = "the stage ends" if row["ended"] else "the stage goes on"
             self.progress.note(f"loss per FLOP falls by {row['slope']:.1e}, expected {row['expected']:.1e}: {said}")

@@ -130,7 +130,7 @@ def _flips(run: Run) -> View | None:
 
 def lineage(run: Run) -> list[View]:
     """Every start, resume, growth, change of world, commit and end, oldest first; long rows of commits are folded."""
-    lines = run.events("start", "resume", "rollback", "plateau", "search", "grow", "commit", "end")
+    lines = run.events("start", "resume", "rollback", "plateau", "search", "grow", "micro_batches", "commit", "end")
     known = {(line["event"], line.get("step")) for line in lines}
     older = [
         e
@@ -250,6 +250,8 @@ def _lineage_text(line: Line) -> str:
             f"slope {readable.general(line.get('slope'))} per FLOP, expected {readable.general(line.get('expected'))}"
         )
         return f"{slopes}: the stage {'goes on' if line.get('ended') is False else 'ends'}"
+    if event == "micro_batches":
+        return f"{readable.exact(line.get('pieces'))} of {readable.exact(line.get('pairs'))} pairs fit the memory"
     if event == "search":
         return _search_text(line)
     if event == "commit":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from treering.data import open_source
 from treering.data.errors import DataError
+from treering.data.shards import listing
 from treering.data.shards.listing import expand, expand_braces, index_shard, split_name
 from treering.data.storage.files import find, shown_url
 
@@ -223,8 +226,30 @@ def test_braces() -> None:
     assert expand_braces("a{08..11}.tar") == ["a08.tar", "a09.tar", "a10.tar", "a11.tar"]
     assert expand_braces("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
     assert expand_braces("plain") == ["plain"]
+    assert expand_braces("back\\slash") == ["back\\slash"]
     with pytest.raises(DataError, match=r"runs backwards; write \{1\.\.3\}"):
         expand_braces("{3..1}.tar")
+    for url in ("a{b.tar", "a{1..2}}.tar", "a}b{1..2}", f"{{1..{'9' * 5000}}}"):
+        with pytest.raises(DataError, match="the braces do not match"):
+            expand_braces(url)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is the truth")
+@pytest.mark.parametrize(
+    "url",
+    ["x{8..11}", "{00..101}y", "{1..9..2}", "{a..d}{0..1}", "{p{1..3},q,{r,s}{0..2}}.tar", "{a,}b", "{one}", "{-1..2}"],
+)
+def test_braces_are_those_of_bash_and_counted_beforehand(url: str) -> None:
+    said = subprocess.run(["bash", "-c", f"printf '%s\\n' {url}"], capture_output=True, text=True, check=True)
+    assert expand_braces(url) == said.stdout.split("\n")[:-1]
+    if url != "{a..d}{0..1}":  # a range of letters counts as one name, so as at most 52 too few
+        assert listing._names(url) == len(expand_braces(url))
+
+
+@pytest.mark.parametrize("url", ["{0..99999999999999}", "{a,b{0..99999999}}", "{0..1}" * 24, "{0..8{0..99999999}}"])
+def test_no_more_names_than_anyone_has_shards(url: str) -> None:
+    with pytest.raises(DataError, match=r"names [0-9,]+ shards; 10,000,000 are the most"):
+        expand_braces(url)
 
 
 def test_shards_are_sorted_and_named_once(tmp_path: Path, write_tar: WriteTar) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from treering.launch.commands.plan import DEVICES, plan
 from treering.launch.recipe.load import read_recipe
 from treering.models.flops import parameters
+from treering.models.model import empty
 from treering.training.engines import activation_checkpointing
 
 SMALL = ["data.batch=32", "stages=[{samples: 96}, {grow: {image.depth: 6}, samples: 96}]", "schedule.warmup=32"]
@@ -118,3 +120,22 @@ def test_what_does_not_fit_is_told(refused: Callable[..., str]) -> None:
     assert any("a device needs about" in said for said in found["warnings"])
     assert "is not known; known are cpu, a100" in refused("plan", "emoji", "--device", "abacus")
     assert "cannot share data.batch = 128" in refused("plan", "emoji", "--nodes", "3")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_gradients_and_moments_are_those_of_accelerates_estimate(open_clip: ModuleType, precision: str) -> None:
+    """`accelerate estimate-memory` counts them from a model without memory, its own way."""
+    from accelerate.commands.estimate import estimate_training_usage
+    from accelerate.utils import calculate_maximum_sizes
+
+    recipe = read_recipe("photos", [f"engine={{precision: {precision}}}"]).recipe
+    spec = recipe.specs()[0]
+    model = empty(spec)
+    total, _ = calculate_maximum_sizes(model)
+    total -= sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    theirs = estimate_training_usage(int(total), {"fp32": "float32", "bf16": "bfloat16"}[precision])
+    ours = activation_checkpointing.parts(spec, recipe.engine, recipe.optimizer, 1, 1)
+    assert ours["optimizer"] == theirs["optimizer"]
+    # In bf16 they count autocast's copies with the gradients, and we with the weights.
+    assert ours["weights"] + ours["gradients"] == theirs["model"] + theirs["gradients"]
+    assert (ours["weights"] == theirs["model"]) is (precision == "fp32")

@@ -10,7 +10,7 @@ import pytest
 from treering.launch.jobs.cluster_config import Site
 from treering.launch.jobs.submit import Wish, render
 from treering.launch.recipe.load import read_recipe
-from treering.tests.tiny_runs import SIZES
+from treering.tests.support.tiny_runs import SIZES
 from treering.training.health.signals import NOTICE, short_notice
 from treering.training.loop import train
 

@@ -93,8 +93,8 @@ def test_a_run_goes_on_under_another_engine(
         assert summary.finished
         return summary.scores
 
-    on_ranks(2, dies, limit=120)
-    scores = on_ranks(3, goes_on, limit=120)
+    on_ranks(2, dies)
+    scores = on_ranks(3, goes_on)
     assert all(found.keys() == scores[0].keys() and found == scores[0] for found in scores)
     steps, expected = lines(tmp_path, "step"), lines(whole, "step")
     assert [row["step"] for row in steps] == list(range(1, 10))

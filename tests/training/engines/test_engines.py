@@ -131,7 +131,7 @@ def test_the_parts_of_open_clips_coca(kind: str, on_ranks: Callable[..., list[An
         return found
 
     expected = train(build_engine(theirs, objectives(True), DdpConfig(), OPTIMIZER, ALONE, 1), range(10))
-    for found in on_ranks(2, one_rank, limit=120):
+    for found in on_ranks(2, one_rank):
         for (loss, norm), (true_loss, true_norm) in zip(found, expected, strict=True):
             assert loss == pytest.approx(true_loss, abs=1e-5)
             assert norm == pytest.approx(true_norm, rel=1e-3)
@@ -160,7 +160,7 @@ def test_bf16_multiplies_alone(kind: str, ranks: int, on_ranks: Callable[..., li
 
     unclipped = OptimizerConfig(clip=1e9)
     expected = train(build_engine(spec(True), objectives(True), DdpConfig(), unclipped, ALONE, 1), range(10))
-    for losses, first, types in on_ranks(ranks, one_rank, limit=120):
+    for losses, first, types in on_ranks(ranks, one_rank):
         assert types == {"torch.float32"}
         apart = [abs(loss - true_loss) / true_loss for (loss, _), (true_loss, _) in zip(losses, expected, strict=True)]
         assert 1e-6 < max(apart) < 1e-2
@@ -291,7 +291,7 @@ def test_a_resume_where_nothing_changed_is_bit_identical(
         return losses, end
 
     initial = {path: t.clone() for path, t in engine(DdpConfig(), ALONE).logical_state().items()}
-    first, second = on_ranks(ranks, straight, limit=250), on_ranks(ranks, resumed, limit=100)
+    first, second = on_ranks(ranks, straight, limit=250), on_ranks(ranks, resumed)
     for (losses, state), (again, same) in zip(first, second, strict=True):
         assert losses == again
         assert state.keys() == same.keys()

@@ -18,7 +18,7 @@ from treering.models.growth.operator import grown
 from treering.models.growth.plan import plan_growth
 from treering.models.model import Model, build
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
-from treering.tests.tiny_runs import SIZES, same_end, train_until
+from treering.tests.support.tiny_runs import SIZES, same_end, train_until
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.engines import muon
@@ -225,7 +225,7 @@ def test_engines_step_alike(config: EngineConfig, ranks: int, on_ranks: Callable
         return found
 
     norms, state = stepped(ALONE)
-    for found, theirs in on_ranks(ranks, stepped, limit=120):
+    for found, theirs in on_ranks(ranks, stepped):
         assert found == pytest.approx(norms, rel=1e-3)
         assert theirs.keys() == state.keys()
         for path in (path for path in state if not path.endswith("key.bias")):
@@ -361,9 +361,9 @@ def test_rows_on_two_ranks_resume_across_growth_to_the_bit(
     whole: Path, tmp_path: Path, on_ranks: Callable[..., list[Any]]
 ) -> None:
     sharded = recipe(WHOLE, "engine.kind=fsdp")
-    on_ranks(2, lambda group: train_until(4, sharded, tmp_path / "resumed"), limit=120)
+    on_ranks(2, lambda group: train_until(4, sharded, tmp_path / "resumed"))
     for name in ("straight", "resumed"):
-        assert all(on_ranks(2, lambda group, name=name: train(sharded, tmp_path / name).finished, limit=120))
+        assert all(on_ranks(2, lambda group, name=name: train(sharded, tmp_path / name).finished))
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
     same_end(tmp_path / "resumed", tmp_path / "straight")
     for ours, theirs in zip(losses(tmp_path / "straight"), losses(whole), strict=True):

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.spec import SpecError
-from treering.tests.tiny_runs import SIZES, dies, lines
+from treering.tests.support.tiny_runs import SIZES, dies, lines
 from treering.training.checkpoint.commits import find_commit
 from treering.training.engines.optimizer import Optimizer
 from treering.training.growth.grow import planned
@@ -154,7 +154,7 @@ def test_a_run_gets_experts_and_balances_them_in_any_world(tmp_path: Path, on_ra
     def one_rank(group: World) -> bool:
         return train(balanced, tmp_path / "two").finished
 
-    assert on_ranks(2, one_rank, limit=120) == [True, True]
+    assert on_ranks(2, one_rank) == [True, True]
     for ours, theirs in zip(losses(tmp_path / "two"), losses(tmp_path), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert all(grown["logit_difference"] < 1e-5 for grown in lines(tmp_path, "grow"))

@@ -22,7 +22,7 @@ from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import parameters
 from treering.models.model import Model, build
 from treering.models.spec import SpecError
-from treering.tests.tiny_runs import SIZES, lines, same_end, train_until
+from treering.tests.support.tiny_runs import SIZES, lines, same_end, train_until
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store
 from treering.training.evaluate.config import EvalConfig
@@ -153,8 +153,8 @@ def test_a_resume_across_the_new_tower_is_bit_identical(step: int, shard: str, w
 def test_two_ranks(engine: str, shard: str, whole: Path, tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
     """The losses of the whole run, killed on the way in the first step of the new tower."""
     of = recipe(shard, f"engine={engine}", "data.workers=1")
-    on_ranks(2, lambda group: train_until(3, of, tmp_path), limit=200)
-    assert all(on_ranks(2, lambda group: train(of, tmp_path).finished, limit=200))
+    on_ranks(2, lambda group: train_until(3, of, tmp_path))
+    assert all(on_ranks(2, lambda group: train(of, tmp_path).finished))
     for row, true in zip(steps(tmp_path), steps(whole), strict=True):
         assert row["loss"] == pytest.approx(true["loss"], abs=1e-5)
         assert row["losses"] == pytest.approx(true["losses"], abs=1e-5)

@@ -14,7 +14,7 @@ import torch
 
 from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import training_flops
-from treering.tests.tiny_runs import SIZES, Died, lines
+from treering.tests.support.tiny_runs import SIZES, Died, lines
 from treering.training import loop
 from treering.training.checkpoint.commits import find_commit
 from treering.training.growth import search
@@ -170,7 +170,7 @@ def test_engines_choose_alike(engine: str, whole: Path, tmp_path: Path, on_ranks
     def one_rank(group: World) -> bool:
         return train(recipe(f"engine={engine}"), tmp_path).finished
 
-    assert on_ranks(2, one_rank, limit=200) == [True] * 2
+    assert on_ranks(2, one_rank) == [True] * 2
     ours, theirs = searched(tmp_path), searched(whole)
     assert ours["chosen"] == theirs["chosen"]
     for mine, other in zip(ours["candidates"], theirs["candidates"], strict=True):

@@ -1,11 +1,11 @@
-"""What every registered objective promises, checked for each automatically, the one of docs/objectives.md too."""
+"""What every registered objective promises, checked for each automatically, the one of docs/examples too."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,16 @@ VARIANTS = {
 
 
 def load_the_example() -> None:
-    """Run the code of the docs, once a process."""
+    """Import the objective of the docs, once a process."""
     if "centred" in registry._registry:
         return
-    text = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
-    module = types.ModuleType("objective_of_the_docs")
+    path = Path(__file__).parents[3] / "docs" / "examples" / "own_objective.py"
+    spec = importlib.util.spec_from_file_location("own_objective", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module
-    exec(text.split("```python\n")[1].split("```")[0], module.__dict__)
+    spec.loader.exec_module(module)
 
 
 load_the_example()

@@ -16,7 +16,7 @@ from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
 from treering.models.model import build
 from treering.models.towers import TextTower
-from treering.tests.tiny_runs import SIZES, lines, same_end, train_until
+from treering.tests.support.tiny_runs import SIZES, lines, same_end, train_until
 from treering.training.checkpoint.commits import find_commit
 from treering.training.loop import train
 from treering.training.recipe import Recipe
