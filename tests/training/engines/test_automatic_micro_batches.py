@@ -16,7 +16,7 @@ from torch import Tensor
 
 from treering.launch.errors import RecipeError
 from treering.launch.recipe.load import read_recipe
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.models.towers import ImageTower
 from treering.tests.tiny_runs import SIZES, lines, train_until
 from treering.training import loop
@@ -39,7 +39,7 @@ SPEC = ModelSpec(
     embed_dim=10,
     image=ImageSpec(width=14, depth=2, heads=2, patch=4, resolution=8),
     text=TextSpec(width=18, depth=2, heads=3, context=9).model_copy(update={"vocabulary": 101}),
-    caption=CaptionSpec(depth=1),
+    captioner=CaptionerSpec(depth=1),
 )
 
 
