@@ -169,13 +169,13 @@ def test_experts_at_once_are_experts_one_by_one(kind: Any, active: int) -> None:
 
 def test_the_kernel_for_experts_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = TowerSpec(width=32, depth=1, heads=2, experts=4)
-    mlp.tried.cache_clear()
-    assert mlp.tried(spec, torch.device("cpu")) is None
+    mlp.grouped_refusal.cache_clear()
+    assert mlp.grouped_refusal(spec, torch.device("cpu")) is None
     real = F.grouped_mm
     monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: real(x, w, offs=offs.flip(0).sort().values - 1))
-    mlp.tried.cache_clear()
-    assert mlp.tried(spec, torch.device("cpu")) is not None
-    mlp.tried.cache_clear()
+    mlp.grouped_refusal.cache_clear()
+    assert mlp.grouped_refusal(spec, torch.device("cpu")) is not None
+    mlp.grouped_refusal.cache_clear()
 
 
 # Attention without padding
