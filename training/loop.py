@@ -71,12 +71,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class Beginning:
-    """How a life came about, for the records."""
+    """How an attempt came about, for the records."""
 
     imports: float = 0.0
     """seconds spent before the run"""
     before: str | None = None
-    """how the life before this one ended"""
+    """how the attempt before this one ended"""
     back: RolledBack | None = None
     """where this one had to go back"""
 
@@ -86,7 +86,7 @@ def train(
 ) -> Summary:
     """Run the recipe in folder `out`, or continue it if its store has a commit. Every process of the run calls this.
 
-    `lost` says why this life must end at once, as another has begun; None while it need not.
+    `lost` says why this attempt must end at once, as another has begun; None while it need not.
     Raises DataError, StoreError or TrainingError.
     """
     world = World.join()
@@ -177,10 +177,10 @@ class Run:
     def _start(self, beginning: Beginning) -> None:
         """Claim the place; take up the newest commit, or initialise, or begin with another run's; say so.
 
-        The claim comes first: a life before this one that still runs commits no more once this one has looked.
+        The claim comes first: an attempt before this one that still runs commits no more once this one has looked.
         """
         who = f"{describe(self.world.device)} x {self.world.size}"
-        life = self.world.objects(self.commits.claim_life(who) if self.world.is_first else 0)[0]
+        attempt = self.world.objects(self.commits.claim_attempt(who) if self.world.is_first else 0)[0]
         clock = [time.monotonic()]
         names = self.world.objects(self.commits.names() if self.world.is_first else [])[0]
         clock.append(time.monotonic())
@@ -192,14 +192,14 @@ class Run:
             load_states(self.engine.objectives, self.state.objectives)
             self.uploads.last = commit.url
         else:
-            origin = open_origin(self.recipe) if self.recipe.origin else None
+            origin = open_origin(self.recipe) if self.recipe.init_from else None
             self._take_up(RunState())
             self.engine = self._build(origin.manifest.spec if origin else self.specs[0])
             if origin:
                 self._take_up(begin_with(self.recipe, origin, self.engine))
         hosts = self.world.hosts()
         event = "resume" if found else "start"
-        detail: dict[str, Any] = {"life": life, "hosts": hosts, "commit": found[0].name if found else None}
+        detail: dict[str, Any] = {"attempt": attempt, "hosts": hosts, "commit": found[0].name if found else None}
         if beginning.before:
             detail["before"] = beginning.before
         if back := beginning.back:
@@ -207,7 +207,7 @@ class Run:
             detail |= {"batches": back.cursor - self.state.cursor, "times": back.times, "reason": back.reason}
             fresh = self.state.health.model_copy(update={"ill": 0, "leapt": False})
             self.state = self.state.model_copy(update={"health": fresh})
-        self._remember(event, {**detail, "changes": self._changes} if self._changes else detail, life=life)
+        self._remember(event, {**detail, "changes": self._changes} if self._changes else detail, attempt=attempt)
         seconds = {
             "imports": beginning.imports,
             "find": clock[1] - clock[0],
@@ -357,7 +357,7 @@ class Run:
         inputs = Inputs(images, tokens, lengths, caption_ids, image_ids, numbers, host_lengths=batch.lengths)
         if columns:
             inputs = replace(inputs, columns=dict(zip(columns, moved, strict=True)))
-        share, of = self.recipe.stages[self.state.stage].patches, self.engine.model.spec.image.grid**2
+        share, of = self.recipe.stages[self.state.stage].patch_keep, self.engine.model.spec.image.grid**2
         if share < 1:
             inputs = replace(inputs, patches=kept(self.recipe.seed, "image/patches", numbers, of, share))
         return inputs
@@ -382,7 +382,8 @@ class Run:
             self._say_resumed(*self._resumed)
 
     def _say_resumed(self, seconds: dict[str, float], ready: float) -> None:
-        """Once in a life that continues: how long each part of it took, up to the first step, which is waited for."""
+        """Once in an attempt that continues: how long each part of it took, up to the first step, which is waited
+        for."""
         self.result.grad_norm.item()
         self.display.resumed({**seconds, "first step": time.monotonic() - ready})
         self._resumed = None
@@ -438,7 +439,7 @@ class Run:
             self.loader.check_bad(_entries(entries))
         if state.step % self.recipe.log.every == 0 or state.step == self.ends[-1]:
             self._write_line()
-            if self.state.health.ill >= self.recipe.recovery.after:
+            if self.state.health.ill >= self.recipe.recovery.bad_steps:
                 self.uploads.finish()
                 roll_back(self.recipe, self.state, self.commits, world)
 
@@ -469,7 +470,7 @@ class Run:
             passes=self.loader.coverage(state.cursor),
             **self.meter.line(self.state, recipe.data.batch),
             **self.engine.recomputing.figures(),
-            **({"gradient_norms": self.engine.gradient_norms(self.inputs)} if self.recipe.log.gradients else {}),
+            **({"gradient_norms": self.engine.gradient_norms(self.inputs)} if self.recipe.log.gradient_norms else {}),
         )
 
     def evaluate(self) -> None:
@@ -535,7 +536,7 @@ class Run:
     # The end
 
     def _seconds(self) -> float:
-        """Wall-clock time of all lives up to now."""
+        """Wall-clock time of all attempts up to now."""
         return self._seconds_before + time.monotonic() - self._begun
 
     def finish(self) -> Summary:

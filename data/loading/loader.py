@@ -66,10 +66,10 @@ class Loader:
         self.cache = BlockCache(config.cache.bytes)
         self.sources = [open_source(each.source, self.cache, each.filter, config.bad_shards) for each in config.train]
         for source, each in zip(self.sources, config.train, strict=True):
-            check_tags(source, each.captions)
+            check_tags(source, each.caption_weights)
         shards = [source.shard_lengths for source in self.sources]
         mixtures = mixtures or [Mixture(0, tuple(each.weight for each in config.train))]
-        self.order = Order(seed, shards, mixtures, config.batch, config.shuffle, config.lanes)
+        self.order = Order(seed, shards, mixtures, config.batch, config.shuffle_window, config.lanes)
         for source, line in zip(self.sources, self.order.sources, strict=True):
             self._cache_windows(source, line)
         self._items = _Items(self.sources, self.order, config, resolution, context)
@@ -87,11 +87,11 @@ class Loader:
         if not source.is_cached and self.rank == 0:
             logging.getLogger(__name__).warning(
                 "%s: data.cache.limit = %s has no room for the %.1f GB that are drawn from at a time, so every sample "
-                "is a request of its own; raise the limit, or lower data.shuffle = %d or data.lanes = %d",
+                "is a request of its own; raise the limit, or lower data.shuffle_window = %d or data.lanes = %d",
                 shown_url(source.url),
                 self.config.cache.limit,
                 need / 1e9,
-                self.config.shuffle,
+                self.config.shuffle_window,
                 self.config.lanes,
             )
 
@@ -128,7 +128,7 @@ class Loader:
             return
         config, batch = self.config, self.config.batch // self.world
         workers = Workers(
-            self._items.batch, places, self._named, config.workers, batch, self._items.resolution, config.patience
+            self._items.batch, places, self._named, config.workers, batch, self._items.resolution, config.decode_timeout
         )
         try:
             yield from workers.batches()
@@ -172,12 +172,12 @@ class Loader:
         for source in self.sources:
             self._check_left_out(source)
             bad = {place: entry for place, entry in self._bad.get(source.url, {}).items() if entry.key}
-            allowed = floor(self.config.bad_samples * len(source))
+            allowed = floor(self.config.max_bad_fraction * len(source))
             if len(bad) > allowed:
                 raise DataError(
                     f"{shown_url(source.url)}: {len(bad)} of {len(source)} samples are bad, {allowed} are allowed\n"
                     f"{reasons_table(bad.values())}\n"
-                    f"mend or leave out these samples (ledger.jsonl names them), or raise data.bad_samples"
+                    f"mend or leave out these samples (ledger.jsonl names them), or raise data.max_bad_fraction"
                 )
 
     def _check_left_out(self, source: Source) -> None:
@@ -283,8 +283,8 @@ class _Items:
         crop = drawn_crop(height, width, self.augment, read.random)
         boxes = self._boxes(place.source, read, crop, height, width)
         image = cropped(whole, crop, self.resolution)
-        if self.augment.jitter.active:
-            image = jittered(image, self.augment.jitter, stream(self.order.seed, "jitter", place.position))
+        if self.augment.color_jitter.active:
+            image = jittered(image, self.augment.color_jitter, stream(self.order.seed, "jitter", place.position))
         return Sample(
             source=self.sources[place.source].url,
             key=record.key,
@@ -305,7 +305,9 @@ class _Items:
         if unit is None:
             return SampleBoxes.none() if self.any_boxes else None
         sides = whole_sides(read.record.fields) if self.least and unit == "pixels" else (height, width)
-        boxes = seen_boxes(read_boxes(read.texts.metadata, unit, *sides), crop, height, width, self.augment.least_box)
+        boxes = seen_boxes(
+            read_boxes(read.texts.metadata, unit, *sides), crop, height, width, self.augment.min_box_fraction
+        )
         return boxes.tokenised(self.tokenizer, self.context)
 
 

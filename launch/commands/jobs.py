@@ -20,7 +20,8 @@ def submit(
     recipe: RecipeName,
     overrides: Overrides = None,
     nodes: Annotated[
-        str, typer.Option("--nodes", metavar="N", help="Nodes; 2-8 for as many of them as there are, life by life.")
+        str,
+        typer.Option("--nodes", metavar="N", help="Nodes; 2-8: as many of them as each attempt finds."),
     ] = "1",
     gpus: Annotated[
         int | None, typer.Option("--gpus-per-node", metavar="G", min=0, help="One process for each.")
@@ -106,7 +107,7 @@ def logs(
     rank: Annotated[int, typer.Option("--rank", metavar="R", min=0, help="The log of one process.")] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is added.")] = False,
 ) -> None:
-    """Print what a job has written, life after life: its script and first process, or the process of one rank."""
+    """Print what a job has written, attempt after attempt: its script and first process, or the process of one rank."""
     import time
 
     path = run / "logs" / f"rank-{rank:05d}.log" if rank else run / "job.log"
@@ -117,7 +118,7 @@ def logs(
     try:
         read = 0
         while True:
-            with path.open("rb") as file:  # each life has a new file, which begins with the lines of the old one
+            with path.open("rb") as file:  # each attempt has a new file, which begins with the lines of the old one
                 file.seek(read)
                 for line in file:
                     print(clean(line.decode(errors="replace").rstrip("\n")), flush=follow)

@@ -13,7 +13,7 @@ from ...training.health.watchdog import read_heartbeats
 from ...training.report.readable import decimal, duration, exact, percent, score
 from ...training.report.reading import Run, read_run
 from ..errors import RecipeError, clean
-from ..jobs.attempts import lives_file
+from ..jobs.attempts import attempts_file
 from ..jobs.submit import FINISHED, job_of
 from ..jobs.sweep import is_sweep, members
 from ..run_folder import read_rows
@@ -51,7 +51,7 @@ def read_status(place: str) -> dict[str, Any]:
         "processes": begun.get("world"),
         "mfu": step.get("mfu"),
         "data_wait": step.get("data_wait"),
-        "restarts": max(len(run.events("start", "resume")) - 1, begun.get("life", 1) - 1),
+        "restarts": max(len(run.events("start", "resume")) - 1, begun.get("attempt", 1) - 1),
         "last_end": _last_end(folder),
         "commit_age": time.time() - last["commit"]["time"] if "commit" in last else None,
         "name": run.name,
@@ -69,7 +69,7 @@ def read_status(place: str) -> dict[str, Any]:
         "seconds_since_last_line": time.time() - run.lines[-1]["time"] if run.lines else None,
         "bad_samples": len(run.ledger),
         "skipped_steps": step.get("skipped"),
-        "lives": len(run.events("start", "resume")),
+        "attempts": len(run.events("start", "resume")),
         "commit": last.get("commit", {}).get("url"),
         "scores": scores.get("scores") or {},
         "chance": scores.get("chance") or {},
@@ -164,7 +164,7 @@ def _state(run: Run, job: dict[str, Any] | None) -> str:
 
 
 def _last_end(folder: Path) -> str | None:
-    ends = [row for row in read_rows(lives_file(folder)) if row.get("event") == "end"]
+    ends = [row for row in read_rows(attempts_file(folder)) if row.get("event") == "end"]
     return str(ends[-1].get("reason")) if ends else None
 
 
@@ -199,8 +199,8 @@ def _from_store(place: str) -> dict[str, Any]:
         "seconds_left": 0.0 if finished else (recipe.total_samples - state.samples) / speed if speed else None,
         "bad_samples": None,
         "skipped_steps": state.skipped,
-        "lives": state.life,
-        "restarts": max(0, state.life - 1),
+        "attempts": state.attempt,
+        "restarts": max(0, state.attempt - 1),
         "last_end": next((e.detail["before"] for e in reversed(begun) if e.detail.get("before")), None),
         "commit": commit.url,
         "commit_age": age,

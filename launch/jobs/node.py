@@ -22,7 +22,7 @@ from types import FrameType
 from ..errors import RunError, user_message
 from ..run_folder import STOPPED
 from ..threads import share_cores
-from .attempts import BAD_NODE, FOLLOWING, LIFE, UNFIT, fit_folder, lost
+from .attempts import ATTEMPT, BAD_NODE, FOLLOWING, UNFIT, fit_folder, lost
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     run: Path = options.run
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    os.environ[LIFE] = options.id
+    os.environ[ATTEMPT] = options.id
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a node that dies, the others would print stacks in C++
     forward_signals()
     try:
@@ -118,7 +118,7 @@ def children() -> list[int]:
 
 def _leave_word(run: Path, host: str, error: RunError) -> None:
     """Say it in the log, and leave it where the decision is taken; the folder may be what is missing, or another
-    life's by now."""
+    attempt's by now."""
     print(f"{host}: {error}", file=sys.stderr, flush=True)
     if error.code == STOPPED or lost(run):
         return

@@ -1,6 +1,6 @@
 """More blocks, or fewer.
 
-With `layers: zero` each new block is a copy of its neighbour below whose output projections start at zero. A pre-LN
+With `depth_init: zero` each new block is a copy of its neighbour below whose output projections start at zero. A pre-LN
 block adds its output to the stream, so a block that adds zero changes nothing: the grown model computes the same
 function, bit for bit. The copied inner weights make the new block useful as soon as its output projections move, which
 they do from the first step on (their gradient is not zero; that of the inner weights is, for one step).

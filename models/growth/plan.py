@@ -122,7 +122,7 @@ def plan_growth(
 
     `seed` is that of every random draw, `tokens` has for each new row of the token table the rows it is the mean of,
     `inherit` is the fraction of the inherited weights, or `ema` to take new entries from the running average, and
-    `read` reads the old model for `drop: smallest`. Raises SpecError for a change that cannot be made.
+    `read` reads the old model for `drop_blocks: smallest`. Raises SpecError for a change that cannot be made.
     """
     changed = changes(old, new)
     check_tokens(old, new, tokens)

@@ -9,9 +9,10 @@ round: each of c copies receives 1/c of its original's, while a divided reader r
     readers   w/c      m         v            old/new, and weight decay x new/old
 
 so that plain copies follow the small model exactly, step by step (up to Adam's eps and the clipping of the whole
-gradient). They would stay copies for ever; the noise of `copies: noise` makes them diverge. It sums to zero over the
-copies of a unit, so the function does not change (HyperCloning, Samragh et al., arXiv 2409.12903). With `copies: lemon`
-the copies of a reader are fresh draws, shifted alike so that their sum is right (LEMON, Wang et al., arXiv 2310.07999).
+gradient). They would stay copies for ever; the noise of `width_init: noise` makes them diverge. It sums to zero over
+the copies of a unit, so the function does not change (HyperCloning, Samragh et al., arXiv 2409.12903). With
+`width_init: lemon` the copies of a reader are fresh draws, shifted alike so that their sum is right (LEMON, Wang et
+al., arXiv 2310.07999).
 
 Heads and hidden units grow to any number: some get one copy more than others. A norm averages over the stream, so there
 only whole copies are made, and the remaining new channels are padded with the stream's mean (LEMON): the mean stays and

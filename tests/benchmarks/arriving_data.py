@@ -100,7 +100,7 @@ def stages(arm: str, seed: int, samples: int, trial: int) -> list[dict[str, Any]
         if number and arm.endswith("_momentum"):
             stage["inherit"] = MOMENTUM
         if number and arm.startswith(("random", "searched")):
-            search = {"space": SPACE[number - 1], "flops": BOUND, "samples": trial}
+            search = {"space": SPACE[number - 1], "max_flops": BOUND, "samples": trial}
             if arm.startswith("searched"):
                 stage["search"] = search
             else:

@@ -90,7 +90,7 @@ def ours(commits: Commits, step: int, tensors: dict[str, Tensor], layout: dict[s
     """One commit: seconds that the caller stood still, seconds to the end, and the peak over its own state."""
     with Peak() as peak:
         begun = time.perf_counter()
-        writing = commits.begin(SPEC, RunState(step=step, life=1), {}, tensors, world, layout)
+        writing = commits.begin(SPEC, RunState(step=step, attempt=1), {}, tensors, world, layout)
         stall = time.perf_counter() - begun
         while not writing.done:
             while world.any(writing.busy)[0]:

@@ -86,7 +86,7 @@ def exercise(folder: Path, random: Random, counts: Counter[str]) -> None:
             for name in ("sheet.html", "sheet.png"):
                 write_sheet(folder / "out" / name, url, "", seen)
         with _refusals(counts, "loader"):
-            config = {"train": [{"source": url}], "batch": 2, "bad_samples": 0.9}
+            config = {"train": [{"source": url}], "batch": 2, "max_bad_fraction": 0.9}
             with contextlib.closing(Loader(DataConfig.model_validate(config), 16, 16, seed=0).batches(0)) as batches:
                 next(batches)
             counts["batches"] += 1

@@ -268,7 +268,7 @@ def test_new_words_are_the_mean_of_their_parts() -> None:
     assert torch.allclose(larger[49408:], torch.stack([(table[5] + table[7]) / 2, table[9]]))
     means = resized(model, spec).text.token_embedding.weight[49408:]
     assert torch.allclose(means, table.mean(0).expand(2, -1))
-    with pytest.raises(SpecError, match="tokens has 1 entries for 2 new rows"):
+    with pytest.raises(SpecError, match="token_init has 1 entries for 2 new rows"):
         plan_growth(model.spec, spec, tokens=((5,),))
     with pytest.raises(SpecError, match="not below 49408"):
         plan_growth(model.spec, spec, tokens=((5,), (49409,)))

@@ -38,8 +38,8 @@ def tensors(fill: float = 1.0) -> dict[str, torch.Tensor]:
     return {f"{kind}/layer.{i}": torch.full((50, 40 + i), fill * i) for kind in ("model", "exp_avg") for i in range(3)}
 
 
-def write(commits: Commits, step: int, life: int = 1, fill: float = 1.0) -> str:
-    return commits.write(SPEC, RunState(step=step, life=life), {"name": "x"}, tensors(fill), ALONE)
+def write(commits: Commits, step: int, attempt: int = 1, fill: float = 1.0) -> str:
+    return commits.write(SPEC, RunState(step=step, attempt=attempt), {"name": "x"}, tensors(fill), ALONE)
 
 
 def test_objects(url: str) -> None:
@@ -89,16 +89,16 @@ def test_commits_round_trip_and_retention(url: str) -> None:
     assert read.manifest.spec == SPEC
     assert all(torch.equal(read.tensors()[name], tensor) for name, tensor in tensors().items())
     assert set(read.tensors("model")) == {name for name in tensors() if name.startswith("model/")}
-    commits.retain(CheckpointConfig(keep=2), life=1)
+    commits.retain(CheckpointConfig(keep=2), attempt=1)
     assert commits.names() == names[1:]
     assert not [path for path in commits.store.sizes() if path.startswith(names[0])]
 
 
-def test_an_unfinished_set_is_never_seen_and_is_swept_by_the_next_life(
+def test_an_unfinished_set_is_never_seen_and_is_swept_by_the_next_attempt(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commits = Commits(Store(url))
-    assert commits.claim_life("test") == 1
+    assert commits.claim_attempt("test") == 1
     done = write(commits, 1)
     monkeypatch.setattr(commits, "seal", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -106,8 +106,8 @@ def test_an_unfinished_set_is_never_seen_and_is_swept_by_the_next_life(
     monkeypatch.undo()
     assert commits.names() == [done]
     assert any("step-000000000002" in path for path in commits.store.sizes())
-    assert commits.claim_life("test") == 2
-    commits.retain(CheckpointConfig(keep=5), life=2)
+    assert commits.claim_attempt("test") == 2
+    commits.retain(CheckpointConfig(keep=5), attempt=2)
     assert not any("step-000000000002" in path for path in commits.store.sizes())
 
 

@@ -1,10 +1,10 @@
 """Commits: whole snapshots in a store, all or nothing.
 
-A commit is a set of objects under `step-N-life-L/`: parts with the tensors, a manifest that lists them with sizes and
-checksums, and last of all a small COMMIT object that holds the manifest's checksum. Readers only look at sets that have
-both, so a writer killed anywhere leaves nothing a reader could see; and what is removed loses its manifest first, so
-that a slow writer's COMMIT that comes after completes nothing. Of two runs in one place the later one has it: whoever
-claimed a life before is refused at its next commit. Nothing in a commit is code.
+A commit is a set of objects under `step-N-attempt-L/`: parts with the tensors, a manifest that lists them with sizes
+and checksums, and last of all a small COMMIT object that holds the manifest's checksum. Readers only look at sets that
+have both, so a writer killed anywhere leaves nothing a reader could see; and what is removed loses its manifest first,
+so that a slow writer's COMMIT that comes after completes nothing. Of two runs in one place the later one has it:
+whoever claimed an attempt before is refused at its next commit. Nothing in a commit is code.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .manifest import Commit, DamagedCommit, Manifest, read_verified
 from .store import Store, StoreError
 from .writer import Part, Writing, taken
 
-_SET = re.compile(r"^step-(\d{12})-life-(\d{4})$")
-_LIFE = re.compile(r"^life-(\d{4})\.json$")
+_SET = re.compile(r"^step-(\d{12})-attempt-(\d{4})$")
+_ATTEMPT = re.compile(r"^attempt-(\d{4})\.json$")
 _STALE = timedelta(days=1)
 
 
@@ -66,19 +66,20 @@ class Commits:
         """The step of the newest complete commit up to this step."""
         return max((at for name in self.names() if (at := _step(name)) <= step), default=None)
 
-    def claim_life(self, who: str) -> int:
-        """The number of a new life, one more than any before it, taken by at most one run.
+    def claim_attempt(self, who: str) -> int:
+        """The number of a new attempt, one more than any before it, taken by at most one run.
 
-        Names of commits hold it, so two lives never write the same objects. Raises StoreError if another run took it.
+        Names of commits hold it, so two attempts never write the same objects. Raises StoreError if another run took
+        it.
         """
-        taken = [int(match[1]) for path in self.store.sizes() if (match := _LIFE.match(path))]
-        life = max([*taken, *(_life(name) for name in self._sets())], default=0) + 1
+        taken = [int(match[1]) for path in self.store.sizes() if (match := _ATTEMPT.match(path))]
+        attempt = max([*taken, *(_attempt(name) for name in self._sets())], default=0) + 1
         claim = json.dumps({"who": who, "time": time.time(), "token": secrets.token_hex(8)}).encode()
-        if not self.store.put_new(_claim(life), claim):
+        if not self.store.put_new(_claim(attempt), claim):
             raise StoreError(
                 f"another run started in {self.store.url} at this moment; give each run its own checkpoint.to"
             )
-        return life
+        return attempt
 
     def open(self, name: str) -> Commit:
         """Read and verify a commit's manifest. Raises DamagedCommit or StoreError."""
@@ -120,7 +121,7 @@ class Commits:
         """
         own = _share(tensors, copies or (World(0, 1, world.device) if layout else world))
 
-        name = f"step-{state.step:012d}-life-{state.life:04d}"
+        name = f"step-{state.step:012d}-attempt-{state.attempt:04d}"
         starts = {path: stretch.start for path, stretch in (layout or {}).items()}
         shapes = {path: stretch.shape for path, stretch in (layout or {}).items()}
 
@@ -136,8 +137,8 @@ class Commits:
             )
             self.seal(name, manifest)
             if policy is not None:
-                self.retain(policy, state.life)
-                self.sweep_uploads(state.life)
+                self.retain(policy, state.attempt)
+                self.sweep_uploads(state.attempt)
 
         discard = partial(self._discard, name)
         return Writing(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
@@ -160,7 +161,7 @@ class Commits:
         there = self.store.sizes(name)
         needed = {part.file: part.bytes for part in manifest.parts} | {"manifest.json": len(data)}
         short = next((file for file, size in needed.items() if there.get(f"{name}/{file}") != size), None)
-        self._check_life(manifest.state.life)
+        self._check_attempt(manifest.state.attempt)
         if short:
             raise StoreError(
                 f"store {self.store.url}: {short} of {name} is missing or short right after it was written"
@@ -168,10 +169,10 @@ class Commits:
         if not self.store.put_new(f"{name}/COMMIT", _seal(hashlib.sha256(data).hexdigest())):
             raise taken(self.store, name)
 
-    def _check_life(self, life: int) -> None:
-        """Raise StoreError if a later run has claimed this place: lives have no gaps."""
+    def _check_attempt(self, attempt: int) -> None:
+        """Raise StoreError if a later run has claimed this place: attempts have no gaps."""
         try:
-            claim = self.store.get(_claim(life + 1))
+            claim = self.store.get(_claim(attempt + 1))
         except FileNotFoundError:
             return
         try:
@@ -183,26 +184,27 @@ class Commits:
             f"stop it, or give each run its own checkpoint.to"
         )
 
-    def retain(self, policy: CheckpointConfig, life: int) -> None:
-        """Remove the commits that `policy` does not keep, and what `life` and those before it left unfinished.
+    def retain(self, policy: CheckpointConfig, attempt: int) -> None:
+        """Remove the commits that `policy` does not keep, and what `attempt` and those before it left unfinished.
 
-        None of this life may be under way.
+        None of this attempt may be under way.
         """
         sets = self._sets()
         complete = sorted(name for name, files in sets.items() if _complete(files))
         kept = self._kept(complete, policy)
         for name in sets:
-            unfinished = name not in complete and _life(name) <= life
+            unfinished = name not in complete and _attempt(name) <= attempt
             if unfinished or (name in complete and name not in kept):
                 self._remove(name)
                 self._manifests.pop(name, None)
 
-    def sweep_uploads(self, life: int) -> None:
-        """Abort multipart uploads that a kill left half way: those of lives before `life`, and those of a day ago."""
+    def sweep_uploads(self, attempt: int) -> None:
+        """Abort multipart uploads that a kill left half way: those of attempts before `attempt`, and those of a day
+        ago."""
         limit = datetime.now(UTC) - _STALE
         for (path, upload), begun in self.store.uploads().items():
             name = path.partition("/")[0]
-            if _SET.match(name) and (_life(name) < life or begun < limit):
+            if _SET.match(name) and (_attempt(name) < attempt or begun < limit):
                 self.store.abort(path, upload)
 
     def _kept(self, complete: Sequence[str], policy: CheckpointConfig) -> set[str]:
@@ -263,8 +265,8 @@ def _seal(digest: str) -> bytes:
     return json.dumps({"manifest_sha256": digest, "check": hashlib.sha256(digest.encode()).hexdigest()[:16]}).encode()
 
 
-def _claim(life: int) -> str:
-    return f"life-{life:04d}.json"
+def _claim(attempt: int) -> str:
+    return f"attempt-{attempt:04d}.json"
 
 
 def _step(name: str) -> int:
@@ -273,7 +275,7 @@ def _step(name: str) -> int:
     return int(match[1])
 
 
-def _life(name: str) -> int:
+def _attempt(name: str) -> int:
     match = _SET.match(name)
     assert match
     return int(match[2])

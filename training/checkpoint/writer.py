@@ -93,7 +93,7 @@ class Writing:
         self.begun = time.monotonic()
         self._store, self._world, self._starts = store, world, starts
         self._complete, self._discard = complete, discard
-        self._pace = Pace(policy.bandwidth * 1e6) if policy.bandwidth else None
+        self._pace = Pace(policy.max_bandwidth * 1e6) if policy.max_bandwidth else None
         self._staging = Staging(policy.staging, store.url, name, world.rank) if policy.staging else None
         self._parts: list[Part] = []
         self._error: BaseException | None = None
@@ -208,7 +208,7 @@ class Writing:
             raise error
         if failures:
             if self._world.is_first:
-                with contextlib.suppress(StoreError):  # the next life sweeps what is left
+                with contextlib.suppress(StoreError):  # the next attempt sweeps what is left
                     self._discard()
             raise StoreError(failures[0])
 

@@ -146,7 +146,7 @@ def _settings(config: DeepSpeedConfig, optimizer: OptimizerConfig) -> dict[str, 
     return {
         "train_micro_batch_size_per_gpu": 1,  # counted by our loader, not here
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip,
+        "gradient_clipping": optimizer.grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -85,8 +85,8 @@ class Captioning(BaseModel, frozen=True, extra="forbid", strict=True):
     """Captions the model writes, by BLEU and CIDEr against the true ones."""
 
     kind: Literal["captioning"] = "captioning"
-    writing: Literal["greedy", "beam", "nucleus"] = "greedy"
-    longest: int = Field(40, gt=1, description="tokens of a caption, if the model's context is not shorter")
+    decoding: Literal["greedy", "beam", "nucleus"] = "greedy"
+    max_tokens: int = Field(40, gt=1, description="tokens of a caption, if the model's context is not shorter")
     metrics: Texts = ("bleu", "cider")
 
     @field_validator("metrics")
@@ -235,7 +235,7 @@ class EvalConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         default_factory=dict,
         description="zero-shot prompts by label, as in {animal: ['a photo of a {}']}; left out: the bare class name",
     )
-    writing: Literal["greedy", "beam", "nucleus"] = Field(
+    caption_decoding: Literal["greedy", "beam", "nucleus"] = Field(
         "greedy", description="how the captions of the report are written; beam: 4 wide, nucleus: draws from 90%"
     )
     examples: int = Field(12, ge=0, description="pictures shown in the report with their nearest captions")

@@ -93,9 +93,9 @@ class Bench:
         """Every sample with what the model writes of it, and ledger entries."""
 
         def make() -> Content:
-            return {}, written(self.model, data, how.writing, how.longest, self.batch, self.world)
+            return {}, written(self.model, data, how.decoding, how.max_tokens, self.batch, self.world)
 
-        rows, bad = self._keep(["captions", data.identity, how.writing, how.longest], make)[1]
+        rows, bad = self._keep(["captions", data.identity, how.decoding, how.max_tokens], make)[1]
         return rows, bad
 
     def _fetched(self, data: Pictures) -> Embedded:

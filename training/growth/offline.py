@@ -23,7 +23,7 @@ from ...models.growth.operator import GrownState, source_of
 from ...models.growth.plan import changes
 from ...models.spec import SpecError
 from ..checkpoint.commits import Commits, find_commit
-from ..checkpoint.config import OriginConfig
+from ..checkpoint.config import InitFromConfig
 from ..checkpoint.manifest import Commit, Manifest
 from ..checkpoint.serialize import Packed
 from ..checkpoint.store import Store, StoreError
@@ -70,8 +70,8 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     commits = Commits(Store(out))
     if commits.names():
         raise StoreError(f"{out} has commits already; give a new place")
-    life = commits.claim_life(f"grown from {commit.url}")
-    name = f"step-{state.step:012d}-life-{life:04d}"
+    attempt = commits.claim_attempt(f"grown from {commit.url}")
+    name = f"step-{state.step:012d}-attempt-{attempt:04d}"
     keeps = recipe.optimizer.keeps
     grown = GrownState(operators, held, (f"{k}/{n}" for k in held.kinds for n in names if keeps(k, n)))
     parts = tuple(_written(commits.store, name, grown))
@@ -92,7 +92,7 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     following = state.model_copy(
         update={
             "stage": number,
-            "life": life,
+            "attempt": attempt,
             "multipliers": rates,
             "window": (),
             "applied": 0 if how.moments == "reset" else state.applied,
@@ -103,7 +103,7 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
         name, Manifest(spec=new, state=following, recipe=recipe.model_dump(mode="json"), reason="growth", parts=parts)
     )
     url = f"{commits.store.url}/{name}"
-    begun_there = {} if state.step else {"origin": OriginConfig(commit=url)}  # there is no run to continue
+    begun_there = {} if state.step else {"init_from": InitFromConfig(commit=url)}  # there is no run to continue
     return GrownCommit(url, recipe.model_copy(update=begun_there), detail)
 
 

@@ -44,7 +44,8 @@ _STRIP = 480  # px, its width with the captions
 
 
 class Board:
-    """Writes to `folder`. `purge_step`: the samples seen at a resume; later figures of the life before are hidden."""
+    """Writes to `folder`. `purge_step`: the samples seen at a resume; later figures of the attempt before are
+    hidden."""
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -29,7 +29,7 @@ class Span:
 def timeline(spans: Sequence[Span], breaks: Sequence[float], total: float, width: int, identity: str) -> Markup:
     """One bar over the run's time: a block a span, the part of training spent waiting for data from below.
 
-    `breaks` are the moments between two lives. Times in seconds. Short spans keep 2 px, to be seen at all.
+    `breaks` are the moments between two attempts. Times in seconds. Short spans keep 2 px, to be seen at all.
     """
     height, top = 40, 4
     spans = _merged(spans, total / 300)

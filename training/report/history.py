@@ -30,15 +30,15 @@ TIME_KINDS = {
 
 def time(run: Run, width: int = 960) -> View | None:
     """The timeline and the sums behind it."""
-    lives = run.lives
-    if not lives:
+    attempts = run.attempts
+    if not attempts:
         return None
     spans, breaks, offset = [], [], 0.0
-    for n, life in enumerate(lives):
+    for n, attempt in enumerate(attempts):
         if n:
             breaks.append(offset)
-        spans += _spans(life.lines, offset - life.began)
-        offset += life.ended - life.began
+        spans += _spans(attempt.lines, offset - attempt.began)
+        offset += attempt.ended - attempt.began
     sums = dict.fromkeys(TIME_KINDS, 0.0)
     for span in spans:
         sums[span.kind] += span.seconds * (1 - span.data_wait)
@@ -61,7 +61,7 @@ def time(run: Run, width: int = 960) -> View | None:
         "narrow": timeline(spans, breaks, offset, 360, "time-narrow"),
         "rows": rows,
         "total": readable.duration(total),
-        "lives": len(lives),
+        "attempts": len(attempts),
     }
 
 
@@ -186,7 +186,7 @@ def markers(run: Run) -> list[Marker]:
 
 
 def device(line: Mapping[str, Any]) -> str | None:
-    """Where a life ran, of its start line: "2 processes on node-1 (CPU)"."""
+    """Where an attempt ran, of its start line: "2 processes on node-1 (CPU)"."""
     world = line.get("world")
     if world is None:
         return None
@@ -209,7 +209,7 @@ def parameters_reached(run: Run) -> list[float]:
 
 
 def _spans(lines: Iterable[Line], shift: float) -> list[Span]:
-    """The spans of one life; `shift` turns unix time into seconds since the run began, pauses left out."""
+    """The spans of one attempt; `shift` turns unix time into seconds since the run began, pauses left out."""
     spans: list[Span] = []
     before, between = -math.inf, 0.0  # the end of the last training, and what was done since that is not training
     for line in lines:
@@ -265,7 +265,7 @@ def _lineage_text(line: Line) -> str:
         back = f"back to {line.get('commit')}, {line.get('batches')} batches passed over: {line.get('reason')}"
         return printable(without_credentials(back))
     if event == "from":
-        return f"{printable(str(line.get('carry')))} of {printable(without_credentials(str(line.get('commit'))))}"
+        return f"{printable(str(line.get('load')))} of {printable(without_credentials(str(line.get('commit'))))}"
     return "the run came to its end" if event == "end" else ""
 
 

@@ -21,8 +21,8 @@ Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Life:
-    """One process life of a run: from a start or resume to the next one."""
+class Attempt:
+    """One process attempt of a run: from a start or resume to the next one."""
 
     lines: tuple[Line, ...]
 
@@ -81,19 +81,19 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """True if the last life came to the end of the run."""
+        """True if the last attempt came to the end of the run."""
         ends = [line["event"] for line in self.lines if line["event"] in ("start", "resume", "end")]
         return bool(ends) and ends[-1] == "end"
 
     @property
-    def lives(self) -> list[Life]:
-        """The process lives, oldest first."""
-        lives: list[list[Line]] = []
+    def attempts(self) -> list[Attempt]:
+        """The process attempts, oldest first."""
+        attempts: list[list[Line]] = []
         for line in self.lines:
-            if line["event"] in ("start", "resume") or not lives:
-                lives.append([])
-            lives[-1].append(line)
-        return [Life(tuple(lines)) for lines in lives]
+            if line["event"] in ("start", "resume") or not attempts:
+                attempts.append([])
+            attempts[-1].append(line)
+        return [Attempt(tuple(lines)) for lines in attempts]
 
 
 def read_run(folder: Path) -> Run:

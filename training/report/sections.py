@@ -23,10 +23,10 @@ IMAGE_BYTES = 1_200_000  # of pictures on the page; the rest of the page is smal
 
 def headline(run: Run) -> View:
     """Name, state, and the figures a person asks for first."""
-    steps, lives = run.events("step"), run.lives
+    steps, attempts = run.events("step"), run.attempts
     last = steps[-1] if steps else {}
-    spent = sum(life.ended - life.began for life in lives)
-    first = lives[0].lines[0] if lives else {}
+    spent = sum(attempt.ended - attempt.began for attempt in attempts)
+    first = attempts[0].lines[0] if attempts else {}
     total = run.total_samples
     parameters = parameters_reached(run)
     trained = sum(
@@ -41,7 +41,7 @@ def headline(run: Run) -> View:
             readable.exact(run.samples),
             f"of {readable.exact(total)}" if total and total != run.samples else "",
         ),
-        ("Time", readable.duration(spent), f"in {len(lives)} lives" if len(lives) > 1 else ""),
+        ("Time", readable.duration(spent), f"in {len(attempts)} attempts" if len(attempts) > 1 else ""),
         ("Speed", f"{readable.exact(run.samples / trained) if trained else readable.MISSING} /s", "while training"),
         (
             "Loss",
@@ -65,8 +65,8 @@ def headline(run: Run) -> View:
         "state": state(run),
         "sources": run.sources,
         "device": device(first) if first.get("event") in ("start", "resume") else None,
-        "began": readable.moment(lives[0].began) if lives else None,
-        "ended": readable.moment(lives[-1].ended) if lives else None,
+        "began": readable.moment(attempts[0].began) if attempts else None,
+        "ended": readable.moment(attempts[-1].ended) if attempts else None,
         "facts": [{"name": n, "value": v, "note": note} for n, v, note in facts],
         "rings": rings(
             [float(s["samples"]) for s in run.recipe.get("stages") or [] if is_number(s.get("samples"))] or [1.0]

@@ -176,7 +176,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, write_tar: Callable[..., P
 
 
 def loader(url: str, rank: int = 0, world: int = 1, workers: int = 0) -> Loader:
-    source = {"source": url, "captions": {"alt": 2, "recaption": 1}, "boxes": "relative"}
+    source = {"source": url, "caption_weights": {"alt": 2, "recaption": 1}, "boxes": "relative"}
     augment = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
     config = DataConfig.model_validate(
         {"train": [source], "batch": BATCH, "columns": {"teacher": "npy"}, "augment": augment, "workers": workers}

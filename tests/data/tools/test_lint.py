@@ -164,7 +164,7 @@ def test_a_member_too_large_for_the_memory(tmp_path: Path) -> None:
     assert [(entry.key, entry.reason) for entry in found.bad] == [
         ("big", "member too large: .jpg has 3,298,534,883,328 bytes")
     ]
-    config = DataConfig.model_validate({"train": [{"source": url}], "batch": 2, "bad_samples": 0.9})
+    config = DataConfig.model_validate({"train": [{"source": url}], "batch": 2, "max_bad_fraction": 0.9})
     with closing(Loader(config, 24, 16, seed=0).batches(0)) as batches:
         assert set(next(batches).keys) == {"a"}
     source = open_source(url)

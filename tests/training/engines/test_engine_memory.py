@@ -80,7 +80,7 @@ def test_what_one_process_holds(kind: str, tmp_path: Path, on_ranks: Callable[..
     commits = Commits(Store(str(tmp_path)))
 
     def write(engine: Engine, world: World, step: int) -> None:
-        state, tensors = RunState(step=step, life=1), engine.logical_state()
+        state, tensors = RunState(step=step, attempt=1), engine.logical_state()
         commits.begin(SPEC, state, {}, tensors, world, engine.layout, copies=engine.copies).finish()
 
     def read(engine: Engine) -> None:

@@ -78,7 +78,7 @@ def trained(config: EngineConfig, spec: ModelSpec, world: World) -> list[tuple[f
     """Loss, balance and gradient norm of each step."""
     objectives: list[Objective] = [Contrastive(1.0), Balance(0.5)]
     objectives += [Caption(0.5, parallel_fraction=0.5, seed=3)] if spec.captioner else []
-    engine = build_engine(spec, objectives, config, OptimizerConfig(clip=0.5), world, seed=1)
+    engine = build_engine(spec, objectives, config, OptimizerConfig(grad_clip=0.5), world, seed=1)
     found = []
     for step in range(STEPS):
         result = engine.step(batch(step, world), 1e-3)

@@ -28,7 +28,7 @@ from treering.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 PAIRS = 12
-OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.3, clip=0.5, ema=0.8)
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.3, grad_clip=0.5, ema=0.8)
 ENGINES = {
     "ddp": DdpConfig(),
     "fsdp": FsdpConfig(),
@@ -158,7 +158,7 @@ def test_bf16_multiplies_alone(kind: str, ranks: int, on_ranks: Callable[..., li
         ours.close()
         return losses, first, types
 
-    unclipped = OptimizerConfig(clip=1e9)
+    unclipped = OptimizerConfig(grad_clip=1e9)
     expected = train(build_engine(spec(True), objectives(True), DdpConfig(), unclipped, ALONE, 1), range(10))
     for losses, first, types in on_ranks(ranks, one_rank):
         assert types == {"torch.float32"}
@@ -234,7 +234,7 @@ def load_initial(ours: Engine) -> None:
 
 
 def write(commits: Commits, ours: Engine, step: int, world: World) -> None:
-    state = RunState(step=step, life=1, applied=ours.applied, skipped=ours.skipped, multipliers=ours.multipliers)
+    state = RunState(step=step, attempt=1, applied=ours.applied, skipped=ours.skipped, multipliers=ours.multipliers)
     valid = ours.model.spec.model_copy(update={"text": TextSpec(width=18, depth=2, heads=3, context=9)})
     commits.begin(valid, state, {}, ours.logical_state(), world, ours.layout, copies=ours.copies).finish()
 

@@ -117,7 +117,7 @@ def test_hidden_matrices_are_those_between_two_streams_of_channels() -> None:
 def test_steps_are_muon_for_hidden_matrices_and_adamw_for_the_rest() -> None:
     """Three steps with clipping, decay and a multiplier; the truth is numpy for one and torch's plain loop for the
     other."""
-    config = OptimizerConfig(kind="muon", weight_decay=0.3, clip=0.5)
+    config = OptimizerConfig(kind="muon", weight_decay=0.3, grad_clip=0.5)
     ours, theirs = engine(config), build(SPEC, 1)
     name = "text.transformer.blocks.1.mlp.up.weight"
     state = {path: tensor.clone() for path, tensor in ours.logical_state().items()}
@@ -323,7 +323,7 @@ TINY = [
     "eval.suites=[]",
 ]
 GROW = "{grow: {image.width: 24, text.width: 16, text.depth: 2, image.experts: 2, captioner.depth: 1, shared.depth: 1, \
-shared.width: 8, shared.heads: 2}, fade: 60, samples: 36}"
+shared.width: 8, shared.heads: 2}, multiplier_fade: 60, samples: 36}"
 WHOLE = f"stages=[{{samples: 36}}, {GROW}]"
 
 
@@ -384,8 +384,8 @@ def test_a_run_may_begin_with_another_s_state_as_far_as_that_goes(whole: Path, t
     stages = "stages=[{samples: 36}, {grow: {text.depth: 2}, samples: 12}]"
     pure = "objectives.caption=null"
     for carry in ("weights", "all"):
-        commit = f"{whole / 'commits'}/step-000000000002-life-0001"
-        begun = recipe(stages, pure, f"origin={{commit: {commit}, carry: {carry}}}")
+        commit = f"{whole / 'commits'}/step-000000000002-attempt-0001"
+        begun = recipe(stages, pure, f"init_from={{commit: {commit}, load: {carry}}}")
         assert train(begun, tmp_path / carry).finished
     adamw = begun.model_copy(update={"optimizer": OptimizerConfig(ema=0.8)})
     with pytest.raises(StoreError, match=r"no second moment of the matrices inside of blocks; set optimizer"):
@@ -393,7 +393,7 @@ def test_a_run_may_begin_with_another_s_state_as_far_as_that_goes(whole: Path, t
     plain = recipe(pure, "stages=[{samples: 36}]", "optimizer={kind: adamw, ema: 0.8}")
     assert train(plain, tmp_path / "plain").finished
     stages = "stages=[{samples: 48}]"
-    begun = recipe(stages, pure, f"origin={{commit: {tmp_path / 'plain'}, carry: all}}")
+    begun = recipe(stages, pure, f"init_from={{commit: {tmp_path / 'plain'}, load: all}}")
     assert train(begun, tmp_path / "muon").finished
 
 

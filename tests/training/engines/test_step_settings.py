@@ -179,11 +179,11 @@ def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "text: {width: 8, depth: 1, heads: 1, context: 8}, captioner: {depth: 1}}",
         "objectives={contrastive: {kind: filip, label_smoothing: 0.1}, "
         "caption: {weight: 1.0, parallel_fraction: 0.5, schedule: [[0.0, 1.0], [1.0, 0.0]]}}",
-        "stages=[{samples: 20, patches: 0.5}, {samples: 20}]",
+        "stages=[{samples: 20, patch_keep: 0.5}, {samples: 20}]",
         "engine={micro_batches: 2, activation_budget: 0.5}",
         "schedule.warmup=4",
-        "eval={suites: [retrieval], writing: beam, examples: 2}",
-        "log={every: 1, profile: true, gradients: true}",
+        "eval={suites: [retrieval], caption_decoding: beam, examples: 2}",
+        "log={every: 1, profile: true, gradient_norms: true}",
     ]
     summary = train(read_recipe("emoji", overrides).recipe, tmp_path)
     assert summary.finished

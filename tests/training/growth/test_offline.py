@@ -19,7 +19,7 @@ from treering.training.growth import offline
 from treering.training.growth.offline import OldState, grow_commit
 from treering.training.loop import train
 
-GROW = "{grow: {image.width: 24, text.width: 16, text.depth: 3, captioner.depth: 1}, fade: 60, samples: 36}"
+GROW = "{grow: {image.width: 24, text.width: 16, text.depth: 3, captioner.depth: 1}, multiplier_fade: 60, samples: 36}"
 TINY = [
     "data.batch=12",
     "model.embed_dim=16",
@@ -57,7 +57,7 @@ def test_it_is_what_the_run_would_have_been(whole: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(offline, "PART_BYTES", 1 << 20)  # several parts of each kind
     out = tmp_path / "grown"
     to = ["image.width=24,text.width=16", "text.depth=3,captioner.depth=1"]
-    found = grow_offline(commit_at(whole, 3).url, to, [], ["fade=60", "samples=36"], str(out))
+    found = grow_offline(commit_at(whole, 3).url, to, [], ["multiplier_fade=60", "samples=36"], str(out))
     commit = find_commit(str(out))
     assert found["commit"] == commit.url
     assert len(commit.manifest.parts) > 6
@@ -138,9 +138,13 @@ def test_every_part_is_read_once_for_each_kind_and_one_is_kept(
         (["image.depth=1"], ["samples=24"], "has these sizes already"),
         (["image.depth=2"], [], "at the end of its stage; say how long the next one is: samples=36"),
         (["image.depth=0"], ["samples=24"], "smaller than the model's 1"),
-        (["image.depth=2"], ["sample=24"], "there is no option 'sample' for growth; there are samples, copies"),
+        (["image.depth=2"], ["sample=24"], "there is no option 'sample' for growth; there are samples, width_init"),
         (["image.depth=2"], ["samples=no"], "is no budget"),
-        (["image.depth=2"], ["samples=24", "layers=none"], "layers: Input should be 'zero', 'stack' or 'interleave'"),
+        (
+            ["image.depth=2"],
+            ["samples=24", "depth_init=none"],
+            "depth_init: Input should be 'zero', 'stack' or 'interleave'",
+        ),
         (["image.depth=two"], ["samples=24"], "valid integer|valid number"),
     ],
 )
@@ -164,4 +168,4 @@ def test_a_kill_leaves_nothing_that_a_reader_sees(whole: Path, tmp_path: Path, m
         grow_commit(commit_at(whole, 3).url, stage, str(tmp_path), 24)
     assert Commits(Store(str(tmp_path))).names() == []
     monkeypatch.undo()
-    assert grow_commit(commit_at(whole, 3).url, stage, str(tmp_path), 24).url.endswith("life-0002")
+    assert grow_commit(commit_at(whole, 3).url, stage, str(tmp_path), 24).url.endswith("attempt-0002")

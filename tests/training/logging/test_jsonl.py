@@ -1,4 +1,4 @@
-"""The run folder's records: one life writes them, the last one that began."""
+"""The run folder's records: one attempt writes them, the last one that began."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from treering.training.logging.jsonl import RunLog
 from treering.training.state import TrainingError
 
 
-def test_a_later_life_takes_the_records_over(tmp_path: Path) -> None:
+def test_a_later_attempt_takes_the_records_over(tmp_path: Path) -> None:
     first = RunLog(tmp_path)
     first.clear()
     for step in range(1, 7):
         first.event("step", step, step)
     second = RunLog(tmp_path)
     second.cut_back(4)
-    with pytest.raises(TrainingError, match="taken over by a later life"):
+    with pytest.raises(TrainingError, match="taken over by a later attempt"):
         first.event("step", 7, 7)
-    with pytest.raises(TrainingError, match="taken over by a later life"):
+    with pytest.raises(TrainingError, match="taken over by a later attempt"):
         first.ledger.append({"step": 7})
     second.event("resume", 4, 4)
     second.event("step", 5, 5)

@@ -161,7 +161,7 @@ def test_hostile_captions_stay_text_in_markdown(tmp_path: Path) -> None:
     assert "one&#59; two" in page
 
 
-def test_resume_hides_what_the_killed_life_wrote_later(tmp_path: Path) -> None:
+def test_resume_hides_what_the_killed_attempt_wrote_later(tmp_path: Path) -> None:
     board = Board(tmp_path)
     for number in (1, 2, 3):
         board.scalars(step(number))

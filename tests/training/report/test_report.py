@@ -211,7 +211,7 @@ def test_bad_samples_are_counted_by_reason(whole: Path) -> None:
     assert "3 times a sample could not be used" in page.text
 
 
-def test_lineage_tells_lives_worlds_growth_and_folds_commits(whole: Path) -> None:
+def test_lineage_tells_attempts_worlds_growth_and_folds_commits(whole: Path) -> None:
     entries = history.lineage(read_run(whole))
     assert [(e["event"], e["count"]) for e in entries] == [
         ("start", 1),
