@@ -30,8 +30,8 @@ hypothesis.settings.load_profile("treering")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where tests run in several processes (`make test`), those of a file stay together, and so do all of tests/cluster,
-    which share one cluster. They begin first, as they take longest and mostly wait."""
+    """Where tests run in several processes (`make test`), those of a file stay in one, and so do all of tests/cluster,
+    which share one cluster; they begin first, as they take longest and mostly wait."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
