@@ -2,23 +2,29 @@
 # Both make the environment first: .venv, from the versions of constraints.txt. On a machine without a GPU,
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make pretrain
 # takes the small CPU build of torch. ARGS is passed on: make pretrain ARGS='seed=1', make test ARGS='tests/data -x'.
+# Tests run in two processes, as those of the cluster mostly wait; ARGS='-n 0 ...' runs them in one.
+# `make nightly` runs what is too long for every change: the exhaustive variants, marked slow.
 
 RECIPE ?= emoji
 ARGS ?=
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 PY := .venv/bin/python
+PYTEST := $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 # A checkout that was moved or copied is installed again: the mark carries its path.
 INSTALLED := .venv/installed-$(shell pwd | cksum | cut -d ' ' -f 1)
 
-.PHONY: pretrain test check format environment clean
+.PHONY: pretrain test nightly check format environment clean
 .DELETE_ON_ERROR:
 
 pretrain: $(INSTALLED)
 	$(PY) -P -m treering.launch train $(RECIPE) $(ARGS)
 
 test: check
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+nightly: check
+	$(PYTEST) -m slow $(ARGS)
 
 check: $(INSTALLED)
 	$(PY) -m ruff check .
@@ -41,7 +47,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "making .venv with $(PYTHON)"; rm -rf .venv; $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }; \
 	fi
 	@echo "installing the packages of constraints.txt: some minutes the first time"
-	@DS_BUILD_OPS=0 $(PY) -m pip install -qq -c constraints.txt -e '.[deepspeed,test]'
+	@DS_BUILD_OPS=0 $(PY) -m pip install -qq -c constraints.txt -e '.[deepspeed,emoji,test]'
 	@mkdir -p .venv/checkout && ln -sfn "$(CURDIR)" .venv/checkout/treering # where mypy finds the package by its name
 	@rm -f .venv/installed-* && touch $@
 

@@ -5,19 +5,22 @@ The repository root is this package. Imports run one way: launch -> training -> 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .launch.run import train as train
     from .training.load import Loaded as Loaded
     from .training.load import load as load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+
+_MODULES = {"train": ".launch.run", "load": ".training.load", "Loaded": ".training.load"}
+"""late, because they bring torch, which takes seconds"""
 
 
 def __getattr__(name: str) -> Any:
-    """`load`, and the class `Loaded` of what it gives: late, because they bring torch, which takes seconds."""
-    if name in ("load", "Loaded"):
-        from .training import load
-
-        return getattr(load, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)

@@ -14,7 +14,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Override values of the recipe: optimizer.lr=3e-4, stages.0.samples=320, model.caption=null.",
+        help="Override values of the recipe: optimizer.lr=3e-4, stages.0.samples=320, model.captioner=null.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

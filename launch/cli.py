@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from .. import __version__
 from .arguments import AsJson, Overrides, RecipeName, print_json
 from .commands import data, jobs
 from .errors import RecipeError, RunError, user_message
@@ -29,11 +30,25 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 app.add_typer(data.app, name="data")
 
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; left out: runs/NAME.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"treering {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What the command takes before the name of one of its own."""
 
 
 @app.command()
@@ -64,19 +79,13 @@ def train(
         treering train emoji --out runs/small data.batch=64 stages='[{samples: 3200}]' schedule.warmup=640
         treering train emoji --out runs/again --from runs/emoji seed=1
     """
-    from .recipe.load import read_recipe
-    from .run import start
+    from . import run
     from .run_folder import STOPPED
 
     traced = ["log.profile=true"] if profile else []
     beginning = [f"origin={json.dumps({'commit': origin, 'carry': carry})}"] if origin else []
-    resolved = read_recipe(recipe, [*(overrides or []), *traced, *beginning])
-    if processes is None:
-        import torch
-
-        processes = max(1, torch.cuda.device_count())
     try:
-        start(resolved, out or Path("runs") / resolved.recipe.name, processes)
+        run.train(recipe, [*(overrides or []), *traced, *beginning], out, processes)
     except KeyboardInterrupt:
         raise RunError("interrupted; the same command continues from the last commit", STOPPED) from None
 
@@ -179,14 +188,14 @@ def compare(
     treering compare runs/emoji runs/other
     treering compare runs/emoji s3://BUCKET/emoji/step-000000000562-life-0001 --suite pets.yaml,retrieval
     """
+    from ..data.storage.atomic_write import atomic_write
     from ..training.report.comparison_page import render_comparison
     from .commands.compare import compare_runs, comparison_table
-    from .run import write_file
 
     found = compare_runs(commits, _listed(suite), data)
     if os.environ.get("RANK", "0") != "0":
         return
-    write_file(out, render_comparison(found))
+    atomic_write(out, render_comparison(found), durable=True)
     if as_json:
         print_json({**found, "page": str(out)})
         return

@@ -12,23 +12,47 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from ..data.storage.atomic_write import atomic_write
 from ..models.flops import parameters
 from ..training.health.watchdog import HUNG, LOST
 from ..training.recipe import Recipe
 from .errors import RecipeError, RunError, show
-from .recipe.load import ResolvedRecipe
+from .recipe.load import ResolvedRecipe, read_recipe
 from .run_folder import LAUNCHER, RECIPE_FILE, STOPPED, read_rows
+from .threads import share_cores
 from .worker import work
 
 RENDEZVOUS_SECONDS = 600
 SHUTDOWN_SECONDS = 120  # what a worker has to commit after SIGTERM, before it is killed
 _RESERVE = 64 << 20
+
+
+def train(
+    recipe: str | Path, overrides: Sequence[str] = (), out: str | Path | None = None, processes: int | None = None
+) -> Path:
+    """Train a recipe on this machine and return the run folder; `treering train` in Python.
+
+    `recipe` is a bundled one's name or a YAML file, `overrides` are as on the command line (`data.batch=64`), `out` is
+    the run folder (None: runs/NAME), `processes` None is one a GPU, or one on the CPU. With one, training runs in this
+    process. If the folder has a commit the run continues from it. Raises RecipeError, DataError, StoreError or OSError
+    before anything is written, and RunError if a process fails.
+    """
+    resolved = read_recipe(str(recipe), list(overrides))
+    if processes is None:
+        import torch
+
+        processes = max(1, torch.cuda.device_count())
+    folder = Path(out) if out is not None else Path("runs") / resolved.recipe.name
+    start(resolved, folder, processes)
+    return folder
 
 
 def start(resolved: ResolvedRecipe, out: Path, processes: int) -> None:
@@ -39,8 +63,8 @@ def start(resolved: ResolvedRecipe, out: Path, processes: int) -> None:
     recipe = resolved.recipe
     check(recipe, out, processes)
     out.mkdir(parents=True, exist_ok=True)
-    write_file(out / RECIPE_FILE, resolved.text)
-    _set_threads(processes)
+    atomic_write(out / RECIPE_FILE, resolved.text, durable=True)
+    share_cores(processes)
     if processes == 1:
         work(out)
     else:
@@ -118,31 +142,6 @@ def check_store(recipe: Recipe, out: Path) -> None:
             return  # the run names it and takes the one before
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a file all or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _set_threads(processes: int) -> None:
-    """Share the cores out evenly, unless the person has said otherwise by OMP_NUM_THREADS."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if processes == 1:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
 def launch_workers(
     out: Path,
     processes: int,
@@ -164,6 +163,9 @@ def launch_workers(
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it reports every failure; we do, once
+    # Before torch 2.13 the agent has no setting for it and waits for 30 seconds.
+    settings: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS}
+    patience = settings if settings.keys() <= signature(LaunchConfig).parameters.keys() else {}
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
@@ -174,8 +176,8 @@ def launch_workers(
         rdzv_configs={"timeout": RENDEZVOUS_SECONDS} | ({"is_host": leads} if nodes > 1 else {}),
         local_addr=address,
         max_restarts=0,
-        shutdown_timeout=SHUTDOWN_SECONDS,
         signals_to_handle=signals,
+        **patience,
     )
     os.environ[LAUNCHER] = str(os.getpid())
     try:

@@ -1,4 +1,4 @@
-"""What is trained: specs, towers, the captioner, and the operators that grow them.
+"""The models: specs, their parts, the modules built from them, growth, and the interchange with open_clip.
 
-Nothing here knows of data sets, runs or processes; `spec` and `flops` do not even need torch.
+Nothing here knows of data sets, runs or processes. `spec`, `parts`, `flops` and `activations` do not need torch.
 """

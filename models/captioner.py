@@ -1,30 +1,30 @@
-"""CoCa's captioner (Yu et al., arXiv 2205.01917): the text tower is the unimodal half of the decoder, this the rest.
+"""CoCa's captioner (Yu et al., arXiv 2205.01917): the text tower is the unimodal half of the decoder, this the other.
 
 Its blocks continue the text tower's stream and also attend to the image tokens. The output table is the text tower's
-token table, so a captioner costs no second vocabulary; unless the spec asks for one, as open_clip's CoCa has it.
+token table, unless the spec asks for one of its own, as open_clip's CoCa has it.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .output import TowerOutput
 from .spec import ModelSpec
-from .towers import TowerOutput
-from .transformer import Transformer
+from .transformer import Stream, Transformer
 
 
 class Captioner(nn.Module):
-    """Cross-attending blocks from text tokens and image tokens to states that predict the next token."""
+    """Cross-attending blocks: from text tokens and image tokens to states that predict the next token."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        assert spec.caption is not None
-        after = spec.caption.cross == "after"
-        self.transformer = Transformer(spec.text, spec.caption.depth, spec.memory_width, after)
-        own = not spec.caption.tied
+        assert spec.captioner is not None
+        after = spec.captioner.cross_attention == "after"
+        self.transformer = Transformer(spec.text, spec.captioner.depth, spec.memory_width, after)
+        own = not spec.captioner.tied_embeddings
         self.output = nn.Linear(spec.text.width, spec.text.vocabulary, bias=False) if own else None
 
     def forward(self, image: TowerOutput, text: TowerOutput) -> Tensor:
-        """States [t, d] in the text tower's layout; times the output table they are next-token logits."""
-        states_td: Tensor = self.transformer(text.tokens, text.mask, image.tokens, image.mask)
+        """States [t, d] in the text tower's layout; multiplied with the output table they are next-token logits."""
+        states_td: Tensor = self.transformer(Stream(text.tokens, text.layout), Stream(image.tokens, image.layout))
         return states_td

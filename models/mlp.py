@@ -1,8 +1,8 @@
-"""What follows attention in a block: an MLP, or a mixture of them with a router.
+"""The MLP of a block, or a mixture of MLPs with a router.
 
-A mixture sorts its tokens by expert, so that each expert works on rows that lie side by side. How many these are only
-the device knows; where it has a kernel for maps of such groups (`torch.nn.functional.grouped_mm`: bf16 on H100 and
-later) nobody has to wait for the numbers. As in `varlen`, the kernel is tried where a model is built.
+A mixture sorts its tokens by expert, so that each expert works on adjacent rows. Only the device knows how many rows
+each expert gets. With a kernel for products of such groups (`torch.nn.functional.grouped_mm`: bf16 on H100 and later)
+the host need not wait for these numbers. As in `varlen`, the kernel is tried when a model is built.
 
 Shape suffixes: t tokens, d stream channels, e experts, k experts of one token, r = t k rows sorted by expert, i and o
 channels of a map's input and output.
@@ -19,12 +19,14 @@ from torch.nn import functional as F
 from .spec import TowerSpec
 
 _TOLERANCE = 0.02
-"""of the norm of the difference; rounding to bf16 makes 0.004 of it"""
+"""relative norm of the difference; rounding to bf16 gives 0.004"""
 
 
 class Mlp(nn.Module):
-    """Two linear maps with a GELU between them, exact unless the spec names an approximation; or SwiGLU, with a third
-    map as a gate (arXiv 2002.05202)."""
+    """Two linear maps with a GELU between them (exact or an approximation), or SwiGLU, with a third map as a gate.
+
+    SwiGLU: Shazeer, arXiv 2002.05202.
+    """
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
@@ -41,57 +43,58 @@ class Mlp(nn.Module):
 
 
 def _gelu(kind: str, x: Tensor) -> Tensor:
-    """GELU, or what a model was trained with in its place (Hendrycks and Gimpel, arXiv 1606.08415, section 2)."""
+    """GELU or one of its approximations (Hendrycks and Gimpel, arXiv 1606.08415, section 2)."""
     if kind == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 class Experts(nn.Module):
-    """A mixture of MLPs: each token goes through the `active` ones that the router gives most, mixed by their gates.
+    """A mixture of MLPs: each token goes through the `experts_per_token` experts with the largest gates.
 
-    Gates are a softmax over all experts, and those that are chosen are scaled to sum to one (Mixtral, arXiv
-    2401.04088), so that experts which are alike are together what one of them is.
+    Their outputs are averaged with these gates. Gates are a softmax over all experts, of which the chosen ones are
+    rescaled to sum to one (Mixtral, arXiv 2401.04088), so that equal experts together compute what one of them does.
     """
 
     counts_e: Tensor
-    """of the last forward pass: tokens of each expert"""
+    """of the latest forward pass: tokens of each expert"""
     gates_e: Tensor
-    """of the last forward pass: the softmax of each expert, summed over the tokens"""
+    """of the latest forward pass: the gate of each expert, summed over the tokens"""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
-        self.spec, self.active = spec, spec.active
+        self.spec, self.experts_per_token = spec, spec.experts_per_token
         self.router = nn.Linear(spec.width, spec.experts, bias=False)
         self.experts = nn.ModuleList(Mlp(spec) for _ in range(spec.experts))
         self.grouped = False
-        """whether all experts are computed by one kernel, in half precision"""
+        """whether one kernel computes all experts, in 16 bits"""
 
     def forward(self, x_td: Tensor) -> Tensor:
         """[t, d] -> [t, d]."""
         scores_te = self.router(x_td).softmax(-1)
-        gates_tk, chosen_tk = scores_te.topk(self.active, dim=-1)
+        gates_tk, chosen_tk = scores_te.topk(self.experts_per_token, dim=-1)
         gates_tk = gates_tk / gates_tk.sum(-1, keepdim=True)
         chosen = chosen_tk.flatten()
         counts_e = chosen.new_zeros(len(self.experts)).scatter_add(0, chosen, torch.ones_like(chosen))
         self.gates_e, self.counts_e = scores_te.sum(0), counts_e
+        # Rows sorted by expert: one for each token and chosen expert. Sorting back restores [t, k].
         order_r = chosen.argsort(stable=True)
-        rows_rd = x_td[order_r // self.active]
+        rows_rd = x_td[order_r // self.experts_per_token]
         if self.grouped and x_td.dtype.itemsize == 2:
             made_rd = self._together(rows_rd, chosen[order_r])
         else:
             made_rd = self._one_by_one(rows_rd)
-        made_tkd = made_rd[order_r.argsort()].unflatten(0, (-1, self.active))
+        made_tkd = made_rd[order_r.argsort()].unflatten(0, (-1, self.experts_per_token))
         return (made_tkd * gates_tk[..., None]).sum(1)
 
     def _one_by_one(self, rows_rd: Tensor) -> Tensor:
-        """Each expert on its rows; the device is waited for to say how many these are."""
+        """Each expert on its rows; reading how many these are waits for the device."""
         pieces = rows_rd.split(self.counts_e.tolist())
-        # An expert that nobody chose still runs, on nothing: every parameter has a gradient in every step.
+        # An expert without tokens still runs, on no rows, so that every parameter has a gradient in every step.
         return torch.cat([expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)])
 
     def _together(self, rows_rd: Tensor, of_r: Tensor) -> Tensor:
-        """All experts at once; `of_r` says whose each row is."""
+        """All experts by one kernel; `of_r` is the expert of each row."""
         ends_e = self.counts_e.cumsum(0).int()
 
         def mapped(name: str, x_ri: Tensor) -> Tensor:
@@ -109,25 +112,25 @@ class Experts(nn.Module):
 
 @cache
 def tried(spec: TowerSpec, device: torch.device) -> str | None:
-    """Why a mixture's experts are not to be computed by one kernel on a device; None: it does what it should."""
+    """Why one kernel must not compute all experts of a mixture on a device; None: it is correct."""
     generator = torch.Generator().manual_seed(0)
     mixture = Experts(spec)
     with torch.no_grad():
         for parameter in mixture.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spec.width**-0.5)
     mixture.to(device, torch.bfloat16)
-    x_td, slope_td = torch.randn((2, 50, spec.width), generator=generator).to(device, torch.bfloat16)
+    x_td, gradient_td = torch.randn((2, 50, spec.width), generator=generator).to(device, torch.bfloat16)
 
     def results(grouped: bool) -> list[Tensor]:
         mixture.grouped = grouped
         leaf_td = x_td.clone().requires_grad_()
         made_td = mixture(leaf_td)
         weights = [parameter for name, parameter in mixture.named_parameters() if name.startswith("experts")]
-        return [made_td.detach(), *torch.autograd.grad(made_td, [leaf_td, *weights], slope_td)]
+        return [made_td.detach(), *torch.autograd.grad(made_td, [leaf_td, *weights], gradient_td)]
 
     try:
         found = results(True)
-    except Exception as error:  # whatever a kernel refuses with, there is another way
+    except Exception as error:  # whatever a kernel fails with, one by one works
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
     off = max(
         float((a - b).float().norm() / (b.float().norm() + 1e-6)) for a, b in zip(found, results(False), strict=True)

@@ -1,61 +1,22 @@
-"""A model from its spec: two towers, a learned temperature, and a captioner or further towers if the spec has some."""
+"""A model from its spec: two towers, a learned temperature, and whatever other parts the spec has."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from .captioner import Captioner
 from .mlp import Experts
+from .output import Extras, ModelOutput, TowerOutput
+from .parts import is_table, part_of, parts
 from .shared import Shared
-from .spec import ModelSpec, is_table, part_of
-from .towers import MAX_LOG_SCALE, FurtherTowers, ImageTower, TextTower, TowerOutput
+from .spec import ModelSpec
+from .towers import MAX_LOG_SCALE, ImageTower, ModalityTowers, TextTower
 from .transformer import Transformer
-
-_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
-_NO_TOWERS: Mapping[str, TowerOutput] = MappingProxyType({})
-
-
-class Extras(NamedTuple):
-    """What a forward pass is asked for beside its usual outputs."""
-
-    tokens: bool = False
-    """the tokens of both towers in the joint space"""
-    parallel_b: Tensor | None = None
-    """bool [b]: captions that the captioner sees masked, to predict all of their tokens at once; None: none"""
-    patches_bk: Tensor | None = None
-    """int64 [b, k]: patches of each picture that are looked at; None: all"""
-    longest: int | None = None
-    """no caption has more tokens; None: the device is asked, and waited for"""
-    further: Mapping[str, Tensor] = _NOTHING
-    """samples of further modalities, float [b, frames, features], by the name of the tower; others do not run"""
-
-
-class ModelOutput(NamedTuple):
-    """Everything an objective may need of one forward pass."""
-
-    image: TowerOutput
-    text: TowerOutput
-    scale: Tensor
-    """[1]: multiplies cosine similarities"""
-    bias: Tensor | None
-    """[1]: added to scaled similarities by a sigmoid loss, or None if the model has none"""
-    caption: Tensor | None
-    """[t, d] states of the captioner in the text layout, or None without one"""
-    routing: tuple[tuple[Tensor, Tensor], ...] = ()
-    """of every mixture of experts: tokens of each expert [e], and its gates summed over the tokens [e]"""
-    image_tokens: Tensor | None = None
-    """[b, p, e] in the joint space, if asked for"""
-    text_tokens: Tensor | None = None
-    """[t, e] in the joint space, if asked for"""
-    further: Mapping[str, TowerOutput] = _NO_TOWERS
-    """of the further towers that were asked for"""
 
 
 class Model(nn.Module):
@@ -70,8 +31,8 @@ class Model(nn.Module):
         self.image = ImageTower(spec.image, spec.embed_dim)
         self.text = TextTower(spec.text, spec.embed_dim)
         self.shared = Shared(spec) if spec.shared else None
-        self.captioner = Captioner(spec) if spec.caption else None
-        self.further = FurtherTowers(spec.further, spec.embed_dim)
+        self.captioner = Captioner(spec) if spec.captioner else None
+        self.modalities = ModalityTowers(spec.modalities, spec.embed_dim)
         # Shape [1]: sharded engines refuse 0-dimensional parameters.
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if spec.logit_bias else None
@@ -79,7 +40,7 @@ class Model(nn.Module):
         self.register_buffer("image_std", torch.tensor(spec.image.std).view(3, 1, 1), persistent=False)
 
     def embed_images(self, images: Tensor, patches_bk: Tensor | None = None, pooled_only: bool = False) -> TowerOutput:
-        """Embed uint8 pictures [b, 3, resolution, resolution]; they are normalised here, on the device."""
+        """Embed pictures, uint8 [b, 3, resolution, resolution]; they are normalised here, on the device."""
         pixels = (images.to(self.image_std.dtype) / 255 - self.image_mean) / self.image_std
         return self.image(pixels, patches_bk, self.shared.image if self.shared else None, pooled_only)
 
@@ -89,24 +50,24 @@ class Model(nn.Module):
 
     @property
     def output_table(self) -> Tensor:
-        """[v, d]: times this the captioner's states are next-token logits."""
+        """[v, d]: the captioner's states multiplied with it are next-token logits."""
         own = self.captioner and self.captioner.output
         return own.weight if own else self.text.token_embedding.weight
 
     def transformers(self) -> dict[str, Transformer]:
-        """The transformers by the part of the model that each is of."""
-        parts = {"image": self.image, "text": self.text, "shared": self.shared, "captioner": self.captioner}
-        found = {name: part.transformer for name, part in parts.items() if part is not None}
-        return found | {f"further.{name}": self.further[name].transformer for name in self.spec.further}
+        """The transformer of every part, by the part's name."""
+        modules = dict(self.named_modules())
+        found = {part.name: modules[f"{part.name}.transformer"] for part in parts(self.spec)}
+        return {name: module for name, module in found.items() if isinstance(module, Transformer)}
 
     def scale(self) -> Tensor:
         """The factor on cosine similarities, [1], at most 100."""
         return self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
 
     def forward(self, images: Tensor, tokens_t: Tensor, lengths_b: Tensor, extras: Extras | None = None) -> ModelOutput:
-        """Both towers, the captioner if there is one, and the further towers that `extras` has samples for."""
+        """Both towers, the captioner if there is one, and the towers of modalities that `extras` has samples for."""
         extras = extras or Extras()
-        # What reads the tokens, and not the embedding alone, needs all of them.
+        # A captioner, shared blocks and some objectives read all tokens, not the embeddings alone.
         pooled_only = self.captioner is None and self.shared is None and not extras.tokens
         image = self.embed_images(images, extras.patches_bk, pooled_only)
         shared = self.shared.text if self.shared else None
@@ -116,11 +77,11 @@ class Model(nn.Module):
             masked_b = extras.parallel_b
             read = text if masked_b is None else self.text.masked(text, lengths_b, masked_b, shared)
             caption = self.captioner(image, read)
-        further = {name: self.further[name](samples) for name, samples in extras.further.items()}
-        ran = (self.image, self.text, self.shared, self.captioner, *(self.further[name] for name in further))
+        modalities = {name: self.modalities[name](samples) for name, samples in extras.modalities.items()}
+        ran = (self.image, self.text, self.shared, self.captioner, *(self.modalities[name] for name in modalities))
         mlps = (mlp for part in ran if part is not None for mlp in part.modules() if isinstance(mlp, Experts))
         routing = tuple((mlp.counts_e, mlp.gates_e) for mlp in mlps)
-        output = ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing, further=further)
+        output = ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing, modalities=modalities)
         if extras.tokens:
             tokens_bpe = self.image.project(image.tokens).unflatten(0, (len(images), -1))
             output = output._replace(image_tokens=tokens_bpe, text_tokens=self.text.project(text.tokens))
@@ -128,38 +89,33 @@ class Model(nn.Module):
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for the stream `name` of a run's `seed`: the same on every machine, in any order of use."""
+    """A CPU generator for the stream `name` of a run's `seed`: the same on every machine and in any order of use."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @torch.no_grad()
 def initialise(spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]], seed: int) -> None:
-    """Fill parameters of a model by their names with CLIP's scales, each from a stream of its own name.
+    """Fill parameters of a model, given by name, with CLIP's scales, each from a random stream of its own name.
 
-    Matrices that write into a residual stream are smaller by the root of its number of writes, as in CLIP and GPT-2.
+    Output projections are smaller by the square root of the number of writes into the residual stream, as in CLIP and
+    GPT-2.
     """
-    writes = {"image": 2 * spec.image.depth, "text": 2 * spec.text.depth}
-    writes["shared"] = 2 * spec.shared.depth if spec.shared else 1
-    after = spec.caption is not None and spec.caption.cross == "after"
-    writes["captioner"] = (4 if after else 3) * spec.caption.depth if spec.caption else 1
-    gains = {name: tower.layer_scale for name, tower in spec.transformers().items()}
-    gains["captioner"] = spec.text.layer_scale
-    writes |= {f"further.{name}": 2 * tower.depth for name, tower in spec.further.items()}
+    rows = {part.name: part for part in parts(spec)}
     for name, parameter in parameters:
         if name.endswith("logit_scale"):
             parameter.fill_(math.log(10.0 if spec.logit_bias and name == "logit_scale" else 1 / 0.07))
         elif name == "logit_bias":
-            # Scale and bias start as in SigLIP (arXiv 2303.15343): nearly all pairs are negatives, and taken for such.
+            # Scale and bias start as in SigLIP (arXiv 2303.15343): nearly all pairs are negatives, so predict that.
             parameter.fill_(-10.0)
         elif parameter.ndim == 1 and name.endswith("_scale"):
-            parameter.fill_(gains[part_of(name)] or 1.0)
+            parameter.fill_(rows[part_of(name)].tower.layer_scale or 1.0)
         elif parameter.ndim == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         else:
             std = 0.02 if is_table(name) else parameter.shape[1] ** -0.5
             if name.endswith(("out.weight", "down.weight")):
-                std *= writes[part_of(name)] ** -0.5
+                std *= rows[part_of(name)].writes ** -0.5
             parameter.copy_(torch.randn(parameter.shape, generator=named_generator(seed, f"init/{name}")) * std)
 
 
@@ -172,7 +128,7 @@ def build(spec: ModelSpec, seed: int) -> Model:
 
 
 def empty(spec: ModelSpec) -> Model:
-    """A model whose tensors have shapes and no memory yet."""
+    """A model on the meta device: its tensors have shapes but no memory yet."""
     with torch.device("meta"):
         return Model(spec)
 
@@ -180,16 +136,17 @@ def empty(spec: ModelSpec) -> Model:
 def materialise(model: Model, device: torch.device, wrapper: nn.Module | None = None) -> None:
     """Give the tensors of an empty model, or of the `wrapper` around it, memory on `device`.
 
-    Its constants are filled, its parameters are not.
+    Constants are filled, parameters are not.
     """
     (wrapper or model).to_empty(device=device)
     _set_constants(model)
 
 
 def built_by_module(model: Model, seed: int, device: torch.device) -> Iterator[nn.Module]:
-    """Give an empty model memory and its first values, module by module, and hand out each that has some.
+    """Initialise an empty model module by module, and yield each module that has parameters.
 
-    The caller may put the parameters away before it asks for the next: no more than one module's need be whole at once.
+    The caller may shard a module's parameters before it asks for the next, so that no more than one module is whole at
+    a time.
     """
     for path, module in reversed(list(model.named_modules())):
         module.to_empty(device=device, recurse=False)

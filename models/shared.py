@@ -1,8 +1,8 @@
-"""Blocks that both towers share: one transformer over either modality's tokens, entered through a gate.
+"""Blocks that both towers share: one transformer over either modality's tokens, behind a gate.
 
-Each tower's tokens go through it on their way to the projection; what comes out is added to them, times a learned gate
-of the tower. At a gate of zero, where it starts, a model is what it is without. The idea is GrowCLIP's (ICCV 2023), for
-more fusion of the modalities; how it shares is not public, and this is a reconstruction.
+Each tower's tokens go through it before pooling, and its output is added to them, times a learned gate of the tower.
+Gates start at zero, where the model is as it is without the blocks. The idea is GrowCLIP's (ICCV 2023), for more fusion
+of the modalities; its design is not public, and this is a reconstruction.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .spec import ModelSpec
-from .transformer import Layout, Transformer
+from .transformer import Stream, Transformer
 
 
 class Shared(nn.Module):
-    """The shared transformer, with maps from each tower's width and back."""
+    """The shared transformer, with maps from each tower's width to its own and back."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -26,10 +26,12 @@ class Shared(nn.Module):
         self.transformer = Transformer(spec.shared, spec.shared.depth)
         self.image_gate, self.text_gate = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
 
-    def image(self, x_td: Tensor, layout: Layout) -> Tensor:
-        """Picture tokens [t, d] -> [t, d]."""
-        return x_td + self.image_gate * self.image_out(self.transformer(self.image_in(x_td), layout))
+    def image(self, stream: Stream) -> Tensor:
+        """Image tokens [t, d] -> [t, d]."""
+        mixed_td = self.transformer(stream._replace(x_td=self.image_in(stream.x_td)))
+        return stream.x_td + self.image_gate * self.image_out(mixed_td)
 
-    def text(self, x_td: Tensor, layout: Layout) -> Tensor:
-        """Caption tokens [t, d] -> [t, d]."""
-        return x_td + self.text_gate * self.text_out(self.transformer(self.text_in(x_td), layout))
+    def text(self, stream: Stream) -> Tensor:
+        """Text tokens [t, d] -> [t, d]."""
+        mixed_td = self.transformer(stream._replace(x_td=self.text_in(stream.x_td)))
+        return stream.x_td + self.text_gate * self.text_out(mixed_td)

@@ -1,8 +1,8 @@
 """The one growable transformer behind every tower: pre-LN blocks on a flat stream of tokens.
 
-The idea is that blocks never see a batch. They work on a stream of shape [t, d], all tokens of all samples one after
-another, and only attention asks a `Layout` which tokens belong together. So captions cost their true length, and image
-and text towers, and the captioner, are the same code.
+Blocks never see a batch. They work on a stream of shape [t, d], all tokens of all samples one after another, and only
+attention asks a `TokenLayout` which tokens belong together. So captions cost their true length, and image and text
+towers and the captioner run the same code.
 
 Shape suffixes: t tokens of the whole batch, d stream channels, h heads, c channels of one head, b samples, n tokens of
 one sample.
@@ -11,7 +11,7 @@ one sample.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +24,21 @@ from .mlp import Experts, Mlp
 from .spec import TowerSpec
 
 
-class Layout(Protocol):
-    """Which tokens of a flat stream form a sample: the packed form of an attention mask."""
+class TokenLayout(Protocol):
+    """Which tokens of a flat stream form a sample, and which of them see each other."""
 
     @property
     def causal(self) -> bool:
         """Whether a token sees only itself and those before it."""
         ...
 
-    def grid(self, x_thc: Tensor) -> Tensor:
-        """Lay the flat [t, h, c] out as [b, h, n, c], padding at the end of each sample."""
-        ...
-
     @property
     def seen_bn(self) -> Tensor | None:
-        """bool [b, n]: keys that may be seen beside what the order allows; None: all."""
+        """bool [b, n]: keys that may be seen, in addition to what `causal` allows; None: all."""
+        ...
+
+    def grid(self, x_thc: Tensor) -> Tensor:
+        """Pad the flat [t, h, c] to [b, h, n, c], with the padding at the end of each sample."""
         ...
 
     def flat(self, x_bhnc: Tensor) -> Tensor:
@@ -46,13 +46,13 @@ class Layout(Protocol):
         ...
 
     def seen_by(self, rows_b: Tensor) -> Tensor | None:
-        """bool [b, n]: keys that these tokens, int64 [b], one of each sample, may see; None: all."""
+        """bool [b, n]: keys that the tokens `rows_b` may see, int64 [b], one per sample; None: all."""
         ...
 
 
 @dataclass(frozen=True)
-class Dense:
-    """`samples` samples of `length` tokens each, all of which see one another: pictures."""
+class DenseLayout:
+    """`samples` samples of `length` tokens each; without `causal` all tokens of a sample see each other: pictures."""
 
     samples: int
     length: int
@@ -60,7 +60,7 @@ class Dense:
     seen_bn: Tensor | None = None
 
     def seen_by(self, rows_b: Tensor) -> None:
-        """Which keys these tokens may see: all."""
+        """All keys."""
         assert not self.causal
 
     def grid(self, x_thc: Tensor) -> Tensor:
@@ -73,27 +73,27 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Samples of different lengths, each token seeing itself and those before it: captions.
+class PackedLayout:
+    """Samples of different lengths, in which a token sees itself and those before it: captions.
 
     Padding exists only inside attention, at the end of each row. Under a causal mask no real token can see it, so no
     padding mask is needed and the result is exact.
     """
 
-    slots_t: Tensor
-    """int64 [t]: place of every token in the flattened [b * longest] grid."""
+    cells_t: Tensor
+    """int64 [t]: cell of every token in the flattened [b * longest] grid"""
     starts: Tensor
-    """int32 [b + 1]: where each sample begins in the stream, and where the last one ends."""
+    """int32 [b + 1]: where each sample begins in the stream, and where the last one ends"""
     samples: int
     longest: int
     causal: bool = True
     seen_bn: Tensor | None = None
 
     @staticmethod
-    def of(lengths_b: Tensor, total: int | None = None, longest: int | None = None) -> Packed:
+    def of(lengths_b: Tensor, total: int | None = None, longest: int | None = None) -> PackedLayout:
         """From the number of tokens of each sample, int64 [b] on any device.
 
-        Where their sum and their maximum are not given, the device is asked, and so waited for.
+        Their sum and maximum are read from the device if they are not given, which waits for it.
         """
         total = int(lengths_b.sum()) if total is None else total
         longest = int(lengths_b.max()) if longest is None else longest
@@ -101,64 +101,74 @@ class Packed:
         samples = torch.arange(len(lengths_b), device=lengths_b.device)
         rows_t = torch.repeat_interleave(samples, lengths_b, output_size=total)
         within_t = torch.arange(total, device=lengths_b.device) - starts[rows_t]
-        return Packed(rows_t * longest + within_t, starts.int(), len(lengths_b), longest)
+        return PackedLayout(rows_t * longest + within_t, starts.int(), len(lengths_b), longest)
 
     def seen_by(self, rows_b: Tensor) -> Tensor:
-        """Which keys these tokens may see: those that stand no later."""
-        places_n = torch.arange(self.longest, device=rows_b.device)
-        seen_bn = places_n <= self.positions_t[rows_b, None]
+        """The keys at or before these tokens."""
+        positions_n = torch.arange(self.longest, device=rows_b.device)
+        seen_bn = positions_n <= self.positions_t[rows_b, None]
         return seen_bn if self.seen_bn is None else seen_bn & self.seen_bn
 
     @property
     def positions_t(self) -> Tensor:
-        """int64 [t]: place of every token in its own sample."""
-        return self.slots_t % self.longest
+        """int64 [t]: position of every token in its own sample."""
+        return self.cells_t % self.longest
 
     def grid(self, x_thc: Tensor) -> Tensor:
         """[t, h, c] -> [b, h, n, c] with zeros in the padding; without copying if there is none."""
         if len(x_thc) == self.samples * self.longest:
             return x_thc.unflatten(0, (self.samples, self.longest)).transpose(1, 2)
-        laid: Tensor = _Laid.apply(x_thc, self.slots_t, self.samples * self.longest)
-        return laid.unflatten(0, (self.samples, self.longest)).transpose(1, 2)
+        grid: Tensor = _Scatter.apply(x_thc, self.cells_t, self.samples * self.longest)
+        return grid.unflatten(0, (self.samples, self.longest)).transpose(1, 2)
 
     def flat(self, x_bhnc: Tensor) -> Tensor:
         """[b, h, n, c] -> [t, h, c]."""
         x_thc = x_bhnc.transpose(1, 2).flatten(0, 1)
-        if len(x_thc) == len(self.slots_t):
+        if len(x_thc) == len(self.cells_t):
             return x_thc
-        taken: Tensor = _Taken.apply(x_thc, self.slots_t)
-        return taken
+        flat: Tensor = _Gather.apply(x_thc, self.cells_t)
+        return flat
 
 
-class _Laid(torch.autograd.Function):
-    """Rows to their places among zeros. No place is taken twice, so the way back is to look there; torch, which cannot
-    know, keeps the rows as well, and on the way back from `_Taken` adds one by one."""
+class _Scatter(torch.autograd.Function):
+    """Rows to their cells in a grid of zeros.
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor, total: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return rows.new_zeros(total, *rows.shape[1:]).index_copy_(0, places, rows)
+    Indices are unique, so the gradient is a gather. `index_copy`'s own backward would also save the rows, and that of
+    `index_select` (for `_Gather`) would add row by row, as it must allow for repeated indices.
+    """
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return slopes[0].index_select(0, places), None, None
-
-
-class _Taken(torch.autograd.Function):
-    """The inverse of `_Laid`."""
+    def forward(ctx: Any, rows: Tensor, cells: Tensor, total: int) -> Tensor:
+        ctx.save_for_backward(cells)
+        return rows.new_zeros(total, *rows.shape[1:]).index_copy_(0, cells, rows)
 
     @staticmethod
-    def forward(ctx: Any, laid: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.total = len(laid)
-        return laid.index_select(0, places)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (cells,) = ctx.saved_tensors
+        return gradients[0].index_select(0, cells), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Rows from their cells in a grid: the inverse of `_Scatter`, and its gradient is a scatter."""
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
-        laid = slopes[0].new_zeros(ctx.total, *slopes[0].shape[1:])
-        (places,) = ctx.saved_tensors
-        return laid.index_copy_(0, places, slopes[0]), None
+    def forward(ctx: Any, grid: Tensor, cells: Tensor) -> Tensor:
+        ctx.save_for_backward(cells)
+        ctx.total = len(grid)
+        return grid.index_select(0, cells)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (cells,) = ctx.saved_tensors
+        grid = gradients[0].new_zeros(ctx.total, *gradients[0].shape[1:])
+        return grid.index_copy_(0, cells, gradients[0]), None
+
+
+class Stream(NamedTuple):
+    """The tokens of a batch on their way through blocks."""
+
+    x_td: Tensor
+    layout: TokenLayout
 
 
 class Attention(nn.Module):
@@ -169,44 +179,39 @@ class Attention(nn.Module):
         inner = spec.attention_width
         self.heads = spec.heads
         self.varlen = False
-        """whether captions attend without padding, in half precision (`models.varlen`)"""
+        """whether captions attend without padding, in 16 bits (`models.varlen`)"""
         self.query = nn.Linear(spec.width, inner)
         self.key = nn.Linear(memory_width or spec.width, inner)
         self.value = nn.Linear(memory_width or spec.width, inner)
         self.out = nn.Linear(inner, spec.width)
 
-    def forward(
-        self,
-        x_td: Tensor,
-        layout: Layout,
-        memory_td: Tensor | None = None,
-        memory: Layout | None = None,
-        rows_b: Tensor | None = None,
-    ) -> Tensor:
-        """Mix the tokens of each sample, [t, d] -> [t, d]; `memory` is the other stream, if there is one.
+    def forward(self, stream: Stream, memory: Stream | None = None, rows_b: Tensor | None = None) -> Tensor:
+        """Mix the tokens of each sample, [t, d] -> [t, d]; keys and values come from `memory`, if there is one.
 
-        With `rows_b`, a token of each sample of a stream of its own, only these look, [t, d] -> [b, d].
+        With `rows_b`, int64 [b], one token of each sample of a stream without memory, only these are computed: [b, d].
         """
         if rows_b is not None:
-            return self._rows(x_td, layout, rows_b)
-        source_td, source = (x_td, layout) if memory_td is None or memory is None else (memory_td, memory)
-        q_thc = self.query(x_td).unflatten(-1, (self.heads, -1))
-        k_thc, v_thc = (project(source_td).unflatten(-1, (self.heads, -1)) for project in (self.key, self.value))
-        causal = layout.causal and source is layout
+            return self._rows(stream, rows_b)
+        layout, source = stream.layout, memory or stream
+        q_thc = self.query(stream.x_td).unflatten(-1, (self.heads, -1))
+        k_thc, v_thc = (project(source.x_td).unflatten(-1, (self.heads, -1)) for project in (self.key, self.value))
+        # Across streams there is no order: every token sees the whole memory.
+        causal = layout.causal and memory is None
         plain = causal and layout.seen_bn is None
-        if self.varlen and isinstance(layout, Packed) and plain and q_thc.dtype.itemsize == 2:
+        if self.varlen and isinstance(layout, PackedLayout) and plain and q_thc.dtype.itemsize == 2:
             return self.out(varlen.causal(q_thc, k_thc, v_thc, layout.starts, layout.longest).flatten(1))
-        q, k, v = layout.grid(q_thc), source.grid(k_thc), source.grid(v_thc)
-        if source.seen_bn is None:
+        q, k, v = layout.grid(q_thc), source.layout.grid(k_thc), source.layout.grid(v_thc)
+        if source.layout.seen_bn is None:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         else:
-            seen = source.seen_bn[:, None, None]
+            seen = source.layout.seen_bn[:, None, None]
             seen = seen & seen.new_ones(q.shape[2], k.shape[2]).tril() if causal else seen
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.out(layout.flat(mixed).flatten(1))
 
-    def _rows(self, x_td: Tensor, layout: Layout, rows_b: Tensor) -> Tensor:
-        """What the tokens `rows_b` take from those of their sample that they may see."""
+    def _rows(self, stream: Stream, rows_b: Tensor) -> Tensor:
+        """One query per sample; all tokens of the sample are keys and values."""
+        x_td, layout = stream
         q_bh1c = self.query(x_td[rows_b]).unflatten(-1, (self.heads, 1, -1))
         k, v = (layout.grid(project(x_td).unflatten(-1, (self.heads, -1))) for project in (self.key, self.value))
         seen_bn = layout.seen_by(rows_b)
@@ -217,23 +222,25 @@ class Attention(nn.Module):
 
 
 def kernel(spec: TowerSpec, length: int, causal: bool, device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """The kernel that torch picks for the attention of samples of `length` tokens: flash, efficient, cudnn or math."""
+    """The kernel that torch picks for attention in samples of `length` tokens: flash, efficient, cudnn or math."""
     shape = (1, spec.heads, length, spec.head_width)
     q, k, v = (torch.empty(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    found = SDPBackend(torch._fused_sdp_choice(q, k, v, None, 0.0, causal))  # private, and the only one who knows
+    found = SDPBackend(torch._fused_sdp_choice(q, k, v, None, 0.0, causal))  # private, but torch has no public way
     return str(found.name).removesuffix("_ATTENTION").lower()
 
 
-def _for_maps(x_td: Tensor) -> Tensor:
-    """The stream as linear maps take it: under autocast each of them would make, and keep, a copy of its own."""
+def _cast(x_td: Tensor) -> Tensor:
+    """The stream in autocast's dtype: cast once, where each linear map would make and keep a copy of its own."""
     kind = x_td.device.type
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return x_td.to(torch.get_autocast_dtype(kind)) if cast else x_td
 
 
 class Norm(nn.LayerNorm):
-    """LayerNorm in fp32 or better, also where an engine has gathered its weights in bf16: as autocast has it on a GPU,
-    and a CPU refuses to mix otherwise."""
+    """LayerNorm in at least fp32, also if an engine has gathered its weights in bf16.
+
+    That is what autocast does on a GPU; on a CPU torch refuses to mix the dtypes otherwise.
+    """
 
     def forward(self, x_td: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
@@ -241,9 +248,12 @@ class Norm(nn.LayerNorm):
         return F.layer_norm(x_td, self.normalized_shape, self.weight.to(kind), self.bias.to(kind), self.eps)
 
 
-class Block(nn.Module):
-    """A pre-LN block; with `memory_width` it also attends to another stream, between attention and MLP, or, `after`
-    both, behind a norm of that stream and before an MLP of its own."""
+class TransformerBlock(nn.Module):
+    """A pre-LN block.
+
+    With `memory_width` it also attends to another stream: between attention and MLP or, with `after`, after both,
+    behind a norm of that stream and before a second MLP.
+    """
 
     def __init__(self, spec: TowerSpec, memory_width: int | None = None, after: bool = False) -> None:
         super().__init__()
@@ -264,62 +274,49 @@ class Block(nn.Module):
         for name in names if spec.layer_scale is not None else ():
             self.register_parameter(name, nn.Parameter(torch.empty(spec.width)))
 
-    def gained(self, part: str, written_td: Tensor) -> Tensor:
-        """What `part` of the block adds to the stream: what it wrote, times the part's gain if blocks have gains."""
+    def scaled(self, part: str, written_td: Tensor) -> Tensor:
+        """What `part` of the block adds to the stream: its output, times its layer scale if the block has one."""
         gain = getattr(self, f"{part}_scale", None)
         return written_td if gain is None else written_td * gain
 
-    def forward(
-        self,
-        x_td: Tensor,
-        layout: Layout,
-        memory_td: Tensor | None = None,
-        memory: Layout | None = None,
-        rows_b: Tensor | None = None,
-    ) -> Tensor:
-        """[t, d] -> [t, d]; or, of a stream without another, only the tokens `rows_b`, [b, d]."""
-        normed_td = _for_maps(self.attention_norm(x_td))
+    def forward(self, stream: Stream, memory: Stream | None = None, rows_b: Tensor | None = None) -> Tensor:
+        """[t, d] -> [t, d]; with `rows_b`, and without memory, only these tokens: [b, d]."""
+        x_td, layout = stream
+        normed_td = _cast(self.attention_norm(x_td))
         if rows_b is not None:
             x_td = x_td[rows_b]
-        x_td = x_td + self.gained("attention", self.attention(normed_td, layout, rows_b=rows_b))
-        if memory_td is not None and not self.after:
-            x_td = x_td + self.gained("cross", self.cross(self.cross_norm(x_td), layout, memory_td, memory))
-        x_td = x_td + self.gained("mlp", self.mlp(_for_maps(self.mlp_norm(x_td))))
-        if memory_td is None or not self.after:
+        x_td = x_td + self.scaled("attention", self.attention(Stream(normed_td, layout), rows_b=rows_b))
+        if memory is not None and not self.after:
+            x_td = x_td + self.scaled("cross", self.cross(Stream(self.cross_norm(x_td), layout), memory))
+        x_td = x_td + self.scaled("mlp", self.mlp(_cast(self.mlp_norm(x_td))))
+        if memory is None or not self.after:
             return x_td
-        memory_td = _for_maps(self.memory_norm(memory_td))
-        crossed_td = self.cross(self.cross_norm(x_td), layout, memory_td, memory)
-        x_td = x_td + self.gained("cross", crossed_td)
-        return x_td + self.gained("cross_mlp", self.cross_mlp(self.cross_mlp_norm(x_td)))
+        memory = memory._replace(x_td=_cast(self.memory_norm(memory.x_td)))
+        x_td = x_td + self.scaled("cross", self.cross(Stream(self.cross_norm(x_td), layout), memory))
+        return x_td + self.scaled("cross_mlp", self.cross_mlp(self.cross_mlp_norm(x_td)))
 
 
 class Transformer(nn.Module):
-    """`depth` blocks and a final norm, unless that stands elsewhere."""
+    """`depth` blocks and, with `norm`, a final norm."""
 
     def __init__(
         self, spec: TowerSpec, depth: int, memory_width: int | None = None, after: bool = False, norm: bool = True
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(spec, memory_width, after) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(spec, memory_width, after) for _ in range(depth))
         self.norm = nn.LayerNorm(spec.width, spec.norm_eps) if norm else nn.Identity()
-        self.again = 0
-        """of how many of the first blocks the insides are made again in the backward pass instead of kept"""
+        self.checkpointed_blocks = 0
+        """number of leading blocks that use activation checkpointing"""
 
-    def forward(
-        self,
-        x_td: Tensor,
-        layout: Layout,
-        memory_td: Tensor | None = None,
-        memory: Layout | None = None,
-        rows_b: Tensor | None = None,
-    ) -> Tensor:
-        """[t, d] -> [t, d]; with `rows_b` the last block works for these tokens only, and they are returned, [b, d]."""
+    def forward(self, stream: Stream, memory: Stream | None = None, rows_b: Tensor | None = None) -> Tensor:
+        """[t, d] -> [t, d]; with `rows_b` the last block computes only these tokens, and they are returned, [b, d]."""
+        x_td, layout = stream
         for number, block in enumerate(self.blocks):
-            wanted = rows_b if number == len(self.blocks) - 1 else None
-            if number < self.again and torch.is_grad_enabled():
-                x_td = checkpoint(  # nothing is drawn inside of blocks
-                    block, x_td, layout, memory_td, memory, wanted, use_reentrant=False, preserve_rng_state=False
-                )
+            wanted_b = rows_b if number == len(self.blocks) - 1 else None
+            stream = Stream(x_td, layout)
+            if number < self.checkpointed_blocks and torch.is_grad_enabled():
+                # Blocks draw no random numbers, so their state need not be restored for recomputing.
+                x_td = checkpoint(block, stream, memory, wanted_b, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_td = block(x_td, layout, memory_td, memory, wanted)
+                x_td = block(stream, memory, wanted_b)
         return self.norm(x_td)

@@ -99,9 +99,14 @@ def lacking() -> str | None:
 
 
 def install() -> None:
-    """Install the packages by apt-get. Raises SystemExit with a sentence where that cannot be."""
-    if all(map(shutil.which, PROGRAMS)):
-        return
+    """Install the packages by apt-get. Raises SystemExit with a sentence where no cluster can run afterwards."""
+    if not all(map(shutil.which, PROGRAMS)):
+        _install_packages()
+    if reason := lacking():
+        raise SystemExit(reason)
+
+
+def _install_packages() -> None:
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise SystemExit(f"as root on Debian or Ubuntu: apt-get install {' '.join(PACKAGES)}; elsewhere the like")
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
@@ -346,12 +351,12 @@ def _plain() -> dict[str, str]:
 
 def _free_ports(count: int) -> int:
     """The first of `count` ports that nobody has, below those the system gives to outgoing connections."""
-    for base in range(23_000 + os.getpid() % 300 * 20, 31_000, 20):  # two that begin at once look at different ones
+    for base in range(26_000 + os.getpid() % 250 * 20, 31_000, 20):  # two that begin at once look at different ones
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             for port in range(base, base + count):
                 stack.enter_context(socket.socket()).bind(("0.0.0.0", port))
             return base
-    raise RuntimeError("no free ports between 23,000 and 31,000")
+    raise RuntimeError("no free ports between 26,000 and 31,000")
 
 
 def main() -> None:

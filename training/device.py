@@ -6,11 +6,29 @@ import os
 import platform
 import resource
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets.
-_PEAKS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+class DeviceModel(NamedTuple):
+    """One accelerator, from its maker's data sheet."""
+
+    peak: float
+    """dense bf16 matrix products, FLOP/s"""
+    memory: float
+    """bytes"""
+
+
+DEVICES = {
+    "a100": DeviceModel(312e12, 80e9),
+    "b200": DeviceModel(2250e12, 180e9),
+    "gh200": DeviceModel(989e12, 96e9),
+    "h100": DeviceModel(989e12, 80e9),
+    "h200": DeviceModel(989e12, 141e9),
+    "l40s": DeviceModel(362e12, 48e9),
+}
+"""by the name that `treering plan --device` takes, which is part of the name that the driver gives"""
 
 
 def describe(device: torch.device) -> str:
@@ -32,8 +50,9 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak, or None if it is not in the table (no CPU is)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in sorted(_PEAKS.items(), key=lambda item: -len(item[0])) if key in name), None)
+    name = torch.cuda.get_device_name(device).lower()
+    longest_first = sorted(DEVICES, key=len, reverse=True)  # a GH200 is not an H200
+    return next((DEVICES[key].peak for key in longest_first if key in name), None)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -120,7 +120,7 @@ class Loaded:
         images: as in `encode_image`. Raises ValueError if the model has no captioner.
         """
         if self.model.captioner is None:
-            raise ValueError(f"{self.source} has no captioner; a model grown with caption.depth has one")
+            raise ValueError(f"{self.source} has no captioner; a model grown with captioner.depth has one")
         longest, tokenizer = min(longest, self.spec.text.context), self.tokenizer
         written = write(writing, self.model, self._pictures(images), tokenizer.START, tokenizer.END, longest)
         return [tokenizer.decode(ids) for ids in written]

@@ -21,7 +21,7 @@ from ..data.units import size_in_bytes
 from ..models.mlp import Experts
 from ..models.model import Model
 from ..models.spec import ModelSpec
-from ..models.transformer import Block
+from ..models.transformer import TransformerBlock
 
 Memory = Mapping[str, int | str]
 """what each place may hold: bytes, or a size such as 20GB, by `cpu` or the device that computes, as in `cuda:0`"""
@@ -37,7 +37,7 @@ def spread(
     """
     with init_empty_weights():
         model = Model(spec)
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, Block)}
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, TransformerBlock)}
     # Of a block its children: a decoder that writes token by token calls them, and not the block.
     children = {f"{name}.{child}": name for name, block in blocks.items() for child, _ in block.named_children()}
     own = {name: next((c for c in children if name.startswith(f"{c}.")), "") for name, _ in model.named_parameters()}
@@ -89,7 +89,7 @@ def _places(
             f"{rooms[main] + outside:,}; raise max_memory"
         )
     found = infer_auto_device_map(
-        nn.ModuleList(blocks.values()), rooms, no_split_module_classes=[Block.__name__], clean_result=False
+        nn.ModuleList(blocks.values()), rooms, no_split_module_classes=[TransformerBlock.__name__], clean_result=False
     )
     where = (found[str(number)] for number in range(len(blocks)))
     return {name: device if place == main else str(place) for name, place in zip(blocks, where, strict=True)}

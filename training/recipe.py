@@ -71,7 +71,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        captions = self.specs()[-1].caption is not None  # a stage may add a captioner, none takes it away
+        captions = self.specs()[-1].captioner is not None  # a stage may add a captioner, none takes it away
         self.mixtures()
         if self.schedule.warmup >= self.total_samples:
             raise ValueError(
@@ -81,7 +81,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
         if self.eval.built_in and not self.evaluation_source:
             raise ValueError("eval.data is missing: name the shards to evaluate on, or set eval.suites to []")
         if self.eval.needs_captioner and not captions:
-            raise ValueError("eval.suites has captioning, and the model no captioner; drop it, or add model.caption")
+            raise ValueError("eval.suites has captioning, and the model no captioner; drop it, or add model.captioner")
         return self
 
     @model_validator(mode="after")
@@ -90,19 +90,19 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
         return self
 
     @model_validator(mode="after")
-    def _further_towers_are_fed_and_trained(self) -> Self:
+    def _modalities_are_fed_and_trained(self) -> Self:
         for number, spec in enumerate(self.specs()):
-            trained = {name for objective in build_objectives(self.objectives, spec) for name in objective.further}
-            for name in spec.further:
+            trained = {name for objective in build_objectives(self.objectives, spec) for name in objective.modalities}
+            for name in spec.modalities:
                 if name not in self.data.columns:
                     raise ValueError(
-                        f"model.further.{name} has nothing to read; add `{name}: npy` to data.columns, "
+                        f"model.modalities.{name} has nothing to read; add `{name}: npy` to data.columns, "
                         f"or drop the tower"
                     )
                 if name not in trained:
                     raise ValueError(
-                        f"model.further.{name} is not trained in stages.{number}; add `{{between: [{name}, text]}}` "
-                        f"to objectives.further, or drop the tower"
+                        f"model.modalities.{name} is not trained in stages.{number}; add `{{between: [{name}, text]}}` "
+                        f"to objectives.modalities, or drop the tower"
                     )
         return self
 
@@ -140,7 +140,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
         for number, (stage, spec) in enumerate(zip(self.stages, self.specs(), strict=True)):
             if stage.context is None:
                 continue
-            if spec.text.filled:
+            if spec.text.padded:
                 raise ValueError(
                     f"stages.{number}.context = {stage.context} would save nothing and move what is read: the text "
                     f"tower fills captions to its context; leave it out, or grow text.context"

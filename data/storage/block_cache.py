@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import time
 import zlib
@@ -28,6 +27,7 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
+from .atomic_write import PARTIAL, atomic_write
 from .files import Reader, ShardInfo, cache_folder, is_remote, read_range
 
 _FORMAT = 1
@@ -37,7 +37,7 @@ _SUM = 4  # bytes of a checksum (CRC-32), in front of its piece
 _TOUCH = 60.0  # seconds within which a block is not marked as used again
 _ABANDONED = 600.0  # seconds after which an unfinished file is nobody's any more
 _RESERVE = 5 * 10**9  # bytes of the disk, or a twentieth of it, that are left for commits and others
-_NAME = re.compile(r"[0-9a-f]{64}(\.[0-9a-f]+\.part)?")
+_NAME = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.[0-9a-f]{16}\.part")
 
 Block = tuple[ShardInfo, int]  # a shard and the number of the block in it
 
@@ -106,17 +106,12 @@ class BlockCache:
     def _keep(self, path: Path, data: bytes) -> None:
         """Writes a block. Where that fails, nothing is written any more: reading is what matters."""
         stored = _with_sums(data, path.name)
-        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
         try:
             self._make_room(path.parent, len(stored))
-            with open(partial, "xb") as file:
-                file.write(stored)
-            os.replace(partial, path)
+            atomic_write(path, stored)
             self._unseen += len(stored)
         except OSError as error:
             self._stopped = True
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
             logging.getLogger(__name__).warning(
                 "cannot cache shards in %s: %s; reading goes on without: free some space, or set TREERING_CACHE to "
                 "another folder, or data.cache.limit to less",
@@ -158,7 +153,7 @@ def _kept_files(folder: Path) -> list[tuple[float, int, Path]]:
                 continue
             with suppress(FileNotFoundError):
                 found = entry.stat(follow_symlinks=False)
-                if entry.name.endswith(".part") and time.time() - found.st_mtime > _ABANDONED:
+                if entry.name.endswith(PARTIAL) and time.time() - found.st_mtime > _ABANDONED:
                     os.unlink(entry.path)
                 else:
                     files.append((found.st_mtime, found.st_size, Path(entry.path)))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import time
 import zlib
@@ -25,6 +24,7 @@ from typing import BinaryIO, cast
 from ..config import CacheConfig
 from ..errors import DataError
 from ..shards.tar_reader import DamagedShard
+from .atomic_write import PARTIAL, atomic_file
 from .files import Reader, ShardInfo, cache_folder, open_shard, read_range, shown_url
 
 _MOST_GROWTH = 200  # times; deflate can reach 1,032 on zeros, pictures and captions stay below 20
@@ -71,18 +71,14 @@ class Unpacked:
         with suppress(FileNotFoundError):
             os.utime(path)  # used
             return path
-        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
         try:
-            with open(partial, "xb") as file:
+            with atomic_file(path) as file:
                 self._unpack(shard, file)
-            os.replace(partial, path)
         except OSError as error:
             raise DataError(
                 f"cannot unpack {shown_url(shard.url)} into {path.parent}: {error.strerror}; free some space, "
                 f"set TREERING_CACHE to another folder, or unpack the shards with gunzip"
             ) from None
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
     def _unpack(self, shard: ShardInfo, into: BinaryIO) -> None:
@@ -128,9 +124,9 @@ def _kept_files(growing: Path) -> Iterator[tuple[float, int, Path]]:
                 continue
             with suppress(FileNotFoundError):
                 found = entry.stat(follow_symlinks=False)
-                if entry.name.endswith(".part") and time.time() - found.st_mtime > _ABANDONED:
+                if entry.name.endswith(PARTIAL) and time.time() - found.st_mtime > _ABANDONED:
                     os.unlink(entry.path)
-                elif not entry.name.endswith(".part"):
+                elif not entry.name.endswith(PARTIAL):
                     yield found.st_mtime, found.st_size, Path(entry.path)
 
 

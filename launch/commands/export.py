@@ -96,9 +96,9 @@ def _open_clip_files(manifest: Manifest, tensors: dict[str, Tensor], config: dic
 def _open_clip_config(manifest: Manifest) -> dict[str, Any]:
     """The open_clip_config.json of a commit's model. Raises InterchangeError, RecipeError."""
     from ...models.interchange.architectures import config_of
-    from ...training.starting.import_weights import words_of
+    from ...training.starting.import_weights import tokenizer_of
 
-    words = words_of(manifest.state)
+    words = tokenizer_of(manifest.state)
     tokenizer = manifest.recipe["data"]["tokenizer"]
     if tokenizer != "clip" and not words:
         raise RecipeError(

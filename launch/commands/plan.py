@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from ...models.activations import Shape, choose, stacks
+from ...models.activations import block_memory, choose
 from ...models.activations import peak as peak_bytes
 from ...models.flops import parameters, training_flops
+from ...models.parts import BatchShape
 from ...models.spec import ModelSpec
+from ...training.device import DEVICES
 from ...training.engines import activation_checkpointing
 from ...training.objectives.terms import build_objectives
 from ...training.recipe import Recipe
@@ -24,23 +26,6 @@ from ..errors import RecipeError, show
 
 SAMPLES = 2048
 """read to learn what captions and pictures are like"""
-
-
-@dataclass(frozen=True)
-class Device:
-    """One accelerator: dense bf16 peak in FLOP/s and memory in bytes, from its maker's data sheet."""
-
-    peak: float
-    memory: float
-
-
-DEVICES = {
-    "a100": Device(312e12, 80e9),
-    "b200": Device(2250e12, 180e9),
-    "h100": Device(989e12, 80e9),
-    "h200": Device(989e12, 141e9),
-    "l40s": Device(362e12, 48e9),
-}
 
 
 @dataclass(frozen=True)
@@ -128,7 +113,7 @@ def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: 
     }
 
 
-def _fullest(recipe: Recipe, world: int, lengths: list[int], patches: int, device: str) -> Shape:
+def _fullest(recipe: Recipe, world: int, lengths: list[int], patches: int, device: str) -> BatchShape:
     """The most that goes through the model at once: of the pieces that captions of these lengths fall into."""
     half = recipe.engine.precision == "bf16"
     pairs = max(1, recipe.data.batch // (world * (recipe.engine.pieces or 1)))
@@ -137,12 +122,12 @@ def _fullest(recipe: Recipe, world: int, lengths: list[int], patches: int, devic
     tokens = max(map(sum, pieces)) * each
     # On a GPU in half precision captions attend without padding.
     places = tokens if half and device != "cpu" else max(map(max, pieces)) * pairs
-    return Shape(pairs, tokens, places, patches, half, _reads_tokens(recipe))
+    return BatchShape(pairs, tokens, places, patches, half, _reads_tokens(recipe))
 
 
-def _activations(recipe: Recipe, spec: ModelSpec, shape: Shape, room: float) -> tuple[dict[str, int], float]:
+def _activations(recipe: Recipe, spec: ModelSpec, shape: BatchShape, room: float) -> tuple[dict[str, int], float]:
     """The blocks that are made again, and the bytes that blocks hold then."""
-    found = stacks(spec, shape)
+    found = block_memory(spec, shape)
     again = choose(found, activation_checkpointing.budget(recipe.engine, found, max(0.0, room)))
     return again, peak_bytes(found, again)
 

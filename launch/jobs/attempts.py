@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ...data.storage.atomic_write import atomic_write
 from ..run_folder import STOPPED, read_rows
 
 BAD_NODE = 3
@@ -83,9 +84,7 @@ def begin(run: Path, job: dict[str, str]) -> bool:
     for old in (*(run / "job" / "failures").glob("*.json"), *fit_folder(run).glob("*")):
         old.unlink(missing_ok=True)
     _write(run, {"event": "begin", "log": _size(run / "job.log"), **job})
-    passing = owner_file(run).with_suffix(".partial")
-    passing.write_text(json.dumps({**job, "time": time.time()}), encoding="utf-8")
-    os.replace(passing, owner_file(run))
+    atomic_write(owner_file(run), json.dumps({**job, "time": time.time()}), durable=True)
     return True
 
 

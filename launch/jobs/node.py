@@ -21,6 +21,7 @@ from types import FrameType
 
 from ..errors import RunError, user_message
 from ..run_folder import STOPPED
+from ..threads import share_cores
 from .attempts import BAD_NODE, FOLLOWING, LIFE, UNFIT, fit_folder, lost
 
 
@@ -44,7 +45,7 @@ def main() -> None:
         _look_around(run, name, options.processes)
         from ..run import launch_workers
 
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // options.processes)))
+        share_cores(options.processes)
         launch_workers(
             run,
             options.processes,

@@ -22,16 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...data.storage.atomic_write import atomic_write
 from ...training.health.signals import NOTICE
 from ...training.recipe import Recipe
 from ..errors import RecipeError, clean, show
 from ..recipe.load import ResolvedRecipe
-from ..run import check_sources, check_store, write_file
+from ..run import check_sources, check_store
 from ..run_folder import RECIPE_FILE, read_rows
 from .cluster_config import TIME, WORD, Site
 from .reachable import refuse_unreachable
 
-TEMPLATE = Path(__file__).parent.parent / "slurm" / "pretrain.sbatch"
+TEMPLATE = Path(__file__).parents[2] / "slurm" / "pretrain.sbatch"
 STORE_SECONDS = 20
 LONGEST_NOTICE = 65535
 """seconds, of Slurm's --signal"""
@@ -98,8 +99,8 @@ def submit(job: Job) -> int:
     """Write the run folders and put the job into the queue; its number. Raises RecipeError if Slurm refuses it."""
     for out, resolved in job.runs:
         (out / "job").mkdir(parents=True, exist_ok=True)
-        write_file(out / RECIPE_FILE, resolved.text)
-        write_file(out / "job" / TEMPLATE.name, job.script)
+        atomic_write(out / RECIPE_FILE, resolved.text, durable=True)
+        atomic_write(out / "job" / TEMPLATE.name, job.script, durable=True)
         (out / "job" / "stop").unlink(missing_ok=True)
     done = _slurm(["sbatch", "--parsable", str(job.runs[0][0].absolute() / "job" / TEMPLATE.name)])
     if done.returncode:
@@ -107,7 +108,7 @@ def submit(job: Job) -> int:
     number = int(done.stdout.split(";")[0])
     for place, (out, _) in enumerate(job.runs):
         about = {"job": number, "task": place if len(job.runs) > 1 else None, "time": time.time(), "nodes": job.nodes}
-        write_file(out / "job" / "job.json", json.dumps(about))
+        atomic_write(out / "job" / "job.json", json.dumps(about), durable=True)
     return number
 
 

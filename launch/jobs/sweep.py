@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...data.storage.atomic_write import atomic_write
 from ...training.report.sweep_page import SWEEP_FILE, Member, read_sweep
 from ..errors import RecipeError, clean, show
 from ..recipe.schema import all_paths
-from ..run import write_file
 
 MOST = 1000
 
@@ -72,7 +72,7 @@ def write_sweep(folder: Path, points: list[Point]) -> None:
     known = {member.name: member.values for member in _read(folder)} if is_sweep(folder) else {}
     folder.mkdir(parents=True, exist_ok=True)
     runs = known | {point.name: point.values for point in points}
-    write_file(folder / SWEEP_FILE, json.dumps({"runs": runs}, indent=1))
+    atomic_write(folder / SWEEP_FILE, json.dumps({"runs": runs}, indent=1), durable=True)
 
 
 def is_sweep(folder: Path) -> bool:

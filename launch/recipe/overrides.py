@@ -1,7 +1,7 @@
 """`key=value` on the command line: sets one value, or a whole block, in the recipe's tree before it is checked.
 
 A key is a dotted path; items of a list go by their number, from 0 (`stages.0.samples=320`). A value is YAML, as in the
-recipe (`stages=[{samples: 40000}]`, `model.caption=null`). Later overrides see what earlier ones have set.
+recipe (`stages=[{samples: 40000}]`, `model.captioner=null`). Later overrides see what earlier ones have set.
 """
 
 from __future__ import annotations

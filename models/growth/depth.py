@@ -1,12 +1,12 @@
 """More blocks, or fewer.
 
-With `layers: zero` each new block is a copy of its neighbour below whose every write into the stream starts at zero. A
-pre-LN block adds its output to the stream, so a block that adds zero changes nothing: the grown model computes the same
-function, bit for bit. The copied inner weights make the new block useful as soon as its output weights move, which they
-do from the first step on (their gradient is not zero; that of the inner weights is, for one step).
+With `layers: zero` each new block is a copy of its neighbour below whose output projections start at zero. A pre-LN
+block adds its output to the stream, so a block that adds zero changes nothing: the grown model computes the same
+function, bit for bit. The copied inner weights make the new block useful as soon as its output projections move, which
+they do from the first step on (their gradient is not zero; that of the inner weights is, for one step).
 
-Moments (measured: mapped moments spike least): a copy starts with zero momentum, and with its source's second moment,
-so that its first steps are as long as its neighbour's.
+Moments (mapped moments had the smallest loss spike when measured): a copy starts with zero momentum and its source's
+second moment, so that its first steps are as long as its neighbour's.
 
 `stack` (the whole stack once more on top: StackBERT, Gong et al., 2019) and `interleave` (each block doubled) copy
 blocks and moments as they are. They are lossy: the loss jumps, and the run must recover.
@@ -14,21 +14,17 @@ blocks and moments as they are. They are lossy: the loss jumps, and the run must
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .plan import Drops, Layers
-from .rules import Read, Rule, zero
-
-# The maps that write into the residual stream; with their biases they are all that has to be zero.
-WRITES = re.compile(r"\.(attention\.out|cross\.out|(?:cross_)?mlp\.(?:experts\.\d+\.)?down)\.(weight|bias)$")
+from .operator import OUTPUT_PROJECTIONS, Read, Rule, block_of, zero
+from .options import Drops, Layers
 
 
 @dataclass(frozen=True)
 class Depth:
-    """Grow the blocks at `stack` from `old` to `new`; but for `layers: stack`, new ones are spread evenly."""
+    """Grow the blocks at `stack` from `old` to `new`; new ones are spread evenly, unless `layers` is `stack`."""
 
     field: str
     """the spec's field, as in `image.depth`"""
@@ -52,16 +48,15 @@ class Depth:
 
     def rule(self, name: str) -> Rule:
         """Tensors outside the stack are kept; inside it, see the module."""
-        prefix = self.stack + "."
-        if not name.startswith(prefix):
+        found = block_of(self.stack, name)
+        if found is None:
             return Rule(name)
-        index, rest = name.removeprefix(prefix).split(".", 1)
-        source, is_copy = self.source(int(index))
+        source, is_copy = self.source(found[0])
         zeroed = is_copy and self.layers == "zero"
         maps = {"exp_avg": zero} if zeroed else {}
-        if zeroed and WRITES.search(name):
+        if zeroed and OUTPUT_PROJECTIONS.search(name):
             maps["model"] = zero
-        return Rule(f"{prefix}{source}.{rest}", maps)
+        return Rule(f"{self.stack}.{source}.{found[1]}", maps)
 
     def describe(self) -> dict[str, Any]:
         """For the lineage."""
@@ -82,11 +77,8 @@ class Drop:
 
     def rule(self, name: str) -> Rule:
         """Tensors outside the stack are kept."""
-        prefix = self.stack + "."
-        if not name.startswith(prefix):
-            return Rule(name)
-        index, rest = name.removeprefix(prefix).split(".", 1)
-        return Rule(f"{prefix}{self.kept[int(index)]}.{rest}")
+        found = block_of(self.stack, name)
+        return Rule(name if found is None else f"{self.stack}.{self.kept[found[0]]}.{found[1]}")
 
     def describe(self) -> dict[str, Any]:
         """For the lineage."""
@@ -95,16 +87,16 @@ class Drop:
 
 
 def kept_blocks(stack: str, old: int, new: int, drop: Drops, experts: int, read: Read | None) -> list[int]:
-    """Indices of the `new` blocks that stay: the first ones, or those with the largest writes into the stream.
+    """Indices of the `new` blocks that stay: the first ones, or those with the largest score.
 
-    A block is worth what it writes: the sum of squares of its output maps, which a block that changes nothing has not.
+    The score of a block is the squared norm of its output projections: 0 for an identity block.
     """
     if drop == "last":
         return list(range(new))
     assert read, "scores need the weights"
     mlps = [f"mlp.experts.{number}.down" for number in range(experts)] if experts > 1 else ["mlp.down"]
-    writes = [
+    scores = [
         sum(read("model", f"{stack}.{i}.{part}.weight").square().sum().item() for part in ("attention.out", *mlps))
         for i in range(old)
     ]
-    return sorted(sorted(range(old), key=lambda i: (-writes[i], i))[:new])
+    return sorted(sorted(range(old), key=lambda i: (-scores[i], i))[:new])

@@ -1,9 +1,9 @@
 """Wider heads: each head gets more channels, copies of its own.
 
-What values and the output map do with a head's channels is the business of any axis. Queries and keys meet in a
-product, which c copies count c times and which a wider head divides by a larger root: from h to h' channels both are
-multiplied by (h'/h)^1/4 / sqrt(c), and the scores stay what they were (HyperCloning, arXiv 2409.12903, for whole
-factors). The gradients are then multiplied by (h/h')^1/4 / sqrt(c), and so are the first moments.
+For values and the output map a head's channels are an axis like any other. Queries and keys are multiplied with each
+other: c copies count c times in that product, and a wider head divides it by a larger square root. So from h to h'
+channels both are multiplied by (h'/h)^1/4 / sqrt(c), and the scores do not change (HyperCloning, arXiv 2409.12903, for
+whole factors). The gradients are then multiplied by (h/h')^1/4 / sqrt(c), and so are the first moments.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .axes import uses
-from .rules import Rule, TensorMap
-from .width import Widen, along
+from .operator import Rule, TensorMap, along
+from .width import Widen
 
 _SCORED = re.compile(r"\.(query|key)\.(weight|bias)$")
 
@@ -27,7 +27,7 @@ class HeadDim(Widen):
     """Grow every head of axis `axis` from `old` to `new` channels; `unit` is the number of heads."""
 
     def rule(self, name: str) -> Rule:
-        """Queries and keys as the module says, values and output maps as on any axis."""
+        """Queries and keys: see the module; values and output maps as on any axis."""
         if not _SCORED.search(name) or all(use.axis != self.axis for use in uses(name, self.spec)):
             return super().rule(name)
         growth = (self.new / self.old) ** 0.25
@@ -45,9 +45,9 @@ class HeadDim(Widen):
         return sources, sources.bincount()[sources]
 
     def _scaled(self, factor: float, roots: int, name: str = "") -> TensorMap:
-        """Copies times `factor`, each divided by the root of their number to the power `roots`; a query gets noise.
+        """Copies times `factor`, each divided by the square root of their number to the power `roots`.
 
-        The noise may sum to zero over a channel's copies because the keys that meet it are all alike.
+        Queries get noise that sums to zero over a channel's copies: the keys they are multiplied with are all equal.
         """
 
         def scaled(tensor: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class HeadDim(Widen):
             if self.copies == "duplicate" or not name.endswith("query.weight"):
                 return copied
             draws = torch.randn(copied.shape, generator=self._generator(name)).to(copied)
-            return self._told_apart(copied, draws, 0, copied.square().mean().sqrt())
+            return self._with_noise(copied, draws, 0, copied.square().mean().sqrt())
 
         return scaled
 

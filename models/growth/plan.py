@@ -8,35 +8,30 @@ runs. An operator that does not keep the function says so (`preserves`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
 
+from ..parts import parts
 from ..spec import ModelSpec, SpecError, TowerSpec
+from .depth import Depth, Drop, kept_blocks
+from .embed_dim import GrowEmbedDim, TruncateEmbedDim
+from .experts import MoreExperts, Upcycle
+from .heads import HeadDim
+from .inherit import Inherit, InheritAverage
+from .new_captioner import NewCaptioner
+from .new_part import NewPart
+from .operator import Operator, Read
+from .options import Copies, Drops, InheritFrom, Layers
+from .patch import Patch
+from .positions import Context, Resolution
+from .vocabulary import Vocabulary
+from .width import Truncate, Widen
 
-if TYPE_CHECKING:  # the operators need torch, reading a recipe does not
-    from .rules import Operator, Read
-
-Copies = Literal["noise", "duplicate", "lemon"]
-"""what new channels, heads and hidden units are: copies told apart by noise, plain copies, or LEMON's projection"""
-Layers = Literal["zero", "stack", "interleave"]
-"""what new blocks are: zeroed copies, which keep the function, or live copies, which do not"""
-Inheriting = float | Literal["ema"]
-"""the share of the inherited weights, the rest is fresh; or new parts from the running average"""
-Drops = Literal["last", "smallest"]
-"""which blocks go when a stack shrinks: the last ones, or those that write least"""
-
-_STACKS = {
-    "image.depth": "image.transformer.blocks",
-    "text.depth": "text.transformer.blocks",
-    "caption.depth": "captioner.transformer.blocks",
-    "shared.depth": "shared.transformer.blocks",
-}
 _ONLY_GROWS = ("text.vocabulary",)
 
 
 def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int | float]]:
-    """Every size that differs, by dotted path: (before, after), 0 for what is not there.
+    """Every size that differs, by dotted path: (before, after), 0 for a part that is new.
 
-    Raises SpecError for a difference that no operator makes.
+    Raises SpecError for a difference that no operator can make.
     """
     before, after = old.sizes(), new.sizes()
     for tower, a, b in _both(old, new):
@@ -48,26 +43,29 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
                 f"or begin with a model that has {tower}.head_dim: {a.head_width}"
             )
     _check_samples(old, new)
+    gone = {part.name for part in parts(old)} - {part.name for part in parts(new)}
+    if gone:
+        raise SpecError(f"shrink: {', '.join(sorted(gone))} is missing, and no part can be removed; give its sizes")
     paths = [*before, *(path for path in after if path not in before)]
     changed = {p: (before.get(p, 0), after.get(p, 0)) for p in paths if before.get(p, 0) != after.get(p, 0)}
     for tower, a, b in _both(old, new):
-        if a.experts > b.experts or (a.experts > 1 and a.active > b.active):
+        if a.experts > b.experts or (a.experts > 1 and a.experts_per_token > b.experts_per_token):
             raise SpecError(
-                f"shrink: {tower}.experts = {b.experts} with active = {b.active}: a mixture only grows; "
-                f"leave it at {a.experts} with active = {a.active}, or more"
+                f"shrink: {tower}.experts = {b.experts} with experts_per_token = {b.experts_per_token}: "
+                f"a mixture only grows; leave it at {a.experts} with experts_per_token = {a.experts_per_token}, or more"
             )
     for path in _ONLY_GROWS:
         if path in changed and changed[path][1] < changed[path][0]:
             raise SpecError(f"shrink: {path} = {changed[path][1]}: it only grows; leave it at {changed[path][0]}")
     if "embed_dim" in changed and old.image.pool == "attention":
         raise SpecError(
-            f"grow: embed_dim = {new.embed_dim}: it is the width of the attention pooler, whose norms only copies "
-            f"would keep; leave it at {old.embed_dim}"
+            f"grow: embed_dim = {new.embed_dim}: it is also the width of the attention pooler, whose norms "
+            f"would change the function; leave it at {old.embed_dim}"
         )
-    if "text.context" in changed and old.text.filled:
+    if "text.context" in changed and old.text.padded:
         raise SpecError(
-            f"grow: text.context = {new.text.context}: this text tower fills every text to the context and attends to "
-            f"the filling, so it would compute something else; leave it at {old.text.context}"
+            f"grow: text.context = {new.text.context}: this text tower pads every text to the context and attends to "
+            f"the padding, so its function would change; leave it at {old.text.context}"
         )
     if "image.patch" in changed and new.image.grid < old.image.grid and new.image.resolution >= old.image.resolution:
         raise SpecError(
@@ -78,24 +76,24 @@ def changes(old: ModelSpec, new: ModelSpec) -> dict[str, tuple[int | float, int 
 
 
 def _check_samples(old: ModelSpec, new: ModelSpec) -> None:
-    """Raise SpecError if a further tower would have to read other samples than its data column holds."""
-    for name, a in old.further.items():
-        b = new.further.get(name, a)
+    """Raise SpecError if a tower of another modality would have to read samples of another shape."""
+    for name, a in old.modalities.items():
+        b = new.modalities.get(name, a)
         if (a.frames, a.features) != (b.frames, b.features):
             raise SpecError(
-                f"further.{name} with frames = {b.frames} and features = {b.features} does not fit the samples of its "
-                f"data column, which stay what they are; leave them at {a.frames} and {a.features}"
+                f"modalities.{name} with frames = {b.frames} and features = {b.features} does not fit the samples "
+                f"of its data column, which do not change; leave them at {a.frames} and {a.features}"
             )
 
 
 def _both(old: ModelSpec, new: ModelSpec) -> list[tuple[str, TowerSpec, TowerSpec]]:
-    """The transformers that both specs have, by name."""
-    after = new.transformers()
-    return [(name, a, after[name]) for name, a in old.transformers().items() if name in after]
+    """The towers that both specs have: path of their sizes, before and after."""
+    after = new.towers()
+    return [(name, a, after[name]) for name, a in old.towers().items() if name in after]
 
 
 def check_tokens(old: ModelSpec, new: ModelSpec, tokens: Sequence[Sequence[int]]) -> None:
-    """Raise SpecError if `tokens` does not say of every new row of the token table which old rows it is made of."""
+    """Raise SpecError if `tokens` does not give for every new row of the token table the old rows it is the mean of."""
     more = new.text.vocabulary - old.text.vocabulary
     if tokens and len(tokens) != more:
         raise SpecError(
@@ -105,7 +103,7 @@ def check_tokens(old: ModelSpec, new: ModelSpec, tokens: Sequence[Sequence[int]]
     if not all(ids and all(0 <= i < old.text.vocabulary for i in ids) for ids in tokens):
         raise SpecError(
             f"tokens has a list that is empty or names an id that is not below {old.text.vocabulary}; "
-            f"each new row is made of some old ones"
+            f"each new row is the mean of some old ones"
         )
 
 
@@ -117,30 +115,24 @@ def plan_growth(
     layers: Layers = "zero",
     tokens: Sequence[Sequence[int]] = (),
     drop: Drops = "last",
-    inherit: Inheriting = 1.0,
+    inherit: InheritFrom = 1.0,
     read: Read | None = None,
 ) -> list[Operator]:
     """The operators from `old` to `new`, in the order they are applied; empty if the specs are equal.
 
-    `seed` is that of every random draw, `tokens` says of each new row of the token table which rows it is the mean of,
-    `inherit` is the share of the inherited weights, or `ema` for new parts from their average, and `read` reads the old
-    model for `drop: smallest`. Raises SpecError for a change that cannot be made.
+    `seed` is that of every random draw, `tokens` has for each new row of the token table the rows it is the mean of,
+    `inherit` is the fraction of the inherited weights, or `ema` to take new entries from the running average, and
+    `read` reads the old model for `drop: smallest`. Raises SpecError for a change that cannot be made.
     """
     changed = changes(old, new)
     check_tokens(old, new, tokens)
     if not changed:
         return []
-    from .depth import Depth
-    from .inheriting import Inherit, InheritAverage
-    from .joint import Joint, TruncateJoint
-    from .positions import Context, Resolution
-    from .tables import Patch, Vocabulary
-
     operators: list[Operator] = _units(old, new, copies, seed)
     if new.embed_dim > old.embed_dim:
-        operators.append(Joint(old.embed_dim, new.embed_dim, seed))
+        operators.append(GrowEmbedDim(old.embed_dim, new.embed_dim, seed))
     elif new.embed_dim < old.embed_dim:
-        operators.append(TruncateJoint(old.embed_dim, new.embed_dim))
+        operators.append(TruncateEmbedDim(old.embed_dim, new.embed_dim))
     if old.text.context != new.text.context:
         operators.append(Context(old.text.context, new.text.context))
     if old.image.grid != new.image.grid:
@@ -149,7 +141,8 @@ def plan_growth(
         operators.append(Patch(old.image.patch, new.image.patch))
     if old.text.vocabulary != new.text.vocabulary:
         operators.append(Vocabulary(old.text.vocabulary, new.text.vocabulary, tuple(map(tuple, tokens))))
-    operators += _blocks(old, new, layers, drop, seed, read)
+    operators += _blocks(old, new, layers, drop, read)
+    operators += _new_parts(old, new, seed)
     if inherit == "ema":
         operators.append(InheritAverage(old, new, tuple(each for each in operators if isinstance(each, Depth))))
     elif inherit != 1.0:
@@ -158,11 +151,7 @@ def plan_growth(
 
 
 def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Operator]:
-    """Channels, heads and hidden units of all towers."""
-    from .experts import MoreExperts, Upcycle
-    from .heads import HeadDim
-    from .width import Truncate, Widen
-
+    """Channels, heads, hidden units and experts of all towers."""
     operators: list[Operator] = []
     for tower, a, b in _both(old, new):
         axes = (
@@ -174,36 +163,31 @@ def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Op
         operators += [Truncate(f"{tower}.{axis}", m, n, unit, new) for axis, m, n, unit in axes if m > n]
         if b.experts > a.experts == 1:
             operators.append(Upcycle(tower, b.experts, b.width, seed))
-        elif a.experts > 1 and (a.experts, a.active) != (b.experts, b.active):
-            operators.append(MoreExperts(tower, a.experts, b.experts, (a.active, b.active), copies, seed))
+        elif a.experts > 1 and (a.experts, a.experts_per_token) != (b.experts, b.experts_per_token):
+            operators.append(
+                MoreExperts(tower, a.experts, b.experts, (a.experts_per_token, b.experts_per_token), copies, seed)
+            )
         if b.head_width > a.head_width:
             operators.append(HeadDim(f"{tower}.heads", a.head_width, b.head_width, b.heads, copies, seed, new))
     return operators
 
 
-def _blocks(
-    old: ModelSpec, new: ModelSpec, layers: Layers, drop: Drops, seed: int, read: Read | None
-) -> list[Operator]:
-    """Blocks of all stacks, and a captioner, shared blocks and further towers where there were none."""
-    from .captioning import NewCaptioner
-    from .depth import Depth, Drop, kept_blocks
-    from .further import NewTower
-    from .sharing import NewShared
-
-    before, after = old.sizes(), new.sizes()
+def _blocks(old: ModelSpec, new: ModelSpec, layers: Layers, drop: Drops, read: Read | None) -> list[Operator]:
+    """Depths of the parts that both models have."""
+    after = {part.name: part for part in parts(new)}
     operators: list[Operator] = []
-    further = {f"further.{name}.depth": f"further.{name}.transformer.blocks" for name in old.further}
-    for path, stack in (_STACKS | further).items():
-        tower = "text" if path == "caption.depth" else path.removesuffix(".depth")
-        experts = old.transformers()[tower].experts if tower in old.transformers() else 1
-        small, large = int(before.get(path, 0)), int(after.get(path, 0))
-        if 0 < small < large:
-            operators.append(Depth(path, stack, small, large, layers))
-        elif 0 < large < small:
-            operators.append(Drop(path, stack, small, tuple(kept_blocks(stack, small, large, drop, experts, read))))
-    if new.caption and not old.caption:
-        operators.append(NewCaptioner(new, seed))
-    if new.shared and not old.shared:
-        operators.append(NewShared(new, seed))
-    operators += [NewTower(new, name, seed) for name in new.further if name not in old.further]
+    for part in parts(old):
+        field, small, large = f"{part.name}.depth", part.depth, after[part.name].depth
+        if small < large:
+            operators.append(Depth(field, part.stack, small, large, layers))
+        elif small > large:
+            kept = kept_blocks(part.stack, small, large, drop, part.tower.experts, read)
+            operators.append(Drop(field, part.stack, small, tuple(kept)))
     return operators
+
+
+def _new_parts(old: ModelSpec, new: ModelSpec, seed: int) -> list[Operator]:
+    """Parts that only the new model has."""
+    there = {part.name for part in parts(old)}
+    added = [part.name for part in parts(new) if part.name not in there]
+    return [NewCaptioner(new, seed) if name == "captioner" else NewPart(new, name, seed) for name in added]

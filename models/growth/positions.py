@@ -1,7 +1,7 @@
-"""More positions: longer captions and larger pictures. New positions lie between old ones and are interpolated.
+"""More positions: longer captions and larger pictures. New positions are interpolated between old ones.
 
-Neither can keep the function, because the inputs change with it: a longer context cuts captions later, a larger picture
-has more patches. What stays exact is said with each.
+Neither can keep the function, because the inputs change too: a longer context cuts captions later, a larger picture has
+more patches. Each operator says what stays exact.
 """
 
 from __future__ import annotations
@@ -13,19 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .rules import Rule, TensorMap
+from .operator import Rule, alike
 
 KEPT = 20
 """caption positions that stay as they are: few captions are longer, so only these are well trained (Long-CLIP)"""
 
 
-def _everywhere(tensor_map: TensorMap) -> dict[str, TensorMap]:
-    return dict.fromkeys(("model", "exp_avg", "exp_avg_sq"), tensor_map)
-
-
 @dataclass(frozen=True)
 class Context:
-    """Grow the longest caption from `old` to `new` tokens: the first 20 positions stay, the rest is stretched.
+    """Grow the longest caption from `old` to `new` tokens: the first 20 positions stay, the rest are interpolated.
 
     Zhang et al. (Long-CLIP, arXiv 2403.15378). Captions of at most 20 tokens, start and end included, are embedded and
     captioned exactly as before; longer ones are not. A shorter context keeps the first positions.
@@ -37,18 +33,19 @@ class Context:
 
     def rule(self, name: str) -> Rule:
         """Only the text tower's positions change."""
-        return Rule(name, _everywhere(self._stretch) if name == "text.position_embedding" else {})
+        return Rule(name, alike(self._interpolate) if name == "text.position_embedding" else {})
 
-    def _stretch(self, tensor: Tensor) -> Tensor:
+    def _interpolate(self, tensor: Tensor) -> Tensor:
         if self.new < self.old:
             return tensor[: self.new].contiguous()
         kept = min(KEPT, self.old - 1)
         last_old, last_new = self.old - 1, self.new - 1
+        # Old positions, with fractions, that the new ones behind the kept ones take their values from.
         places = kept + (torch.arange(kept, self.new) - kept) * (last_old - kept) / (last_new - kept)
         below = places.long().clamp(max=last_old)
-        share = (places - below).to(tensor)[:, None]
+        fraction = (places - below).to(tensor)[:, None]
         below = below.to(tensor.device)
-        between = tensor[below].lerp(tensor[(below + 1).clamp(max=last_old)], share)
+        between = tensor[below].lerp(tensor[(below + 1).clamp(max=last_old)], fraction)
         return torch.cat([tensor[:kept], between])
 
     def describe(self) -> dict[str, Any]:
@@ -66,7 +63,7 @@ class Resolution:
 
     def rule(self, name: str) -> Rule:
         """Only the image tower's positions change."""
-        return Rule(name, _everywhere(self._resize) if name == "image.position_embedding" else {})
+        return Rule(name, alike(self._resize) if name == "image.position_embedding" else {})
 
     def _resize(self, tensor: Tensor) -> Tensor:
         planes = tensor.T.unflatten(1, (self.old, self.old))[None]

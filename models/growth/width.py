@@ -1,22 +1,22 @@
 """Longer axes: more channels in the stream, more heads, more hidden units. One operator, one axis at a time.
 
-New units are copies of old ones. What writes the axis is repeated, what reads it is divided by the number of copies:
-the sums stay what they were (Net2Net, Chen et al., arXiv 1511.05641). In gradients it is the other way round: each of c
-copies receives 1/c of its original's, while a divided reader receives all of it. Hence, with c copies:
+New units are copies of old ones. Tensors that write the axis are repeated, tensors that read it are divided by the
+number of copies, so the sums do not change (Net2Net, Chen et al., arXiv 1511.05641). For gradients it is the other way
+round: each of c copies receives 1/c of its original's, while a divided reader receives all of it. Hence, with c copies:
 
               weight   exp_avg   exp_avg_sq   learning rate
     writers   w        m/c       v/c^2        1
     readers   w/c      m         v            old/new, and weight decay x new/old
 
 so that plain copies follow the small model exactly, step by step (up to Adam's eps and the clipping of the whole
-gradient). They would do so for ever; the noise of `copies: noise` ends that. It sums to zero over the copies of a unit,
-so the function does not see it (HyperCloning, Samragh et al., arXiv 2409.12903). With `copies: lemon` the copies of a
-reader are fresh draws, shifted alike so that their sum is right (LEMON, Wang et al., arXiv 2310.07999).
+gradient). They would stay copies for ever; the noise of `copies: noise` makes them diverge. It sums to zero over the
+copies of a unit, so the function does not change (HyperCloning, Samragh et al., arXiv 2409.12903). With `copies: lemon`
+the copies of a reader are fresh draws, shifted alike so that their sum is right (LEMON, Wang et al., arXiv 2310.07999).
 
-Heads and hidden units grow to any number: some have a copy more than others. A norm averages over the stream, so there
-whole copies only, and what is left of the new channels is padded with the stream's mean (LEMON): the mean stays, the
-variance shrinks by s = `padding_variance`, which the norms' weights (x sqrt s) and their eps (x s, in the spec) undo,
-and behind a norm the padding is exactly zero. So what reads it is free, and starts at random.
+Heads and hidden units grow to any number: some get one copy more than others. A norm averages over the stream, so there
+only whole copies are made, and the remaining new channels are padded with the stream's mean (LEMON): the mean stays and
+the variance shrinks by s = `padding_variance`, which the norms' weights (x sqrt s) and their eps (x s, in the spec)
+undo. Behind a norm the padding is exactly zero, so the weights that read it are free and start at random.
 """
 
 from __future__ import annotations
@@ -30,13 +30,11 @@ from torch import Tensor
 from ..model import named_generator
 from ..spec import ModelSpec, padding_variance
 from .axes import Use, uses
-from .plan import Copies
-from .rules import Rule, TensorMap
+from .operator import NOISE, Rule, TensorMap, along
+from .options import Copies
 
-NOISE = 10 ** (-10 / 20)
-"""size of the noise relative to the divided weights: a signal-to-noise ratio of 10 dB, as in HyperCloning"""
 _WRITER = {"model": 0, "exp_avg": 1, "exp_avg_sq": 2}
-"""the power of the number of copies that each kind of a writer is divided by"""
+"""the power of the number of copies by which each kind of state of a writer is divided"""
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,18 @@ class Widen:
     """Grow one axis from `old` to `new` units of `unit` channels each."""
 
     axis: str
-    """as in `axes.py`"""
+    """as `axes.py` names it"""
     old: int
     new: int
     unit: int
     copies: Copies
     seed: int
     spec: ModelSpec | None = None
-    """of the model, where its layout is not that of all defaults"""
+    """of the grown model; None: one with all defaults"""
     preserves: ClassVar[bool] = True
 
     def rule(self, name: str) -> Rule:
-        """Tensors that do not touch the axis are kept; for the others see the module."""
+        """Tensors without the axis are kept; for the others see the module."""
         use = next((use for use in uses(name, self.spec) if use.axis == self.axis), None)
         if use is None:
             return Rule(name)
@@ -69,7 +67,7 @@ class Widen:
         return Rule(name, {kind: self._repeat(use.dim, power, fill) for kind, power in _WRITER.items()})
 
     def _norm(self, name: str) -> Rule:
-        """A norm over a padded stream: gain x sqrt s, its gradient the old / sqrt s, and no shift of the padding."""
+        """A norm over a padded stream: weight x sqrt s, gradient / sqrt s, and a bias of zero on the padding."""
         s = padding_variance(self.old, self.new)
         if name.endswith(".bias"):
             return Rule(name, {k: self._repeat(0, n, None if k == "exp_avg_sq" else 0.0) for k, n in _WRITER.items()})
@@ -80,11 +78,11 @@ class Widen:
 
     @property
     def padding(self) -> int:
-        """New channels that are no copies but the stream's mean."""
+        """New channels that are not copies but the stream's mean."""
         return self.new % self.old if self.axis.endswith(".width") else 0
 
     def channels(self) -> tuple[Tensor, Tensor]:
-        """Of every copied channel: the old one that it copies, and how many copies of that there are; int64."""
+        """For every copied channel the old one that it copies, and how many copies of that there are; int64."""
         units = torch.arange(self.new - self.padding) % self.old
         sources = (units[:, None] * self.unit + torch.arange(self.unit)).flatten()
         return sources, sources.bincount()[sources]
@@ -115,23 +113,24 @@ class Widen:
             copied = parts.shape[dim] - self.padding
             draws = torch.randn(parts.shape, generator=self._generator(name)).to(parts)
             size = parts.narrow(dim, 0, copied).square().mean().sqrt()
-            made = self._told_apart(parts.narrow(dim, 0, copied), draws.narrow(dim, 0, copied), dim, size)
+            made = self._with_noise(parts.narrow(dim, 0, copied), draws.narrow(dim, 0, copied), dim, size)
             return torch.cat([made, draws.narrow(dim, copied, self.padding) * size], dim)
 
         return split
 
-    def _told_apart(self, parts: Tensor, draws: Tensor, dim: int, size: Tensor) -> Tensor:
-        """Divided copies with different draws added that sum to zero; where there is only one copy, that stays."""
+    def _with_noise(self, parts: Tensor, draws: Tensor, dim: int, size: Tensor) -> Tensor:
+        """Divided copies plus draws that sum to zero over the copies of a unit; a single copy stays as it is."""
         sources, counts = self.channels()
         sources, c = sources.to(parts.device), along(counts, dim, parts)
         shape = list(parts.shape)
         shape[dim] = self.old * self.unit
+        # The mean of the draws over the copies of each unit, at each copy.
         means = draws.new_zeros(shape).index_add(dim, sources, draws).index_select(dim, sources) / c
-        apart = draws - means
+        centred = draws - means
         if self.copies == "lemon":
-            return parts + apart * c.sqrt() * size  # as large as a fresh initialisation
-        # Taking the mean of c draws away leaves (c - 1) / c of their power.
-        return parts + apart * (c / (c - 1).clamp(min=1)).sqrt() * size * NOISE
+            return parts + centred * c.sqrt() * size  # as large as a fresh initialisation
+        # Taking away the mean of c draws leaves (c - 1) / c of their power.
+        return parts + centred * (c / (c - 1).clamp(min=1)).sqrt() * size * NOISE
 
     def _generator(self, name: str) -> torch.Generator:
         return named_generator(self.seed, f"grow/{self.axis}/{self.old}-{self.new}/{name}")
@@ -146,8 +145,8 @@ class Widen:
 class Truncate:
     """Shrink one axis from `old` to `new` units: the first ones are kept. The inverse of growing by plain copies.
 
-    What reads the axis is multiplied by old/new for the units that no longer add to its sums, and what growth does to
-    moments and learning rates is undone likewise. Only plain copies lose nothing by it.
+    Tensors that read the axis are multiplied by old/new for the units that no longer add to their sums, and what growth
+    did to moments and learning rates is undone in the same way. Only for plain copies is nothing lost.
     """
 
     axis: str
@@ -158,7 +157,7 @@ class Truncate:
     preserves: ClassVar[bool] = False
 
     def rule(self, name: str) -> Rule:
-        """Tensors that do not touch the axis are kept."""
+        """Tensors without the axis are kept."""
         use = next((use for use in uses(name, self.spec) if use.axis == self.axis), None)
         if use is None:
             return Rule(name)
@@ -186,8 +185,3 @@ def _times(factor: float, tensor_map: TensorMap) -> TensorMap:
         return tensor_map(tensor) * factor
 
     return scaled
-
-
-def along(values: Tensor, dim: int, like: Tensor) -> Tensor:
-    """A vector laid along dimension `dim` of `like`, in its type."""
-    return values.view([-1 if d == dim else 1 for d in range(like.ndim)]).to(like)

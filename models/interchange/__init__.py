@@ -1,6 +1,6 @@
-"""Interchange with open_clip: its architectures as our specs, its state dicts as our tensors, both ways.
+"""Interchange with open_clip: its architectures as specs, its state dicts as our tensors, in both directions.
 
-`architectures.py` goes between a config of theirs and a spec of ours and says which of their list is claimed, with the
-reason for every other; `weights.py` goes between the tensors; `files.py` reads their files and knows their published
-weights. Nothing here imports open_clip, which takes seconds: what is needed of it are files beside its code.
+`architectures.py` converts between configs and specs and says which of open_clip's architectures are supported, with
+the reason for every other; `weights.py` converts tensors; `files.py` reads files and knows the published weights.
+Nothing here imports open_clip, which takes seconds: only data files beside its code are read.
 """

@@ -1,8 +1,8 @@
-"""Weights of open_clip's: where they are, how they are read without running anything, and how they want pictures.
+"""open_clip's weights: where they are, how they are read without running code, and how they need pictures preprocessed.
 
 A source is written `open_clip:ARCHITECTURE/TAG` (published weights, through open_clip's own download),
-`open_clip:ARCHITECTURE=FILE` or `open_clip:ARCHITECTURE/TAG=FILE` (a file that is here; the tag says how its pictures
-are made), or `open_clip:local-dir:FOLDER` (a folder with an open_clip_config.json, as an export leaves).
+`open_clip:ARCHITECTURE=FILE` or `open_clip:ARCHITECTURE/TAG=FILE` (a local file; the tag says how its pictures are
+preprocessed), or `open_clip:local-dir:FOLDER` (a folder with an open_clip_config.json, as an export writes).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from .open_clip_files import PREFIX, Config, fetch, published
 from .weights import from_open_clip
 
 _FOLDER = "local-dir:"
-_WORDS = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pool_type", "eos_id")
+_TOKENIZER_FIELDS = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pool_type", "eos_id")
 _RESIZE = {"shortest": "crop", "squash": "squash"}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model that was read."""
+    """A model that was read from a source."""
 
     source: str
     name: str
     """of the architecture, or of the folder"""
     spec: ModelSpec
     tensors: dict[str, Tensor]
-    """by our names, fp32"""
-    words: dict[str, Any] = field(default_factory=dict)
-    """fields of its text_cfg that name a tokenizer other than CLIP's, for the way back"""
+    """by Treering's names, fp32"""
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    """fields of its text_cfg that name a tokenizer other than CLIP's, for the export"""
     file: str = ""
 
 
@@ -52,13 +52,13 @@ def open_weights(source: str) -> Weights:
     name, _, tag = named.partition("/")
     config = config_named(name)
     if not (tag or path):
-        tags = ", ".join(list(published(name))[:6]) or "none that are published"
+        tags = ", ".join(list(published(name))[:6]) or "none is published"
         raise InterchangeError(
-            f"{source} names no weights; give {PREFIX}{name}/TAG with a tag ({tags}), or {PREFIX}{name}=FILE"
+            f"{source} does not name weights; give {PREFIX}{name}/TAG with a tag ({tags}), or {PREFIX}{name}=FILE"
         )
-    pictures = _pictures(name, tag, config)
+    pictures = _preprocessing(name, tag, config)
     file = Path(path) if path else fetch(name, tag)
-    return _made(source, name, config, pictures, file)
+    return _weights(source, name, config, pictures, file)
 
 
 def _open_folder(source: str, folder: Path) -> Weights:
@@ -67,28 +67,28 @@ def _open_folder(source: str, folder: Path) -> Weights:
         config, pictures = tree["model_cfg"], tree.get("preprocess_cfg", {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InterchangeError(
-            f"{folder} is no folder of open_clip's: its open_clip_config.json cannot be read ({type(error).__name__})"
+            f"{folder} is not an open_clip folder: its open_clip_config.json cannot be read ({type(error).__name__})"
         ) from None
     for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"):
         if (folder / name).is_file():
-            return _made(source, folder.name, config, pictures, folder / name)
-    raise InterchangeError(f"{folder} holds no open_clip_model.safetensors nor open_clip_pytorch_model.bin")
+            return _weights(source, folder.name, config, pictures, folder / name)
+    raise InterchangeError(f"{folder} holds neither open_clip_model.safetensors nor open_clip_pytorch_model.bin")
 
 
-def _made(source: str, name: str, config: Config, pictures: Mapping[str, Any], file: Path) -> Weights:
+def _weights(source: str, name: str, config: Config, pictures: Mapping[str, Any], file: Path) -> Weights:
     spec = spec_of(config, **picture_settings(pictures))
     text = config["text_cfg"]
-    words = {key: text[key] for key in _WORDS if key in text} if text.get("hf_tokenizer_name") else {}
-    return Weights(source, name, spec, from_open_clip(spec, read_state(file)), words, str(file))
+    tokenizer = {key: text[key] for key in _TOKENIZER_FIELDS if key in text} if text.get("hf_tokenizer_name") else {}
+    return Weights(source, name, spec, from_open_clip(spec, read_state(file)), tokenizer, str(file))
 
 
 def picture_settings(pictures: Mapping[str, Any]) -> dict[str, Any]:
-    """What `spec_of` takes of a preprocess_cfg of open_clip's. Raises InterchangeError for what is not made here."""
+    """What `spec_of` takes from a preprocess_cfg of open_clip. Raises InterchangeError for what is not supported."""
     interpolation, mode = pictures.get("interpolation", "bicubic"), pictures.get("resize_mode", "shortest")
     if interpolation not in ("bicubic", "bilinear") or mode not in _RESIZE:
         raise InterchangeError(
-            f"these weights want pictures with interpolation = {interpolation!r} and resize_mode = {mode!r}; here "
-            f"pictures are resized bicubic or bilinear, to their shortest side and cropped, or squashed"
+            f"these weights need pictures with interpolation = {interpolation!r} and resize_mode = {mode!r}, which are "
+            f"not supported; weights with bicubic or bilinear and with shortest or squash are"
         )
     return {
         "mean": tuple(map(float, pictures.get("mean", CLIP_MEAN))),
@@ -98,32 +98,32 @@ def picture_settings(pictures: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pictures(name: str, tag: str, config: Config) -> dict[str, Any]:
-    """How weights want pictures: as the tag says, or without one as all tags of the architecture agree."""
+def _preprocessing(name: str, tag: str, config: Config) -> dict[str, Any]:
+    """How weights need pictures preprocessed: as the tag says, or, without one, as all tags of the architecture do."""
     known = published(name)
     if not tag:
-        wanted = [picture_settings(entry) for entry in known.values()]
-        if any(each != wanted[0] for each in wanted) or (wanted and wanted[0] != picture_settings({})):
+        needed = [picture_settings(entry) for entry in known.values()]
+        if any(each != needed[0] for each in needed) or (needed and needed[0] != picture_settings({})):
             raise InterchangeError(
-                f"published weights of {name} do not all want pictures as CLIP does; say which these are, as in "
+                f"published weights of {name} do not all preprocess pictures as CLIP does; give their tag, as in "
                 f"{PREFIX}{name}/{next(iter(known))}=FILE"
             )
         return {}
     clean = tag.lower().replace("-", "_")
     if clean not in known:
-        raise InterchangeError(f"open_clip has no weights {tag!r} of {name}; there are {', '.join(known) or 'none'}")
+        raise InterchangeError(f"open_clip has no weights {tag!r} of {name}; it has {', '.join(known) or 'none'}")
     entry = known[clean]
     if bool(entry.get("quick_gelu")) != bool(config.get("quick_gelu")):
         other = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
         kind = "QuickGELU" if entry.get("quick_gelu") else "GELU"
-        raise InterchangeError(f"{name}/{tag} was trained with {kind}; take {PREFIX}{other}/{tag}")
+        raise InterchangeError(f"{name}/{tag} was trained with {kind}; use {PREFIX}{other}/{tag}")
     return entry
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file by name; nothing in it is run. Raises InterchangeError."""
+    """The tensors of a .safetensors or torch file by name; no code in it is run. Raises InterchangeError."""
     if not file.is_file():
-        raise InterchangeError(f"there is no file {file}")
+        raise InterchangeError(f"{file} does not exist; give the path of a file of weights")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -133,16 +133,16 @@ def read_state(file: Path) -> dict[str, Tensor]:
             with warnings.catch_warnings():  # about pickle's protocols
                 warnings.simplefilter("ignore")
                 found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file leads to
+    except Exception as error:  # whatever a damaged or hostile file causes
         said = ascii(str(error).split("\n", 1)[0])[1:-1][:120]
         raise InterchangeError(
-            f"{file} does not hold weights alone ({said}); nothing else is read here: save its state dict as "
-            f".safetensors where you trust it"
+            f"{file} does not hold weights alone ({said}), and nothing else is read; if you trust it, save its "
+            f"state dict as .safetensors"
         ) from None
     found = found["state_dict"] if isinstance(found, dict) and isinstance(found.get("state_dict"), dict) else found
     if not isinstance(found, dict):
-        raise InterchangeError(f"{file} holds no state dict")
+        raise InterchangeError(f"{file} does not hold a state dict")
     state = {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
     if not state:
-        raise InterchangeError(f"{file} holds no tensors by name")
+        raise InterchangeError(f"{file} does not hold tensors by name")
     return state

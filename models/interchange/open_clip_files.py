@@ -57,12 +57,12 @@ def architectures() -> dict[str, Config]:
 
 
 def published(name: str) -> dict[str, dict[str, Any]]:
-    """open_clip's published weights of an architecture by tag: where they are, and how they want pictures."""
+    """open_clip's published weights of an architecture by tag: their address and preprocessing."""
     return dict(_tables()._PRETRAINED.get(name, {}))
 
 
 def _tables() -> ModuleType:
-    """open_clip's table of published weights and its download, without what else importing open_clip brings."""
+    """open_clip's list of published weights and its download, without the other imports of open_clip."""
     if _TABLES not in sys.modules:
         package = ModuleType(_TABLES)
         package.__path__ = [str(package_folder())]
@@ -77,24 +77,24 @@ def _tables() -> ModuleType:
 
 
 def fetch(name: str, tag: str) -> Path:
-    """Published weights, through open_clip's own download and its cache. Raises InterchangeError without a network."""
+    """The file of published weights, by open_clip's own download. Raises InterchangeError without a network."""
     entry = published(name)[tag.lower().replace("-", "_")]
     try:
-        # The hub's client tries for a minute where its name cannot even be resolved; what it has kept is there at once.
-        file = _kept(entry) if _cut_off() else _tables().download_pretrained(entry)
+        # The hub's client retries for a minute even if its name cannot be resolved; its cache answers at once.
+        file = _cached(entry) if _offline() else _tables().download_pretrained(entry)
         reason = "no network"
-    except Exception as error:  # of urllib, of huggingface_hub, of either's transport
+    except Exception as error:  # from urllib, huggingface_hub or their transports
         file, reason = "", type(error).__name__
     if not file:
         raise InterchangeError(
-            f"{name}/{tag} could not be fetched ({reason}); where there is a network, download "
-            f"{entry.get('hf_hub') or entry.get('url')} and give the file: {PREFIX}{name}/{tag}=FILE"
+            f"{name}/{tag} could not be downloaded ({reason}); on a machine with a network, download "
+            f"{entry.get('hf_hub') or entry.get('url')} and name the file: {PREFIX}{name}/{tag}=FILE"
         )
     return Path(file)
 
 
-def _cut_off() -> bool:
-    """Whether the hub's name cannot be resolved, and nothing stands in between that could do it."""
+def _offline() -> bool:
+    """Whether the hub's name cannot be resolved and no proxy is set that could resolve it."""
     if any(os.environ.get(word) for word in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT")):
         return False
     try:
@@ -104,8 +104,8 @@ def _cut_off() -> bool:
     return False
 
 
-def _kept(entry: Mapping[str, Any]) -> str:
-    """Where the hub's client has kept a file of earlier; empty if it has none."""
+def _cached(entry: Mapping[str, Any]) -> str:
+    """The file in the cache of the hub's client; empty if it has none."""
     from huggingface_hub import try_to_load_from_cache
 
     repository, _, name = str(entry.get("hf_hub", "")).rpartition("/")

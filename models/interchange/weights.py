@@ -1,8 +1,9 @@
-"""Tensors there and here: one list of pairs, read in either direction, with nothing computed but cuts and turns.
+"""From open_clip's tensors to Treering's and back: one list of pairs, read in either direction.
 
-So a way there and back is the same bits. A pair has the names of some tensors of theirs and of some of ours and the two
-maps between them: the fused map of queries, keys and values is cut in three, a matrix that they multiply from the right
-is turned, a class token and its position are two rows of one table here.
+Tensors are only split, joined and transposed, so import and export together keep every bit. A pair has the names of
+some tensors of theirs (open_clip's) and of some of ours, and the two maps between them: the fused map of queries, keys
+and values is split in three, a matrix that they multiply from the right is transposed, and a class token and its
+position are two rows of one table here.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from .errors import InterchangeError
 
 Tensors = Mapping[str, Tensor]
 _Map = Callable[..., tuple[Tensor, ...]]
-# Constants that old checkpoints carry beside the weights.
-_NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size", "position_ids")
+# Constants that old checkpoints hold beside the weights.
+_CONSTANTS = ("attn_mask", "input_resolution", "context_length", "vocab_size", "position_ids")
 
 
 class Pair(NamedTuple):
@@ -38,23 +39,23 @@ def _same(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _turned(matrix: Tensor) -> tuple[Tensor, ...]:
+def _transposed(matrix: Tensor) -> tuple[Tensor, ...]:
     return (matrix.T,)
 
 
 def from_open_clip(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
-    """Our tensors by name, fp32, out of a state dict of open_clip's for the architecture of `spec`.
+    """Our tensors by name, fp32, from a state dict of open_clip for the architecture of `spec`.
 
-    Raises InterchangeError naming what is missing, too much, or of another shape.
+    Raises InterchangeError that names what is missing, unknown, or of another shape.
     """
     state = _plain(spec, state)
     pairs = list(_pairs(spec))
     wanted = [name for pair in pairs for name in pair.theirs]
     missing, extra = [n for n in wanted if n not in state], sorted(set(state) - set(wanted))
     if missing or extra:
-        lacks = f"lacks {', '.join(missing[:4])}" if missing else f"has {', '.join(extra[:4])} beside what it should"
+        lacks = f"lacks {', '.join(missing[:4])}" if missing else f"also has {', '.join(extra[:4])}"
         more = f" and {len(missing or extra) - 4} more" if len(missing or extra) > 4 else ""
-        raise InterchangeError(f"these are no weights of that architecture: the file {lacks}{more}")
+        raise InterchangeError(f"these are not weights of that architecture: the file {lacks}{more}")
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Model(spec).named_parameters()}
     found: dict[str, Tensor] = {}
@@ -68,14 +69,14 @@ def from_open_clip(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
         )
         if not fits:
             sizes = ", ".join(f"{name} {list(state[name].shape)}" for name in pair.theirs)
-            raise InterchangeError(f"these are no weights of that architecture: {sizes} is of another shape")
+            raise InterchangeError(f"these are not weights of that architecture: {sizes} has another shape")
         found |= {name: part.contiguous() for name, part in zip(pair.ours, parts, strict=True)}
     assert found.keys() == shapes.keys()
     return found
 
 
 def to_open_clip(spec: ModelSpec, tensors: Tensors) -> dict[str, Tensor]:
-    """The state dict of open_clip's model of the same architecture; `spec` must be one that it can hold."""
+    """The state dict of open_clip's model of the same architecture; `spec` must have an equivalent there."""
     found: dict[str, Tensor] = {}
     for pair in _pairs(spec):
         parts = pair.join(*(tensors[name] for name in pair.ours))
@@ -85,9 +86,9 @@ def to_open_clip(spec: ModelSpec, tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _plain(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
-    """Names as open_clip gives them today: a wrapper's `module.` taken away, the text tower where the model has it."""
+    """Names as open_clip gives them today: without a wrapper's `module.`, and the text tower where the model has it."""
     found = {name.removeprefix("module."): t for name, t in state.items()}
-    found = {name: t for name, t in found.items() if name.rpartition(".")[2] not in _NO_WEIGHTS}
+    found = {name: t for name, t in found.items() if name.rpartition(".")[2] not in _CONSTANTS}
     custom = _text_prefix(spec) == "text."
     top = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "cls_emb")
     if custom and "token_embedding.weight" in found:
@@ -96,8 +97,8 @@ def _plain(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
 
 
 def _text_prefix(spec: ModelSpec) -> str:
-    """Where open_clip's model keeps its text tower: CLIP at the top, CoCa and others in a module."""
-    return "text." if spec.caption or spec.text.pool == "class" else ""
+    """The prefix of open_clip's text tower: CLIP has it at the top, CoCa and others in a module."""
+    return "text." if spec.captioner or spec.text.pool == "class" else ""
 
 
 def _pairs(spec: ModelSpec) -> Iterator[Pair]:
@@ -107,14 +108,14 @@ def _pairs(spec: ModelSpec) -> Iterator[Pair]:
         yield Pair(("logit_bias",), ("logit_bias",), lambda t: (t.reshape(1),), lambda t: (t.reshape(()),))
     yield from _image(spec)
     yield from _text(spec)
-    if spec.caption:
-        for number in range(spec.caption.depth):
+    if spec.captioner:
+        for number in range(spec.captioner.depth):
             ours = f"captioner.transformer.blocks.{number}"
             yield from _block(f"text_decoder.resblocks.{number}", ours, spec.text)
             yield from _cross_block(f"text_decoder.cross_attn.{number}", ours, spec.text)
         yield from _affine("text_decoder.ln_final", "captioner.transformer.norm")
-        table = "text.token_embedding" if spec.caption.tied else "captioner.output"
-        yield Pair(("text_decoder.text_projection",), (f"{table}.weight",), _turned, _turned)
+        table = "text.token_embedding" if spec.captioner.tied_embeddings else "captioner.output"
+        yield Pair(("text_decoder.text_projection",), (f"{table}.weight",), _transposed, _transposed)
 
 
 def _image(spec: ModelSpec) -> Iterator[Pair]:
@@ -139,7 +140,7 @@ def _image(spec: ModelSpec) -> Iterator[Pair]:
         yield from _pooler(spec)
     else:
         yield from _affine("visual.ln_post", "image.norm" if image.norm_after_pool else "image.transformer.norm")
-    yield Pair(("visual.proj",), ("image.projection.weight",), _turned, _turned)
+    yield Pair(("visual.proj",), ("image.projection.weight",), _transposed, _transposed)
 
 
 def _pooler(spec: ModelSpec) -> Iterator[Pair]:
@@ -170,7 +171,7 @@ def _text(spec: ModelSpec) -> Iterator[Pair]:
     if text.projection_bias:
         yield from _affine(f"{theirs}text_projection", "text.projection")
     else:
-        yield Pair((f"{theirs}text_projection",), ("text.projection.weight",), _turned, _turned)
+        yield Pair((f"{theirs}text_projection",), ("text.projection.weight",), _transposed, _transposed)
 
 
 def _block(theirs: str, ours: str, tower: TowerSpec) -> Iterator[Pair]:
@@ -209,7 +210,7 @@ def _affine(theirs: str, ours: str) -> Iterator[Pair]:
 
 
 def _attention(theirs: str, ours: str, fused: bool) -> Iterator[Pair]:
-    """Queries, keys and values are one tensor there if all read streams of one width; their biases always are."""
+    """Their queries, keys and values are one tensor if all read streams of one width; their biases always are."""
 
     def three(kind: str) -> tuple[str, ...]:
         return tuple(f"{ours}.{part}.{kind}" for part in ("query", "key", "value"))

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.tests.conftest import free_port
-from treering.tests.s3_server import KEY, SECRET, Server
+from treering.tests.support.ports import free_port
+from treering.tests.support.s3_server import KEY, SECRET, Server
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.store import Store
 from treering.training.device import describe

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treering.models.growth.rules import grown
+from treering.models.growth.operator import grown
 from treering.models.model import Model, build
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.training.engines.optimizer import Optimizer, OptimizerConfig

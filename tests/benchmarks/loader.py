@@ -39,7 +39,7 @@ from PIL import Image
 from treering.data import Source, open_source, stream
 from treering.data.samples.decode import picture, resized
 from treering.data.tools.pack import pack
-from treering.tests.open_clip_import import let_open_clip_import
+from treering.tests.support.open_clip_import import let_open_clip_import
 from treering.training.device import describe
 
 from . import loader_arms as arms

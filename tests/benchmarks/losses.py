@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from treering.tests.open_clip_import import let_open_clip_import
+from treering.tests.support.open_clip_import import let_open_clip_import
 from treering.training.device import describe
 from treering.training.objectives.pairwise import sigmoid_losses, softmax_losses
 from treering.training.objectives.scores import Relations

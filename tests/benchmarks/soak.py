@@ -22,7 +22,7 @@ import time
 
 import torch
 
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.tests.benchmarks.losses import MIB, proc_bytes
 from treering.training.device import describe, process_memory
 from treering.training.engines.config import DdpConfig
@@ -39,7 +39,7 @@ SPEC = ModelSpec(
     embed_dim=32,
     image=ImageSpec(width=32, depth=2, heads=2, patch=8, resolution=32, experts=2),
     text=TextSpec(width=32, depth=2, heads=2, context=CONTEXT, experts=2),
-    caption=CaptionSpec(depth=1),
+    captioner=CaptionerSpec(depth=1),
     logit_bias=True,
 )
 

@@ -41,7 +41,7 @@ from treering.models.interchange.weights import to_open_clip
 from treering.models.model import Model
 from treering.models.spec import ModelSpec
 from treering.tests.benchmarks.losses import MIB, peak_of
-from treering.tests.open_clip_import import let_open_clip_import
+from treering.tests.support.open_clip_import import let_open_clip_import
 from treering.training.device import describe, peak_flops
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.ddp import DdpEngine
@@ -79,7 +79,7 @@ class Case:
 
     def objectives(self) -> list[Objective]:
         """The losses of open_clip's recipe for it."""
-        return [Contrastive(1.0), Caption(2.0)] if self.spec.caption else [Contrastive(1.0)]
+        return [Contrastive(1.0), Caption(2.0)] if self.spec.captioner else [Contrastive(1.0)]
 
 
 MODELS = {

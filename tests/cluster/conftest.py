@@ -19,7 +19,8 @@ import pytest
 from treering.data import Loader
 from treering.launch.recipe.load import read_recipe
 from treering.slurm.cluster import Cluster, lacking
-from treering.tests.s3_server import KEY, SECRET, Server
+from treering.tests.support.needs import missing
+from treering.tests.support.s3_server import KEY, SECRET, Server
 
 STEPS = 90
 RECIPE = f"""\
@@ -61,7 +62,7 @@ sys.addaudithook(hook)
 def started(folder: Path, **settings: Any) -> Iterator[Cluster]:
     """A cluster while a test needs it; `python slurm/cluster.py install` brings Slurm."""
     if reason := lacking():
-        pytest.skip(reason)
+        missing(reason)
     cluster = Cluster(folder, **settings)
     try:
         cluster.start()

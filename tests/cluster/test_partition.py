@@ -21,7 +21,7 @@ from treering.launch.run_folder import read_rows
 from treering.slurm.cluster import Cluster
 from treering.tests.cluster import conftest
 from treering.tests.cluster.conftest import Bench, lives, log, losses, rows, started, step, until, workers
-from treering.tests.s3_server import Server
+from treering.tests.support.s3_server import Server
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from treering.tests.cluster.conftest import Bench, log, losses, rows, step, until
-from treering.tests.s3_server import SECRET
+from treering.tests.support.s3_server import SECRET
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+
+from treering import __version__
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Refused = Callable[..., str]
@@ -33,6 +36,15 @@ def test_help_comes_without_torch() -> None:
         )
         assert f"treering {command}" in done.stdout
         assert done.stdout.rstrip().endswith("[]"), done.stdout
+
+
+def test_the_version_is_that_of_the_package(treering: Command) -> None:
+    done = treering("--version")
+    assert (done.returncode, done.stdout) == (0, f"treering {__version__}\n")
+    changes = (Path(__file__).parents[2] / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## (.+)$", changes, re.MULTILINE)[0] == __version__
+    citation = yaml.safe_load((Path(__file__).parents[2] / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
 
 
 def test_a_run_trains_resumes_and_is_looked_at(treering: Command, tiny: Path, tmp_path: Path) -> None:
@@ -245,14 +257,14 @@ def broken_loop(folder: Path, body: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-RANK_1 = "    if os.environ['RANK'] == '0': time.sleep(60)\n"
+RANK_1 = "    if os.environ['RANK'] == '0': time.sleep(600)\n"  # which is not waited for
 
 
 @pytest.mark.parametrize(
     ("body", "code", "words"),
     [
         (
-            RANK_1 + "    from treering.data.config import DataError\n    raise DataError('shard 7 is cut short')\n",
+            RANK_1 + "    from treering.data.errors import DataError\n    raise DataError('shard 7 is cut short')\n",
             2,
             "shard 7 is cut short",
         ),
@@ -265,12 +277,10 @@ RANK_1 = "    if os.environ['RANK'] == '0': time.sleep(60)\n"
 def test_a_failing_process_is_reported_once(
     process: Command, tiny: Path, tmp_path: Path, body: str, code: int, words: str
 ) -> None:
-    begun = time.monotonic()
     done = process("train", str(tiny), "--processes", "2", **broken_loop(tmp_path / "site", body))
     assert done.returncode == code, done.stderr
     assert done.stderr.count(words) == 1, done.stderr
     assert ("Traceback" in done.stderr) == (words.startswith("Zero"))
-    assert time.monotonic() - begun < 50  # rank 0 was not waited for
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -280,15 +290,15 @@ def test_nothing_is_left_running(tiny: Path, tmp_path: Path, number: signal.Sign
         "    open(f'worker-{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\n"
         "    def note(*_): open(f'told-{os.environ[\"RANK\"]}', 'w'); sys.exit(0)\n"
         "    for each in (signal.SIGTERM, signal.SIGINT): signal.signal(each, note)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(600)\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | broken_loop(tmp_path / "site", body)
     command = [sys.executable, "-P", "-m", "treering.launch", "train", str(tiny), "--processes", "2"]
     launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     pids = [wait_for(tmp_path / f"worker-{rank}") for rank in range(2)]
     launcher.send_signal(number)
-    _, errors = launcher.communicate(timeout=60)
-    deadline = time.monotonic() + 20
+    _, errors = launcher.communicate(timeout=100)
+    deadline = time.monotonic() + 100
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker outlives its launcher"
         time.sleep(0.05)
@@ -309,12 +319,12 @@ def test_a_signal_ends_a_run_after_a_commit(tiny: Path, here: Path, processes: s
         [*command, "--processes", processes], cwd=here, env=environment, stderr=subprocess.PIPE, text=True
     )
     metrics = here / "runs" / "tiny" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not (metrics.exists() and '"step": 3' in metrics.read_text()):
         assert time.monotonic() < deadline, "no third step"
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
-    _, errors = run.communicate(timeout=60)
+    _, errors = run.communicate(timeout=200)
     assert run.returncode == 130, errors
     assert "the same command continues" in errors
     assert "Traceback" not in errors
@@ -323,7 +333,7 @@ def test_a_signal_ends_a_run_after_a_commit(tiny: Path, here: Path, processes: s
 
 
 def wait_for(path: Path) -> int:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not (path.exists() and path.read_text()):
         assert time.monotonic() < deadline, f"{path} never came"
         time.sleep(0.05)

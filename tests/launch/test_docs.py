@@ -19,7 +19,7 @@ from treering.launch.cli import app
 from treering.training.checkpoint.commits import find_commit
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"slurm.md", "checkpoints.md", "interchange.md"}
 SMALL = [
     "data.batch=8",
@@ -27,7 +27,7 @@ SMALL = [
     "model.embed_dim=16",
     "model.image={width: 16, depth: 1, heads: 2, patch: 16, resolution: 32}",
     "model.text={width: 16, depth: 1, heads: 2, context: 16}",
-    "model.caption=null",
+    "model.captioner=null",
     "objectives={contrastive: {}}",
     "engine.precision=fp32",
     "stages=[{samples: 32}]",
@@ -115,3 +115,12 @@ def test_every_command_there_is_stands_in_a_page() -> None:
     known = set(get_command(app).commands)  # type: ignore[attr-defined]
     written = {word for page in PAGES for word in re.findall(r"treering ([a-z]+)", page.read_text())}
     assert known <= written, f"no page says what {sorted(known - written)} are for"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_file_that_the_page_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    named = set(re.findall(r"(?<![\w/])(?:launch|training|models|data|slurm|tests|docs)/[\w/]+\.\w+", text))
+    named |= {f"docs/{link}" if page.parent.name == "docs" else link for link in re.findall(r"\]\(([^)#:]+)\)", text)}
+    lost = {path for path in named if "NAME" not in path and not (ROOT / path).exists()}
+    assert not lost

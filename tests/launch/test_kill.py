@@ -98,7 +98,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[tu
         ("line:4", 1),  # between two steps of the first stage
         ("model-00000-00000:2", 1),  # in the middle of a commit, parts being written
         ("COMMIT:3", 1),  # a commit complete but for its mark
-        ("lineage.partial:2", 1),  # the model grown, nothing of it written yet
+        (".lineage.json:2", 1),  # the model grown, nothing of it written yet
         ("evaluations/step-000000006:1", 1),  # an evaluation done, not written
         ("report.html:99", 1),  # not reached: the hook alone changes nothing
         ("line:11", 2),  # two processes, in the second stage
@@ -116,7 +116,7 @@ def test_the_same_command_continues_exactly(
     done = train(out, processes)
     assert done.returncode == 0, done.stderr
     assert losses(out) == uninterrupted[processes]
-    assert not list(out.rglob("*.partial"))
+    assert not list(out.rglob("*.part"))
     events = [json.loads(line)["event"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert events.count("grow") == 1
     assert events.count("eval") == 3

@@ -13,18 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from treering.models.flops import forward_flops, parameters
 from treering.models.growth.experts import Upcycle
+from treering.models.growth.operator import Operator, grown, grown_rate
 from treering.models.growth.plan import plan_growth
-from treering.models.growth.rules import Operator, grown, grown_rate
 from treering.models.mlp import Experts
 from treering.models.model import Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SpecError, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, SpecError, TextSpec
 from treering.training.objectives.balance import Balance
 from treering.training.world import World
 
 SPEC = ModelSpec(
     embed_dim=6,
     image=ImageSpec(width=8, depth=1, heads=2, patch=4, resolution=8, experts=4, mlp_ratio=2.0),
-    text=TextSpec(width=8, depth=2, heads=2, context=9, experts=3, active=1, mlp="swiglu"),
+    text=TextSpec(width=8, depth=2, heads=2, context=9, experts=3, experts_per_token=1, mlp="swiglu"),
 )
 
 
@@ -55,7 +55,7 @@ def test_an_expert_that_nobody_chose_has_a_gradient_of_zero() -> None:
 
 
 def test_mixtures_are_counted() -> None:
-    for spec in (SPEC, SPEC.grown({"caption.depth": 2})):
+    for spec in (SPEC, SPEC.grown({"captioner.depth": 2})):
         with torch.device("meta"):
             assert parameters(spec) == sum(p.numel() for p in Model(spec).parameters())
     model, length = build(SPEC, 0), 9
@@ -69,7 +69,9 @@ def test_mixtures_are_counted() -> None:
 def test_a_mixture_of_copies_is_the_dense_model_until_it_trains() -> None:
     dense = ModelSpec.model_validate(SPEC.model_dump() | {})
     dense = dense.model_copy(
-        update={t: getattr(dense, t).model_copy(update={"experts": 1, "active": 2}) for t in ("image", "text")}
+        update={
+            t: getattr(dense, t).model_copy(update={"experts": 1, "experts_per_token": 2}) for t in ("image", "text")
+        }
     )
     model = build(dense, 0).double()
     spec = dense.grown({"image.experts": 4, "text.experts": 3, "text.depth": 3, "image.width": 16})
@@ -107,10 +109,18 @@ IMAGES = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.
 
 def mixture(experts: int, active: int, mlp: Any, caption: bool, dtype: torch.dtype = torch.float64) -> Model:
     """A model whose towers both have experts, as after training."""
-    tower = {"width": 8, "depth": 2, "heads": 2, "experts": experts, "active": active, "mlp": mlp, "mlp_ratio": 2.0}
+    tower = {
+        "width": 8,
+        "depth": 2,
+        "heads": 2,
+        "experts": experts,
+        "experts_per_token": active,
+        "mlp": mlp,
+        "mlp_ratio": 2.0,
+    }
     text = TextSpec(context=9, **tower).model_copy(update={"vocabulary": 60})
     spec = ModelSpec(embed_dim=6, image=ImageSpec(patch=4, resolution=8, **tower), text=text)
-    spec = spec.model_copy(update={"caption": CaptionSpec(depth=1) if caption else None})
+    spec = spec.model_copy(update={"captioner": CaptionerSpec(depth=1) if caption else None})
     model = build(spec, 0).to(dtype)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -130,7 +140,11 @@ def larger(model: Model, factors: tuple[int, int], copies: Any, **more: Any) -> 
     old = model.spec
     towers = {
         name: getattr(old, name).model_copy(
-            update={"experts": old.image.experts * factors[0], "active": old.image.active * factors[1], **more}
+            update={
+                "experts": old.image.experts * factors[0],
+                "experts_per_token": old.image.experts_per_token * factors[1],
+                **more,
+            }
         )
         for name in ("image", "text")
     }
@@ -209,12 +223,14 @@ def test_gradients_and_moments_of_more_experts_are_the_mapped_ones() -> None:
 
 
 def test_experts_do_not_become_fewer() -> None:
-    with pytest.raises(SpecError, match=r"image.experts = 2 with active = 2: a mixture only grows; leave it at 4"):
+    with pytest.raises(
+        SpecError, match=r"image.experts = 2 with experts_per_token = 2: a mixture only grows; leave it at 4"
+    ):
         plan_growth(SPEC, SPEC.shrunk({"image.experts": 2}))
-    with pytest.raises(SpecError, match=r"image.experts = 8 with active = 1: a mixture only grows"):
-        plan_growth(SPEC, SPEC.shrunk({"image.active": 1}).grown({"image.experts": 8}))
-    with pytest.raises(SpecError, match="active = 5 of 4 experts cannot be; set active: 4"):
-        SPEC.grown({"image.active": 5})
+    with pytest.raises(SpecError, match=r"image.experts = 8 with experts_per_token = 1: a mixture only grows"):
+        plan_growth(SPEC, SPEC.shrunk({"image.experts_per_token": 1}).grown({"image.experts": 8}))
+    with pytest.raises(SpecError, match="experts_per_token = 5 is more than experts = 4; set experts_per_token: 4"):
+        SPEC.grown({"image.experts_per_token": 5})
 
 
 def test_balance_against_its_formula() -> None:

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treering.models.growth.depth import Depth
+from treering.models.growth.operator import grown
 from treering.models.growth.plan import plan_growth
-from treering.models.growth.rules import grown
-from treering.models.model import Model, ModelOutput, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.model import Model, build
+from treering.models.output import ModelOutput
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 
 
 def make(image_depth: int, text_depth: int, caption_depth: int | None) -> ModelSpec:
@@ -17,7 +18,7 @@ def make(image_depth: int, text_depth: int, caption_depth: int | None) -> ModelS
         embed_dim=12,
         image=ImageSpec(width=16, depth=image_depth, heads=2, patch=4, resolution=8),
         text=TextSpec(width=16, depth=text_depth, heads=4, context=9),
-        caption=CaptionSpec(depth=caption_depth) if caption_depth else None,
+        captioner=CaptionerSpec(depth=caption_depth) if caption_depth else None,
     )
 
 
@@ -65,7 +66,7 @@ def test_depth_keeps_the_function(dtype: torch.dtype, bound: float, small: tuple
     spec = make(*small)
     targets = {"image.depth": small[0] + more[0], "text.depth": small[1] + more[1]}
     if small[2]:
-        targets["caption.depth"] = small[2] + more[2]
+        targets["captioner.depth"] = small[2] + more[2]
     model = perturbed(spec, dtype)
     larger = grow(model, spec.grown(targets))
     with torch.no_grad():
@@ -113,7 +114,7 @@ def test_moments_follow_their_rules() -> None:
 def test_the_first_gradient_reaches_what_was_zeroed() -> None:
     """A new block is not dead: its output weights move at once, its inner ones after that."""
     model = perturbed(make(1, 1, 1), torch.float64)
-    larger = grow(model, model.spec.grown({"image.depth": 2, "text.depth": 2, "caption.depth": 2}))
+    larger = grow(model, model.spec.grown({"image.depth": 2, "text.depth": 2, "captioner.depth": 2}))
     sum(part.sin().sum() for part in logits(run(larger), larger)).backward()
     for stack in (larger.image, larger.text, larger.captioner):
         block = stack.transformer.blocks[1]

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from treering.models.flops import parameters
 from treering.models.growth.depth import Depth, Drop
+from treering.models.growth.operator import GrownState, Operator, grown, grown_rate
+from treering.models.growth.patch import Patch
 from treering.models.growth.plan import plan_growth
-from treering.models.growth.rules import GrownState, Operator, grown, grown_rate
-from treering.models.growth.tables import Patch
 from treering.models.mlp import Mlp
 from treering.models.model import Model, build
 from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
@@ -82,10 +82,10 @@ def apart(one: Model, other: Model) -> float:
 def test_an_average_of_weights_grows_as_the_weights_do() -> None:
     model = perturbed(SPEC)
     plan = plan_growth(
-        SPEC, SPEC.grown({"image.width": 18, "text.depth": 3, "caption.depth": 1, "image.experts": 2}), 3
+        SPEC, SPEC.grown({"image.width": 18, "text.depth": 3, "captioner.depth": 1, "image.experts": 2}), 3
     )
     state = {f"{kind}/{name}": p.detach() for name, p in model.named_parameters() for kind in ("model", "ema")}
-    names = [name for name, _ in build(SPEC.grown({"caption.depth": 1, "text.depth": 3}), 0).named_parameters()]
+    names = [name for name, _ in build(SPEC.grown({"captioner.depth": 1, "text.depth": 3}), 0).named_parameters()]
     names = [name for name in names if ".mlp." not in name or not name.startswith("image")]
     found = GrownState(plan, state, [f"{kind}/{name}" for kind in ("model", "ema") for name in names])
     assert all(torch.equal(found[f"model/{name}"], found[f"ema/{name}"]) for name in names)
@@ -116,7 +116,7 @@ def test_live_copies_are_lossy_and_say_so(layers: str) -> None:
 
 def test_a_new_captioner_leaves_the_towers_bit_for_bit() -> None:
     model = perturbed(SPEC)
-    spec = SPEC.grown({"caption.depth": 3})
+    spec = SPEC.grown({"captioner.depth": 3})
     captioning = resized(model, spec)
     tokens, lengths = torch.randint(0, 49408, (15,)), torch.tensor([4, 9, 2])
     assert torch.equal(model.embed_images(pictures(8)).pooled, captioning.embed_images(pictures(8)).pooled)
@@ -134,7 +134,7 @@ def test_a_new_captioner_leaves_the_towers_bit_for_bit() -> None:
 
 def test_a_captioner_comes_with_any_other_growth() -> None:
     model = perturbed(SPEC)
-    spec = SPEC.grown({"caption.depth": 1, "text.width": 12, "text.depth": 4, "image.width": 24, "image.head_dim": 8})
+    spec = SPEC.grown({"captioner.depth": 1, "text.width": 12, "text.depth": 4, "image.width": 24, "image.head_dim": 8})
     assert apart(model, resized(model, spec)) < 1e-12
 
 
@@ -142,7 +142,7 @@ def test_a_captioner_comes_with_any_other_growth() -> None:
 
 
 def test_shared_blocks_enter_through_a_zero_gate() -> None:
-    model = perturbed(SPEC.grown({"caption.depth": 1}))
+    model = perturbed(SPEC.grown({"captioner.depth": 1}))
     spec = model.spec.grown({"shared.depth": 2, "shared.width": 16, "shared.heads": 2})
     sharing = resized(model, spec)
     assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(sharing), strict=True))
@@ -159,28 +159,28 @@ def test_shared_blocks_enter_through_a_zero_gate() -> None:
     assert torch.equal(before[1], after[1])
 
 
-# A further tower where there was none
+# A modality tower where there was none
 
 HEARING = {
-    "further.audio.width": 12,
-    "further.audio.depth": 2,
-    "further.audio.heads": 3,
-    "further.audio.features": 5,
-    "further.audio.frames": 4,
+    "modalities.audio.width": 12,
+    "modalities.audio.depth": 2,
+    "modalities.audio.heads": 3,
+    "modalities.audio.features": 5,
+    "modalities.audio.frames": 4,
 }
 
 
-def test_a_further_tower_leaves_the_others_bit_for_bit() -> None:
+def test_a_modality_tower_leaves_the_others_bit_for_bit() -> None:
     """It is a fresh model's own, in any company, and the optimizer knows nothing of it."""
-    model = perturbed(SPEC.grown({"caption.depth": 1}))
+    model = perturbed(SPEC.grown({"captioner.depth": 1}))
     spec = model.spec.grown(HEARING)
     hearing = resized(model, spec)
     assert all(torch.equal(a, b) for a, b in zip(outputs(model), outputs(hearing), strict=True))
     plan, state = plan_growth(model.spec, spec, 3), state_of(model)
     assert [operator.describe() for operator in plan] == [
-        {"operator": "tower", "field": "further.audio.depth", "from": 0, "to": 2, "seed": 3}
+        {"operator": "new_part", "field": "modalities.audio.depth", "from": 0, "to": 2, "seed": 3}
     ]
-    names = [name for name, _ in hearing.named_parameters() if name.startswith("further.")]
+    names = [name for name, _ in hearing.named_parameters() if name.startswith("modalities.")]
     fresh, grown_state = build(spec, 3), GrownState(plan, state, [])
     for name in names:
         assert torch.equal(grown_state[f"model/{name}"], fresh.get_parameter(name).double()), name
@@ -188,14 +188,14 @@ def test_a_further_tower_leaves_the_others_bit_for_bit() -> None:
         for kind in ("exp_avg", "exp_avg_sq"):
             assert not grown_state[f"{kind}/{name}"].any(), (kind, name)
     both = resized(model, spec.grown({"image.width": 18, "embed_dim": 9, "text.depth": 3}))
-    assert torch.equal(both.further["audio"].frames.weight, hearing.further["audio"].frames.weight)
+    assert torch.equal(both.modalities["audio"].frames.weight, hearing.modalities["audio"].frames.weight)
     assert apart(model, resized(both, both.spec.shrunk({"embed_dim": 6}))) < 1e-12
     other = dict(
         resized(model, model.spec.grown({k.replace("audio", "depth"): v for k, v in HEARING.items()}))
-        .further["depth"]
+        .modalities["depth"]
         .named_parameters()
     )
-    assert not torch.equal(other["frames.weight"], hearing.further["audio"].frames.weight)
+    assert not torch.equal(other["frames.weight"], hearing.modalities["audio"].frames.weight)
 
 
 def test_operators_name_the_sizes_of_a_tower_whatever_it_is_called() -> None:
@@ -203,19 +203,19 @@ def test_operators_name_the_sizes_of_a_tower_whatever_it_is_called() -> None:
     for name in ("heads", "depth", "caption", "width"):
         sizes = {key.replace("audio", name): value for key, value in HEARING.items()}
         model = perturbed(SPEC.grown(sizes))
-        more = {f"further.{name}.{size}": value for size, value in {"head_dim": 6, "depth": 3, "width": 18}.items()}
+        more = {f"modalities.{name}.{size}": value for size, value in {"head_dim": 6, "depth": 3, "width": 18}.items()}
         spec = model.spec.grown(more)
         fields = {operator.describe()["field"] for operator in plan_growth(model.spec, spec)}
-        assert fields == {f"further.{name}.{size}" for size in ("width", "mlp_width", "head_dim", "depth")}
+        assert fields == {f"modalities.{name}.{size}" for size in ("width", "mlp_width", "head_dim", "depth")}
         larger = resized(model, spec)
         frames = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-        assert torch.allclose(model.further[name](frames).pooled, larger.further[name](frames).pooled, atol=1e-12)
+        assert torch.allclose(model.modalities[name](frames).pooled, larger.modalities[name](frames).pooled, atol=1e-12)
 
 
-def test_a_further_tower_shrinks() -> None:
+def test_a_modality_tower_shrinks() -> None:
     """As any other: what plain copies and empty blocks added goes without a trace."""
-    model = perturbed(SPEC.grown(HEARING | {"further.audio.experts": 2}))
-    large = model.spec.grown({"further.audio.width": 24, "further.audio.depth": 3})
+    model = perturbed(SPEC.grown(HEARING | {"modalities.audio.experts": 2}))
+    large = model.spec.grown({"modalities.audio.width": 24, "modalities.audio.depth": 3})
     state = state_of(model)
     read = lambda kind, name: state[f"{kind}/{name}"]  # noqa: E731
     there = plan_growth(model.spec, large, 3, "duplicate")
@@ -226,7 +226,7 @@ def test_a_further_tower_shrinks() -> None:
     for name, p in small.named_parameters():
         assert torch.allclose(p, read("model", name), rtol=1e-12), name
     assert [operator.describe()["operator"] for operator in back] == ["truncate", "truncate", "truncate", "drop"]
-    assert back[-1].describe()["field"] == "further.audio.depth"
+    assert back[-1].describe()["field"] == "modalities.audio.depth"
 
 
 # Patches and words
@@ -260,7 +260,7 @@ def test_patch_growth_makes_a_model_that_runs() -> None:
 
 
 def test_new_words_are_the_mean_of_their_parts() -> None:
-    model = perturbed(SPEC.grown({"caption.depth": 1}))
+    model = perturbed(SPEC.grown({"captioner.depth": 1}))
     spec = model.spec.grown({"text.vocabulary": 49410})
     table = model.text.token_embedding.weight
     larger = resized(model, spec, tokens=((5, 7), (9,))).text.token_embedding.weight
@@ -308,9 +308,9 @@ def test_blocks_that_write_least_go_first() -> None:
 
 
 def test_everything_that_shrinks_makes_a_model_that_runs() -> None:
-    spec = SPEC.grown({"image.resolution": 16, "text.context": 30, "caption.depth": 2, "image.heads": 2})
+    spec = SPEC.grown({"image.resolution": 16, "text.context": 30, "captioner.depth": 2, "image.heads": 2})
     model = perturbed(spec)
-    targets = {"image.resolution": 8, "text.context": 12, "caption.depth": 1, "text.mlp_ratio": 2.0, "image.width": 6}
+    targets = {"image.resolution": 8, "text.context": 12, "captioner.depth": 1, "text.mlp_ratio": 2.0, "image.width": 6}
     small = resized(model, spec.shrunk(targets))
     assert torch.equal(small.text.position_embedding, model.text.position_embedding[:12])
     assert all(part.isfinite().all() for part in outputs(small))
@@ -325,7 +325,7 @@ def test_a_gated_mlp_is_swiglu() -> None:
     gate = x @ mlp.gate.weight.T + mlp.gate.bias
     expected = (gate * torch.sigmoid(gate) * (x @ mlp.up.weight.T + mlp.up.bias)) @ mlp.down.weight.T + mlp.down.bias
     assert torch.allclose(mlp(x), expected, atol=1e-12)
-    for spec in (SPEC, SPEC.grown({"caption.depth": 2})):
+    for spec in (SPEC, SPEC.grown({"captioner.depth": 2})):
         with torch.device("meta"):
             assert parameters(spec) == sum(p.numel() for p in Model(spec).parameters())
 
@@ -359,7 +359,7 @@ def inheriting(model: Model, spec: ModelSpec, **options: Any) -> tuple[Any, Any,
 
 def test_new_blocks_inherit_the_average_and_the_function_stays() -> None:
     model = perturbed(SPEC)
-    spec = SPEC.grown({"image.depth": 3, "caption.depth": 1})
+    spec = SPEC.grown({"image.depth": 3, "captioner.depth": 1})
     mixed, plain, average = inheriting(model, spec)
     assert all(operator.preserves for operator in plan_growth(SPEC, spec, inherit="ema"))
     deep = build(spec, 9).double()
@@ -395,3 +395,17 @@ def test_new_channels_inherit_the_average_quadrant_by_quadrant() -> None:
     assert torch.equal(mixed(name), torch.cat([weights[name], average[name][:8]]))
     for name in ("text.token_embedding.weight", "text.transformer.norm.weight", "logit_scale"):
         assert torch.equal(mixed(name), weights[name])
+
+
+def test_a_wider_modality_inherits_the_average_in_its_new_channels_alone() -> None:
+    model = perturbed(SPEC.grown(HEARING))
+    mixed, plain, average = inheriting(model, model.spec.grown({"modalities.audio.width": 24}))
+    name = "modalities.audio.position_embedding"
+    assert torch.equal(mixed(name)[:, :12], plain(name)[:, :12])
+    assert torch.equal(mixed(name)[:, 12:], average(name)[:, 12:])
+    assert not torch.equal(average(name), plain(name))
+
+
+def test_no_part_can_be_removed() -> None:
+    with pytest.raises(SpecError, match=r"shrink: modalities\.audio is missing, and no part can be removed"):
+        plan_growth(SPEC.grown(HEARING), SPEC)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from treering.models.flops import forward_flops, parameters
-from treering.models.growth.plan import Copies, plan_growth
-from treering.models.growth.rules import grown
-from treering.models.model import Extras, Model, build
+from treering.models.growth.operator import grown
+from treering.models.growth.options import Copies
+from treering.models.growth.plan import plan_growth
+from treering.models.model import Model, build
+from treering.models.output import Extras
 from treering.models.spec import ModelSpec
 
 IMAGE = {"width": 12, "depth": 1, "heads": 2, "patch": 4, "resolution": 8, "patch_bias": False, "class_token": True}
@@ -18,13 +20,13 @@ COCA = {
     "embed_dim": 8,
     "image": IMAGE | {"pool": "attention", "queries": 3, "pool_heads": 2, "pre_norm": True, "layer_scale": 0.3},
     "text": TEXT | {"pool": "class", "layer_scale": 0.2, "mlp": "quick_gelu"},
-    "caption": {"depth": 1, "cross": "after", "tied": False},
+    "captioner": {"depth": 1, "cross_attention": "after", "tied_embeddings": False},
 }
 TIED = {
     "embed_dim": 6,
     "image": IMAGE | {"pool": "class", "pre_norm": True},
     "text": TEXT | {"projection_bias": True},
-    "caption": {"depth": 1, "cross": "after"},
+    "captioner": {"depth": 1, "cross_attention": "after"},
     "logit_bias": True,
 }
 FILLED = {
@@ -45,9 +47,9 @@ KEPT: list[tuple[str, dict[str, Any]]] = [
     *TARGETS,
     ("filled", {"image.width": 18}),
     ("tied", {"embed_dim": 9}),
-    ("coca", {"image.depth": 3, "text.depth": 2, "caption.depth": 4}),
+    ("coca", {"image.depth": 3, "text.depth": 2, "captioner.depth": 4}),
     ("coca", {"text.experts": 3, "image.experts": 2}),
-    ("tied", WIDTHS | {"image.depth": 2, "text.depth": 3, "caption.depth": 2}),
+    ("tied", WIDTHS | {"image.depth": 2, "text.depth": 3, "captioner.depth": 2}),
     ("filled", {"text.vocabulary": 70, "text.width": 12}),
 ]
 
@@ -137,7 +139,7 @@ def test_work_and_parameters_are_counted(name: str) -> None:
     text = spec.text
     read = length + 2 * (text.pool == "class")
     seen = [(read, text.depth)] if text.causal else []
-    seen += [(length, spec.caption.depth)] if spec.caption else []
+    seen += [(length, spec.captioner.depth)] if spec.captioner else []
     masked = sum(depth * 4 * n * (n - (n + 1) / 2) * text.attention_width for n, depth in seen)
-    head = 2 * (length - 1) * text.width * text.vocabulary if spec.caption else 0
+    head = 2 * (length - 1) * text.width * text.vocabulary if spec.captioner else 0
     assert samples * (forward_flops(spec, length) - head + masked) == pytest.approx(counter.get_total_flops(), rel=1e-6)

@@ -15,22 +15,25 @@ from torch.nn import functional as F
 from treering.models.growth import axes
 from treering.models.growth.axes import uses
 from treering.models.growth.heads import HeadDim
-from treering.models.growth.plan import Copies, plan_growth
+from treering.models.growth.operator import Operator, grown, grown_rate
+from treering.models.growth.options import Copies
+from treering.models.growth.plan import plan_growth
 from treering.models.growth.positions import Context, Resolution
-from treering.models.growth.rules import Operator, grown, grown_rate
-from treering.models.model import Extras, Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, SharedSpec, TextSpec, part_of
+from treering.models.model import Model, build
+from treering.models.output import Extras
+from treering.models.parts import part_of
+from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, SharedSpec, TextSpec
 from treering.training.engines.optimizer import Optimizer, OptimizerConfig
 
 TIED = ModelSpec(
     embed_dim=6,
     image=ImageSpec(width=12, depth=1, heads=2, patch=4, resolution=8),
     text=TextSpec(width=8, depth=1, heads=2, context=9),
-    caption=CaptionSpec(depth=1),
+    captioner=CaptionerSpec(depth=1),
 )
 
 
-AUDIO = SequenceSpec(width=12, depth=1, heads=2, features=5, frames=4, mlp="swiglu")
+AUDIO = ModalitySpec(width=12, depth=1, heads=2, features=5, frames=4, mlp="swiglu")
 
 
 @st.composite
@@ -49,9 +52,9 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         embed_dim=draw(st.integers(14, 18)),
         image=ImageSpec(depth=draw(st.integers(1, 2)), patch=4, resolution=8, **tower(40)),
         text=TextSpec(depth=draw(st.integers(1, 2)), context=9, **tower(30)),
-        caption=draw(st.sampled_from([None, CaptionSpec(depth=1), CaptionSpec(depth=2)])),
+        captioner=draw(st.sampled_from([None, CaptionerSpec(depth=1), CaptionerSpec(depth=2)])),
         shared=draw(st.sampled_from([None, SharedSpec(width=8, depth=1, heads=2)])),
-        further=draw(st.sampled_from([{}, {"audio": AUDIO}])),
+        modalities=draw(st.sampled_from([{}, {"audio": AUDIO}])),
     )
 
 
@@ -59,7 +62,9 @@ OPERATIONS: dict[str, Callable[[ModelSpec, int], dict[str, int | float]]] = {
     "image.width": lambda s, n: {"image.width": s.image.width * (n + 1)},
     "text.width": lambda s, n: {"text.width": s.text.width * (n + 1)},
     "image.width by a fraction": lambda s, n: {"image.width": s.image.width + n * s.image.head_width},
-    "text.width by a fraction": lambda s, n: {} if s.caption else {"text.width": s.text.width + n * s.text.head_width},
+    "text.width by a fraction": lambda s, n: (
+        {} if s.captioner else {"text.width": s.text.width + n * s.text.head_width}
+    ),
     "image.head_dim": lambda s, n: {"image.head_dim": s.image.head_width + n},
     "text.head_dim": lambda s, n: {"text.head_dim": s.text.head_width + n},
     "image.heads": lambda s, n: {"image.heads": s.image.heads + n} if s.image.head_dim else {},
@@ -68,24 +73,24 @@ OPERATIONS: dict[str, Callable[[ModelSpec, int], dict[str, int | float]]] = {
     "text.mlp_ratio": lambda s, n: {"text.mlp_ratio": s.text.mlp_ratio + 0.75 * n},
     "embed_dim": lambda s, n: {"embed_dim": s.embed_dim + n},
     "depth": lambda s, n: {"image.depth": s.image.depth + n, "text.depth": s.text.depth + n},
-    "caption": lambda s, n: {"caption.depth": (s.caption.depth if s.caption else 0) + n},
+    "caption": lambda s, n: {"captioner.depth": (s.captioner.depth if s.captioner else 0) + n},
     "experts": lambda s, n: {"image.experts": n + 1, "text.experts": n + 2},
     "shared": lambda s, n: (
         {"shared.depth": 1 + n, "shared.width": 8 + 4 * n, "shared.mlp_ratio": 4.0 + n}
         if s.shared
         else {"shared.depth": n, "shared.width": 8, "shared.heads": 2}
     ),
-    "further": lambda s, n: {
-        f"further.depth.{size}": value
+    "modalities": lambda s, n: {
+        f"modalities.depth.{size}": value
         for size, value in {"depth": n, "width": 8 * n, "heads": 2, "features": 3, "frames": n, "experts": n}.items()
     },
-    "further.audio": lambda s, n: {
-        f"further.audio.{size}": value + getattr(s.further["audio"], size)
+    "modalities.audio": lambda s, n: {
+        f"modalities.audio.{size}": value + getattr(s.modalities["audio"], size)
         for size, value in {"width": 6 * n, "depth": n, "mlp_ratio": 0.75 * n, "experts": n}.items()
-        if "audio" in s.further
+        if "audio" in s.modalities
     },
-    "further.audio.head_dim": lambda s, n: (
-        {"further.audio.head_dim": s.further["audio"].head_width + n} if "audio" in s.further else {}
+    "modalities.audio.head_dim": lambda s, n: (
+        {"modalities.audio.head_dim": s.modalities["audio"].head_width + n} if "audio" in s.modalities else {}
     ),
     "vocabulary": lambda s, n: {"text.vocabulary": s.text.vocabulary + n},
 }
@@ -125,17 +130,17 @@ def outputs(model: Model, lengths: tuple[int, ...] = (4, 9, 2)) -> dict[str, Ten
     side = model.spec.image.resolution
     images = torch.randint(0, 256, (len(lengths), 3, side, side), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(0, 49408, (sum(lengths),), generator=generator)
-    further = {
+    modalities = {
         name: torch.randn(len(lengths), tower.frames, tower.features, generator=generator).to(model.image_mean)
-        for name, tower in model.spec.further.items()
+        for name, tower in model.spec.modalities.items()
     }
-    output = model(images, tokens, torch.tensor(lengths), Extras(further=further))
+    output = model(images, tokens, torch.tensor(lengths), Extras(modalities=modalities))
     image, text = output.image.pooled, output.text.pooled
     found = {"logits": output.scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T}
     found |= {"image": image, "text": text}
     if output.caption is not None:
         found["caption"] = output.caption @ model.text.token_embedding.weight.T
-    for name, tower in output.further.items():
+    for name, tower in output.modalities.items():
         similar = F.normalize(tower.pooled, dim=-1) @ F.normalize(text, dim=-1).T
         found |= {name: tower.pooled, f"{name} logits": tower.scale * similar}
     return found
@@ -195,9 +200,9 @@ def test_every_pair_of_operators_keeps_the_function(first: str, second: str) -> 
     """With heads of their own size, so that each operator has something to do."""
     free = {"image": {"head_dim": 5}, "text": {"head_dim": 3}}
     spec = TIED.model_copy(update={k: getattr(TIED, k).model_copy(update=v) for k, v in free.items()})
-    spec = spec.model_copy(update={"further": {"audio": AUDIO}})
+    spec = spec.model_copy(update={"modalities": {"audio": AUDIO}})
     if "text.width by a fraction" in (first, second):
-        spec = spec.model_copy(update={"caption": None})
+        spec = spec.model_copy(update={"captioner": None})
     targets = OPERATIONS[first](spec, 1) | OPERATIONS[second](spec, 2)
     assert all(OPERATIONS[name](spec, 1) for name in (first, second))
     model = perturbed(spec)
@@ -215,7 +220,7 @@ def test_growing_twice_keeps_the_function_and_draws_anew() -> None:
 @settings(max_examples=20, deadline=None)
 def test_every_dimension_is_on_the_axis_it_is_said_to_be(spec: ModelSpec) -> None:
     sizes = {}
-    for tower, part in spec.transformers().items():
+    for tower, part in spec.towers().items():
         sizes |= {f"{tower}.width": part.width, f"{tower}.heads": part.attention_width}
         sizes[f"{tower}.mlp_width"] = part.mlp_width
     with torch.device("meta"):
@@ -267,14 +272,14 @@ def score(found: dict[str, Tensor]) -> Tensor:
         {"image.width": 24, "text.width": 24, "text.mlp_ratio": 5.0},
         {"image.head_dim": 12, "text.head_dim": 7},
         {"shared.width": 16, "text.width": 16},
-        {"further.audio.width": 24, "further.audio.mlp_ratio": 5.5},
+        {"modalities.audio.width": 24, "modalities.audio.mlp_ratio": 5.5},
     ],
     ids=str,
 )
 def test_the_grown_gradient_is_the_mapped_one(targets: dict[str, Any]) -> None:
     """For plain copies: the first moment's map is the gradient's, the second's that of its square."""
     spec = TIED.grown({"shared.depth": 1, "shared.width": 8, "shared.heads": 2})
-    spec = spec.model_copy(update={"further": {"audio": AUDIO}})
+    spec = spec.model_copy(update={"modalities": {"audio": AUDIO}})
     model = perturbed(spec)
     score(outputs(model)).backward()
     larger = grow(model, targets, "duplicate")
@@ -328,7 +333,7 @@ def divergence(mapped: str, targets: dict[str, Any], steps: int = 100) -> float:
     model = perturbed(TIED)
     optimizer = Optimizer(model.named_parameters(), OptimizerConfig(weight_decay=0.3, eps=1e-20))
     train(model, optimizer, range(10))
-    deeper = {"image.depth": 2, "text.depth": 2, "caption.depth": 2}
+    deeper = {"image.depth": 2, "text.depth": 2, "captioner.depth": 2}
     alone = continued(model, optimizer, deeper, "all")
     both = continued(model, optimizer, deeper | targets, mapped)
     ours, theirs = train(*both, range(10, 10 + steps)), train(*alone, range(10, 10 + steps))
@@ -391,7 +396,7 @@ def test_noise_is_a_function_of_seed_and_name() -> None:
 def test_width_comes_before_depth() -> None:
     spec = TIED.grown({"text.depth": 2, "image.depth": 3, "image.width": 24, "embed_dim": 8, "text.context": 12})
     kinds = [operator.describe()["operator"] for operator in plan_growth(TIED, spec)]
-    assert kinds == ["widen", "widen", "widen", "joint", "context", "depth", "depth"]
+    assert kinds == ["widen", "widen", "widen", "embed_dim", "context", "depth", "depth"]
 
 
 # Joint space and positions

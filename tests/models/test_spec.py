@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from treering.models.growth.plan import changes, plan_growth
-from treering.models.spec import ImageSpec, ModelSpec, SequenceSpec, SpecError, TextSpec
+from treering.models.spec import ImageSpec, ModalitySpec, ModelSpec, SpecError, TextSpec
 
 SPEC = ModelSpec(
     embed_dim=8,
@@ -38,11 +38,11 @@ def test_growth_targets() -> None:
         ({"image.depth": 1}, "smaller than the model's 2; set image.depth: 2 or more"),
         ({"image.dpeth": 4}, "the model has no such size, the nearest is image.depth; it has embed_dim, image.width"),
         ({"audio.depth": 4}, "no such size"),
-        ({"further.audio.depht": 4}, "no such size, the nearest is further.audio.depth;"),
-        ({"further.au-dio.depth": 4}, "no such size"),
-        ({"further.text.depth": 4}, "no such size"),
-        ({"further.audio.norm_eps": 1}, "no such size"),
-        ({"further.audio.depth": 4}, r"no possible model: further\.audio\.width: Field required"),
+        ({"modalities.audio.depht": 4}, "no such size, the nearest is modalities.audio.depth;"),
+        ({"modalities.au-dio.depth": 4}, "no such size"),
+        ({"modalities.text.depth": 4}, "no such size"),
+        ({"modalities.audio.norm_eps": 1}, "no such size"),
+        ({"modalities.audio.depth": 4}, r"does not give a valid model: modalities\.audio\.width: Field required"),
         ({"caption.width": 4}, "no such size"),
         ({"image.norm_eps": 1}, "no such size"),
         ({"image.depth.x": 4}, "no such size"),
@@ -63,8 +63,8 @@ def test_heads_follow_the_width_and_keep_their_channels() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ({"image.width": 70}, r"image.width = 70 gives no whole number of heads of 8 .* set image.width: 72, or give"),
-        ({"image.width": 90}, r"image.width = 90 gives no whole number of heads of 8 .* set image.width: 88, or give"),
+        ({"image.width": 70}, r"image.width = 70 is not a whole number of heads of 8 .* set image.width: 72, or set"),
+        ({"image.width": 90}, r"image.width = 90 is not a whole number of heads of 8 .* set image.width: 88, or set"),
         ({"image.patch": 8}, r"image.patch = 8 leaves 2 patches a side of 4; set image.resolution: 32 with it"),
         (
             {"image.heads": 8},
@@ -79,11 +79,11 @@ def test_growth_that_no_operator_makes_is_refused(targets: dict[str, int], messa
 
 
 def test_a_captioner_keeps_the_text_tower_to_whole_factors() -> None:
-    captioning = SPEC.grown({"caption.depth": 1})
-    with pytest.raises(SpecError, match=r"text.width = 24 is no multiple of 16, and the captioner .* text.width: 32"):
+    captioning = SPEC.grown({"captioner.depth": 1})
+    with pytest.raises(SpecError, match=r"24 is not a multiple of 16, and with a captioner .* text.width: 32"):
         captioning.grown({"text.width": 24})
     assert captioning.grown({"image.width": 48}).image.norm_eps == pytest.approx(1e-5 * 32 / 48)
-    assert SPEC.grown({"text.width": 24, "caption.depth": 1}).text.norm_eps == pytest.approx(1e-5 * 16 / 24)
+    assert SPEC.grown({"text.width": 24, "captioner.depth": 1}).text.norm_eps == pytest.approx(1e-5 * 16 / 24)
     assert captioning.grown({"text.width": 32}).text.norm_eps == 1e-5
 
 
@@ -94,42 +94,47 @@ def test_shrinking_has_a_word_of_its_own() -> None:
         SPEC.shrunk({"text.depth": 4})
     with pytest.raises(SpecError, match=r"grow: text.depth = 2 is smaller .* write it under shrink"):
         SPEC.grown({"text.depth": 2})
-    with pytest.raises(SpecError, match=r"shrink: caption.depth = 1: the model has no such size"):
-        SPEC.shrunk({"caption.depth": 1})
+    with pytest.raises(SpecError, match=r"shrink: captioner.depth = 1: the model has no such size"):
+        SPEC.shrunk({"captioner.depth": 1})
     wide = SPEC.grown({"image.head_dim": 16})
     with pytest.raises(SpecError, match=r"makes heads of 8 channels, and a head keeps its 16"):
         changes(wide, wide.shrunk({"image.head_dim": 8}))
 
 
-AUDIO = {"further.audio.width": 12, "further.audio.depth": 1, "further.audio.heads": 3, "further.audio.features": 5}
+AUDIO = {
+    "modalities.audio.width": 12,
+    "modalities.audio.depth": 1,
+    "modalities.audio.heads": 3,
+    "modalities.audio.features": 5,
+}
 
 
-def test_a_further_tower_is_grown_into_being() -> None:
+def test_a_modality_tower_is_grown_into_being() -> None:
     heard = SPEC.grown(AUDIO)
-    assert heard.further == {"audio": SequenceSpec(width=12, depth=1, heads=3, features=5)}
+    assert heard.modalities == {"audio": ModalitySpec(width=12, depth=1, heads=3, features=5)}
     assert heard.image == SPEC.image
-    assert changes(SPEC, heard)["further.audio.width"] == (0, 12)
-    larger = heard.grown({"further.audio.width": 20, "further.audio.depth": 4})
-    assert (larger.further["audio"].heads, larger.further["audio"].depth) == (5, 4)
-    assert larger.further["audio"].norm_eps == pytest.approx(1e-5 * 12 / 20)
-    assert larger.shrunk({"further.audio.depth": 1}).further["audio"].depth == 1
-    with pytest.raises(SpecError, match=r"further\.audio\.width = 14 gives no whole number of heads of 4"):
-        heard.grown({"further.audio.width": 14})
-    with pytest.raises(SpecError, match=r"shrink: further.audio.depth = 1: the model has no such size"):
-        SPEC.shrunk({"further.audio.depth": 1})
+    assert changes(SPEC, heard)["modalities.audio.width"] == (0, 12)
+    larger = heard.grown({"modalities.audio.width": 20, "modalities.audio.depth": 4})
+    assert (larger.modalities["audio"].heads, larger.modalities["audio"].depth) == (5, 4)
+    assert larger.modalities["audio"].norm_eps == pytest.approx(1e-5 * 12 / 20)
+    assert larger.shrunk({"modalities.audio.depth": 1}).modalities["audio"].depth == 1
+    with pytest.raises(SpecError, match=r"modalities\.audio\.width = 14 is not a whole number of heads of 4"):
+        heard.grown({"modalities.audio.width": 14})
+    with pytest.raises(SpecError, match=r"shrink: modalities.audio.depth = 1: the model has no such size"):
+        SPEC.shrunk({"modalities.audio.depth": 1})
 
 
 @pytest.mark.parametrize("size", ["frames", "features"])
-def test_a_further_tower_keeps_the_shape_of_its_samples(size: str) -> None:
+def test_a_modality_tower_keeps_the_shape_of_its_samples(size: str) -> None:
     heard = SPEC.grown(AUDIO)
     with pytest.raises(SpecError, match=r"does not fit the samples of its data column.* leave them at 1 and 5"):
-        plan_growth(heard, heard.grown({f"further.audio.{size}": 9}))
+        plan_growth(heard, heard.grown({f"modalities.audio.{size}": 9}))
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "Audio", "a.b", "audio\n", "x" * 40])
 def test_names_of_towers_are_checked(name: str) -> None:
-    tower = SequenceSpec(width=8, depth=1, heads=2, features=3)
-    with pytest.raises(ValidationError, match="is no name; use that of a data column"):
-        ModelSpec(embed_dim=8, image=SPEC.image, text=SPEC.text, further={name: tower})
-    with pytest.raises(ValidationError, match="the model has its own image tower"):
-        ModelSpec(embed_dim=8, image=SPEC.image, text=SPEC.text, further={"image": tower})
+    tower = ModalitySpec(width=8, depth=1, heads=2, features=3)
+    with pytest.raises(ValidationError, match="is not a valid name; use that of a data column"):
+        ModelSpec(embed_dim=8, image=SPEC.image, text=SPEC.text, modalities={name: tower})
+    with pytest.raises(ValidationError, match="the model already has a tower called image"):
+        ModelSpec(embed_dim=8, image=SPEC.image, text=SPEC.text, modalities={"image": tower})

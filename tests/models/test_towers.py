@@ -4,20 +4,22 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from treering.models.flops import forward_flops, parameters
 from treering.models.growth.axes import uses
-from treering.models.model import Extras, Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, TextSpec
-from treering.models.transformer import Attention, Block, Packed
+from treering.models.model import Model, build
+from treering.models.output import Extras
+from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, TextSpec
+from treering.models.transformer import Attention, PackedLayout, TransformerBlock
 from treering.training.engines.optimizer import decays
 
 SPEC = ModelSpec(
     embed_dim=24,
     image=ImageSpec(width=32, depth=2, heads=4, patch=4, resolution=16),
     text=TextSpec(width=16, depth=2, heads=2, head_dim=12, context=12),
-    caption=CaptionSpec(depth=2),
+    captioner=CaptionerSpec(depth=2),
 )
 
 
@@ -26,14 +28,14 @@ def model() -> Model:
     return build(SPEC, seed=1).double()
 
 
-def inputs(samples: int = 5) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def inputs(samples: int = 5) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (samples, 3, 16, 16), dtype=torch.uint8, generator=generator)
     captions = [torch.randint(0, 49408, (3 + 2 * i % 7,), generator=generator) for i in range(samples)]
     return images, captions
 
 
-def attend(layer: Attention, x: torch.Tensor, memory: torch.Tensor, causal: bool) -> torch.Tensor:
+def attend(layer: Attention, x: Tensor, memory: Tensor, causal: bool) -> Tensor:
     """One sample's attention, head by head."""
     q, k, v = layer.query(x), layer.key(memory), layer.value(memory)
     size = q.shape[1] // layer.heads
@@ -47,7 +49,7 @@ def attend(layer: Attention, x: torch.Tensor, memory: torch.Tensor, causal: bool
     return layer.out(torch.cat(heads, 1))
 
 
-def run_block(block: Block, x: torch.Tensor, causal: bool, memory: torch.Tensor | None = None) -> torch.Tensor:
+def run_block(block: TransformerBlock, x: Tensor, causal: bool, memory: Tensor | None = None) -> Tensor:
     h = block.attention_norm(x)
     x = x + attend(block.attention, h, h, causal)
     if memory is not None:
@@ -55,7 +57,7 @@ def run_block(block: Block, x: torch.Tensor, causal: bool, memory: torch.Tensor 
     return x + block.mlp.down(F.gelu(block.mlp.up(block.mlp_norm(x))))
 
 
-def dense(model: Model, image: torch.Tensor, caption: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def dense(model: Model, image: Tensor, caption: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Image embedding, text embedding and captioner states of one pair."""
     pixels = (image.double() / 255 - model.image_mean) / model.image_std
     kernel = model.image.patches.weight.view(-1, 3, 4, 4)
@@ -101,58 +103,58 @@ def test_packed_gradients_equal_one_sample_at_a_time(model: Model) -> None:
 
 HEARING = SPEC.model_copy(
     update={
-        "further": {
-            "type": SequenceSpec(width=12, depth=2, heads=3, features=5, frames=4),  # the name of a module's method
-            "an_embedding": SequenceSpec(width=8, depth=1, heads=2, features=6),
+        "modalities": {
+            "type": ModalitySpec(width=12, depth=2, heads=3, features=5, frames=4),  # the name of a module's method
+            "an_embedding": ModalitySpec(width=8, depth=1, heads=2, features=6),
         }
     }
 )
 
 
-def test_further_towers_equal_one_sample_at_a_time() -> None:
+def test_modality_towers_equal_one_sample_at_a_time() -> None:
     """Frames and vectors; only the towers that have samples run, and the others compute what they did."""
     model = build(HEARING, 1).double()
     images, captions = inputs()
     tokens, lengths = torch.cat(captions), torch.tensor([len(c) for c in captions])
     samples = {"type": torch.randn(5, 4, 5).double(), "an_embedding": torch.randn(5, 6).double()}
-    output = model(images, tokens, lengths, Extras(further=samples))
+    output = model(images, tokens, lengths, Extras(modalities=samples))
     for name, rows in samples.items():
-        tower = model.further[name]
+        tower = model.modalities[name]
         for i, row in enumerate(rows):
             x = row.view(-1, row.shape[-1]) @ tower.frames.weight.T + tower.frames.bias + tower.position_embedding
             for block in tower.transformer.blocks:
                 x = run_block(block, x, causal=False)
             pooled = tower.transformer.norm(x).mean(0) @ tower.projection.weight.T
-            assert (output.further[name].pooled[i] - pooled).abs().max() < 1e-12
-        assert output.further[name].scale.item() == pytest.approx(1 / 0.07)
-        assert output.further[name].tokens.shape == (5 * (4 if name == "type" else 1), tower.frames.out_features)
+            assert (output.modalities[name].pooled[i] - pooled).abs().max() < 1e-12
+        assert output.modalities[name].scale.item() == pytest.approx(1 / 0.07)
+        assert output.modalities[name].tokens.shape == (5 * (4 if name == "type" else 1), tower.frames.out_features)
     plain = model(images, tokens, lengths)
-    assert plain.further == {}
+    assert plain.modalities == {}
     assert torch.equal(plain.text.pooled, output.text.pooled)
     assert torch.equal(plain.image.pooled, output.image.pooled)
 
 
 def test_experts_of_a_tower_that_does_not_run_route_nothing() -> None:
-    mixed = HEARING.further["type"].model_copy(update={"experts": 3})
-    model = build(SPEC.model_copy(update={"further": {"type": mixed}}), 1)
+    mixed = HEARING.modalities["type"].model_copy(update={"experts": 3})
+    model = build(SPEC.model_copy(update={"modalities": {"type": mixed}}), 1)
     images, captions = inputs(2)
     arguments = images, torch.cat(captions), torch.tensor([len(c) for c in captions])
     assert model(*arguments).routing == ()
-    running = Extras(further={"type": torch.randn(2, 4, 5)})
+    running = Extras(modalities={"type": torch.randn(2, 4, 5)})
     assert [int(counts.sum()) for counts, _ in model(*arguments, running).routing] == [2 * 4 * 2] * mixed.depth
     assert model(*arguments).routing == ()
 
 
 def test_a_name_does_not_make_a_tower_another() -> None:
     """Initialisation, decay and axes know tensors by their names; a tower's own name is none of their business."""
-    stated = {"plain": SequenceSpec(width=64, depth=1, heads=2, features=48, frames=40)}
+    stated = {"plain": ModalitySpec(width=64, depth=1, heads=2, features=48, frames=40)}
     for name in ("token_embedding", "cross", "heads", "norm", "captioner", "frames", "gate", "logit_scale"):
-        spec = SPEC.model_copy(update={"further": stated | {name: stated["plain"]}})
+        spec = SPEC.model_copy(update={"modalities": stated | {name: stated["plain"]}})
         model = build(spec, 0)
         for (path, p), (other, q) in zip(
-            model.further["plain"].named_parameters(), model.further[name].named_parameters(), strict=True
+            model.modalities["plain"].named_parameters(), model.modalities[name].named_parameters(), strict=True
         ):
-            paths = f"further.plain.{path}", f"further.{name}.{other}"
+            paths = f"modalities.plain.{path}", f"modalities.{name}.{other}"
             assert decays(paths[0], p) == decays(paths[1], q)
             assert p.std(correction=0).item() == pytest.approx(q.std(correction=0).item(), rel=0.1), path
             ours = [use._replace(axis=use.axis.replace("plain", name)) for use in uses(paths[0])]
@@ -160,7 +162,7 @@ def test_a_name_does_not_make_a_tower_another() -> None:
 
 
 def test_layout_round_trip() -> None:
-    layout = Packed.of(torch.tensor([2, 5, 1]))
+    layout = PackedLayout.of(torch.tensor([2, 5, 1]))
     x = torch.randn(8, 3, 4)
     assert torch.equal(layout.flat(layout.grid(x)), x)
     assert layout.positions_t.tolist() == [0, 1, 0, 1, 2, 3, 4, 0]
@@ -184,7 +186,7 @@ def test_logit_scale_is_bounded_and_has_a_dimension(model: Model) -> None:
 
 
 CLASSED = HEARING.model_copy(
-    update={"caption": None, "image": SPEC.image.model_copy(update={"class_token": True, "pool": "class"})}
+    update={"captioner": None, "image": SPEC.image.model_copy(update={"class_token": True, "pool": "class"})}
 )
 
 
@@ -194,7 +196,7 @@ def test_what_is_read_at_one_token_needs_no_other_in_its_last_block() -> None:
     batch = images, torch.cat(captions), torch.tensor([len(caption) for caption in captions])
     weights = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
-    def results(extras: Extras) -> list[torch.Tensor]:
+    def results(extras: Extras) -> list[Tensor]:
         model = build(CLASSED, seed=1).double()
         output = model(*batch, extras)
         ((output.image.pooled + output.text.pooled) * weights).sum().backward()
@@ -210,7 +212,7 @@ def test_what_is_read_at_one_token_needs_no_other_in_its_last_block() -> None:
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["embeddings", "tokens"])
-@pytest.mark.parametrize("spec", [HEARING, HEARING.model_copy(update={"caption": None}), CLASSED])
+@pytest.mark.parametrize("spec", [HEARING, HEARING.model_copy(update={"captioner": None}), CLASSED])
 def test_flops_against_torchs_counter(spec: ModelSpec, tokens: bool) -> None:
     """torch counts every matrix product it runs; ours come from the spec. Captions of one length: nothing is padded."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -219,20 +221,20 @@ def test_flops_against_torchs_counter(spec: ModelSpec, tokens: bool) -> None:
     images = torch.zeros(samples, 3, 16, 16, dtype=torch.uint8)
     ids = torch.zeros(samples * length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        further = {"type": torch.zeros(samples, 4, 5), "an_embedding": torch.zeros(samples, 6)}
-        fresh(images, ids, torch.full((samples,), length), Extras(tokens=tokens, further=further))
-    head = 2 * (length - 1) * spec.text.width * spec.text.vocabulary if spec.caption else 0
+        modalities = {"type": torch.zeros(samples, 4, 5), "an_embedding": torch.zeros(samples, 6)}
+        fresh(images, ids, torch.full((samples,), length), Extras(tokens=tokens, modalities=modalities))
+    head = 2 * (length - 1) * spec.text.width * spec.text.vocabulary if spec.captioner else 0
     ours = samples * (forward_flops(spec, length, tokens=tokens) - head)
     # torch counts the half of causal attention that the mask throws away; we do not. A last block that works for the
     # last token only throws nothing away.
-    pruned = spec.caption is None and not tokens
-    blocks = spec.text.depth - pruned + (spec.caption.depth if spec.caption else 0)
+    pruned = spec.captioner is None and not tokens
+    blocks = spec.text.depth - pruned + (spec.captioner.depth if spec.captioner else 0)
     masked = samples * blocks * 4 * length * (length - (length + 1) / 2) * spec.text.attention_width
     assert ours + masked == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    "spec", [SPEC, SPEC.model_copy(update={"caption": None}), SPEC.grown({"text.depth": 5}), HEARING]
+    "spec", [SPEC, SPEC.model_copy(update={"captioner": None}), SPEC.grown({"text.depth": 5}), HEARING]
 )
 def test_parameters_are_counted_exactly(spec: ModelSpec) -> None:
     with torch.device("meta"):

@@ -19,8 +19,8 @@ import pytest
 
 from treering.data import DataConfig, Loader
 from treering.data.shards.tar_writer import write_shards
-from treering.tests.faulty_proxy import FaultyProxy
-from treering.tests.s3_server import Server
+from treering.tests.support.faulty_proxy import FaultyProxy
+from treering.tests.support.s3_server import Server
 
 SHARDS, EACH, BATCH, WORLD = 40, 24, 16, 2
 STEPS = SHARDS * EACH // BATCH
@@ -128,9 +128,8 @@ def test_the_reader_ahead_stays_within_its_bounds_and_ends_with_its_rank(
     sizes = [0]
     for step in (0, 10, 20):
         reader.reached(step)
-        sizes.append(settled(tmp_path / "blocks", sizes[-1]))
+        sizes.append(settled(tmp_path / "blocks", max(sizes[-1], 2_000_000 if step == 20 else 0)))
     assert sizes[-1] < sum(loader.sources[0].shard_sizes)
-    assert sizes[-1] > 2_000_000
     reader.close()
     pid = os.fork()
     if pid == 0:  # a rank that is killed
@@ -155,7 +154,7 @@ def settled(folder: Path, more_than: int) -> int:
     return sizes[-1]
 
 
-def wait(done: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait(done: Callable[[], bool], seconds: float = 100.0) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, "nothing happened"

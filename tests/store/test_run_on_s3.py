@@ -32,7 +32,7 @@ def test_train_from_a_bucket_into_a_bucket(s3: str, tmp_path: Path, monkeypatch:
         [
             "data.batch=4",
             "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
-            "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+            "text: {width: 8, depth: 1, heads: 1, context: 8}, captioner: {depth: 1}}",
             "stages=[{samples: 12}, {grow: {image.depth: 2}, samples: 20}]",
             "schedule.warmup=4",
             "checkpoint.every=8",

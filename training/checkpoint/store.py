@@ -13,6 +13,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ...data.errors import DataError
+from ...data.storage.atomic_write import atomic_write
 from ...data.storage.retries import persist
 
 T = TypeVar("T")
@@ -99,19 +101,7 @@ class Store:
     def _put_local(self, name: str, data: bytes | bytearray, exclusive: bool) -> None:
         path = self._path(name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        passing = f"{path}.{secrets.token_hex(4)}.partial"
-        try:
-            with open(passing, "xb") as file:
-                file.write(data)
-            if exclusive:
-                os.link(passing, path)  # unlike a rename, refuses an existing name
-                os.unlink(passing)
-            else:
-                os.replace(passing, path)
-        except BaseException:
-            if os.path.exists(passing):
-                os.unlink(passing)
-            raise
+        atomic_write(Path(path), data, exclusive=exclusive)
 
     def get(self, name: str) -> bytes:
         """An object's bytes. Raises FileNotFoundError if there is none, StoreError if it cannot be read."""

@@ -10,19 +10,24 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ...models.activations import Shape, Stack, choose, peak, stacks
+from ...models.activations import BlockMemory, block_memory, choose, peak
 from ...models.flops import parameters
-from ...models.model import Extras, Model, empty
+from ...models.model import Model, empty
+from ...models.output import Extras
+from ...models.parts import BatchShape
+from ...models.parts import parts as model_parts
 from ...models.spec import ModelSpec
+from ..checkpoint.writer import PART_BYTES
 from ..device import memory, process_memory
 from ..objectives.base import Inputs
+from ..objectives.caption import CHUNK_LOGITS
+from ..objectives.scores import TILE_BYTES
 from ..world import World
 from .optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
     from .config import EngineConfig
 
-LOGITS_BYTES, TILE_BYTES, PART_BYTES = 32 << 20, 4 << 20, 256 << 20
 CUDA_BYTES = 1 << 30
 """context, kernels and communication buffers of a GPU process"""
 USABLE = 0.92
@@ -37,10 +42,9 @@ def parts(
     count, caption, shards = parameters(spec), 0, engine.shards(world)
     state = commit_bytes(spec, optimizer) - (0 if engine.keeps_masters else 4 * count)
     copies = 2 * count if engine.precision == "bf16" and engine.casts_copies else 0
-    if spec.caption:
-        caption = spec.text.vocabulary * spec.text.width * 8 + 2 * LOGITS_BYTES
-    inputs = 3 * spec.image.resolution**2 * (1 + 4 + 4)
-    inputs += sum(8 * tower.frames * tower.features for tower in spec.further.values())
+    if spec.captioner:
+        caption = spec.text.vocabulary * spec.text.width * 8 + 2 * 4 * CHUNK_LOGITS
+    inputs = sum(part.input_bytes for part in model_parts(spec))
     return {
         "weights": 4 * count / shards.weights + copies,
         "gradients": 4 * count / shards.gradients,
@@ -57,7 +61,7 @@ def commit_bytes(spec: ModelSpec, optimizer: OptimizerConfig) -> int:
     return sum(4 * p.numel() for name, p in named for kind in kinds if optimizer.keeps(kind, name))
 
 
-def budget(engine: EngineConfig, found: dict[str, Stack], room: float) -> float:
+def budget(engine: EngineConfig, found: dict[str, BlockMemory], room: float) -> float:
     """The bytes that blocks may hold, of `room` bytes that activations can have at all."""
     given = engine.activation_budget
     if given is None:
@@ -81,8 +85,8 @@ class Recomputing:
         self._said = False
         self.pieces = config.pieces or 1
         """in which a batch comes"""
-        self.again: dict[str, int] = {}
-        """of the latest forward pass: blocks that were made again, by the part of the model"""
+        self.checkpointed: dict[str, int] = {}
+        """of the latest forward pass: blocks that are recomputed in the backward pass, by part of the model"""
         self.bytes = 0.0
         """of the latest forward pass: what blocks held at most"""
         self.allowed = float("inf")
@@ -101,16 +105,16 @@ class Recomputing:
             longest, total = spec.text.context, pairs * spec.text.context
         places = pairs * longest if self._padded else total
         half = self._config.precision == "bf16"
-        found = stacks(spec, Shape(pairs, total, places, patches, half, extras.tokens))
+        found = block_memory(spec, BatchShape(pairs, total, places, patches, half, extras.tokens))
         self.allowed = budget(self._config, found, self._left(pairs))
-        self.again = choose(found, self.allowed)
-        self.bytes = peak(found, self.again)
+        self.checkpointed = choose(found, self.allowed)
+        self.bytes = peak(found, self.checkpointed)
         for name, transformer in self._model.transformers().items():
-            transformer.again = self.again[name]
+            transformer.checkpointed_blocks = self.checkpointed[name]
 
     def figures(self) -> dict[str, Any]:
         """For a step line: the blocks of each part of the model that are made again, and the bytes that blocks hold."""
-        return {"recomputed": self.again, "activations": self.bytes} if self.again else {}
+        return {"recomputed": self.checkpointed, "activations": self.bytes} if self.checkpointed else {}
 
     def shortage(self) -> str | None:
         """The bound where it cannot be kept, as a sentence with a remedy; said once."""

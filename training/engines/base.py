@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...models.model import Model, ModelOutput, empty, materialise
+from ...models.model import Model, empty, materialise
+from ...models.output import ModelOutput
 from ...models.spec import ModelSpec
 from ..objectives.base import Inputs, Objective, extras_of
 from ..world import World

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ...models.model import Model, ModelOutput, build
+from ...models.model import Model, build
+from ...models.output import ModelOutput
 from ...models.spec import ModelSpec
 from ..objectives.base import Inputs, extras_of, gradient_norms, load_states, states
 from .base import Forward, assembled
 from .kernels import prepare
 from .optimizer import Optimizer
 from .torch_engine import TorchEngine
+
+_NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers": False}
+if not _NO_BUFFERS.keys() <= signature(DistributedDataParallel).parameters.keys():  # its name before torch 2.13
+    _NO_BUFFERS = {"broadcast_buffers": False}
 
 
 class DdpEngine(TorchEngine):
@@ -27,7 +34,7 @@ class DdpEngine(TorchEngine):
         self.optimizer = Optimizer(self.model.named_parameters(), self.optimizer_config)
         forward = self._whole_forward()
         self._forward = (
-            DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            DistributedDataParallel(forward, gradient_as_bucket_view=True, **_NO_BUFFERS)
             if self.world.size > 1
             else forward
         )

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from ...models.model import empty, initialise, materialise
 from ...models.spec import ModelSpec
 from ...models.towers import MAX_LOG_SCALE
-from ...models.transformer import Block
+from ...models.transformer import TransformerBlock
 from ..world import World
 from .config import FsdpConfig
 from .kernels import prepare
@@ -54,7 +54,7 @@ class FsdpEngine(TorchEngine):
         else:
             blocks = MixedPrecisionPolicy()
         for module in self.model.modules():
-            if isinstance(module, Block):
+            if isinstance(module, TransformerBlock):
                 fully_shard(module, mesh=mesh, reshard_after_forward=config.reshard_after_forward, mp_policy=blocks)
         # What is in no block stays in fp32: a temperature rounded to bf16 would move in steps of 1%.
         fully_shard(self._forward, mesh=mesh)

@@ -15,7 +15,7 @@ import torch
 from ...models import mlp, varlen
 from ...models.mlp import Experts
 from ...models.model import Model
-from ...models.transformer import Attention, Block, kernel
+from ...models.transformer import Attention, TransformerBlock, kernel
 from ..state import TrainingError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def prepare(model: Model, config: EngineConfig, device: torch.device) -> dict[st
             module.varlen = refused is None
         if isinstance(module, Experts) and half and config.groups_experts:
             module.grouped = mlp.tried(module.spec, device) is None
-        if isinstance(module, Block) and config.compile:
+        if isinstance(module, TransformerBlock) and config.compile:
             module.compile(dynamic=True)
     image, text, dtype = model.spec.image, model.spec.text, torch.bfloat16 if config.precision == "bf16" else None
     captions = kernel(text, text.context, text.causal, device, dtype)
@@ -54,7 +54,13 @@ def prepare(model: Model, config: EngineConfig, device: torch.device) -> dict[st
 
 
 def check_compiler(device: torch.device) -> None:
-    """TrainingError where torch.compile lacks what it makes code with."""
+    """TrainingError where torch.compile lacks what it makes code with, or makes wrong code."""
+    # Seen with 2.11: the gradients of the captions' position embeddings are wrong, silently.
+    if torch.__version__ < "2.13":  # a TorchVersion, which compares as versions do
+        raise TrainingError(
+            f"engine.compile = true needs torch 2.13 or newer, and {torch.__version__} is installed, whose compiled "
+            f"blocks give wrong gradients; pip install 'torch>=2.13', or leave engine.compile out"
+        )
     lacks = None if shutil.which(os.environ.get("CXX", "g++")) else "no C++ compiler ($CXX or g++)"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         lacks = "no triton"

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from ...models.spec import is_table
+from ...models.parts import is_table
 from ..world import World
 from .layout import Layout
 from .muon import Muon, hidden

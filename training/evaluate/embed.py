@@ -46,23 +46,23 @@ class Embedded:
     """ledger entries of the samples that could not be used"""
     keys: list[str] = field(default_factory=list)
     """of the pictures"""
-    further: dict[str, Tensor] = field(default_factory=dict)
-    """float [n, e], unit rows: the samples of further modalities, by tower, where the set has them"""
+    modalities: dict[str, Tensor] = field(default_factory=dict)
+    """float [n, e], unit rows: the samples of other modalities, by tower, where the set has them"""
 
 
 @torch.no_grad()
 def embed(model: Model, data: Pictures, batch: int, world: World) -> Embedded:
     """Embed every usable sample, with all its captions."""
     images, texts, facts, bad = [], [], [], []
-    further: dict[str, list[Tensor]] = {name: [] for name in data.columns}
+    modalities: dict[str, list[Tensor]] = {name: [] for name in data.columns}
     for numbers in own_batches(range(len(data)), batch, world):
         samples, unusable = read(data, numbers)
         bad += unusable
         if not samples:
             continue
         images.append(embed_pictures(model, list(samples.values()), world))
-        for name, rows in further.items():
-            rows.append(embed_further(model, name, list(samples.values()), world))
+        for name, rows in modalities.items():
+            rows.append(embed_modality(model, name, list(samples.values()), world))
         captions = [c for s in samples.values() for c in s.captions]
         texts.append(embed_captions(model, data.tokenizer, captions, batch, world))
         facts += [
@@ -72,7 +72,7 @@ def embed(model: Model, data: Pictures, batch: int, world: World) -> Embedded:
     none = torch.zeros(0, model.spec.embed_dim)
     image_rows = _everyones(torch.cat([none, *images]), world)
     text_rows = _everyones(torch.cat([none, *texts]), world)
-    others = {name: _everyones(torch.cat([none, *rows]), world) for name, rows in further.items()}
+    others = {name: _everyones(torch.cat([none, *rows]), world) for name, rows in modalities.items()}
     everyones_bad = sorted((entry for rank in world.objects(bad) for entry in rank), key=lambda e: e["number"])
     unnumbered = [{name: value for name, value in entry.items() if name != "number"} for entry in everyones_bad]
     everyones_facts = [fact for rank in world.objects(facts) for fact in rank]
@@ -97,10 +97,10 @@ def embed_pictures(model: Model, samples: Sequence[Sample], world: World) -> Ten
     return F.normalize(model.embed_images(pixels(samples, world)).pooled.float(), dim=-1).cpu()
 
 
-def embed_further(model: Model, name: str, samples: Sequence[Sample], world: World) -> Tensor:
+def embed_modality(model: Model, name: str, samples: Sequence[Sample], world: World) -> Tensor:
     """Unit embeddings [b, e] of the samples' arrays in column `name`, on the CPU in fp32."""
     arrays = torch.from_numpy(np.stack([s.columns[name] for s in samples])).to(world.device)
-    return F.normalize(model.further[name](arrays).pooled.float(), dim=-1).cpu()
+    return F.normalize(model.modalities[name](arrays).pooled.float(), dim=-1).cpu()
 
 
 def embed_captions(model: Model, tokenizer: TextTokenizer, captions: Sequence[str], batch: int, world: World) -> Tensor:
@@ -138,7 +138,7 @@ def _everyones(own: Tensor, world: World) -> Tensor:
 
 
 def _assemble(
-    images: Tensor, texts: Tensor, further: dict[str, Tensor], facts: list[dict[str, Any]], bad: list[dict[str, Any]]
+    images: Tensor, texts: Tensor, modalities: dict[str, Tensor], facts: list[dict[str, Any]], bad: list[dict[str, Any]]
 ) -> Embedded:
     """Put the ranks' rows back into index order."""
     counts = [len(fact["captions"]) for fact in facts]
@@ -154,7 +154,7 @@ def _assemble(
         captions=[caption for row in order for caption in facts[row]["captions"]],
         labels=[facts[row]["labels"] for row in order],
         bad=bad,
-        further={name: rows[order] for name, rows in further.items()},
+        modalities={name: rows[order] for name, rows in modalities.items()},
         keys=[facts[row]["key"] for row in order],
     )
 

@@ -60,7 +60,7 @@ class Bench:
         )
 
     def own_set(self, url: str) -> EvaluationSet:
-        """The run's own evaluation data, with what its further towers read. Raises DataError, SpecError."""
+        """The run's own evaluation data, with what its modality towers read. Raises DataError, SpecError."""
         spec, image = self.model.spec, self.model.spec.image
         samples = EvaluationSet(
             url,
@@ -70,7 +70,7 @@ class Bench:
             self.tokenizer,
             resize=image.resize,
             interpolation=image.interpolation,
-            columns=spec.further,
+            columns=spec.modalities,
         )
         spec.check_samples(samples.vectors.shapes)
         return samples
@@ -102,11 +102,11 @@ class Bench:
         def make() -> Content:
             found = embed(self.model, data, self.batch, self.world)
             rest = {name: getattr(found, name) for name in ("numbers", "captions", "labels", "bad", "keys")}
-            return {"images": found.images, "texts": found.texts, "owners": found.owners, **found.further}, rest
+            return {"images": found.images, "texts": found.texts, "owners": found.owners, **found.modalities}, rest
 
         tensors, rest = self._keep(["set", data.identity, list(data.columns)], make)
-        further = {name: tensors[name] for name in data.columns}
-        return Embedded(tensors["images"], tensors["texts"], tensors["owners"], further=further, **rest)
+        modalities = {name: tensors[name] for name in data.columns}
+        return Embedded(tensors["images"], tensors["texts"], tensors["owners"], modalities=modalities, **rest)
 
     def _keep(self, made_from: list[Any], make: Any) -> Content:
         if self.kept is None:
@@ -171,7 +171,7 @@ def run(suite: SuiteConfig, bench: Bench, found: Evaluation) -> None:
 def retrieved(name: str, data: Embedded, found: Evaluation) -> None:
     """Recalls both ways."""
     chance = retrieval.chance(len(data.images), data.owners)
-    for what, rows in {"image": data.images, **data.further}.items():
+    for what, rows in {"image": data.images, **data.modalities}.items():
         of_rows, of_texts = retrieval.ranks(rows, data.texts, data.owners)
         for k in retrieval.CUTS:
             found.add(f"{name}/{what}_to_text@{k}", of_rows < k, data.keys, chance[f"image_to_text@{k}"])

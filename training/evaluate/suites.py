@@ -45,7 +45,7 @@ def evaluate(
     the run's `tokenizer`. Every rank takes part and gets the same result. Captioning needs a captioner, and is left out
     while the model has none. `kept`: take embeddings that are kept, and keep new ones.
 
-    Raises DataError if data cannot be read or used, or carry no labels for the zero-shot suite, SpecError if a further
+    Raises DataError if data cannot be read or used, or carry no labels for the zero-shot suite, SpecError if another
     tower cannot read what they hold for it.
     """
     bench = Bench(model, world, config.batch, tokenizer, cache, kept)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...models.growth.inheriting import Forget
+from ...models.growth.inherit import ResetMoments
+from ...models.growth.operator import GrownState, Operator, Read, grown_rate, source_of
 from ...models.growth.plan import changes, plan_growth
-from ...models.growth.rules import GrownState, Operator, Read, grown_rate, origin
 from ...models.model import empty
 from ...models.spec import ModelSpec
 from ..engines.base import Engine
@@ -128,7 +128,7 @@ def planned(old: ModelSpec, new: ModelSpec, seed: int, how: GrowthConfig, read: 
     """The operators from one spec to the other as `how` asks for them; `read` reads the old state."""
     operators = plan_growth(old, new, seed, how.copies, how.layers, how.tokens, how.drop, how.inherit, read)
     forgotten = {"map": (), "keep_v": ("exp_avg",), "reset": ("exp_avg", "exp_avg_sq")}[how.moments]
-    return [*operators, Forget(forgotten)] if operators and forgotten else operators
+    return [*operators, ResetMoments(forgotten)] if operators and forgotten else operators
 
 
 def grown_rates(
@@ -148,7 +148,7 @@ def grown_rates(
     now = {name: factor**fade for name, factor in multipliers.items()}
     before, after = tensor_shapes(old), tensor_shapes(new)
     rates = {name: grown_rate(operators, now, name) for name in after}
-    for name, source in ((name, origin(operators, name)) for name in after if optimizer.muon(name)):
+    for name, source in ((name, source_of(operators, name)) for name in after if optimizer.muon(name)):
         if optimizer.muon(source):
             rates[name] *= (min(after[name]) / min(before[source])) ** 0.5
     return {name: rate for name, rate in rates.items() if rate != 1.0}
@@ -166,11 +166,11 @@ def described(operators: Sequence[Operator]) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def similarities(engine: Engine, inputs: Inputs, spec: ModelSpec) -> Tensor:
-    """Scaled cosine similarities [m, b, b] of a batch's captions with its pictures and the m - 1 further modalities
+    """Scaled cosine similarities [m, b, b] of a batch's captions with its pictures and the m - 1 other modalities
     that a model of `spec` has."""
     output = engine.output(inputs)
     text = F.normalize(output.text.pooled, dim=-1)
-    towers = [output.image, *(output.further[name] for name in sorted(spec.further))]
+    towers = [output.image, *(output.modalities[name] for name in sorted(spec.modalities))]
     scales = [output.scale if tower.scale is None else tower.scale for tower in towers]
     each = zip(towers, scales, strict=True)
     return torch.stack([scale * F.normalize(tower.pooled, dim=-1) @ text.T for tower, scale in each])

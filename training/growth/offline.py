@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ...models.flops import parameters
+from ...models.growth.operator import GrownState, source_of
 from ...models.growth.plan import changes
-from ...models.growth.rules import GrownState, origin
 from ...models.spec import SpecError
 from ..checkpoint.commits import Commits, find_commit
 from ..checkpoint.config import OriginConfig
@@ -64,7 +64,7 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     held = OldState(commit, in_turn=how.inherit == "ema")
     operators = planned(old, new, recipe.seed, how, lambda kind, name: held[f"{kind}/{name}"])
     # In the order of the old parts, so that each is read once.
-    names = sorted(tensor_shapes(new), key=lambda name: (held.place(origin(operators, name)), name))
+    names = sorted(tensor_shapes(new), key=lambda name: (held.place(source_of(operators, name)), name))
     fade = faded(before.stages, state.stage, state.samples, before.data.batch)
     rates = grown_rates(operators, state.multipliers, fade, old, new, recipe.optimizer)
     commits = Commits(Store(out))
@@ -111,7 +111,7 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
     """The recipe with its present stage ended at `state` and a new one after it, and the number of that one.
 
     The new stage takes what is left of the present one, before the stages that follow it; or it is the last, of
-    `samples`. A captioner brings its objective with it, a further tower also its data column.
+    `samples`. A captioner brings its objective with it, a modality tower also its data column.
     """
     batch, now = recipe.data.batch, recipe.stages[state.stage]
     if not state.step:
@@ -133,7 +133,7 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
 def _with_stages(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, Any]) -> Recipe:
     """The recipe with these stages, of which `new` is new. Raises SpecError."""
     tree = recipe.model_dump(mode="json") | {"stages": stages}
-    captions = tree["model"]["caption"] or any("caption.depth" in each.get("grow", {}) for each in tree["stages"])
+    captions = tree["model"]["captioner"] or any("captioner.depth" in each.get("grow", {}) for each in tree["stages"])
     tree["objectives"]["caption"] = (tree["objectives"].get("caption") or {}) if captions else None
     _feed_and_train(tree)
     try:
@@ -147,14 +147,14 @@ def _with_stages(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, An
 
 
 def _feed_and_train(tree: dict[str, Any]) -> None:
-    """Give each further tower of a recipe its column, and a contrastive term with the text if it has none; drop the
+    """Give each modality tower of a recipe its column, and a contrastive term with the text if it has none; drop the
     terms of towers that no stage has."""
     grown = [path.split(".") for stage in tree["stages"] for path in stage.get("grow", {})]
-    towers = {*tree["model"]["further"], *(path[1] for path in grown if path[0] == "further" and len(path) == 3)}
-    known, terms = towers | {"image", "text"}, tree["objectives"].get("further", [])
+    towers = {*tree["model"]["modalities"], *(path[1] for path in grown if path[0] == "modalities" and len(path) == 3)}
+    known, terms = towers | {"image", "text"}, tree["objectives"].get("modalities", [])
     terms = [term for term in terms if known.issuperset(term["between"])]
     trained = {name for term in terms for name in term["between"]}
-    tree["objectives"]["further"] = terms + [{"between": [name, "text"]} for name in sorted(towers - trained)]
+    tree["objectives"]["modalities"] = terms + [{"between": [name, "text"]} for name in sorted(towers - trained)]
     tree["data"]["columns"] |= dict.fromkeys(towers, "npy")
 
 

@@ -10,6 +10,7 @@ ends too.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -25,6 +26,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field, field_validator
 
+from ...data.storage.atomic_write import atomic_write
 from ...data.units import duration
 from ..world import World
 
@@ -138,13 +140,8 @@ class Watchdog:
             "time": time.time(),
             "keys": list(self._keys),
         }
-        path = _path(self.folder, self.world.rank)
-        try:
-            passing = path.with_suffix(".partial")
-            passing.write_text(json.dumps(beat), encoding="utf-8")
-            os.replace(passing, path)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            atomic_write(_path(self.folder, self.world.rank), json.dumps(beat))
 
     def _give_up(self, phase: str, step: int, seconds: float) -> None:
         """Say all there is to say, give the others the time to do the same, and end."""
@@ -181,9 +178,7 @@ class Watchdog:
                 f"samples: {json.dumps(beat['keys'])}",
                 path.read_text(encoding="utf-8", errors="replace") if answered else "no stacks: it does not answer",
             ]
-        passing = self.folder / f"hang-{self.world.rank:05d}.partial"
-        passing.write_text("\n".join(told), encoding="utf-8")
-        os.replace(passing, self.folder / "hang.txt")
+        atomic_write(self.folder / "hang.txt", "\n".join(told))
 
 
 def read_heartbeats(folder: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from ...data.storage.atomic_write import atomic_write, partial_path, remove_partials
 from ..state import TrainingError
 
 _AFTER_A_COMMIT = ("search", "grow", "resume", "rollback", "end")
@@ -53,11 +54,12 @@ class JsonLines:
     def cut(self, keep: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
         """Take the file over: from now on it holds the rows that `keep` returns of all rows, and is this life's."""
         self.close()
-        passing = self.path.with_suffix(".partial")
-        self._file = passing.open("w", encoding="utf-8")
+        partial = partial_path(self.path)  # not `atomic_file`: the file that is renamed stays open, as this attempt's
+        self._file = partial.open("w", encoding="utf-8")
         self._file.writelines(json.dumps(row) + "\n" for row in keep(self.rows()))
         self._file.flush()
-        os.replace(passing, self.path)
+        os.fsync(self._file.fileno())
+        os.replace(partial, self.path)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -91,6 +93,8 @@ class RunLog:
         self.folder = folder
         self.metrics = JsonLines(folder / "metrics.jsonl")
         self.ledger = JsonLines(folder / "ledger.jsonl")
+        for place in (folder, folder / "evaluations"):
+            remove_partials(place)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -118,9 +122,7 @@ class RunLog:
         """Write a JSON file of the run folder, whole or not at all."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        passing = path.with_suffix(".partial")
-        passing.write_text(json.dumps(value), encoding="utf-8")
-        os.replace(passing, path)
+        atomic_write(path, json.dumps(value))
 
     def cut_back(self, step: int) -> None:
         """Drop what happened after the commit of `step`. Its own line may stand anywhere: it is written in the end."""

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ...models.model import ModelOutput
+from ...models.output import ModelOutput
 from ..world import World
 from .base import Inputs, Objective
 from .config import ObjectiveConfig

@@ -5,17 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ...models.model import Extras, ModelOutput
+from ...models.output import Extras, ModelOutput, Need
 from ..world import World
-
-Need = Literal["embeddings", "tokens", "caption", "bias", "routing"]
-"""A part of `ModelOutput`: image and text `.pooled`, image and text tokens of the joint space, the captioner's states,
-the learned bias, the routing of mixtures of experts. The temperature and the token table are always there."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Objective(ABC):
     """A named term of the loss."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """what it reads of a forward pass"""
+    """what it reads of a forward pass; the temperature and the token table are always there"""
 
     weight: float
     """the factor of its share in the loss, at this step"""
@@ -63,8 +59,8 @@ class Objective(ABC):
         """Its key in the recipe and the logs; a class says `name = "..."`."""
 
     @property
-    def further(self) -> frozenset[str]:
-        """The further towers whose embeddings it reads; they run only if an objective does."""
+    def modalities(self) -> frozenset[str]:
+        """The modality towers whose embeddings it reads; they run only if an objective does."""
         return frozenset()
 
     @abstractmethod
@@ -101,7 +97,7 @@ def extras_of(objectives: Sequence[Objective], inputs: Inputs) -> Extras:
         parallel_b=parallel[0] if parallel else None,
         patches_bk=inputs.patches,
         longest=int(inputs.known_lengths.max()),
-        further={name: inputs.columns[name] for objective in objectives for name in sorted(objective.further)},
+        modalities={name: inputs.columns[name] for objective in objectives for name in sorted(objective.modalities)},
     )
 
 

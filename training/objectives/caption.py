@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...models.model import Extras, ModelOutput
+from ...models.output import Extras, ModelOutput
 from ..sample_rng import uniform
 from ..world import World
 from .base import Inputs, Objective

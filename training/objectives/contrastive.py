@@ -1,4 +1,4 @@
-"""Contrastive objectives: which picture belongs to which caption, over all pairs of the global batch; or a further
+"""Contrastive objectives: which picture belongs to which caption, over all pairs of the global batch; or another
 modality to either.
 
 All compare every image of this rank with the captions of all ranks; `pairwise` does so tile by tile. Two pairs that
@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...models.model import ModelOutput
+from ...models.output import ModelOutput
 from ..world import World
 from .base import Inputs, Objective
 from .config import ObjectiveConfig
@@ -53,23 +53,23 @@ class ContrastiveConfig(_PairwiseConfig, frozen=True, extra="forbid", strict=Tru
 
 
 class BetweenConfig(_PairwiseConfig, frozen=True, extra="forbid", strict=True):
-    """Which sample of a further modality belongs to which caption, picture or sample of another one (InfoNCE)."""
+    """Which sample of another modality belongs to which caption, picture or sample of another one (InfoNCE)."""
 
     between: tuple[str, str] = Field(
         strict=False,
-        description="a further tower, and image, text or another further tower, as in [audio, text]; the temperature "
+        description="a modality tower, and image, text or another modality, as in [audio, text]; the temperature "
         "is that of the first",
     )
 
     @field_validator("between")
     @classmethod
-    def _begins_with_a_further_tower(cls, value: tuple[str, str]) -> tuple[str, str]:
+    def _begins_with_a_modality(cls, value: tuple[str, str]) -> tuple[str, str]:
         first, second = value
         if first == second:
             raise ValueError(f"between = [{first}, {second}] compares a tower with itself; name another one")
         if first in ("image", "text"):
             remedy = "that is `contrastive`" if second in ("image", "text") else f"write [{second}, {first}]"
-            raise ValueError(f"between = [{first}, {second}] has to begin with a further tower; {remedy}")
+            raise ValueError(f"between = [{first}, {second}] has to begin with a modality tower; {remedy}")
         return value
 
 
@@ -158,21 +158,21 @@ class SigmoidContrastive(_Pairwise):
 
 @dataclass
 class Between(_Pairwise):
-    """InfoNCE in both directions between a further modality and another one, at the further tower's temperature."""
+    """InfoNCE in both directions between another modality and another one, at the modality tower's temperature."""
 
     towers: tuple[str, str] = ("", "")
-    """the further one, and `image`, `text` or another further one"""
+    """a modality, and `image`, `text` or another modality"""
 
     @property
     def name(self) -> str:
         return f"contrastive/{'-'.join(self.towers)}"
 
     @property
-    def further(self) -> frozenset[str]:
+    def modalities(self) -> frozenset[str]:
         return frozenset(self.towers) - {"image", "text"}
 
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
-        towers = {"image": output.image, "text": output.text, **output.further}
+        towers = {"image": output.image, "text": output.text, **output.modalities}
         one, other = (towers[name] for name in self.towers)
         assert one.scale is not None
         one_be, other_be = (F.normalize(tower.pooled.float(), dim=-1) for tower in (one, other))
@@ -195,7 +195,7 @@ def _each_once(terms: tuple[BetweenConfig, ...]) -> tuple[BetweenConfig, ...]:
     return terms
 
 
-@register("further", BetweenConfig, several=_each_once)
+@register("modalities", BetweenConfig, several=_each_once)
 def _between(config: BetweenConfig, seed: int) -> Objective:
     return Between(config.weight, config.positives, config.label_smoothing, config.between)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..world import World
 
-_TILE_BYTES = 4 << 20
+TILE_BYTES = 4 << 20
 """of one tile of scores: 1024 x 1024 in fp32"""
 
 
@@ -109,7 +109,7 @@ class Dots:
     image_be: Tensor
 
     def side(self) -> int:
-        return max(1, math.isqrt(_TILE_BYTES // self.image_be.element_size()))
+        return max(1, math.isqrt(TILE_BYTES // self.image_be.element_size()))
 
     def tile(self, block: Block, rows: slice, columns: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         scores_rc = self.image_be[rows] @ block.text[columns].T
@@ -142,7 +142,7 @@ class LateInteraction:
 
     def side(self) -> int:
         _, tokens, _ = self.image_bpe.shape
-        return max(1, math.isqrt(_TILE_BYTES // (self.image_bpe.element_size() * tokens * self.longest)))
+        return max(1, math.isqrt(TILE_BYTES // (self.image_bpe.element_size() * tokens * self.longest)))
 
     def _places(self, block: Block, columns: slice) -> tuple[Tensor, Tensor]:
         """Where the tokens of some texts are in the stream, [c, l], and which of those are tokens of the text."""

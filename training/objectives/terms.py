@@ -83,18 +83,18 @@ def check_needs(config: ObjectivesConfig, spec: ModelSpec) -> None:
     """Raises ValueError for an objective that a model of `spec` lacks a part for, or a part that none trains."""
     parts = {
         "bias": ("a learned bias", "add `logit_bias: true` to model"),
-        "caption": ("a captioner", "add `caption: {depth: 2}` to model"),
+        "caption": ("a captioner", "add `captioner: {depth: 2}` to model"),
         "routing": ("a mixture of experts", "set model.image.experts or model.text.experts to 2 or more"),
     }
     objectives = build_objectives(config)
     for objective in objectives:
         for need in _missing(objective, spec):
-            part, remedy = parts.get(need) or (f"a tower called {need!r}", f"describe it under model.further.{need}")
+            part, remedy = parts.get(need) or (f"a tower called {need!r}", f"describe it under model.modalities.{need}")
             raise ValueError(f"objectives.{objective.name} needs {part}; {remedy}, or drop the objective")
     trained = {need for objective in objectives for need in objective.needs}
-    if spec.caption is not None and "caption" not in trained:
+    if spec.captioner is not None and "caption" not in trained:
         raise ValueError(
-            "model.caption is never trained; add `caption: {weight: 2.0}` to objectives, or drop model.caption"
+            "model.captioner is never trained; add `caption: {weight: 2.0}` to objectives, or drop model.captioner"
         )
     if spec.logit_bias and "bias" not in trained:
         raise ValueError(
@@ -104,10 +104,10 @@ def check_needs(config: ObjectivesConfig, spec: ModelSpec) -> None:
 
 
 def _missing(objective: Objective, spec: ModelSpec) -> list[str]:
-    mixtures = any(tower.experts > 1 for tower in spec.transformers().values())
-    there = {"caption": spec.caption is not None, "bias": spec.logit_bias, "routing": mixtures}
+    mixtures = any(tower.experts > 1 for tower in spec.towers().values())
+    there = {"caption": spec.captioner is not None, "bias": spec.logit_bias, "routing": mixtures}
     return sorted(need for need in objective.needs if not there.get(need, True)) or sorted(
-        objective.further - spec.further.keys()
+        objective.modalities - spec.modalities.keys()
     )
 
 

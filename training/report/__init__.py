@@ -8,9 +8,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from pathlib import Path
+
+from ...data.storage.atomic_write import atomic_write
 
 
 def write_report(folder: Path) -> Path:
@@ -34,13 +34,5 @@ def write_report(folder: Path) -> Path:
 
 def _write(folder: Path, page: str) -> Path:
     target = folder / "report.html"
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".report-", suffix=".html")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    atomic_write(target, page)
     return target

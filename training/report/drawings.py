@@ -92,7 +92,7 @@ def towers(shapes: Sequence[Mapping[str, float]], names: Sequence[str], identity
     `shapes` gives `image.depth`, `image.width`, `text.depth`, ... of each stage. If a stack has more than 24 blocks,
     one drawn stands for several.
     """
-    kinds = [k for k in ("image", "text", "caption") if any(f"{k}.depth" in s for s in shapes)]
+    kinds = list(dict.fromkeys(path.removesuffix(".depth") for s in shapes for path in s if path.endswith(".depth")))
     deepest = max((s.get(f"{k}.depth", 0) for s in shapes for k in kinds), default=1)
     widest = max((s.get(f"{k}.width", 0) for s in shapes for k in kinds), default=1) or 1
     per_block = max(1.0, deepest / 24)
@@ -117,7 +117,7 @@ def towers(shapes: Sequence[Mapping[str, float]], names: Sequence[str], identity
             middle = s * group + k * column + column / 2
             parts.append(
                 Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-                    middle, height - 20, kind
+                    middle, height - 20, kind.rpartition(".")[2]
                 )
             )
         parts.append(
@@ -128,7 +128,7 @@ def towers(shapes: Sequence[Mapping[str, float]], names: Sequence[str], identity
     total = group * len(shapes) - 34
     words = "; ".join(
         f"{name}: "
-        + ", ".join(f"{kind} tower {shape[f'{kind}.depth']:g} blocks" for kind in kinds if f"{kind}.depth" in shape)
+        + ", ".join(f"{kind} {shape[f'{kind}.depth']:g} blocks" for kind in kinds if f"{kind}.depth" in shape)
         for name, shape in zip(names, shapes, strict=True)
     )
     return Markup(

@@ -34,6 +34,7 @@ def render(run: Run) -> str:
             growth=history.growth(run),
             lineage=history.lineage(run),
             recipe=run.recipe_text,
+            credits=sections.credits(run),
         )
     )
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ...data.shards.source import attribution
 from . import readable
 from .charts import LineChart, Marker, Series
 from .drawings import bar, rings
@@ -72,6 +73,23 @@ def headline(run: Run) -> View:
         ),
         "unreadable": run.unreadable,
     }
+
+
+def credits(run: Run) -> list[str]:
+    """What the licences of the data sets in the recipe, evaluation included, ask to stand beside their pictures."""
+    return list(dict.fromkeys(credit for text in _texts(run.recipe) if (credit := attribution(text))))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value read from YAML."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _texts(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
 
 
 def scores(run: Run) -> View | None:

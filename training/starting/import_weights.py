@@ -32,7 +32,7 @@ def checked_tokenizer(weights: Weights, name: str | None) -> TextTokenizer:
 
     Raises InterchangeError if it is not that of the weights as far as that can be seen, DataError if it cannot be read.
     """
-    theirs = weights.words.get("hf_tokenizer_name")
+    theirs = weights.tokenizer.get("hf_tokenizer_name")
     if theirs and name in (None, "clip"):
         raise InterchangeError(
             f"{weights.name} reads the tokens of {theirs}; get the tokenizer.json of that model and name it: "
@@ -44,8 +44,8 @@ def checked_tokenizer(weights: Weights, name: str | None) -> TextTokenizer:
     rows = weights.spec.text.vocabulary
     if rows < tokenizer.VOCABULARY:
         raise InterchangeError(f"{name} has {tokenizer.VOCABULARY} ids, and {weights.name} has rows for {rows}")
-    end = weights.words.get("eos_id", 2) if weights.words.get("pool_type") == "eos" else None
-    if (weights.words.get("tokenizer_kwargs") or {}).get("strip_sep_token"):
+    end = weights.tokenizer.get("eos_id", 2) if weights.tokenizer.get("pool_type") == "eos" else None
+    if (weights.tokenizer.get("tokenizer_kwargs") or {}).get("strip_sep_token"):
         end = 0  # what open_clip puts in the place of the token that ends a text
     if end is not None and end != tokenizer.END:
         raise InterchangeError(
@@ -62,7 +62,7 @@ def notes(weights: Weights) -> list[str]:
         found.append("evaluation squashes pictures, as these weights were trained; training crops them")
     if image.interpolation != "bicubic":
         found.append(f"evaluation resizes pictures {image.interpolation}, as these weights want; training bicubic")
-    if weights.words:
+    if weights.tokenizer:
         found.append(
             "open_clip mends broken Unicode and HTML entities before it tokenises; the tokenizer here does not"
         )
@@ -82,7 +82,7 @@ def import_commit(
     if commits.names():
         raise StoreError(f"{out} has commits already; give a new place")
     life = commits.claim_life(f"import of {weights.source}")
-    detail: dict[str, Any] = {"source": weights.source, "architecture": weights.name, "words": weights.words}
+    detail: dict[str, Any] = {"source": weights.source, "architecture": weights.name, "tokenizer": weights.tokenizer}
     event = Event(event="import", step=0, samples=0, detail=detail | {"parameters": parameters(weights.spec)})
     tensors = {f"model/{name}": tensor for name, tensor in weights.tensors.items()}
     state = RunState(life=life, lineage=(event,))
@@ -104,7 +104,7 @@ def recipe_for(weights: Weights, data: str, tokenizer: str) -> Recipe:
             "name": name.lstrip("._-") or "imported",
             "data": {"train": [{"source": data}], "batch": BATCH, "tokenizer": tokenizer},
             "model": spec.model_dump(mode="json"),
-            "objectives": {"contrastive": contrastive, "caption": {"weight": 2.0} if spec.caption else None},
+            "objectives": {"contrastive": contrastive, "caption": {"weight": 2.0} if spec.captioner else None},
             "stages": [{"samples": SAMPLES}],
             "optimizer": {"lr": RATE},
             "schedule": {"warmup": WARMUP},
@@ -113,7 +113,7 @@ def recipe_for(weights: Weights, data: str, tokenizer: str) -> Recipe:
     )
 
 
-def words_of(state: RunState) -> dict[str, Any]:
+def tokenizer_of(state: RunState) -> dict[str, Any]:
     """What the lineage keeps for open_clip of weights that were once imported; empty if they were not."""
     found: dict[str, Any] = {}
 
@@ -121,7 +121,7 @@ def words_of(state: RunState) -> dict[str, Any]:
         for event in events:
             detail = event["detail"]
             if event["event"] == "import":
-                found.update(detail.get("words", {}))
+                found.update(detail.get("tokenizer", {}))
             look(detail.get("lineage", ()))
 
     look([event.model_dump() for event in state.lineage])

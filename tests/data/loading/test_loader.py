@@ -102,11 +102,10 @@ def test_batches_are_what_the_order_says(urls: list[str]) -> None:
             assert list(tokens) == tokenizer.encode(caption, CONTEXT)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("world", "workers"), [(1, 0), (2, 0), (4, 0), (8, 0), (1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2)]
+)
 def test_one_stream_at_any_world_size(urls: list[str], bad_url: str, world: int, workers: int) -> None:
-    if workers == 2 and world > 2:
-        pytest.skip("enough processes")
     sources = [urls[0], bad_url]
     expected = global_rows(sources, 2, 5, world=1)
     assert len(expected[1]) > 3

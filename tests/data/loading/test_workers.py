@@ -58,24 +58,22 @@ def at_one_sample(monkeypatch: pytest.MonkeyPatch, each: Loader, position: int, 
 def test_a_dead_process_is_an_error_that_names_the_sample(url: str, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     each = loader(url)
     named = at_one_sample(monkeypatch, each, 29, lambda: os.kill(os.getpid(), getattr(signal, how)))
-    begun = time.monotonic()
     with closing(each.batches(0)) as batches, pytest.raises(DataError, match=rf"died \(signal {how}\)") as error:
         for _ in islice(batches, 5):
             pass
     assert all(name in str(error.value) for name in named), error.value
-    assert time.monotonic() - begun < 10
     assert not multiprocessing.active_children()
 
 
 @pytest.mark.timeout(60)
 def test_a_hanging_process_is_an_error_that_names_the_sample(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    each = loader(url, patience=0.5)
+    each = loader(url, patience=2)
     named = at_one_sample(monkeypatch, each, 21, lambda: time.sleep(1000))
     with closing(each.batches(0)) as batches, pytest.raises(DataError, match=r"hangs") as error:
         for _ in islice(batches, 5):
             pass
     assert all(name in str(error.value) for name in named), error.value
-    assert "data.patience = 0.5" in str(error.value)
+    assert "data.patience = 2" in str(error.value)
     assert not multiprocessing.active_children()
 
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from treering.data import Batch, DataConfig, Loader
 from treering.data.config import JitterConfig
 from treering.data.samples.color_jitter import contrasted, jittered, lit, saturated, turned
+from treering.tests.support.needs import missing
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 IMAGE[:2] = np.arange(24, dtype=np.uint8)[None, :, None] * 11  # greys
@@ -83,7 +84,7 @@ def test_as_torchvision(change: Change, name: str, mores: list[float]) -> None:
     """Its functions on tensors, loaded by path: the package itself needs a build of its own for each torch."""
     package = importlib.util.find_spec("torchvision")
     if package is None or not package.submodule_search_locations:
-        pytest.skip("torchvision is not installed")
+        missing("torchvision is not installed")
     path = Path(package.submodule_search_locations[0]) / "transforms" / "_functional_tensor.py"
     spec = importlib.util.spec_from_file_location("torchvision_functional_tensor", path)
     assert spec is not None

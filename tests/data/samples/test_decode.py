@@ -19,6 +19,7 @@ from treering.data.config import AugmentConfig
 from treering.data.errors import BadSample
 from treering.data.samples import decode
 from treering.data.samples.decode import captions_and_labels, centre_crop, decode_image, picture, random_crop, resized
+from treering.tests.support.needs import missing
 
 RGB = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
 SMOOTH = np.asarray(Image.fromarray(RGB).resize((130, 90), Image.Resampling.BICUBIC))
@@ -175,7 +176,7 @@ def test_cmyk_by_the_formula() -> None:
 def test_the_same_with_and_without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole or damaged: the same ones are refused, and the pixels are the same."""
     if decode.simplejpeg is None:
-        pytest.skip("simplejpeg is not installed")
+        missing("simplejpeg is not installed")
     random = np.random.default_rng(6)
     wholes = [
         encoded(Image.fromarray(SMOOTH), "JPEG", quality=90, subsampling=s, progressive=p)

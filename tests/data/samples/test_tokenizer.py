@@ -233,14 +233,14 @@ def test_the_loader_uses_it(tmp_path: Path, files: dict[str, tuple[str, Theirs]]
 def test_evaluation_uses_it(tmp_path: Path, files: dict[str, tuple[str, Theirs]]) -> None:
     """A model whose table ends where the file's ids do: any other tokenizer's would be out of range."""
     from treering.models.model import build
-    from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+    from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 
     url, (path, theirs) = write_shard(tmp_path / "0.tar"), files["wordpiece"]
     spec = ModelSpec(
         embed_dim=8,
         image=ImageSpec(width=8, depth=1, heads=1, patch=8, resolution=16),
         text=TextSpec(width=8, depth=1, heads=1, context=9, vocabulary=theirs.get_vocab_size()),
-        caption=CaptionSpec(depth=1),
+        captioner=CaptionerSpec(depth=1),
     )
     model = build(spec, 0)
     seen = []
@@ -265,7 +265,7 @@ def test_a_commit_whose_tokenizer_is_gone(files: dict[str, tuple[str, Theirs]], 
         f"data.tokenizer={copy}", f"data.train=[{{source: {write_shard(tmp_path / '0.tar')}}}]", "data.batch=4",
         "model.embed_dim=8", "model.image={width: 8, depth: 1, heads: 1, patch: 8, resolution: 16}",
         f"model.text={{width: 8, depth: 1, heads: 1, context: 9, vocabulary: {theirs.get_vocab_size()}}}",
-        "model.caption.depth=1", "schedule.warmup=4", "stages=[{samples: 8}]", "eval.suites=[]",
+        "model.captioner.depth=1", "schedule.warmup=4", "stages=[{samples: 8}]", "eval.suites=[]",
     ]  # fmt: skip
     train(read_recipe("emoji", tiny).recipe, tmp_path / "run")
     found = evaluate_commit(str(tmp_path / "run"), ["retrieval"], str(tmp_path / "0.tar"))

@@ -20,8 +20,8 @@ from treering.data.loading import loader
 from treering.data.storage import retries
 from treering.data.storage.block_cache import BlockCache
 from treering.data.storage.files import find, read_range
-from treering.tests.faulty_proxy import FAULTS, FaultyProxy, one_in
-from treering.tests.s3_server import Server
+from treering.tests.support.faulty_proxy import FAULTS, FaultyProxy, one_in
+from treering.tests.support.s3_server import Server
 
 STEPS = 24
 

@@ -188,6 +188,14 @@ def test_mistakes(treering: Command, clean: str, arguments: list[str], words: st
     safe(done)
 
 
+def test_a_sheet_of_twemoji_has_the_credit_of_the_pictures(treering: Command, clean: str, here: Path) -> None:
+    for number, (url, count) in enumerate((("samples://emoji/held_out", 1), (clean, 0))):
+        done = treering("data", "inspect", url, "--samples", "4", "--out", f"{number}.html", "--workers", "1")
+        assert done.returncode == 0, done.stderr
+        page = (here / f"{number}.html").read_text(encoding="utf-8")
+        assert page.count("Twemoji, Copyright 2019 Twitter, Inc and other contributors, CC BY 4.0") == count
+
+
 def test_a_sheet_that_cannot_be_written(treering: Command, clean: str) -> None:
     done = treering("data", "inspect", clean, "--out", "shards")
     assert done.returncode == 2

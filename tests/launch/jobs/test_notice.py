@@ -10,7 +10,7 @@ import pytest
 from treering.launch.jobs.cluster_config import Site
 from treering.launch.jobs.submit import Wish, render
 from treering.launch.recipe.load import read_recipe
-from treering.tests.tiny_runs import SIZES
+from treering.tests.support.tiny_runs import SIZES
 from treering.training.health.signals import NOTICE, short_notice
 from treering.training.loop import train
 
@@ -38,7 +38,7 @@ def test_a_run_that_was_told_too_late_says_so_once(
 ) -> None:
     recipe = read_recipe(
         "emoji",
-        [*SIZES, "model.caption=null", "objectives={contrastive: {}}", "stages=[{samples: 48}]", "eval.suites=[]",
+        [*SIZES, "model.captioner=null", "objectives={contrastive: {}}", "stages=[{samples: 48}]", "eval.suites=[]",
          "checkpoint.every=12"],
     ).recipe  # fmt: skip
     monkeypatch.setenv(NOTICE, "0")

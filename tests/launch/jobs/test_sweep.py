@@ -16,7 +16,7 @@ from treering.launch.cli import app
 from treering.launch.errors import RecipeError
 from treering.launch.jobs.sweep import Point, expand, write_sweep
 from treering.launch.recipe.load import read_recipe
-from treering.tests.browser import Browser, check_page
+from treering.tests.support.browser import Browser, check_page
 from treering.training.report import write_report
 from treering.training.report.reading import read_run
 from treering.training.report.sweep_page import Member, ranking, read_sweep

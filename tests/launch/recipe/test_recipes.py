@@ -118,7 +118,7 @@ def test_every_value_has_an_origin(tiny: Path) -> None:
         "default": [
             "data.train.0.weight",
             "model.image.mlp_ratio",
-            "model.caption",
+            "model.captioner",
             "optimizer.lr",
             "data.augment.flip",
         ],
@@ -175,7 +175,7 @@ def test_an_override_may_reach_where_the_recipe_is_silent() -> None:
         (["stages.1.grow={imag.depth: 9}"], ["imag.depth", "no such size", "image.depth"]),
         (["stages.1.grow={image.depth: x}"], ["image.depth = 'x'", "a number"]),
         (["schedule.warmup=100_000_000"], ["schedule.warmup = 100000000", "override", "smaller warmup"]),
-        (["model.caption=null"], ["objectives.caption", "caption: {depth: 2}"]),
+        (["model.captioner=null"], ["objectives.caption", "captioner: {depth: 2}"]),
         (["stages.7.samples=1"], ["'stages.7.samples'", "0 to 1", "stages=[...]"]),
         (["stages.-1.samples=1"], ["0 to 1"]),
         (["seed.x=1"], ["seed is the value 0", "seed=..."]),

@@ -103,7 +103,7 @@ def test_what_one_process_holds(kind: str, tmp_path: Path, on_ranks: Callable[..
         return found
 
     require(World(0, 1, torch.device("cpu")))  # ranks are forked: imported here, they need not import it
-    for found in on_ranks(RANKS, one_rank, limit=120):
+    for found in on_ranks(RANKS, one_rank):
         # The part, and the largest module three times: its values, random numbers and their product.
         assert (found["build"] < 0.5) == (kind != "ddp"), found
         assert 0.7 < found["commit"] < 0.85, found

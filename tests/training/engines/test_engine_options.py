@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from treering.models.model import build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SharedSpec, TextSpec
-from treering.models.transformer import Block
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, SharedSpec, TextSpec
+from treering.models.transformer import TransformerBlock
 from treering.training.engines import micro_batches
 from treering.training.engines.build import build_engine
 from treering.training.engines.config import DdpConfig, DeepSpeedConfig, EngineConfig, FsdpConfig
@@ -28,12 +28,12 @@ ALONE = World(0, 1, torch.device("cpu"))
 PAIRS, STEPS = 8, 3
 SPEC = ModelSpec(
     embed_dim=10,
-    image=ImageSpec(width=14, depth=2, heads=2, patch=4, resolution=8, experts=3, active=1),
+    image=ImageSpec(width=14, depth=2, heads=2, patch=4, resolution=8, experts=3, experts_per_token=1),
     text=TextSpec(width=18, depth=2, heads=3, context=9).model_copy(update={"vocabulary": 101}),
-    caption=CaptionSpec(depth=1),
+    captioner=CaptionerSpec(depth=1),
     shared=SharedSpec(width=8, depth=1, heads=2),
 )
-PLAIN = SPEC.model_copy(update={"caption": None, "shared": None})
+PLAIN = SPEC.model_copy(update={"captioner": None, "shared": None})
 SWITCHES = {
     "ddp micro": DdpConfig(micro_batches=2),
     "ddp activations": DdpConfig(activation_budget=0.3),
@@ -60,7 +60,9 @@ def imported_once() -> None:
 @pytest.fixture(autouse=True)
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the tracer of torch.compile; the code generator behind it is torch's affair."""
-    monkeypatch.setattr(Block, "compile", lambda self, **options: nn.Module.compile(self, backend="eager", **options))
+    monkeypatch.setattr(
+        TransformerBlock, "compile", lambda self, **options: nn.Module.compile(self, backend="eager", **options)
+    )
 
 
 def batch(step: int, world: World) -> Inputs:
@@ -75,7 +77,7 @@ def batch(step: int, world: World) -> Inputs:
 def trained(config: EngineConfig, spec: ModelSpec, world: World) -> list[tuple[float, ...]]:
     """Loss, balance and gradient norm of each step."""
     objectives: list[Objective] = [Contrastive(1.0), Balance(0.5)]
-    objectives += [Caption(0.5, parallel_fraction=0.5, seed=3)] if spec.caption else []
+    objectives += [Caption(0.5, parallel_fraction=0.5, seed=3)] if spec.captioner else []
     engine = build_engine(spec, objectives, config, OptimizerConfig(clip=0.5), world, seed=1)
     found = []
     for step in range(STEPS):

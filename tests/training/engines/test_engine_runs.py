@@ -23,7 +23,7 @@ TINY = [
     "model.embed_dim=16",
     "model.image={width: 16, depth: 1, heads: 2, patch: 12, resolution: 24}",
     "model.text={width: 8, depth: 1, heads: 2, context: 16}",
-    "model.caption.depth=1",
+    "model.captioner.depth=1",
     "schedule.warmup=24",
     "optimizer.ema=0.8",
     "stages=[{samples: 48}, {grow: {image.width: 32, text.width: 16, image.depth: 2, embed_dim: 24}, samples: 60}]",
@@ -93,8 +93,8 @@ def test_a_run_goes_on_under_another_engine(
         assert summary.finished
         return summary.scores
 
-    on_ranks(2, dies, limit=120)
-    scores = on_ranks(3, goes_on, limit=120)
+    on_ranks(2, dies)
+    scores = on_ranks(3, goes_on)
     assert all(found.keys() == scores[0].keys() and found == scores[0] for found in scores)
     steps, expected = lines(tmp_path, "step"), lines(whole, "step")
     assert [row["step"] for row in steps] == list(range(1, 10))

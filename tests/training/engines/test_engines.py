@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.manifest import Commit
 from treering.training.checkpoint.store import Store
@@ -55,7 +55,7 @@ def spec(caption: bool) -> ModelSpec:
         embed_dim=10,
         image=ImageSpec(width=14, depth=2, heads=2, patch=4, resolution=8),
         text=text,
-        caption=CaptionSpec(depth=1) if caption else None,
+        captioner=CaptionerSpec(depth=1) if caption else None,
     )
 
 
@@ -121,7 +121,7 @@ def test_the_parts_of_open_clips_coca(kind: str, on_ranks: Callable[..., list[An
     tree = spec(True).model_dump()
     tree["image"] |= {"class_token": True, "pool": "attention", "queries": 3, "pool_heads": 2, "pre_norm": True}
     tree["text"] |= {"pool": "class", "layer_scale": 0.5, "projection_bias": True}
-    tree["caption"] |= {"cross": "after", "tied": False}
+    tree["captioner"] |= {"cross_attention": "after", "tied_embeddings": False}
     theirs = ModelSpec.model_validate(tree)
 
     def one_rank(world: World) -> Any:
@@ -131,7 +131,7 @@ def test_the_parts_of_open_clips_coca(kind: str, on_ranks: Callable[..., list[An
         return found
 
     expected = train(build_engine(theirs, objectives(True), DdpConfig(), OPTIMIZER, ALONE, 1), range(10))
-    for found in on_ranks(2, one_rank, limit=120):
+    for found in on_ranks(2, one_rank):
         for (loss, norm), (true_loss, true_norm) in zip(found, expected, strict=True):
             assert loss == pytest.approx(true_loss, abs=1e-5)
             assert norm == pytest.approx(true_norm, rel=1e-3)
@@ -160,7 +160,7 @@ def test_bf16_multiplies_alone(kind: str, ranks: int, on_ranks: Callable[..., li
 
     unclipped = OptimizerConfig(clip=1e9)
     expected = train(build_engine(spec(True), objectives(True), DdpConfig(), unclipped, ALONE, 1), range(10))
-    for losses, first, types in on_ranks(ranks, one_rank, limit=120):
+    for losses, first, types in on_ranks(ranks, one_rank):
         assert types == {"torch.float32"}
         apart = [abs(loss - true_loss) / true_loss for (loss, _), (true_loss, _) in zip(losses, expected, strict=True)]
         assert 1e-6 < max(apart) < 1e-2
@@ -291,7 +291,7 @@ def test_a_resume_where_nothing_changed_is_bit_identical(
         return losses, end
 
     initial = {path: t.clone() for path, t in engine(DdpConfig(), ALONE).logical_state().items()}
-    first, second = on_ranks(ranks, straight, limit=250), on_ranks(ranks, resumed, limit=100)
+    first, second = on_ranks(ranks, straight, limit=250), on_ranks(ranks, resumed)
     for (losses, state), (again, same) in zip(first, second, strict=True):
         assert losses == again
         assert state.keys() == same.keys()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treering.models.model import Extras, Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, TextSpec
+from treering.models.model import Model, build
+from treering.models.output import Extras, Merge, TowerOutput, with_leaves
+from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, TextSpec
 from treering.training.engines import micro_batches
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.ddp import DdpEngine
@@ -28,20 +29,20 @@ SPEC = ModelSpec(
     embed_dim=12,
     image=ImageSpec(width=16, depth=1, heads=2, patch=4, resolution=8),
     text=TextSpec(width=16, depth=1, heads=2, context=9),
-    caption=CaptionSpec(depth=1),
-    further={"audio": SequenceSpec(width=8, depth=1, heads=2, features=5, frames=3)},
+    captioner=CaptionerSpec(depth=1),
+    modalities={"audio": ModalitySpec(width=8, depth=1, heads=2, features=5, frames=3)},
     logit_bias=True,
 )
 ALONE = World(0, 1, torch.device("cpu"))
 PAIRS = 16
 WEIGHTS = {"softmax": 0.7, "sigmoid": 0.05, "filip": 1.3, "caption": 0.9, "parallel": 0.4}
-FURTHER = {f"contrastive/audio-{other}": weight for other, weight in {"text": 1.1, "image": 0.3}.items()}
+MODALITY = {f"contrastive/audio-{other}": weight for other, weight in {"text": 1.1, "image": 0.3}.items()}
 
 
 def named(kind: str) -> Objective:
     """Each with a name of its own, so that all can run together."""
-    if kind in FURTHER:
-        return Between(FURTHER[kind], towers=("audio", kind.rpartition("-")[2]))
+    if kind in MODALITY:
+        return Between(MODALITY[kind], towers=("audio", kind.rpartition("-")[2]))
     made = {
         "softmax": Contrastive,
         "sigmoid": SigmoidContrastive,
@@ -54,8 +55,8 @@ def named(kind: str) -> Objective:
 
 
 SETS = {kind: [kind] for kind in ("softmax", "sigmoid", "filip", "caption", "parallel")} | {
-    "all": ["softmax", "sigmoid", "filip", "parallel", *FURTHER],
-    "further": list(FURTHER),
+    "all": ["softmax", "sigmoid", "filip", "parallel", *MODALITY],
+    "modalities": list(MODALITY),
 }
 
 
@@ -74,7 +75,7 @@ def batch() -> Inputs:
 def dense(kind: str, net: Model, inputs: Inputs) -> Tensor:
     """The mean over the whole batch, all logits at once."""
     masked = named(kind).extras(inputs).parallel_b
-    output = net(inputs.images, inputs.tokens, inputs.lengths, Extras(True, masked, further=inputs.columns))
+    output = net(inputs.images, inputs.tokens, inputs.lengths, Extras(True, masked, modalities=inputs.columns))
     if kind in ("caption", "parallel"):
         log_probabilities = (output.caption @ net.text.token_embedding.weight.T).log_softmax(1)
         ends = set((inputs.lengths.cumsum(0) - 1).tolist())
@@ -83,9 +84,9 @@ def dense(kind: str, net: Model, inputs: Inputs) -> Tensor:
     same = (inputs.caption_ids[:, None] == inputs.caption_ids) | (inputs.image_ids[:, None] == inputs.image_ids)
     own = torch.eye(PAIRS, dtype=torch.bool)
     x, y = F.normalize(output.image.pooled, dim=-1), F.normalize(output.text.pooled, dim=-1)
-    if kind in FURTHER:
-        x, y = F.normalize(output.further["audio"].pooled, dim=-1), y if kind.endswith("text") else x
-        output = output._replace(scale=output.further["audio"].scale)
+    if kind in MODALITY:
+        x, y = F.normalize(output.modalities["audio"].pooled, dim=-1), y if kind.endswith("text") else x
+        output = output._replace(scale=output.modalities["audio"].scale)
     forth = back = x @ y.T
     if kind == "filip":
         patches = F.normalize(output.image_tokens, dim=-1)
@@ -135,7 +136,7 @@ def test_every_gradient_is_that_of_the_dense_loss(
     for name, kinds in SETS.items():
         truth = build(SPEC, 3).double()
         terms = {kind: dense(kind, truth, batch()) for kind in kinds}
-        sum((WEIGHTS | FURTHER)[kind] * term for kind, term in terms.items()).backward()
+        sum((WEIGHTS | MODALITY)[kind] * term for kind, term in terms.items()).backward()
         expected = gradients(truth)
         for parts in (1, 2, 4):
             ranks = [answer[name, parts] for answer in answers]
@@ -146,7 +147,7 @@ def test_every_gradient_is_that_of_the_dense_loss(
                 scale = max(1e-3, float(np.abs(gradient).max()))
                 np.testing.assert_allclose(mean, gradient, rtol=1e-10, atol=1e-10 * scale, err_msg=f"{name} {key}")
             scalars = {
-                "further": ["further.audio.logit_scale"],
+                "modalities": ["modalities.audio.logit_scale"],
                 "softmax": ["logit_scale"],
                 "sigmoid": ["logit_scale", "logit_bias"],
                 "all": ["logit_bias"],
@@ -174,16 +175,61 @@ def test_random_numbers_are_replayed() -> None:
         module = Dropped()
         if parts == 1:  # the same numbers: the two halves one after another, with a graph, then one loss
             outputs = [module(piece)[0] for piece in micro_batches.cut(batch(), 2)]
-            read = [micro_batches._read(o, module.net.text.token_embedding.weight, {"embeddings"}) for o in outputs]
-            whole = {k: torch.cat([r[k] for r in read]) if k in micro_batches._PARTS else read[0][k] for k in read[0]}
-            output, table = micro_batches._assembled(whole, batch())
-            Contrastive(1.0).share(output, batch(), table, ALONE).backward()
+            pooled = {
+                f"/{tower}/pooled": torch.cat([getattr(output, tower).pooled for output in outputs])
+                for tower in ("image", "text")
+            }
+            output = with_leaves(outputs[0], pooled | {"/scale": outputs[0].scale})
+            Contrastive(1.0).share(output, batch(), module.net.text.token_embedding.weight, ALONE).backward()
         else:
             micro_batches.backward(module, [Contrastive(1.0)], batch(), 2, ALONE)
         found.append(gradients(module.net))
     for key, gradient in found[0].items():
         np.testing.assert_allclose(gradient, found[1][key], rtol=1e-4, atol=1e-7, err_msg=key)
     assert np.abs(found[0]["image.patches.0.weight"]).max() > 1e-6
+
+
+class WiderOutput(NamedTuple):
+    """An output with fields that no engine knows."""
+
+    image: TowerOutput
+    text: TowerOutput
+    scale: Annotated[Tensor, Merge("equal")]
+    words: Annotated[dict[str, Tensor], Merge("concatenate", "words")]
+    """[t, d] by name"""
+    total: Annotated[Tensor, Merge("sum")]
+    """[1]: of the words"""
+
+
+class Words(Contrastive):
+    """Reads what `WiderOutput` has, beside the embeddings."""
+
+    needs = frozenset({"embeddings", "words"})  # type: ignore[arg-type]
+
+    def share(self, output: Any, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        words = output.words["first"]
+        own = words.square().mean() + output.total.square().sum() / len(inputs.tokens) ** 2
+        return super().share(output, inputs, table, world) + own * output.scale.sum()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_an_output_that_declares_itself_needs_no_change_here(parts: int) -> None:
+    """Against one pass over the whole batch."""
+
+    def forward(piece: Inputs, net: Model) -> tuple[Any, Tensor]:
+        output = net(piece.images, piece.tokens, piece.lengths)
+        words = {"first": output.text.tokens}
+        wider = WiderOutput(output.image, output.text, output.scale, words, output.text.tokens.exp().sum().view(1))
+        return wider, net.text.token_embedding.weight
+
+    truth, net = build(SPEC, 3).double(), build(SPEC, 3).double()
+    output, table = forward(batch(), truth)
+    Words(1.0).share(output, batch(), table, ALONE).backward()
+    micro_batches.backward(lambda piece: forward(piece, net), [Words(1.0)], batch(), parts, ALONE)
+    expected, found = gradients(truth), gradients(net)
+    assert expected.keys() == found.keys()
+    for key, gradient in expected.items():
+        np.testing.assert_allclose(found[key], gradient, rtol=1e-5, atol=1e-7, err_msg=key)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -194,7 +240,7 @@ def test_engine_steps_are_the_same(world: int, on_ranks: Callable[..., list[Any]
         states = []
         for parts in (1, 4):
             objectives = [Contrastive(1.0), Caption(0.5)]
-            spec = SPEC.model_copy(update={"logit_bias": False, "further": {}})
+            spec = SPEC.model_copy(update={"logit_bias": False, "modalities": {}})
             engine = DdpEngine(spec, objectives, DdpConfig(micro_batches=parts), OptimizerConfig(), group, seed=1)
             for _ in range(2):
                 engine.step(micro_batches.cut(batch(), group.size)[group.rank], 1e-3)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from treering.launch.recipe.load import RecipeError, read_recipe
+from treering.models.growth.operator import grown
 from treering.models.growth.plan import plan_growth
-from treering.models.growth.rules import grown
 from treering.models.model import Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
-from treering.tests.tiny_runs import SIZES, same_end, train_until
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
+from treering.tests.support.tiny_runs import SIZES, same_end, train_until
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.engines import muon
@@ -43,7 +43,7 @@ SPEC = ModelSpec(
     embed_dim=12,
     image=ImageSpec(width=16, depth=1, heads=2, patch=4, resolution=8, experts=2),
     text=TextSpec(width=12, depth=2, heads=2, context=9).model_copy(update={"vocabulary": 101}),
-    caption=CaptionSpec(depth=1),
+    captioner=CaptionerSpec(depth=1),
 )
 
 
@@ -225,7 +225,7 @@ def test_engines_step_alike(config: EngineConfig, ranks: int, on_ranks: Callable
         return found
 
     norms, state = stepped(ALONE)
-    for found, theirs in on_ranks(ranks, stepped, limit=120):
+    for found, theirs in on_ranks(ranks, stepped):
         assert found == pytest.approx(norms, rel=1e-3)
         assert theirs.keys() == state.keys()
         for path in (path for path in state if not path.endswith("key.bias")):
@@ -286,7 +286,7 @@ def test_plain_copies_follow_the_small_model() -> None:
 
 @pytest.mark.usefixtures("exact")
 def test_they_would_not_at_adamw_s_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grow, "origin", lambda operators, name: "logit_scale")
+    monkeypatch.setattr(grow, "source_of", lambda operators, name: "logit_scale")
     small, optimizer, large, following = widened("duplicate")
     apart = np.subtract(losses_of(large, following, range(20, 120)), losses_of(small, optimizer, range(20, 120)))
     assert np.abs(apart).max() > 1e-2
@@ -316,13 +316,13 @@ def test_noise_gives_the_update_its_whole_rank() -> None:
 
 TINY = [
     *SIZES,
-    "model.caption=null",
+    "model.captioner=null",
     "optimizer={kind: muon, ema: 0.8}",
     "checkpoint.every=12",
     "checkpoint.keep=20",
     "eval.suites=[]",
 ]
-GROW = "{grow: {image.width: 24, text.width: 16, text.depth: 2, image.experts: 2, caption.depth: 1, shared.depth: 1, \
+GROW = "{grow: {image.width: 24, text.width: 16, text.depth: 2, image.experts: 2, captioner.depth: 1, shared.depth: 1, \
 shared.width: 8, shared.heads: 2}, fade: 60, samples: 36}"
 WHOLE = f"stages=[{{samples: 36}}, {GROW}]"
 
@@ -361,9 +361,9 @@ def test_rows_on_two_ranks_resume_across_growth_to_the_bit(
     whole: Path, tmp_path: Path, on_ranks: Callable[..., list[Any]]
 ) -> None:
     sharded = recipe(WHOLE, "engine.kind=fsdp")
-    on_ranks(2, lambda group: train_until(4, sharded, tmp_path / "resumed"), limit=120)
+    on_ranks(2, lambda group: train_until(4, sharded, tmp_path / "resumed"))
     for name in ("straight", "resumed"):
-        assert all(on_ranks(2, lambda group, name=name: train(sharded, tmp_path / name).finished, limit=120))
+        assert all(on_ranks(2, lambda group, name=name: train(sharded, tmp_path / name).finished))
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
     same_end(tmp_path / "resumed", tmp_path / "straight")
     for ours, theirs in zip(losses(tmp_path / "straight"), losses(whole), strict=True):

@@ -9,7 +9,7 @@ import torch
 
 from treering.launch.recipe.load import read_recipe
 from treering.models.model import build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.engines.base import Engine
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.ddp import DdpEngine
@@ -28,7 +28,7 @@ SPEC = ModelSpec(
     embed_dim=12,
     image=ImageSpec(width=16, depth=1, heads=2, patch=4, resolution=8),
     text=TextSpec(width=16, depth=1, heads=2, context=9),
-    caption=CaptionSpec(depth=1),
+    captioner=CaptionerSpec(depth=1),
 )
 ALONE = World(0, 1, torch.device("cpu"))
 OBJECTIVES = [Contrastive(1.0), Caption(0.5)]
@@ -144,7 +144,7 @@ def test_a_run_without_finite_gradients_stops_and_says_so(
     overrides = [
         "data.batch=4",
         "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
-        "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+        "text: {width: 8, depth: 1, heads: 1, context: 8}, captioner: {depth: 1}}",
         "stages=[{samples: 120}]",
         "schedule.warmup=4",
         "eval.suites=[]",
@@ -170,7 +170,7 @@ def test_a_commit_between_two_log_lines_hides_no_skipped_step(
     overrides = [
         "data.batch=4",
         "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
-        "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+        "text: {width: 8, depth: 1, heads: 1, context: 8}, captioner: {depth: 1}}",
         "stages=[{samples: 40}]",
         "schedule.warmup=4",
         "eval.suites=[]",

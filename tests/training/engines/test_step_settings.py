@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
-from treering.models.model import Extras, Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
-from treering.models.transformer import Block
+from treering.models.model import Model, build
+from treering.models.output import Extras
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.transformer import TransformerBlock
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.kernels import prepare
 from treering.training.loop import train
@@ -28,9 +29,9 @@ SPEC = ModelSpec(
     embed_dim=12,
     image=ImageSpec(width=16, depth=2, heads=2, patch=4, resolution=16),
     text=TextSpec(width=16, depth=2, heads=2, head_dim=6, context=9),
-    caption=CaptionSpec(depth=1),
+    captioner=CaptionerSpec(depth=1),
 )
-PLAIN = SPEC.model_copy(update={"caption": None})
+PLAIN = SPEC.model_copy(update={"captioner": None})
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -106,11 +107,11 @@ def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch)
     """Through the tracer of torch.compile; the code generator behind it is torch's affair."""
     calls: list[dict[str, Any]] = []
 
-    def compile_eagerly(self: Block, **options: Any) -> None:
+    def compile_eagerly(self: TransformerBlock, **options: Any) -> None:
         calls.append(options)
         nn.Module.compile(self, backend="eager", **options)
 
-    monkeypatch.setattr(Block, "compile", compile_eagerly)
+    monkeypatch.setattr(TransformerBlock, "compile", compile_eagerly)
     models = [build(SPEC, 3) for _ in range(2)]
     prepare(models[1], DdpConfig(compile=True), torch.device("cpu"))
     assert calls == [{"dynamic": True}] * 5
@@ -128,7 +129,9 @@ def test_compiling_does_not_grow_with_depth_and_goes_on_after_growth(monkeypatch
         made.append(len(inputs))
         return graph.forward
 
-    monkeypatch.setattr(Block, "compile", lambda self, **options: nn.Module.compile(self, backend=note, **options))
+    monkeypatch.setattr(
+        TransformerBlock, "compile", lambda self, **options: nn.Module.compile(self, backend=note, **options)
+    )
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # type: ignore[attr-defined]
 
     def pieces(width: int, depth: int, steps: int) -> int:
@@ -173,7 +176,7 @@ def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     overrides = [
         "data.batch=4",
         "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 24}, "
-        "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+        "text: {width: 8, depth: 1, heads: 1, context: 8}, captioner: {depth: 1}}",
         "objectives={contrastive: {kind: filip, label_smoothing: 0.1}, "
         "caption: {weight: 1.0, parallel_fraction: 0.5, schedule: [[0.0, 1.0], [1.0, 0.0]]}}",
         "stages=[{samples: 20, patches: 0.5}, {samples: 20}]",

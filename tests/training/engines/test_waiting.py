@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from treering.models import mlp, varlen
 from treering.models.mlp import Experts
 from treering.models.model import build, empty
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec, TowerSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec, TowerSpec
 from treering.models.transformer import Attention
 from treering.training.engines import micro_batches
 from treering.training.engines.config import DdpConfig
@@ -32,10 +32,10 @@ SPEC = ModelSpec(
     embed_dim=12,
     image=ImageSpec(width=32, depth=2, heads=2, patch=4, resolution=8),
     text=TextSpec(width=32, depth=2, heads=2, context=9),
-    caption=CaptionSpec(depth=1),
+    captioner=CaptionerSpec(depth=1),
     logit_bias=True,
 )
-DUAL = SPEC.model_copy(update={"caption": None})
+DUAL = SPEC.model_copy(update={"captioner": None})
 OBJECTIVES = {
     "softmax": lambda: Contrastive(1.0),
     "positives": lambda: Contrastive(1.0, positives="caption", label_smoothing=0.1),
@@ -54,7 +54,7 @@ TOWERS = {
     "experts": DUAL.model_copy(
         update={
             "image": SPEC.image.model_copy(update={"experts": 4}),
-            "text": SPEC.text.model_copy(update={"experts": 3, "active": 1, "mlp": "swiglu"}),
+            "text": SPEC.text.model_copy(update={"experts": 3, "experts_per_token": 1, "mlp": "swiglu"}),
         }
     ),
 }
@@ -104,7 +104,7 @@ def test_forward_and_backward_read_nothing_from_the_device(name: str, parts: int
 def test_no_tower_reads_anything_from_the_device(name: str, parts: int) -> None:
     """Also those that fill texts, or end them with a class token, and mixtures of experts."""
     spec, inputs = TOWERS[name], batch(torch.device("meta"))
-    objectives = [Caption(1.0) if spec.caption else Contrastive(1.0), *([Balance(1.0)] if name == "experts" else [])]
+    objectives = [Caption(1.0) if spec.captioner else Contrastive(1.0), *([Balance(1.0)] if name == "experts" else [])]
     for objective in objectives:
         backward(objective, inputs, parts, spec)
         with pytest.raises(RuntimeError, match="meta"):
@@ -147,7 +147,7 @@ def test_what_is_fed_arrives_whole() -> None:
 @pytest.mark.parametrize("active", [1, 2])
 def test_experts_at_once_are_experts_one_by_one(kind: Any, active: int) -> None:
     """By torch's own stand-in for the kernel, in bf16; one expert has no token."""
-    mixture = Experts(TowerSpec(width=32, depth=1, heads=2, experts=4, active=active, mlp=kind)).bfloat16()
+    mixture = Experts(TowerSpec(width=32, depth=1, heads=2, experts=4, experts_per_token=active, mlp=kind)).bfloat16()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in mixture.parameters():

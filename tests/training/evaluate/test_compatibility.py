@@ -88,7 +88,7 @@ def test_two_commits_of_a_run_are_compared(tmp_path: Path) -> None:
         "model.embed_dim=16",
         "model.image={width: 16, depth: 1, heads: 2, patch: 12, resolution: 24}",
         "model.text={width: 8, depth: 1, heads: 2, context: 16}",
-        "model.caption=null",
+        "model.captioner=null",
         "objectives={contrastive: {}}",
         "schedule.warmup=12",
         "stages=[{samples: 24}, {grow: {embed_dim: 24, text.depth: 2}, samples: 24}]",

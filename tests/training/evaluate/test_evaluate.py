@@ -18,7 +18,7 @@ from PIL import Image
 from treering.data.errors import DataError
 from treering.data.loading.loader import EvaluationSet
 from treering.models.model import build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.evaluate import retrieval, zero_shot
 from treering.training.evaluate.config import EvalConfig
 from treering.training.evaluate.embed import embed
@@ -30,7 +30,7 @@ SPEC = ModelSpec(
     embed_dim=12,
     image=ImageSpec(width=16, depth=1, heads=2, patch=4, resolution=8),
     text=TextSpec(width=16, depth=1, heads=2, context=12),
-    caption=CaptionSpec(depth=1),
+    captioner=CaptionerSpec(depth=1),
 )
 ALONE = World(0, 1, torch.device("cpu"))
 

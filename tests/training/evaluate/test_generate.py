@@ -8,14 +8,14 @@ from torch import Tensor
 
 from treering.models.decoding import Decoder
 from treering.models.model import Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SharedSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, SharedSpec, TextSpec
 from treering.training.evaluate.generate import beam, greedy, nucleus, write
 
 SPEC = ModelSpec(
     embed_dim=12,
     image=ImageSpec(width=16, depth=1, heads=2, patch=4, resolution=8),
     text=TextSpec(width=12, depth=2, heads=3, head_dim=5, context=12),
-    caption=CaptionSpec(depth=2),
+    captioner=CaptionerSpec(depth=2),
 )
 START, END = 5, 7
 VOCABULARY = 40

@@ -19,7 +19,7 @@ from PIL import Image
 from treering.data.errors import DataError
 from treering.data.evaluation_sets import Form, open_pictures
 from treering.models.model import Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.evaluate.config import EvalConfig
 from treering.training.evaluate.embed import embed, embed_prompts
 from treering.training.evaluate.embedding_cache import Kept
@@ -32,7 +32,7 @@ SPEC = ModelSpec(
     embed_dim=24,
     image=ImageSpec(width=32, depth=1, heads=2, patch=4, resolution=8),
     text=TextSpec(width=16, depth=1, heads=2, context=16),
-    caption=CaptionSpec(depth=1),
+    captioner=CaptionerSpec(depth=1),
 )
 ALONE = World(0, 1, torch.device("cpu"))
 NAMES = ["cat", "dog", "owl", "fox", "hen", "elk"]

@@ -12,7 +12,7 @@ import torch
 from treering.launch.recipe.load import read_recipe
 from treering.models.model import build
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.tests.tiny_runs import SIZES, dies, lines
+from treering.tests.support.tiny_runs import SIZES, dies, lines
 from treering.training.checkpoint.commits import find_commit
 from treering.training.engines.optimizer import Optimizer, OptimizerConfig, decays
 from treering.training.loop import train
@@ -21,7 +21,7 @@ from treering.training.world import World
 
 TINY = [
     *SIZES,
-    "model.caption.depth=1",
+    "model.captioner.depth=1",
     "stages=[{samples: 48}, {grow: {image.width: 32, text.width: 16, image.depth: 2, embed_dim: 24}, samples: 48}, "
     "{grow: {text.width: 48, text.mlp_ratio: 5.0}, copies: duplicate, samples: 36}]",
     "checkpoint.every=24",
@@ -90,7 +90,7 @@ def test_the_world_does_not_matter(whole: Path, tmp_path: Path, on_ranks: Callab
     def one_rank(group: World) -> dict[str, float]:
         return train(recipe(), tmp_path).scores
 
-    on_ranks(2, one_rank, limit=120)
+    on_ranks(2, one_rank)
     for (_, loss, _), (_, other, _) in zip(losses(tmp_path), losses(whole), strict=True):
         assert loss == pytest.approx(other, abs=1e-5)
 

@@ -1,4 +1,4 @@
-"""A further modality through the real loop: a tower that is there from the start, and one that growth adds."""
+"""Another modality through the real loop: a tower that is there from the start, and one that growth adds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import parameters
 from treering.models.model import Model, build
 from treering.models.spec import SpecError
-from treering.tests.tiny_runs import SIZES, lines, same_end, train_until
+from treering.tests.support.tiny_runs import SIZES, lines, same_end, train_until
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store
 from treering.training.evaluate.config import EvalConfig
@@ -31,16 +31,18 @@ from treering.training.loop import train
 from treering.training.recipe import Recipe
 
 AUDIO = "{width: 8, depth: 1, heads: 2, features: 5, frames: 4}"
-ADDED = "further.audio.width: 8, further.audio.depth: 1, further.audio.heads: 2, further.audio.features: 5"
-LATER = "further.audio.depth: 2, further.audio.width: 12, further.audio.mlp_ratio: 5.0, image.depth: 2"
-STAGES = (
-    f"{{samples: 36}}, {{grow: {{{ADDED}, further.audio.frames: 4}}, samples: 24}}, {{grow: {{{LATER}}}, samples: 24}}"
+ADDED = "modalities.audio.width: 8, modalities.audio.depth: 1, modalities.audio.heads: 2, modalities.audio.features: 5"
+LATER = "modalities.audio.depth: 2, modalities.audio.width: 12, modalities.audio.mlp_ratio: 5.0, image.depth: 2"
+ARRIVES, GROWS = (
+    f"{{grow: {{{ADDED}, modalities.audio.frames: 4}}, samples: 24}}",
+    f"{{grow: {{{LATER}}}, samples: 24}}",
 )
+STAGES = f"{{samples: 36}}, {ARRIVES}, {GROWS}"
 TINY = [
     *SIZES,
     "data.columns={audio: npy}",
-    "model.caption=null",
-    "objectives={contrastive: {weight: 1.0}, further: [{between: [audio, text]}]}",
+    "model.captioner=null",
+    "objectives={contrastive: {weight: 1.0}, modalities: [{between: [audio, text]}]}",
     f"stages=[{STAGES}]",
     "checkpoint={every: 1_000_000, keep: 20}",
     "eval={suites: [retrieval], examples: 0}",
@@ -89,14 +91,14 @@ def test_a_tower_joins_the_run(shard: str, whole: Path) -> None:
     joined, larger = lines(whole, "grow")
     assert joined["logit_difference"] == 0.0
     assert 0.0 < larger["logit_difference"] < 1e-5  # rounding in the new tower: blocks add none
-    assert [operator["operator"] for operator in joined["operators"]] == ["tower"]
-    assert joined["to"]["further.audio.frames"] == 4
+    assert [operator["operator"] for operator in joined["operators"]] == ["new_part"]
+    assert joined["to"]["modalities.audio.frames"] == 4
     assert joined["parameters_after"] == parameters(recipe(shard).specs()[1])
     widened = [o["field"] for o in larger["operators"] if o["operator"] == "widen"]
-    assert widened == ["further.audio.width", "further.audio.heads", "further.audio.mlp_width"]
+    assert widened == ["modalities.audio.width", "modalities.audio.heads", "modalities.audio.mlp_width"]
     final = find_commit(str(whole)).tensors()
     for name in ("frames.weight", "logit_scale", "projection.weight", "transformer.blocks.1.mlp.down.weight"):
-        assert final[f"exp_avg/further.audio.{name}"].any(), name
+        assert final[f"exp_avg/modalities.audio.{name}"].any(), name
     scores = lines(whole, "eval")[-1]["scores"]
     assert {f"retrieval/{way}@{k}" for way in ("audio_to_text", "text_to_audio") for k in (1, 5, 10)} <= scores.keys()
 
@@ -116,7 +118,9 @@ def test_retrieval_is_that_of_plain_numpy(shard: str, whole: Path, on_ranks: Cal
     with torch.no_grad():
         samples = EvaluationSet(shard, 24, 16, columns=["audio"])
         every = [samples.sample(i) for i in range(len(samples))]
-        sound = model.further["audio"](torch.from_numpy(np.stack([s.columns["audio"] for s in every]))).pooled.numpy()
+        sound = model.modalities["audio"](
+            torch.from_numpy(np.stack([s.columns["audio"] for s in every]))
+        ).pooled.numpy()
         tokens, lengths = [i for s in every for i in s.tokens], [len(s.tokens) for s in every]
         text = model.embed_texts(torch.tensor(tokens), torch.tensor(lengths)).pooled.numpy()
     sound, text = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (sound, text))
@@ -149,8 +153,8 @@ def test_a_resume_across_the_new_tower_is_bit_identical(step: int, shard: str, w
 def test_two_ranks(engine: str, shard: str, whole: Path, tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
     """The losses of the whole run, killed on the way in the first step of the new tower."""
     of = recipe(shard, f"engine={engine}", "data.workers=1")
-    on_ranks(2, lambda group: train_until(3, of, tmp_path), limit=200)
-    assert all(on_ranks(2, lambda group: train(of, tmp_path).finished, limit=200))
+    on_ranks(2, lambda group: train_until(3, of, tmp_path))
+    assert all(on_ranks(2, lambda group: train(of, tmp_path).finished))
     for row, true in zip(steps(tmp_path), steps(whole), strict=True):
         assert row["loss"] == pytest.approx(true["loss"], abs=1e-5)
         assert row["losses"] == pytest.approx(true["losses"], abs=1e-5)
@@ -162,27 +166,27 @@ def test_a_tower_from_the_start_beside_a_sigmoid(shard: str, tmp_path: Path) -> 
     """Compared with pictures, by a softmax at its own temperature."""
     of = recipe(
         shard,
-        f"model.further={{audio: {AUDIO}}}",
+        f"model.modalities={{audio: {AUDIO}}}",
         "model.logit_bias=true",
-        "objectives={contrastive: {kind: sigmoid}, further: [{between: [audio, image], label_smoothing: 0.1}]}",
+        "objectives={contrastive: {kind: sigmoid}, modalities: [{between: [audio, image], label_smoothing: 0.1}]}",
         "stages=[{samples: 36}]",
         "eval.suites=[]",
     )
     assert train(of, tmp_path).finished
     assert all(np.isfinite(row["loss"]) for row in steps(tmp_path))
-    assert find_commit(str(tmp_path)).tensors()["exp_avg/further.audio.logit_scale"].any()
+    assert find_commit(str(tmp_path)).tensors()["exp_avg/modalities.audio.logit_scale"].any()
 
 
 def test_a_commit_grown_offline_is_that_of_the_run(shard: str, whole: Path, tmp_path: Path) -> None:
     """The tower brings its column and its term with it."""
-    plain = recipe(shard, "data.columns={}", "objectives.further=[]", "stages=[{samples: 36}]")
+    plain = recipe(shard, "data.columns={}", "objectives.modalities=[]", "stages=[{samples: 36}]")
     train(plain, tmp_path / "plain")
-    sizes = [size.strip().replace(": ", "=") for size in f"{ADDED}, further.audio.frames: 4".split(",")]
+    sizes = [size.strip().replace(": ", "=") for size in f"{ADDED}, modalities.audio.frames: 4".split(",")]
     out = tmp_path / "grown"
     grow_offline(str(tmp_path / "plain"), sizes, [], ["samples=24"], str(out))
     grown = read_recipe(str(out / "recipe.yaml")).recipe
     assert grown.data.columns == {"audio": "npy"}
-    assert [term.between for term in grown.objectives.further] == [("audio", "text")]
+    assert [term.between for term in grown.objectives.modalities] == [("audio", "text")]
     commits = Commits(Store(str(whole / "commits")))
     before = commits.open(next(name for name in commits.names() if "0003" in name)).tensors()
     after = find_commit(str(out)).tensors()
@@ -204,14 +208,17 @@ def test_the_plan_counts_it(shard: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.columns={}"], r"model\.further\.audio has nothing to read; add `audio: npy` to data\.columns"),
-        (["objectives.further=[]"], r"audio is not trained in stages\.1; add `\{between: \[audio, text\]\}`"),
-        (["objectives.further=[{between: [audio, depth]}]"], r"audio-depth needs a tower called 'depth'; describe it"),
-        ([f"model.further={{text: {AUDIO}}}"], "the model has its own text tower"),
-        ([f"model.further={{'../x': {AUDIO}}}"], "is no name"),
-        (["stages.2.grow={further.audio.features: 9}"], "does not fit the samples of its data column"),
-        (["stages.2.grow={further.radio.depth: 2}"], r"further\.radio\.width: Field required"),
-        (["stages.2.grow={audio.depth: 2}"], r"no such size, the nearest is further\.audio\.depth"),
+        (["data.columns={}"], r"model\.modalities\.audio has nothing to read; add `audio: npy` to data\.columns"),
+        (["objectives.modalities=[]"], r"audio is not trained in stages\.1; add `\{between: \[audio, text\]\}`"),
+        (
+            ["objectives.modalities=[{between: [audio, depth]}]"],
+            r"audio-depth needs a tower called 'depth'; describe it",
+        ),
+        ([f"model.modalities={{text: {AUDIO}}}"], "the model already has a tower called text"),
+        ([f"model.modalities={{'../x': {AUDIO}}}"], "is not a valid name"),
+        (["stages.2.grow={modalities.audio.features: 9}"], "does not fit the samples of its data column"),
+        (["stages.2.grow={modalities.radio.depth: 2}"], r"modalities\.radio\.width: Field required"),
+        (["stages.2.grow={audio.depth: 2}"], r"no such size, the nearest is modalities\.audio\.depth"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_remedy(overrides: list[str], message: str, shard: str) -> None:
@@ -221,17 +228,17 @@ def test_what_cannot_be_is_refused_with_its_remedy(overrides: list[str], message
 
 def test_a_tower_is_described_field_by_field_on_the_command_line(shard: str) -> None:
     fields = {"width": 8, "depth": 1, "heads": 2, "features": 5, "frames": 4}
-    overrides = [f"model.further.audio.{key}={value}" for key, value in fields.items()]
-    found = recipe(shard, *overrides, "stages=[{samples: 36}, {samples: 36}]", "stages.1.grow.further.audio.depth=3")
-    assert found.model.further["audio"].model_dump(include=fields.keys()) == fields
-    assert found.specs()[1].further["audio"].depth == 3
-    with pytest.raises(RecipeError, match=r"model\.further\.audio\.widht .*did you mean width"):
-        recipe(shard, *overrides, "model.further.audio.widht=3")
+    overrides = [f"model.modalities.audio.{key}={value}" for key, value in fields.items()]
+    found = recipe(shard, *overrides, "stages=[{samples: 36}, {samples: 36}]", "stages.1.grow.modalities.audio.depth=3")
+    assert found.model.modalities["audio"].model_dump(include=fields.keys()) == fields
+    assert found.specs()[1].modalities["audio"].depth == 3
+    with pytest.raises(RecipeError, match=r"model\.modalities\.audio\.widht .*did you mean width"):
+        recipe(shard, *overrides, "model.modalities.audio.widht=3")
 
 
 def test_samples_of_another_shape_are_refused_before_the_first_step(shard: str, tmp_path: Path) -> None:
     """Although the tower comes later."""
-    of = recipe(shard, f"stages=[{{samples: 36}}, {{grow: {{{ADDED}, further.audio.frames: 6}}, samples: 24}}]")
+    of = recipe(shard, f"stages=[{{samples: 36}}, {{grow: {{{ADDED}, modalities.audio.frames: 6}}, samples: 24}}]")
     message = r"frames = 6 and features = 5, but a sample of column audio is \[4, 5\]; set frames: 4, features: 5"
     with pytest.raises(SpecError, match=message):
         train(of, tmp_path)

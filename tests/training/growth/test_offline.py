@@ -19,13 +19,13 @@ from treering.training.growth import offline
 from treering.training.growth.offline import OldState, grow_commit
 from treering.training.loop import train
 
-GROW = "{grow: {image.width: 24, text.width: 16, text.depth: 3, caption.depth: 1}, fade: 60, samples: 36}"
+GROW = "{grow: {image.width: 24, text.width: 16, text.depth: 3, captioner.depth: 1}, fade: 60, samples: 36}"
 TINY = [
     "data.batch=12",
     "model.embed_dim=16",
     "model.image={width: 16, depth: 1, heads: 2, patch: 12, resolution: 24}",
     "model.text={width: 8, depth: 1, heads: 2, context: 16}",
-    "model.caption=null",
+    "model.captioner=null",
     "schedule.warmup=24",
     "checkpoint.every=12",
     "checkpoint.keep=20",
@@ -56,7 +56,7 @@ def losses(out: Path) -> list[tuple[int, float, float]]:
 def test_it_is_what_the_run_would_have_been(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "PART_BYTES", 1 << 20)  # several parts of each kind
     out = tmp_path / "grown"
-    to = ["image.width=24,text.width=16", "text.depth=3,caption.depth=1"]
+    to = ["image.width=24,text.width=16", "text.depth=3,captioner.depth=1"]
     found = grow_offline(commit_at(whole, 3).url, to, [], ["fade=60", "samples=36"], str(out))
     commit = find_commit(str(out))
     assert found["commit"] == commit.url
@@ -79,7 +79,7 @@ def test_it_is_what_the_run_would_have_been(whole: Path, tmp_path: Path, monkeyp
 def test_new_parts_from_the_average_are_those_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two kinds of state are read in turn, from several parts of each."""
     monkeypatch.setattr(offline, "PART_BYTES", 1 << 20)
-    grow = "{grow: {image.width: 24, text.depth: 2, caption.depth: 1}, inherit: ema, samples: 36}"
+    grow = "{grow: {image.width: 24, text.depth: 2, captioner.depth: 1}, inherit: ema, samples: 36}"
     recipe = read_recipe("emoji", [*TINY, "optimizer.ema=0.5", f"stages=[{{samples: 36}}, {grow}]"]).recipe
     assert train(recipe, tmp_path / "run").finished
     stage = {"grow": recipe.stages[1].grow, "inherit": "ema"}

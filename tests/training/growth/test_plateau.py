@@ -13,7 +13,7 @@ import torch
 
 from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import training_flops
-from treering.tests.tiny_runs import SIZES, dies, lines
+from treering.tests.support.tiny_runs import SIZES, dies, lines
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.growth.plateau import Tally, expected, slopes
@@ -25,7 +25,7 @@ from treering.training.world import World
 
 TINY = [
     *SIZES,
-    "model.caption=null",
+    "model.captioner=null",
     "objectives={contrastive: {}}",
     # An exponent of 1 expects so much that the first window ends the stage; one of nearly 0 asks only for a fall.
     "stages=[{samples: 120, plateau: {window: 36, exponent: 1.0}}, "
@@ -145,7 +145,7 @@ def test_every_world_decides_alike(whole: Path, tmp_path: Path, on_ranks: Callab
     def one_rank(group: World) -> bool:
         return train(recipe(), tmp_path).finished
 
-    assert on_ranks(3, one_rank, limit=120) == [True] * 3
+    assert on_ranks(3, one_rank) == [True] * 3
     for ours, theirs in zip(measured(tmp_path), measured(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
     state, alone = (find_commit(str(out)).manifest.state for out in (tmp_path, whole))

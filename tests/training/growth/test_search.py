@@ -14,7 +14,7 @@ import torch
 
 from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.flops import training_flops
-from treering.tests.tiny_runs import SIZES, Died, lines
+from treering.tests.support.tiny_runs import SIZES, Died, lines
 from treering.training import loop
 from treering.training.checkpoint.commits import find_commit
 from treering.training.growth import search
@@ -27,7 +27,7 @@ from treering.training.world import World
 TINY = [
     *SIZES,
     "data.train=[{source: samples://emoji, name: old}, {source: samples://emoji/held_out, name: new, weight: 0}]",
-    "model.caption=null",
+    "model.captioner=null",
     "objectives={contrastive: {}}",
     "stages=[{samples: 36}, {search: {space: {image.depth: [2, 3], text.width: [16]}, flops: 2.5, samples: 48}, "
     "mixture: {new: 1}, replay: 0.25, samples: 36}]",
@@ -170,7 +170,7 @@ def test_engines_choose_alike(engine: str, whole: Path, tmp_path: Path, on_ranks
     def one_rank(group: World) -> bool:
         return train(recipe(f"engine={engine}"), tmp_path).finished
 
-    assert on_ranks(2, one_rank, limit=200) == [True] * 2
+    assert on_ranks(2, one_rank) == [True] * 2
     ours, theirs = searched(tmp_path), searched(whole)
     assert ours["chosen"] == theirs["chosen"]
     for mine, other in zip(ours["candidates"], theirs["candidates"], strict=True):

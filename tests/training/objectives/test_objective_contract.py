@@ -1,11 +1,11 @@
-"""What every registered objective promises, checked for each automatically, the one of docs/objectives.md too."""
+"""What every registered objective promises, checked for each automatically, the one of docs/examples too."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from treering.launch.recipe.load import read_recipe
-from treering.models.model import Model, ModelOutput, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SequenceSpec, TextSpec
+from treering.models.model import Model, build
+from treering.models.output import ModelOutput
+from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, TextSpec
 from treering.training.engines import micro_batches
 from treering.training.loop import train
 from treering.training.objectives import registry, terms
@@ -36,12 +37,12 @@ from treering.training.world import World
 
 SPEC = ModelSpec(
     embed_dim=12,
-    image=ImageSpec(width=16, depth=1, heads=2, patch=4, resolution=8, experts=3, active=2),
+    image=ImageSpec(width=16, depth=1, heads=2, patch=4, resolution=8, experts=3, experts_per_token=2),
     text=TextSpec(width=16, depth=1, heads=2, context=9),
-    caption=CaptionSpec(depth=1),
-    further={
-        "audio": SequenceSpec(width=8, depth=1, heads=2, features=5, frames=3),
-        "depth": SequenceSpec(width=8, depth=1, heads=2, features=4),
+    captioner=CaptionerSpec(depth=1),
+    modalities={
+        "audio": ModalitySpec(width=8, depth=1, heads=2, features=5, frames=3),
+        "depth": ModalitySpec(width=8, depth=1, heads=2, features=4),
     },
     logit_bias=True,
 )
@@ -54,7 +55,7 @@ VARIANTS = {
         for more in ({}, {"positives": "caption", "label_smoothing": 0.2})
     ],
     "caption": [{}, {"parallel_fraction": 0.5}, {"parallel_fraction": 1.0}],
-    "further": [
+    "modalities": [
         {"between": ["audio", "text"]},
         {"between": ["depth", "image"], "positives": "picture", "label_smoothing": 0.2},
         {"between": ["audio", "depth"]},
@@ -63,13 +64,16 @@ VARIANTS = {
 
 
 def load_the_example() -> None:
-    """Run the code of the docs, once a process."""
+    """Import the objective of the docs, once a process."""
     if "centred" in registry._registry:
         return
-    text = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
-    module = types.ModuleType("objective_of_the_docs")
+    path = Path(__file__).parents[3] / "docs" / "examples" / "own_objective.py"
+    spec = importlib.util.spec_from_file_location("own_objective", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module
-    exec(text.split("```python\n")[1].split("```")[0], module.__dict__)
+    spec.loader.exec_module(module)
 
 
 load_the_example()
@@ -233,20 +237,20 @@ def test_schedules() -> None:
     for progress, factor in ((0.0, 1.0), (0.2, 1.0), (0.4, 2.0), (0.6, 3.0), (0.8, 1.5), (1.0, 0.0)):
         assert scheduled(points, progress) == pytest.approx(factor)
     assert scheduled([], 0.3) == 1.0
-    further = [
+    modalities = [
         {"between": ["audio", "text"], "weight": 6.0, "schedule": points},
         {"between": ["audio", "depth"], "weight": 3.0},
     ]
     config = ObjectivesConfig.model_validate(
         {"contrastive": {"weight": 2.0, "schedule": points}, "caption": {}, "centred": {"momentum": 0.5}}
-        | {"further": further}
+        | {"modalities": modalities}
     )
     assert config.model_dump(mode="json")["centred"] == {"weight": 1.0, "schedule": [], "momentum": 0.5}
     assert ObjectivesConfig.model_validate(config.model_dump(mode="json")) == config
     objectives = terms.build_objectives(config, SPEC)
     terms.advance(objectives, config, 0.4)
     assert [o.weight for o in objectives] == [2.0, 1.0, pytest.approx(4.0), pytest.approx(12.0), 3.0]
-    bare = SPEC.model_copy(update={"caption": None, "further": {"audio": SPEC.further["audio"]}})
+    bare = SPEC.model_copy(update={"captioner": None, "modalities": {"audio": SPEC.modalities["audio"]}})
     built = terms.build_objectives(config, bare)
     assert [o.name for o in built] == ["centred", "contrastive", "contrastive/audio-text"]
 
@@ -256,15 +260,18 @@ def test_schedules() -> None:
     [
         (
             {"nonsense": {}},
-            "there is no objective 'nonsense'; there are balance, caption, centred, contrastive, further",
+            "there is no objective 'nonsense'; there are balance, caption, centred, contrastive, modalities",
         ),
         ({"centred": {"speed": 1}}, r"centred\.speed"),
         ({"caption": {"schedule": [[0.5, 1.0], [0.5, 2.0]]}}, "in the order of the run"),
         ({"caption": {"schedule": [[0.5, -1.0]]}}, "greater than or equal to 0"),
-        ({"further": [{"between": ["text", "image"]}]}, "has to begin with a further tower; that is `contrastive`"),
-        ({"further": [{"between": ["text", "audio"]}]}, r"has to begin with a further tower; write \[audio, text\]"),
-        ({"further": [{"between": ["audio", "audio"]}]}, "compares a tower with itself"),
-        ({"further": [{"between": ["a", "b"]}, {"between": ["b", "a"]}]}, "compares b and a twice"),
+        ({"modalities": [{"between": ["text", "image"]}]}, "has to begin with a modality tower; that is `contrastive`"),
+        (
+            {"modalities": [{"between": ["text", "audio"]}]},
+            r"has to begin with a modality tower; write \[audio, text\]",
+        ),
+        ({"modalities": [{"between": ["audio", "audio"]}]}, "compares a tower with itself"),
+        ({"modalities": [{"between": ["a", "b"]}, {"between": ["b", "a"]}]}, "compares b and a twice"),
     ],
 )
 def test_wrong_blocks_are_refused(block: dict[str, Any], message: str) -> None:
@@ -308,7 +315,7 @@ def test_a_masked_caption_sees_no_token() -> None:
     """Its prediction depends on positions and the picture alone; the others' do not change by masking it."""
     net, inputs = model(), batch()
     masked = torch.arange(PAIRS) % 2 == 0
-    from treering.models.model import Extras
+    from treering.models.output import Extras
 
     plain = net(inputs.images, inputs.tokens, inputs.lengths).caption
     some = net(inputs.images, inputs.tokens, inputs.lengths, Extras(parallel_b=masked)).caption
@@ -327,7 +334,7 @@ def test_state_goes_through_growth_and_resume(tmp_path: Path, monkeypatch: pytes
     overrides = [
         "data.batch=4",
         "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
-        "text: {width: 8, depth: 1, heads: 1, context: 8}, caption: {depth: 1}}",
+        "text: {width: 8, depth: 1, heads: 1, context: 8}, captioner: {depth: 1}}",
         "objectives.centred={weight: 5.0}",
         "stages=[{samples: 16}, {grow: {image.depth: 2}, samples: 16}]",
         "schedule.warmup=4",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from treering.models.model import Model, build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.objectives import caption as caption_module
 from treering.training.objectives.base import Inputs
 from treering.training.objectives.caption import Caption, linear_cross_entropy
@@ -23,7 +23,7 @@ SPEC = ModelSpec(
     embed_dim=12,
     image=ImageSpec(width=16, depth=1, heads=2, patch=4, resolution=8),
     text=TextSpec(width=16, depth=1, heads=2, context=9),
-    caption=CaptionSpec(depth=1),
+    captioner=CaptionerSpec(depth=1),
 )
 ALONE = World(0, 1, torch.device("cpu"))
 PAIRS = 12

@@ -92,7 +92,7 @@ def learned(scale: float, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 @contextmanager
 def tiles_of(side: int, itemsize: int = 8) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scores, "_TILE_BYTES", itemsize * side * side)
+        patch.setattr(scores, "TILE_BYTES", itemsize * side * side)
         yield
 
 

@@ -181,7 +181,7 @@ def assert_equal(found: Any, expected: Any, tolerance: float) -> None:
 def test_equals_the_dense_formula(kind: str, name: str, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     per_score = TOKENS * 4 if kind == "late" else 1
-    monkeypatch.setattr(scores, "_TILE_BYTES", 8 * side * side * per_score)
+    monkeypatch.setattr(scores, "TILE_BYTES", 8 * side * side * per_score)
     known, inputs = relations(case), [*features(kind, case.texts), *learned(14.3)]
     found = measured(lambda x: tiled(kind, case, known, x, ALONE, lengths(case.texts)), inputs, slopes(case.texts))
     expected = measured(lambda x: dense(kind, case, known, 1, x), inputs, slopes(case.texts))
@@ -193,7 +193,7 @@ def test_equals_the_dense_formula(kind: str, name: str, side: int, monkeypatch: 
 def test_single_precision_at_scale_100(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images 3 and 4 are as unlike their texts as can be."""
     case = CASES[name]
-    monkeypatch.setattr(scores, "_TILE_BYTES", 4 * 3 * 3 * (TOKENS * 4 if kind == "late" else 1))
+    monkeypatch.setattr(scores, "TILE_BYTES", 4 * 3 * 3 * (TOKENS * 4 if kind == "late" else 1))
     image, text = features(kind, case.texts)
     image[3:5] = -text[3:5] if kind != "late" else -text[3]
     known = relations(case)
@@ -210,7 +210,7 @@ def test_single_precision_at_scale_100(kind: str, name: str, monkeypatch: pytest
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_number_of_ranks(world: int, on_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Positives of an item on other ranks, ranks of different numbers of tokens."""
-    monkeypatch.setattr(scores, "_TILE_BYTES", 8 * 9)
+    monkeypatch.setattr(scores, "TILE_BYTES", 8 * 9)
     cases = [(kind, case) for kind in KINDS for case in CASES.values()]
 
     def own(x: Tensor | None, group: World) -> Tensor | None:

@@ -16,14 +16,14 @@ from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
 from treering.models.model import build
 from treering.models.towers import TextTower
-from treering.tests.tiny_runs import SIZES, lines, same_end, train_until
+from treering.tests.support.tiny_runs import SIZES, lines, same_end, train_until
 from treering.training.checkpoint.commits import find_commit
 from treering.training.loop import train
 from treering.training.recipe import Recipe
 
 SHORT = 6
 BATCH = 12
-NO_CAPTIONER = ["model.caption=null", "objectives.caption=null"]
+NO_CAPTIONER = ["model.captioner=null", "objectives.caption=null"]
 
 
 def recipe(*words: str) -> Recipe:
@@ -113,7 +113,7 @@ def test_a_resume_inside_and_across_stages_is_exact(
             [
                 "stages=[{samples: 48, context: 6}]",
                 "model.text.pool=last",
-                "model.caption=null",
+                "model.captioner=null",
                 "objectives.caption=null",
             ],
             r"stages\.0\.context = 6 would save nothing",

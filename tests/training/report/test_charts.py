@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treering.tests.made_up_run import (
+from treering.tests.support.made_up_run import (
     BEGAN,
 )
 from treering.training.report import readable

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from treering.data.errors import DataError
-from treering.tests.browser import Browser, check_page
+from treering.tests.support.browser import Browser, check_page
 from treering.training.evaluate.comparing import comparison, tasks
 from treering.training.evaluate.outcome import Evaluation
 from treering.training.evaluate.reliability import calibration_interval, difference, holm

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from treering.tests.browser import Browser, check_page
-from treering.tests.made_up_run import (
+from treering.tests.support.browser import Browser, check_page
+from treering.tests.support.made_up_run import (
     BEGAN,
     NAMES,
     RECIPE,
@@ -60,6 +60,26 @@ def test_page_is_self_contained(whole: Path) -> None:
     policy = next(m["content"] for m in page.of("meta") if m.get("http-equiv") == "Content-Security-Policy")
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert len(page.source.encode()) < 2_000_000
+
+
+def test_the_pictures_of_twemoji_are_credited_also_on_paper(whole: Path) -> None:
+    style = page_of(whole).style
+    credits = re.findall(r'<p class="credit">(.*?)</p>', (whole / "report.html").read_text())
+    assert len(credits) == 1
+    for asked in ("Twemoji", "Copyright 2019 Twitter, Inc and other contributors", "CC BY 4.0", "scaled"):
+        assert asked in credits[0]
+    assert "https://creativecommons.org/licenses/by/4.0/" in credits[0]
+    hidden = re.findall(r"([^{}]*)\{ display: none", style)
+    assert any(".made" in selectors for selectors in hidden)
+    assert not any("footer" in selectors or ".credit" in selectors for selectors in hidden)
+
+
+def test_evaluation_pictures_are_credited_and_other_sources_are_not(tmp_path: Path) -> None:
+    other = RECIPE.replace("samples://emoji", "photos/*.tar")
+    for name, recipe, count in (("other", other, 0), ("seen", f"{other}eval: {{data: samples://emoji/held_out}}\n", 1)):
+        run = write_run(tmp_path / name, lines_of_a_run(), recipe=recipe)
+        assert page_of(run) is not None
+        assert (run / "report.html").read_text().count("CC BY 4.0") == count
 
 
 def test_every_picture_has_words_and_ids_are_unique(whole: Path) -> None:

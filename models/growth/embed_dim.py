@@ -1,8 +1,9 @@
-"""A larger joint space: all projections get new rows, zero at first, so no cosine changes.
+"""More or fewer channels of the joint embedding space.
 
-A zero row on all sides has no gradient on any (each is multiplied by the other), and copied rows would stay copies,
-for the loss sees nothing but cosines. So the new rows start with a random momentum of the old rows' size instead: the
-function is exactly the old one, and the first step leads out of the dead point.
+All projections get new rows that start at zero, so no cosine similarity changes. But a zero row on all sides has no
+gradient on any (each is multiplied by the other), and copied rows would stay copies, as the loss sees cosines alone. So
+the new rows start with a random momentum of the old rows' size: the function is exactly the old one, and the first
+optimizer step leaves the dead point.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..model import named_generator
-from .rules import Rule, TensorMap
+from .operator import Rule, TensorMap, alike
 
 _PROJECTIONS = (".projection.weight", ".projection.bias")
 
 
 @dataclass(frozen=True)
-class Joint:
+class GrowEmbedDim:
     """Grow the joint embedding space from `old` to `new` channels."""
 
     old: int
@@ -51,11 +52,11 @@ class Joint:
     def describe(self) -> dict[str, Any]:
         """For the lineage."""
         numbers = {"from": self.old, "to": self.new, "seed": self.seed}
-        return {"operator": "joint", "field": "embed_dim", **numbers}
+        return {"operator": "embed_dim", "field": "embed_dim", **numbers}
 
 
 @dataclass(frozen=True)
-class TruncateJoint:
+class TruncateEmbedDim:
     """Shrink the joint embedding space from `old` to its first `new` channels."""
 
     old: int
@@ -64,9 +65,7 @@ class TruncateJoint:
 
     def rule(self, name: str) -> Rule:
         """Tensors other than the projections are kept."""
-        if not name.endswith(_PROJECTIONS):
-            return Rule(name)
-        return Rule(name, dict.fromkeys(("model", "exp_avg", "exp_avg_sq"), self._cut))
+        return Rule(name, alike(self._cut) if name.endswith(_PROJECTIONS) else {})
 
     def _cut(self, tensor: Tensor) -> Tensor:
         return tensor[: self.new].contiguous()

@@ -25,7 +25,7 @@ model:
   embed_dim: 256
   image: {width: 192, depth: 4, heads: 3, mlp_ratio: 4.0, patch: 8, resolution: 64}
   text: {width: 192, depth: 3, heads: 3, mlp_ratio: 4.0, context: 64, vocabulary: 49408}
-  caption: {depth: 2}
+  captioner: {depth: 2}
 objectives: {contrastive: {weight: 1.0}, caption: {weight: 2.0}}
 stages:
   - {samples: 20000, grow: {}}

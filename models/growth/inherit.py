@@ -1,10 +1,10 @@
-"""How much is inherited, of weights and of the optimizer's state.
+"""How much of the old weights and of the optimizer's state the grown model inherits.
 
-Parameter inheriting with momentum is after GrowCLIP (ICCV 2023). A RECONSTRUCTION: its formula is not public. There are
-two readings of it here.
+Parameter inheriting with momentum is after GrowCLIP (ICCV 2023). A RECONSTRUCTION: its formula is not public. Two
+readings of it are here.
 
-`InheritAverage`: what was there keeps its weights, and what is new takes those of a running average of them: new
-blocks, and the copies that a longer axis is made of. So does AutoProg (Li et al., CVPR 2022), by one of GrowCLIP's
+`InheritAverage`: old entries keep their weights, and new ones (new blocks, and the copies that a longer axis is made
+of) take those of a running average of the weights. So does AutoProg (Li et al., CVPR 2022), by one of GrowCLIP's
 authors; it keeps four averages, and here it is that of `optimizer.ema`.
 
 `Inherit`: the grown model starts from m * inherited + (1 - m) * fresh, with a momentum m < 1, which leaves the small
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ..model import initialise
+from ..parts import part_of, parts
 from ..spec import ModelSpec, TowerSpec
 from .axes import uses
 from .depth import Depth
-from .rules import Rule, zero
-from .width import along
+from .operator import Rule, along, block_of, zero
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Inherit:
         def blend(tensor: Tensor) -> Tensor:
             if tensor.ndim < 2:
                 return tensor
-            fresh = torch.empty(tensor.shape)
-            initialise(self.spec, [(name, fresh)], self.seed)
-            return self.momentum * tensor + (1 - self.momentum) * fresh.to(tensor)
+            drawn = torch.empty(tensor.shape)
+            initialise(self.spec, [(name, drawn)], self.seed)
+            return self.momentum * tensor + (1 - self.momentum) * drawn.to(tensor)
 
         return Rule(name, {"model": blend})
 
@@ -55,7 +55,7 @@ class Inherit:
 
 @dataclass(frozen=True)
 class InheritAverage:
-    """Take what is new of a model of `new`, grown from one of `old`, from the running average, grown likewise."""
+    """Take what is new in a model of `new`, grown from one of `old`, from the running average, grown likewise."""
 
     old: ModelSpec
     new: ModelSpec
@@ -64,33 +64,36 @@ class InheritAverage:
 
     @property
     def preserves(self) -> bool:
-        """New blocks write as little as ever. New channels write into the same sums as old ones: there it tells."""
-        after = self.new.transformers()
-        return all(_sizes(spec) == _sizes(after[tower]) for tower, spec in self.old.transformers().items())
+        """New blocks still output zero, so depth alone is exact; new channels feed existing sums, so width is lossy."""
+        after = self.new.towers()
+        return all(_sizes(spec) == _sizes(after[tower]) for tower, spec in self.old.towers().items())
 
     def rule(self, name: str) -> Rule:
-        """Whole tensors of new blocks; of others the entries that belong to new units."""
-        if self._in_new_block(name):
+        """Whole tensors of new parts and blocks; of other tensors the entries that belong to new units."""
+        if self._is_new(name):
             return Rule(name, mix=lambda weights, average: average)
+        found = [(self._new_units(use.axis), use.dim) for use in uses(name, self.new)]
 
         def mix(weights: Tensor, average: Tensor) -> Tensor:
             new = torch.zeros(weights.shape, dtype=torch.bool)
-            for use in uses(name):
-                new |= along(self._new_units(use.axis), use.dim, new)
+            for units, dim in found:
+                new |= along(units, dim, new)
             return torch.where(new.to(weights.device), average, weights)
 
-        return Rule(name, mix=mix if any(self._new_units(use.axis).any() for use in uses(name)) else None)
+        return Rule(name, mix=mix if any(units.any() for units, _ in found) else None)
 
-    def _in_new_block(self, name: str) -> bool:
-        if name.startswith("captioner.") and not self.old.caption:
+    def _is_new(self, name: str) -> bool:
+        part, had = part_of(name), {part.name for part in parts(self.old)}
+        if part not in had and any(part == each.name for each in parts(self.new)):
             return True
-        return any(name.startswith(f"{d.stack}.") and d.source(_number(d.stack, name))[1] for d in self.depths)
+        found = [(depth, block_of(depth.stack, name)) for depth in self.depths]
+        return any(depth.source(block[0])[1] for depth, block in found if block)
 
     def _new_units(self, axis: str) -> Tensor:
-        """Of every channel of an axis, whether it was not there: bool."""
-        tower, size = axis.split(".")
-        new = self.new.transformers()[tower]
-        old = self.old.transformers().get(tower, new)
+        """For every channel of an axis, whether it is new: bool."""
+        tower, _, size = axis.rpartition(".")
+        new = self.new.towers()[tower]
+        old = self.old.towers().get(tower, new)
         if size != "heads":
             return torch.arange(getattr(new, size)) >= getattr(old, size)
         heads, channels = torch.arange(new.heads) >= old.heads, torch.arange(new.head_width) >= old.head_width
@@ -105,21 +108,17 @@ def _sizes(spec: TowerSpec) -> tuple[int, ...]:
     return spec.width, spec.heads, spec.head_width, spec.mlp_width
 
 
-def _number(stack: str, name: str) -> int:
-    return int(name.removeprefix(f"{stack}.").split(".", 1)[0])
-
-
 @dataclass(frozen=True)
-class Forget:
-    """Start moments anew: the weights stay."""
+class ResetMoments:
+    """Set optimizer moments to zero; the weights stay."""
 
     kinds: tuple[str, ...]
     preserves: ClassVar[bool] = True
 
     def rule(self, name: str) -> Rule:
-        """Zeros for the kinds that are forgotten."""
+        """Zeros for these kinds of state."""
         return Rule(name, dict.fromkeys(self.kinds, zero))
 
     def describe(self) -> dict[str, Any]:
         """For the lineage."""
-        return {"operator": "forget", "moments": list(self.kinds)}
+        return {"operator": "reset_moments", "moments": list(self.kinds)}
