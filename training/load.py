@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from ..data.samples.clip_tokenizer import TextTokenizer
 from ..data.samples.decode import centre_crop, decode_image
 from ..data.samples.tokenizer import open_tokenizer
-from ..models.interchange.files import PREFIX, open_weights
+from ..models.interchange.files import open_weights
+from ..models.interchange.open_clip_files import PREFIX
 from ..models.model import Model, empty, materialise
 from ..models.spec import ModelSpec
 from .checkpoint.commits import find_commit

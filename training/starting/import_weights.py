@@ -14,7 +14,7 @@ from ...data.samples.clip_tokenizer import TextTokenizer
 from ...data.samples.tokenizer import open_tokenizer
 from ...data.shards.source import held_out
 from ...models.flops import parameters
-from ...models.interchange.architectures import InterchangeError
+from ...models.interchange.errors import InterchangeError
 from ...models.interchange.files import Weights
 from ..checkpoint.commits import Commits
 from ..checkpoint.config import InitFromConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from treering.training.engines.zero_state import require
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive
-from treering.training.state import RunState
+from treering.training.state import RunState, TrainingError
 from treering.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -312,3 +313,20 @@ def weight_of_caption(ours: Engine, weight: float) -> Iterator[None]:
     ours.objectives[1] = Caption(weight)
     yield
     ours.objectives[1] = usual
+
+
+@pytest.mark.parametrize("installed", ["0.18.9", "0.19.7", "0.20.0", "1.0"])
+def test_other_versions_of_deepspeed_are_refused(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: installed)
+    with pytest.raises(
+        TrainingError, match=rf"from 0\.19\.8 to below 0\.20, and {installed} is installed; pip install"
+    ):
+        require(World(0, 1, torch.device("cpu")))
+
+
+def test_the_range_of_deepspeed_is_that_of_the_extra() -> None:
+    extra = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert "deepspeed>=0.19.8,<0.20" in extra["deepspeed"]
+    require(World(0, 1, torch.device("cpu")))
