@@ -17,19 +17,21 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
 
 from ..world import World
 from .config import CheckpointConfig
-from .manifest import Commit, DamagedCommit, Manifest, read_verified
+from .manifest import FORMAT, Commit, DamagedCommit, Manifest, read_verified
 from .snapshot import Snapshot
 from .store import Store, StoreError
 from .writer import CommitUpload, Part, taken
 
-_SET = re.compile(r"^step-(\d{12})-attempt-(\d{4})$")
-_ATTEMPT = re.compile(r"^attempt-(\d{4})\.json$")
+_SET = re.compile(r"^step-(\d{12,})-attempt-(\d{4,})$")
+_ATTEMPT = re.compile(r"^attempt-(\d{4,})\.json$")
+_FORMAT_1 = re.compile(r"^step-\d{12}-life-\d{4}/COMMIT$")
 _STALE = timedelta(days=1)
 
 
@@ -44,14 +46,19 @@ class Commits:
         """Objects of every set, complete or not, by set name."""
         sets: dict[str, set[str]] = {}
         for path in self.store.sizes():
+            if _FORMAT_1.match(path):
+                raise StoreError(
+                    f"{self.store.url} holds commits of format 1, from before release 0.2, and this release reads "
+                    f"format {FORMAT}; continue them with that release, or give a new run another place"
+                )
             name, _, file = path.partition("/")
             if _SET.match(name) and file:
                 sets.setdefault(name, set()).add(file)
         return sets
 
     def names(self) -> list[str]:
-        """Complete commits, oldest first."""
-        return sorted(name for name, files in self._sets().items() if _complete(files))
+        """Complete commits, oldest first. Raises StoreError if the place holds commits of an older format."""
+        return sorted((name for name, files in self._sets().items() if _complete(files)), key=_order)
 
     def remove_after(self, step: int) -> None:
         """Remove complete commits of later steps, the newest first."""
@@ -86,6 +93,7 @@ class Commits:
             if seal != _seal(digest):
                 raise DamagedCommit(f"{self.store.url}/{name}/COMMIT is damaged; use another commit")
             data = read_verified(self.store, f"{name}/manifest.json", digest)
+            self._check_format(name, json.loads(data).get("format"))
             return Commit(self.store, name, Manifest.model_validate_json(data))
         except FileNotFoundError:
             raise StoreError(
@@ -96,6 +104,14 @@ class Commits:
             if isinstance(error, ValidationError):
                 file, where = "manifest.json", ".".join(map(str, error.errors()[0]["loc"]))
             raise DamagedCommit(f"{self.store.url}/{name}/{file} is damaged ({where!r}); use another commit") from None
+
+    def _check_format(self, name: str, found: Any) -> None:
+        """Raise StoreError if the commit is of another format, before anything else of it is read."""
+        if found != FORMAT:
+            raise StoreError(
+                f"{self.store.url}/{name} is a commit of format {found!r:.40}, and this release reads format {FORMAT}; "
+                f"use the release that wrote it"
+            )
 
     def begin(self, snapshot: Snapshot, world: World, policy: CheckpointConfig | None = None) -> CommitUpload:
         """Begin a commit of a snapshot as it is now; every rank calls this, and then leads its upload to the end.
@@ -170,7 +186,7 @@ class Commits:
         None of this attempt may be under way.
         """
         sets = self._sets()
-        complete = sorted(name for name, files in sets.items() if _complete(files))
+        complete = sorted((name for name, files in sets.items() if _complete(files)), key=_order)
         kept = self._kept(complete, policy)
         for name in sets:
             unfinished = name not in complete and _attempt(name) <= attempt
@@ -253,6 +269,11 @@ def _step(name: str) -> int:
     match = _SET.match(name)
     assert match
     return int(match[1])
+
+
+def _order(name: str) -> tuple[int, int]:
+    """By which commits are older or newer: numbers, as text would sort attempt 10000 before 9999."""
+    return _step(name), _attempt(name)
 
 
 def _attempt(name: str) -> int:
