@@ -326,12 +326,12 @@ def export(
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, or of a sweep.")]) -> None:
     """Write the report page of a run or a sweep again, at any time of its attempt, and print where it is."""
     from ..training.report import write_report
-    from .errors import clean
+    from .errors import safe_text
 
     try:
         page = write_report(folder)
     except ValueError as error:
-        raise RecipeError(clean(str(error))) from None
+        raise RecipeError(safe_text(str(error))) from None
     Console().print(Text(str(page)), soft_wrap=True)
 
 
@@ -373,7 +373,7 @@ def doctor(
     """
     from .commands import doctor as checks
 
-    found = checks.examine(out, store)
+    found = checks.run_checks(out, store)
     if as_json:
         print_json(checks.as_json(found))
     else:

@@ -22,7 +22,7 @@ from ..data.samples.sample import Batch
 from ..models.spec import ModelSpec
 from .checkpoint.commits import Commits
 from .checkpoint.store import Store
-from .device import describe
+from .device import device_name
 from .engines.automatic_micro_batches import fewest_pieces, recorded_pieces
 from .engines.base import Engine, StepResult
 from .engines.build import build_engine
@@ -36,8 +36,8 @@ from .health.divergence import Health
 from .health.signals import StopRequest
 from .health.watchdog import Watchdog
 from .logging.profiler import Profile
-from .logging.run_log import Display
-from .logging.throughput import Meter
+from .logging.run_log import RunLog
+from .logging.throughput import ThroughputMeter
 from .objectives.base import Inputs, load_states, states
 from .objectives.terms import advance, build_objectives
 from .recipe import Recipe
@@ -127,7 +127,7 @@ class Run:
         self.recipe, self.out, self.world, self.stop, self.watch = recipe, out, world, stop, watch
         self.tally = Tally(world)
         self.commits = Commits(Store(recipe.commits_url(out)))
-        self.display = Display(recipe, out, world)
+        self.display = RunLog(recipe, out, world)
         self.uploads = Uploads(self.commits, world, self.display)
         self.stopping = self._clock_due = False
         self.scores: dict[str, float] = {}
@@ -145,7 +145,7 @@ class Run:
         """inputs and result of the latest step"""
         begun = time.monotonic()
         # The claim comes first: an attempt before this one that still runs commits no more once this one has looked.
-        who = f"{describe(world.device)} x {world.size}"
+        who = f"{device_name(world.device)} x {world.size}"
         attempt = world.objects(self.commits.claim_attempt(who) if world.is_first else 0)[0]
         found = begin(recipe, self.commits, world, self._build, self.display.warn)
         self.engine, self.state = found.engine, found.state
@@ -154,7 +154,7 @@ class Run:
         self.loader = self._loader()
         self._begun, self._commit_time = begun, time.monotonic()
         self._resumed = ({"imports": beginning.imports, **found.seconds}, time.monotonic()) if found.commit else None
-        self.meter = Meter(self.state, world)
+        self.meter = ThroughputMeter(self.state, world)
         self._seconds_before = self.state.seconds
 
     def __enter__(self) -> Run:
@@ -189,7 +189,7 @@ class Run:
             event,
             self.state,
             world=self.world.size,
-            device=describe(self.world.device),
+            device=device_name(self.world.device),
             attention=self.engine.attention,
             seconds={"imports": beginning.imports, **begun.seconds},
             **detail,
@@ -276,7 +276,7 @@ class Run:
     def _settle_pieces(self, batch: Batch) -> None:
         """For `engine.micro_batches: auto`, once a stage: as many pieces as the run found for it on as many devices of
         this kind, else as it finds now, before the first step."""
-        stage, device = self.state.stage, describe(self.world.device)
+        stage, device = self.state.stage, device_name(self.world.device)
         if self.recipe.engine.pieces is not None or self._settled == stage:
             return
         self._settled = stage

@@ -14,7 +14,7 @@ from .checkpoint.snapshot import Snapshot
 from .checkpoint.writer import CommitUpload
 from .engines.base import Engine
 from .health.signals import short_notice
-from .logging.run_log import Display
+from .logging.run_log import RunLog
 from .recipe import Recipe
 from .state import RunState
 from .world import World
@@ -34,7 +34,7 @@ class _Upload:
 class Uploads:
     """Takes snapshots and brings them into the store, one after the other."""
 
-    def __init__(self, commits: Commits, world: World, display: Display) -> None:
+    def __init__(self, commits: Commits, world: World, display: RunLog) -> None:
         self.commits = commits
         self.last: str | None = None
         """URL of the newest complete commit, if there is one"""

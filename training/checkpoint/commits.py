@@ -27,7 +27,7 @@ from .config import CheckpointConfig
 from .manifest import FORMAT, Commit, DamagedCommit, Manifest, read_verified
 from .snapshot import Snapshot
 from .store import Store, StoreError
-from .writer import CommitUpload, Part, taken
+from .writer import CommitPart, CommitUpload, taken
 
 _SET = re.compile(r"^step-(\d{12,})-attempt-(\d{4,})$")
 _ATTEMPT = re.compile(r"^attempt-(\d{4,})\.json$")
@@ -123,7 +123,7 @@ class Commits:
         copies = snapshot.copies or (World(0, 1, world.device) if snapshot.layout else world)
         starts = {path: stretch.start for path, stretch in layout.items()}
 
-        def complete(parts: Sequence[Part]) -> None:
+        def complete(parts: Sequence[CommitPart]) -> None:
             manifest = Manifest(
                 spec=snapshot.spec,
                 state=snapshot.state,

@@ -89,7 +89,7 @@ def _try(engine: Engine, inputs: Inputs, pieces: int) -> None:
     engine.take_pieces(pieces)
     if pieces > 1:
 
-        def output(piece: Inputs) -> micro_batches.Output:
+        def output(piece: Inputs) -> micro_batches.PieceOutput:
             return forward(piece, losses=False), engine.model.output_table
 
         micro_batches.backward(output, engine.objectives, inputs, pieces, alone)

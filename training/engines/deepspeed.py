@@ -20,7 +20,7 @@ from ...models.towers import MAX_LOG_SCALE
 from ..world import World
 from .base import Engine
 from .config import DeepSpeedConfig
-from .kernels import prepare
+from .kernels import prepare_kernels
 from .layout import gathered
 from .optimizer import OptimizerConfig, adamw, decays, pace
 from .zero_state import Partitions, cutter, require
@@ -50,7 +50,7 @@ class DeepSpeedEngine(Engine):
         for module in built_by_module(self.model, self._seed, device):
             if cut:
                 cut(module)
-        self.attention = prepare(self.model, self.config, device)
+        self.attention = prepare_kernels(self.model, self.config, device)
         self._multipliers = dict(multipliers)
         self._steps = self._skips = 0
         named = dict(self.model.named_parameters())

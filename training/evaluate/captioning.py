@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _DRAWS = 1000
 
 
-def written(
+def write_captions(
     model: Model, data: Pictures, writing: CaptionDecoding, longest: int, batch: int, world: World
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Of every usable sample its number, key, true captions and what the model writes; ledger entries of the others.

@@ -20,10 +20,10 @@ from treering.training.checkpoint import writer
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.config import CheckpointConfig
 from treering.training.checkpoint.manifest import DamagedCommit
-from treering.training.checkpoint.serialize import Packed
+from treering.training.checkpoint.serialize import SerializedPart
 from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store, StoreError
-from treering.training.engines.layout import Stretch, gathered, rows
+from treering.training.engines.layout import Stretch, gathered, shard_rows
 from treering.training.state import RunState
 from treering.training.world import World
 
@@ -52,7 +52,7 @@ def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALO
 
 
 def row_layout(world: World) -> dict[str, Stretch]:
-    return {name: rows(shape, world.rank, world.size) for name, shape in SHAPES.items()}
+    return {name: shard_rows(shape, world.rank, world.size) for name, shape in SHAPES.items()}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -179,7 +179,7 @@ def test_packed_bytes_are_what_safetensors_reads(dtype: torch.dtype) -> None:
         "none": torch.zeros(0, 4, dtype=dtype),
         "one": torch.tensor(7).to(dtype),
     }
-    read = load(bytes(Packed(tensors).data()))
+    read = load(bytes(SerializedPart(tensors).data()))
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype
@@ -255,7 +255,7 @@ def test_a_flipped_byte_anywhere_is_found_and_named(tmp_path: Path, monkeypatch:
 )
 def test_a_part_has_no_name_outside_its_commit(file: str) -> None:
     try:
-        part = writer.Part(file=file, kind="model", bytes=1, sha256="", tensors=1)
+        part = writer.CommitPart(file=file, kind="model", bytes=1, sha256="", tensors=1)
     except ValidationError:
         return
     assert re.fullmatch(r"[a-z_]+-[0-9]{5}-[0-9]{5}\.safetensors", part.file)

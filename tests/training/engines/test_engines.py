@@ -23,7 +23,7 @@ from treering.training.engines.config import DdpConfig, DeepSpeedConfig, EngineC
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.engines.zero_state import require
 from treering.training.objectives.base import Inputs, Objective
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.state import RunState, TrainingError
 from treering.training.world import World
@@ -62,7 +62,7 @@ def spec(caption: bool) -> ModelSpec:
 
 
 def objectives(caption: bool) -> list[Objective]:
-    return [Contrastive(1.0), *([Caption(0.5)] if caption else [])]
+    return [Contrastive(1.0), *([CaptionLoss(0.5)] if caption else [])]
 
 
 def batch(step: int, world: World) -> Inputs:
@@ -310,7 +310,7 @@ def test_a_resume_where_nothing_changed_is_bit_identical(
 def weight_of_caption(ours: Engine, weight: float) -> Iterator[None]:
     """Another weight of the caption objective for a step."""
     usual = ours.objectives[1]
-    ours.objectives[1] = Caption(weight)
+    ours.objectives[1] = CaptionLoss(weight)
     yield
     ours.objectives[1] = usual
 

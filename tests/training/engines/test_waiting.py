@@ -20,11 +20,11 @@ from treering.training.engines import micro_batches
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.device_prefetch import Feed
-from treering.training.engines.kernels import prepare
+from treering.training.engines.kernels import prepare_kernels
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective, extras_of
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive, LateContrastive, SigmoidContrastive
 from treering.training.world import World
 
@@ -41,8 +41,8 @@ OBJECTIVES = {
     "positives": lambda: Contrastive(1.0, positives="caption", label_smoothing=0.1),
     "sigmoid": lambda: SigmoidContrastive(1.0),
     "filip": lambda: LateContrastive(1.0),
-    "caption": lambda: Caption(1.0),
-    "parallel": lambda: Caption(1.0, parallel_fraction=0.5, seed=3),
+    "caption": lambda: CaptionLoss(1.0),
+    "parallel": lambda: CaptionLoss(1.0, parallel_fraction=0.5, seed=3),
 }
 
 
@@ -104,7 +104,10 @@ def test_forward_and_backward_read_nothing_from_the_device(name: str, parts: int
 def test_no_tower_reads_anything_from_the_device(name: str, parts: int) -> None:
     """Also those that fill texts, or end them with a class token, and mixtures of experts."""
     spec, inputs = TOWERS[name], batch(torch.device("meta"))
-    objectives = [Caption(1.0) if spec.captioner else Contrastive(1.0), *([Balance(1.0)] if name == "experts" else [])]
+    objectives = [
+        CaptionLoss(1.0) if spec.captioner else Contrastive(1.0),
+        *([Balance(1.0)] if name == "experts" else []),
+    ]
     for objective in objectives:
         backward(objective, inputs, parts, spec)
         with pytest.raises(RuntimeError, match="meta"):
@@ -207,10 +210,10 @@ def test_a_kernel_is_tried_before_it_is_used() -> None:
 
 def test_a_model_says_how_it_attends() -> None:
     model = build(SPEC, 0)
-    found = prepare(model, DdpConfig(precision="bf16"), torch.device("cpu"))
+    found = prepare_kernels(model, DdpConfig(precision="bf16"), torch.device("cpu"))
     assert found == {"pictures": "flash", "captions": "flash, padded (bf16 on cpu)"}
     with sdpa_kernel(SDPBackend.MATH):
-        found = prepare(model, DdpConfig(), torch.device("cpu"))
+        found = prepare_kernels(model, DdpConfig(), torch.device("cpu"))
     assert found == {"pictures": "math", "captions": "math, padded (fp32 on cpu)"}
     assert not any(module.varlen for module in model.modules() if isinstance(module, Attention))
 
