@@ -29,7 +29,7 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         None,
         description="keep the samples whose metadata fit, as in similarity > 0.28 and not nsfw (docs/sources.md)",
     )
-    captions: dict[str, float] = Field(
+    caption_weights: dict[str, float] = Field(
         default_factory=dict,
         description="weights of caption tags, as in {alt: 1, recaption: 3}; left out: all captions of a sample alike",
     )
@@ -46,7 +46,7 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             Filter(value)
         return value
 
-    @field_validator("captions")
+    @field_validator("caption_weights")
     @classmethod
     def _drawable(cls, value: dict[str, float]) -> dict[str, float]:
         for tag, weight in value.items():
@@ -60,7 +60,7 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @property
     def caption_shares(self) -> dict[str, int]:
         """The weights of the tags in millionths, in the order of their names, which is the order of the draw."""
-        return {tag: round(weight * CAPTION_UNIT) for tag, weight in sorted(self.captions.items())}
+        return {tag: round(weight * CAPTION_UNIT) for tag, weight in sorted(self.caption_weights.items())}
 
     @property
     def label(self) -> str:
@@ -76,13 +76,13 @@ class JitterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     saturation: float = Field(0.0, ge=0, le=1, description="factor on the distance to the pixel's own grey")
     hue: float = Field(0.0, ge=0, le=0.5, description="turn of the colour circle, drawn from -x to x")
     probability: float = Field(0.8, ge=0, le=1, description="share of the pictures that are changed")
-    grey: float = Field(0.0, ge=0, le=1, description="share of the pictures that are made grey")
+    grayscale: float = Field(0.0, ge=0, le=1, description="share of the pictures that are made grey")
 
     @property
     def active(self) -> bool:
         """Whether it changes any picture."""
         strength = self.brightness + self.contrast + self.saturation + self.hue
-        return strength * self.probability + self.grey > 0
+        return strength * self.probability + self.grayscale > 0
 
 
 class AugmentConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -95,8 +95,8 @@ class AugmentConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         (0.75, 4 / 3), strict=False, description="width / height of the random crop"
     )
     flip: bool = Field(False, description="mirror every second picture left to right; wrong for writing and arrows")
-    jitter: JitterConfig = JitterConfig()
-    least_box: float = Field(
+    color_jitter: JitterConfig = JitterConfig()
+    min_box_fraction: float = Field(
         0.25, ge=0, le=1, description="share of a box that must be left in the crop; boxes with less are dropped"
     )
 
@@ -142,10 +142,10 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     decode: Literal["exact", "scaled"] = Field(
         "exact", description="scaled: large JPEGs are decoded at a smaller size, which is faster, and visibly softer"
     )
-    patience: float = Field(
+    decode_timeout: float = Field(
         300.0, gt=0, description="seconds that a decoding process may be at one sample; then the run ends, naming it"
     )
-    bad_samples: float = Field(
+    max_bad_fraction: float = Field(
         0.01, ge=0, lt=1, description="share of a source that may be unusable before the run stops"
     )
     tokenizer: str = Field(
@@ -156,7 +156,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         description="further members to deliver: {teacher: npy} reads a vector or a matrix from key.teacher.npy, or "
         "from key.npy",
     )
-    shuffle: int = Field(
+    shuffle_window: int = Field(
         131_072,
         gt=0,
         description="samples among which the order is random; larger sources are read in lanes, each shuffled in "

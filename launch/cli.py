@@ -66,8 +66,11 @@ def train(
         str | None,
         typer.Option("--from", metavar="COMMIT", help="Begin a new run with this commit, or a run's newest one."),
     ] = None,
-    carry: Annotated[
-        str, typer.Option("--carry", metavar="WHAT", help="Of --from: weights, or all, the optimizer and place too.")
+    load: Annotated[
+        str,
+        typer.Option(
+            "--load", metavar="WHAT", help="What to load from --from: weights, or all (weights, optimizer, position)."
+        ),
     ] = "weights",
 ) -> None:
     """Train a recipe on this machine.
@@ -83,7 +86,7 @@ def train(
     from .run_folder import STOPPED
 
     traced = ["log.profile=true"] if profile else []
-    beginning = [f"origin={json.dumps({'commit': origin, 'carry': carry})}"] if origin else []
+    beginning = [f"init_from={json.dumps({'commit': origin, 'load': load})}"] if origin else []
     try:
         run.train(recipe, [*(overrides or []), *traced, *beginning], out, processes)
     except KeyboardInterrupt:
@@ -186,7 +189,7 @@ def compare(
     """Say where models differ, by more than luck: every score, what each lost and won, as a table and as a page.
 
     treering compare runs/emoji runs/other
-    treering compare runs/emoji s3://BUCKET/emoji/step-000000000562-life-0001 --suite pets.yaml,retrieval
+    treering compare runs/emoji s3://BUCKET/emoji/step-000000000562-attempt-0001 --suite pets.yaml,retrieval
     """
     from ..data.storage.atomic_write import atomic_write
     from ..training.report.comparison_page import render_comparison
@@ -217,7 +220,7 @@ def grow(
     options: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="As in a stage: samples=40000, copies=noise, layers=zero, moments=map."
+            metavar="KEY=VALUE", help="As in a stage: samples=40000, width_init=noise, depth_init=zero, moments=map."
         ),
     ] = None,
     to: Annotated[
@@ -321,14 +324,14 @@ def export(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, or of a sweep.")]) -> None:
-    """Write the report page of a run or a sweep again, at any time of its life, and print where it is."""
+    """Write the report page of a run or a sweep again, at any time of its attempt, and print where it is."""
     from ..training.report import write_report
-    from .errors import clean
+    from .errors import safe_text
 
     try:
         page = write_report(folder)
     except ValueError as error:
-        raise RecipeError(clean(str(error))) from None
+        raise RecipeError(safe_text(str(error))) from None
     Console().print(Text(str(page)), soft_wrap=True)
 
 
@@ -370,7 +373,7 @@ def doctor(
     """
     from .commands import doctor as checks
 
-    found = checks.examine(out, store)
+    found = checks.run_checks(out, store)
     if as_json:
         print_json(checks.as_json(found))
     else:

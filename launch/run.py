@@ -132,7 +132,7 @@ def check_store(recipe: Recipe, out: Path) -> None:
 
     store = Store(recipe.commits_url(out))
     commits = Commits(store)
-    if recipe.origin and not commits.names():
+    if recipe.init_from and not commits.names():
         open_origin(recipe)
     store.check()
     for name in commits.names()[-1:]:
@@ -207,7 +207,7 @@ def _first_failure(error: Any, out: Path) -> RunError:
             said = next(iter(read_rows(out / "hangs.jsonl")[-1:]), {}).get("message", "")
             died = f"process {rank} waited in vain: {said}; stacks in {out / 'hang.txt'}"
         if failure.exitcode == LOST:
-            died = f"process {rank} ended, since another life of the run has begun"
+            died = f"process {rank} ended, since another attempt of the run has begun"
         if failure.exitcode < 0:
             died = f"process {rank} was killed by {failure.signal_name()}"
         if failure.exitcode == -signal.SIGKILL:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from . import BEGUN
 from .errors import RecipeError, RunError, user_message
-from .jobs.attempts import LIFE, last_end, lost
+from .jobs.attempts import ATTEMPT, last_end, lost
 from .recipe.load import read_recipe
 from .run_folder import LAUNCHER, STOPPED
 
@@ -40,7 +40,7 @@ def work(out: Path) -> None:
     from ..training.loop import Beginning, train
 
     imports = time.monotonic() - BEGUN
-    if LIFE in os.environ:
+    if ATTEMPT in os.environ:
         from .jobs.preflight import check_network
 
         check_network()
@@ -126,7 +126,8 @@ def _die_with_launcher() -> None:
 
 
 def _own_log(out: Path) -> None:
-    """Under a job, processes but the first write into a file of their own, `DIR/logs/rank-N.log`, life after life."""
+    """Under a job, processes but the first write into a file of their own, `DIR/logs/rank-N.log`, attempt after
+    attempt."""
     rank = int(os.environ.get("RANK", "0"))
     if rank and (out / "job").is_dir():
         (out / "logs").mkdir(exist_ok=True)

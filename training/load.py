@@ -26,7 +26,7 @@ from ..models.interchange.open_clip_files import PREFIX
 from ..models.model import Model, empty, materialise
 from ..models.spec import ModelSpec
 from .checkpoint.commits import find_commit
-from .evaluate.generate import Writing, write
+from .evaluate.generate import CaptionDecoding, write
 from .starting.import_weights import checked_tokenizer
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Loaded:
         found = self.model.embed_texts(tokens, lengths).pooled
         return F.normalize(found, dim=-1) if normalize else found
 
-    def caption(self, images: Tensor, writing: Writing = "greedy", longest: int = 40) -> list[str]:
+    def caption(self, images: Tensor, writing: CaptionDecoding = "greedy", longest: int = 40) -> list[str]:
         """A caption of each picture, of `longest` tokens at most; `writing` is greedy, beam or nucleus.
 
         images: as in `encode_image`. Raises ValueError if the model has no captioner.

@@ -19,7 +19,7 @@ from ..data.samples.tokenizer import vocabulary_size
 from ..data.shards.source import held_out
 from ..data.storage.files import shown_url
 from ..models.spec import ModelSpec
-from .checkpoint.config import CheckpointConfig, OriginConfig
+from .checkpoint.config import CheckpointConfig, InitFromConfig
 from .engines.config import DdpConfig, EngineConfig
 from .engines.optimizer import OptimizerConfig
 from .evaluate.config import EvalConfig
@@ -44,7 +44,7 @@ class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How often a line goes to metrics.jsonl, TensorBoard and the terminal."""
 
     every: int = Field(10, gt=0, description="steps between two log lines")
-    gradients: bool = Field(False, description="also the norm of each objective's gradient; costs a pass for each")
+    gradient_norms: bool = Field(False, description="also the norm of each objective's gradient; costs a pass for each")
     profile: bool = Field(False, description="trace steps 5 to 8 into trace-rank-N.json.gz of the run folder")
 
 
@@ -67,7 +67,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     log: LogConfig = LogConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     recovery: RecoveryConfig = RecoveryConfig()
-    origin: OriginConfig | None = Field(None, description="the commit of another run to begin with")
+    init_from: InitFromConfig | None = Field(None, description="the commit of another run to begin with")
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -108,9 +108,9 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @model_validator(mode="after")
     def _gradients_need_the_whole_model(self) -> Self:
-        if self.log.gradients and not self.engine.measures_objectives:
+        if self.log.gradient_norms and not self.engine.measures_objectives:
             raise ValueError(
-                f"log.gradients = true does not work with engine.kind = {self.engine.kind}: the gradient of one "
+                f"log.gradient_norms = true does not work with engine.kind = {self.engine.kind}: the gradient of one "
                 "objective needs the whole model on every process; set engine.kind: ddp, or leave it out"
             )
         return self

@@ -17,7 +17,7 @@ class ScheduleConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     kind: Literal["wsd"] = "wsd"
     warmup: int = Field(0, ge=0, description="samples over which the rate rises linearly from zero")
     cooldown: float = Field(0.2, ge=0, le=1, description="last share of the run over which the rate falls linearly")
-    final: float = Field(0.0, ge=0, le=1, description="share of the peak rate at the very end")
+    final_fraction: float = Field(0.0, ge=0, le=1, description="share of the peak rate at the very end")
 
     def factor(self, samples: int, batch: int, total: int) -> float:
         """Multiplier of the peak rate for the step that starts after `samples` samples and takes `batch` more.
@@ -30,5 +30,5 @@ class ScheduleConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         start = total * (1 - self.cooldown)
         if samples >= start and self.cooldown > 0:
             left = (total - samples) / (total - start)
-            return self.final + (1 - self.final) * left
+            return self.final_fraction + (1 - self.final_fraction) * left
         return 1.0

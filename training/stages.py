@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ..models.flops import training_flops
-from ..models.growth.options import Copies, Drops, InheritFrom, Layers
+from ..models.growth.options import DepthInit, DropBlocks, InheritFrom, WidthInit
 from ..models.growth.plan import changes, check_tokens
 from ..models.spec import ModelSpec
 from .sample_rng import share_of
@@ -19,19 +19,21 @@ from .sample_rng import share_of
 class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How a model is resized: what new parts are made of, and what becomes of the optimizer's state."""
 
-    copies: Copies = Field(
+    width_init: WidthInit = Field(
         "noise",
         description="new channels, heads and hidden units are copies of old ones; noise: told apart by noise that "
         "sums to zero, so that they learn different things; duplicate: plain copies, which stay alike for ever; "
         "lemon: told apart by fresh draws",
     )
-    layers: Layers = Field(
+    depth_init: DepthInit = Field(
         "zero",
         description="new blocks; zero: copies that add nothing at first, exact; stack: the stack once more on top, "
         "lossy; interleave: each block doubled, lossy",
     )
-    drop: Drops = Field("last", description="blocks that go when a depth shrinks: the last, or those that write least")
-    tokens: tuple[Annotated[tuple[int, ...], Field(strict=False)], ...] = Field(
+    drop_blocks: DropBlocks = Field(
+        "last", description="blocks that go when a depth shrinks: the last, or those that write least"
+    )
+    token_init: tuple[Annotated[tuple[int, ...], Field(strict=False)], ...] = Field(
         (), strict=False, description="of each new row of text.vocabulary the ids it is the mean of; empty: of all"
     )
     inherit: InheritFrom = Field(
@@ -44,8 +46,8 @@ class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         "map",
         description="the optimizer's moments; map: resized with the weights; keep_v: the second only; reset: none",
     )
-    rewarm: int = Field(0, ge=0, description="samples over which the learning rate rises again after growth; 0: none")
-    fade: int = Field(
+    rewarmup: int = Field(0, ge=0, description="samples over which the learning rate rises again after growth; 0: none")
+    multiplier_fade: int = Field(
         0, ge=0, description="samples over which the learning-rate multipliers of growth go back to 1; 0: they stay"
     )
 
@@ -87,7 +89,7 @@ class SearchConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         description="sizes to choose among, as in {image.depth: [6, 8], text.width: [256, 384]}; every combination is "
         "a candidate, and the present size is always among them",
     )
-    flops: float = Field(gt=1, description="most FLOPs a sample, as a multiple of the present model's")
+    max_flops: float = Field(gt=1, description="most FLOPs a sample, as a multiple of the present model's")
     samples: int = Field(gt=0, description="samples that each candidate is trained on, from the newest sources")
 
     @field_validator("space")
@@ -126,7 +128,7 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
         description="weights of the sources from here on, by name, as in {photos: 3, drawings: 1}; those not named "
         "rest; empty: as before",
     )
-    patches: float = Field(
+    patch_keep: float = Field(
         1.0,
         gt=0,
         le=1,
@@ -188,7 +190,7 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
             grown = spec.grown(sizes)
             changes(spec, grown)
             found.append((sizes, grown))
-        most = self.search.flops * training_flops(spec, _TOKENS)
+        most = self.search.max_flops * training_flops(spec, _TOKENS)
         costs = [training_flops(grown, _TOKENS) for _, grown in found]
         order = sorted((i for i, cost in enumerate(costs) if cost <= most), key=lambda i: costs[i])
         return [found[i] for i in order]
@@ -200,7 +202,7 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
             return self.candidates(spec)[-1][1]
         resized = spec.shrunk(self.shrink).grown(self.grow)
         changes(spec, resized)
-        check_tokens(spec, resized, self.tokens)
+        check_tokens(spec, resized, self.token_init)
         return resized
 
     def longest(self, spec: ModelSpec) -> int:
@@ -209,7 +211,7 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
 
     def kept_patches(self, spec: ModelSpec) -> int:
         """The patches of a picture that are looked at."""
-        return share_of(spec.image.grid**2, self.patches)
+        return share_of(spec.image.grid**2, self.patch_keep)
 
     def steps(self, batch: int) -> int:
         """Optimizer steps of the stage at a global batch of `batch` pairs."""
@@ -226,16 +228,16 @@ def steady_from(stages: Sequence[StageConfig], stage: int, batch: int, warmup: i
     """The samples of the run from which on a stage's loss is that of a settled rate: warm-ups are over."""
     begin = batch * sum(s.steps(batch) for s in stages[:stage])
     grown, since = since_growth(stages, stage, begin, batch)
-    return max(begin, warmup, begin - since + grown.rewarm)
+    return max(begin, warmup, begin - since + grown.rewarmup)
 
 
 def rewarmed(stages: Sequence[StageConfig], stage: int, samples: int, batch: int) -> float:
     """Factor on the learning rate of the step that starts after `samples` samples of the run: a re-warm-up's, or 1."""
     grown, since = since_growth(stages, stage, samples, batch)
-    return min(1.0, (since + batch) / grown.rewarm) if grown.rewarm else 1.0
+    return min(1.0, (since + batch) / grown.rewarmup) if grown.rewarmup else 1.0
 
 
 def faded(stages: Sequence[StageConfig], stage: int, samples: int, batch: int) -> float:
     """The power that the multipliers of growth are raised to after `samples` samples of the run: from 1 down to 0."""
     grown, since = since_growth(stages, stage, samples, batch)
-    return max(0.0, 1 - since / grown.fade) if grown.fade else 1.0
+    return max(0.0, 1 - since / grown.multiplier_fade) if grown.multiplier_fade else 1.0

@@ -68,12 +68,12 @@ class RunState(BaseModel, frozen=True, extra="forbid", strict=True):
     flops: float = 0.0
     """floating-point operations spent on training so far"""
     seconds: float = 0.0
-    """wall-clock time of all lives so far"""
+    """wall-clock time of all attempts so far"""
     decisions: tuple[Decision, ...] = Field((), strict=False)
     """what the recipe left open, as far as it is decided"""
     window: tuple[tuple[float, float], ...] = Field((), strict=False)
     """loss and mean caption length of each step since the stage's rule last measured a slope"""
-    life: int = 0
+    attempt: int = 0
     """how many times the run was started or resumed"""
     health: Health = Health()
     """what the log lines of this stage said"""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..config import CacheConfig, DataConfig
 from ..errors import BadSample, DataError, shown
-from ..ledger import LedgerEntry, reasons_table
+from ..ledger import LedgerEntry, reasons_text
 from ..order import Line, Mixture, Order, Place, Places, stream
 from ..samples.arrays import Vectors, present
 from ..samples.boxes import SampleBoxes, read_boxes, seen_boxes
@@ -29,7 +29,7 @@ from ..samples.captions import Texts, drawn_caption, looks, read_texts, tags_of
 from ..samples.clip_tokenizer import fitted
 from ..samples.color_jitter import jittered
 from ..samples.decode import Crop, captions_and_labels, centre_crop, cropped, drawn_crop, picture, whole_sides
-from ..samples.draws import Draws, rows
+from ..samples.draws import Draws, draw_rows
 from ..samples.sample import Batch, Sample, collate
 from ..samples.tokenizer import open_tokenizer
 from ..shards.record import Record
@@ -66,10 +66,10 @@ class Loader:
         self.cache = BlockCache(config.cache.bytes)
         self.sources = [open_source(each.source, self.cache, each.filter, config.bad_shards) for each in config.train]
         for source, each in zip(self.sources, config.train, strict=True):
-            check_tags(source, each.captions)
+            check_tags(source, each.caption_weights)
         shards = [source.shard_lengths for source in self.sources]
         mixtures = mixtures or [Mixture(0, tuple(each.weight for each in config.train))]
-        self.order = Order(seed, shards, mixtures, config.batch, config.shuffle, config.lanes)
+        self.order = Order(seed, shards, mixtures, config.batch, config.shuffle_window, config.lanes)
         for source, line in zip(self.sources, self.order.sources, strict=True):
             self._cache_windows(source, line)
         self._items = _Items(self.sources, self.order, config, resolution, context)
@@ -87,11 +87,11 @@ class Loader:
         if not source.is_cached and self.rank == 0:
             logging.getLogger(__name__).warning(
                 "%s: data.cache.limit = %s has no room for the %.1f GB that are drawn from at a time, so every sample "
-                "is a request of its own; raise the limit, or lower data.shuffle = %d or data.lanes = %d",
+                "is a request of its own; raise the limit, or lower data.shuffle_window = %d or data.lanes = %d",
                 shown_url(source.url),
                 self.config.cache.limit,
                 need / 1e9,
-                self.config.shuffle,
+                self.config.shuffle_window,
                 self.config.lanes,
             )
 
@@ -128,7 +128,7 @@ class Loader:
             return
         config, batch = self.config, self.config.batch // self.world
         workers = Workers(
-            self._items.batch, places, self._named, config.workers, batch, self._items.resolution, config.patience
+            self._items.batch, places, self._named, config.workers, batch, self._items.resolution, config.decode_timeout
         )
         try:
             yield from workers.batches()
@@ -172,12 +172,12 @@ class Loader:
         for source in self.sources:
             self._check_left_out(source)
             bad = {place: entry for place, entry in self._bad.get(source.url, {}).items() if entry.key}
-            allowed = floor(self.config.bad_samples * len(source))
+            allowed = floor(self.config.max_bad_fraction * len(source))
             if len(bad) > allowed:
                 raise DataError(
                     f"{shown_url(source.url)}: {len(bad)} of {len(source)} samples are bad, {allowed} are allowed\n"
-                    f"{reasons_table(bad.values())}\n"
-                    f"mend or leave out these samples (ledger.jsonl names them), or raise data.bad_samples"
+                    f"{reasons_text(bad.values())}\n"
+                    f"mend or leave out these samples (ledger.jsonl names them), or raise data.max_bad_fraction"
                 )
 
     def _check_left_out(self, source: Source) -> None:
@@ -214,13 +214,13 @@ class _Items:
 
     def _some(self, places: Places, note: Note) -> list[Drawn]:
         """All is read before the first picture is decoded: each runs faster, for the processor's caches, by itself."""
-        chances = rows(self.order.seed, "sample", places.position, _MOST_DRAWS)
+        chances = draw_rows(self.order.seed, "sample", places.position, _MOST_DRAWS)
         begun = [self._read(place, place.number, chance, note) for place, chance in zip(places, chances, strict=True)]
         return [self._drawn(*each, note, self._decoded) for each in zip(places, chances, begun, strict=True)]
 
     def records(self, places: Places) -> list[tuple[Record, str, list[LedgerEntry]]]:
         """What `Loader.records` gives."""
-        chances, note, found = rows(self.order.seed, "sample", places.position, _MOST_DRAWS), Note(), []
+        chances, note, found = draw_rows(self.order.seed, "sample", places.position, _MOST_DRAWS), Note(), []
         for place, chance in zip(places, chances, strict=True):
             read = self._read(place, place.number, chance, note)
             (record, caption), bad = self._drawn(place, chance, read, note, self._checked)
@@ -252,7 +252,7 @@ class _Items:
             number = spare
             read = self._read(place, number, chance, note)
         raise DataError(
-            f"{shown_url(source.url)}: no usable sample in {len(bad)} drawn for one place\n{reasons_table(bad)}\n"
+            f"{shown_url(source.url)}: no usable sample in {len(bad)} drawn for one place\n{reasons_text(bad)}\n"
             f"check what the shards hold"
         )
 
@@ -283,8 +283,8 @@ class _Items:
         crop = drawn_crop(height, width, self.augment, read.random)
         boxes = self._boxes(place.source, read, crop, height, width)
         image = cropped(whole, crop, self.resolution)
-        if self.augment.jitter.active:
-            image = jittered(image, self.augment.jitter, stream(self.order.seed, "jitter", place.position))
+        if self.augment.color_jitter.active:
+            image = jittered(image, self.augment.color_jitter, stream(self.order.seed, "jitter", place.position))
         return Sample(
             source=self.sources[place.source].url,
             key=record.key,
@@ -305,7 +305,9 @@ class _Items:
         if unit is None:
             return SampleBoxes.none() if self.any_boxes else None
         sides = whole_sides(read.record.fields) if self.least and unit == "pixels" else (height, width)
-        boxes = seen_boxes(read_boxes(read.texts.metadata, unit, *sides), crop, height, width, self.augment.least_box)
+        boxes = seen_boxes(
+            read_boxes(read.texts.metadata, unit, *sides), crop, height, width, self.augment.min_box_fraction
+        )
         return boxes.tokenised(self.tokenizer, self.context)
 
 

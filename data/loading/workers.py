@@ -211,7 +211,7 @@ class Workers:
                 worker.process.kill()
                 raise DataError(
                     f"a decoding process hangs: it has been for {seconds:.0f} seconds at {self._name(*place)}; "
-                    f"leave the sample out, or raise data.patience = {self._patience:g}"
+                    f"leave the sample out, or raise data.decode_timeout = {self._patience:g}"
                 )
 
     def _died(self, worker: _Worker) -> DataError:

@@ -4,10 +4,10 @@ key.txt is one caption. key.json may hold more of them, and what else is known o
 `{"captions": [TEXT or {"text": TEXT, "source": TAG, "weight": 2.5}, ...], "labels": {NAME: CLASS}, ...}`. A plain text
 has the tag `untagged` and the weight 1.
 
-The draw has two steps. Where the recipe gives a source weights by tag (`captions: {alt: 1, recaption: 3}`), a tag is
-drawn by them among those that the sample has; then a caption among those of the tag, by their own weights. So a tag
-keeps its share however many captions it has. Weights count to a millionth and are drawn as whole numbers: the choice
-is exact, and depends on the seed, the position and the sample alone.
+The draw has two steps. Where the recipe gives a source weights by tag (`caption_weights: {alt: 1, recaption: 3}`), a
+tag is drawn by them among those that the sample has; then a caption among those of the tag, by their own weights. So a
+tag keeps its probability however many captions it has. Weights count to a millionth and are drawn as whole numbers: the
+choice is exact, and depends on the seed, the position and the sample alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import CAPTION_UNIT, UNTAGGED
 from ..errors import BadSample, shown
-from .clip_tokenizer import clean
+from .clip_tokenizer import clean_text
 from .draws import Draws
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _caption(item: object) -> Caption:
 
 def check_text(text: str, what: str) -> None:
     """Raises BadSample if there is nothing to tokenise."""
-    if not clean(text):
+    if not clean_text(text):
         raise BadSample(f"{what} is empty")
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise BadSample(f"{what} is not Unicode: it holds half of a surrogate pair")

@@ -24,7 +24,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)[:, None, None]  # ITU-R BT.6
 
 def jittered(image: Picture, jitter: JitterConfig, random: np.random.Generator) -> Picture:
     """The picture with its colours changed as `random` draws it; the very picture where nothing is drawn."""
-    changed, grey = random.random(2) < (jitter.probability, jitter.grey)
+    changed, grey = random.random(2) < (jitter.probability, jitter.grayscale)
     draws = random.uniform(-1, 1, 4)
     order = random.permutation(4)
     if changed:

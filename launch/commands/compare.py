@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...training.report.comparison_page import signed, verdict
 from ...training.report.readable import score
-from ..errors import RecipeError, clean
+from ..errors import RecipeError, safe_text
 from .eval import asked, opened_model, scored, suites_of
 
 if TYPE_CHECKING:
@@ -75,12 +75,12 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("score", overflow="fold")
     for head in (*names, "difference", "95% interval", "lost", "won", "p", ""):
-        table.add_column(Text(clean(head)), justify="right")
+        table.add_column(Text(safe_text(head)), justify="right")
     for task in found["tasks"]:
         key, values = task["key"], task["values"]
         for number, change in enumerate(task["changes"]):
             shown = [score(key, value) for value in values] if not number else [""] * len(values)
-            title = key if not number else f"  {clean(names[number + 1])}"
+            title = key if not number else f"  {safe_text(names[number + 1])}"
             table.add_row(Text(title), *shown, *_cells(key, change))
     return table
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ...training.evaluate.config import BUILT_IN, EvalConfig
 from ...training.recipe import Recipe
-from ..errors import RecipeError, clean
+from ..errors import RecipeError, safe_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,7 +75,7 @@ def suites_of(names: list[str]) -> EvalConfig:
     try:
         config = EvalConfig.model_validate({"suites": names})
     except ValidationError as error:
-        raise RecipeError(clean(error.errors()[0]["msg"].removeprefix("Value error, "))) from None
+        raise RecipeError(safe_text(error.errors()[0]["msg"].removeprefix("Value error, "))) from None
     if config.own:
         from ...training.evaluate.protocols import check_suites
 
@@ -86,7 +86,7 @@ def suites_of(names: list[str]) -> EvalConfig:
 def asked(opened: Opened, config: EvalConfig | None, data: str | None) -> tuple[EvalConfig, str]:
     """How a model is to be evaluated and on which shards: by `config` and `data`, the rest by its own recipe.
     Raises RecipeError, DataError."""
-    recipe, shown = opened.recipe, clean(opened.url)
+    recipe, shown = opened.recipe, safe_text(opened.url)
     given = {"examples": 0} if config is None else {"examples": 0, "suites": config.suites}
     wanted = recipe.eval.model_copy(update=given)
     if not wanted.suites:
@@ -128,7 +128,7 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
     recipe = pair[1].recipe
     source = data or recipe.evaluation_source
     if not source:
-        raise RecipeError(f"the recipe of {clean(pair[1].url)} names no data to evaluate on; give some with --data")
+        raise RecipeError(f"the recipe of {safe_text(pair[1].url)} names no data to evaluate on; give some with --data")
     captions = _captions(recipe, texts)
     world, found = World.join(), []
     for each in pair:
@@ -203,7 +203,7 @@ def opened_model(url: str) -> Opened:
         recipe = Recipe.model_validate(manifest.recipe)
     except ValidationError as error:  # written by another version
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"the recipe of {clean(commit.url)} cannot be used here: {clean(reason)}") from None
+        raise RecipeError(f"the recipe of {safe_text(commit.url)} cannot be used here: {safe_text(reason)}") from None
 
     def weights() -> dict[str, Tensor]:
         kind = "ema" if recipe.optimizer.ema else "model"
@@ -226,8 +226,8 @@ def _opened_weights(source: str) -> Opened:
     found = open_weights(source)
     if theirs := found.tokenizer.get("hf_tokenizer_name"):
         raise RecipeError(
-            f"{clean(source)} reads the tokens of {clean(str(theirs))}; import it with its tokenizer.json, treering "
-            f"import {clean(source)} --tokenizer FILE, and evaluate that"
+            f"{safe_text(source)} reads the tokens of {safe_text(str(theirs))}; import it with its tokenizer.json, "
+            f"treering import {safe_text(source)} --tokenizer FILE, and evaluate that"
         )
     checked_tokenizer(found, None)
 

@@ -37,7 +37,7 @@ def grow_offline(commit: str, to: list[str], shrink: list[str], options: list[st
     )
     file = Path(f"{recipe.name}-grown.yaml") if remote else Path(out) / "recipe.yaml"
     file.write_text(dump_recipe(recipe), encoding="utf-8")
-    folder = ["--out", f"runs/{recipe.name}-trained"] if recipe.origin else [] if remote else ["--out", out]
+    folder = ["--out", f"runs/{recipe.name}-trained"] if recipe.init_from else [] if remote else ["--out", out]
     return {"commit": grown.url, "recipe": str(file), "continue": ["treering", "train", str(file), *folder]} | {
         key: grown.event[key] for key in ("from", "to", "operators", "parameters_before", "parameters_after")
     }

@@ -1,11 +1,11 @@
-"""The lives of a run under a scheduler, and what is to come after each: `python -m treering.launch.jobs.attempts`.
+"""The attempts of a run under a scheduler, and what is to come after each: `python -m treering.launch.jobs.attempts`.
 
 The batch script asks; the answer is one word. A stop that Slurm announced puts the job back into the queue. A crash is
 tried again after a pause that doubles, and ends the job when it came three times without a step in between. Nodes that
-found themselves unfit are left out. The record is `DIR/job/lives.jsonl`, a line when a life begins and one when it
-ends. `DIR/job/owner.json` names the life that has the run: one that Slurm took for dead, since its node was cut off,
-may still go on there, and whatever of it looks there sees that another has begun, and ends. Only the standard library
-is imported: the script waits for the answer.
+found themselves unfit are left out. The record is `DIR/job/attempts.jsonl`, a line when an attempt begins and one when
+it ends. `DIR/job/owner.json` names the attempt that has the run: one that Slurm took for dead, since its node was cut
+off, may still go on there, and whatever of it looks there sees that another has begun, and ends. Only the standard
+library is imported: the script waits for the answer.
 """
 
 from __future__ import annotations
@@ -32,52 +32,52 @@ FOLLOWING = ("DistNetworkError", "DistStoreError", "RendezvousClosedError", "Ren
 """errors of a node that lost another one: its own word comes last"""
 FIRST_PAUSE, LONGEST_PAUSE = 1, 300
 """seconds"""
-LIFE = "TREERING_LIFE"
-"""environment variable that tells a process which life it belongs to: JOB.RESTART.TRY"""
+ATTEMPT = "TREERING_ATTEMPT"
+"""environment variable that tells a process which attempt it belongs to: JOB.RESTART.TRY"""
 UNFIT = "this node cannot train"
 """what a node says of itself in the job's log, behind its name: it may see no other file"""
 
 
-def lives_file(run: Path) -> Path:
+def attempts_file(run: Path) -> Path:
     """Where the record of a run lies."""
-    return run / "job" / "lives.jsonl"
+    return run / "job" / "attempts.jsonl"
 
 
 def owner_file(run: Path) -> Path:
-    """Where it stands which life has the run."""
+    """Where it stands which attempt has the run."""
     return run / "job" / "owner.json"
 
 
 def fit_folder(run: Path) -> Path:
-    """Where the nodes of a life leave a file of their name once they have found themselves fit."""
+    """Where the nodes of an attempt leave a file of their name once they have found themselves fit."""
     return run / "job" / "fit"
 
 
 def last_end(run: Path) -> str | None:
-    """How the life before this one ended, as a sentence; None if there was none."""
-    ends = [row for row in read_rows(lives_file(run)) if row["event"] == "end"]
+    """How the attempt before this one ended, as a sentence; None if there was none."""
+    ends = [row for row in read_rows(attempts_file(run)) if row["event"] == "end"]
     return f"{ends[-1]['reason']} (on {ends[-1]['nodes']})" if ends else None
 
 
 def lost(run: Path) -> str | None:
-    """Why this process must end: another life has the run. None if this one has it, or nobody says who has."""
-    own, owner = os.environ.get(LIFE), _owner(run)
-    if own is None or owner is None or owner["life"] == own:
+    """Why this process must end: another attempt has the run. None if this one has it, or nobody says who has."""
+    own, owner = os.environ.get(ATTEMPT), _owner(run)
+    if own is None or owner is None or owner["attempt"] == own:
         return None
-    return f"life {own} ends: life {owner['life']} of this run has begun on {owner['nodes']}"
+    return f"attempt {own} ends: attempt {owner['attempt']} of this run has begun on {owner['nodes']}"
 
 
 def begin(run: Path, job: dict[str, str]) -> bool:
-    """Write down that a life begins, and give it the run; `job` says which and where. False if another job, or a later
-    start of this one, has the run: only the first try of a start takes it from somebody.
+    """Write down that an attempt begins, and give it the run; `job` says which and where. False if another job, or a
+    later start of this one, has the run: only the first try of a start takes it from somebody.
 
-    A life before it that left no end was ended from outside.
+    An attempt before it that left no end was ended from outside.
     """
     owner = _owner(run)
-    start, attempt = job["life"].rsplit(".", 1)
-    if owner is not None and attempt != "0" and owner["life"].rsplit(".", 1)[0] != start:
+    start, attempt = job["attempt"].rsplit(".", 1)
+    if owner is not None and attempt != "0" and owner["attempt"].rsplit(".", 1)[0] != start:
         return False
-    rows = read_rows(lives_file(run))
+    rows = read_rows(attempts_file(run))
     if rows and rows[-1]["event"] == "begin":
         reason = "ended from outside: requeued, cancelled, or its node was lost"
         _write(run, {**rows[-1], "event": "end", "reason": reason, "kind": "outside", "step": reached(run)})
@@ -88,16 +88,17 @@ def begin(run: Path, job: dict[str, str]) -> bool:
     return True
 
 
-def end(run: Path, life: str, code: int, signal: str, most_restarts: int) -> str:
-    """Write down how the life ended, and say what comes next: done, requeue, `again SECONDS`, `without NODE ...`, halt.
+def end(run: Path, attempt: str, code: int, signal: str, most_restarts: int) -> str:
+    """Write down how the attempt ended, and say what comes next: done, requeue, `again SECONDS`, `without NODE ...`,
+    halt.
 
-    A life that no longer has the run writes nothing and halts.
+    An attempt that no longer has the run writes nothing and halts.
     """
     owner = _owner(run)
-    if owner is not None and owner["life"] != life:
-        print(f"life {life} ends: life {owner['life']} has begun on {owner['nodes']}", file=sys.stderr)
+    if owner is not None and owner["attempt"] != attempt:
+        print(f"attempt {attempt} ends: attempt {owner['attempt']} has begun on {owner['nodes']}", file=sys.stderr)
         return "halt"
-    rows = read_rows(lives_file(run))
+    rows = read_rows(attempts_file(run))
     begun: dict[str, Any] = (
         rows[-1] if rows else {"event": "begin", "time": 0.0, "nodes": "?", "used": "", "restart": "0", "log": 0}
     )
@@ -122,8 +123,8 @@ def end(run: Path, life: str, code: int, signal: str, most_restarts: int) -> str
 
 
 def next_look(rows: list[dict[str, Any]], every: int) -> int:
-    """Seconds after which a life on fewer nodes than it could use looks for free ones: `every`, or longer if starting
-    over for more nodes brought none the last times. `rows` end with the life's begin."""
+    """Seconds after which an attempt on fewer nodes than it could use looks for free ones: `every`, or longer if
+    starting over for more nodes brought none the last times. `rows` end with the attempt's begin."""
     fruitless, before = 0, None
     for row in rows:
         if row["event"] == "end":
@@ -171,7 +172,7 @@ def _why(run: Path, code: int, signal: str, begun: dict[str, Any]) -> tuple[str,
 
 
 def _unfit(run: Path, begun: dict[str, Any], told: list[dict[str, Any]]) -> dict[str, str]:
-    """Nodes of the life that cannot train, and why: what they said, and those that alone cannot reach the store."""
+    """Nodes of the attempt that cannot train, and why: what they said, and those that alone cannot reach the store."""
     used = begun["used"].split()
     try:
         with (run / "job.log").open("rb") as file:
@@ -203,7 +204,7 @@ def _crashes_without_progress(rows: list[dict[str, Any]]) -> int:
 
 
 def _write(run: Path, row: dict[str, Any]) -> None:
-    path = lives_file(run)
+    path = attempts_file(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**row, "time": time.time()}) + "\n")
@@ -226,19 +227,19 @@ def _size(path: Path) -> int:
 
 
 def main() -> None:
-    """Entry for the batch script: `begin RUN LIFE "NODE ..." SECONDS` and `end RUN LIFE CODE SIGNAL RESTARTS`."""
-    verb, run, life, *rest = sys.argv[1:]
+    """Entry for the batch script: `begin RUN ATTEMPT "NODE ..." SECONDS` and `end RUN ATTEMPT CODE SIGNAL RESTARTS`."""
+    verb, run, attempt, *rest = sys.argv[1:]
     folder = Path(run)
     if verb == "begin":
         used, every = rest
         names = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "restart": "SLURM_RESTART_COUNT"}
         about = {key: os.environ.get(name, "0") for key, name in names.items()}
-        if not begin(folder, {"life": life, "used": used, **about}):
-            sys.exit(f"life {life} does not begin: another has the run")
-        print(next_look(read_rows(lives_file(folder)), int(every)))
+        if not begin(folder, {"attempt": attempt, "used": used, **about}):
+            sys.exit(f"attempt {attempt} does not begin: another has the run")
+        print(next_look(read_rows(attempts_file(folder)), int(every)))
     else:
         code, signal, most = rest
-        print(end(folder, life, int(code), signal, int(most)))
+        print(end(folder, attempt, int(code), signal, int(most)))
 
 
 if __name__ == "__main__":

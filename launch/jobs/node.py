@@ -22,7 +22,7 @@ from types import FrameType
 from ..errors import RunError, user_message
 from ..run_folder import STOPPED
 from ..threads import share_cores
-from .attempts import BAD_NODE, FOLLOWING, LIFE, UNFIT, fit_folder, lost
+from .attempts import ATTEMPT, BAD_NODE, FOLLOWING, UNFIT, fit_folder, lost
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     run: Path = options.run
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    os.environ[LIFE] = options.id
+    os.environ[ATTEMPT] = options.id
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a node that dies, the others would print stacks in C++
     forward_signals()
     try:
@@ -69,13 +69,13 @@ def main() -> None:
 
 def _look_around(run: Path, name: str, processes: int) -> None:
     """Whether this node can train, told to whoever decides. Raises RunError or StoreError if it cannot."""
-    from .preflight import check_store, examine_node
+    from .preflight import check_store_from_node, examine_node
 
     wrong = examine_node(run, processes)
     if wrong:
         raise RunError(f"{UNFIT}: {'; '.join(wrong)}", BAD_NODE)
     if os.environ.get("SLURM_LOCALID", "0") == "0":  # the others of the node would hear the same
-        check_store(run)
+        check_store_from_node(run)
     fit_folder(run).mkdir(parents=True, exist_ok=True)
     (fit_folder(run) / name).touch()
 
@@ -118,7 +118,7 @@ def children() -> list[int]:
 
 def _leave_word(run: Path, host: str, error: RunError) -> None:
     """Say it in the log, and leave it where the decision is taken; the folder may be what is missing, or another
-    life's by now."""
+    attempt's by now."""
     print(f"{host}: {error}", file=sys.stderr, flush=True)
     if error.code == STOPPED or lost(run):
         return

@@ -9,9 +9,10 @@ round: each of c copies receives 1/c of its original's, while a divided reader r
     readers   w/c      m         v            old/new, and weight decay x new/old
 
 so that plain copies follow the small model exactly, step by step (up to Adam's eps and the clipping of the whole
-gradient). They would stay copies for ever; the noise of `copies: noise` makes them diverge. It sums to zero over the
-copies of a unit, so the function does not change (HyperCloning, Samragh et al., arXiv 2409.12903). With `copies: lemon`
-the copies of a reader are fresh draws, shifted alike so that their sum is right (LEMON, Wang et al., arXiv 2310.07999).
+gradient). They would stay copies for ever; the noise of `width_init: noise` makes them diverge. It sums to zero over
+the copies of a unit, so the function does not change (HyperCloning, Samragh et al., arXiv 2409.12903). With
+`width_init: lemon` the copies of a reader are fresh draws, shifted alike so that their sum is right (LEMON, Wang et
+al., arXiv 2310.07999).
 
 Heads and hidden units grow to any number: some get one copy more than others. A norm averages over the stream, so there
 only whole copies are made, and the remaining new channels are padded with the stream's mean (LEMON): the mean stays and
@@ -31,7 +32,7 @@ from ..model import named_generator
 from ..spec import ModelSpec, padding_variance
 from .axes import Use, uses
 from .operator import NOISE, Rule, TensorMap, along
-from .options import Copies
+from .options import WidthInit
 
 _WRITER = {"model": 0, "exp_avg": 1, "exp_avg_sq": 2}
 """the power of the number of copies by which each kind of state of a writer is divided"""
@@ -46,7 +47,7 @@ class Widen:
     old: int
     new: int
     unit: int
-    copies: Copies
+    width_init: WidthInit
     seed: int
     spec: ModelSpec | None = None
     """of the grown model; None: one with all defaults"""
@@ -108,7 +109,7 @@ class Widen:
 
         def split(tensor: Tensor) -> Tensor:
             parts = divide(tensor)
-            if self.copies == "duplicate":
+            if self.width_init == "duplicate":
                 return parts
             copied = parts.shape[dim] - self.padding
             draws = torch.randn(parts.shape, generator=self._generator(name)).to(parts)
@@ -127,7 +128,7 @@ class Widen:
         # The mean of the draws over the copies of each unit, at each copy.
         means = draws.new_zeros(shape).index_add(dim, sources, draws).index_select(dim, sources) / c
         centred = draws - means
-        if self.copies == "lemon":
+        if self.width_init == "lemon":
             return parts + centred * c.sqrt() * size  # as large as a fresh initialisation
         # Taking away the mean of c draws leaves (c - 1) / c of their power.
         return parts + centred * (c / (c - 1).clamp(min=1)).sqrt() * size * NOISE
@@ -137,7 +138,7 @@ class Widen:
 
     def describe(self) -> dict[str, Any]:
         """For the lineage."""
-        numbers = {"from": self.old, "to": self.new, "copies": self.copies, "seed": self.seed}
+        numbers = {"from": self.old, "to": self.new, "width_init": self.width_init, "seed": self.seed}
         return {"operator": "widen", "field": self.axis, **numbers} | ({"padded": self.padding} if self.padding else {})
 
 

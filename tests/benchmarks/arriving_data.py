@@ -37,7 +37,7 @@ from treering.data.shards.tar_writer import TarWriter
 from treering.launch.recipe.load import read_recipe
 from treering.models.spec import ModelSpec
 from treering.training.checkpoint.commits import find_commit
-from treering.training.device import describe
+from treering.training.device import device_name
 from treering.training.loop import train
 from treering.training.stages import StageConfig
 from treering.training.world import World
@@ -100,7 +100,7 @@ def stages(arm: str, seed: int, samples: int, trial: int) -> list[dict[str, Any]
         if number and arm.endswith("_momentum"):
             stage["inherit"] = MOMENTUM
         if number and arm.startswith(("random", "searched")):
-            search = {"space": SPACE[number - 1], "flops": BOUND, "samples": trial}
+            search = {"space": SPACE[number - 1], "max_flops": BOUND, "samples": trial}
             if arm.startswith("searched"):
                 stage["search"] = search
             else:
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(figures, outcomes)
         return
     versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in ("torch", "treering")}
-    device = f"{describe(World.join().device)}, one thread"
+    device = f"{device_name(World.join().device)}, one thread"
     print(json.dumps({"benchmark": "arriving_data", "device": device, "versions": versions, "figures": figures}))
 
 

@@ -133,7 +133,7 @@ def go_on(arm: Arm, model: Model, optimizer: Optimizer, seed: int) -> tuple[Mode
         eps = 1e-5 / arm.width
         towers = {t: getattr(new, t).model_copy(update={"norm_eps": eps}) for t in ("image", "text")}
         new = new.model_copy(update=towers)
-    how = GrowthConfig(copies=arm.copies, layers=arm.layers, moments=arm.moments)
+    how = GrowthConfig(width_init=arm.copies, depth_init=arm.layers, moments=arm.moments)
     state = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
     state |= {f"{kind}/{name}": t for kind, ts in optimizer.state().items() for name, t in ts.items()}
     operators = planned(old, new, seed, how, lambda kind, name: state[f"{kind}/{name}"])

@@ -41,7 +41,7 @@ eval: {{suites: []}}
 watchdog: {{limit: 12s}}
 """
 # What every Python process of the tests does, and the product knows nothing of: training pauses before each step, so
-# that there is time to act, and writes down which samples it took in which life.
+# that there is time to act, and writes down which samples it took in which attempt.
 SPY = """
 import json, os, sys, time
 def hook(event, arguments):
@@ -50,7 +50,7 @@ def hook(event, arguments):
         loop.spied, step = True, loop.Run.step
         def slow(run, batch):
             time.sleep(float(open(os.environ["TEST_PAUSE"]).read()))
-            row = {"step": run.state.step, "life": run.state.life, "keys": batch.keys}
+            row = {"step": run.state.step, "attempt": run.state.attempt, "keys": batch.keys}
             with (run.out / f"taken-{run.world.rank}.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\\n")
             step(run, batch)
@@ -176,19 +176,19 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows(run) if row["event"] == "step"]
 
 
-def lives(run: Path) -> list[dict[str, Any]]:
+def attempts(run: Path) -> list[dict[str, Any]]:
     """The start and resume lines."""
     return [row for row in rows(run) if row["event"] in ("start", "resume")]
 
 
 def taken(run: Path) -> list[list[str]]:
     """Keys of the samples that each step of the finished run was made of, in rank order; a step that was made again
-    counts as the last life made it."""
+    counts as the last attempt made it."""
     found: dict[int, dict[int, dict[int, list[str]]]] = {}
     for path in run.glob("taken-*.jsonl"):
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            found.setdefault(row["step"], {}).setdefault(row["life"], {})[int(path.stem[6:])] = row["keys"]
+            found.setdefault(row["step"], {}).setdefault(row["attempt"], {})[int(path.stem[6:])] = row["keys"]
     kept = [found[step][max(found[step])] for step in sorted(found)]
     return [[key for rank in sorted(ranks) for key in ranks[rank]] for ranks in kept]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from treering.launch.jobs.attempts import lives_file
+from treering.launch.jobs.attempts import attempts_file
 from treering.launch.run_folder import read_rows
 from treering.slurm.cluster import Cluster
-from treering.tests.cluster.conftest import Bench, as_if_nothing_had_happened, lives, log, rows, step, until
+from treering.tests.cluster.conftest import Bench, as_if_nothing_had_happened, attempts, log, rows, step, until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -23,30 +23,30 @@ def test_three_nodes_then_two_then_three(
     cluster, run = bench.cluster, tmp_path / "run"
     bench.pause(0.3)
     job = bench.submit(str(recipe), "--nodes", "2-3", "--out", str(run), **bench.site("expand: 4\n"))
-    _until_steps_on(run, 3)  # and a commit, so that this life is one of the run
+    _until_steps_on(run, 3)  # and a commit, so that this attempt is one of the run
     cluster.kill_node("n3")
     _until_steps_on(run, 2)
     cluster.start_node("n3")
     _until_steps_on(run, 3)
     bench.pause(0)
     until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(run)}", 120)
-    hosts = [life["hosts"] for life in lives(run)]
+    hosts = [attempt["hosts"] for attempt in attempts(run)]
     # Slurm may end the step once more, when its word to the dead node at last arrives: the run goes on as it was.
     assert [host for host, _ in itertools.groupby(hosts)] == [["n1", "n2", "n3"], ["n1", "n2"], ["n1", "n2", "n3"]]
     as_if_nothing_had_happened(run, uninterrupted, 1e-5)
-    ends = [row["reason"] for row in read_rows(lives_file(run)) if row["event"] == "end"]
+    ends = [row["reason"] for row in read_rows(attempts_file(run)) if row["event"] == "end"]
     assert "more nodes are free" in ends
-    up = next(life for life in lives(run)[hosts.index(["n1", "n2"]) :] if life["world"] == 3)
+    up = next(attempt for attempt in attempts(run)[hosts.index(["n1", "n2"]) :] if attempt["world"] == 3)
     assert "more nodes are free" in up["before"]
     stopped = [row["step"] for row in rows(run) if row["event"] == "commit" and row["reason"] == "signal"]
     assert up["step"] in stopped  # going up costs no step
 
 
 def _until_steps_on(run: Path, nodes: int) -> None:
-    """Until the newest life is one on so many nodes, and has made seven steps, and a commit."""
+    """Until the newest attempt is one on so many nodes, and has made seven steps, and a commit."""
 
     def there() -> bool:
-        now = lives(run)[-1:]
+        now = attempts(run)[-1:]
         return bool(now) and now[0]["world"] == nodes and step(run) >= now[0]["step"] + 7
 
     until(there, lambda: f"no steps on {nodes} nodes\n{log(run)}", 120)
@@ -69,7 +69,7 @@ def test_the_first_node_does_not_see_where_it_would_write(bench: Bench, recipe: 
     job = bench.submit(str(recipe), "--nodes", "1", "--out", str(blind), "stages.0.samples=180")
     until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(blind)}", 150)
     assert "leaves out n1" in log(blind)
-    assert [life["hosts"] for life in lives(blind)] == [["n2"]]
+    assert [attempt["hosts"] for attempt in attempts(blind)] == [["n2"]]
     assert step(blind) == 15
 
 
@@ -79,7 +79,7 @@ def test_an_unfit_node_is_named_and_others_are_asked_for(bench: Bench, recipe: P
     assert "n2: this node cannot train: it does not see the run folder" in log(blind)
     assert "asking Slurm for others" in log(blind)
     assert "leaves out n2" in log(blind)
-    assert [life["hosts"] for life in lives(blind)] == [["n1", "n3"]]
+    assert [attempt["hosts"] for attempt in attempts(blind)] == [["n1", "n3"]]
     assert "ExcNodeList=n2" in bench.cluster.run("scontrol", "-o", "show", "job", job).stdout
     assert bench.cluster.run("sinfo", "-h", "-N", "-n", "n2", "-p", "main", "-o", "%T").stdout == "idle\n"
     assert step(blind) == 15
@@ -91,7 +91,7 @@ def test_an_unfit_node_is_drained_where_the_site_says_so(bench: Bench, recipe: P
     job = bench.submit(*words, **bench.site("drain: true\n"))
     until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(blind)}", 150)
     assert "goes on without n2" in log(blind)
-    assert [life["hosts"] for life in lives(blind)] == [["n1"]]
+    assert [attempt["hosts"] for attempt in attempts(blind)] == [["n1"]]
     node = bench.cluster.run("scontrol", "show", "node", "n2").stdout
     assert "DRAIN" in node
     assert f"Reason=unfit for Treering job {job}" in node
@@ -104,7 +104,7 @@ def test_one_task_a_gpu(bench: Bench, recipe: Path, tmp_path: Path) -> None:
     words = [str(recipe), "--nodes", "2", "--processes-per-node", "2", "--out", str(run), "stages.0.samples=180"]
     job = bench.submit(*words, **site)
     until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(run)}", 150)
-    (start,) = lives(run)
+    (start,) = attempts(run)
     assert (start["world"], start["hosts"]) == (4, ["n1", "n2"])
     assert "TASKS=2 PROCESSES=1" in (run / "job" / "pretrain.sbatch").read_text()
     assert "NCCL_IB_HCA=mlx5" in log(run)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from treering.launch.jobs.attempts import lives_file, owner_file
+from treering.launch.jobs.attempts import attempts_file, owner_file
 from treering.launch.run_folder import read_rows
 from treering.slurm.cluster import Cluster
 from treering.tests.cluster import conftest
-from treering.tests.cluster.conftest import Bench, lives, log, losses, rows, started, step, until, workers
+from treering.tests.cluster.conftest import Bench, attempts, log, losses, rows, started, step, until, workers
 from treering.tests.support.s3_server import Server
 
 pytestmark = pytest.mark.timeout(300)
@@ -54,25 +54,25 @@ def test_a_node_that_is_cut_off(
 ) -> None:
     """The node of the batch script and the only process, or that of the second process."""
     cluster, run = apart.cluster, tmp_path / "run"
-    apart.pause(0.7)  # slow enough for the cut-off life to be under way when the next one begins
+    apart.pause(0.7)  # slow enough for the cut-off attempt to be under way when the next one begins
     job = apart.submit(str(recipe), "--nodes", str(nodes), "--out", str(run))
     until(lambda: step(run) >= 6, lambda: log(run), 120)
-    cut = lives(run)[0]["hosts"][-1]
+    cut = attempts(run)[0]["hosts"][-1]
     before = set(workers(run).values())
     cluster.cut(cut)
     try:
-        until(lambda: _owner(run).startswith(f"{job}.1."), lambda: f"no second life\n{log(run)}", 120)
+        until(lambda: _owner(run).startswith(f"{job}.1."), lambda: f"no second attempt\n{log(run)}", 120)
         until(lambda: not before & _alive(run), lambda: f"what was cut off goes on: {workers(run)}\n{log(run)}", 20)
         apart.pause(0)
         until(lambda: apart.state(job) == "COMPLETED", lambda: f"{apart.state(job)}\n{log(run)}", 120)
         left = _modified(run)
     finally:
         cluster.mend(cut)
-    first, second = lives(run)
+    first, second = attempts(run)
     assert cut not in second["hosts"]
-    assert (first["life"], second["life"]) == (1, 2)
+    assert (first["attempt"], second["attempt"]) == (1, 2)
     _written_by_one_at_a_time(run)
-    told = read_rows(lives_file(run))
+    told = read_rows(attempts_file(run))
     assert [row["event"] for row in told] == ["begin", "end", "begin", "end"]
     assert [row["kind"] for row in told if row["event"] == "end"][-1] == "finished"
     conftest.as_if_nothing_had_happened(run, uninterrupted, 1e-5)
@@ -82,8 +82,8 @@ def test_a_node_that_is_cut_off(
 
 
 def _written_by_one_at_a_time(run: Path) -> None:
-    """Logs that read as of one run: what the first life wrote after the second had begun is in none of them."""
-    begun = lives(run)[1]["time"]
+    """Logs that read as of one run: what the first attempt wrote after the second had begun is in none of them."""
+    begun = attempts(run)[1]["time"]
     after = [row for row in rows(run) if row["time"] > begun]
     resumed = next(i for i, row in enumerate(rows(run)) if row["event"] == "resume")
     assert after == rows(run)[resumed + 1 :]
@@ -93,9 +93,9 @@ def _written_by_one_at_a_time(run: Path) -> None:
     last = text.rpartition("begins on")[2]
     assert last.count("srun ended with code") == last.count("srun ended with code 0") == 1
     beats = [json.loads(path.read_text()) for path in (run / "heartbeats").glob("rank-*.json")]
-    assert {beat["host"] for beat in beats} == set(lives(run)[1]["hosts"])
+    assert {beat["host"] for beat in beats} == set(attempts(run)[1]["hosts"])
     commits = sorted(path.parent.name for path in (run / "commits").glob("step-*/COMMIT"))
-    assert commits == sorted(commits, key=lambda name: name[-4:])  # the first life's lie before the second's
+    assert commits == sorted(commits, key=lambda name: name[-4:])  # the first attempt's lie before the second's
 
 
 def _modified(run: Path) -> dict[Path, float]:
@@ -103,11 +103,11 @@ def _modified(run: Path) -> dict[Path, float]:
 
 
 def _owner(run: Path) -> str:
-    return str(json.loads(owner_file(run).read_text())["life"])
+    return str(json.loads(owner_file(run).read_text())["attempt"])
 
 
 def _alive(run: Path) -> set[int]:
-    """All training processes of the run, of whatever life."""
+    """All training processes of the run, of whatever attempt."""
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -123,7 +123,7 @@ def test_a_node_with_a_slow_network_is_left_out(apart: Bench, recipe: Path, tmp_
     if shutil.which("tc") is None or _shape(cluster, *shape):
         pytest.skip("this machine cannot make a network slow (tc, tbf)")
     try:
-        site = apart.site("bandwidth: 0.02\nexpand: 0\n")
+        site = apart.site("max_bandwidth: 0.02\nexpand: 0\n")
         words = [str(recipe), "--nodes", "2-3", "--out", str(run), "stages.0.samples=180"]
         job = apart.submit(*words, **site)
         until(lambda: apart.state(job) == "COMPLETED", lambda: f"{apart.state(job)}\n{log(run)}", 150)
@@ -131,7 +131,7 @@ def test_a_node_with_a_slow_network_is_left_out(apart: Bench, recipe: Path, tmp_
         _shape(cluster, "qdisc", "delete", "dev", "eth0", "root")
     assert "n2: this node cannot train: all-reduce at 0.0" in log(run)
     assert "goes on without n2" in log(run)
-    assert [start["hosts"] for start in lives(run)] == [["n1", "n3"]]
+    assert [start["hosts"] for start in attempts(run)] == [["n1", "n3"]]
     assert losses(run)[-1][0] == 15
 
 

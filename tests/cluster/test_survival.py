@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from treering.launch.jobs.attempts import lives_file
+from treering.launch.jobs.attempts import attempts_file
 from treering.launch.run_folder import read_rows
 from treering.tests.cluster.conftest import (
     Bench,
@@ -37,7 +37,7 @@ class Happened:
     name: str
     total: float
     ends: float
-    """until the life had ended, its commit included, or nothing of it was left to write that down"""
+    """until the attempt had ended, its commit included, or nothing of it was left to write that down"""
     slurm: float
     """then until the batch script began the next one, where Slurm had to start it"""
     begins: float
@@ -51,28 +51,28 @@ class Patient:
         self.bench, self.run, self.job = bench, run, job
         self.table: list[Happened] = []
 
-    def happens(self, name: str, event: Callable[[], object], new_life: bool = True) -> None:
-        """Wait for some steps of the newest life, let the event happen, wait for the first new step after it."""
+    def happens(self, name: str, event: Callable[[], object], new_attempt: bool = True) -> None:
+        """Wait for some steps of the newest attempt, let the event happen, wait for the first new step after it."""
         self._progress(time.time(), 3)
-        lives, before = self._lives(), time.time()
+        attempts, before = self._attempts(), time.time()
         event()
-        if new_life:
-            until(lambda: self._lives() > lives, lambda: f"{name}: no new life\n{log(self.run)}", 120)
+        if new_attempt:
+            until(lambda: self._attempts() > attempts, lambda: f"{name}: no new attempt\n{log(self.run)}", 120)
         begun = next((r["time"] for r in reversed(rows(self.run)) if r["event"] in ("start", "resume")), before)
-        since = begun if new_life else before
+        since = begun if new_attempt else before
         self._progress(since, 1)
         first = next(r["time"] for r in rows(self.run) if r["event"] == "step" and r["time"] > since)
-        self.table.append(self._parts(name, before, first) if new_life else Happened(name, first - before, 0, 0, 0))
+        self.table.append(self._parts(name, before, first) if new_attempt else Happened(name, first - before, 0, 0, 0))
         print(f"{name}: {first - before:.1f} s", flush=True)
 
     def _parts(self, name: str, before: float, first: float) -> Happened:
-        told = [row for row in read_rows(lives_file(self.run)) if row["time"] > before]
+        told = [row for row in read_rows(attempts_file(self.run)) if row["time"] > before]
         begun = [row for row in told if row["event"] == "begin"][-1]
         ended = next((row["time"] for row in told if row["event"] == "end" and row["kind"] != "outside"), before)
         return Happened(name, first - before, ended - before, begun["time"] - ended, first - begun["time"])
 
-    def _lives(self) -> int:
-        return max((r["life"] for r in rows(self.run) if r["event"] in ("start", "resume")), default=0)
+    def _attempts(self) -> int:
+        return max((r["attempt"] for r in rows(self.run) if r["event"] in ("start", "resume")), default=0)
 
     def _progress(self, since: float, steps: int) -> None:
         def enough() -> bool:
@@ -89,7 +89,7 @@ class Patient:
         )
 
     def show(self) -> None:
-        print("\n| event | to the first new step | the life ends | Slurm | the next begins |\n|---|---|---|---|---|")
+        print("\n| event | to the first new step | the attempt ends | Slurm | the next begins |\n|---|---|---|---|---|")
         for row in self.table:
             print(f"| {row.name} | {row.total:.1f} | {row.ends:.1f} | {row.slurm:.1f} | {row.begins:.1f} |")
 
@@ -126,14 +126,14 @@ def test_everything_happens_to_one_run(
     patient.happens("requeued by hand", lambda: cluster.run("scontrol", "requeue", patient.job))
     patient.happens("time limit ahead", lambda: cluster.run("scancel", "-b", "-s", "USR1", patient.job))
     patient.happens("preempted", preempt)
-    patient.happens("controller restarted", restart_controller, new_life=False)
-    patient.happens("store restarted", restart_store, new_life=False)
+    patient.happens("controller restarted", restart_controller, new_attempt=False)
+    patient.happens("store restarted", restart_store, new_attempt=False)
     patient.happens("a node killed", lose_node)
     patient.ends()
     patient.show()
     cluster.start()
     as_if_nothing_had_happened(run, uninterrupted)
-    ends = [row["reason"] for row in read_rows(lives_file(run)) if row["event"] == "end"]
+    ends = [row["reason"] for row in read_rows(attempts_file(run)) if row["event"] == "end"]
     for number, words in enumerate(("killed by SIGKILL", "waited in vain", "", "announced an end", "announced an end")):
         assert words in ends[number], ends
     assert ends[-1] == "the run came to its end"
@@ -148,14 +148,14 @@ def test_everything_happens_to_one_run(
 
 
 def _redone(run: Path) -> None:
-    """No life began further back than the last commit before it, and none is more than five steps apart."""
+    """No attempt began further back than the last commit before it, and none is more than five steps apart."""
     made: dict[int, list[int]] = {}
     for line in (run / "taken-0.jsonl").read_text().splitlines():
         row = json.loads(line)
-        made.setdefault(row["life"], []).append(row["step"])
+        made.setdefault(row["attempt"], []).append(row["step"])
     furthest = -1
-    for life in sorted(made):
-        first, last = min(made[life]), max(made[life])
+    for attempt in sorted(made):
+        first, last = min(made[attempt]), max(made[attempt])
         assert first % 5 == 0 or first == furthest + 1
         assert furthest + 1 - first <= 10  # a commit each five steps, and perhaps one that was under way
         furthest = max(furthest, last)

@@ -37,7 +37,7 @@ from treering.data import DataConfig, DataError, Loader, Tokenizer, open_source
 from treering.data.config import AugmentConfig
 from treering.data.errors import BadSample
 from treering.data.order import stream
-from treering.data.samples.clip_tokenizer import clean
+from treering.data.samples.clip_tokenizer import clean_text
 from treering.data.samples.decode import captions_and_labels, picture, random_crop
 from treering.data.tools.contact_sheet import Section, cards, write_sheet
 from treering.data.tools.inspect import drawn, inspect, look
@@ -86,7 +86,7 @@ def exercise(folder: Path, random: Random, counts: Counter[str]) -> None:
             for name in ("sheet.html", "sheet.png"):
                 write_sheet(folder / "out" / name, url, "", seen)
         with _refusals(counts, "loader"):
-            config = {"train": [{"source": url}], "batch": 2, "bad_samples": 0.9}
+            config = {"train": [{"source": url}], "batch": 2, "max_bad_fraction": 0.9}
             with contextlib.closing(Loader(DataConfig.model_validate(config), 16, 16, seed=0).batches(0)) as batches:
                 next(batches)
             counts["batches"] += 1
@@ -116,7 +116,7 @@ def _readable(source: Any, number: int, counts: Counter[str]) -> bool:
         ids = tokenizer.encode(caption, 77)
         assert 2 <= len(ids) <= 77
         tokenizer.decode(ids)
-        clean(caption)
+        clean_text(caption)
     look(source, number, tokenizer)
     counts["usable"] += 1
     return True

@@ -119,13 +119,13 @@ def test_two_files_with_one_key(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_sample_that_cannot_be_used(broken: Members, words: list[str], processes: str, tmp_path: Path) -> None:
-    """One in nine is more than data.bad_samples allows; the ledger names it. Allowed, the run goes on."""
+    """One in nine is more than data.max_bad_fraction allows; the ledger names it. Allowed, the run goes on."""
     source, out = shard(tmp_path / "a.tar", [*good(), *broken]), tmp_path / "run"
-    refused(train(source, out, "--processes", processes), *words, "data.bad_samples")
+    refused(train(source, out, "--processes", processes), *words, "data.max_bad_fraction")
     ledger = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
     assert {row["key"] for row in ledger} == {"x"}
     if processes == "1":
-        done = train(source, tmp_path / "tolerant", "data.bad_samples=0.2")
+        done = train(source, tmp_path / "tolerant", "data.max_bad_fraction=0.2")
         assert done.returncode == 0, done.stderr
 
 

@@ -61,7 +61,7 @@ def test_a_run_trains_resumes_and_is_looked_at(treering: Command, tiny: Path, tm
     assert again.returncode == 0, again.stderr
     status = json.loads(treering("status", "runs/tiny", "--json").stdout)
     assert status["finished"]
-    assert (status["samples"], status["step"], status["lives"], status["name"]) == (32, 4, 2, "tiny")
+    assert (status["samples"], status["step"], status["attempts"], status["name"]) == (32, 4, 2, "tiny")
     assert Path(treering("report", "runs/tiny").stdout.strip()).name == "report.html"
     assert "0" in treering("status", "runs/tiny").stdout
 

@@ -87,7 +87,7 @@ def _in_small(line: str, here: Path, bucket: str) -> str:
     for word, meaning in (("INPUT", "captions.tsv --images photos/"), ("OUTPUT", "shards/packed")):
         line = line.replace(word, meaning)
     line = re.sub(r"\bURL\b", "'shards/photos/*.tar'", line)
-    line = re.sub(r"step-\d{12}-life-\d{4}", lambda _: find_commit(str(here / "runs/photos")).name, line)
+    line = re.sub(r"step-\d{12}-attempt-\d{4}", lambda _: find_commit(str(here / "runs/photos")).name, line)
     line = line.replace(" --watch", "")
     if line.startswith("treering data batch photos"):
         line += " 'data.train=[{source: shards/photos/*.tar}]' data.batch=64"

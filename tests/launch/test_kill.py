@@ -143,7 +143,7 @@ def written(out: Path) -> list[str]:
 
 
 def doing(out: Path, before: list[str]) -> str:
-    """What a killed life of a run was at, whose metrics began with the lines `before`."""
+    """What a killed attempt of a run was at, whose metrics began with the lines `before`."""
     sets = [{file.name for file in place.iterdir()} for place in (out / "commits").glob("step-*")]
     if any("COMMIT" not in files for files in sets):
         return "a commit under way"
@@ -164,9 +164,9 @@ def over(run: subprocess.Popen[bytes], begun: Callable[[], bool], seconds: float
     return run.poll() is not None
 
 
-def kill_at_random(tmp_path: Path, lives: list[tuple[str, int]], kills: int, same: Callable[[Path], bool]) -> None:
-    """Kill the whole group `kills` times at any moment, start-up included, each life being one of `lives`: an engine
-    and a number of processes. Every run that comes to its end must be the `same`; then another begins.
+def kill_at_random(tmp_path: Path, attempts: list[tuple[str, int]], kills: int, same: Callable[[Path], bool]) -> None:
+    """Kill the whole group `kills` times at any moment, start-up included, each attempt being one of `attempts`: an
+    engine and a number of processes. Every run that comes to its end must be the `same`; then another begins.
 
     The seed is printed, to try it again.
     """
@@ -176,11 +176,11 @@ def kill_at_random(tmp_path: Path, lives: list[tuple[str, int]], kills: int, sam
     left, runs, longest, killed = kills, 0, 10.0, Counter[str]()
     while True:
         out = tmp_path / f"run-{runs}"
-        engine, processes = chance.choice(lives)
+        engine, processes = chance.choice(attempts)
         command = [*COMMAND, f"engine={engine}", "--out", str(out), "--processes", str(processes)]
         begun, before = time.monotonic(), written(out)
         run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-        # Every other one only when it has written a line, so that it trains: most of so short a life is its start.
+        # Every other one only when it has written a line, so that it trains: most of so short an attempt is its start.
         trains, moment = chance.random() < 0.5, chance.uniform(0.0, 1.1) * longest
         begins = (lambda out=out, before=before: written(out) != before) if trains else lambda: True
         if not over(run, begins, (moment / 3 if trains else moment) if left else 240):
@@ -194,7 +194,7 @@ def kill_at_random(tmp_path: Path, lives: list[tuple[str, int]], kills: int, sam
         code = run.returncode
         assert code == 0, f"seed {seed}: the run ended with {code} after {kills - left} kills"
         assert same(out), f"seed {seed}: not the run that was never killed, after {kills - left} kills"
-        longest = max(0.7 * longest, time.monotonic() - begun)  # a life that resumed is shorter than a run
+        longest = max(0.7 * longest, time.monotonic() - begun)  # an attempt that resumed is shorter than a run
         runs += 1
         if not left:
             print(f"{kills} kills in {runs} runs: {dict(killed)}")
@@ -228,7 +228,7 @@ def test_random_kills(engine: str, processes: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_random_kills_and_each_life_another_engine(
+def test_random_kills_and_each_attempt_another_engine(
     uninterrupted: dict[int, list[tuple[int, float, float]]], tmp_path: Path
 ) -> None:
     def same(out: Path) -> bool:

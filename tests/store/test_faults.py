@@ -31,6 +31,7 @@ from treering.training import loop
 from treering.training.checkpoint import writer
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.config import CheckpointConfig
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.loop import train
 from treering.training.state import RunState
@@ -50,9 +51,10 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     return {f"{kind}/weight": torch.randn(100, generator=generator) for kind in ("model", "exp_avg")}
 
 
-def write(url: str, step: int, life: int, size: int = 1) -> None:
+def write(url: str, step: int, attempt: int, size: int = 1) -> None:
     state = {path: t.repeat(size) for path, t in tensors(step).items()}
-    Commits(Store(url)).begin(SPEC, RunState(step=step, life=life), {}, state, ALONE, policy=KEEP).finish()
+    snapshot = Snapshot(SPEC, RunState(step=step, attempt=attempt), {}, state)
+    Commits(Store(url)).begin(snapshot, ALONE, KEEP).finish()
 
 
 def assert_sound(url: str) -> list[int]:
@@ -97,17 +99,17 @@ class Changes:
 
 
 def _second_commit(url: str, kill_at: int, results: multiprocessing.Queue[int]) -> None:
-    """What a resumed run does: claim a life, commit, and remove the commit before."""
+    """What a resumed run does: claim an attempt, commit, and remove the commit before."""
     writer.CONNECTIONS = 1  # the same order each time
     changes = Changes(kill_at)
     commits = Commits(Store(url))
-    write(url, 2, commits.claim_life("second"))
+    write(url, 2, commits.claim_attempt("second"))
     results.put(changes.count)
 
 
 def killed_at(url: str, boundary: int) -> int | None:
     """Run a second commit after a first; the number of its boundaries, or None if it was killed at `boundary`."""
-    write(url, 1, Commits(Store(url)).claim_life("first"))
+    write(url, 1, Commits(Store(url)).claim_attempt("first"))
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     process = context.Process(target=_second_commit, args=(url, boundary, results))
@@ -118,7 +120,7 @@ def killed_at(url: str, boundary: int) -> int | None:
 
 
 def all_boundaries(url: str, step: int = 1) -> None:
-    """At every `step`-th boundary: what is seen is whole, a commit is there, and the next life clears up."""
+    """At every `step`-th boundary: what is seen is whole, a commit is there, and the next attempt clears up."""
     count = killed_at(f"{url}/whole", 0)
     assert count == 2 * (1 + 2 + 1 + 1 + 4)  # a claim, two parts, manifest, COMMIT, and the four of the old commit
     assert assert_sound(f"{url}/whole") == [2]
@@ -128,12 +130,12 @@ def all_boundaries(url: str, step: int = 1) -> None:
         sealed = boundary >= 2 * 5
         removed = boundary > 2 * 5 + 1  # the old one's manifest is gone: it is not seen any more
         assert assert_sound(place) == ([2] if removed else [1, 2] if sealed else [1]), boundary
-        life = Commits(Store(place)).claim_life("third")
-        assert life == (2 if boundary == 1 else 3)
-        write(place, 3, life)
+        attempt = Commits(Store(place)).claim_attempt("third")
+        assert attempt == (2 if boundary == 1 else 3)
+        write(place, 3, attempt)
         assert assert_sound(place) == [3]
-        left = {path.split("/")[0] for path in Store(place).sizes() if not path.startswith("life-")}
-        assert left == {f"step-000000000003-life-{life:04d}"}
+        left = {path.split("/")[0] for path in Store(place).sizes() if not path.startswith("attempt-")}
+        assert left == {f"step-000000000003-attempt-{attempt:04d}"}
 
 
 def test_kill_at_every_boundary_on_a_disk(tmp_path: Path) -> None:
@@ -163,7 +165,7 @@ def own_server(tmp_path_factory: pytest.TempPathFactory, s3: str, monkeypatch: p
 
 def test_the_server_is_killed_and_restarted_in_mid_commit(own_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     url, put = f"{own_server.url}/run", Store.put
-    write(url, 1, Commits(Store(url)).claim_life("test"))
+    write(url, 1, Commits(Store(url)).claim_attempt("test"))
     downs: list[threading.Timer] = []
 
     def dying(store: Store, name: str, data: bytes) -> None:
@@ -213,9 +215,9 @@ def test_one_request_in_twenty_fails(s3: str, s3_server: Server, monkeypatch: py
         return faults[request // 20 % len(faults)] if request % 20 == 7 else ""
 
     with through(s3_server, plan, monkeypatch) as proxy:
-        life = Commits(Store(s3)).claim_life("test")
+        attempt = Commits(Store(s3)).claim_attempt("test")
         for step in range(1, 12):
-            write(s3, step, life)
+            write(s3, step, attempt)
             assert assert_sound(s3) == [step]
         assert set(proxy.faults) == set(faults)
 
@@ -259,10 +261,10 @@ def test_a_store_that_begins_to_refuse(
 
 
 def test_multipart_uploads_left_by_a_kill_are_aborted(s3: str) -> None:
-    """Of a life before: at once; of this one: they may be under way. Others' objects are nobody's business."""
+    """Of an attempt before: at once; of this one: they may be under way. Others' objects are nobody's business."""
     store = Store(s3)
     bucket, _, prefix = s3.removeprefix("s3://").partition("/")
-    names = [f"step-000000000002-life-000{life}/model-00000-00000.safetensors" for life in (1, 2)]
+    names = [f"step-000000000002-attempt-000{attempt}/model-00000-00000.safetensors" for attempt in (1, 2)]
     for name in (*names, "notes.txt"):
         store._fs.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{prefix}/{name}")
     assert {name for name, _ in store.uploads()} == {*names, "notes.txt"}
@@ -324,7 +326,7 @@ def test_training_outlives_its_server(own_server: Server, tmp_path: Path, monkey
     assert trained(tmp_path / "run", url, monkeypatch, at_step) == whole
     back.join()
     assert reached == list(range(10))
-    assert Commits(Store(url)).names()[-1] == "step-000000000010-life-0001"
+    assert Commits(Store(url)).names()[-1] == "step-000000000010-attempt-0001"
 
 
 def test_credentials_that_expire_in_mid_run(
@@ -357,10 +359,10 @@ def test_two_runs_in_one_place(s3: str, tmp_path: Path, monkeypatch: pytest.Monk
 
     def at_step(step: int) -> None:
         if step == 5:
-            Commits(Store(f"{s3}/training")).claim_life("CPU x 2")
+            Commits(Store(f"{s3}/training")).claim_attempt("CPU x 2")
 
     with pytest.raises(StoreError, match=r"another run \('CPU x 2'\) took over .*, and this one is refused"):
         trained(tmp_path / "run", f"{s3}/training", monkeypatch, at_step)
     commits = Commits(Store(f"{s3}/training"))
-    assert commits.names()[-1] in ("step-000000000002-life-0001", "step-000000000004-life-0001")
+    assert commits.names()[-1] in ("step-000000000002-attempt-0001", "step-000000000004-attempt-0001")
     assert commits.open(commits.names()[-1]).tensors()

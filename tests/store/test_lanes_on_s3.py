@@ -24,7 +24,7 @@ from treering.tests.support.s3_server import Server
 
 SHARDS, EACH, BATCH, WORLD = 40, 24, 16, 2
 STEPS = SHARDS * EACH // BATCH
-OPTIONS: dict[str, Any] = {"batch": BATCH, "shuffle": 96, "lanes": 8}
+OPTIONS: dict[str, Any] = {"batch": BATCH, "shuffle_window": 96, "lanes": 8}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@ clear errors, no secrets."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 import threading
@@ -12,9 +14,10 @@ import pytest
 import torch
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.training.checkpoint.commits import Commits, find_commit
+from treering.training.checkpoint.commits import Commits, _seal, find_commit
 from treering.training.checkpoint.config import CheckpointConfig
 from treering.training.checkpoint.manifest import DamagedCommit
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.state import RunState
 from treering.training.world import World
@@ -38,8 +41,8 @@ def tensors(fill: float = 1.0) -> dict[str, torch.Tensor]:
     return {f"{kind}/layer.{i}": torch.full((50, 40 + i), fill * i) for kind in ("model", "exp_avg") for i in range(3)}
 
 
-def write(commits: Commits, step: int, life: int = 1, fill: float = 1.0) -> str:
-    return commits.write(SPEC, RunState(step=step, life=life), {"name": "x"}, tensors(fill), ALONE)
+def write(commits: Commits, step: int, attempt: int = 1, fill: float = 1.0) -> str:
+    return commits.write(Snapshot(SPEC, RunState(step=step, attempt=attempt), {"name": "x"}, tensors(fill)), ALONE)
 
 
 def test_objects(url: str) -> None:
@@ -89,16 +92,16 @@ def test_commits_round_trip_and_retention(url: str) -> None:
     assert read.manifest.spec == SPEC
     assert all(torch.equal(read.tensors()[name], tensor) for name, tensor in tensors().items())
     assert set(read.tensors("model")) == {name for name in tensors() if name.startswith("model/")}
-    commits.retain(CheckpointConfig(keep=2), life=1)
+    commits.retain(CheckpointConfig(keep=2), attempt=1)
     assert commits.names() == names[1:]
     assert not [path for path in commits.store.sizes() if path.startswith(names[0])]
 
 
-def test_an_unfinished_set_is_never_seen_and_is_swept_by_the_next_life(
+def test_an_unfinished_set_is_never_seen_and_is_swept_by_the_next_attempt(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commits = Commits(Store(url))
-    assert commits.claim_life("test") == 1
+    assert commits.claim_attempt("test") == 1
     done = write(commits, 1)
     monkeypatch.setattr(commits, "seal", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -106,8 +109,8 @@ def test_an_unfinished_set_is_never_seen_and_is_swept_by_the_next_life(
     monkeypatch.undo()
     assert commits.names() == [done]
     assert any("step-000000000002" in path for path in commits.store.sizes())
-    assert commits.claim_life("test") == 2
-    commits.retain(CheckpointConfig(keep=5), life=2)
+    assert commits.claim_attempt("test") == 2
+    commits.retain(CheckpointConfig(keep=5), attempt=2)
     assert not any("step-000000000002" in path for path in commits.store.sizes())
 
 
@@ -209,3 +212,25 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert commits.store.sizes() == {}
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    """One of a later release, and one that was written under the names of the first."""
+    commits = Commits(Store(str(tmp_path)))
+    name = write(commits, 3)
+    manifest = json.loads((tmp_path / name / "manifest.json").read_text()) | {"format": 3, "new": "field"}
+    data = json.dumps(manifest).encode()
+    (tmp_path / name / "manifest.json").write_bytes(data)
+    (tmp_path / name / "COMMIT").write_bytes(_seal(hashlib.sha256(data).hexdigest()))
+    with pytest.raises(StoreError, match="is a commit of format 3, and this release reads format 2; use the release"):
+        commits.open(name)
+    (tmp_path / name).rename(tmp_path / "step-000000000003-life-0001")
+    with pytest.raises(StoreError, match="holds commits of format 1, from before release"):
+        commits.names()
+
+
+def test_attempt_ten_thousand_is_the_newest(tmp_path: Path) -> None:
+    commits = Commits(Store(str(tmp_path)))
+    for attempt in (9999, 10_000):
+        write(commits, 3, attempt)
+    assert commits.names()[-1].endswith("attempt-10000")

@@ -112,7 +112,7 @@ def lines_of_a_run() -> list[dict[str, Any]]:
         lines.append({"event": event, "step": step, "samples": step * 256, "time": clock, **more})
 
     start = {"imports": 3.1, "find": 0.2, "read": 0.4, "build": 1.3}
-    add("start", 0, 5.0, world=2, hosts=["node-1"], device="cpu", commit=None, seconds=start, life=1)
+    add("start", 0, 5.0, world=2, hosts=["node-1"], device="cpu", commit=None, seconds=start, attempt=1)
     small, large = 10_240_512, 14_091_264
     for step in range(1, 237):
         grown = step > 79
@@ -183,7 +183,7 @@ def lines_of_a_run() -> list[dict[str, Any]]:
                 device="cpu",
                 commit="step-000000150",
                 seconds=start | {"read": 1.9},
-                life=2,
+                attempt=2,
             )
     add("end", 236, 0.1, seconds=400.0)
     return lines

@@ -18,16 +18,16 @@ from safetensors.torch import save_file
 import treering
 from treering.data.shards.tar_writer import write_shards
 from treering.models.model import build
-from treering.models.spec import CaptionSpec, ImageSpec, ModelSpec, SharedSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, SharedSpec, TextSpec
 from treering.training.evaluate.config import EvalConfig
 from treering.training.evaluate.suites import evaluate
 from treering.training.world import World
 
 SPEC = ModelSpec(
     embed_dim=12,
-    image=ImageSpec(width=16, depth=4, heads=2, patch=8, resolution=16, experts=3, active=1),
+    image=ImageSpec(width=16, depth=4, heads=2, patch=8, resolution=16, experts=3, experts_per_token=1),
     text=TextSpec(width=16, depth=3, heads=2, context=9, layer_scale=0.5),
-    caption=CaptionSpec(depth=2),
+    captioner=CaptionerSpec(depth=2),
     shared=SharedSpec(width=8, depth=1, heads=2),
 )
 BLOCKS = sum(p.numel() * 4 for name, p in build(SPEC, 0).named_parameters() if ".blocks." in name)

@@ -1,10 +1,10 @@
 """Commits: whole snapshots in a store, all or nothing.
 
-A commit is a set of objects under `step-N-life-L/`: parts with the tensors, a manifest that lists them with sizes and
-checksums, and last of all a small COMMIT object that holds the manifest's checksum. Readers only look at sets that have
-both, so a writer killed anywhere leaves nothing a reader could see; and what is removed loses its manifest first, so
-that a slow writer's COMMIT that comes after completes nothing. Of two runs in one place the later one has it: whoever
-claimed a life before is refused at its next commit. Nothing in a commit is code.
+A commit is a set of objects under `step-N-attempt-L/`: parts with the tensors, a manifest that lists them with sizes
+and checksums, and last of all a small COMMIT object that holds the manifest's checksum. Readers only look at sets that
+have both, so a writer killed anywhere leaves nothing a reader could see; and what is removed loses its manifest first,
+so that a slow writer's COMMIT that comes after completes nothing. Of two runs in one place the later one has it:
+whoever claimed an attempt before is refused at its next commit. Nothing in a commit is code.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from ...models.spec import ModelSpec
-from ..engines.layout import Layout
-from ..state import RunState
 from ..world import World
 from .config import CheckpointConfig
-from .manifest import Commit, DamagedCommit, Manifest, read_verified
+from .manifest import FORMAT, Commit, DamagedCommit, Manifest, read_verified
+from .snapshot import Snapshot
 from .store import Store, StoreError
-from .writer import Part, Writing, taken
+from .writer import CommitPart, CommitUpload, taken
 
-_SET = re.compile(r"^step-(\d{12})-life-(\d{4})$")
-_LIFE = re.compile(r"^life-(\d{4})\.json$")
+_SET = re.compile(r"^step-(\d{12,})-attempt-(\d{4,})$")
+_ATTEMPT = re.compile(r"^attempt-(\d{4,})\.json$")
+_FORMAT_1 = re.compile(r"^step-\d{12}-life-\d{4}/COMMIT$")
 _STALE = timedelta(days=1)
 
 
@@ -47,14 +46,19 @@ class Commits:
         """Objects of every set, complete or not, by set name."""
         sets: dict[str, set[str]] = {}
         for path in self.store.sizes():
+            if _FORMAT_1.match(path):
+                raise StoreError(
+                    f"{self.store.url} holds commits of format 1, from before release 0.2, and this release reads "
+                    f"format {FORMAT}; continue them with that release, or give a new run another place"
+                )
             name, _, file = path.partition("/")
             if _SET.match(name) and file:
                 sets.setdefault(name, set()).add(file)
         return sets
 
     def names(self) -> list[str]:
-        """Complete commits, oldest first."""
-        return sorted(name for name, files in self._sets().items() if _complete(files))
+        """Complete commits, oldest first. Raises StoreError if the place holds commits of an older format."""
+        return sorted((name for name, files in self._sets().items() if _complete(files)), key=_order)
 
     def remove_after(self, step: int) -> None:
         """Remove complete commits of later steps, the newest first."""
@@ -66,19 +70,20 @@ class Commits:
         """The step of the newest complete commit up to this step."""
         return max((at for name in self.names() if (at := _step(name)) <= step), default=None)
 
-    def claim_life(self, who: str) -> int:
-        """The number of a new life, one more than any before it, taken by at most one run.
+    def claim_attempt(self, who: str) -> int:
+        """The number of a new attempt, one more than any before it, taken by at most one run.
 
-        Names of commits hold it, so two lives never write the same objects. Raises StoreError if another run took it.
+        Names of commits hold it, so two attempts never write the same objects. Raises StoreError if another run took
+        it.
         """
-        taken = [int(match[1]) for path in self.store.sizes() if (match := _LIFE.match(path))]
-        life = max([*taken, *(_life(name) for name in self._sets())], default=0) + 1
+        taken = [int(match[1]) for path in self.store.sizes() if (match := _ATTEMPT.match(path))]
+        attempt = max([*taken, *(_attempt(name) for name in self._sets())], default=0) + 1
         claim = json.dumps({"who": who, "time": time.time(), "token": secrets.token_hex(8)}).encode()
-        if not self.store.put_new(_claim(life), claim):
+        if not self.store.put_new(_claim(attempt), claim):
             raise StoreError(
                 f"another run started in {self.store.url} at this moment; give each run its own checkpoint.to"
             )
-        return life
+        return attempt
 
     def open(self, name: str) -> Commit:
         """Read and verify a commit's manifest. Raises DamagedCommit or StoreError."""
@@ -88,6 +93,7 @@ class Commits:
             if seal != _seal(digest):
                 raise DamagedCommit(f"{self.store.url}/{name}/COMMIT is damaged; use another commit")
             data = read_verified(self.store, f"{name}/manifest.json", digest)
+            self._check_format(name, json.loads(data).get("format"))
             return Commit(self.store, name, Manifest.model_validate_json(data))
         except FileNotFoundError:
             raise StoreError(
@@ -99,59 +105,50 @@ class Commits:
                 file, where = "manifest.json", ".".join(map(str, error.errors()[0]["loc"]))
             raise DamagedCommit(f"{self.store.url}/{name}/{file} is damaged ({where!r}); use another commit") from None
 
-    def begin(
-        self,
-        spec: ModelSpec,
-        state: RunState,
-        recipe: dict[str, Any],
-        tensors: Mapping[str, Tensor],
-        world: World,
-        layout: Layout | None = None,
-        policy: CheckpointConfig | None = None,
-        reason: str = "interval",
-        scores: Mapping[str, float] | None = None,
-        copies: World | None = None,
-    ) -> Writing:
-        """Begin a commit of `tensors` as they are now; every rank calls this, and then leads its Writing to the end.
+    def _check_format(self, name: str, found: Any) -> None:
+        """Raise StoreError if the commit is of another format, before anything else of it is read."""
+        if found != FORMAT:
+            raise StoreError(
+                f"{self.store.url}/{name} is a commit of format {found!r:.40}, and this release reads format {FORMAT}; "
+                f"use the release that wrote it"
+            )
 
-        `layout` says what stretches of the whole tensors these are; without it they are whole. Of what several ranks
-        hold alike, which are `copies` (left out: all without `layout`, none with it), each writes a share. What
-        `policy` does not keep is removed once this commit is complete.
+    def begin(self, snapshot: Snapshot, world: World, policy: CheckpointConfig | None = None) -> CommitUpload:
+        """Begin a commit of a snapshot as it is now; every rank calls this, and then leads its upload to the end.
+
+        Of what several ranks hold alike each writes a part. What `policy` does not keep is removed once this commit is
+        complete.
         """
-        own = _share(tensors, copies or (World(0, 1, world.device) if layout else world))
+        layout, name, attempt = snapshot.layout or {}, snapshot.name, snapshot.state.attempt
+        copies = snapshot.copies or (World(0, 1, world.device) if snapshot.layout else world)
+        starts = {path: stretch.start for path, stretch in layout.items()}
 
-        name = f"step-{state.step:012d}-life-{state.life:04d}"
-        starts = {path: stretch.start for path, stretch in (layout or {}).items()}
-        shapes = {path: stretch.shape for path, stretch in (layout or {}).items()}
-
-        def complete(parts: Sequence[Part]) -> None:
+        def complete(parts: Sequence[CommitPart]) -> None:
             manifest = Manifest(
-                spec=spec,
-                state=state,
-                recipe=recipe,
-                reason=reason,
-                scores=dict(scores or {}),
-                shapes=shapes,
+                spec=snapshot.spec,
+                state=snapshot.state,
+                recipe=dict(snapshot.recipe),
+                reason=snapshot.reason,
+                scores=dict(snapshot.scores),
+                shapes={path: stretch.shape for path, stretch in layout.items()},
                 parts=tuple(parts),
             )
             self.seal(name, manifest)
             if policy is not None:
-                self.retain(policy, state.life)
-                self.sweep_uploads(state.life)
+                self.retain(policy, attempt)
+                self.sweep_uploads(attempt)
 
-        discard = partial(self._discard, name)
-        return Writing(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
+        own, discard = _share(snapshot.tensors, copies), partial(self._discard, name)
+        return CommitUpload(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
 
-    def write(
-        self, spec: ModelSpec, state: RunState, recipe: dict[str, Any], tensors: Mapping[str, Tensor], world: World
-    ) -> str:
-        """Commit a snapshot and return its name; every rank calls this with the same tensors and writes its share.
+    def write(self, snapshot: Snapshot, world: World) -> str:
+        """Commit a snapshot and return its name; every rank calls this with the same tensors and writes its part.
 
         Raises StoreError on every rank if any rank failed; what was written is then removed and was never visible.
         """
-        writing = self.begin(spec, state, recipe, tensors, world)
-        writing.finish()
-        return writing.name
+        upload = self.begin(snapshot, world)
+        upload.finish()
+        return upload.name
 
     def seal(self, name: str, manifest: Manifest) -> None:
         """Write the manifest and, when every part is there at its size, the COMMIT object."""
@@ -160,7 +157,7 @@ class Commits:
         there = self.store.sizes(name)
         needed = {part.file: part.bytes for part in manifest.parts} | {"manifest.json": len(data)}
         short = next((file for file, size in needed.items() if there.get(f"{name}/{file}") != size), None)
-        self._check_life(manifest.state.life)
+        self._check_attempt(manifest.state.attempt)
         if short:
             raise StoreError(
                 f"store {self.store.url}: {short} of {name} is missing or short right after it was written"
@@ -168,10 +165,10 @@ class Commits:
         if not self.store.put_new(f"{name}/COMMIT", _seal(hashlib.sha256(data).hexdigest())):
             raise taken(self.store, name)
 
-    def _check_life(self, life: int) -> None:
-        """Raise StoreError if a later run has claimed this place: lives have no gaps."""
+    def _check_attempt(self, attempt: int) -> None:
+        """Raise StoreError if a later run has claimed this place: attempts have no gaps."""
         try:
-            claim = self.store.get(_claim(life + 1))
+            claim = self.store.get(_claim(attempt + 1))
         except FileNotFoundError:
             return
         try:
@@ -183,26 +180,27 @@ class Commits:
             f"stop it, or give each run its own checkpoint.to"
         )
 
-    def retain(self, policy: CheckpointConfig, life: int) -> None:
-        """Remove the commits that `policy` does not keep, and what `life` and those before it left unfinished.
+    def retain(self, policy: CheckpointConfig, attempt: int) -> None:
+        """Remove the commits that `policy` does not keep, and what `attempt` and those before it left unfinished.
 
-        None of this life may be under way.
+        None of this attempt may be under way.
         """
         sets = self._sets()
-        complete = sorted(name for name, files in sets.items() if _complete(files))
+        complete = sorted((name for name, files in sets.items() if _complete(files)), key=_order)
         kept = self._kept(complete, policy)
         for name in sets:
-            unfinished = name not in complete and _life(name) <= life
+            unfinished = name not in complete and _attempt(name) <= attempt
             if unfinished or (name in complete and name not in kept):
                 self._remove(name)
                 self._manifests.pop(name, None)
 
-    def sweep_uploads(self, life: int) -> None:
-        """Abort multipart uploads that a kill left half way: those of lives before `life`, and those of a day ago."""
+    def sweep_uploads(self, attempt: int) -> None:
+        """Abort multipart uploads that a kill left half way: those of attempts before `attempt`, and those of a day
+        ago."""
         limit = datetime.now(UTC) - _STALE
         for (path, upload), begun in self.store.uploads().items():
             name = path.partition("/")[0]
-            if _SET.match(name) and (_life(name) < life or begun < limit):
+            if _SET.match(name) and (_attempt(name) < attempt or begun < limit):
                 self.store.abort(path, upload)
 
     def _kept(self, complete: Sequence[str], policy: CheckpointConfig) -> set[str]:
@@ -263,8 +261,8 @@ def _seal(digest: str) -> bytes:
     return json.dumps({"manifest_sha256": digest, "check": hashlib.sha256(digest.encode()).hexdigest()[:16]}).encode()
 
 
-def _claim(life: int) -> str:
-    return f"life-{life:04d}.json"
+def _claim(attempt: int) -> str:
+    return f"attempt-{attempt:04d}.json"
 
 
 def _step(name: str) -> int:
@@ -273,7 +271,12 @@ def _step(name: str) -> int:
     return int(match[1])
 
 
-def _life(name: str) -> int:
+def _order(name: str) -> tuple[int, int]:
+    """By which commits are older or newer: numbers, as text would sort attempt 10000 before 9999."""
+    return _step(name), _attempt(name)
+
+
+def _attempt(name: str) -> int:
     match = _SET.match(name)
     assert match
     return int(match[2])

@@ -21,7 +21,7 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     keep_best: str | None = Field(
         None, description="a score such as retrieval/image_to_text@1; keep the commit that has the best as well"
     )
-    bandwidth: float | None = Field(
+    max_bandwidth: float | None = Field(
         None, gt=0, description="most megabytes a second that each process uploads; left out: all it can"
     )
     staging: str | None = Field(
@@ -58,11 +58,11 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return min((time for time in times if time is not None), default=None)
 
 
-class OriginConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+class InitFromConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Where a new run begins. Once it has a commit of its own, it continues from that."""
 
     commit: str = Field(description="a commit's URL, or the newest one of a run folder")
-    carry: Literal["weights", "all"] = Field(
+    load: Literal["weights", "all"] = Field(
         "weights",
         description="weights: the first step, with these weights; all: the commit's next step, with its optimizer too",
     )

@@ -2,7 +2,7 @@
 
 A snapshot that a slow store takes minutes to swallow would hold that much memory all the while. Files lie in a folder
 of their own, named after the place of the run, the commit and the rank; it goes when the upload ends, and what a killed
-life left there goes with the next one's first commit. A disk that refuses a file costs nothing but memory.
+attempt left there goes with the next one's first commit. A disk that refuses a file costs nothing but memory.
 """
 
 from __future__ import annotations

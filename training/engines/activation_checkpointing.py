@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ...models.activations import BlockMemory, block_memory, choose, peak
+from ...models.activations import BlockMemory, block_memory, blocks_to_recompute, peak
 from ...models.flops import parameters
 from ...models.model import Model, empty
 from ...models.output import Extras
@@ -34,7 +34,7 @@ USABLE = 0.92
 """of a device's memory: an allocator leaves holes"""
 
 
-def parts(
+def memory_parts(
     spec: ModelSpec, engine: EngineConfig, optimizer: OptimizerConfig, world: int, pairs: float
 ) -> dict[str, float]:
     """Bytes beside activations that one of `world` processes holds at its fullest moment, by part; `pairs` are its own
@@ -107,7 +107,7 @@ class Recomputing:
         half = self._config.precision == "bf16"
         found = block_memory(spec, BatchShape(pairs, total, places, patches, half, extras.tokens))
         self.allowed = budget(self._config, found, self._left(pairs))
-        self.checkpointed = choose(found, self.allowed)
+        self.checkpointed = blocks_to_recompute(found, self.allowed)
         self.bytes = peak(found, self.checkpointed)
         for name, transformer in self._model.transformers().items():
             transformer.checkpointed_blocks = self.checkpointed[name]
@@ -131,7 +131,7 @@ class Recomputing:
         """What the device has for activations; said once, as it is what all batches have to do with."""
         if self._room is None:
             device, world = self._world.device, self._world.size
-            others = parts(self._model.spec, self._config, self._optimizer, world, pairs * self.pieces)
+            others = memory_parts(self._model.spec, self._config, self._optimizer, world, pairs * self.pieces)
             on_cpu = device.type == "cpu"
             has = memory(device) / (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_cpu else 1)
             self._room = USABLE * has - sum(others.values()) - (process_memory() if on_cpu else CUDA_BYTES)

@@ -144,7 +144,7 @@ class Engine(ABC):
     def gradient_norms(self, inputs: Inputs) -> dict[str, float]:
         """The norm of each objective's gradient on this batch, before weighting; all ranks call it, and it waits for
         the device. Only where `config.measures_objectives`."""
-        raise AssertionError("the recipe refuses log.gradients under this engine")
+        raise AssertionError("the recipe refuses log.gradient_norms under this engine")
 
     @property
     @abstractmethod

@@ -20,7 +20,7 @@ from ...models.towers import MAX_LOG_SCALE
 from ..world import World
 from .base import Engine
 from .config import DeepSpeedConfig
-from .kernels import prepare
+from .kernels import prepare_kernels
 from .layout import gathered
 from .optimizer import OptimizerConfig, adamw, decays, pace
 from .zero_state import Partitions, cutter, require
@@ -50,7 +50,7 @@ class DeepSpeedEngine(Engine):
         for module in built_by_module(self.model, self._seed, device):
             if cut:
                 cut(module)
-        self.attention = prepare(self.model, self.config, device)
+        self.attention = prepare_kernels(self.model, self.config, device)
         self._multipliers = dict(multipliers)
         self._steps = self._skips = 0
         named = dict(self.model.named_parameters())
@@ -148,7 +148,7 @@ def _settings(config: DeepSpeedConfig, optimizer: OptimizerConfig) -> dict[str, 
     return {
         "train_micro_batch_size_per_gpu": 1,  # counted by our loader, not here
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip,
+        "gradient_clipping": optimizer.grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

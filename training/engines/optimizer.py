@@ -32,7 +32,7 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices, multiplied by the learning rate")
     betas: tuple[float, float] = Field((0.9, 0.98), strict=False, description="decay of the two moments")
     eps: float = Field(1.0e-6, gt=0)
-    clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    grad_clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
     ema: float | None = Field(
         None,
         gt=0,
@@ -127,7 +127,7 @@ class Optimizer:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._spread is not None:
             norm = self._spread[0].sum(norm.square()).sqrt()
-        torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
         broken = (~norm.isfinite()).float()
         # The fused kernel reads this to leave weights, moments and step counts untouched: the door AMP's scaler uses.
         self._adam.found_inf = broken  # type: ignore[attr-defined]

@@ -73,7 +73,7 @@ def _built_in(bench: Bench, config: EvalConfig, samples: EvaluationSet, found: E
         shaped("geometry", data, found)
         found.sizes["geometry"] = len(data.numbers)
     if "captioning" in config.built_in and bench.model.captioner is not None:
-        how = Captioning(writing=config.writing)
+        how = Captioning(decoding=config.caption_decoding)
         rows, _ = bench.captions(samples, how)
         captioned("captioning", rows, how.metrics, found)
         found.sizes["captioning"] = len(rows)
@@ -130,7 +130,7 @@ def _examples(
         tokenizer = samples.tokenizer
         longest = min(model.spec.text.context, 40)
         images = pixels(pictures, bench.world)
-        written = write(config.writing, model, images, tokenizer.START, tokenizer.END, longest)
+        written = write(config.caption_decoding, model, images, tokenizer.START, tokenizer.END, longest)
         for sample, ids in zip(pictures, written, strict=True):
             row = {"key": sample.key, "image": _data_url(sample.image), "true": list(sample.captions)}
             shown["captions"].append(row | {"generated": tokenizer.decode(ids)})

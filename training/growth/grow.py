@@ -126,7 +126,9 @@ def enlarged(
 
 def planned(old: ModelSpec, new: ModelSpec, seed: int, how: GrowthConfig, read: Read) -> list[Operator]:
     """The operators from one spec to the other as `how` asks for them; `read` reads the old state."""
-    operators = plan_growth(old, new, seed, how.copies, how.layers, how.tokens, how.drop, how.inherit, read)
+    operators = plan_growth(
+        old, new, seed, how.width_init, how.depth_init, how.token_init, how.drop_blocks, how.inherit, read
+    )
     forgotten = {"map": (), "keep_v": ("exp_avg",), "reset": ("exp_avg", "exp_avg_sq")}[how.moments]
     return [*operators, ResetMoments(forgotten)] if operators and forgotten else operators
 

@@ -21,13 +21,13 @@ from torch import Tensor
 from ...models.flops import parameters
 from ...models.growth.operator import GrownState, source_of
 from ...models.growth.plan import changes
-from ...models.spec import SpecError
+from ...models.spec import ModelSpec, SpecError
 from ..checkpoint.commits import Commits, find_commit
-from ..checkpoint.config import OriginConfig
+from ..checkpoint.config import InitFromConfig
 from ..checkpoint.manifest import Commit, Manifest
-from ..checkpoint.serialize import Packed
+from ..checkpoint.serialize import SerializedPart
 from ..checkpoint.store import Store, StoreError
-from ..checkpoint.writer import PART_BYTES, Part
+from ..checkpoint.writer import PART_BYTES, CommitPart
 from ..recipe import Recipe
 from ..stages import StageConfig, faded
 from ..state import Event, RunState
@@ -70,8 +70,8 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     commits = Commits(Store(out))
     if commits.names():
         raise StoreError(f"{out} has commits already; give a new place")
-    life = commits.claim_life(f"grown from {commit.url}")
-    name = f"step-{state.step:012d}-life-{life:04d}"
+    attempt = commits.claim_attempt(f"grown from {commit.url}")
+    name = f"step-{state.step:012d}-attempt-{attempt:04d}"
     keeps = recipe.optimizer.keeps
     grown = GrownState(operators, held, (f"{k}/{n}" for k in held.kinds for n in names if keeps(k, n)))
     parts = tuple(_written(commits.store, name, grown))
@@ -92,7 +92,7 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     following = state.model_copy(
         update={
             "stage": number,
-            "life": life,
+            "attempt": attempt,
             "multipliers": rates,
             "window": (),
             "applied": 0 if how.moments == "reset" else state.applied,
@@ -103,7 +103,7 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
         name, Manifest(spec=new, state=following, recipe=recipe.model_dump(mode="json"), reason="growth", parts=parts)
     )
     url = f"{commits.store.url}/{name}"
-    begun_there = {} if state.step else {"origin": OriginConfig(commit=url)}  # there is no run to continue
+    begun_there = {} if state.step else {"init_from": InitFromConfig(commit=url)}  # there is no run to continue
     return GrownCommit(url, recipe.model_copy(update=begun_there), detail)
 
 
@@ -133,11 +133,12 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
 def _with_stages(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, Any]) -> Recipe:
     """The recipe with these stages, of which `new` is new. Raises SpecError."""
     tree = recipe.model_dump(mode="json") | {"stages": stages}
-    captions = tree["model"]["captioner"] or any("captioner.depth" in each.get("grow", {}) for each in tree["stages"])
-    tree["objectives"]["caption"] = (tree["objectives"].get("caption") or {}) if captions else None
-    _feed_and_train(tree)
     try:
         StageConfig.model_validate(new)
+        spec = recipe.model
+        for stage in stages:
+            spec = StageConfig.model_validate(stage).resized(spec)
+        _feed_and_train(tree, spec)
         return Recipe.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
@@ -146,15 +147,15 @@ def _with_stages(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, An
         raise SpecError(f"{where}: {said}" if where else said) from None
 
 
-def _feed_and_train(tree: dict[str, Any]) -> None:
-    """Give each modality tower of a recipe its column, and a contrastive term with the text if it has none; drop the
-    terms of towers that no stage has."""
-    grown = [path.split(".") for stage in tree["stages"] for path in stage.get("grow", {})]
-    towers = {*tree["model"]["modalities"], *(path[1] for path in grown if path[0] == "modalities" and len(path) == 3)}
-    known, terms = towers | {"image", "text"}, tree["objectives"].get("modalities", [])
-    terms = [term for term in terms if known.issuperset(term["between"])]
+def _feed_and_train(tree: dict[str, Any], spec: ModelSpec) -> None:
+    """Give the parts of the last stage's `spec` what they need: a captioner its objective, a modality its data column
+    and, if no term reads it, a contrastive term with the text. Terms of parts that no stage has are dropped."""
+    objectives, towers = tree["objectives"], set(spec.modalities)
+    objectives["caption"] = (objectives.get("caption") or {}) if spec.captioner else None
+    known = towers | {"image", "text"}
+    terms = [term for term in objectives.get("modalities", []) if known.issuperset(term["between"])]
     trained = {name for term in terms for name in term["between"]}
-    tree["objectives"]["modalities"] = terms + [{"between": [name, "text"]} for name in sorted(towers - trained)]
+    objectives["modalities"] = terms + [{"between": [name, "text"]} for name in sorted(towers - trained)]
     tree["data"]["columns"] |= dict.fromkeys(towers, "npy")
 
 
@@ -203,7 +204,7 @@ class OldState(Mapping[str, Tensor]):
         return len(self._parts)
 
 
-def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[Part]:
+def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[CommitPart]:
     """Write tensors one after another into parts of one kind each."""
     chunk: dict[str, Tensor] = {}
     kind, size, number = "", 0, 0
@@ -220,8 +221,10 @@ def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[P
         yield _put(store, name, kind, number, chunk)
 
 
-def _put(store: Store, name: str, kind: str, number: int, chunk: dict[str, Tensor]) -> Part:
-    data = Packed(chunk).data()
+def _put(store: Store, name: str, kind: str, number: int, chunk: dict[str, Tensor]) -> CommitPart:
+    data = SerializedPart(chunk).data()
     file = f"{kind}-00000-{number:05d}.safetensors"
     store.put(f"{name}/{file}", data)
-    return Part(file=file, kind=kind, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), tensors=len(chunk))
+    return CommitPart(
+        file=file, kind=kind, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), tensors=len(chunk)
+    )

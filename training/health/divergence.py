@@ -19,18 +19,20 @@ _LINES, _FEWEST = 20, 10
 class RecoveryConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """When a run goes back to its last commit by itself."""
 
-    after: int = Field(
+    bad_steps: int = Field(
         10,
         gt=0,
-        description="steps in a row without a finite gradient, or with a loss that leapt, after which the run goes "
-        "back to its last good commit and passes over the samples since",
+        description="consecutive steps without a finite gradient, or with a loss spike, after which the run goes back "
+        "to its last good commit and skips the samples since",
     )
-    leap: float | None = Field(
+    spike_factor: float | None = Field(
         3.0,
         gt=1,
-        description="a loss of more than so many times the median of the latest 20 log lines leapt; null: none does",
+        description="a loss above this multiple of the median of the last 20 log lines is a spike; null: none is",
     )
-    times: int = Field(3, ge=0, description="times it goes back without one good step in between before it gives up")
+    max_rollbacks: int = Field(
+        3, ge=0, description="rollbacks without a good step in between, after which the run gives up"
+    )
 
 
 class Health(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -48,7 +50,8 @@ class Health(BaseModel, frozen=True, extra="forbid", strict=True):
     def after_line(self, config: RecoveryConfig, step: int, steps: int, skipped: int, loss: float) -> Health:
         """After a log line at `step` about the last `steps` steps, of which `skipped` had no finite gradient."""
         usual = median(self.losses) if len(self.losses) >= _FEWEST else None
-        leapt = usual is not None and config.leap is not None and isfinite(loss) and loss > config.leap * usual > 0
+        factor = config.spike_factor
+        leapt = usual is not None and factor is not None and isfinite(loss) and loss > factor * usual > 0
         if leapt or skipped == steps:
             return self.model_copy(update={"ill": self.ill + steps, "leapt": self.leapt or leapt})
         losses = (*self.losses, loss)[-_LINES:] if isfinite(loss) else self.losses

@@ -4,8 +4,8 @@ A thread beside the training writes this process's phase and step into `DIR/hear
 that stays in one phase for too long asks the others for the stacks of their threads, brings them together in
 `DIR/hang.txt` with where each is and the samples it had last, adds a line to `DIR/hangs.jsonl`, and exits with a code
 of its own: whoever started the run starts it again. A stopped process cannot do any of that; the others see its
-heartbeat grow old and name it. A process whose run another life has begun elsewhere, since this one was taken for dead,
-ends too.
+heartbeat grow old and name it. A process whose run another attempt has begun elsewhere, since this one was taken for
+dead, ends too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..world import World
 HUNG = 75
 """exit code of a process that gave up waiting"""
 LOST = 76
-"""exit code of a process whose run another life has taken over"""
+"""exit code of a process whose run another attempt has taken over"""
 SLOW_FACTOR = 6
 """how much longer than a step the other phases may take: start, evaluation, commit, growth"""
 _STEP_PHASES = ("data", "step")
@@ -182,7 +182,7 @@ class Watchdog:
 
 
 def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
-    """The last heartbeat of every rank of the newest life of the run in `folder`, in rank order."""
+    """The last heartbeat of every rank of the newest attempt of the run in `folder`, in rank order."""
     beats = []
     for path in sorted((folder / "heartbeats").glob("rank-*.json")):
         try:

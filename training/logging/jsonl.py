@@ -1,8 +1,8 @@
 """The run folder's text records: metrics.jsonl and ledger.jsonl, one JSON object a line.
 
 After a kill they are cut back to the commit the run continues from, so that they read as the log of one run that was
-never interrupted, with a line that says where it was. The file is then a new one under the old name: a life that was
-taken for dead and still runs holds the file that was, and whatever it writes there is seen by nobody.
+never interrupted, with a line that says where it was. The file is then a new one under the old name: an attempt that
+was taken for dead and still runs holds the file that was, and whatever it writes there is seen by nobody.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _AFTER_A_COMMIT = ("search", "grow", "resume", "rollback", "end")
 
 
 class JsonLines:
-    """An append-only file of JSON objects, which one life of a run writes at a time."""
+    """An append-only file of JSON objects, which one attempt of a run writes at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: TextIO | None = None
 
     def append(self, *rows: dict[str, Any]) -> None:
-        """Add rows; they are in the file when this returns. Raises TrainingError if a later life has the file."""
+        """Add rows; they are in the file when this returns. Raises TrainingError if a later attempt has the file."""
         if self._file is None or not self.path.exists():  # a person may have removed it
             self.close()
             self._file = self.path.open("a", encoding="utf-8")
         self._file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
         self._file.flush()
         if not _is_still(self.path, self._file):
-            raise TrainingError(f"{self.path} was taken over by a later life of this run, and this one ends")
+            raise TrainingError(f"{self.path} was taken over by a later attempt of this run, and this one ends")
 
     def rows(self) -> list[dict[str, Any]]:
         """Every complete row; a line torn by a kill is left out."""
@@ -52,7 +52,7 @@ class JsonLines:
         return rows
 
     def cut(self, keep: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
-        """Take the file over: from now on it holds the rows that `keep` returns of all rows, and is this life's."""
+        """Take the file over: from now on it holds the rows that `keep` returns of all rows, and is this attempt's."""
         self.close()
         partial = partial_path(self.path)  # not `atomic_file`: the file that is renamed stays open, as this attempt's
         self._file = partial.open("w", encoding="utf-8")
@@ -85,7 +85,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-class RunLog:
+class RunRecords:
     """What rank 0 writes into the run folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -137,7 +137,7 @@ class RunLog:
                 path.unlink()
 
     def clear(self) -> None:
-        """Start over: an earlier life left no commit, so nothing it wrote happened."""
+        """Start over: an earlier attempt left no commit, so nothing it wrote happened."""
         self.metrics.cut(lambda rows: [])
         self.ledger.cut(lambda rows: [])
         for path in self.folder.glob("evaluations/step-*.json"):

@@ -43,8 +43,9 @@ _PICTURE = 96  # px, the side of a picture in a strip
 _STRIP = 480  # px, its width with the captions
 
 
-class Board:
-    """Writes to `folder`. `purge_step`: the samples seen at a resume; later figures of the life before are hidden."""
+class TensorBoardLog:
+    """Writes to `folder`. `purge_step`: the samples seen at a resume; later figures of the attempt before are
+    hidden."""
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter

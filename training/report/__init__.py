@@ -16,7 +16,7 @@ from ...data.storage.atomic_write import atomic_write
 def write_report(folder: Path) -> Path:
     """Write `report.html` for the run or the sweep in `folder` and return its path.
 
-    Works at any time of a run's life; the page is replaced in one piece. The page of the sweep that a run belongs to is
+    Works at any time of a run; the page is replaced in one piece. The page of the sweep that a run belongs to is
     written anew with its own. Raises ValueError if `folder` is neither.
     """
     from .page import render

@@ -17,7 +17,8 @@ from ...models.flops import parameters
 from ...models.interchange.errors import InterchangeError
 from ...models.interchange.files import Weights
 from ..checkpoint.commits import Commits
-from ..checkpoint.config import OriginConfig
+from ..checkpoint.config import InitFromConfig
+from ..checkpoint.snapshot import Snapshot
 from ..checkpoint.store import Store, StoreError
 from ..recipe import Recipe
 from ..state import Event, RunState
@@ -81,17 +82,16 @@ def import_commit(
     commits = Commits(Store(out))
     if commits.names():
         raise StoreError(f"{out} has commits already; give a new place")
-    life = commits.claim_life(f"import of {weights.source}")
+    attempt = commits.claim_attempt(f"import of {weights.source}")
     detail: dict[str, Any] = {"source": weights.source, "architecture": weights.name, "tokenizer": weights.tokenizer}
     event = Event(event="import", step=0, samples=0, detail=detail | {"parameters": parameters(weights.spec)})
     tensors = {f"model/{name}": tensor for name, tensor in weights.tensors.items()}
-    state = RunState(life=life, lineage=(event,))
+    state = RunState(attempt=attempt, lineage=(event,))
     written = recipe.model_dump(mode="json")
     alone = World(0, 1, torch.device("cpu"))
-    writing = commits.begin(weights.spec, state, written, tensors, alone, reason="import")
-    writing.finish()
-    url = f"{commits.store.url}/{writing.name}"
-    return url, recipe.model_copy(update={"origin": OriginConfig(commit=url)})
+    name = commits.write(Snapshot(weights.spec, state, written, tensors, reason="import"), alone)
+    url = f"{commits.store.url}/{name}"
+    return url, recipe.model_copy(update={"init_from": InitFromConfig(commit=url)})
 
 
 def recipe_for(weights: Weights, data: str, tokenizer: str) -> Recipe:

@@ -17,13 +17,13 @@ from .resume import differences
 
 
 def open_origin(recipe: Recipe) -> Commit:
-    """The commit that the recipe's `origin` names. Raises StoreError if the run cannot begin with it."""
-    assert recipe.origin
-    commit, carry = find_commit(recipe.origin.commit), recipe.origin.carry
+    """The commit that the recipe's `init_from` names. Raises StoreError if the run cannot begin with it."""
+    assert recipe.init_from
+    commit, load = find_commit(recipe.init_from.commit), recipe.init_from.load
     state = commit.manifest.state
-    if carry == "all":
+    if load == "all":
         _check_all(recipe, commit)
-    spec = recipe.specs()[state.stage if carry == "all" else 0]
+    spec = recipe.specs()[state.stage if load == "all" else 0]
     different = differences(spec.model_dump(mode="json"), commit.manifest.spec.model_dump(mode="json"))
     if different:
         raise StoreError(
@@ -36,7 +36,7 @@ def open_origin(recipe: Recipe) -> Commit:
 def _check_all(recipe: Recipe, commit: Commit) -> None:
     """Raise StoreError if the recipe cannot go on with the whole state of a commit."""
     state, batch = commit.manifest.state, recipe.data.batch
-    remedy = "change the recipe, or carry only the weights"
+    remedy = "change the recipe, or load only the weights"
     if state.samples != state.step * batch:
         raise StoreError(f"{commit.url} was trained in batches other than data.batch = {batch}; {remedy}")
     ends = [0]
@@ -54,26 +54,26 @@ def _check_all(recipe: Recipe, commit: Commit) -> None:
     if theirs == "muon" != recipe.optimizer.kind:
         raise StoreError(
             f"{commit.url} was trained with optimizer.kind = muon, which leaves AdamW no second moment of the matrices "
-            f"inside of blocks; set optimizer.kind: muon, or carry only the weights"
+            f"inside of blocks; set optimizer.kind: muon, or load only the weights"
         )
 
 
 def begin_with(recipe: Recipe, commit: Commit, engine: Engine) -> RunState:
-    """Load what the recipe carries over from `commit` into a fresh engine of the same shape; the state to begin with.
+    """Load what the recipe takes from `commit` into a fresh engine of the same shape; the state to begin with.
 
     The lineage says where it came from: what came before stands in it (all), or in its first event (weights). All ranks
     call this. Raises DamagedCommit.
     """
-    assert recipe.origin
-    carry, theirs = recipe.origin.carry, commit.manifest.state
-    detail: dict[str, Any] = {"commit": commit.url, "carry": carry}
-    if carry == "all":
+    assert recipe.init_from
+    load, theirs = recipe.init_from.load, commit.manifest.state
+    detail: dict[str, Any] = {"commit": commit.url, "load": load}
+    if load == "all":
         engine.expect(theirs.multipliers)
         tensors = commit.tensors(layout=engine.layout)
         tensors = {path: tensor for path, tensor in tensors.items() if recipe.optimizer.keeps(*path.split("/", 1))}
         engine.load_logical_state(tensors, theirs.applied, theirs.skipped, theirs.multipliers)
         event = Event(event="from", step=theirs.step, samples=theirs.samples, detail=detail)
-        return theirs.model_copy(update={"lineage": (*theirs.lineage, event), "life": 0})
+        return theirs.model_copy(update={"lineage": (*theirs.lineage, event), "attempt": 0})
     weights = commit.tensors("model", engine.layout)
     state = dict(weights)
     for kind in recipe.optimizer.kinds:

@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 CONTINUES = ("seed", "data", "model", "objectives", "stages", "optimizer", "schedule")
 """blocks of the recipe that decide what is computed; the others may change at a resume"""
-_FREE = {"data.workers", "data.bad_samples", "data.cache.limit"}
+_FREE = {"data.workers", "data.max_bad_fraction", "data.cache.limit"}
 
 
 def newest_intact(

@@ -19,12 +19,14 @@ def roll_back(recipe: Recipe, state: RunState, commits: Commits, world: World) -
     Raises TrainingError if that is of no use: there is none, or it was tried as often as the recipe allows.
     """
     health = state.health
-    what = f"the loss leapt to {recipe.recovery.leap} times what it was" if health.leapt else "no finite gradient"
+    what = (
+        f"the loss leapt to {recipe.recovery.spike_factor} times what it was" if health.leapt else "no finite gradient"
+    )
     reason = f"{what} in the last {health.ill} steps up to step {state.step}"
     last = next((e for e in reversed(state.lineage) if e.event == "rollback"), None)
     times = last.detail["times"] if last and health.well <= last.step else 0  # since then nothing was well
     good = world.objects(_last_good(state, commits) if world.is_first else None)[0]
-    if good is None or times >= recipe.recovery.times:
+    if good is None or times >= recipe.recovery.max_rollbacks:
         why = f"again after {times} rollbacks" if times else "there is no commit to go back to"
         raise TrainingError(
             f"{reason}, and {why}; "

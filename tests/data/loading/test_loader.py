@@ -197,12 +197,12 @@ def test_bad_samples_are_replaced_and_written_down(bad_url: str) -> None:
 
 def test_too_many_bad_samples_end_the_run(bad_url: str) -> None:
     entries = [entry for batch in read(loader(bad_url), 0, 5) for entry in batch.bad]
-    loader(bad_url, bad_samples=0.2).check_bad(entries)  # 4 of 20
-    tolerant = loader(bad_url, bad_samples=0.2)
+    loader(bad_url, max_bad_fraction=0.2).check_bad(entries)  # 4 of 20
+    tolerant = loader(bad_url, max_bad_fraction=0.2)
     tolerant.check_bad(entries)
     tolerant.check_bad(entries)  # the same ones again, as after a resume
     with pytest.raises(DataError, match=r"4 of 20 samples are bad, 3 are allowed") as error:
-        loader(bad_url, bad_samples=0.19).check_bad(entries)
+        loader(bad_url, max_bad_fraction=0.19).check_bad(entries)
     assert "picture does not decode (first: key '00001' in" in str(error.value)
     with pytest.raises(DataError, match=r"1 of 20 samples are bad, 0 are allowed"):
         loader(bad_url).check_bad(entries[:1])

@@ -37,7 +37,14 @@ def urls(tmp_path_factory: pytest.TempPathFactory, write_source: WriteSource) ->
 def config(urls: list[str], workers: int, shuffle: int) -> DataConfig:
     sources = [{"source": url, "weight": weight} for url, weight in zip(urls, (2.0, 0.7), strict=True)]
     return DataConfig.model_validate(
-        {"train": sources, "batch": BATCH, "workers": workers, "shuffle": shuffle, "lanes": 6, "bad_samples": 0.5}
+        {
+            "train": sources,
+            "batch": BATCH,
+            "workers": workers,
+            "shuffle_window": shuffle,
+            "lanes": 6,
+            "max_bad_fraction": 0.5,
+        }
     )
 
 
@@ -137,7 +144,7 @@ def test_any_sources(
         {"source": write_source(folder / str(i), shards, each), "weight": weight}
         for i, (shards, each, weight) in enumerate(sources)
     ]
-    options = {"train": train, "batch": BATCH, "shuffle": shuffle, "lanes": lanes}
+    options = {"train": train, "batch": BATCH, "shuffle_window": shuffle, "lanes": lanes}
     whole = Loader(DataConfig.model_validate(options), 24, 16, 7)
     with closing(whole.batches(step)) as stream:
         (expected,) = [seen(batch) for batch in islice(stream, 1)]

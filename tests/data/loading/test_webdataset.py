@@ -33,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_source: WriteSource) 
     }
     urls = [write_source(folder / "one", 2, 7), write_source(folder / "two", 3, 10, bad)]
     sources = [{"source": url, "weight": weight} for url, weight in zip(urls, (1.0, 2.5), strict=True)]
-    return DataConfig.model_validate({"train": sources, "batch": 8, "bad_samples": 0.2})
+    return DataConfig.model_validate({"train": sources, "batch": 8, "max_bad_fraction": 0.2})
 
 
 def ours(config: DataConfig, step: int, steps: int, rank: int, world: int, **more: Any) -> list[tuple[str, str]]:
@@ -107,7 +107,7 @@ def test_bad_samples_are_named_and_bounded(config: DataConfig, caplog: pytest.Lo
     named = {re.search(r"key '(\d+)'", message)[1] for message in caplog.messages}  # type: ignore[index]
     assert named == {"00001", "00003", "00012"}
     with pytest.raises(DataError, match=r"2 of 30 samples are bad, 1 are allowed"):
-        list(as_webdataset(config.model_copy(update={"bad_samples": 0.05}), seed=5, steps=8, rank=0, world=1))
+        list(as_webdataset(config.model_copy(update={"max_bad_fraction": 0.05}), seed=5, steps=8, rank=0, world=1))
 
 
 def test_what_cannot_be_is_refused(config: DataConfig) -> None:

@@ -67,13 +67,13 @@ def test_a_dead_process_is_an_error_that_names_the_sample(url: str, monkeypatch:
 
 @pytest.mark.timeout(60)
 def test_a_hanging_process_is_an_error_that_names_the_sample(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    each = loader(url, patience=2)
+    each = loader(url, decode_timeout=2)
     named = at_one_sample(monkeypatch, each, 21, lambda: time.sleep(1000))
     with closing(each.batches(0)) as batches, pytest.raises(DataError, match=r"hangs") as error:
         for _ in islice(batches, 5):
             pass
     assert all(name in str(error.value) for name in named), error.value
-    assert "data.patience = 2" in str(error.value)
+    assert "data.decode_timeout = 2" in str(error.value)
     assert not multiprocessing.active_children()
 
 

@@ -174,7 +174,7 @@ def of_each(batch: Batch) -> list[list[tuple[str, list[int], np.ndarray]]]:
 @pytest.mark.parametrize("unit", ["pixels", "relative"])
 def test_boxes_stay_on_what_they_frame(tmp_path: Path, write_tar: WriteTar, unit: str) -> None:
     url, met, cut = url_of(tmp_path / "0.tar", write_tar, unit), 0, 0
-    for batch in batches([{"source": url, "boxes": unit}], 25, least_box=0.0):
+    for batch in batches([{"source": url, "boxes": unit}], 25, min_box_fraction=0.0):
         assert batch.boxes is not None
         assert [batch.boxes.corners.dtype, batch.boxes.tokens.dtype] == [torch.float32, torch.int64]
         for key, image, own in zip(batch.keys, batch.images.permute(0, 2, 3, 1).numpy(), of_each(batch), strict=True):
@@ -202,7 +202,7 @@ def test_what_is_left_decides(tmp_path: Path, write_tar: WriteTar) -> None:
     counts = [
         sum(
             int(b.boxes.counts.sum())
-            for b in batches([{"source": url, "boxes": "pixels"}], 10, least_box=least)
+            for b in batches([{"source": url, "boxes": "pixels"}], 10, min_box_fraction=least)
             if b.boxes
         )
         for least in (0.0, 0.5, 1.0)

@@ -88,7 +88,7 @@ def test_drawn_in_the_promised_shares(shares: dict[str, float]) -> None:
         Caption("a", "alt"), Caption("b", "blip", 10**6), Caption("c", "blip", 3 * 10**6), Caption("d"),
         Caption("never", "alt", 0), Caption("e", "alt", 500_000),
     ]  # fmt: skip
-    config = SourceConfig(source="x", captions=shares)
+    config = SourceConfig(source="x", caption_weights=shares)
     count = 20_000
     found = Counter(drawn_caption(captions, config.caption_shares, stream(3, "caption", n)) for n in range(count))
     for caption, chance in expected_shares(captions, config.caption_shares).items():
@@ -99,7 +99,7 @@ def test_drawn_in_the_promised_shares(shares: dict[str, float]) -> None:
 def test_the_draw_by_hand() -> None:
     """Whole numbers below the sum of the weights, divided by what they share: 1, 3 and then 2, 6 -> 1, 3."""
     captions = [Caption("a", "alt"), Caption("b", "blip", 2 * 10**6), Caption("c", "blip", 6 * 10**6)]
-    shares = SourceConfig(source="x", captions={"blip": 3, "alt": 1}).caption_shares
+    shares = SourceConfig(source="x", caption_weights={"blip": 3, "alt": 1}).caption_shares
     assert list(shares) == ["alt", "blip"]  # by name, whatever the recipe's order
     for n in range(200):
         random = stream(0, "caption", n)
@@ -134,7 +134,7 @@ def test_looks_are_spread_and_distinct() -> None:
 def test_weights_of_tags_are_checked() -> None:
     for weight in (0, -1, float("nan"), float("inf"), 1e-9):
         with pytest.raises(ValidationError, match=r"captions\.alt = .* must be a weight from 0\.000001"):
-            SourceConfig(source="x", captions={"alt": weight})
+            SourceConfig(source="x", caption_weights={"alt": weight})
 
 
 # In a run
@@ -166,7 +166,7 @@ def batches(url: str, steps: int, world: int = 1, rank: int = 0, **source: Any) 
 
 def test_a_run_draws_by_tag(tagged_url: str) -> None:
     found: Counter[str] = Counter()
-    for batch in batches(tagged_url, 300, captions={"alt": 1, "recaption": 3}):
+    for batch in batches(tagged_url, 300, caption_weights={"alt": 1, "recaption": 3}):
         assert not batch.bad
         for key, caption in zip(batch.keys, batch.captions, strict=True):
             assert int(caption.split()[1]) == int(key)
@@ -180,18 +180,18 @@ def test_a_run_draws_by_tag(tagged_url: str) -> None:
 
 
 def test_a_sample_without_an_allowed_tag_is_bad(tagged_url: str) -> None:
-    one = batches(tagged_url, 3, captions={"recaption": 1})
+    one = batches(tagged_url, 3, caption_weights={"recaption": 1})
     bad = {entry.key: entry.reason for batch in one for entry in batch.bad}
     assert bad == dict.fromkeys(("00", "06", "12", "18"), "no caption from 'recaption': found 'alt'")
     assert all(caption.startswith("re ") for batch in one for caption in batch.captions)
-    halves = [batches(tagged_url, 3, 2, rank, captions={"recaption": 1}) for rank in range(2)]
+    halves = [batches(tagged_url, 3, 2, rank, caption_weights={"recaption": 1}) for rank in range(2)]
     for i, batch in enumerate(one):
         assert batch.captions == halves[0][i].captions + halves[1][i].captions
 
 
 def test_unknown_tags_are_refused_before_a_run(tagged_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError) as error:
-        batches(tagged_url, 1, captions={"alt": 1, "recaptoin": 3})
+        batches(tagged_url, 1, caption_weights={"alt": 1, "recaptoin": 3})
     assert str(error.value) == (
         f"{tagged_url}: captions asks for 'recaptoin', but of 24 samples looked at none has it; "
         f"found 'alt' (24 samples), 'recaption' (20 samples); correct the tag or leave it out"

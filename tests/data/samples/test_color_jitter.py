@@ -106,7 +106,7 @@ def test_no_change_is_exactly_none() -> None:
 
 
 def test_shares() -> None:
-    half = ALL.model_copy(update={"probability": 0.5, "grey": 0.2})
+    half = ALL.model_copy(update={"probability": 0.5, "grayscale": 0.2})
     pictures = [jittered(IMAGE, half, np.random.default_rng(n)) for n in range(1000)]
     grey = [(picture == picture[..., :1]).all() for picture in pictures]
     same = [picture is IMAGE for picture in pictures]
@@ -142,9 +142,9 @@ def test_each_change_by_hand() -> None:
 def test_config() -> None:
     assert not JitterConfig().active
     assert not JitterConfig(hue=0.5, probability=0).active
-    assert JitterConfig(grey=0.1, probability=0).active
+    assert JitterConfig(grayscale=0.1, probability=0).active
     assert JitterConfig(hue=0.1).active
-    for wrong in ({"hue": 0.6}, {"brightness": 1.5}, {"grey": -0.1}):
+    for wrong in ({"hue": 0.6}, {"brightness": 1.5}, {"grayscale": -0.1}):
         with pytest.raises(ValidationError):
             JitterConfig.model_validate(wrong)
 
@@ -155,7 +155,9 @@ def test_config() -> None:
 def batches(
     url: str, jitter: dict[str, float] | None, world: int = 1, workers: int = 0, steps: int = 3, **crop: Any
 ) -> list[list[Batch]]:
-    augment: dict[str, Any] = {"crop_scale": (0.5, 1.0), **crop} | ({"jitter": jitter} if jitter is not None else {})
+    augment: dict[str, Any] = {"crop_scale": (0.5, 1.0), **crop} | (
+        {"color_jitter": jitter} if jitter is not None else {}
+    )
     config = DataConfig.model_validate({"train": [{"source": url}], "batch": 8, "augment": augment, "workers": workers})
     ranks = []
     for rank in range(world):
@@ -173,7 +175,7 @@ def test_a_run(tmp_path: Path, write_source: Callable[..., str]) -> None:
     plain = batches(url, None)
     off = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "probability": 0.0}
     assert checksums(batches(url, off)) == checksums(plain)
-    some = {**off, "probability": 0.5, "grey": 0.2}
+    some = {**off, "probability": 0.5, "grayscale": 0.2}
     alone = batches(url, some)
     same = [a == b for a, b in zip(checksums(alone), checksums(plain), strict=True)]
     assert 0 < sum(same) < len(same)
@@ -185,7 +187,7 @@ def test_a_run(tmp_path: Path, write_source: Callable[..., str]) -> None:
         for key, image in zip(batch.keys, batch.images, strict=True):
             colours.setdefault(key, set()).add(image[0].double().mean().item())
     assert all(len(seen) > 3 for seen in colours.values())
-    grey = batches(url, {"grey": 1.0})
+    grey = batches(url, {"grayscale": 1.0})
     for ours, theirs in zip(grey[0], plain[0], strict=True):  # the crop is that of the plain run
         light = (theirs.images.double() * torch.tensor([0.299, 0.587, 0.114]).double()[:, None, None]).sum(1)
         assert (ours.images.double() - light[:, None]).abs().max() <= 0.51

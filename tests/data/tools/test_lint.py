@@ -164,7 +164,7 @@ def test_a_member_too_large_for_the_memory(tmp_path: Path) -> None:
     assert [(entry.key, entry.reason) for entry in found.bad] == [
         ("big", "member too large: .jpg has 3,298,534,883,328 bytes")
     ]
-    config = DataConfig.model_validate({"train": [{"source": url}], "batch": 2, "bad_samples": 0.9})
+    config = DataConfig.model_validate({"train": [{"source": url}], "batch": 2, "max_bad_fraction": 0.9})
     with closing(Loader(config, 24, 16, seed=0).batches(0)) as batches:
         assert set(next(batches).keys) == {"a"}
     source = open_source(url)
@@ -237,13 +237,13 @@ def test_what_is_known_of_a_shard_is_not_read_again(
     (tmp_path / "3").rename(tmp_path / "3.tar")
     read = tmp_path / "read"
     read.mkdir()
-    original = lint_module.examine
+    original = lint_module.examine_sample
 
     def counted(source: Source, number: int) -> Any:
         (read / source.key(number)).touch()
         return original(source, number)
 
-    monkeypatch.setattr(lint_module, "examine", counted)
+    monkeypatch.setattr(lint_module, "examine_sample", counted)
     found = lint(url, workers)
     expected = {1: {"2", "3"}, 2: {"3"}}[workers]
     assert {path.name[-1] for path in read.iterdir()} == expected

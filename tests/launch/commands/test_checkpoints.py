@@ -41,7 +41,7 @@ def test_the_commands_of_the_page(page: Path) -> None:
     state = second.manifest.state
     assert (state.step, state.applied) == (4, 4)
     begun = state.lineage[0]
-    assert (begun.event, begun.step, begun.detail["commit"], begun.detail["carry"]) == ("from", 0, where, "weights")
+    assert (begun.event, begun.step, begun.detail["commit"], begun.detail["load"]) == ("from", 0, where, "weights")
     assert begun.detail["lineage"][0]["event"] == "start"
     rows = [json.loads(line) for line in (page / "runs/second/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4]
@@ -49,7 +49,7 @@ def test_the_commands_of_the_page(page: Path) -> None:
     state = longer.manifest.state
     assert (state.step, state.samples, state.applied) == (8, 64, 8)
     assert [event.event for event in state.lineage] == ["start", "from", "start"]
-    assert state.lineage[1].detail == {"commit": where, "carry": "all"}
+    assert state.lineage[1].detail == {"commit": where, "load": "all"}
     rows = [json.loads(line) for line in (page / "runs/longer/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "step"] == [5, 6, 7, 8]
 
@@ -71,7 +71,7 @@ def test_all_that_is_carried_is_what_an_uninterrupted_run_has(treering: Run, tin
     for command in (
         ("--out", "whole", "stages.0.samples=64"),
         ("--out", "half"),
-        ("--out", "rest", "stages.0.samples=64", "--from", "half", "--carry", "all"),
+        ("--out", "rest", "stages.0.samples=64", "--from", "half", "--load", "all"),
         ("--out", "weights", "stages.0.samples=64", "--from", "half"),
     ):
         done = treering("train", str(tiny), *command, *more)
@@ -91,12 +91,12 @@ def test_all_that_is_carried_is_what_an_uninterrupted_run_has(treering: Run, tin
     [
         (["model.image.depth=2"], r"of another shape \(image.depth: 1 there, 2 here\); give the recipe that shape"),
         (
-            ["--carry", "all", "data.batch=4"],
-            "trained in batches other than data.batch = 4; change the recipe, or carry",
+            ["--load", "all", "data.batch=4"],
+            "trained in batches other than data.batch = 4; change the recipe, or load",
         ),
-        (["--carry", "all", "optimizer.ema=0.9"], "holds no ema, which the recipe's optimizer keeps"),
-        (["--carry", "all", "stages.0.samples=16"], "is at step 4 of stage 0, where no such stage is"),
-        (["--carry", "moments"], "origin.carry"),
+        (["--load", "all", "optimizer.ema=0.9"], "holds no ema, which the recipe's optimizer keeps"),
+        (["--load", "all", "stages.0.samples=16"], "is at step 4 of stage 0, where no such stage is"),
+        (["--load", "moments"], "init_from.load"),
     ],
 )
 def test_what_cannot_begin_is_refused_before_it_starts(

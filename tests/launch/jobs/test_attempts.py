@@ -1,4 +1,4 @@
-"""What comes after a life: pure decisions from the record, one case after another."""
+"""What comes after an attempt: pure decisions from the record, one case after another."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from treering.launch.jobs import attempts
 
 
 def begin(run: Path, restart: int = 0, attempt: int = 0, used: str = "n1 n2") -> bool:
-    about = {"life": f"7.{restart}.{attempt}", "used": used}
+    about = {"attempt": f"7.{restart}.{attempt}", "used": used}
     return attempts.begin(run, {**about, "job": "7", "nodes": "n[1-2]", "restart": str(restart)})
 
 
-def end(run: Path, code: int, signal: str = "none", most: int = 100, life: str = "7.0.0") -> str:
-    return attempts.end(run, life, code, signal, most)
+def end(run: Path, code: int, signal: str = "none", most: int = 100, attempt: str = "7.0.0") -> str:
+    return attempts.end(run, attempt, code, signal, most)
 
 
 def came_to(run: Path, step: int) -> None:
@@ -39,7 +39,7 @@ def said(run: Path, line: str) -> None:
 
 
 def ends(run: Path) -> list[tuple[str, str]]:
-    rows = attempts.read_rows(attempts.lives_file(run))
+    rows = attempts.read_rows(attempts.attempts_file(run))
     return [(row["kind"], row["reason"]) for row in rows if row["event"] == "end"]
 
 
@@ -55,7 +55,7 @@ def ends(run: Path) -> list[tuple[str, str]]:
         (1, "none", "again 1"),
     ],
 )
-def test_one_life(code: int, signal: str, answer: str, tmp_path: Path) -> None:
+def test_one_attempt(code: int, signal: str, answer: str, tmp_path: Path) -> None:
     begin(tmp_path)
     assert end(tmp_path, code, signal) == answer
 
@@ -115,37 +115,37 @@ def test_a_stop_that_was_asked_for_is_an_end_and_an_old_one_is_not(tmp_path: Pat
     assert end(tmp_path, 130, "USR1") == "done"
 
 
-def test_a_life_that_left_no_end_gets_one(tmp_path: Path) -> None:
+def test_a_attempt_that_left_no_end_gets_one(tmp_path: Path) -> None:
     begin(tmp_path)
     came_to(tmp_path, 3)
     begin(tmp_path)
-    ended = [row for row in attempts.read_rows(attempts.lives_file(tmp_path)) if row["event"] == "end"]
+    ended = [row for row in attempts.read_rows(attempts.attempts_file(tmp_path)) if row["event"] == "end"]
     assert [(row["kind"], row["step"], row["nodes"]) for row in ended] == [("outside", 3, "n[1-2]")]
 
 
-def test_the_later_of_two_lives_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_later_of_two_attempts_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job whose node was cut off starts elsewhere, and what is left of it gives way; it cannot take the run back."""
     assert begin(tmp_path)
-    monkeypatch.setenv(attempts.LIFE, "7.0.0")
+    monkeypatch.setenv(attempts.ATTEMPT, "7.0.0")
     assert attempts.lost(tmp_path) is None
     assert begin(tmp_path, restart=1, used="n3")
-    assert "life 7.0.0 ends: life 7.1.0 of this run has begun" in str(attempts.lost(tmp_path))
-    before = attempts.lives_file(tmp_path).read_text()
+    assert "attempt 7.0.0 ends: attempt 7.1.0 of this run has begun" in str(attempts.lost(tmp_path))
+    before = attempts.attempts_file(tmp_path).read_text()
     assert end(tmp_path, 76) == "halt"
     assert not begin(tmp_path, attempt=1)
-    assert attempts.lives_file(tmp_path).read_text() == before
-    monkeypatch.setenv(attempts.LIFE, "7.1.0")
+    assert attempts.attempts_file(tmp_path).read_text() == before
+    monkeypatch.setenv(attempts.ATTEMPT, "7.1.0")
     assert attempts.lost(tmp_path) is None
-    assert end(tmp_path, 1, life="7.1.0") == "again 1"
+    assert end(tmp_path, 1, attempt="7.1.0") == "again 1"
     assert begin(tmp_path, restart=1, attempt=1)
     assert attempts.lost(tmp_path)  # processes of the try before give way too
     assert begin(tmp_path, restart=2)
-    monkeypatch.delenv(attempts.LIFE)
+    monkeypatch.delenv(attempts.ATTEMPT)
     assert attempts.lost(tmp_path) is None
 
 
 def test_an_unfit_node_is_left_out_by_its_own_word(tmp_path: Path) -> None:
-    """It may be that it sees no folder to leave a word in but the log, where earlier lives have spoken too."""
+    """It may be that it sees no folder to leave a word in but the log, where earlier attempts have spoken too."""
     said(tmp_path, "n1: this node cannot train: long ago")
     begin(tmp_path)
     said(tmp_path, "n9: this node cannot train: nobody asked it")
@@ -154,7 +154,7 @@ def test_an_unfit_node_is_left_out_by_its_own_word(tmp_path: Path) -> None:
     assert end(tmp_path, 130) == "without n2"
     assert ends(tmp_path) == [("unfit", "n2: this node cannot train: it does not see the run folder")]
     begin(tmp_path, attempt=1, used="n1")
-    assert end(tmp_path, 0, life="7.0.1") == "done"
+    assert end(tmp_path, 0, attempt="7.0.1") == "done"
 
 
 def test_nodes_that_are_all_unfit_end_the_job(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_nodes_that_are_all_unfit_end_the_job(tmp_path: Path) -> None:
         begin(tmp_path, attempt=attempt)
         for name in ("n1", "n2"):
             said(tmp_path, f"{name}: this node cannot train: 0 GPUs can be used and 8 are wanted")
-        answers.append(end(tmp_path, 3, life=f"7.0.{attempt}"))
+        answers.append(end(tmp_path, 3, attempt=f"7.0.{attempt}"))
     assert answers == ["again 1", "again 2", "halt"]
 
 
@@ -175,20 +175,20 @@ def test_a_node_that_alone_cannot_reach_the_store_is_unfit(tmp_path: Path) -> No
     assert end(tmp_path, 1) == "without n2"
     begin(tmp_path, attempt=1)
     failed(tmp_path, "n2", "store s3://b: the server does not answer", "StoreError")
-    assert end(tmp_path, 1, life="7.0.1") == "again 1"  # nobody has reached it in this life
+    assert end(tmp_path, 1, attempt="7.0.1") == "again 1"  # nobody has reached it in this attempt
     begin(tmp_path, attempt=2)
     for name in ("n1", "n2"):
         (tmp_path / "job" / "fit" / name).touch()
     failed(tmp_path, "n1", "store s3://b: the server does not answer", "StoreError")
-    assert end(tmp_path, 1, life="7.0.2") == "again 2"  # both had reached it when they began
+    assert end(tmp_path, 1, attempt="7.0.2") == "again 2"  # both had reached it when they began
 
 
 def test_looks_for_free_nodes_grow_rare_when_they_bring_none(tmp_path: Path) -> None:
     waits = []
     for restart, used in enumerate(("n1 n2", "n1 n2", "n1 n2", "n1 n2 n3", "n1 n2", "n1 n2")):
         begin(tmp_path, restart, used=used)
-        waits.append(attempts.next_look(attempts.read_rows(attempts.lives_file(tmp_path)), 600))
-        assert end(tmp_path, 130, "ROOM", life=f"7.{restart}.0") == "requeue"
+        waits.append(attempts.next_look(attempts.read_rows(attempts.attempts_file(tmp_path)), 600))
+        assert end(tmp_path, 130, "ROOM", attempt=f"7.{restart}.0") == "requeue"
     assert waits == [600, 1200, 2400, 600, 1200, 2400]
     begin(tmp_path, 9)
-    assert attempts.next_look(attempts.read_rows(attempts.lives_file(tmp_path)), 0) == 0
+    assert attempts.next_look(attempts.read_rows(attempts.attempts_file(tmp_path)), 0) == 0

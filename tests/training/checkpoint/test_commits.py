@@ -20,9 +20,10 @@ from treering.training.checkpoint import writer
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.config import CheckpointConfig
 from treering.training.checkpoint.manifest import DamagedCommit
-from treering.training.checkpoint.serialize import Packed
+from treering.training.checkpoint.serialize import SerializedPart
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store, StoreError
-from treering.training.engines.layout import Stretch, gathered, rows
+from treering.training.engines.layout import Stretch, gathered, shard_rows
 from treering.training.state import RunState
 from treering.training.world import World
 
@@ -44,13 +45,14 @@ def truth(kind: str = "model") -> dict[str, torch.Tensor]:
     }
 
 
-def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALONE, **more: Any) -> writer.Writing:
+def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALONE, **more: Any) -> writer.CommitUpload:
     step = more.pop("step", 1)
-    return commits.begin(SPEC, RunState(step=step, samples=10 * step, life=1), {}, tensors, world, **more)
+    state, policy = RunState(step=step, samples=10 * step, attempt=1), more.pop("policy", None)
+    return commits.begin(Snapshot(SPEC, state, {}, tensors, **more), world, policy)
 
 
 def row_layout(world: World) -> dict[str, Stretch]:
-    return {name: rows(shape, world.rank, world.size) for name, shape in SHAPES.items()}
+    return {name: shard_rows(shape, world.rank, world.size) for name, shape in SHAPES.items()}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -177,7 +179,7 @@ def test_packed_bytes_are_what_safetensors_reads(dtype: torch.dtype) -> None:
         "none": torch.zeros(0, 4, dtype=dtype),
         "one": torch.tensor(7).to(dtype),
     }
-    read = load(bytes(Packed(tensors).data()))
+    read = load(bytes(SerializedPart(tensors).data()))
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype
@@ -188,31 +190,31 @@ def test_a_run_that_was_taken_over_is_refused(tmp_path: Path) -> None:
     """The later of two runs in one place goes on; the earlier one's commit is never complete, whenever it noticed."""
     early, late = Commits(Store(str(tmp_path))), Commits(Store(str(tmp_path)))
     tensors = {f"model/{name}": t for name, t in truth().items()}
-    assert early.claim_life("early") == 1
+    assert early.claim_attempt("early") == 1
     begin(early, tensors, step=1).finish()
-    assert late.claim_life("late") == 2
+    assert late.claim_attempt("late") == 2
     with pytest.raises(StoreError, match=r"another run \('late'\) took over .* this one is refused"):
         begin(early, tensors, step=2).finish()
-    late.write(SPEC, RunState(step=2, life=2), {}, tensors, ALONE)
-    assert late.names() == ["step-000000000001-life-0001", "step-000000000002-life-0002"]
+    late.write(Snapshot(SPEC, RunState(step=2, attempt=2), {}, tensors), ALONE)
+    assert late.names() == ["step-000000000001-attempt-0001", "step-000000000002-attempt-0002"]
 
 
 def test_a_late_mark_on_what_was_swept_completes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The earlier run stands still between its last look and its COMMIT, while the later one sweeps."""
     early, late, put_new = Commits(Store(str(tmp_path))), Commits(Store(str(tmp_path))), Store.put_new
     tensors = {f"model/{name}": t for name, t in truth().items()}
-    assert early.claim_life("early") == 1
+    assert early.claim_attempt("early") == 1
 
     def slow(self: Store, name: str, data: bytes) -> bool:
-        if name.endswith("COMMIT") and "life-0001" in name:
-            assert late.claim_life("late") == 2
-            late.write(SPEC, RunState(step=1, life=2), {}, tensors, ALONE)
-            late.retain(CheckpointConfig(), life=2)
+        if name.endswith("COMMIT") and "attempt-0001" in name:
+            assert late.claim_attempt("late") == 2
+            late.write(Snapshot(SPEC, RunState(step=1, attempt=2), {}, tensors), ALONE)
+            late.retain(CheckpointConfig(), attempt=2)
         return put_new(self, name, data)
 
     monkeypatch.setattr(Store, "put_new", slow)
     begin(early, tensors, step=2).finish()
-    assert late.names() == ["step-000000000001-life-0002"]
+    assert late.names() == ["step-000000000001-attempt-0002"]
 
 
 def test_a_flipped_byte_anywhere_is_found_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +255,7 @@ def test_a_flipped_byte_anywhere_is_found_and_named(tmp_path: Path, monkeypatch:
 )
 def test_a_part_has_no_name_outside_its_commit(file: str) -> None:
     try:
-        part = writer.Part(file=file, kind="model", bytes=1, sha256="", tensors=1)
+        part = writer.CommitPart(file=file, kind="model", bytes=1, sha256="", tensors=1)
     except ValidationError:
         return
     assert re.fullmatch(r"[a-z_]+-[0-9]{5}-[0-9]{5}\.safetensors", part.file)
@@ -275,7 +277,7 @@ def test_what_is_kept(tmp_path: Path) -> None:
         ).finish()
     assert [int(name[5:17]) for name in commits.names()] == [3, 5, 8, 10, 14, 15]
     assert not [path for path in commits.store.sizes() if path.startswith("step-000000000007")]
-    Commits(Store(str(tmp_path))).retain(CheckpointConfig(keep=1), life=1)  # another process, another policy
+    Commits(Store(str(tmp_path))).retain(CheckpointConfig(keep=1), attempt=1)  # another process, another policy
     assert [int(name[5:17]) for name in commits.names()] == [3, 15]
 
 
@@ -311,15 +313,15 @@ def test_a_staged_snapshot_waits_on_disk_and_leaves_nothing(tmp_path: Path, monk
 
     monkeypatch.setattr(Store, "put", held)
     monkeypatch.setattr(writer, "PART_BYTES", 30)  # several files
-    left = staging / f"treering-{stable_hash('staging', store.url):016x}-00000-step-000000000000-life-0000"
-    left.mkdir(parents=True)  # of a killed life
-    other = staging / "treering-0000000000000000-00000-step-000000000000-life-0000"
+    left = staging / f"treering-{stable_hash('staging', store.url):016x}-00000-step-000000000000-attempt-0000"
+    left.mkdir(parents=True)  # of a killed attempt
+    other = staging / "treering-0000000000000000-00000-step-000000000000-attempt-0000"
     other.mkdir()  # of another run
     policy = CheckpointConfig(staging=str(staging))
     going = begin(Commits(store), {f"model/{name}": t for name, t in truth().items()}, policy=policy)
     assert waiting.wait(30)
     mine = [path for path in staging.iterdir() if path != other]
-    assert [path.name for path in mine] == [left.name.replace("000-life-0000", "001-life-0001")]
+    assert [path.name for path in mine] == [left.name.replace("000-attempt-0000", "001-attempt-0001")]
     open_door.set()
     going.finish()
     assert list(staging.iterdir()) == [other]

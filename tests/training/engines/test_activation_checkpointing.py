@@ -18,7 +18,7 @@ from torch import Tensor
 
 from treering.launch.commands.plan import plan
 from treering.launch.recipe.load import read_recipe
-from treering.models.activations import BlockMemory, block_memory, choose, peak
+from treering.models.activations import BlockMemory, block_memory, blocks_to_recompute, peak
 from treering.models.model import Model, build
 from treering.models.parts import BatchShape
 from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, SharedSpec, TextSpec
@@ -29,7 +29,7 @@ from treering.training.engines.config import DdpConfig, DeepSpeedConfig, FsdpCon
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.loop import train
 from treering.training.objectives.base import Inputs, Objective, extras_of
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Between, Contrastive, LateContrastive
 from treering.training.world import World
 
@@ -71,7 +71,7 @@ def batch(lengths: tuple[int, ...] = (3, 9, 5, 13, 7, 4)) -> Inputs:
 
 def objectives(spec: ModelSpec) -> list[Objective]:
     found: list[Objective] = [Contrastive(1.0)]
-    found += [Caption(1.0)] if spec.captioner else []
+    found += [CaptionLoss(1.0)] if spec.captioner else []
     return found + [Between(1.0, towers=("audio", "text"))] * bool(spec.modalities)
 
 
@@ -147,7 +147,7 @@ SIZES = st.tuples(st.integers(1, 5), st.integers(20, 90), st.integers(1, 19), st
 def test_as_few_blocks_as_needed(sizes: list[tuple[int, int, int, int]], budget: int) -> None:
     """Against every possible choice: within the budget if any is, and none could be left out of it."""
     found = {str(i): BlockMemory(d, block, block, stream, work) for i, (d, block, stream, work) in enumerate(sizes)}
-    chosen = choose(found, budget)
+    chosen = blocks_to_recompute(found, budget)
     ranges = [range(stack.depth + 1) for stack in found.values()]
     possible = [dict(zip(found, counts, strict=True)) for counts in product(*ranges)]
     if any(peak(found, one) <= budget for one in possible):
@@ -193,7 +193,7 @@ def test_long_captions_and_patches_decide_at_every_step() -> None:
 
 
 def test_auto_is_what_the_device_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = sum(activation_checkpointing.parts(PLAIN, DdpConfig(), OptimizerConfig(), 1, PAIRS).values())
+    others = sum(activation_checkpointing.memory_parts(PLAIN, DdpConfig(), OptimizerConfig(), 1, PAIRS).values())
     whole = peak(block_memory(PLAIN, shape(batch())), {"image": 0, "text": 0})
     monkeypatch.setattr(activation_checkpointing, "process_memory", lambda: 1000)
     for share, expected in ((1.01, 0), (0.5, 1), (0.0, 7)):

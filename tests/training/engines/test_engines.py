@@ -15,6 +15,7 @@ import torch
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.manifest import Commit
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store
 from treering.training.engines.base import Engine
 from treering.training.engines.build import build_engine
@@ -22,14 +23,14 @@ from treering.training.engines.config import DdpConfig, DeepSpeedConfig, EngineC
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.engines.zero_state import require
 from treering.training.objectives.base import Inputs, Objective
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.state import RunState, TrainingError
 from treering.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 PAIRS = 12
-OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.3, clip=0.5, ema=0.8)
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.3, grad_clip=0.5, ema=0.8)
 ENGINES = {
     "ddp": DdpConfig(),
     "fsdp": FsdpConfig(),
@@ -61,7 +62,7 @@ def spec(caption: bool) -> ModelSpec:
 
 
 def objectives(caption: bool) -> list[Objective]:
-    return [Contrastive(1.0), *([Caption(0.5)] if caption else [])]
+    return [Contrastive(1.0), *([CaptionLoss(0.5)] if caption else [])]
 
 
 def batch(step: int, world: World) -> Inputs:
@@ -159,7 +160,7 @@ def test_bf16_multiplies_alone(kind: str, ranks: int, on_ranks: Callable[..., li
         ours.close()
         return losses, first, types
 
-    unclipped = OptimizerConfig(clip=1e9)
+    unclipped = OptimizerConfig(grad_clip=1e9)
     expected = train(build_engine(spec(True), objectives(True), DdpConfig(), unclipped, ALONE, 1), range(10))
     for losses, first, types in on_ranks(ranks, one_rank):
         assert types == {"torch.float32"}
@@ -235,9 +236,10 @@ def load_initial(ours: Engine) -> None:
 
 
 def write(commits: Commits, ours: Engine, step: int, world: World) -> None:
-    state = RunState(step=step, life=1, applied=ours.applied, skipped=ours.skipped, multipliers=ours.multipliers)
+    state = RunState(step=step, attempt=1, applied=ours.applied, skipped=ours.skipped, multipliers=ours.multipliers)
     valid = ours.model.spec.model_copy(update={"text": TextSpec(width=18, depth=2, heads=3, context=9)})
-    commits.begin(valid, state, {}, ours.logical_state(), world, ours.layout, copies=ours.copies).finish()
+    snapshot = Snapshot(valid, state, {}, ours.logical_state(), ours.layout, ours.copies)
+    commits.begin(snapshot, world).finish()
 
 
 def load(ours: Engine, commit: Commit) -> None:
@@ -308,7 +310,7 @@ def test_a_resume_where_nothing_changed_is_bit_identical(
 def weight_of_caption(ours: Engine, weight: float) -> Iterator[None]:
     """Another weight of the caption objective for a step."""
     usual = ours.objectives[1]
-    ours.objectives[1] = Caption(weight)
+    ours.objectives[1] = CaptionLoss(weight)
     yield
     ours.objectives[1] = usual
 

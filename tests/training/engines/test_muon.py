@@ -25,7 +25,7 @@ from treering.training.engines import muon
 from treering.training.engines.base import Engine
 from treering.training.engines.build import build_engine
 from treering.training.engines.config import DdpConfig, EngineConfig, FsdpConfig
-from treering.training.engines.layout import rows
+from treering.training.engines.layout import shard_rows
 from treering.training.engines.muon import Muon, hidden, orthogonal
 from treering.training.engines.optimizer import Optimizer, OptimizerConfig, decays
 from treering.training.growth import grow
@@ -33,7 +33,7 @@ from treering.training.growth.grow import grown_rates
 from treering.training.growth.offline import grow_commit
 from treering.training.loop import train
 from treering.training.objectives.base import Inputs
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.recipe import Recipe
 from treering.training.world import World
@@ -70,7 +70,7 @@ def batch(step: int, world: World = ALONE) -> Inputs:
 
 
 def engine(optimizer: OptimizerConfig, config: EngineConfig = PLAIN, world: World = ALONE) -> Engine:
-    return build_engine(SPEC, [Contrastive(1.0), Caption(0.5)], config, optimizer, world, seed=1)
+    return build_engine(SPEC, [Contrastive(1.0), CaptionLoss(0.5)], config, optimizer, world, seed=1)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_hidden_matrices_are_those_between_two_streams_of_channels() -> None:
 def test_steps_are_muon_for_hidden_matrices_and_adamw_for_the_rest() -> None:
     """Three steps with clipping, decay and a multiplier; the truth is numpy for one and torch's plain loop for the
     other."""
-    config = OptimizerConfig(kind="muon", weight_decay=0.3, clip=0.5)
+    config = OptimizerConfig(kind="muon", weight_decay=0.3, grad_clip=0.5)
     ours, theirs = engine(config), build(SPEC, 1)
     name = "text.transformer.blocks.1.mlp.up.weight"
     state = {path: tensor.clone() for path, tensor in ours.logical_state().items()}
@@ -195,7 +195,7 @@ def test_rows_on_many_ranks_step_as_the_whole_does_to_the_bit(ranks: int, on_ran
         return torch.randn(shapes[name], generator=torch.Generator().manual_seed(ord(name) + 100 * step))
 
     def moved(world: World | None) -> dict[str, Any]:
-        layout = {n: rows(s, world.rank if world else 0, world.size if world else 1) for n, s in shapes.items()}
+        layout = {n: shard_rows(s, world.rank if world else 0, world.size if world else 1) for n, s in shapes.items()}
 
         def own(name: str, step: int) -> Tensor:
             return layout[name].cut(draw(name, step)).view(-1, shapes[name][1])
@@ -323,7 +323,7 @@ TINY = [
     "eval.suites=[]",
 ]
 GROW = "{grow: {image.width: 24, text.width: 16, text.depth: 2, image.experts: 2, captioner.depth: 1, shared.depth: 1, \
-shared.width: 8, shared.heads: 2}, fade: 60, samples: 36}"
+shared.width: 8, shared.heads: 2}, multiplier_fade: 60, samples: 36}"
 WHOLE = f"stages=[{{samples: 36}}, {GROW}]"
 
 
@@ -384,8 +384,8 @@ def test_a_run_may_begin_with_another_s_state_as_far_as_that_goes(whole: Path, t
     stages = "stages=[{samples: 36}, {grow: {text.depth: 2}, samples: 12}]"
     pure = "objectives.caption=null"
     for carry in ("weights", "all"):
-        commit = f"{whole / 'commits'}/step-000000000002-life-0001"
-        begun = recipe(stages, pure, f"origin={{commit: {commit}, carry: {carry}}}")
+        commit = f"{whole / 'commits'}/step-000000000002-attempt-0001"
+        begun = recipe(stages, pure, f"init_from={{commit: {commit}, load: {carry}}}")
         assert train(begun, tmp_path / carry).finished
     adamw = begun.model_copy(update={"optimizer": OptimizerConfig(ema=0.8)})
     with pytest.raises(StoreError, match=r"no second moment of the matrices inside of blocks; set optimizer"):
@@ -393,7 +393,7 @@ def test_a_run_may_begin_with_another_s_state_as_far_as_that_goes(whole: Path, t
     plain = recipe(pure, "stages=[{samples: 36}]", "optimizer={kind: adamw, ema: 0.8}")
     assert train(plain, tmp_path / "plain").finished
     stages = "stages=[{samples: 48}]"
-    begun = recipe(stages, pure, f"origin={{commit: {tmp_path / 'plain'}, carry: all}}")
+    begun = recipe(stages, pure, f"init_from={{commit: {tmp_path / 'plain'}, load: all}}")
     assert train(begun, tmp_path / "muon").finished
 
 

@@ -17,7 +17,7 @@ from treering.training.engines.optimizer import OptimizerConfig, decays
 from treering.training.growth.grow import grow
 from treering.training.loop import train
 from treering.training.objectives.base import Inputs
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.schedule import ScheduleConfig
 from treering.training.stages import GrowthConfig
@@ -31,7 +31,7 @@ SPEC = ModelSpec(
     captioner=CaptionerSpec(depth=1),
 )
 ALONE = World(0, 1, torch.device("cpu"))
-OBJECTIVES = [Contrastive(1.0), Caption(0.5)]
+OBJECTIVES = [Contrastive(1.0), CaptionLoss(0.5)]
 
 
 def engine(config: OptimizerConfig) -> Engine:
@@ -48,7 +48,7 @@ def batch(seed: int) -> Inputs:
 
 def test_steps_equal_plain_adamw_with_clipping() -> None:
     """Five steps; the reference clips by hand and uses torch's unfused loop, one group a parameter."""
-    config = OptimizerConfig(lr=1e-3, weight_decay=0.3, clip=0.5)
+    config = OptimizerConfig(lr=1e-3, weight_decay=0.3, grad_clip=0.5)
     ours, theirs = engine(config), build(SPEC, 1)
     groups = [
         {"params": [p], "weight_decay": 0.3 if p.ndim >= 2 and "embedding" not in n else 0.0}
@@ -184,7 +184,7 @@ def test_a_commit_between_two_log_lines_hides_no_skipped_step(
 
 @pytest.mark.parametrize("batch", [1, 7, 128])
 def test_the_schedule_warms_up_stays_and_decays(batch: int) -> None:
-    config = ScheduleConfig(warmup=1000, cooldown=0.2, final=0.1)
+    config = ScheduleConfig(warmup=1000, cooldown=0.2, final_fraction=0.1)
     total = -(-10_000 // batch) * batch
     rates = [config.factor(samples, batch, total) for samples in range(0, total, batch)]
     assert rates[0] == pytest.approx(batch / 1000)

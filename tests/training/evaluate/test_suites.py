@@ -170,7 +170,7 @@ def test_the_same_at_any_world_to_the_last_bit(
         suite(tmp_path, "photos", str(captions), "retrieval"),
         suite(tmp_path, "order", str(captions), "pairs"),
         suite(tmp_path, "shape", str(captions), "geometry"),
-        suite(tmp_path, "says", str(captions), {"kind": "captioning", "longest": 6}),
+        suite(tmp_path, "says", str(captions), {"kind": "captioning", "max_tokens": 6}),
     ]
 
     def one_rank(group: World) -> dict[str, Any]:

@@ -23,7 +23,7 @@ TINY = [
     *SIZES,
     "model.captioner.depth=1",
     "stages=[{samples: 48}, {grow: {image.width: 32, text.width: 16, image.depth: 2, embed_dim: 24}, samples: 48}, "
-    "{grow: {text.width: 48, text.mlp_ratio: 5.0}, copies: duplicate, samples: 36}]",
+    "{grow: {text.width: 48, text.mlp_ratio: 5.0}, width_init: duplicate, samples: 36}]",
     "checkpoint.every=24",
     "eval.suites=[]",
 ]

@@ -28,8 +28,9 @@ TINY = [
     "model.captioner.depth=1",
     "optimizer.ema=0.8",
     # A width that grows by a fraction, fading multipliers, and blocks: every path of a growth, twice.
-    "stages=[{samples: 36}, {grow: {image.width: 24, text.width: 16, image.depth: 2, embed_dim: 24}, fade: 60, "
-    "samples: 24}, {grow: {text.depth: 2, image.mlp_ratio: 5.0, captioner.depth: 2}, samples: 24}]",
+    "stages=[{samples: 36}, {grow: {image.width: 24, text.width: 16, image.depth: 2, embed_dim: 24}, "
+    "multiplier_fade: 60, samples: 24}, "
+    "{grow: {text.depth: 2, image.mlp_ratio: 5.0, captioner.depth: 2}, samples: 24}]",
     "checkpoint={every: 1_000_000, keep: 20}",
     "eval.suites=[]",
 ]

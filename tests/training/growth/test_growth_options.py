@@ -24,8 +24,9 @@ from treering.training.world import World
 TINY = [
     *SIZES,
     "model.captioner=null",
-    "stages=[{samples: 36}, {grow: {image.width: 24, text.width: 16, captioner.depth: 1}, moments: keep_v, rewarm: 24, "
-    "fade: 36, samples: 24}, {samples: 24, shrink: {text.width: 8}, grow: {image.depth: 3}, layers: stack}]",
+    "stages=[{samples: 36}, {grow: {image.width: 24, text.width: 16, captioner.depth: 1}, moments: keep_v, "
+    "rewarmup: 24, multiplier_fade: 36, samples: 24}, "
+    "{samples: 24, shrink: {text.width: 8}, grow: {image.depth: 3}, depth_init: stack}]",
     "checkpoint.every=12",
     "checkpoint.keep=20",
     "eval.suites=[]",
@@ -93,7 +94,7 @@ def test_multipliers_fade_to_one(whole: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(
         Optimizer, "step", lambda self, lr, fade: (real(self, lr, fade), seen.append(_rates(self, lr)))[0]
     )
-    train(recipe("stages.1.samples=60", "stages.1.rewarm=0"), tmp_path)
+    train(recipe("stages.1.samples=60", "stages.1.rewarmup=0"), tmp_path)
     expected = [2 / 3, (2 / 3) ** (2 / 3), (2 / 3) ** (1 / 3), 1, 1]
     assert [rates["image.projection.weight"] for rates in seen[3:8]] == pytest.approx(expected)
 
@@ -109,7 +110,7 @@ def _rates(optimizer: Optimizer, lr: float) -> dict[str, float]:
 def test_time_since_growth_runs_over_stages_that_do_not_grow() -> None:
     stages = [
         StageConfig(samples=20),
-        StageConfig(samples=20, grow={"image.depth": 2}, fade=40, rewarm=10),
+        StageConfig(samples=20, grow={"image.depth": 2}, multiplier_fade=40, rewarmup=10),
         StageConfig(samples=20),
     ]
     assert since_growth(stages, 0, 5, 10) == (stages[0], 5)
@@ -172,11 +173,11 @@ def test_a_run_gets_experts_and_balances_them_in_any_world(tmp_path: Path, on_ra
         ("{samples: 12, grow: {embed_dim: 32}, moments: reset}", "set moments: map, or grow embed_dim in a stage of"),
         ("{samples: 12, grow: {text.depth: 0}}", "or write it under shrink"),
         ("{samples: 12, shrink: {text.depth: 2}}", "or write it under grow"),
-        ("{samples: 12, grow: {text.vocabulary: 49410}, tokens: [[3]]}", "tokens has 1 entries for 2 new rows"),
+        ("{samples: 12, grow: {text.vocabulary: 49410}, token_init: [[3]]}", "token_init has 1 entries for 2 new rows"),
         ("{samples: 12, inherit: ema}", "the run keeps none; set optimizer.ema: 0.999, or stages.1.inherit: 1.0"),
         ("{samples: 12, inherit: 1.5}", "1.5 is no share; give one from 0 to 1, or ema"),
         ("{samples: 12, inherit: averages}", "stages.1.inherit"),
-        ("{samples: 12, grow: {image.width: 20}}", "set image.width: 24, or give image.head_dim and heads too"),
+        ("{samples: 12, grow: {image.width: 20}}", "set image.width: 24, or set image.head_dim and heads too"),
     ],
 )
 def test_impossible_stages_are_refused(stage: str, message: str) -> None:

@@ -29,7 +29,7 @@ TINY = [
     "objectives={contrastive: {}}",
     # An exponent of 1 expects so much that the first window ends the stage; one of nearly 0 asks only for a fall.
     "stages=[{samples: 120, plateau: {window: 36, exponent: 1.0}}, "
-    "{grow: {image.depth: 2}, rewarm: 24, samples: 48, plateau: {window: 24, exponent: 1.0e-9}}, {samples: 12}]",
+    "{grow: {image.depth: 2}, rewarmup: 24, samples: 48, plateau: {window: 24, exponent: 1.0e-9}}, {samples: 12}]",
     "optimizer.lr=0.005",
     "checkpoint.every=24",
     "checkpoint.keep=20",
@@ -195,7 +195,7 @@ def test_an_early_end_is_taken_up_and_settled_stages_are_compared(whole: Path, t
 def test_a_rate_is_steady_after_its_warm_ups() -> None:
     stages = [
         StageConfig(samples=30),
-        StageConfig(samples=20, grow={"image.depth": 2}, rewarm=30),
+        StageConfig(samples=20, grow={"image.depth": 2}, rewarmup=30),
         StageConfig(samples=9),
     ]
     assert [steady_from(stages, stage, 10, 8) for stage in range(3)] == [8, 60, 60]

@@ -29,7 +29,7 @@ TINY = [
     "data.train=[{source: samples://emoji, name: old}, {source: samples://emoji/held_out, name: new, weight: 0}]",
     "model.captioner=null",
     "objectives={contrastive: {}}",
-    "stages=[{samples: 36}, {search: {space: {image.depth: [2, 3], text.width: [16]}, flops: 2.5, samples: 48}, "
+    "stages=[{samples: 36}, {search: {space: {image.depth: [2, 3], text.width: [16]}, max_flops: 2.5, samples: 48}, "
     "mixture: {new: 1}, replay: 0.25, samples: 36}]",
     "checkpoint.every=12",
     "checkpoint.keep=20",
@@ -201,13 +201,13 @@ def test_replay_of_a_replay_keeps_the_proportions() -> None:
     ("stage", "message"),
     [
         (
-            "{samples: 12, grow: {image.depth: 2}, search: {space: {text.depth: [2]}, flops: 2, samples: 12}}",
+            "{samples: 12, grow: {image.depth: 2}, search: {space: {text.depth: [2]}, max_flops: 2, samples: 12}}",
             "leave out",
         ),
-        ("{samples: 12, search: {space: {text.depth: []}, flops: 2, samples: 12}}", "text.depth is empty"),
-        ("{samples: 12, search: {space: {text.depht: [2]}, flops: 2, samples: 12}}", "text.depht"),
+        ("{samples: 12, search: {space: {text.depth: []}, max_flops: 2, samples: 12}}", "text.depth is empty"),
+        ("{samples: 12, search: {space: {text.depht: [2]}, max_flops: 2, samples: 12}}", "text.depht"),
         (
-            f"{{samples: 12, search: {{space: {{text.depth: {list(range(2, 300))}}}, flops: 2, samples: 12}}}}",
+            f"{{samples: 12, search: {{space: {{text.depth: {list(range(2, 300))}}}, max_flops: 2, samples: 12}}}}",
             "more than 256",
         ),
         ("{samples: 12, replay: 0.5}", "name the new sources in mixture"),

@@ -109,7 +109,7 @@ import torch
 from treering.training.health.watchdog import Watchdog, WatchdogConfig
 from treering.training.world import World
 folder = Path(sys.argv[1])
-def lost(): return "another life has begun" if (folder / "taken").exists() else None
+def lost(): return "another attempt has begun" if (folder / "taken").exists() else None
 with Watchdog(WatchdogConfig(limit="1s"), folder, World(0, 1, torch.device("cpu")), lost) as watch:
     watch.at("evaluate", 1)
     print("here", flush=True)
@@ -127,8 +127,8 @@ def test_a_process_whose_run_was_taken_over_ends_and_leaves_the_others_heartbeat
         time.sleep(0.05)
     (tmp_path / "taken").touch()
     time.sleep(0.2)
-    beat.write_text("of the other life")
+    beat.write_text("of the other attempt")
     said = process.communicate(timeout=120)[1]
     assert process.returncode == LOST
-    assert "another life has begun" in said
-    assert beat.read_text() == "of the other life"
+    assert "another attempt has begun" in said
+    assert beat.read_text() == "of the other attempt"

@@ -28,7 +28,7 @@ NO_CAPTIONER = ["model.captioner=null", "objectives.caption=null"]
 
 def recipe(*words: str) -> Recipe:
     """Two steps of short captions, two at half of the patches too, and three of whole ones."""
-    stages = "stages=[{samples: 24, context: 6}, {samples: 24, context: 6, patches: 0.5}, {samples: 36}]"
+    stages = "stages=[{samples: 24, context: 6}, {samples: 24, context: 6, patch_keep: 0.5}, {samples: 36}]"
     overrides = [*SIZES, stages, "eval.suites=[]", "checkpoint.every=12", "checkpoint.keep=20", *words]
     return read_recipe("emoji", overrides).recipe
 

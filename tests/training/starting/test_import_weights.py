@@ -152,7 +152,7 @@ def test_the_commit_evaluates_and_a_run_begins_with_it(imported: dict[str, Any],
     assert scores["sizes"]["retrieval"] > 100
     assert 0 <= scores["scores"]["retrieval/image_to_text@1"] < 0.2
     with pytest.raises(StoreError, match=r"holds weights alone.* begin there with --from"):
-        train(recipe.model_copy(update={"origin": None}), Path(imported["recipe"]).parent)
+        train(recipe.model_copy(update={"init_from": None}), Path(imported["recipe"]).parent)
 
 
 def test_grown_offline_it_gives_the_same_and_exports_again(open_clip: ModuleType, clip: Path, tmp_path: Path) -> None:
@@ -163,8 +163,8 @@ def test_grown_offline_it_gives_the_same_and_exports_again(open_clip: ModuleType
     for one, other in zip(theirs(open_clip, clip), theirs(open_clip, tmp_path / "back"), strict=True):
         assert (F.normalize(one, dim=-1) - F.normalize(other, dim=-1)).abs().max() < 1e-5
     recipe = read_recipe(grown["recipe"], ["data.batch=8", "stages.0.samples=16", "schedule.warmup=8"]).recipe
-    assert recipe.origin
-    assert recipe.origin.commit == grown["commit"]
+    assert recipe.init_from
+    assert recipe.init_from.commit == grown["commit"]
     assert train(
         recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"suites": ()})}), tmp_path / "r"
     ).finished

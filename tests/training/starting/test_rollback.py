@@ -87,7 +87,7 @@ def test_ten_steps_without_a_finite_gradient(tmp_path: Path, capsys: pytest.Capt
     assert [row["step"] for row in rows(tmp_path / "whole", "step")] == list(range(1, 41))
     assert find_commit(str(tmp_path / "whole")).manifest.state.cursor == 52
     said = " ".join(capsys.readouterr().err.split())
-    assert "no finite gradient in the last 10 steps up to step 22; went back to step-000000000010-life-0001" in said
+    assert "no finite gradient in the last 10 steps up to step 22; went back to step-000000000010-attempt-0001" in said
     assert "passes over 12 batches" in said
     with pytest.MonkeyPatch.context() as patch:  # the samples are those of the order, twelve batches on
         plain = Trouble(patch)
@@ -138,7 +138,7 @@ def test_a_loss_that_leapt(tmp_path: Path) -> None:
 def test_it_gives_up_where_going_back_does_not_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trouble = Trouble(monkeypatch, nan=range(12, 200))
     with pytest.raises(TrainingError, match=r"up to step 20, and again after 2 rollbacks; lower optimizer.lr"):
-        run(tmp_path, "recovery.times=2")
+        run(tmp_path, "recovery.max_rollbacks=2")
     assert trouble.cursors == list(range(12 + 3 * 10))
     assert find_commit(str(tmp_path)).manifest.state.step == 15
     assert not [e for e in find_commit(str(tmp_path)).manifest.state.lineage if e.event == "end"]
@@ -165,7 +165,7 @@ def test_where_things_lie_after_a_rollback() -> None:
 
 
 def test_what_is_well() -> None:
-    config = RecoveryConfig(after=10, leap=3.0)
+    config = RecoveryConfig(bad_steps=10, spike_factor=3.0)
     health = Health()
     for step, loss in enumerate([9.0, 1.0] * 5, start=1):  # no leap is seen before ten lines are known
         health = health.after_line(config, step, 1, 0, loss)
@@ -176,4 +176,4 @@ def test_what_is_well() -> None:
     skipped = leapt.after_line(config, 15, 3, 3, float("nan"))
     assert (skipped.ill, skipped.leapt) == (5, True)
     assert skipped.after_line(config, 17, 2, 1, float("nan")) == Health(losses=health.losses, well=17)
-    assert not health.after_line(RecoveryConfig(leap=None), 11, 1, 0, 1e9).ill
+    assert not health.after_line(RecoveryConfig(spike_factor=None), 11, 1, 0, 1e9).ill
