@@ -1,5 +1,8 @@
 """Trying again: which failures of a store pass by themselves, and how long they are waited for.
 
+Why not tenacity, and not s3fs's own retries, which are turned off for reading: neither starts to count anew when bytes
+have come, nor knows a store that is silent from one that refuses.
+
 A failure is judged by its HTTP status where it carries one, else by the names of its types, so that no client library
 is imported for it. What is refused (401, 403, 404, no credentials) fails at once. Waits double from try to try; their
 jitter comes from a named stream of the process, so that processes that failed together do not return together.
