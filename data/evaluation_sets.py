@@ -26,9 +26,9 @@ from .shards.listing import IMAGE_KINDS
 from .shards.source import READ_KINDS, check_sizes, open_source
 from .storage.block_cache import BlockCache
 from .storage.files import shown_url
-from .tools.pack_input import FileItem, PictureFolder, Table, folder_items, names_shards, table_items
+from .tools.pack_input import FileItem, InputTable, PictureFolder, folder_items, names_shards, table_items
 
-Need = Literal["captions", "class", "swap"]
+PictureFields = Literal["captions", "class", "swap"]
 See = Callable[[Any], Any]
 """from a picture as it is, uint8 [h, w, 3], to what a model sees, uint8 [resolution, resolution, 3]"""
 CLASS = "class"
@@ -65,7 +65,7 @@ class _Entry:
 class Form:
     """What a set is wanted for, and where its texts stand if not in the usual place."""
 
-    need: Need
+    need: PictureFields
     images: str | None = None
     """where the paths of a table begin; None: beside it"""
     label: str | None = None
@@ -266,7 +266,7 @@ def _swap_rows(path: Path, images: Path, form: Form) -> Iterator[_Entry]:
 
 def _rows(path: Path, images: Path, texts: Sequence[str]) -> Iterator[tuple[Any, Path]]:
     folder = PictureFolder(images)
-    for row in Table(path, texts).rows():
+    for row in InputTable(path, texts).rows():
         yield row, folder.file(row.path, f"{path}, line {row.line}")
 
 

@@ -50,7 +50,7 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
     return entries
 
 
-def reasons_table(entries: Iterable[LedgerEntry]) -> str:
+def reasons_text(entries: Iterable[LedgerEntry]) -> str:
     """The kinds of reasons, most frequent first, each with its count and one example: a few lines for a terminal."""
     entries = list(entries)
     example = {entry.reason.partition(":")[0]: entry for entry in reversed(entries)}

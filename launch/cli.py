@@ -114,7 +114,11 @@ def explain(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = F
 @app.command("eval")
 def evaluate(
     commit: Annotated[
-        str, typer.Argument(metavar="COMMIT", help="A commit's URL, or a run folder for its newest commit.")
+        str,
+        typer.Argument(
+            metavar="COMMIT",
+            help="A commit's URL, a run folder for its newest commit, or open_clip:ARCHITECTURE/TAG (also =FILE).",
+        ),
     ],
     suite: Annotated[
         str | None,
@@ -140,6 +144,7 @@ def evaluate(
 
         treering eval runs/emoji --suite retrieval
         treering eval s3://BUCKET/emoji --suite pets.yaml,flickr.yaml,retrieval
+        treering eval open_clip:ViT-B-32/laion2b_s34b_b79k --suite pets.yaml
     """
     from .commands.eval import compare_commits, compatibility_table, evaluate_commit
     from .worker import score_table
@@ -321,12 +326,12 @@ def export(
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, or of a sweep.")]) -> None:
     """Write the report page of a run or a sweep again, at any time of its attempt, and print where it is."""
     from ..training.report import write_report
-    from .errors import clean
+    from .errors import safe_text
 
     try:
         page = write_report(folder)
     except ValueError as error:
-        raise RecipeError(clean(str(error))) from None
+        raise RecipeError(safe_text(str(error))) from None
     Console().print(Text(str(page)), soft_wrap=True)
 
 
@@ -368,7 +373,7 @@ def doctor(
     """
     from .commands import doctor as checks
 
-    found = checks.examine(out, store)
+    found = checks.run_checks(out, store)
     if as_json:
         print_json(checks.as_json(found))
     else:

@@ -31,7 +31,7 @@ def has_secret(text: str) -> bool:
     return bool(_CREDENTIALS.search(text) or _SIGNED.search(text))
 
 
-def clean(text: str) -> str:
+def safe_text(text: str) -> str:
     """`text` fit for a terminal: credentials in URLs struck out, control characters and lone surrogates escaped."""
     text = _SIGNED.sub(r"\1***", _CREDENTIALS.sub("://***:***@", text))
     return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -42,9 +42,9 @@ def show(value: object, width: int = 60) -> str:
     if isinstance(value, bool) or value is None:
         text = {True: "true", False: "false", None: "null"}[value]
     elif isinstance(value, str):
-        text = repr(clean(value))
+        text = repr(safe_text(value))
     else:
-        text = clean(str(value)).replace("\n", " ")
+        text = safe_text(str(value)).replace("\n", " ")
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
@@ -55,15 +55,15 @@ def user_message(error: BaseException) -> str | None:
             return None
         place = f"{show(error.filename)}: " if error.filename else ""
         remedy = _REMEDIES.get(error.errno, "choose another place")
-        return f"{place}{clean(error.strerror or str(error))}; {remedy}"
+        return f"{place}{safe_text(error.strerror or str(error))}; {remedy}"
     from ..data.errors import DataError  # late: the last of these brings torch, which a help page must not wait for
-    from ..models.interchange.architectures import InterchangeError
+    from ..models.interchange.errors import InterchangeError
     from ..models.spec import SpecError
     from ..training.checkpoint.store import StoreError
     from ..training.state import TrainingError
 
     if isinstance(error, RecipeError | DataError | SpecError | InterchangeError | StoreError | TrainingError):
-        return clean(str(error))
+        return safe_text(str(error))
     return None
 
 

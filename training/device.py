@@ -31,7 +31,7 @@ DEVICES = {
 """by the name that `treering plan --device` takes, which is part of the name that the driver gives"""
 
 
-def describe(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """The name a person knows it by."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

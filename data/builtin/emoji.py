@@ -31,7 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import DataError
-from ..samples.clip_tokenizer import clean
+from ..samples.clip_tokenizer import clean_text
 from ..storage.atomic_write import partial_path
 from ..storage.files import cache_folder
 
@@ -143,7 +143,7 @@ def _names() -> dict[str, tuple[str, ...]]:
     for sequence, entry in emoji.EMOJI_DATA.items():
         if entry["status"] in qualified:  # the other forms repeat these without U+FE0F
             captions = [name.strip(":").replace("_", " ") for name in (entry["en"], *entry.get("alias", ()))]
-            first_of_each = {clean(caption): caption for caption in reversed(captions)}
+            first_of_each = {clean_text(caption): caption for caption in reversed(captions)}
             names[_code(sequence)] = tuple(sorted(first_of_each.values(), key=captions.index))
     return names
 
@@ -181,7 +181,7 @@ def split(records: Iterable[Emoji]) -> tuple[list[Emoji], list[Emoji]]:
     alike = _drawn_alike(records)
     uses = Counter(part for record in composed for part in set(record.parts))
     words = Counter(word for record in records for word in _words(record))
-    captions = Counter(caption for record in records for caption in {clean(c) for c in record.captions})
+    captions = Counter(caption for record in records for caption in {clean_text(c) for c in record.captions})
     held_out: set[str] = set()
     for record in sorted(composed, key=lambda record: blake2b(record.code.encode(), digest_size=8).digest()):
         parts, own_words = set(record.parts), _words(record)
@@ -189,7 +189,7 @@ def split(records: Iterable[Emoji]) -> tuple[list[Emoji], list[Emoji]]:
             record.code not in alike
             and all(uses[part] > _FEWEST_USES for part in parts)
             and all(words[word] > 1 for word in own_words)
-            and all(captions[clean(caption)] == 1 for caption in record.captions)
+            and all(captions[clean_text(caption)] == 1 for caption in record.captions)
         ):
             held_out.add(record.code)
             uses.subtract(parts)
@@ -213,7 +213,7 @@ def _toned() -> frozenset[str]:
 
 def _words(record: Emoji) -> set[str]:
     """The words of the name, which is what a held-out record is asked for."""
-    return set(clean(record.captions[0]).split())
+    return set(clean_text(record.captions[0]).split())
 
 
 def _drawn_alike(records: Iterable[Emoji]) -> set[str]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..config import CacheConfig, DataConfig
 from ..errors import BadSample, DataError, shown
-from ..ledger import LedgerEntry, reasons_table
+from ..ledger import LedgerEntry, reasons_text
 from ..order import Line, Mixture, Order, Place, Places, stream
 from ..samples.arrays import Vectors, present
 from ..samples.boxes import SampleBoxes, read_boxes, seen_boxes
@@ -29,7 +29,7 @@ from ..samples.captions import Texts, drawn_caption, looks, read_texts, tags_of
 from ..samples.clip_tokenizer import fitted
 from ..samples.color_jitter import jittered
 from ..samples.decode import Crop, captions_and_labels, centre_crop, cropped, drawn_crop, picture, whole_sides
-from ..samples.draws import Draws, rows
+from ..samples.draws import Draws, draw_rows
 from ..samples.sample import Batch, Sample, collate
 from ..samples.tokenizer import open_tokenizer
 from ..shards.record import Record
@@ -176,7 +176,7 @@ class Loader:
             if len(bad) > allowed:
                 raise DataError(
                     f"{shown_url(source.url)}: {len(bad)} of {len(source)} samples are bad, {allowed} are allowed\n"
-                    f"{reasons_table(bad.values())}\n"
+                    f"{reasons_text(bad.values())}\n"
                     f"mend or leave out these samples (ledger.jsonl names them), or raise data.max_bad_fraction"
                 )
 
@@ -214,13 +214,13 @@ class _Items:
 
     def _some(self, places: Places, note: Note) -> list[Drawn]:
         """All is read before the first picture is decoded: each runs faster, for the processor's caches, by itself."""
-        chances = rows(self.order.seed, "sample", places.position, _MOST_DRAWS)
+        chances = draw_rows(self.order.seed, "sample", places.position, _MOST_DRAWS)
         begun = [self._read(place, place.number, chance, note) for place, chance in zip(places, chances, strict=True)]
         return [self._drawn(*each, note, self._decoded) for each in zip(places, chances, begun, strict=True)]
 
     def records(self, places: Places) -> list[tuple[Record, str, list[LedgerEntry]]]:
         """What `Loader.records` gives."""
-        chances, note, found = rows(self.order.seed, "sample", places.position, _MOST_DRAWS), Note(), []
+        chances, note, found = draw_rows(self.order.seed, "sample", places.position, _MOST_DRAWS), Note(), []
         for place, chance in zip(places, chances, strict=True):
             read = self._read(place, place.number, chance, note)
             (record, caption), bad = self._drawn(place, chance, read, note, self._checked)
@@ -252,7 +252,7 @@ class _Items:
             number = spare
             read = self._read(place, number, chance, note)
         raise DataError(
-            f"{shown_url(source.url)}: no usable sample in {len(bad)} drawn for one place\n{reasons_table(bad)}\n"
+            f"{shown_url(source.url)}: no usable sample in {len(bad)} drawn for one place\n{reasons_text(bad)}\n"
             f"check what the shards hold"
         )
 

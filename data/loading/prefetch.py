@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import DataError
 from ..order import Order
 from ..shards.source import Source
-from ..storage.block_cache import Block, BlockCache
+from ..storage.block_cache import BlockCache, CachedBlock
 
 _REQUESTS = 8  # at a time
 _MOST_BYTES = 512 << 20  # fetched and not yet reached by the training
@@ -64,16 +64,16 @@ class _Walk:
         self._rank, self._world = rank, world
         self.most_bytes = min(_MOST_BYTES, cache.limit // _MOST_OF_CACHE)
 
-    def blocks(self, step: int) -> list[Block]:
+    def blocks(self, step: int) -> list[CachedBlock]:
         """The blocks that the rank reads of global batch `step`, each once."""
-        found: dict[Block, None] = {}
+        found: dict[CachedBlock, None] = {}
         for place in self._order.places(step, self._rank, self._world):
             source = self._sources[place.source]
             if source.is_cached:
                 found |= dict.fromkeys(self._cache.blocks(*source.span(place.number)))
         return list(found)
 
-    def fetch(self, block: Block) -> int:
+    def fetch(self, block: CachedBlock) -> int:
         """Bytes fetched for a block."""
         try:
             return self._cache.fetch(block)

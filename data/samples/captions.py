@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import CAPTION_UNIT, UNTAGGED
 from ..errors import BadSample, shown
-from .clip_tokenizer import clean
+from .clip_tokenizer import clean_text
 from .draws import Draws
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _caption(item: object) -> Caption:
 
 def check_text(text: str, what: str) -> None:
     """Raises BadSample if there is nothing to tokenise."""
-    if not clean(text):
+    if not clean_text(text):
         raise BadSample(f"{what} is empty")
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise BadSample(f"{what} is not Unicode: it holds half of a surrogate pair")

@@ -41,7 +41,7 @@ class Tokenizer:
     def encode(self, caption: str, context: int) -> list[int]:
         """START, the caption's ids, END; a longer text is cut to `context` ids, the last of them END."""
         ids = [START]
-        for match in _WORDS.finditer(clean(caption)):
+        for match in _WORDS.finditer(clean_text(caption)):
             ids += self._word(match.group())
             if len(ids) >= context:  # no later word can show
                 break
@@ -77,7 +77,7 @@ def fitted(tokenizer: TextTokenizer, caption: str, context: int) -> tuple[list[i
 
 
 @lru_cache(maxsize=32)  # a caption is looked at thrice: is it empty, its ids, its hash
-def clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """The text as the tokenizer sees it. Captions that are equal here are one caption to a model.
 
     As open_clip's `_clean_lower`: ftfy, HTML entities resolved twice, white space collapsed, lower case.

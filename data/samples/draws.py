@@ -41,7 +41,7 @@ class Draws:
         return int(self.random() * count)
 
 
-def rows(seed: int, name: str, positions: NDArray[np.int64], most: int) -> list[list[float]]:
+def draw_rows(seed: int, name: str, positions: NDArray[np.int64], most: int) -> list[list[float]]:
     """For each position the row of its first `most` draws, from 0 to 1 without 1.
 
     Row `p` is what a splitmix64 generator (Steele, Lea and Flood 2014) yields whose seed is the hash of p.

@@ -11,7 +11,7 @@ import numpy as np
 from ..ledger import LedgerEntry
 from ..order import stable_hash
 from .boxes import Boxes, SampleBoxes, collate_boxes
-from .clip_tokenizer import clean
+from .clip_tokenizer import clean_text
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ class Sample:
 
 def caption_id(caption: str) -> int:
     """A signed 64-bit hash of the cleaned caption: equal for captions that are one text to the model."""
-    return _signed(stable_hash("caption", clean(caption)))
+    return _signed(stable_hash("caption", clean_text(caption)))
 
 
 def _signed(number: int) -> int:

@@ -32,7 +32,7 @@ _NUMBER = r"(-?\d{1,4300})"  # Python reads no longer ones
 _RANGE = re.compile(rf"{_NUMBER}\.\.{_NUMBER}(?:\.\.-?(\d{{1,4300}}))?")
 
 
-def expand(url: str) -> list[ShardInfo]:
+def list_shards(url: str) -> list[ShardInfo]:
     """The shards a URL stands for, sorted. Braces are ranges {000..012} or lists {a,b}; *, ? and [] are globs.
 
     Raises DataError where nothing matches, or a shard named without a glob is missing.

@@ -20,7 +20,7 @@ _LARGEST = 1 << 30  # bytes of an index
 
 def fetch_index(shard: ShardInfo) -> bytes | None:
     """The index that lies beside a shard, if it is one of this version of it."""
-    data = fetch(_index_url(shard))
+    data = fetch_sidecar(_index_url(shard))
     if data is None:
         return None
     try:
@@ -35,7 +35,7 @@ def put_index(shard: ShardInfo) -> None:
         put(_index_url(shard), cached_at(shard).read_bytes())
 
 
-def fetch(url: str) -> bytes | None:
+def fetch_sidecar(url: str) -> bytes | None:
     """A small file of a folder `.treering`; None if there is none, or it cannot be read."""
     if "?" in url:  # a signed URL is good for its own file alone
         return None

@@ -29,7 +29,7 @@ from ..storage.files import Reader, ShardInfo, is_remote, read_range, shown_url
 from ..storage.gzip_cache import Unpacked, is_packed
 from .filter import Filter
 from .index import IMAGE_KINDS, Handles, ShardIndex
-from .listing import expand, index_table
+from .listing import index_table, list_shards
 from .opening import Accepted, accepted, summed_up, undisturbed
 from .parallel import Told, silent
 from .record import Record
@@ -199,7 +199,7 @@ def open_source(
     wanted = _read_filter(url, filter)
     pattern = pattern_of(url)
     with undisturbed():
-        found = expand(pattern)
+        found = list_shards(pattern)
     read = cache.reader(found) if cache else read_range
     summary = summed_up(pattern, found, read, bad_shards == "skip", workers, told)
     whole = [each for each in summary if not each.fault]
@@ -220,7 +220,7 @@ def open_source(
 
 def shards_of(url: str) -> list[ShardInfo]:
     """The shards behind `samples://NAME` or a glob/brace URL, sorted. DataError if there is none."""
-    return expand(pattern_of(url))
+    return list_shards(pattern_of(url))
 
 
 def _read_filter(url: str, text: str | None) -> Filter | None:

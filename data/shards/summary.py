@@ -20,7 +20,7 @@ import numpy as np
 
 from ..storage.files import BESIDE, ShardInfo, cache_folder, is_remote
 from .index import FORMAT
-from .sidecar import fetch, put
+from .sidecar import fetch_sidecar, put
 from .table_file import DamagedTable, Table, packed_texts, smallest, table_bytes, write_whole
 
 
@@ -43,7 +43,7 @@ def read_summary(url: str, shards: Sequence[ShardInfo]) -> list[ShardSummary | N
         return _parsed(Table.open(place.cached), place.folder, shards)
     except (OSError, DamagedTable):
         pass
-    data = fetch(place.beside)
+    data = fetch_sidecar(place.beside)
     try:
         return [None] * len(shards) if data is None else _parsed(Table.parse(data), place.folder, shards)
     except DamagedTable:

@@ -39,7 +39,7 @@ _ABANDONED = 600.0  # seconds after which an unfinished file is nobody's any mor
 _RESERVE = 5 * 10**9  # bytes of the disk, or a twentieth of it, that are left for commits and others
 _NAME = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.[0-9a-f]{16}\.part")
 
-Block = tuple[ShardInfo, int]  # a shard and the number of the block in it
+CachedBlock = tuple[ShardInfo, int]  # a shard and the number of the block in it
 
 
 class BlockCache:
@@ -62,11 +62,11 @@ class BlockCache:
         self._admitted += need
         return self.read
 
-    def blocks(self, shard: ShardInfo, start: int, end: int) -> list[Block]:
+    def blocks(self, shard: ShardInfo, start: int, end: int) -> list[CachedBlock]:
         """The blocks that hold bytes [start, end) of a shard."""
         return [(shard, number) for number in range(start // self.block, (end - 1) // self.block + 1)]
 
-    def fetch(self, block: Block) -> int:
+    def fetch(self, block: CachedBlock) -> int:
         """Sees to it that a block is there, and returns how many bytes came over the network for it. Raises what
         `read_range` does."""
         shard, number = block

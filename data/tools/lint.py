@@ -28,7 +28,7 @@ from ..shards.source import Source, shards_of
 from ..storage.atomic_write import atomic_file
 from ..storage.files import ShardInfo, cache_folder, shown_url
 from ..storage.output import Target
-from .pack import written
+from .pack import packed_shards
 
 _FORMAT = 1  # of what is kept; raise it when other samples are bad, or for other reasons
 
@@ -97,7 +97,7 @@ def _all_found(
         starts.append(starts[-1] + len(index.keys))
     left = [n for i, own in enumerate(known) if own is None for n in range(starts[i], starts[i + 1])]
     results = sweep_samples(
-        lambda number: examine(source, number),
+        lambda number: examine_sample(source, number),
         left,
         workers,
         lambda done, total: told(done + len(source) - total, len(source)),
@@ -156,7 +156,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         raise DataError(f"cannot write {shown(str(path))}: {error.strerror}; choose another place for it") from None
 
 
-def examine(source: Source, number: int) -> LedgerEntry | Fault | None:
+def examine_sample(source: Source, number: int) -> LedgerEntry | Fault | None:
     """What keeps training from using sample `number`, by the steps of the loader; None if nothing does."""
     try:
         record = source.record(number)
@@ -181,7 +181,7 @@ def _unfinished(shards: Sequence[ShardInfo]) -> list[Fault]:
     faults = []
     for folder in dict.fromkeys(shard.url.rpartition("/")[0] for shard in shards):
         target = Target(folder) if folder.rpartition("/")[2] else None
-        found = written(target) if target else None
+        found = packed_shards(target) if target else None
         if target and found and found[0] < found[1]:
             reason = f"{target.shown()} is not packed to the end: {found[0]} of {found[1]} shards are there"
             faults.append(

@@ -41,7 +41,7 @@ _PLAN = "packing.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackResult:
     """What there is after packing, or after packing a part."""
 
     shards: tuple[str, ...]  # URLs of all shards of the plan
@@ -81,7 +81,7 @@ def pack(
     skip_bad: bool = False,
     workers: int = 1,
     told: Told = silent,
-) -> Packed:
+) -> PackResult:
     """Packs a table, a folder or shards (intake.py) into OUTPUT/NAME-000000.tar, NAME being OUTPUT's last part.
 
     shard_size: about the bytes of a shard ("300MB"), or the most samples in it (1000); all come out nearly alike.
@@ -113,7 +113,7 @@ def pack(
         target.forsake()
     there = target.sizes()
     files = [item for item in plan.items if isinstance(item, FileItem)]
-    return Packed(
+    return PackResult(
         shards=tuple(target.url(plan.shard(i)) for i in range(len(plan.ends))),
         samples=len(plan.items),
         captions=sum(item.captions for item in files) if len(files) == len(plan.items) else None,
@@ -143,7 +143,7 @@ def plan_of(items: Sequence[Item], name: str, seed: int, most_bytes: int | None,
     return Plan(items, ends, name, digest.hexdigest())
 
 
-def written(target: Target) -> tuple[int, int] | None:
+def packed_shards(target: Target) -> tuple[int, int] | None:
     """How many shards of a pack are there, and of how many; None where nothing was packed."""
     names = target.sizes()
     if _PLAN not in names:

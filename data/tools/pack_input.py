@@ -227,7 +227,7 @@ class Row:
     columns: dict[str, Any]
 
 
-class Table:
+class InputTable:
     """A table of pictures. .tsv and .csv: two columns, path and caption, or a first line that names the columns.
     .jsonl: an object a line, with `path`, and `caption` or `captions`. Other columns become metadata."""
 
@@ -331,7 +331,7 @@ def _value(cell: str) -> str | int | float:
 
 def table_items(path: Path, images: Path) -> Iterator[FileItem]:
     """The pictures of a table, in the order of their first lines; further lines of a picture are further captions."""
-    table, folder = Table(path), PictureFolder(images)
+    table, folder = InputTable(path), PictureFolder(images)
     rows: dict[Path, Row] = {}
     for row in table.rows():
         first = rows.setdefault(folder.file(row.path, f"{path}, line {row.line}"), row)

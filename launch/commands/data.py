@@ -16,7 +16,7 @@ from ..errors import RunError, show
 app = typer.Typer(help="Make shards of pictures and captions, and look into the stream.", no_args_is_help=True)
 
 DataUrl = Annotated[str, typer.Argument(metavar="URL", help="samples://NAME, or a glob/brace URL of tar shards.")]
-Workers = Annotated[
+WorkersOption = Annotated[
     int | None, typer.Option("--workers", metavar="N", min=1, help="Processes; left out: one a core, 16 for a store.")
 ]
 
@@ -45,7 +45,7 @@ def pack(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out what training could not use, and list it beside the shard.")
     ] = False,
-    workers: Workers = None,
+    workers: WorkersOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Pack pictures and captions into tar shards of one size, in mixed order, each sample checked.
@@ -81,7 +81,7 @@ def index(
     filter: Annotated[
         str | None, typer.Option("--filter", metavar="EXPR", help="Say how many samples it accepts, and keep that.")
     ] = None,
-    workers: Workers = None,
+    workers: WorkersOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Index all shards, in parallel; what was indexed before is not read again.
@@ -109,7 +109,7 @@ def lint(
         Path | None,
         typer.Option("--ledger", metavar="FILE", help="Write all bad samples here, as a run does."),
     ] = None,
-    workers: Workers = None,
+    workers: WorkersOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Read and decode every sample as a run would, and list what it could not use, with the reasons.
@@ -148,7 +148,7 @@ def inspect(
     ledger: Annotated[
         Path | None, typer.Option("--ledger", metavar="FILE", help="Show the samples a run's ledger.jsonl names.")
     ] = None,
-    workers: Workers = None,
+    workers: WorkersOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell what pictures, captions, labels and columns are like, from N samples drawn by chance, always the same ones.

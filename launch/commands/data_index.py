@@ -11,7 +11,7 @@ from typing import Any
 from ...data.errors import DataError, shown
 from ...data.shards.filter import Filter
 from ...data.shards.index import Handles
-from ...data.shards.listing import expand, index_table
+from ...data.shards.listing import index_table, list_shards
 from ...data.shards.opening import accepted, summed_up
 from ...data.shards.parallel import enough_workers, index_all, sweep
 from ...data.shards.sidecar import put_index
@@ -19,8 +19,8 @@ from ...data.shards.source import Source, pattern_of
 from ...data.shards.summary import ShardSummary, write_summary
 from ...data.shards.tar_reader import DamagedShard
 from ...data.storage.files import shown_url
-from ..errors import RunError, clean
-from .data_output import progress, size
+from ..errors import RunError, safe_text
+from .data_output import progress, size_text
 
 
 def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -
     """
     wanted = _read(filter)
     pattern = pattern_of(url)
-    shards = expand(pattern)
+    shards = list_shards(pattern)
     workers = workers or enough_workers(pattern)
     faults, unread = [], set()
     with progress("shards") as told:
@@ -62,7 +62,7 @@ def _read(text: str | None) -> Filter | None:
     try:
         return None if text is None else Filter(text)
     except ValueError as error:
-        raise RunError(f"--filter: {clean(str(error))}", 2) from None
+        raise RunError(f"--filter: {safe_text(str(error))}", 2) from None
 
 
 def _put_beside(pattern: str, summary: Sequence[ShardSummary], workers: int) -> None:
@@ -76,7 +76,7 @@ def _put_beside(pattern: str, summary: Sequence[ShardSummary], workers: int) -> 
 def as_text(found: dict[str, Any], filter: str | None) -> str:
     """What `index_url` found, in a line or some."""
     whole = found["shards"] - len(found["faults"])
-    lines = [f"{found['samples']:,} samples in {whole:,} shards, {size(found['bytes'])}"]
+    lines = [f"{found['samples']:,} samples in {whole:,} shards, {size_text(found['bytes'])}"]
     if "accepted" in found:
         lines.append(accepts(filter or "", found["accepted"], found["samples"]))
     if "beside" in found:
@@ -86,12 +86,12 @@ def as_text(found: dict[str, Any], filter: str | None) -> str:
 
 def accepts(filter: str, count: int, of: int) -> str:
     """What a filter leaves, in a line."""
-    return clean(f"the filter {shown(filter)} accepts {count:,} of {of:,} samples ({count / max(of, 1):.1%})")
+    return safe_text(f"the filter {shown(filter)} accepts {count:,} of {of:,} samples ({count / max(of, 1):.1%})")
 
 
 def told_of(source: Source, filter: str | None) -> list[str]:
     """What a person should know of a source when a run begins: what its filter leaves, and the shards left out."""
-    name = clean(shown_url(source.url))
+    name = safe_text(shown_url(source.url))
     lines = [] if filter is None else [f"{name}: {accepts(filter, len(source), source.samples_before_filter)}"]
     if source.left_out:
         count = len(source.left_out)

@@ -23,8 +23,8 @@ from ...data.storage.files import shown_url
 from ...data.tools.contact_sheet import Card, Section, cards, noted, write_sheet
 from ...data.tools.inspect import drawn, in_order, inspect, met, opened
 from ...data.tools.lint import Findings
-from ...data.tools.pack import Packed
-from ..errors import clean
+from ...data.tools.pack import PackResult
+from ..errors import safe_text
 
 MOST_FAULTS = 8
 MOST_BAD = 40
@@ -50,12 +50,12 @@ def progress(what: str) -> Iterator[Told]:
         yield told
 
 
-def packed_lines(packed: Packed) -> list[str]:
+def packed_lines(packed: PackResult) -> list[str]:
     """What pack did, for a terminal."""
     shards = packed.shards
     captions = f" with {packed.captions:,} captions" if packed.captions is not None else ""
-    lines = [f"{packed.samples:,} samples{captions} in {len(shards):,} shards", clean(shards[0])]
-    lines += [f"to\n{clean(shards[-1])}"] if len(shards) > 1 else []
+    lines = [f"{packed.samples:,} samples{captions} in {len(shards):,} shards", safe_text(shards[0])]
+    lines += [f"to\n{safe_text(shards[-1])}"] if len(shards) > 1 else []
     if packed.bad:
         lines.append(f"{packed.bad:,} samples could not be used and are left out: see the .bad.jsonl files")
     if packed.written < len(shards):
@@ -67,12 +67,12 @@ def packed_lines(packed: Packed) -> list[str]:
 
 def faults_message(shards: int, reasons: Sequence[str]) -> str:
     """All that is wrong with a source's shards, on one screen."""
-    few = [f"  {clean(reason[:300])}".replace("\n", " ") for reason in reasons[:MOST_FAULTS]]
+    few = [f"  {safe_text(reason[:300])}".replace("\n", " ") for reason in reasons[:MOST_FAULTS]]
     more = [f"  and {len(reasons) - MOST_FAULTS} more; --json lists all"] if len(reasons) > MOST_FAULTS else []
     return "\n".join([f"{len(reasons)} faults in {shards} shards", *few, *more])
 
 
-def size(count: float) -> str:
+def size_text(count: float) -> str:
     """Bytes in decimal units."""
     factor, unit = next(((factor, unit) for factor, unit in _UNITS if count >= factor), (1, "B"))
     return f"{count / factor:.3g} {unit}" if count < 999.5 * factor else f"{count / factor:,.0f} {unit}"
@@ -80,7 +80,7 @@ def size(count: float) -> str:
 
 def bad_line(entry: LedgerEntry) -> str:
     """A bad sample in one line."""
-    return clean(f"{shown_url(entry.shard)} at byte {entry.offset}: {shown(entry.key)}: {entry.reason}")
+    return safe_text(f"{shown_url(entry.shard)} at byte {entry.offset}: {shown(entry.key)}: {entry.reason}")
 
 
 def findings_json(found: Findings) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def findings(found: Findings, ledger: Path | None) -> Group:
     total = f"{len(found.bad):,} of {found.samples:,} samples in {found.shards:,} shards cannot be used"
     parts.append(Text(total))
     if ledger is not None:
-        parts.append(Text(f"ledger: {clean(str(ledger))}"))
+        parts.append(Text(f"ledger: {safe_text(str(ledger))}"))
     return Group(*parts)
 
 
@@ -116,7 +116,7 @@ def reasons_table(kinds: Mapping[str, int]) -> Table:
     table = Table("reason", box=box.SIMPLE_HEAD)
     table.add_column("samples", justify="right")
     for kind, count in kinds.items():
-        table.add_row(Text(clean(kind)), f"{count:,}")
+        table.add_row(Text(safe_text(kind)), f"{count:,}")
     return table
 
 
@@ -127,8 +127,8 @@ def statistics(found: Mapping[str, Any]) -> Group:
     looked = "all looked at" if every else f"{found['looked_at']:,} of them looked at"
     parts: list[Any] = [
         Text(
-            f"{clean(found['source'])}: {found['samples']:,} samples in {found['shards']:,} shards, "
-            f"{size(found['bytes'])}; {looked}"
+            f"{safe_text(found['source'])}: {found['samples']:,} samples in {found['shards']:,} shards, "
+            f"{size_text(found['bytes'])}; {looked}"
         )
     ]
     if found["bad"]:
@@ -175,7 +175,7 @@ def _column_line(name: str, column: Mapping[str, Any], looked: int) -> str:
 
 def _quoted(text: str, most: int = 60) -> str:
     cut = text if len(text) <= most else text[: most - 1] + "…"
-    return f"'{clean(cut)}'".replace("\n", " ")
+    return f"'{safe_text(cut)}'".replace("\n", " ")
 
 
 def _counts(counts: Mapping[str, int]) -> str:
@@ -193,7 +193,7 @@ def inspect_url(url: str, samples: int, out: Path | None, workers: int | None) -
         chosen = cards(source, drawn(source, min(samples, _ON_A_SHEET)), workers)
         lead = f"{len(chosen):,} of {len(source):,} samples, drawn by chance."
         write_sheet(out, shown_url(url), _credited(lead, url), [Section("", chosen), *_alike(source, found, workers)])
-        text.renderables.append(Text(f"contact sheet: {clean(str(out))}"))
+        text.renderables.append(Text(f"contact sheet: {safe_text(str(out))}"))
     return found, text
 
 
@@ -236,7 +236,7 @@ def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None)
         "gone": named.gone,
         "elsewhere": named.elsewhere,
     }
-    sheet = [Text(f"contact sheet: {clean(str(out))}")] if out is not None else []
+    sheet = [Text(f"contact sheet: {safe_text(str(out))}")] if out is not None else []
     return found, Group(*(Text(card_lines(card)) for card in named_cards), Text(total), *sheet)
 
 
@@ -250,4 +250,4 @@ def card_lines(card: Card) -> str:
     """A ledger's sample: where it is, what the ledger said of it, and what is wrong with it now."""
     now = f"now: {card.fault}" if card.fault else "now: it can be used"
     what = [*card.notes, *([] if card.fault in card.notes else [now])]
-    return "\n  ".join(clean(line) for line in (f"{card.shard} at byte {card.offset}: {shown(card.key)}", *what))
+    return "\n  ".join(safe_text(line) for line in (f"{card.shard} at byte {card.offset}: {shown(card.key)}", *what))

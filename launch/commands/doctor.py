@@ -31,7 +31,7 @@ class Check:
     remedy: str = ""
 
 
-def examine(out: Path, store: str | None) -> list[Check]:
+def run_checks(out: Path, store: str | None) -> list[Check]:
     """All checks of this machine; `store` is any URL for commits, left alone if None."""
     checks = [_python(), _torch(), *_devices(), _cores(), _memory(), _shared_memory()]
     checks += [
@@ -239,10 +239,10 @@ def _credentials(store: str | None) -> Check:
 
 def _store(url: str) -> Check:
     from ...training.checkpoint.store import Store, StoreError
-    from ..errors import clean
+    from ..errors import safe_text
 
     try:
         Store(url).check()
     except StoreError as error:
-        return Check("store", "lacking", "cannot be used", clean(str(error)))
-    return Check("store", "ok", f"{clean(url)}: written, read back and removed")
+        return Check("store", "lacking", "cannot be used", safe_text(str(error)))
+    return Check("store", "ok", f"{safe_text(url)}: written, read back and removed")

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RecipeError, clean, show
+from ..errors import RecipeError, safe_text, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ def export_commit(url: str, to: str, out: Path, weights: str | None = None) -> d
     manifest = commit.manifest
     averaged = any(part.kind == "ema" for part in manifest.parts)
     if weights == "ema" and not averaged:
-        raise RecipeError(f"{clean(commit.url)} holds no average of the weights; give --weights model")
+        raise RecipeError(f"{safe_text(commit.url)} holds no average of the weights; give --weights model")
     kind = weights or ("ema" if averaged else "model")
     config = _open_clip_config(manifest) if to == "open_clip" else {}  # refuses before anything large is read
     tensors = {path.partition("/")[2]: tensor for path, tensor in commit.tensors(kind).items()}

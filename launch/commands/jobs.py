@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..arguments import AsJson, Overrides, RecipeName, print_json
-from ..errors import RecipeError, RunError, clean
+from ..errors import RecipeError, RunError, safe_text
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 RunOrSweep = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a sweep.")]
@@ -54,15 +54,15 @@ def submit(
     """
     from ..jobs import submit as submitting
     from ..jobs.cluster_config import read_site
-    from ..jobs.sweep import expand, write_sweep
+    from ..jobs.sweep import grid_points, write_sweep
     from ..recipe.load import read_recipe
 
     wish = submitting.Wish(nodes, processes, gpus, partition, account, qos, time, constraint, after)
     whole = read_recipe(recipe, overrides or []).recipe
     base = out or Path("runs") / whole.name
-    points = expand(sweep or [], whole.checkpoint.to)
+    points = grid_points(sweep or [], whole.checkpoint.to)
     runs = [(base / point.name, read_recipe(recipe, [*(overrides or []), *point.overrides])) for point in points]
-    job = submitting.prepare(runs, wish, read_site())
+    job = submitting.prepare_job(runs, wish, read_site())
     console = Console(stderr=True)
     for note in job.notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)
@@ -78,7 +78,7 @@ def submit(
         return
     about = f"job {number}: {job.nodes[0]} nodes x {job.processes} processes, {len(folders)} run(s) in {base}"
     follow = [f"treering status --watch {base}", f"treering logs --follow {folders[0]}", f"treering stop {base}"]
-    print("\n".join([clean(about), *(clean(line) for line in follow)]))
+    print("\n".join([safe_text(about), *(safe_text(line) for line in follow)]))
 
 
 def stop(run: RunOrSweep) -> None:
@@ -90,16 +90,16 @@ def stop(run: RunOrSweep) -> None:
     from ..jobs.sweep import is_sweep, members
 
     if not is_sweep(run):
-        return print(clean(stop_run(run)))
+        return print(safe_text(stop_run(run)))
     stopped = 0
     for folder in members(run):
         try:
-            print(clean(f"{folder.name}: {stop_run(folder)}"))
+            print(safe_text(f"{folder.name}: {stop_run(folder)}"))
             stopped += 1
         except RecipeError as nothing_runs:
-            print(clean(f"{folder.name}: {nothing_runs}"))
+            print(safe_text(f"{folder.name}: {nothing_runs}"))
     if not stopped:
-        raise RecipeError(f"no run of the sweep in {clean(str(run))} can be stopped here")
+        raise RecipeError(f"no run of the sweep in {safe_text(str(run))} can be stopped here")
 
 
 def logs(
@@ -114,14 +114,14 @@ def logs(
     if not path.is_file():
         known = sorted(int(file.stem.rpartition("-")[2]) for file in (run / "logs").glob("rank-*.log"))
         remedy = f"ranks with a log: 0, {', '.join(map(str, known))}" if known else "no job of it has begun"
-        raise RecipeError(f"there is no {clean(str(path))}; {remedy}")
+        raise RecipeError(f"there is no {safe_text(str(path))}; {remedy}")
     try:
         read = 0
         while True:
             with path.open("rb") as file:  # each attempt has a new file, which begins with the lines of the old one
                 file.seek(read)
                 for line in file:
-                    print(clean(line.decode(errors="replace").rstrip("\n")), flush=follow)
+                    print(safe_text(line.decode(errors="replace").rstrip("\n")), flush=follow)
                 read = file.tell()
             if not follow:
                 return

@@ -96,7 +96,9 @@ def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: 
     samples = stage.steps(recipe.data.batch) * recipe.data.batch
     cut, patches = [min(length, stage.longest(spec)) for length in lengths], stage.kept_patches(spec)
     tokens = sum(cut) / len(cut)
-    parts = activation_checkpointing.parts(spec, recipe.engine, recipe.optimizer, world, recipe.data.batch / world)
+    parts = activation_checkpointing.memory_parts(
+        spec, recipe.engine, recipe.optimizer, world, recipe.data.batch / world
+    )
     room = activation_checkpointing.USABLE * _device(device)[1] - sum(parts.values()) - base
     again, held = _activations(recipe, spec, _fullest(recipe, world, cut, patches, device), room)
     parts |= {"activations": held, "process": base}
@@ -152,9 +154,9 @@ def measure(recipe: Recipe) -> tuple[Data, list[int]]:
         if len(lengths) >= wanted:
             break
     seconds = time.process_time() - begun
-    size = sum(sum(source.shard_sizes) for source in loader.sources)
+    bytes_text = sum(sum(source.shard_sizes) for source in loader.sources)
     count = len(lengths)
-    return Data(sum(lengths) / count, seconds / count, size / max(1, sum(map(len, loader.sources)))), lengths
+    return Data(sum(lengths) / count, seconds / count, bytes_text / max(1, sum(map(len, loader.sources)))), lengths
 
 
 def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
@@ -190,7 +192,7 @@ def as_table(found: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from ...training.report.readable import compact, duration, size
+    from ...training.report.readable import bytes_text, compact, duration_text
 
     parts = list(found["stages"][0]["memory"])
     table = Table(
@@ -200,19 +202,22 @@ def as_table(found: dict[str, Any]) -> Any:
         cells = [compact(stage["samples"]), f"{stage['tokens']:.1f}", f"{stage['patches']}"]
         cells += [compact(stage["parameters"]), f"{stage['flops']:.2e}"]
         table.add_row(
-            str(stage["stage"] + 1), *cells, duration(stage["seconds"]), *(size(stage["memory"][p]) for p in parts)
+            str(stage["stage"] + 1),
+            *cells,
+            duration_text(stage["seconds"]),
+            *(bytes_text(stage["memory"][p]) for p in parts),
         )
     cost, tokens = found["cost"], found["data"]["tokens"]
     rows = {
         "devices": f"{found['devices']} {found['device']} on {found['nodes']} nodes, {found['mfu']:.0%} of the peak",
-        "time": f"{duration(found['seconds'])}, {found['samples_per_second']:,.0f} samples/s",
+        "time": f"{duration_text(found['seconds'])}, {found['samples_per_second']:,.0f} samples/s",
         "device hours": f"{found['device_hours']:,.1f}" + (f", costing {cost:,.2f}" if cost else ""),
-        "memory": f"{size(found['memory_per_device'])} of {size(found['memory_of_device'])} on a device",
+        "memory": f"{bytes_text(found['memory_per_device'])} of {bytes_text(found['memory_of_device'])} on a device",
         "loader": f"{found['loader_cores_per_node']:.1f} cores a node, captions of {tokens:.1f} tokens",
-        "shards": f"{size(found['shards_bytes_per_second_and_node'])}/s a node",
-        "gradients": f"{size(found['gradient_bytes_per_step_and_device'])} sent a step by a device",
+        "shards": f"{bytes_text(found['shards_bytes_per_second_and_node'])}/s a node",
+        "gradients": f"{bytes_text(found['gradient_bytes_per_step_and_device'])} sent a step by a device",
         "recomputed": "; ".join(f"stage {s['stage'] + 1}: {_blocks(s['recomputed'])}" for s in found["stages"]),
-        "commit": f"{size(found['commit_bytes'])}, {size(found['commits_kept_bytes'])} kept",
+        "commit": f"{bytes_text(found['commit_bytes'])}, {bytes_text(found['commits_kept_bytes'])} kept",
     }
     about = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows.items():

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ...training.health.watchdog import read_heartbeats
-from ...training.report.readable import decimal, duration, exact, percent, score
-from ...training.report.reading import Run, read_run
-from ..errors import RecipeError, clean
+from ...training.report.readable import decimal, duration_text, exact, percent, score
+from ...training.report.reading import RecordedRun, read_run
+from ..errors import RecipeError, safe_text
 from ..jobs.attempts import attempts_file
 from ..jobs.submit import FINISHED, job_of
 from ..jobs.sweep import is_sweep, members
@@ -37,7 +37,7 @@ def read_status(place: str) -> dict[str, Any]:
     try:
         run = read_run(folder)
     except ValueError as error:
-        raise RecipeError(clean(str(error))) from None
+        raise RecipeError(safe_text(str(error))) from None
     last = {line["event"]: line for line in run.lines}
     step, scores = last.get("step", {}), last.get("eval", {})
     speed, total = step.get("samples_per_second"), run.total_samples
@@ -95,7 +95,7 @@ def as_table(status: dict[str, Any]) -> Any:
         "samples/s": decimal(status["samples_per_second"], 3),
         "mfu": percent(status["mfu"]) if status["mfu"] is not None else None,
         "data wait": percent(status["data_wait"]) if status["data_wait"] is not None else None,
-        "time left": duration(status["seconds_left"]),
+        "time left": duration_text(status["seconds_left"]),
         "last line": _ago(status["seconds_since_last_line"]),
         "bad samples": exact(status["bad_samples"]),
         "skipped steps": exact(status["skipped_steps"]) if status["skipped_steps"] else None,
@@ -108,7 +108,7 @@ def as_table(status: dict[str, Any]) -> Any:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows.items():
         if value is not None:
-            table.add_row(Text(clean(name)), Text(clean(str(value))))
+            table.add_row(Text(safe_text(name)), Text(safe_text(str(value))))
     return table
 
 
@@ -121,13 +121,13 @@ def _sweep_table(runs: dict[str, dict[str, Any] | None]) -> Any:
     table.add_column("run", no_wrap=True)
     table.add_column("state")
     for heading in ("samples", "loss", "time left", *(key.rpartition("/")[2] for key in scores)):
-        table.add_column(Text(clean(heading)), justify="right")
+        table.add_column(Text(safe_text(heading)), justify="right")
     for name, run in runs.items():
         cells = ["not begun"]
         if run:
-            cells = [run["state"], exact(run["samples"]), decimal(run["loss"]), duration(run["seconds_left"])]
+            cells = [run["state"], exact(run["samples"]), decimal(run["loss"]), duration_text(run["seconds_left"])]
             cells += [score(key, run["scores"].get(key)) for key in scores]
-        table.add_row(*(Text(clean(cell)) for cell in (name, *cells)))
+        table.add_row(*(Text(safe_text(cell)) for cell in (name, *cells)))
     return table
 
 
@@ -144,7 +144,7 @@ def watch(place: str, seconds: float = 2.0) -> None:
             time.sleep(seconds)
 
 
-def _state(run: Run, job: dict[str, Any] | None) -> str:
+def _state(run: RecordedRun, job: dict[str, Any] | None) -> str:
     """What the run does at this moment, in a few words."""
     if run.finished:
         return "finished"
@@ -210,4 +210,4 @@ def _from_store(place: str) -> dict[str, Any]:
 
 
 def _ago(seconds: float | None) -> str:
-    return "at a time not told" if seconds is None else f"{duration(seconds)} ago"
+    return "at a time not told" if seconds is None else f"{duration_text(seconds)} ago"

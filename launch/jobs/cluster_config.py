@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from ..errors import RecipeError, clean, has_secret, show
+from ..errors import RecipeError, has_secret, safe_text, show
 from ..recipe.yaml_lines import read_yaml
 
 WORD = r"^[A-Za-z0-9_][A-Za-z0-9_.,:/+=@&|*\[\]()-]{0,255}$"
@@ -94,6 +94,6 @@ def read_site() -> Site:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise RecipeError(f"{clean(str(path))}: {where}: {clean(first['msg'])}") from None
+        raise RecipeError(f"{safe_text(str(path))}: {where}: {safe_text(first['msg'])}") from None
     except (UnicodeDecodeError, RecipeError) as error:
-        raise RecipeError(f"{clean(str(path))}: {clean(str(error))}") from None
+        raise RecipeError(f"{safe_text(str(path))}: {safe_text(str(error))}") from None

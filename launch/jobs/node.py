@@ -69,13 +69,13 @@ def main() -> None:
 
 def _look_around(run: Path, name: str, processes: int) -> None:
     """Whether this node can train, told to whoever decides. Raises RunError or StoreError if it cannot."""
-    from .preflight import check_store, examine_node
+    from .preflight import check_store_from_node, examine_node
 
     wrong = examine_node(run, processes)
     if wrong:
         raise RunError(f"{UNFIT}: {'; '.join(wrong)}", BAD_NODE)
     if os.environ.get("SLURM_LOCALID", "0") == "0":  # the others of the node would hear the same
-        check_store(run)
+        check_store_from_node(run)
     fit_folder(run).mkdir(parents=True, exist_ok=True)
     (fit_folder(run) / name).touch()
 

@@ -80,7 +80,7 @@ def _devices(processes: int) -> str | None:
     return None if found >= processes else f"{found} GPUs can be used and {processes} are wanted; have it looked at"
 
 
-def check_store(run: Path) -> None:
+def check_store_from_node(run: Path) -> None:
     """The store of the recipe takes an object and gives it back. Raises StoreError."""
     from ...training.checkpoint.store import Store
     from ..recipe.load import read_recipe

@@ -11,7 +11,7 @@ import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from ..errors import RecipeError, clean
+from ..errors import RecipeError, safe_text
 
 SECONDS = 2
 
@@ -31,7 +31,8 @@ def refuse_unreachable(url: str) -> None:
     except (OSError, ValueError):
         setting = "STORAGE_EMULATOR_HOST" if url.startswith("g") else "AWS_ENDPOINT_URL"
         raise RecipeError(
-            f"store {clean(url)}: nothing answers at {clean(address)}; check {setting}, the network, and the server"
+            f"store {safe_text(url)}: nothing answers at {safe_text(address)}; check {setting}, the network, "
+            "and the server"
         ) from None
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from ...data.storage.atomic_write import atomic_write
 from ...training.health.signals import NOTICE
 from ...training.recipe import Recipe
-from ..errors import RecipeError, clean, show
+from ..errors import RecipeError, safe_text, show
 from ..recipe.load import ResolvedRecipe
 from ..run import check_sources, check_store
 from ..run_folder import RECIPE_FILE, read_rows
@@ -74,7 +74,7 @@ class Job:
     notes: tuple[str, ...]
 
 
-def prepare(runs: list[tuple[Path, ResolvedRecipe]], wish: Wish, site: Site) -> Job:
+def prepare_job(runs: list[tuple[Path, ResolvedRecipe]], wish: Wish, site: Site) -> Job:
     """Check everything and render the batch script; nothing is written. Raises RecipeError, StoreError or DataError."""
     if shutil.which("sbatch") is None:
         raise RecipeError("there is no sbatch here; submit on a login node of the cluster, or use treering train")
@@ -85,7 +85,7 @@ def prepare(runs: list[tuple[Path, ResolvedRecipe]], wish: Wish, site: Site) -> 
     counts = _fitting(recipes, least, most, processes)
     for out, _ in runs:
         _refuse_second_job(out)
-    script = render([out for out, _ in runs], recipes[0].name, counts, processes, gpus, wish, site)
+    script = render_script([out for out, _ in runs], recipes[0].name, counts, processes, gpus, wish, site)
     _ask_partition(wish.partition or site.partition, wish.time or site.time, counts[0])
     _ask_slurm(script)
     for out, resolved in runs:
@@ -112,7 +112,7 @@ def submit(job: Job) -> int:
     return number
 
 
-def render(
+def render_script(
     outs: list[Path], name: str, counts: tuple[int, ...], processes: int, gpus: int | None, wish: Wish, site: Site
 ) -> str:
     """The batch script."""
@@ -276,7 +276,7 @@ def _within(seconds: float, recipe: Recipe, out: Path) -> None:
     while not found and time.monotonic() < end:
         time.sleep(0.02)
     if not found:
-        url = clean(recipe.checkpoint.to or str(out))
+        url = safe_text(recipe.checkpoint.to or str(out))
         raise RecipeError(
             f"store {url}: no answer within {seconds:.0f} s; check the network, and that the server works"
         )
@@ -320,4 +320,4 @@ def _slurm(command: list[str], text: str | None = None) -> subprocess.CompletedP
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line.split("error: ")[-1] for line in done.stderr.splitlines() if line.strip()]
-    return clean("; ".join(dict.fromkeys(lines)))[:400] or f"exit code {done.returncode}"
+    return safe_text("; ".join(dict.fromkeys(lines)))[:400] or f"exit code {done.returncode}"

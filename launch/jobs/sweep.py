@@ -14,14 +14,14 @@ from pathlib import Path
 
 from ...data.storage.atomic_write import atomic_write
 from ...training.report.sweep_page import SWEEP_FILE, Member, read_sweep
-from ..errors import RecipeError, clean, show
+from ..errors import RecipeError, safe_text, show
 from ..recipe.schema import all_paths
 
 MOST = 1000
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """One run of a sweep: the name of its folder, and its values by keys of the recipe."""
 
     name: str
@@ -35,13 +35,13 @@ class Point:
         return words + ([f"checkpoint.to={json.dumps(self.store)}"] if self.store else [])
 
 
-def expand(sweeps: list[str], store: str | None) -> list[Point]:
+def grid_points(sweeps: list[str], store: str | None) -> list[GridPoint]:
     """The points of the grid; without a sweep a single one whose name is empty.
 
     `store` is the recipe's checkpoint.to, in which each run of a sweep gets a place of its own. Raises RecipeError.
     """
     if not sweeps:
-        return [Point("", {}, None)]
+        return [GridPoint("", {}, None)]
     axes: list[list[tuple[str, str, str]]] = []
     for text in sweeps:
         key, equals, values = text.partition("=")
@@ -62,12 +62,12 @@ def expand(sweeps: list[str], store: str | None) -> list[Point]:
     if len(set(names)) < len(names):
         raise RecipeError("two runs of the sweep would share a folder; write values that differ in letters and digits")
     return [
-        Point(name, {path: value for _, path, value in point}, store and f"{store.rstrip('/')}/{name}")
+        GridPoint(name, {path: value for _, path, value in point}, store and f"{store.rstrip('/')}/{name}")
         for name, point in zip(names, grid, strict=True)
     ]
 
 
-def write_sweep(folder: Path, points: list[Point]) -> None:
+def write_sweep(folder: Path, points: list[GridPoint]) -> None:
     """Write sweep.json; the runs of a sweep that was submitted here before stay in it. Raises RecipeError."""
     known = {member.name: member.values for member in _read(folder)} if is_sweep(folder) else {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def _read(folder: Path) -> list[Member]:
     try:
         return read_sweep(folder)
     except ValueError as error:
-        raise RecipeError(clean(str(error))) from None
+        raise RecipeError(safe_text(str(error))) from None
 
 
 def _path(key: str) -> str:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from ...training.recipe import Recipe
 from ..errors import RecipeError as RecipeError
-from ..errors import clean, has_secret, show
+from ..errors import has_secret, safe_text, show
 from .messages import complaints
 from .overrides import apply_override, dotted, parse_override, secret_found
 from .yaml_lines import Path, read_yaml, write_scalar, write_yaml
@@ -93,7 +93,7 @@ def read_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
         _refuse_secrets(tree, origins)
         recipe = _check(tree, origins)
     except RecipeError as error:
-        label = f"the recipe {name_or_path}" if file.parent == BUNDLED else clean(str(file))
+        label = f"the recipe {name_or_path}" if file.parent == BUNDLED else safe_text(str(file))
         raise RecipeError(f"{label}: {error}") from None
     return ResolvedRecipe(recipe, file, _leaf_origins(recipe, tree, origins))
 
@@ -122,7 +122,7 @@ def _open(name_or_path: str) -> tuple[FilePath, str]:
             raise
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise RecipeError(
-            f"the recipe {show(name_or_path, 200)} cannot be read ({clean(str(reason))}); {remedy}"
+            f"the recipe {show(name_or_path, 200)} cannot be read ({safe_text(str(reason))}); {remedy}"
         ) from None
     if len(content) > LARGEST:
         raise RecipeError(f"{show(name_or_path, 200)} is larger than 1 MiB, which no recipe is; {remedy}")
@@ -167,7 +167,7 @@ def _check(tree: Any, origins: dict[Path, Origin]) -> Recipe:
         wrong = complaints(error, tree, {path: str(origin) for path, origin in origins.items()})
         raise RecipeError(wrong if "\n" not in wrong else "cannot run\n  " + wrong.replace("\n", "\n  ")) from None
     except ValueError as error:
-        raise RecipeError(clean(str(error))) from None
+        raise RecipeError(safe_text(str(error))) from None
     return recipe
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ..errors import clean, show
+from ..errors import safe_text, show
 from . import schema
 from .overrides import dotted
 from .yaml_lines import Path
@@ -60,9 +60,9 @@ def _complaint(path: Path, details: list[ErrorDetails], tree: Any, places: Mappi
     if kind == "extra_forbidden":
         return f"{name} ({_where(path, places)}): {schema.unknown(path)}"
     if kind == "missing":
-        purpose = schema.describe(path)
+        purpose = schema.field_purpose(path)
         return f"{name} is missing ({_where(path[:-1], places)}); add it" + (f": {purpose}" if purpose else "")
-    value, purpose = details[0]["input"], schema.describe(path)
+    value, purpose = details[0]["input"], schema.field_purpose(path)
     if kind == "union_tag_invalid":
         value = value.get("kind") if isinstance(value, dict) else value
     wrong = _wrong(value, details)
@@ -93,7 +93,7 @@ def _wrong(value: Any, details: list[ErrorDetails]) -> str:
         return f"must have {context.get('min_length', 1)} or more items"
     if first["type"] == "too_long":
         return f"must have at most {context.get('max_length')} items"
-    return clean(first["msg"])
+    return safe_text(first["msg"])
 
 
 def _rewritten(value: Any, kinds: list[str]) -> str:
@@ -109,7 +109,7 @@ def _rewritten(value: Any, kinds: list[str]) -> str:
 
 def _from_validator(path: Path, message: str, tree: Any, places: Mapping[Path, str]) -> str:
     """A config's own sentence, which names field, value and remedy; adds the block and where the field stands."""
-    message = clean(message)
+    message = safe_text(message)
     for named, value in _NAMED_VALUE.findall(message):
         for place in places:
             ours = place[: len(path)] == path and f".{dotted(place)}".endswith(f".{named}")

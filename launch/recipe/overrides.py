@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ...training.recipe import Recipe
-from ..errors import RecipeError, clean, has_secret, show
+from ..errors import RecipeError, has_secret, safe_text, show
 from . import schema
 from .yaml_lines import Path, read_yaml
 
@@ -79,7 +79,7 @@ def _next_key(branch: Any, slot: Any, parts: list[str], path: Path, override: Ov
         if ".".join(parts[:used]) in branch:
             return ".".join(parts[:used]), used
     blocks = bool(schema.blocks(schema.part(slot, parts[0])))  # named blocks: what follows the name is a field
-    if schema.is_table(slot) and not blocks and parts[0] not in branch:
+    if schema.is_free_table(slot) and not blocks and parts[0] not in branch:
         return ".".join(parts), len(parts)
     return parts[0], 1
 
@@ -104,4 +104,4 @@ def _refused(override: Override, why: str) -> RecipeError:
 
 def dotted(path: Path) -> str:
     """`path` as a person writes it."""
-    return clean(".".join(str(key) for key in path))
+    return safe_text(".".join(str(key) for key in path))

@@ -42,7 +42,7 @@ def is_list(slot: Any) -> bool:
     return get_origin(_bare(slot)) in (tuple, list)
 
 
-def is_table(slot: Any) -> bool:
+def is_free_table(slot: Any) -> bool:
     """Whether a slot holds a table of free keys."""
     return get_origin(_bare(slot)) is dict
 
@@ -55,7 +55,7 @@ def part(slot: Any, key: str | int) -> Any | None:
         return field.annotation if field else None
     if is_list(slot) and isinstance(key, int):
         return get_args(slot)[0]
-    if is_table(slot) and isinstance(key, str):
+    if is_free_table(slot) and isinstance(key, str):
         return get_args(slot)[1]
     return None
 
@@ -89,7 +89,7 @@ def _kinds(slot: Any) -> dict[str, type[BaseModel]]:
     return {get_args(config.model_fields["kind"].annotation)[0]: config for config in blocks(slot)}
 
 
-def describe(path: Path) -> str:
+def field_purpose(path: Path) -> str:
     """What the field at `path` is for, in the words of its config; empty if it does not say."""
     field = fields(slot_at(path[:-1])).get(str(path[-1])) if path else None
     return (field.description or "") if field else ""

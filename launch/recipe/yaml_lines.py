@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from ..errors import RecipeError, clean, show
+from ..errors import RecipeError, safe_text, show
 
 Path: TypeAlias = tuple[str | int, ...]
 
@@ -73,14 +73,14 @@ def read_yaml(text: str) -> tuple[Any, dict[Path, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = clean(", ".join(part for part in (error.context, error.problem) if part))
+        problem = safe_text(", ".join(part for part in (error.context, error.problem) if part))
         raise RecipeError(
             f"{where}this is not YAML: {problem}; check colons, brackets, quotes and indentation"
         ) from None
     except yaml.reader.ReaderError as error:
         raise RecipeError(f"character {error.position} is {show(chr(int(error.character)))}; remove it") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"this is not YAML: {clean(str(error))}") from None
+        raise RecipeError(f"this is not YAML: {safe_text(str(error))}") from None
 
 
 def write_yaml(value: object) -> str:

@@ -37,7 +37,7 @@ from treering.data.shards.tar_writer import TarWriter
 from treering.launch.recipe.load import read_recipe
 from treering.models.spec import ModelSpec
 from treering.training.checkpoint.commits import find_commit
-from treering.training.device import describe
+from treering.training.device import device_name
 from treering.training.loop import train
 from treering.training.stages import StageConfig
 from treering.training.world import World
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(figures, outcomes)
         return
     versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in ("torch", "treering")}
-    device = f"{describe(World.join().device)}, one thread"
+    device = f"{device_name(World.join().device)}, one thread"
     print(json.dumps({"benchmark": "arriving_data", "device": device, "versions": versions, "figures": figures}))
 
 

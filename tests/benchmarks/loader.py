@@ -40,7 +40,7 @@ from treering.data import Source, open_source, stream
 from treering.data.samples.decode import picture, resized
 from treering.data.tools.pack import pack
 from treering.tests.support.open_clip_import import let_open_clip_import
-from treering.training.device import describe
+from treering.training.device import device_name
 
 from . import loader_arms as arms
 from .loader_arms import BATCH, RESOLUTION, Sizes
@@ -283,7 +283,7 @@ def main() -> None:
         figures = measure(source, starts, options.workers, rounds, batches)
         sizes = [len(arms.photo(source.record(n).fields)) / 1000 for n in range(len(source))]
         figures |= {"photos": len(sizes), "median_photo_kb": statistics.median(sizes)}
-    device = describe(torch.device("cpu"))
+    device = device_name(torch.device("cpu"))
     if options.json:
         names = ("torch", "treering", "webdataset", "open_clip_torch", "torchvision", "Pillow", "simplejpeg")
         versions = {name: arms.installed(name) for name in (*names, *PEERS.values())}

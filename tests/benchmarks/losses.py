@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from treering.tests.support.open_clip_import import let_open_clip_import
-from treering.training.device import describe
+from treering.training.device import device_name
 from treering.training.objectives.pairwise import sigmoid_losses, softmax_losses
 from treering.training.objectives.scores import Relations
 from treering.training.world import World
@@ -247,14 +247,14 @@ def main() -> None:
             figures[f"{name}_8k"] = figures.pop(f"{name}_32k")
     if options.json:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "treering")}
-        report = {"benchmark": "losses", "device": describe(device), "versions": versions, "figures": figures}
+        report = {"benchmark": "losses", "device": device_name(device), "versions": versions, "figures": figures}
         print(json.dumps(report))
         return
     print(f"saved for backward, MiB on rank 0 ({PAIRS_A_RANK} pairs a rank, {CHANNELS} channels, fp32)")
     print(f"{'':20}" + "".join(f"{f'{size} ranks':>10}" for size in WORLDS))
     for name in saved[1]:
         print(f"{name:20}" + "".join(f"{saved[size][name] / MIB:10.2f}" for size in WORLDS))
-    print(f"\nforward and backward over {pairs:,} pairs in one process on {describe(device)}")
+    print(f"\nforward and backward over {pairs:,} pairs in one process on {device_name(device)}")
     print(f"{'':20}{'peak MiB':>10}{'of dense':>10}{'seconds':>10}{'of dense':>10}")
     dense = large["open_clip"]
     for name, one in large.items():

@@ -24,13 +24,13 @@ import torch
 
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.tests.benchmarks.losses import MIB, proc_bytes
-from treering.training.device import describe, process_memory
+from treering.training.device import device_name, process_memory
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive, LateContrastive, SigmoidContrastive
 from treering.training.world import World
 
@@ -50,7 +50,7 @@ def objectives() -> list[Objective]:
         "softmax": Contrastive(1.0, label_smoothing=0.05),
         "sigmoid": SigmoidContrastive(0.1, positives="caption"),
         "filip": LateContrastive(1.0),
-        "caption": Caption(1.0, parallel_fraction=0.5, seed=3),
+        "caption": CaptionLoss(1.0, parallel_fraction=0.5, seed=3),
         "balance": Balance(0.01),
     }
     for name, objective in made.items():
@@ -107,7 +107,7 @@ def main() -> None:
     figures = soak(200 if options.quick else 2000)
     if options.json:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "treering")}
-        device = describe(torch.device("cpu"))
+        device = device_name(torch.device("cpu"))
         print(json.dumps({"benchmark": "soak", "device": device, "versions": versions, "figures": figures}))
     else:
         for name, value in figures.items():

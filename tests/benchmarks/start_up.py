@@ -93,13 +93,13 @@ def make_tar(path: Path) -> None:
 def make_source(folder: Path, shards: int, tar: Path) -> dict[str, str]:
     """Names of the tar as shards, and names of its index as their indexes. The URLs by form."""
     from treering.data.shards.index import cached_at
-    from treering.data.shards.listing import expand, index_shard
+    from treering.data.shards.listing import index_shard, list_shards
 
     folder.mkdir()
     for n in range(shards):
         os.link(tar, folder / f"{n:05}.tar")
     urls = {"glob": f"{folder}/*.tar", "braces": f"{folder}/{{00000..{shards - 1:05}}}.tar"}
-    found = expand(urls["glob"])
+    found = list_shards(urls["glob"])
     index_shard(found[0])
     first = cached_at(found[0])
     for shard in found[1:]:
@@ -109,11 +109,11 @@ def make_source(folder: Path, shards: int, tar: Path) -> dict[str, str]:
 
 def sum_up(urls: dict[str, str]) -> float:
     """Makes the summaries of a source. Seconds of the first opening, where every shard has an index already."""
-    from treering.data.shards.listing import expand
+    from treering.data.shards.listing import list_shards
     from treering.data.shards.opening import summed_up
     from treering.data.shards.summary import write_summary
 
-    found = expand(urls["glob"])
+    found = list_shards(urls["glob"])
     begun = time.perf_counter()
     with one_key_in_many_shards():
         summary = summed_up(urls["glob"], found)

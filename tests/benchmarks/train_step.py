@@ -42,12 +42,12 @@ from treering.models.model import Model
 from treering.models.spec import ModelSpec
 from treering.tests.benchmarks.losses import MIB, peak_of
 from treering.tests.support.open_clip_import import let_open_clip_import
-from treering.training.device import describe, peak_flops
+from treering.training.device import device_name, peak_flops
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.base import Inputs, Objective
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.world import World
 
@@ -79,7 +79,7 @@ class Case:
 
     def objectives(self) -> list[Objective]:
         """The losses of open_clip's recipe for it."""
-        return [Contrastive(1.0), Caption(2.0)] if self.spec.captioner else [Contrastive(1.0)]
+        return [Contrastive(1.0), CaptionLoss(2.0)] if self.spec.captioner else [Contrastive(1.0)]
 
 
 MODELS = {
@@ -282,7 +282,7 @@ def measured(entries: list[str], options: argparse.Namespace, device: torch.devi
     """All figures, told as they come; what would begin after `LIMIT` seconds is left out."""
     begun, figures = time.monotonic(), {}
     said = print if not options.json else (lambda *words, **how: None)
-    said(f"{describe(device)}, {'bf16' if device.type == 'cuda' else 'fp32, one thread'}; ours and open_clip's")
+    said(f"{device_name(device)}, {'bf16' if device.type == 'cuda' else 'fp32, one thread'}; ours and open_clip's")
     said(f"{'':10}{'batch':>6}{'tokens':>8}{'samples/s':>18}{'ratio':>8}{'peak MiB':>16}{'MFU':>7}{'agree to':>10}")
     for entry in entries:
         name, _, full = entry.partition(":")
@@ -376,9 +376,9 @@ def main(words: list[str] | None = None) -> None:
     if options.page:
         given = " ".join(word for word in ("--data FOLDER" * bool(options.data), f"--page {options.page}") if word)
         command = f"python -m tests.benchmarks.train_step {given}"
-        options.page.write_text(page(figures, describe(device), versions, command), encoding="utf-8")
+        options.page.write_text(page(figures, device_name(device), versions, command), encoding="utf-8")
     if options.json:
-        report = {"benchmark": "train_step", "device": describe(device), "versions": versions, "figures": figures}
+        report = {"benchmark": "train_step", "device": device_name(device), "versions": versions, "figures": figures}
         print(json.dumps(report))
 
 

@@ -37,7 +37,7 @@ from treering.data import DataConfig, DataError, Loader, Tokenizer, open_source
 from treering.data.config import AugmentConfig
 from treering.data.errors import BadSample
 from treering.data.order import stream
-from treering.data.samples.clip_tokenizer import clean
+from treering.data.samples.clip_tokenizer import clean_text
 from treering.data.samples.decode import captions_and_labels, picture, random_crop
 from treering.data.tools.contact_sheet import Section, cards, write_sheet
 from treering.data.tools.inspect import drawn, inspect, look
@@ -116,7 +116,7 @@ def _readable(source: Any, number: int, counts: Counter[str]) -> bool:
         ids = tokenizer.encode(caption, 77)
         assert 2 <= len(ids) <= 77
         tokenizer.decode(ids)
-        clean(caption)
+        clean_text(caption)
     look(source, number, tokenizer)
     counts["usable"] += 1
     return True

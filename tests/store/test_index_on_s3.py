@@ -12,7 +12,7 @@ import pytest
 
 from treering.data import DataError, open_source
 from treering.data.shards import listing
-from treering.data.shards.listing import expand
+from treering.data.shards.listing import list_shards
 from treering.data.storage import files as data_files
 from treering.launch.commands.data_index import index_url
 
@@ -47,14 +47,14 @@ def url(s3: str) -> str:
 
 
 def test_many_names_are_listed_not_asked_for_one_by_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (one,) = expand(url.replace("{000..019}", "007"))
+    (one,) = list_shards(url.replace("{000..019}", "007"))
     monkeypatch.setattr(data_files, "_info", lambda *_: pytest.fail("a shard was asked for"))
-    found = expand(url)
+    found = list_shards(url)
     assert [each.url for each in found] == [url.replace("{000..019}", f"{n:03}") for n in range(SHARDS)]
     assert found[7] == one  # the same size and etag
-    assert found == expand(url.replace("{000..019}", "*"))
+    assert found == list_shards(url.replace("{000..019}", "*"))
     with pytest.raises(DataError, match=r"no shards match s3://.*/set/020\.tar \(and 4 more of 25\): nothing is there"):
-        expand(url.replace("{000..019}", "{000..024}"))
+        list_shards(url.replace("{000..019}", "{000..024}"))
 
 
 def test_another_node_needs_no_walk(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,13 +22,16 @@ from ...models.spec import ModelSpec
 from ..engines.layout import Layout, Stretch
 from ..state import RunState
 from .store import Store, StoreError
-from .writer import Part
+from .writer import CommitPart
+
+FORMAT = 2
+"""of commits: what is in them and what it is called. 1 was before the names of release 0.2."""
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
     """What a commit holds."""
 
-    format: int = 1
+    format: int = FORMAT
     spec: ModelSpec
     state: RunState
     recipe: dict[str, Any]
@@ -37,7 +40,7 @@ class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
     """of an evaluation at this very step"""
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     """of parameters that lie here in stretches: the shape of the whole"""
-    parts: tuple[Part, ...] = Field(strict=False)
+    parts: tuple[CommitPart, ...] = Field(strict=False)
 
 
 class DamagedCommit(StoreError):
@@ -77,7 +80,7 @@ class Commit:
             raise DamagedCommit(f"{self.url}: its parts do not hold all of {missing}; use another commit")
         return found.tensors()
 
-    def pieces(self, part: Part) -> dict[str, Tensor]:
+    def pieces(self, part: CommitPart) -> dict[str, Tensor]:
         """The tensors, or stretches of them, that lie in one part, by name. Raises DamagedCommit naming the file."""
         data = read_verified(self.store, f"{self.name}/{part.file}", part.sha256)
         try:
@@ -99,7 +102,7 @@ class _Assembly:
     def _wanted(self, name: str, shape: tuple[int, ...]) -> Stretch:
         return Stretch(shape, 0, prod(shape)) if self._layout is None else self._layout[name]
 
-    def needs(self, part: Part) -> bool:
+    def needs(self, part: CommitPart) -> bool:
         """Whether a part may hold anything that is wanted: all wholes may."""
         needed = len(part.stretches) < part.tensors
         for name, (start, length) in part.stretches.items():
@@ -108,7 +111,7 @@ class _Assembly:
             self._complete[f"{part.kind}/{name}"] = wanted.length
         return needed
 
-    def add(self, part: Part, pieces: Mapping[str, Tensor]) -> None:
+    def add(self, part: CommitPart, pieces: Mapping[str, Tensor]) -> None:
         """Take what is wanted out of a part. Raises KeyError or RuntimeError if it does not fit the manifest."""
         for name, piece in pieces.items():
             path, start = f"{part.kind}/{name}", part.stretches.get(name, (0, 0))[0]

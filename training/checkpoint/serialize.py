@@ -33,7 +33,7 @@ _uninitialised.restype, _uninitialised.argtypes = ctypes.py_object, [ctypes.c_ch
 """`bytearray(n)` would fill with zeros first, and take as long again: memory that is new costs more than the copy."""
 
 
-class Packed:
+class SerializedPart:
     """One file in host memory, pinned if its tensors come from a device: their copies are complete after a
     `torch.cuda.synchronize`."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..world import World
 from .config import CheckpointConfig
-from .serialize import Packed
+from .serialize import SerializedPart
 from .staging import File, Staging
 from .store import Store, StoreError
 
@@ -33,7 +33,7 @@ CONNECTIONS = 3
 """most parts that are on their way at a time; clients copy what they send, so no more than make a tenth of the share"""
 
 
-class Part(BaseModel, frozen=True, extra="forbid", strict=True):
+class CommitPart(BaseModel, frozen=True, extra="forbid", strict=True):
     """One object with tensors of one kind."""
 
     # The pattern is a guard: a manifest cannot ask for anything outside its own set.
@@ -65,7 +65,7 @@ class Pace:
         time.sleep(max(0.0, begin - time.monotonic()))
 
 
-class Writing:
+class CommitUpload:
     """One commit from its snapshot to its completion. All ranks have one at the same time, and lead it together.
 
     `advance` as soon as no rank is `busy` any more, until `done`; or `finish`, which waits.
@@ -78,7 +78,7 @@ class Writing:
         tensors: Mapping[str, Tensor],
         starts: Mapping[str, int],
         world: World,
-        complete: Callable[[Sequence[Part]], None],
+        complete: Callable[[Sequence[CommitPart]], None],
         discard: Callable[[], None],
         policy: CheckpointConfig = CheckpointConfig(),  # noqa: B008  frozen
     ) -> None:
@@ -95,20 +95,20 @@ class Writing:
         self._complete, self._discard = complete, discard
         self._pace = Pace(policy.max_bandwidth * 1e6) if policy.max_bandwidth else None
         self._staging = Staging(policy.staging, store.url, name, world.rank) if policy.staging else None
-        self._parts: list[Part] = []
+        self._parts: list[CommitPart] = []
         self._error: BaseException | None = None
         self._given_up = False
         self._sealing = False
         self._snapshot = self._copied({path: t for path, t in tensors.items() if t.numel()})
         self._start(self._upload)
 
-    def _copied(self, tensors: Mapping[str, Tensor]) -> list[tuple[Part, File]]:
+    def _copied(self, tensors: Mapping[str, Tensor]) -> list[tuple[CommitPart, File]]:
         """The files of this rank, kind by kind, their checksums still missing."""
-        snapshot: list[tuple[Part, File]] = []
+        snapshot: list[tuple[CommitPart, File]] = []
         for (kind, number), paths in _chunks(tensors).items():
             pieces = {path.partition("/")[2]: tensors[path] for path in paths}
-            packed = Packed(pieces)
-            part = Part(
+            packed = SerializedPart(pieces)
+            part = CommitPart(
                 file=f"{kind}-{self._world.rank:05d}-{number:05d}.safetensors",
                 kind=kind,
                 bytes=packed.size,
@@ -155,7 +155,7 @@ class Writing:
                 self._parts += [sent] if sent else []
         self._parts.sort(key=lambda part: part.file)
 
-    def _send(self) -> Part | None:
+    def _send(self) -> CommitPart | None:
         """Write the next part, and let go of it. After a failure, or once given up, nothing more is sent."""
         if self._given_up:
             return None
@@ -183,7 +183,7 @@ class Writing:
             return
         reports = world.objects([part.model_dump() for part in self._parts])
         self._agree()
-        parts = [Part.model_validate(part, strict=False) for report in reports for part in report]
+        parts = [CommitPart.model_validate(part, strict=False) for report in reports for part in report]
         self.bytes = sum(part.bytes for part in parts)
         self._sealing = True
         if world.is_first:

@@ -34,7 +34,7 @@ USABLE = 0.92
 """of a device's memory: an allocator leaves holes"""
 
 
-def parts(
+def memory_parts(
     spec: ModelSpec, engine: EngineConfig, optimizer: OptimizerConfig, world: int, pairs: float
 ) -> dict[str, float]:
     """Bytes beside activations that one of `world` processes holds at its fullest moment, by part; `pairs` are its own
@@ -131,7 +131,7 @@ class Recomputing:
         """What the device has for activations; said once, as it is what all batches have to do with."""
         if self._room is None:
             device, world = self._world.device, self._world.size
-            others = parts(self._model.spec, self._config, self._optimizer, world, pairs * self.pieces)
+            others = memory_parts(self._model.spec, self._config, self._optimizer, world, pairs * self.pieces)
             on_cpu = device.type == "cpu"
             has = memory(device) / (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_cpu else 1)
             self._room = USABLE * has - sum(others.values()) - (process_memory() if on_cpu else CUDA_BYTES)

@@ -8,14 +8,14 @@ a collective, so none waits for one that has no memory; then all take the smalle
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from accelerate.utils import find_executable_batch_size
 
 from ..objectives.base import Inputs, load_states, states
-from ..state import TrainingError
+from ..state import Event, TrainingError
 from ..world import World
 from . import micro_batches
 from .activation_checkpointing import USABLE
@@ -63,6 +63,17 @@ def fewest_pieces(engine: Engine, inputs: Inputs, longest: int) -> int:
     return int(max(needed))
 
 
+def recorded_pieces(lineage: Sequence[Event], stage: int, device: str, world: int) -> int | None:
+    """The pieces that a run has found for a stage on as many devices of this kind; None if it has not looked."""
+    here = {"stage": stage, "device": device}
+    found = [
+        event.detail["pieces"]
+        for event in lineage
+        if event.event == "micro_batches" and event.world == world and here.items() <= event.detail.items()
+    ]
+    return found[-1] if found else None
+
+
 def with_longest_captions(inputs: Inputs, longest: int) -> Inputs:
     """The batch with its captions all `longest` tokens long, made of the tokens that it has."""
     pairs = len(inputs.lengths)
@@ -78,7 +89,7 @@ def _try(engine: Engine, inputs: Inputs, pieces: int) -> None:
     engine.take_pieces(pieces)
     if pieces > 1:
 
-        def output(piece: Inputs) -> micro_batches.Output:
+        def output(piece: Inputs) -> micro_batches.PieceOutput:
             return forward(piece, losses=False), engine.model.output_table
 
         micro_batches.backward(output, engine.objectives, inputs, pieces, alone)

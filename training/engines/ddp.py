@@ -16,7 +16,7 @@ from ...models.output import ModelOutput
 from ...models.spec import ModelSpec
 from ..objectives.base import Inputs, extras_of, gradient_norms, load_states, states
 from .base import Forward, assembled
-from .kernels import prepare
+from .kernels import prepare_kernels
 from .optimizer import Optimizer
 from .torch_engine import TorchEngine
 
@@ -30,7 +30,7 @@ class DdpEngine(TorchEngine):
 
     def _build(self, spec: ModelSpec, seed: int) -> None:
         self.model = build(spec, seed).to(self.world.device)
-        self.attention = prepare(self.model, self.config, self.world.device)
+        self.attention = prepare_kernels(self.model, self.config, self.world.device)
         self.optimizer = Optimizer(self.model.named_parameters(), self.optimizer_config)
         forward = self._whole_forward()
         self._forward = (

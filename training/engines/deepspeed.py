@@ -20,7 +20,7 @@ from ...models.towers import MAX_LOG_SCALE
 from ..world import World
 from .base import Engine
 from .config import DeepSpeedConfig
-from .kernels import prepare
+from .kernels import prepare_kernels
 from .layout import gathered
 from .optimizer import OptimizerConfig, adamw, decays, pace
 from .zero_state import Partitions, cutter, require
@@ -50,7 +50,7 @@ class DeepSpeedEngine(Engine):
         for module in built_by_module(self.model, self._seed, device):
             if cut:
                 cut(module)
-        self.attention = prepare(self.model, self.config, device)
+        self.attention = prepare_kernels(self.model, self.config, device)
         self._multipliers = dict(multipliers)
         self._steps = self._skips = 0
         named = dict(self.model.named_parameters())
@@ -80,11 +80,13 @@ class DeepSpeedEngine(Engine):
     def _update(self, lr: float, fade: float) -> Tensor:
         pace(self._adam, lr, fade)
         self._engine.step()
-        overflowed = self._partitions.overflowed
+        overflowed = (
+            not self._engine.was_step_applied()
+        )  # it skips a step that is not finite without a word: issue 8415
         self._steps, self._skips = self._steps + (not overflowed), self._skips + overflowed
         if self.optimizer_config.ema and not overflowed:
             self._partitions.average(self.optimizer_config.ema)
-        return self._partitions.norm
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
 
     @property
     def applied(self) -> int:

@@ -23,8 +23,8 @@ from ...models.towers import MAX_LOG_SCALE
 from ...models.transformer import TransformerBlock
 from ..world import World
 from .config import FsdpConfig
-from .kernels import prepare
-from .layout import Stretch, gathered, rows
+from .kernels import prepare_kernels
+from .layout import Stretch, gathered, shard_rows
 from .optimizer import Optimizer
 from .torch_engine import TorchEngine
 
@@ -40,7 +40,7 @@ class FsdpEngine(TorchEngine):
         """Nowhere is there ever a whole model: it gets memory when it is sharded, and values one tensor at a time."""
         world, config = self.world, self.config
         self.model = empty(spec)
-        self.attention = prepare(self.model, config, world.device)
+        self.attention = prepare_kernels(self.model, config, world.device)
         self._forward = self._whole_forward()
         shard = config.shards(world.size).weights
         mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("copy", "shard"))
@@ -60,7 +60,7 @@ class FsdpEngine(TorchEngine):
         fully_shard(self._forward, mesh=mesh)
         materialise(self.model, world.device, self._forward)
         shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        self.layout = {name: rows(shape, self._holders.rank, shard) for name, shape in shapes.items()}
+        self.layout = {name: shard_rows(shape, self._holders.rank, shard) for name, shape in shapes.items()}
         initialise(spec, self._one_by_one(), seed)
         self.optimizer = Optimizer(
             ((name, nn.Parameter(_local(p))) for name, p in self.model.named_parameters()),

@@ -25,7 +25,7 @@ _SHAPES = 64
 """of blocks in one model: towers, with and without a graph, the last block of captions"""
 
 
-def prepare(model: Model, config: EngineConfig, device: torch.device) -> dict[str, str]:
+def prepare_kernels(model: Model, config: EngineConfig, device: torch.device) -> dict[str, str]:
     """Switch a model's blocks to how the config wants them run on a device; names and weights stay.
 
     The answer says by which kernel `pictures` and `captions` attend; captions by `varlen`, without padding, or by

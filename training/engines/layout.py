@@ -35,7 +35,7 @@ Layout = Mapping[str, Stretch]
 """The stretch of each tensor that this rank holds, by the parameter's name: the same for its weight and moments."""
 
 
-def rows(shape: tuple[int, ...], rank: int, ranks: int) -> Stretch:
+def shard_rows(shape: tuple[int, ...], rank: int, ranks: int) -> Stretch:
     """The rows that FSDP2 gives to one of `ranks` processes: equal numbers of them, and fewer on the last."""
     chunk = -(-shape[0] // ranks)
     first, end = min(rank * chunk, shape[0]), min((rank + 1) * chunk, shape[0])

@@ -21,14 +21,14 @@ from ...models.output import Leaf, Merge, ModelOutput, leaves, with_leaves
 from ..objectives.base import Inputs, Objective
 from ..world import World
 
-Output = tuple[ModelOutput, Tensor]
+PieceOutput = tuple[ModelOutput, Tensor]
 """a model's output and its token table"""
 _TABLE = Merge("equal")
 """the token table, which is no output of the model"""
 
 
 def backward(
-    forward: Callable[[Inputs], Output],
+    forward: Callable[[Inputs], PieceOutput],
     objectives: Sequence[Objective],
     inputs: Inputs,
     parts: int,

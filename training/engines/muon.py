@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..world import World
-from .layout import Layout, rows
+from .layout import Layout, shard_rows
 
 _MATRIX = re.compile(r"\.blocks\.\d+\..*\.(query|key|value|out|gate|up|down)\.weight$")
 _MOMENTUM = 0.95
@@ -81,7 +81,7 @@ class Muon:
             return
         world, layout = self._spread
         shapes = [layout[name].shape for name in directions]
-        lengths = [[rows(shape, rank, world.size).length for rank in range(world.size)] for shape in shapes]
+        lengths = [[shard_rows(shape, rank, world.size).length for rank in range(world.size)] for shape in shapes]
         lengths += [[0] * world.size] * (world.size - len(shapes))  # the last ranks may have no matrix
         there = world.exchange(list(directions.values()), lengths[world.rank])
         back: list[Tensor] = []

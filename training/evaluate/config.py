@@ -24,7 +24,7 @@ BUILT_IN = ("retrieval", "zero_shot", "geometry", "captioning")
 _LARGEST = 1 << 20  # bytes of a suite's file
 _JAVA = {"meteor", "spice", "ptb"}
 
-Texts = Annotated[tuple[str, ...], Field(strict=False)]
+PromptTexts = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class SuiteData(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -45,7 +45,7 @@ class ZeroShot(BaseModel, frozen=True, extra="forbid", strict=True):
     classes: str | None = Field(
         None, description="class names, one a line or as JSON, in the order of the class numbers; left out: the labels"
     )
-    templates: str | Texts = Field(("{}",), description="prompts, {} or {c} for the class; or a file of them")
+    templates: str | PromptTexts = Field(("{}",), description="prompts, {} or {c} for the class; or a file of them")
     prompts: str | None = Field(
         None, description="JSON {class: [prompt or {text, weight}, ...]}: a description set, in place of templates"
     )
@@ -87,7 +87,7 @@ class Captioning(BaseModel, frozen=True, extra="forbid", strict=True):
     kind: Literal["captioning"] = "captioning"
     decoding: Literal["greedy", "beam", "nucleus"] = "greedy"
     max_tokens: int = Field(40, gt=1, description="tokens of a caption, if the model's context is not shorter")
-    metrics: Texts = ("bleu", "cider")
+    metrics: PromptTexts = ("bleu", "cider")
 
     @field_validator("metrics")
     @classmethod

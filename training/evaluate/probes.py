@@ -43,7 +43,7 @@ def nearest_neighbours(
 
 
 @dataclass(frozen=True)
-class LinearProbe:
+class FittedProbe:
     """What the linear probe says."""
 
     predicted: Tensor
@@ -56,7 +56,7 @@ class LinearProbe:
 
 def linear(
     train_ne: Tensor, label_n: Tensor, test_qe: Tensor, strengths: Sequence[float] = STRENGTHS, seed: int = 0
-) -> LinearProbe:
+) -> FittedProbe:
     """Multinomial logistic regression on the training embeddings, its L2 strength chosen on a fifth of them that is
     kept back (stratified), then fitted again on all. Embeddings are taken as they are."""
     from sklearn.linear_model import LogisticRegression
@@ -77,7 +77,7 @@ def linear(
         scores |= {near: score(near) for near in (best / step, best * step)}
     best = max(scores, key=lambda strength: (scores[strength], -strength))  # of equal ones the more regular
     final = model(best).fit(features, labels)
-    return LinearProbe(torch.from_numpy(final.predict(test_qe.double().numpy())), best, scores[best])
+    return FittedProbe(torch.from_numpy(final.predict(test_qe.double().numpy())), best, scores[best])
 
 
 def _split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

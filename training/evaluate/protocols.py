@@ -23,7 +23,7 @@ from ...data.storage.files import shown_url
 from ...models.model import Model
 from ..world import World
 from . import probes, prompts, retrieval, zero_shot
-from .captioning import bleu, check_installed, ciders, written
+from .captioning import bleu, check_installed, ciders, write_captions
 from .config import Captioning, EvalConfig, Geometry, KnnProbe, LinearProbe, Pairs, Retrieval, SuiteConfig, ZeroShot
 from .embed import Embedded, embed, embed_prompts
 from .embedding_cache import Content, Kept
@@ -93,7 +93,7 @@ class Bench:
         """Every sample with what the model writes of it, and ledger entries."""
 
         def make() -> Content:
-            return {}, written(self.model, data, how.decoding, how.max_tokens, self.batch, self.world)
+            return {}, write_captions(self.model, data, how.decoding, how.max_tokens, self.batch, self.world)
 
         rows, bad = self._keep(["captions", data.identity, how.decoding, how.max_tokens], make)[1]
         return rows, bad

@@ -25,9 +25,9 @@ from ...models.spec import ModelSpec, SpecError
 from ..checkpoint.commits import Commits, find_commit
 from ..checkpoint.config import InitFromConfig
 from ..checkpoint.manifest import Commit, Manifest
-from ..checkpoint.serialize import Packed
+from ..checkpoint.serialize import SerializedPart
 from ..checkpoint.store import Store, StoreError
-from ..checkpoint.writer import PART_BYTES, Part
+from ..checkpoint.writer import PART_BYTES, CommitPart
 from ..recipe import Recipe
 from ..stages import StageConfig, faded
 from ..state import Event, RunState
@@ -204,7 +204,7 @@ class OldState(Mapping[str, Tensor]):
         return len(self._parts)
 
 
-def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[Part]:
+def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[CommitPart]:
     """Write tensors one after another into parts of one kind each."""
     chunk: dict[str, Tensor] = {}
     kind, size, number = "", 0, 0
@@ -221,8 +221,10 @@ def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[P
         yield _put(store, name, kind, number, chunk)
 
 
-def _put(store: Store, name: str, kind: str, number: int, chunk: dict[str, Tensor]) -> Part:
-    data = Packed(chunk).data()
+def _put(store: Store, name: str, kind: str, number: int, chunk: dict[str, Tensor]) -> CommitPart:
+    data = SerializedPart(chunk).data()
     file = f"{kind}-00000-{number:05d}.safetensors"
     store.put(f"{name}/{file}", data)
-    return Part(file=file, kind=kind, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), tensors=len(chunk))
+    return CommitPart(
+        file=file, kind=kind, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), tensors=len(chunk)
+    )

@@ -85,7 +85,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-class RunLog:
+class RunRecords:
     """What rank 0 writes into the run folder."""
 
     def __init__(self, folder: Path) -> None:

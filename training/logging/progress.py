@@ -105,7 +105,7 @@ class Progress:
             f"{seen(samples)}/{seen(self._total)}",
             f"loss {readable.decimal(loss) if loss is not None else 'not finite'}",
             f"{readable.compact(rate)}/s",
-            f"{readable.duration(left)} left" if samples < self._total else "done",
+            f"{readable.duration_text(left)} left" if samples < self._total else "done",
             f"stage {stage + 1}/{self._stages} · {readable.compact(parameters)}",
         ]
         return " · ".join(parts)

@@ -9,27 +9,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..evaluate.flips import bits, flips
+from ..evaluate.comparing import bits, flips
 from ..evaluate.suites import Evaluation
 from ..recipe import Recipe
 from ..report import write_report
 from ..state import RunState
 from ..world import World
-from .jsonl import RunLog
+from .jsonl import RunRecords
 from .progress import Progress
-from .tensorboard import Board
+from .tensorboard import TensorBoardLog
 
 
-class Display:
+class RunLog:
     """What rank 0 writes and shows."""
 
     def __init__(self, recipe: Recipe, out: Path, world: World) -> None:
         self.recipe, self.out = recipe, out
         self.on = world.is_first
         if self.on:
-            self.records = RunLog(out)
+            self.records = RunRecords(out)
             self.progress = Progress(recipe.total_samples, len(recipe.stages))
-            self._board: Board | None = None
+            self._board: TensorBoardLog | None = None
             self._purge = 0
             self._bad = 0
 
@@ -157,8 +157,8 @@ class Display:
             if self._board:
                 self._board.close()
 
-    def _open_board(self) -> Board:
+    def _open_board(self) -> TensorBoardLog:
         """TensorBoard takes a second to import, so it waits until there is something to write."""
         if self._board is None:
-            self._board = Board(self.out / "tensorboard", purge_step=self._purge)
+            self._board = TensorBoardLog(self.out / "tensorboard", purge_step=self._purge)
         return self._board

@@ -43,7 +43,7 @@ _PICTURE = 96  # px, the side of a picture in a strip
 _STRIP = 480  # px, its width with the captions
 
 
-class Board:
+class TensorBoardLog:
     """Writes to `folder`. `purge_step`: the samples seen at a resume; later figures of the attempt before are
     hidden."""
 

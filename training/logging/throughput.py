@@ -13,7 +13,7 @@ from ..state import RunState
 from ..world import World
 
 
-class Meter:
+class ThroughputMeter:
     """Runs from one log line to the next."""
 
     def __init__(self, state: RunState, world: World) -> None:

@@ -42,7 +42,7 @@ class CaptionConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
 
 
 @dataclass
-class Caption(Objective):
+class CaptionLoss(Objective):
     """Next-token cross-entropy of the captioner; of some captions, that of all tokens at once.
 
     A fraction `parallel_fraction` of the captions is predicted from the picture and masked inputs, which show nothing
@@ -86,7 +86,7 @@ class Caption(Objective):
 
 @register("caption", CaptionConfig)
 def _caption(config: CaptionConfig, seed: int) -> Objective:
-    return Caption(config.weight, config.parallel_fraction, seed)
+    return CaptionLoss(config.weight, config.parallel_fraction, seed)
 
 
 def _predictions(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:

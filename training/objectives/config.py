@@ -7,14 +7,16 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, field_validator
 
-Point = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0)]], Field(strict=False)]
+SchedulePoint = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0)]], Field(strict=False)
+]
 
 
 class ObjectiveConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """What every objective has."""
 
     weight: float = Field(1.0, ge=0, description="factor of the term in the loss")
-    schedule: tuple[Point, ...] = Field(
+    schedule: tuple[SchedulePoint, ...] = Field(
         (),
         strict=False,
         description="factors on the weight over the run, as in [[0.8, 0.0], [1.0, 1.0]]: pairs of a fraction of the "
@@ -23,7 +25,7 @@ class ObjectiveConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @field_validator("schedule")
     @classmethod
-    def _forward_in_time(cls, value: tuple[Point, ...]) -> tuple[Point, ...]:
+    def _forward_in_time(cls, value: tuple[SchedulePoint, ...]) -> tuple[SchedulePoint, ...]:
         for (earlier, _), (later, _) in pairwise(value):
             if later <= earlier:
                 raise ValueError(f"schedule goes from {earlier} to {later}; list its points in the order of the run")

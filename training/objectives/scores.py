@@ -51,7 +51,7 @@ class Relations(NamedTuple):
 class Tile(NamedTuple):
     """Some images with some texts."""
 
-    block: Block
+    block: TileBlock
     rows: slice
     columns: slice
     image_rc: Tensor
@@ -73,7 +73,7 @@ class Tile(NamedTuple):
         return self.block.rank, self.columns
 
 
-class Block(NamedTuple):
+class TileBlock(NamedTuple):
     """The texts of one rank."""
 
     rank: int
@@ -90,7 +90,7 @@ class Kind(Protocol):
         """Images, and texts, of a tile."""
         ...
 
-    def tile(self, block: Block, rows: slice, columns: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def tile(self, block: TileBlock, rows: slice, columns: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Scores [r, c] of images with texts and of texts with images, and what `pull` wants."""
         ...
 
@@ -111,7 +111,7 @@ class Dots:
     def side(self) -> int:
         return max(1, math.isqrt(TILE_BYTES // self.image_be.element_size()))
 
-    def tile(self, block: Block, rows: slice, columns: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def tile(self, block: TileBlock, rows: slice, columns: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         scores_rc = self.image_be[rows] @ block.text[columns].T
         return scores_rc, scores_rc, ()
 
@@ -144,14 +144,14 @@ class LateInteraction:
         _, tokens, _ = self.image_bpe.shape
         return max(1, math.isqrt(TILE_BYTES // (self.image_bpe.element_size() * tokens * self.longest)))
 
-    def _places(self, block: Block, columns: slice) -> tuple[Tensor, Tensor]:
+    def _places(self, block: TileBlock, columns: slice) -> tuple[Tensor, Tensor]:
         """Where the tokens of some texts are in the stream, [c, l], and which of those are tokens of the text."""
         lengths_c, starts_c = self.lengths_wn[block.rank, columns], self.starts_wn[block.rank, columns]
         within_l = torch.arange(self.longest, device=lengths_c.device)
         real_cl = within_l < lengths_c[:, None]
         return torch.where(real_cl, starts_c[:, None] + within_l, 0), real_cl
 
-    def tile(self, block: Block, rows: slice, columns: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def tile(self, block: TileBlock, rows: slice, columns: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         places_cl, real_cl = self._places(block, columns)
         image_rpe, text_cle = self.image_bpe[rows], block.text[places_cl]
         match_rpcl = torch.einsum("rpe,cle->rpcl", image_rpe, text_cle).masked_fill_(~real_cl, float("-inf"))
@@ -184,7 +184,7 @@ class Scores:
     relations: Relations
     world: World
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[TileBlock]:
         """The texts of each rank in turn."""
         relations, world = self.relations, self.world
 
@@ -194,9 +194,9 @@ class Scores:
         known = (relations.text_ids_ng, relations.text_labels_n, relations.text_weights_n)
         of_ranks = list(zip(*map(everywhere, known), strict=True))
         for rank, text in enumerate(world.each(self.text)):
-            yield Block(rank, text, *of_ranks[rank])
+            yield TileBlock(rank, text, *of_ranks[rank])
 
-    def tiles(self, block: Block) -> Iterator[Tile]:
+    def tiles(self, block: TileBlock) -> Iterator[Tile]:
         """The scores with one rank's texts."""
         side, relations = self.kind.side(), self.relations
         for rows in _cuts(len(relations.image_ids_bg), side):

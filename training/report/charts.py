@@ -19,7 +19,7 @@ from .readable import compact, decimal, exact
 MAX_POINTS = 400
 FONT = 12  # px of the writing; page.css sets the same
 
-Point = tuple[float, float | None]
+ChartPoint = tuple[float, float | None]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Series:
     """One line: (x, y) with rising x; a y of None leaves a gap. `chance` draws a level to compare with."""
 
     name: str
-    points: Sequence[Point]
+    points: Sequence[ChartPoint]
     chance: float | None = None
 
     @property
@@ -86,7 +86,7 @@ class LineChart:
         return _Drawing(self, width, height).svg(identity)
 
 
-def downsample(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
+def downsample(points: Sequence[ChartPoint], limit: int = MAX_POINTS) -> list[ChartPoint]:
     """At most `limit` points that keep the extremes: the lowest and highest of each bucket, and both ends.
 
     A mean would hide a loss spike; this cannot. A bucket without any value stays a gap.

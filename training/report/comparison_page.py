@@ -16,14 +16,14 @@ from .drawings import rings
 from .forest import Forest, Mark
 from .page import environment
 from .readable import is_share, lower_is_better, number, printable, score
-from .reading import Run, read_run, without_credentials
+from .reading import RecordedRun, read_run, without_credentials
 from .sections import score_title
 
 LEVEL = 0.05
 """of the p-value, adjusted for all tasks, below which a difference is called one"""
 _CURVES = 12
 
-View = dict[str, Any]
+ComparisonView = dict[str, Any]
 
 
 def render_comparison(found: Mapping[str, Any]) -> str:
@@ -62,7 +62,7 @@ def verdict(key: str, change: Mapping[str, Any]) -> str:
     return "better" if (change["value"] < 0) == lower else "worse"
 
 
-def _model(model: Mapping[str, Any]) -> View:
+def _model(model: Mapping[str, Any]) -> ComparisonView:
     return {
         "name": printable(model["name"]),
         "commit": printable(without_credentials(str(model["commit"]))),
@@ -71,13 +71,13 @@ def _model(model: Mapping[str, Any]) -> View:
     }
 
 
-def _verdicts(tasks: Sequence[Mapping[str, Any]], model: int, name: str) -> View:
+def _verdicts(tasks: Sequence[Mapping[str, Any]], model: int, name: str) -> ComparisonView:
     said = [verdict(task["key"], task["changes"][model]) for task in tasks]
     better, worse = said.count("better"), said.count("worse")
     return {"name": name, "better": better, "worse": worse, "even": len(said) - better - worse}
 
 
-def _forest(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> View | None:
+def _forest(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> ComparisonView | None:
     """Differences of scores that are shares, in points."""
     rows = []
     for task in tasks:
@@ -99,7 +99,7 @@ def _mark(key: str, change: Mapping[str, Any], name: str) -> Mark | None:
     return Mark(100 * change["value"], 100 * change["low"], 100 * change["high"], said != "may be luck", text)
 
 
-def _table(tasks: Sequence[Mapping[str, Any]], model: int, name: str) -> View:
+def _table(tasks: Sequence[Mapping[str, Any]], model: int, name: str) -> ComparisonView:
     rows = []
     for task in tasks:
         key, change, said = task["key"], task["changes"][model], verdict(task["key"], task["changes"][model])
@@ -123,7 +123,7 @@ def _table(tasks: Sequence[Mapping[str, Any]], model: int, name: str) -> View:
     return {"name": name, "rows": rows}
 
 
-def _flips(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[View]:
+def _flips(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[ComparisonView]:
     """The first queries of each task that another model loses."""
     return [
         {
@@ -138,11 +138,11 @@ def _flips(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Vie
     ]
 
 
-def _runs(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, Run]]:
+def _runs(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, RecordedRun]]:
     return [(printable(model["name"]), read_run(Path(model["run"]))) for model in models if model.get("run")]
 
 
-def curves_of(runs: Sequence[tuple[str, Run]]) -> list[LineChart]:
+def curves_of(runs: Sequence[tuple[str, RecordedRun]]) -> list[LineChart]:
     """Loss of several runs, by their names, over samples, and the scores that two of them or more have."""
     if len(runs) < 2:
         return []

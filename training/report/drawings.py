@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from .readable import duration
+from .readable import duration_text
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def timeline(spans: Sequence[Span], breaks: Sequence[float], total: float, width
                 top,
                 w,
                 height,
-                f"{span.label}: {duration(span.seconds)}, from {duration(span.start)}",
+                f"{span.label}: {duration_text(span.seconds)}, from {duration_text(span.start)}",
             )
         )
         if span.kind == "training" and span.data_wait > 0:
@@ -58,7 +58,7 @@ def timeline(spans: Sequence[Span], breaks: Sequence[float], total: float, width
     base = top + height + 18
     ends = Markup(
         '<text class="tick" x="0" y="{}">start</text><text class="tick" x="{}" y="{}" text-anchor="end">{}</text>'
-    ).format(base, width, base, duration(total))
+    ).format(base, width, base, duration_text(total))
     return Markup(
         '<svg class="chart timeline" viewBox="0 0 {} {}" role="img" aria-labelledby="{}-t">'
         '<title id="{}-t">Where the time went, from start to end; the table below gives the sums</title>{}{}</svg>'

@@ -10,9 +10,9 @@ from . import readable
 from .charts import Marker
 from .drawings import Span, bar, timeline, towers
 from .readable import is_number, number, printable
-from .reading import Line, Run, seconds_of, without_credentials
+from .reading import LogLine, RecordedRun, seconds_of, without_credentials
 
-View = dict[str, Any]
+HistoryView = dict[str, Any]
 _HOSTS = 16
 """names of machines shown at once"""
 
@@ -28,7 +28,7 @@ TIME_KINDS = {
 }
 
 
-def time(run: Run, width: int = 960) -> View | None:
+def time(run: RecordedRun, width: int = 960) -> HistoryView | None:
     """The timeline and the sums behind it."""
     attempts = run.attempts
     if not attempts:
@@ -49,7 +49,7 @@ def time(run: Run, width: int = 960) -> View | None:
         {
             "kind": k,
             "name": TIME_KINDS[k],
-            "seconds": readable.duration(v),
+            "seconds": readable.duration_text(v),
             "share": readable.percent(v / total),
             "bar": bar(v / total),
         }
@@ -60,12 +60,12 @@ def time(run: Run, width: int = 960) -> View | None:
         "wide": timeline(spans, breaks, offset, width, "time-wide"),
         "narrow": timeline(spans, breaks, offset, 360, "time-narrow"),
         "rows": rows,
-        "total": readable.duration(total),
+        "total": readable.duration_text(total),
         "attempts": len(attempts),
     }
 
 
-def growth(run: Run) -> View | None:
+def growth(run: RecordedRun) -> HistoryView | None:
     """The model of each stage reached, and what each growth did."""
     model = run.recipe.get("model")
     grown = run.events("grow")
@@ -95,7 +95,7 @@ def growth(run: Run) -> View | None:
             "changes": ", ".join(m.labels),
             "before": readable.compact(line.get("parameters_before")),
             "after": readable.compact(line.get("parameters_after")),
-            "seconds": readable.duration(line.get("seconds")),
+            "seconds": readable.duration_text(line.get("seconds")),
             "difference": readable.decimal(number(line.get("logit_difference")), 2),
         }
         for line, m in zip(grown, markers(run), strict=False)
@@ -109,7 +109,7 @@ def growth(run: Run) -> View | None:
     }
 
 
-def _flips(run: Run) -> View | None:
+def _flips(run: RecordedRun) -> HistoryView | None:
     """Which queries the newest evaluation lost and won since the one before the last growth."""
     line = next((each for each in reversed(run.events("eval")) if isinstance(each.get("flips"), Mapping)), None)
     if line is None or not line["flips"]:
@@ -128,7 +128,7 @@ def _flips(run: Run) -> View | None:
     return {"before": readable.exact(line.get("since")), "after": readable.exact(line["samples"]), "rows": rows}
 
 
-def lineage(run: Run) -> list[View]:
+def lineage(run: RecordedRun) -> list[HistoryView]:
     """Every start, resume, growth, change of world, commit and end, oldest first; long rows of commits are folded."""
     lines = run.events("start", "resume", "rollback", "plateau", "search", "grow", "micro_batches", "commit", "end")
     known = {(line["event"], line.get("step")) for line in lines}
@@ -137,7 +137,7 @@ def lineage(run: Run) -> list[View]:
         for e in run.lineage
         if (e.get("event"), e.get("step")) not in known and is_number(e.get("time")) and is_number(e.get("samples"))
     ]
-    rows: list[View] = []
+    rows: list[HistoryView] = []
     world = None
     for line in sorted([*older, *lines], key=lambda e: e["time"]):
         event = str(line.get("event"))
@@ -169,7 +169,7 @@ def lineage(run: Run) -> list[View]:
     return rows
 
 
-def markers(run: Run) -> list[Marker]:
+def markers(run: RecordedRun) -> list[Marker]:
     """Where the model grew and the run resumed."""
     grown = [
         Marker(
@@ -198,7 +198,7 @@ def device(line: Mapping[str, Any]) -> str | None:
     return f"{world} process{'' if world == 1 else 'es'}{places}{kind}"
 
 
-def parameters_reached(run: Run) -> list[float]:
+def parameters_reached(run: RecordedRun) -> list[float]:
     """Parameters of each model shape reached."""
     grown = [
         g for g in run.events("grow") if is_number(g.get("parameters_before")) and is_number(g.get("parameters_after"))
@@ -208,7 +208,7 @@ def parameters_reached(run: Run) -> list[float]:
     return [s["parameters"] for s in run.events("step")[-1:] if is_number(s.get("parameters"))]
 
 
-def _spans(lines: Iterable[Line], shift: float) -> list[Span]:
+def _spans(lines: Iterable[LogLine], shift: float) -> list[Span]:
     """The spans of one attempt; `shift` turns unix time into seconds since the run began, pauses left out."""
     spans: list[Span] = []
     before, between = -math.inf, 0.0  # the end of the last training, and what was done since that is not training
@@ -232,7 +232,7 @@ def _spans(lines: Iterable[Line], shift: float) -> list[Span]:
     return spans
 
 
-def _lineage_text(line: Line) -> str:
+def _lineage_text(line: LogLine) -> str:
     detail = line.get("detail") if isinstance(line.get("detail"), Mapping) else {}
     line = {**(detail or {}), **line}
     event = line.get("event")
@@ -257,8 +257,8 @@ def _lineage_text(line: Line) -> str:
     if event == "commit":
         parts = [
             printable(without_credentials(str(line.get("url", "")))),
-            readable.size(line.get("bytes")),
-            f"in {readable.duration(line.get('seconds'))}",
+            readable.bytes_text(line.get("bytes")),
+            f"in {readable.duration_text(line.get('seconds'))}",
         ]
         return " · ".join([*parts, *([f"reason: {printable(line['reason'])}"] if line.get("reason") else [])])
     if event == "rollback":
@@ -269,7 +269,7 @@ def _lineage_text(line: Line) -> str:
     return "the run came to its end" if event == "end" else ""
 
 
-def _search_text(line: Line) -> str:
+def _search_text(line: LogLine) -> str:
     """All candidates, what they reached and what they cost."""
 
     def named(sizes: Any) -> str:

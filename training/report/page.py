@@ -1,4 +1,4 @@
-"""Sets a `Run` into page.html: one document, everything in it, nothing fetched.
+"""Sets a `RecordedRun` into page.html: one document, everything in it, nothing fetched.
 
 The page forbids itself every request by its content security policy, so that hostile captions cannot make one even if
 an escape were forgotten.
@@ -13,12 +13,12 @@ from markupsafe import Markup
 
 from . import history, sections
 from .charts import LineChart
-from .reading import Run
+from .reading import RecordedRun
 
 HERE = Path(__file__).parent
 
 
-def render(run: Run) -> str:
+def render(run: RecordedRun) -> str:
     """The whole page as HTML text."""
     return (
         environment()

@@ -53,7 +53,7 @@ def compact(value: float | None) -> str:
     return _scaled(value, _LARGE)
 
 
-def size(value: float | None) -> str:
+def bytes_text(value: float | None) -> str:
     """Bytes in decimal units: 812 B, 12.4 MB."""
     return _scaled(value, _BYTES, smallest=" B")
 
@@ -73,14 +73,14 @@ def percent(fraction: float | None) -> str:
     return f"{decimal(value, 2)}%"
 
 
-def measure(key: str) -> str:
+def measure_text(key: str) -> str:
     """What a score measures, from its key: accuracy of pets/accuracy@1, image_to_text of retrieval/image_to_text@5."""
     return key.rpartition("/")[2].partition("@")[0]
 
 
 def is_share(key: str) -> bool:
     """Whether a score is a share of 0 to 1."""
-    return measure(key) not in _NUMBERS
+    return measure_text(key) not in _NUMBERS
 
 
 def score(key: str, value: float | None) -> str:
@@ -90,7 +90,7 @@ def score(key: str, value: float | None) -> str:
 
 def lower_is_better(key: str) -> bool | None:
     """Whether a score is better when it is lower; None if it is neither good nor bad."""
-    name = measure(key)
+    name = measure_text(key)
     return None if name == "modality_gap" else name in _LOWER
 
 
@@ -98,7 +98,7 @@ _LOWER = {"calibration_error", "alignment", "uniformity_image", "uniformity_text
 _NUMBERS = {"modality_gap", "alignment", "uniformity_image", "uniformity_text", "cider"}
 
 
-def duration(seconds: float | None) -> str:
+def duration_text(seconds: float | None) -> str:
     """0.3 s, 42 s, 3 min 20 s, 1 h 04 min, 2 d 3 h."""
     if seconds is None or not math.isfinite(seconds):
         return MISSING

@@ -1,4 +1,4 @@
-"""Reads a run folder, whatever state it is in, into one plain `Run`.
+"""Reads a run folder, whatever state it is in, into one plain `RecordedRun`.
 
 The one idea: metrics.jsonl is the truth and everything else adds to it. A run that still writes, was killed in the
 middle of a line, or never evaluated anything is as readable as a finished one; what cannot be read is counted.
@@ -17,14 +17,14 @@ import yaml
 
 from .readable import is_number, printable
 
-Line = dict[str, Any]
+LogLine = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Attempt:
     """One process attempt of a run: from a start or resume to the next one."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[LogLine, ...]
 
     @property
     def began(self) -> float:
@@ -38,19 +38,19 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """What a run folder says."""
 
     folder: Path
     recipe: Mapping[str, Any]
     recipe_text: str
-    lines: tuple[Line, ...]
-    evaluations: tuple[Line, ...]
-    ledger: tuple[Line, ...]
-    lineage: tuple[Line, ...]
+    lines: tuple[LogLine, ...]
+    evaluations: tuple[LogLine, ...]
+    ledger: tuple[LogLine, ...]
+    lineage: tuple[LogLine, ...]
     unreadable: int
 
-    def events(self, *names: str) -> list[Line]:
+    def events(self, *names: str) -> list[LogLine]:
         """The lines of these kinds, in order."""
         return [line for line in self.lines if line["event"] in names]
 
@@ -88,7 +88,7 @@ class Run:
     @property
     def attempts(self) -> list[Attempt]:
         """The process attempts, oldest first."""
-        attempts: list[list[Line]] = []
+        attempts: list[list[LogLine]] = []
         for line in self.lines:
             if line["event"] in ("start", "resume") or not attempts:
                 attempts.append([])
@@ -96,7 +96,7 @@ class Run:
         return [Attempt(tuple(lines)) for lines in attempts]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RecordedRun:
     """Read a run folder. Raises ValueError if `folder` holds neither a recipe nor metrics."""
     if not (folder / "metrics.jsonl").is_file() and not (folder / "recipe.yaml").is_file():
         raise ValueError(
@@ -114,7 +114,7 @@ def read_run(folder: Path) -> Run:
     read = [_json(path) for path in sorted((folder / "evaluations").glob("step-*.json"))]
     evaluations = [e for e in read if isinstance(e, dict) and is_number(e.get("samples"))]
     lineage = _json(folder / "lineage.json")
-    return Run(
+    return RecordedRun(
         folder=folder,
         recipe=recipe,
         recipe_text=text,
@@ -126,7 +126,7 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def seconds_of(line: Line) -> float:
+def seconds_of(line: LogLine) -> float:
     """Seconds of the run's time that a line accounts for, whether it gives one figure or one for each part.
 
     Of a commit, which is uploaded while training goes on, those for which training stood still."""
@@ -142,7 +142,7 @@ def without_credentials(text: str) -> str:
     return re.sub(r"(?i)([?&](?:x-amz-[\w-]+|sig|signature|token|[\w-]*key[\w-]*)=)[^&\s\"']+", r"\1***", text)
 
 
-def _lines(path: Path) -> tuple[list[Line], int]:
+def _lines(path: Path) -> tuple[list[LogLine], int]:
     """Every readable line of a file, and how many were not; a torn last one, the mark of a kill, is not counted."""
     if not path.is_file():
         return [], 0

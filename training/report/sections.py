@@ -1,4 +1,4 @@
-"""What each section of the page says: from a `Run` to words, numbers and charts, ready to be set.
+"""What each section of the page says: from a `RecordedRun` to words, numbers and charts, ready to be set.
 
 A function a section, in the order of the page. A section that has nothing to say returns nothing and page.html says so.
 """
@@ -14,14 +14,14 @@ from ...data.shards.source import attribution
 from . import readable
 from .charts import LineChart, Marker, Series
 from .drawings import bar, rings
-from .history import View, device, markers, parameters_reached
+from .history import HistoryView, device, markers, parameters_reached
 from .readable import is_number, number, printable
-from .reading import Line, Run, without_credentials
+from .reading import LogLine, RecordedRun, without_credentials
 
 IMAGE_BYTES = 1_200_000  # of pictures on the page; the rest of the page is small
 
 
-def headline(run: Run) -> View:
+def headline(run: RecordedRun) -> HistoryView:
     """Name, state, and the figures a person asks for first."""
     steps, attempts = run.events("step"), run.attempts
     last = steps[-1] if steps else {}
@@ -41,7 +41,7 @@ def headline(run: Run) -> View:
             readable.exact(run.samples),
             f"of {readable.exact(total)}" if total and total != run.samples else "",
         ),
-        ("Time", readable.duration(spent), f"in {len(attempts)} attempts" if len(attempts) > 1 else ""),
+        ("Time", readable.duration_text(spent), f"in {len(attempts)} attempts" if len(attempts) > 1 else ""),
         ("Speed", f"{readable.exact(run.samples / trained) if trained else readable.MISSING} /s", "while training"),
         (
             "Loss",
@@ -58,7 +58,7 @@ def headline(run: Run) -> View:
             )
         )
     elif is_number(last.get("peak_memory")):
-        facts.append(("Memory", readable.size(last["peak_memory"]), "at its peak"))
+        facts.append(("Memory", readable.bytes_text(last["peak_memory"]), "at its peak"))
     return {
         "name": run.name,
         "finished": run.finished,
@@ -75,7 +75,7 @@ def headline(run: Run) -> View:
     }
 
 
-def credits(run: Run) -> list[str]:
+def credits(run: RecordedRun) -> list[str]:
     """What the licences of the data sets in the recipe, evaluation included, ask to stand beside their pictures."""
     return list(dict.fromkeys(credit for text in _texts(run.recipe) if (credit := attribution(text))))
 
@@ -92,14 +92,14 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
-def scores(run: Run) -> View | None:
+def scores(run: RecordedRun) -> HistoryView | None:
     """The last evaluation's scores beside chance, in groups."""
     evaluations = run.events("eval")
     if not evaluations:
         return None
     last = evaluations[-1]
     chance, sizes, intervals = (last.get(name) or {} for name in ("chance", "sizes", "intervals"))
-    groups: dict[str, View] = {}
+    groups: dict[str, HistoryView] = {}
     for key, value in (last.get("scores") or {}).items():
         if not is_number(value):
             continue
@@ -114,7 +114,7 @@ def scores(run: Run) -> View | None:
                 "name": name,
                 "key": printable(key),
                 "score": readable.score(key, value),
-                "interval": interval(key, intervals.get(key)),
+                "interval": interval_text(key, intervals.get(key)),
                 "chance": readable.percent(level),
                 "times": readable.times(value, level) if level else readable.MISSING,
                 "size": f"{readable.exact(size)} {kind}" if is_number(size) else "",
@@ -129,7 +129,7 @@ def scores(run: Run) -> View | None:
     }
 
 
-def curves(run: Run) -> View | None:
+def curves(run: RecordedRun) -> HistoryView | None:
     """Loss, scores, and the small charts, over samples."""
     steps = run.events("step")
     if not steps:
@@ -167,7 +167,7 @@ def curves(run: Run) -> View | None:
     }
 
 
-def retrieval(run: Run) -> list[View]:
+def retrieval(run: RecordedRun) -> list[HistoryView]:
     """Pictures with the captions that the model finds nearest, of the last evaluation that has any."""
     budget = _Budget(IMAGE_BYTES * 2 // 3)
     cards = []
@@ -193,7 +193,7 @@ def retrieval(run: Run) -> list[View]:
     return cards
 
 
-def captions(run: Run) -> list[View]:
+def captions(run: RecordedRun) -> list[HistoryView]:
     """Pictures with the generated caption, the true ones, and what earlier evaluations generated for them."""
     budget = _Budget(IMAGE_BYTES // 3)
     cards = []
@@ -218,7 +218,7 @@ def captions(run: Run) -> list[View]:
     return cards
 
 
-def bad_samples(run: Run) -> View:
+def bad_samples(run: RecordedRun) -> HistoryView:
     """How many samples could not be used, and why."""
     counts = Counter(printable(entry.get("reason", "unknown")) for entry in run.ledger)
     first = {printable(e.get("reason", "unknown")): e for e in reversed(run.ledger)}
@@ -261,14 +261,14 @@ def score_title(key: str) -> str:
     return f"{group}: {name}"
 
 
-def interval(key: str, ends: object) -> str:
+def interval_text(key: str, ends: object) -> str:
     """The interval of a score in words, if there is one."""
     if not isinstance(ends, list | tuple) or len(ends) != 2 or not all(map(is_number, ends)):
         return ""
     return " to ".join(readable.score(key, end) for end in ends)
 
 
-def _score_charts(run: Run, marks: list[Marker], end: float) -> list[LineChart]:
+def _score_charts(run: RecordedRun, marks: list[Marker], end: float) -> list[LineChart]:
     evaluations = run.events("eval")
     groups: dict[tuple[str, Callable[[float], str]], list[Series]] = {}
     for key in dict.fromkeys(k for e in evaluations for k in e.get("scores") or {}):
@@ -280,7 +280,7 @@ def _score_charts(run: Run, marks: list[Marker], end: float) -> list[LineChart]:
     return [LineChart(g, s, marks, end, form, dots=True, labelled=False) for (g, form), s in groups.items()]
 
 
-def _figures(steps: list[Line], names: list[str]) -> View:
+def _figures(steps: list[LogLine], names: list[str]) -> HistoryView:
     """At most 20 log lines as a table: the curves for those who cannot see them."""
     columns = [("samples", "samples", readable.exact), ("loss", "loss", readable.decimal)]
     tail = [
@@ -299,7 +299,7 @@ def _figures(steps: list[Line], names: list[str]) -> View:
     return {"head": [c[0] for c in columns] + [readable.plain(n) for n in names] + [c[0] for c in tail], "rows": rows}
 
 
-def state(run: Run) -> str:
+def state(run: RecordedRun) -> str:
     if run.finished:
         return "Finished"
     total = run.total_samples
@@ -310,7 +310,7 @@ def _grew_from(parameters: list[float]) -> str:
     return f"grown from {readable.compact(parameters[0])}" if len(parameters) > 1 else ""
 
 
-def _examples(run: Run, kind: str) -> list[Mapping[str, Any]]:
+def _examples(run: RecordedRun, kind: str) -> list[Mapping[str, Any]]:
     for evaluation in reversed(run.evaluations):
         found = (evaluation.get("examples") or {}).get(kind)
         if found:
@@ -333,7 +333,7 @@ class _Budget:
         return url
 
 
-def _series(name: str, steps: list[Line], key: str) -> Series:
+def _series(name: str, steps: list[LogLine], key: str) -> Series:
     return Series(name, [(s["samples"], number(s.get(key))) for s in steps])
 
 

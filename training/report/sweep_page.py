@@ -19,15 +19,15 @@ from .comparison_page import curves_of
 from .drawings import rings
 from .page import environment
 from .readable import is_number, lower_is_better, printable
-from .reading import Line, Run, read_run
-from .sections import interval, score_title, state
+from .reading import LogLine, RecordedRun, read_run
+from .sections import interval_text, score_title, state
 
 SWEEP_FILE = "sweep.json"
 _LINES = 10  # as sweep.html says
 """step lines whose losses are averaged, as the loss of one batch says little"""
 _DRAWN = 6
 
-View = dict[str, Any]
+SweepView = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Member:
 
     name: str
     values: Mapping[str, str]
-    run: Run | None
+    run: RecordedRun | None
 
-    def events(self, name: str) -> list[Line]:
+    def events(self, name: str) -> list[LogLine]:
         """The run's lines of this kind, in order."""
         return self.run.events(name) if self.run else []
 
@@ -55,7 +55,7 @@ class Member:
 
     def interval(self, key: str) -> str:
         """The 95% interval of a score in words, if there is one."""
-        return interval(key, self._evaluated("intervals").get(key))
+        return interval_text(key, self._evaluated("intervals").get(key))
 
     def _evaluated(self, part: str) -> Mapping[str, Any]:
         evaluations = self.events("eval")
@@ -123,7 +123,7 @@ def _value(value: float | None, lower: bool) -> float:
     return float("inf") if value is None else value if lower else -value
 
 
-def _ahead(order: Sequence[tuple[Member, float]], scores: Sequence[str]) -> View | None:
+def _ahead(order: Sequence[tuple[Member, float]], scores: Sequence[str]) -> SweepView | None:
     if len(order) < 2:
         return None
     best, rank = order[0]
@@ -137,7 +137,7 @@ def _ahead(order: Sequence[tuple[Member, float]], scores: Sequence[str]) -> View
     }
 
 
-def _row(member: Member, keys: Sequence[str], scores: Sequence[str], members: Sequence[Member]) -> View:
+def _row(member: Member, keys: Sequence[str], scores: Sequence[str], members: Sequence[Member]) -> SweepView:
     losses = [m.loss for m in members if m.loss is not None]
     return {
         "name": printable(member.name),
@@ -165,7 +165,7 @@ def _is_best(member: Member, key: str, members: Sequence[Member]) -> bool:
     return lower is not None and value is not None and value == (min(values) if lower else max(values))
 
 
-def _run(folder: Path) -> Run | None:
+def _run(folder: Path) -> RecordedRun | None:
     try:
         return read_run(folder)
     except ValueError:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from treering.data import DataConfig, Loader, Source, Tokenizer, held_out, open_source
-from treering.data.samples.clip_tokenizer import clean
+from treering.data.samples.clip_tokenizer import clean_text
 from treering.data.samples.decode import decode_image
 
 TONES = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark", "1f3ff": "dark"}
@@ -82,9 +82,9 @@ def test_captions_are_the_names(train: Split, test: Split) -> None:
                 name.strip(":").replace("_", " ") for name in [BY_CODE[code]["en"], *BY_CODE[code].get("alias", [])]
             ]
             assert captions[0] == split.text[code] == names[0]
-            assert len({clean(caption) for caption in captions}) == len(captions)
-            expected = {clean(name) for name in names} if split is train else {clean(names[0])}
-            assert {clean(caption) for caption in captions} == expected
+            assert len({clean_text(caption) for caption in captions}) == len(captions)
+            expected = {clean_text(name) for name in names} if split is train else {clean_text(names[0])}
+            assert {clean_text(caption) for caption in captions} == expected
     assert train.text["1f692"] == "fire engine"
 
 
@@ -101,11 +101,11 @@ def test_every_part_and_word_is_seen_in_training(train: Split, test: Split) -> N
         word
         for metadata in train.metadata.values()
         for caption in metadata["captions"]
-        for word in clean(caption).split()
+        for word in clean_text(caption).split()
     }
     for code, text in test.text.items():
         assert all(uses[part] >= 3 for part in parts(code)), code
-        assert set(clean(text).split()) <= words, text
+        assert set(clean_text(text).split()) <= words, text
 
 
 def test_no_caption_leaks(train: Split, test: Split) -> None:

@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from treering.data import Batch, DataConfig, EvaluationSet, LedgerEntry, Loader
-from treering.data.samples.draws import rows
+from treering.data.samples.draws import draw_rows
 
 RESOLUTION, CONTEXT, BATCH, SEED = 16, 12, 12, 4
 Members = dict[str, bytes]
@@ -215,7 +215,7 @@ def reference(members: Members, key: str, position: int, tokenizer: Any) -> dict
         return padded[: padded.index(49407) + 1]
 
     metadata = json.loads(members["json"])
-    caption = metadata["captions"][int(3 * rows(SEED, "sample", np.array([position]), 1)[0][0]) // 2]["text"]
+    caption = metadata["captions"][int(3 * draw_rows(SEED, "sample", np.array([position]), 1)[0][0]) // 2]["text"]
     return {
         "key": key,
         "caption": caption,

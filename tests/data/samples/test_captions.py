@@ -88,7 +88,7 @@ def test_drawn_in_the_promised_shares(shares: dict[str, float]) -> None:
         Caption("a", "alt"), Caption("b", "blip", 10**6), Caption("c", "blip", 3 * 10**6), Caption("d"),
         Caption("never", "alt", 0), Caption("e", "alt", 500_000),
     ]  # fmt: skip
-    config = SourceConfig(source="x", captions=shares)
+    config = SourceConfig(source="x", caption_weights=shares)
     count = 20_000
     found = Counter(drawn_caption(captions, config.caption_shares, stream(3, "caption", n)) for n in range(count))
     for caption, chance in expected_shares(captions, config.caption_shares).items():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treering.data.samples.clip_tokenizer import END, START, Tokenizer, clean, fitted
+from treering.data.samples.clip_tokenizer import END, START, Tokenizer, clean_text, fitted
 
 OURS = Tokenizer()
 TRICKY = [
@@ -70,12 +70,12 @@ def test_many_strings(theirs, count: int) -> None:
 @given(text=st.text(max_size=60))
 @settings(max_examples=300, deadline=None)
 def test_clean_as_open_clip(open_clip_tokenizer: ModuleType, text: str) -> None:
-    assert clean(text) == open_clip_tokenizer._clean_lower(text)
+    assert clean_text(text) == open_clip_tokenizer._clean_lower(text)
 
 
 @given(text=st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=60))
 def test_clean_plain_text_as_open_clip(open_clip_tokenizer: ModuleType, text: str) -> None:
-    assert clean(text) == open_clip_tokenizer._clean_lower(text)
+    assert clean_text(text) == open_clip_tokenizer._clean_lower(text)
 
 
 def test_decode() -> None:

@@ -142,7 +142,7 @@ def test_each_change_by_hand() -> None:
 def test_config() -> None:
     assert not JitterConfig().active
     assert not JitterConfig(hue=0.5, probability=0).active
-    assert JitterConfig(grey=0.1, probability=0).active
+    assert JitterConfig(grayscale=0.1, probability=0).active
     assert JitterConfig(hue=0.1).active
     for wrong in ({"hue": 0.6}, {"brightness": 1.5}, {"grayscale": -0.1}):
         with pytest.raises(ValidationError):

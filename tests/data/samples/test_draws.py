@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treering.data.order import stable_hash
-from treering.data.samples.draws import Draws, rows
+from treering.data.samples.draws import Draws, draw_rows
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -23,7 +23,7 @@ def mixed(z: int) -> int:
 
 @given(st.integers(0, 1 << 70), st.lists(st.integers(0, (1 << 63) - 2), min_size=1, max_size=5), st.integers(1, 9))
 def test_rows_are_splitmix64(seed: int, positions: list[int], most: int) -> None:
-    found = rows(seed, "crop", np.array(positions), most)
+    found = draw_rows(seed, "crop", np.array(positions), most)
     for position, row in zip(positions, found, strict=True):
         state = mixed((stable_hash("draws", seed, "crop") + (position + 1) * GOLDEN) & MASK)
         expected = [(mixed((state + i * GOLDEN) & MASK) >> 11) / 2**53 for i in range(1, most + 1)]
@@ -32,11 +32,11 @@ def test_rows_are_splitmix64(seed: int, positions: list[int], most: int) -> None
 
 
 def test_rows_differ_and_fill_the_range() -> None:
-    found = np.array(rows(0, "crop", np.arange(5000), 8))
+    found = np.array(draw_rows(0, "crop", np.arange(5000), 8))
     assert np.unique(found).size == found.size
     assert np.abs(found.mean(0) - 0.5).max() < 0.02
     assert np.abs(np.corrcoef(found.T) - np.eye(8)).max() < 0.06
-    for other in (rows(1, "crop", np.arange(5000), 8), rows(0, "flip", np.arange(5000), 8)):
+    for other in (draw_rows(1, "crop", np.arange(5000), 8), draw_rows(0, "flip", np.arange(5000), 8)):
         assert not np.isin(other, found).any()
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from treering.data import DataConfig, DataError, Loader, Source, open_source
 from treering.data.shards import index, listing, opening, table_file
 from treering.data.shards.index import cached_at, fits
-from treering.data.shards.listing import expand, index_shard
+from treering.data.shards.listing import index_shard, list_shards
 from treering.data.shards.sidecar import fetch_index, put_index
 from treering.data.shards.summary import read_summary, write_summary
 from treering.data.shards.table_file import DamagedTable, Table, packed_texts, table_bytes
@@ -214,7 +214,7 @@ def test_a_summary_that_is_damaged_or_of_other_shards_is_not_believed(
         path.write_bytes(damage)
         assert content(open_source(url)) == expected
     os.utime(tmp_path / "data" / "part-000.tar", ns=(5, 5))
-    assert [row is None for row in read_summary(url, expand(url))] == [True, False]
+    assert [row is None for row in read_summary(url, list_shards(url))] == [True, False]
 
 
 @pytest.mark.parametrize("keys", [("a", "b", "c"), ("ü", "\udcff", "b" * 5000), ("../../x", "/etc/passwd", "a\x1b[2J")])
@@ -238,9 +238,9 @@ def test_indexes_beside_shards_spare_other_nodes_the_walk(
 ) -> None:
     url = write_source(tmp_path / "data", 3, 4)
     expected = content(open_source(url))
-    for shard in expand(url):
+    for shard in list_shards(url):
         put_index(shard)
-    write_summary(url, [row for row in read_summary(url, expand(url)) if row], beside=True)
+    write_summary(url, [row for row in read_summary(url, list_shards(url)) if row], beside=True)
     beside = tmp_path / "data" / ".treering"
     assert sorted(path.suffix for path in beside.iterdir()) == [".index"] * 3 + [".source"]
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path / "another node"))
@@ -372,7 +372,7 @@ def test_unpacked_copies_stay_under_the_limit(
     sizes = [path.stat().st_size for path in sorted((tmp_path / "plain").iterdir())]
     with pytest.raises(DataError, match=r"\.tar\.gz and need [\d,]+ bytes unpacked, the cache may hold"):
         open_source(url, BlockCache(sum(sizes) - 1))
-    found, keeper = expand(url), Unpacked(limit=sizes[0] + sizes[1] + sizes[2] - 1)
+    found, keeper = list_shards(url), Unpacked(limit=sizes[0] + sizes[1] + sizes[2] - 1)
     for path in (own_cache / "unpacked").iterdir():
         path.unlink()
     for shard in found:
@@ -394,7 +394,7 @@ def test_local_listing_equals_a_plain_one(tmp_path: Path, write_tar: WriteTar, m
     system = fsspec.filesystem("file")
     globs = ("a/*.tar", "*/1.tar", "**/*.tar", "a/?.tar", "a/[12].tar", "{a,b}/*.tar", "a/{1..2}.tar", "../d/a/1.tar")
     for url in (*globs, f"file://{os.getcwd()}/a/*.tar", "./a/1.tar"):
-        found = expand(url)
+        found = list_shards(url)
         names = {name for part in listing.expand_braces(url) for name in system.glob(part.removeprefix("file://"))}
         expected = {(os.path.normpath(n), os.stat(n).st_size) for n in names if os.path.isfile(n)}
         assert {(shard.url.removeprefix("file://"), shard.size) for shard in found} == expected, url
@@ -409,7 +409,7 @@ def open_content(shard: Any) -> bool:
 
 def test_braces_that_name_the_whole_world_are_refused() -> None:
     with pytest.raises(DataError, match=r"names 1,000,000,000,000 shards; 10,000,000 are the most"):
-        expand("/x/{000000..999999}/{000000..999999}.tar")
+        list_shards("/x/{000000..999999}/{000000..999999}.tar")
 
 
 def test_writing_where_nothing_can_be_written_says_so(

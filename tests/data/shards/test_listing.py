@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from treering.data import open_source
 from treering.data.errors import DataError
 from treering.data.shards import listing
-from treering.data.shards.listing import expand, expand_braces, index_shard, split_name
+from treering.data.shards.listing import expand_braces, index_shard, list_shards, split_name
 from treering.data.storage.files import find, shown_url
 
 WriteTar = Callable[..., Path]
@@ -255,7 +255,7 @@ def test_no_more_names_than_anyone_has_shards(url: str) -> None:
 def test_shards_are_sorted_and_named_once(tmp_path: Path, write_tar: WriteTar) -> None:
     for name in "cab":
         write_tar(tmp_path / f"{name}.tar", [])
-    names = [shard.url for shard in expand(f"{tmp_path}/{{c,b,*}}.tar")]
+    names = [shard.url for shard in list_shards(f"{tmp_path}/{{c,b,*}}.tar")]
     assert names == [str(tmp_path / f"{name}.tar") for name in "abc"]
 
 

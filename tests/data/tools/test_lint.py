@@ -237,13 +237,13 @@ def test_what_is_known_of_a_shard_is_not_read_again(
     (tmp_path / "3").rename(tmp_path / "3.tar")
     read = tmp_path / "read"
     read.mkdir()
-    original = lint_module.examine
+    original = lint_module.examine_sample
 
     def counted(source: Source, number: int) -> Any:
         (read / source.key(number)).touch()
         return original(source, number)
 
-    monkeypatch.setattr(lint_module, "examine", counted)
+    monkeypatch.setattr(lint_module, "examine_sample", counted)
     found = lint(url, workers)
     expected = {1: {"2", "3"}, 2: {"3"}}[workers]
     assert {path.name[-1] for path in read.iterdir()} == expected

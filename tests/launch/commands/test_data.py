@@ -144,14 +144,14 @@ def test_inspect(treering: Command, clean: str, here: Path) -> None:
 def test_inspect_a_ledger(treering: Command, clean: str, here: Path) -> None:
     """The ledger that a run leaves leads to its samples, and only to them."""
     from treering.data import DataConfig, Loader
-    from treering.training.logging.jsonl import RunLog
+    from treering.training.logging.jsonl import RunRecords
 
     shard(here / "shards" / "3.tar", [*good(90, 91), (f"{HOSTILE}.jpg", photo(1)), (f"{HOSTILE}.txt", b"\xff"),
                                       ("c.jpg", b"x"), ("c.txt", b"c")])  # fmt: skip
     loader = Loader(DataConfig.model_validate({"train": [{"source": clean}], "batch": 16}), 16, 16, seed=0)
     entries = next(loader.batches(0)).bad
     assert {entry.key for entry in entries} == {HOSTILE, "c"}
-    log = RunLog(here / "run")
+    log = RunRecords(here / "run")
     log.ledger.append(*({"step": 1, **asdict(entry)} for entry in entries))
     done = treering("data", "inspect", clean, "--ledger", "run/ledger.jsonl", "--out", "sheet.html")
     assert (done.returncode, done.stderr) == (0, "")

@@ -109,7 +109,7 @@ def test_engines_spread_what_they_spread(engine: str, shares: tuple[int, ...]) -
     """Bytes a parameter, on each of four processes."""
     recipe = read_recipe("emoji", [*SMALL, f"engine={engine}"]).recipe
     spec = recipe.specs()[0]
-    parts = activation_checkpointing.parts(spec, recipe.engine, recipe.optimizer, 4, 8)
+    parts = activation_checkpointing.memory_parts(spec, recipe.engine, recipe.optimizer, 4, 8)
     found = [parts[name] / parameters(spec) for name in ("weights", "gradients", "optimizer")]
     assert found == pytest.approx(shares)
 
@@ -134,7 +134,7 @@ def test_weights_gradients_and_moments_are_those_of_accelerates_estimate(open_cl
     total, _ = calculate_maximum_sizes(model)
     total -= sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     theirs = estimate_training_usage(int(total), {"fp32": "float32", "bf16": "bfloat16"}[precision])
-    ours = activation_checkpointing.parts(spec, recipe.engine, recipe.optimizer, 1, 1)
+    ours = activation_checkpointing.memory_parts(spec, recipe.engine, recipe.optimizer, 1, 1)
     assert ours["optimizer"] == theirs["optimizer"]
     # In bf16 they count autocast's copies with the gradients, and we with the weights.
     assert ours["weights"] + ours["gradients"] == theirs["model"] + theirs["gradients"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from treering.launch.jobs.cluster_config import Site
-from treering.launch.jobs.submit import Wish, render
+from treering.launch.jobs.submit import Wish, render_script
 from treering.launch.recipe.load import read_recipe
 from treering.tests.support.tiny_runs import SIZES
 from treering.training.health.signals import NOTICE, short_notice
@@ -16,7 +16,7 @@ from treering.training.loop import train
 
 
 def signal_of(*outs: Path) -> str:
-    script = render(list(outs), "tiny", (1,), 1, None, Wish("1"), Site())
+    script = render_script(list(outs), "tiny", (1,), 1, None, Wish("1"), Site())
     (line,) = [line for line in script.splitlines() if line.startswith("#SBATCH --signal=")]
     assert f"export {NOTICE}={line.rpartition('@')[2]}" in script
     return line

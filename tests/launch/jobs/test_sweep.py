@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from treering.launch.cli import app
 from treering.launch.errors import RecipeError
-from treering.launch.jobs.sweep import Point, expand, write_sweep
+from treering.launch.jobs.sweep import GridPoint, grid_points, write_sweep
 from treering.launch.recipe.load import read_recipe
 from treering.tests.support.browser import Browser, check_page
 from treering.training.report import write_report
@@ -25,7 +25,7 @@ HOSTILE = "<img src=http://evil.example/p.png>\x1b[31m"
 
 
 def test_every_point_of_the_grid_has_a_folder_values_and_a_store() -> None:
-    points = expand(["lr=1e-3,5e-4", "data.batch=256, 512"], "s3://bucket/run/")
+    points = grid_points(["lr=1e-3,5e-4", "data.batch=256, 512"], "s3://bucket/run/")
     assert [(p.name, p.values["optimizer.lr"], p.values["data.batch"], p.store) for p in points] == [
         (f"lr={lr}_batch={batch}", lr, batch, f"s3://bucket/run/lr={lr}_batch={batch}")
         for lr in ("1e-3", "5e-4")
@@ -33,8 +33,8 @@ def test_every_point_of_the_grid_has_a_folder_values_and_a_store() -> None:
     ]
     recipe = read_recipe("emoji", points[3].overrides).recipe
     assert (recipe.optimizer.lr, recipe.data.batch, recipe.checkpoint.to) == (5e-4, 512, points[3].store)
-    assert [p.overrides for p in expand(["seed=0,1"], None)] == [["seed=0"], ["seed=1"]]
-    assert expand([], "s3://bucket/run") == [Point("", {}, None)]
+    assert [p.overrides for p in grid_points(["seed=0,1"], None)] == [["seed=0"], ["seed=1"]]
+    assert grid_points([], "s3://bucket/run") == [GridPoint("", {}, None)]
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def test_every_point_of_the_grid_has_a_folder_values_and_a_store() -> None:
 )
 def test_what_is_no_sweep_is_refused(sweeps: list[str], told: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(told)):
-        expand(sweeps, None)
+        grid_points(sweeps, None)
 
 
 @given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=4, unique=True))
 def test_no_value_leaves_the_folder(values: list[str]) -> None:
     try:
-        points = expand([f"name={','.join(values)}"], None)
+        points = grid_points([f"name={','.join(values)}"], None)
     except RecipeError:
         return
     for point in points:
@@ -85,8 +85,8 @@ def write_run(folder: Path, scores: dict[str, float] | None, loss: float = 1.0, 
 def sweep(tmp_path: Path) -> Path:
     """Four points: two that were evaluated, one that still trains, one that has not begun."""
     folder = tmp_path / "sweep"
-    points = expand(["lr=1e-3,5e-4", "batch=256,512"], None)
-    write_sweep(folder, [*points[:3], Point(points[3].name, points[3].values | {"name": HOSTILE}, None)])
+    points = grid_points(["lr=1e-3,5e-4", "batch=256,512"], None)
+    write_sweep(folder, [*points[:3], GridPoint(points[3].name, points[3].values | {"name": HOSTILE}, None)])
     names = ["retrieval/image_to_text@1", "x/calibration_error"]
     write_run(folder / points[0].name, dict(zip(names, (0.4, 0.02), strict=True)))
     write_run(folder / points[1].name, dict(zip(names, (0.6, 0.01), strict=True)))
@@ -121,11 +121,11 @@ def test_a_run_that_ends_writes_the_page_and_what_is_wrong_there_stops_no_run(sw
     with pytest.raises(ValueError, match=r"'../other', which is no folder"):
         read_sweep(sweep)
     with pytest.raises(RecipeError, match=r"'../other', which is no folder"):
-        write_sweep(sweep, expand(["seed=7,8"], None))
+        write_sweep(sweep, grid_points(["seed=7,8"], None))
 
 
 def test_a_sweep_that_is_submitted_again_keeps_its_runs(sweep: Path) -> None:
-    write_sweep(sweep, expand(["seed=7,8"], None))
+    write_sweep(sweep, grid_points(["seed=7,8"], None))
     assert [m.name for m in read_sweep(sweep)][3:] == ["lr=5e-4_batch=512", "seed=7", "seed=8"]
 
 

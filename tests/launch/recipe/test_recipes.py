@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treering.launch.errors import clean, show
+from treering.launch.errors import safe_text, show
 from treering.launch.recipe.load import RecipeError, bundled_names, dump_recipe, read_recipe
 from treering.launch.recipe.overrides import Override, apply_override, parse_override
 from treering.launch.recipe.yaml_lines import read_yaml, write_scalar
@@ -283,5 +283,5 @@ def test_credentials_are_refused_and_never_echoed(tmp_path: Path, tiny: Path, ur
 def test_what_is_shown_is_one_printable_line(text: str) -> None:
     assert show(text).isprintable()
     assert len(show(text)) <= 60
-    assert clean(text).replace("\n", "").isprintable()
-    clean(text).encode("utf-8")
+    assert safe_text(text).replace("\n", "").isprintable()
+    safe_text(text).encode("utf-8")

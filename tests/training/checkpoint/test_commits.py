@@ -20,9 +20,10 @@ from treering.training.checkpoint import writer
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.config import CheckpointConfig
 from treering.training.checkpoint.manifest import DamagedCommit
-from treering.training.checkpoint.serialize import Packed
+from treering.training.checkpoint.serialize import SerializedPart
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store, StoreError
-from treering.training.engines.layout import Stretch, gathered, rows
+from treering.training.engines.layout import Stretch, gathered, shard_rows
 from treering.training.state import RunState
 from treering.training.world import World
 
@@ -44,13 +45,14 @@ def truth(kind: str = "model") -> dict[str, torch.Tensor]:
     }
 
 
-def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALONE, **more: Any) -> writer.Writing:
+def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALONE, **more: Any) -> writer.CommitUpload:
     step = more.pop("step", 1)
-    return commits.begin(SPEC, RunState(step=step, samples=10 * step, attempt=1), {}, tensors, world, **more)
+    state, policy = RunState(step=step, samples=10 * step, attempt=1), more.pop("policy", None)
+    return commits.begin(Snapshot(SPEC, state, {}, tensors, **more), world, policy)
 
 
 def row_layout(world: World) -> dict[str, Stretch]:
-    return {name: rows(shape, world.rank, world.size) for name, shape in SHAPES.items()}
+    return {name: shard_rows(shape, world.rank, world.size) for name, shape in SHAPES.items()}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -177,7 +179,7 @@ def test_packed_bytes_are_what_safetensors_reads(dtype: torch.dtype) -> None:
         "none": torch.zeros(0, 4, dtype=dtype),
         "one": torch.tensor(7).to(dtype),
     }
-    read = load(bytes(Packed(tensors).data()))
+    read = load(bytes(SerializedPart(tensors).data()))
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype
@@ -193,7 +195,7 @@ def test_a_run_that_was_taken_over_is_refused(tmp_path: Path) -> None:
     assert late.claim_attempt("late") == 2
     with pytest.raises(StoreError, match=r"another run \('late'\) took over .* this one is refused"):
         begin(early, tensors, step=2).finish()
-    late.write(SPEC, RunState(step=2, attempt=2), {}, tensors, ALONE)
+    late.write(Snapshot(SPEC, RunState(step=2, attempt=2), {}, tensors), ALONE)
     assert late.names() == ["step-000000000001-attempt-0001", "step-000000000002-attempt-0002"]
 
 
@@ -206,7 +208,7 @@ def test_a_late_mark_on_what_was_swept_completes_nothing(tmp_path: Path, monkeyp
     def slow(self: Store, name: str, data: bytes) -> bool:
         if name.endswith("COMMIT") and "attempt-0001" in name:
             assert late.claim_attempt("late") == 2
-            late.write(SPEC, RunState(step=1, attempt=2), {}, tensors, ALONE)
+            late.write(Snapshot(SPEC, RunState(step=1, attempt=2), {}, tensors), ALONE)
             late.retain(CheckpointConfig(), attempt=2)
         return put_new(self, name, data)
 
@@ -253,7 +255,7 @@ def test_a_flipped_byte_anywhere_is_found_and_named(tmp_path: Path, monkeypatch:
 )
 def test_a_part_has_no_name_outside_its_commit(file: str) -> None:
     try:
-        part = writer.Part(file=file, kind="model", bytes=1, sha256="", tensors=1)
+        part = writer.CommitPart(file=file, kind="model", bytes=1, sha256="", tensors=1)
     except ValidationError:
         return
     assert re.fullmatch(r"[a-z_]+-[0-9]{5}-[0-9]{5}\.safetensors", part.file)

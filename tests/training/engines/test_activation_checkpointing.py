@@ -29,7 +29,7 @@ from treering.training.engines.config import DdpConfig, DeepSpeedConfig, FsdpCon
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.loop import train
 from treering.training.objectives.base import Inputs, Objective, extras_of
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Between, Contrastive, LateContrastive
 from treering.training.world import World
 
@@ -71,7 +71,7 @@ def batch(lengths: tuple[int, ...] = (3, 9, 5, 13, 7, 4)) -> Inputs:
 
 def objectives(spec: ModelSpec) -> list[Objective]:
     found: list[Objective] = [Contrastive(1.0)]
-    found += [Caption(1.0)] if spec.captioner else []
+    found += [CaptionLoss(1.0)] if spec.captioner else []
     return found + [Between(1.0, towers=("audio", "text"))] * bool(spec.modalities)
 
 
@@ -193,7 +193,7 @@ def test_long_captions_and_patches_decide_at_every_step() -> None:
 
 
 def test_auto_is_what_the_device_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = sum(activation_checkpointing.parts(PLAIN, DdpConfig(), OptimizerConfig(), 1, PAIRS).values())
+    others = sum(activation_checkpointing.memory_parts(PLAIN, DdpConfig(), OptimizerConfig(), 1, PAIRS).values())
     whole = peak(block_memory(PLAIN, shape(batch())), {"image": 0, "text": 0})
     monkeypatch.setattr(activation_checkpointing, "process_memory", lambda: 1000)
     for share, expected in ((1.01, 0), (0.5, 1), (0.0, 7)):

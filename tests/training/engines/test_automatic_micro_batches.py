@@ -18,7 +18,7 @@ from treering.launch.errors import RecipeError
 from treering.launch.recipe.load import read_recipe
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.models.towers import ImageTower
-from treering.tests.tiny_runs import SIZES, lines, train_until
+from treering.tests.support.tiny_runs import SIZES, lines, train_until
 from treering.training import loop
 from treering.training.checkpoint.commits import find_commit
 from treering.training.engines import micro_batches
@@ -28,7 +28,7 @@ from treering.training.engines.build import build_engine
 from treering.training.engines.config import DdpConfig, FsdpConfig
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.base import Inputs
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.state import TrainingError
 from treering.training.world import World
@@ -44,7 +44,7 @@ SPEC = ModelSpec(
 
 
 def engine(pieces: Any = "auto", world: World = ALONE) -> Engine:
-    objectives = [Contrastive(1.0), Caption(0.5, parallel_fraction=0.5, seed=3)]
+    objectives = [Contrastive(1.0), CaptionLoss(0.5, parallel_fraction=0.5, seed=3)]
     return build_engine(SPEC, objectives, DdpConfig(micro_batches=pieces), OptimizerConfig(), world, 1)
 
 

@@ -20,7 +20,7 @@ from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.engines.zero_state import require
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.world import World
 
@@ -77,7 +77,7 @@ def batch(step: int, world: World) -> Inputs:
 def trained(config: EngineConfig, spec: ModelSpec, world: World) -> list[tuple[float, ...]]:
     """Loss, balance and gradient norm of each step."""
     objectives: list[Objective] = [Contrastive(1.0), Balance(0.5)]
-    objectives += [Caption(0.5, parallel_fraction=0.5, seed=3)] if spec.captioner else []
+    objectives += [CaptionLoss(0.5, parallel_fraction=0.5, seed=3)] if spec.captioner else []
     engine = build_engine(spec, objectives, config, OptimizerConfig(grad_clip=0.5), world, seed=1)
     found = []
     for step in range(STEPS):

@@ -21,7 +21,7 @@ from treering.training.engines.config import DdpConfig
 from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.base import Inputs, Objective, extras_of
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Between, Contrastive, LateContrastive, SigmoidContrastive
 from treering.training.world import World
 
@@ -47,8 +47,8 @@ def named(kind: str) -> Objective:
         "softmax": Contrastive,
         "sigmoid": SigmoidContrastive,
         "filip": LateContrastive,
-        "caption": Caption,
-        "parallel": lambda weight: Caption(weight, parallel_fraction=0.5, seed=3),
+        "caption": CaptionLoss,
+        "parallel": lambda weight: CaptionLoss(weight, parallel_fraction=0.5, seed=3),
     }[kind](WEIGHTS[kind])
     made.name = kind
     return made
@@ -239,7 +239,7 @@ def test_engine_steps_are_the_same(world: int, on_ranks: Callable[..., list[Any]
     def one_rank(group: World) -> list[dict[str, np.ndarray]]:
         states = []
         for parts in (1, 4):
-            objectives = [Contrastive(1.0), Caption(0.5)]
+            objectives = [Contrastive(1.0), CaptionLoss(0.5)]
             spec = SPEC.model_copy(update={"logit_bias": False, "modalities": {}})
             engine = DdpEngine(spec, objectives, DdpConfig(micro_batches=parts), OptimizerConfig(), group, seed=1)
             for _ in range(2):
@@ -256,7 +256,7 @@ def test_engine_steps_are_the_same(world: int, on_ranks: Callable[..., list[Any]
 
 def test_less_is_kept() -> None:
     """What a forward pass keeps for its backward pass is that of one piece."""
-    net, objectives = build(SPEC, 3), [Contrastive(1.0), Caption(0.5)]
+    net, objectives = build(SPEC, 3), [Contrastive(1.0), CaptionLoss(0.5)]
 
     def forward(piece: Inputs) -> Any:
         extras = extras_of(objectives, piece)

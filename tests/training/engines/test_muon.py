@@ -25,7 +25,7 @@ from treering.training.engines import muon
 from treering.training.engines.base import Engine
 from treering.training.engines.build import build_engine
 from treering.training.engines.config import DdpConfig, EngineConfig, FsdpConfig
-from treering.training.engines.layout import rows
+from treering.training.engines.layout import shard_rows
 from treering.training.engines.muon import Muon, hidden, orthogonal
 from treering.training.engines.optimizer import Optimizer, OptimizerConfig, decays
 from treering.training.growth import grow
@@ -33,7 +33,7 @@ from treering.training.growth.grow import grown_rates
 from treering.training.growth.offline import grow_commit
 from treering.training.loop import train
 from treering.training.objectives.base import Inputs
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.recipe import Recipe
 from treering.training.world import World
@@ -70,7 +70,7 @@ def batch(step: int, world: World = ALONE) -> Inputs:
 
 
 def engine(optimizer: OptimizerConfig, config: EngineConfig = PLAIN, world: World = ALONE) -> Engine:
-    return build_engine(SPEC, [Contrastive(1.0), Caption(0.5)], config, optimizer, world, seed=1)
+    return build_engine(SPEC, [Contrastive(1.0), CaptionLoss(0.5)], config, optimizer, world, seed=1)
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_rows_on_many_ranks_step_as_the_whole_does_to_the_bit(ranks: int, on_ran
         return torch.randn(shapes[name], generator=torch.Generator().manual_seed(ord(name) + 100 * step))
 
     def moved(world: World | None) -> dict[str, Any]:
-        layout = {n: rows(s, world.rank if world else 0, world.size if world else 1) for n, s in shapes.items()}
+        layout = {n: shard_rows(s, world.rank if world else 0, world.size if world else 1) for n, s in shapes.items()}
 
         def own(name: str, step: int) -> Tensor:
             return layout[name].cut(draw(name, step)).view(-1, shapes[name][1])

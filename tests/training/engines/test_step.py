@@ -17,7 +17,7 @@ from treering.training.engines.optimizer import OptimizerConfig, decays
 from treering.training.growth.grow import grow
 from treering.training.loop import train
 from treering.training.objectives.base import Inputs
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.schedule import ScheduleConfig
 from treering.training.stages import GrowthConfig
@@ -31,7 +31,7 @@ SPEC = ModelSpec(
     captioner=CaptionerSpec(depth=1),
 )
 ALONE = World(0, 1, torch.device("cpu"))
-OBJECTIVES = [Contrastive(1.0), Caption(0.5)]
+OBJECTIVES = [Contrastive(1.0), CaptionLoss(0.5)]
 
 
 def engine(config: OptimizerConfig) -> Engine:

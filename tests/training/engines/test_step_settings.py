@@ -20,7 +20,7 @@ from treering.models.output import Extras
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.models.transformer import TransformerBlock
 from treering.training.engines.config import DdpConfig
-from treering.training.engines.kernels import prepare
+from treering.training.engines.kernels import prepare_kernels
 from treering.training.loop import train
 from treering.training.sample_rng import kept
 from treering.training.state import TrainingError
@@ -113,7 +113,7 @@ def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(TransformerBlock, "compile", compile_eagerly)
     models = [build(SPEC, 3) for _ in range(2)]
-    prepare(models[1], DdpConfig(compile=True), torch.device("cpu"))
+    prepare_kernels(models[1], DdpConfig(compile=True), torch.device("cpu"))
     assert calls == [{"dynamic": True}] * 5
     found = [gradients(model, model(*batch())) for model in models]
     for name, gradient in found[0].items():
@@ -140,7 +140,7 @@ def test_compiling_does_not_grow_with_depth_and_goes_on_after_growth(monkeypatch
             update={part: getattr(PLAIN, part).model_copy(update=sizes | {"head_dim": 8}) for part in ("image", "text")}
         )
         model = build(spec, 3)
-        prepare(model, DdpConfig(compile=True), torch.device("cpu"))
+        prepare_kernels(model, DdpConfig(compile=True), torch.device("cpu"))
         before = len(made)
         for step in range(steps):
             images, tokens, lengths = batch()
@@ -156,8 +156,8 @@ def test_compiling_does_not_grow_with_depth_and_goes_on_after_growth(monkeypatch
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(TrainingError, match=r"engine\.compile = true cannot be here: there is no C\+\+ compiler"):
-        prepare(build(PLAIN, 3), DdpConfig(compile=True), torch.device("cpu"))
-    prepare(build(PLAIN, 3), DdpConfig(), torch.device("cpu"))
+        prepare_kernels(build(PLAIN, 3), DdpConfig(compile=True), torch.device("cpu"))
+    prepare_kernels(build(PLAIN, 3), DdpConfig(), torch.device("cpu"))
 
 
 def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,11 @@ from treering.training.engines import micro_batches
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.ddp import DdpEngine
 from treering.training.engines.device_prefetch import Feed
-from treering.training.engines.kernels import prepare
+from treering.training.engines.kernels import prepare_kernels
 from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.objectives.balance import Balance
 from treering.training.objectives.base import Inputs, Objective, extras_of
-from treering.training.objectives.caption import Caption
+from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive, LateContrastive, SigmoidContrastive
 from treering.training.world import World
 
@@ -41,8 +41,8 @@ OBJECTIVES = {
     "positives": lambda: Contrastive(1.0, positives="caption", label_smoothing=0.1),
     "sigmoid": lambda: SigmoidContrastive(1.0),
     "filip": lambda: LateContrastive(1.0),
-    "caption": lambda: Caption(1.0),
-    "parallel": lambda: Caption(1.0, parallel_fraction=0.5, seed=3),
+    "caption": lambda: CaptionLoss(1.0),
+    "parallel": lambda: CaptionLoss(1.0, parallel_fraction=0.5, seed=3),
 }
 
 
@@ -104,7 +104,10 @@ def test_forward_and_backward_read_nothing_from_the_device(name: str, parts: int
 def test_no_tower_reads_anything_from_the_device(name: str, parts: int) -> None:
     """Also those that fill texts, or end them with a class token, and mixtures of experts."""
     spec, inputs = TOWERS[name], batch(torch.device("meta"))
-    objectives = [Caption(1.0) if spec.captioner else Contrastive(1.0), *([Balance(1.0)] if name == "experts" else [])]
+    objectives = [
+        CaptionLoss(1.0) if spec.captioner else Contrastive(1.0),
+        *([Balance(1.0)] if name == "experts" else []),
+    ]
     for objective in objectives:
         backward(objective, inputs, parts, spec)
         with pytest.raises(RuntimeError, match="meta"):
@@ -119,13 +122,13 @@ def test_the_steady_step_does_not_wait_for_the_gpu(name: str) -> None:
     spec = TOWERS.get(name, SPEC if "caption" in objective.needs else DUAL)
     config = DdpConfig(precision="bf16", activation_budget=0.5)
     engine = DdpEngine(spec, [objective], config, OptimizerConfig(ema=0.9), World(0, 1, device), 0)
-    feed, host = Feed(device), batch(torch.device("cpu"))
+    feed, host = Feed(World(0, 1, device), 0), batch(torch.device("cpu"))
     columns = (host.images, host.tokens, host.lengths, host.caption_ids, host.image_ids, host.numbers)
     for _ in range(2):  # the first steps make the optimizer's state and the kernels
-        engine.step(Inputs(*feed(columns), host_lengths=host.lengths), 1e-3)
+        engine.step(Inputs(*feed.move(columns), host_lengths=host.lengths), 1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = engine.step(Inputs(*feed(columns), host_lengths=host.lengths), 1e-3)
+        result = engine.step(Inputs(*feed.move(columns), host_lengths=host.lengths), 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.losses[objective.name].isfinite()
@@ -133,10 +136,10 @@ def test_the_steady_step_does_not_wait_for_the_gpu(name: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_is_fed_arrives_whole() -> None:
-    feed = Feed(torch.device("cuda", 0))
+    feed = Feed(World(0, 1, torch.device("cuda", 0)), 0)
     for _ in range(20):
         sent = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8)
-        [arrived] = feed([sent])
+        [arrived] = feed.move([sent])
         assert torch.equal((arrived + 0).cpu(), sent)
 
 
@@ -207,10 +210,10 @@ def test_a_kernel_is_tried_before_it_is_used() -> None:
 
 def test_a_model_says_how_it_attends() -> None:
     model = build(SPEC, 0)
-    found = prepare(model, DdpConfig(precision="bf16"), torch.device("cpu"))
+    found = prepare_kernels(model, DdpConfig(precision="bf16"), torch.device("cpu"))
     assert found == {"pictures": "flash", "captions": "flash, padded (bf16 on cpu)"}
     with sdpa_kernel(SDPBackend.MATH):
-        found = prepare(model, DdpConfig(), torch.device("cpu"))
+        found = prepare_kernels(model, DdpConfig(), torch.device("cpu"))
     assert found == {"pictures": "math", "captions": "math, padded (fp32 on cpu)"}
     assert not any(module.varlen for module in model.modules() if isinstance(module, Attention))
 

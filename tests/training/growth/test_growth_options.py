@@ -177,7 +177,7 @@ def test_a_run_gets_experts_and_balances_them_in_any_world(tmp_path: Path, on_ra
         ("{samples: 12, inherit: ema}", "the run keeps none; set optimizer.ema: 0.999, or stages.1.inherit: 1.0"),
         ("{samples: 12, inherit: 1.5}", "1.5 is no share; give one from 0 to 1, or ema"),
         ("{samples: 12, inherit: averages}", "stages.1.inherit"),
-        ("{samples: 12, grow: {image.width: 20}}", "set image.width: 24, or give image.head_dim and heads too"),
+        ("{samples: 12, grow: {image.width: 20}}", "set image.width: 24, or set image.head_dim and heads too"),
     ],
 )
 def test_impossible_stages_are_refused(stage: str, message: str) -> None:

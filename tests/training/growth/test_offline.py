@@ -14,7 +14,7 @@ from treering.models.spec import SpecError
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.manifest import Commit
 from treering.training.checkpoint.store import Store, StoreError
-from treering.training.checkpoint.writer import Part
+from treering.training.checkpoint.writer import CommitPart
 from treering.training.growth import offline
 from treering.training.growth.offline import OldState, grow_commit
 from treering.training.loop import train
@@ -157,7 +157,7 @@ def test_bad_requests_are_refused(to: list[str], options: list[str], message: st
 def test_a_kill_leaves_nothing_that_a_reader_sees(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = offline._put
 
-    def dying(store: Store, name: str, kind: str, number: int, chunk: dict[str, torch.Tensor]) -> Part:
+    def dying(store: Store, name: str, kind: str, number: int, chunk: dict[str, torch.Tensor]) -> CommitPart:
         if kind == "exp_avg_sq":
             raise KeyboardInterrupt
         return real(store, name, kind, number, chunk)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from treering.training.logging.jsonl import RunLog
+from treering.training.logging.jsonl import RunRecords
 from treering.training.state import TrainingError
 
 
 def test_a_later_attempt_takes_the_records_over(tmp_path: Path) -> None:
-    first = RunLog(tmp_path)
+    first = RunRecords(tmp_path)
     first.clear()
     for step in range(1, 7):
         first.event("step", step, step)
-    second = RunLog(tmp_path)
+    second = RunRecords(tmp_path)
     second.cut_back(4)
     with pytest.raises(TrainingError, match="taken over by a later attempt"):
         first.event("step", 7, 7)
@@ -30,7 +30,7 @@ def test_a_later_attempt_takes_the_records_over(tmp_path: Path) -> None:
 
 
 def test_records_that_a_person_removed_begin_again(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
+    log = RunRecords(tmp_path)
     log.clear()
     log.event("step", 1, 1)
     log.metrics.path.unlink()

@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from treering.training.logging.tensorboard import Board
+from treering.training.logging.tensorboard import TensorBoardLog
 
 HOSTILE = "a | b <script>alert(1)</script> **bold** [x](http://evil.example) `c`"
 
@@ -86,7 +86,7 @@ def values(events: EventAccumulator, tag: str) -> list[tuple[int, float]]:
 
 
 def test_scalars_are_grouped_over_samples(tmp_path: Path) -> None:
-    board = Board(tmp_path)
+    board = TensorBoardLog(tmp_path)
     board.scalars(step(1))
     board.scalars(step(2, loss=None, grad_norm=math.inf))
     board.close()
@@ -115,7 +115,7 @@ def test_scalars_are_grouped_over_samples(tmp_path: Path) -> None:
 
 
 def test_growth_is_a_step_in_the_parameters(tmp_path: Path) -> None:
-    board = Board(tmp_path)
+    board = TensorBoardLog(tmp_path)
     board.scalars(step(1))
     board.growth(
         {
@@ -135,7 +135,7 @@ def test_growth_is_a_step_in_the_parameters(tmp_path: Path) -> None:
 
 
 def test_evaluation_writes_scores_strips_and_captions(tmp_path: Path) -> None:
-    board = Board(tmp_path)
+    board = TensorBoardLog(tmp_path)
     board.evaluation(evaluation(512))
     board.close()
     events = read(tmp_path)
@@ -150,7 +150,7 @@ def test_evaluation_writes_scores_strips_and_captions(tmp_path: Path) -> None:
 
 
 def test_hostile_captions_stay_text_in_markdown(tmp_path: Path) -> None:
-    board = Board(tmp_path)
+    board = TensorBoardLog(tmp_path)
     board.evaluation(evaluation(512))
     board.close()
     text = read(tmp_path).Tensors("captions/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -162,11 +162,11 @@ def test_hostile_captions_stay_text_in_markdown(tmp_path: Path) -> None:
 
 
 def test_resume_hides_what_the_killed_attempt_wrote_later(tmp_path: Path) -> None:
-    board = Board(tmp_path)
+    board = TensorBoardLog(tmp_path)
     for number in (1, 2, 3):
         board.scalars(step(number))
     board.close()
-    board = Board(tmp_path, purge_step=512)
+    board = TensorBoardLog(tmp_path, purge_step=512)
     board.scalars(step(2, loss=9.0))
     board.close()
     assert values(read(tmp_path), "loss/total") == [(256, 5.0), (512, 9.0)]
@@ -176,7 +176,7 @@ def test_resume_hides_what_the_killed_attempt_wrote_later(tmp_path: Path) -> Non
     "url", [None, 3, "data:image/png;base64,AAAA", "data:image/png;base64,A", "data:image/svg+xml;base64,AAAA"]
 )
 def test_what_is_no_picture_is_left_out(tmp_path: Path, url: object) -> None:
-    board = Board(tmp_path)
+    board = TensorBoardLog(tmp_path)
     board.evaluation({"samples": 1, "examples": {"retrieval": [{"image": url, "caption": "x"}]}})
     board.close()
     assert read(tmp_path).Tags()["images"] == []
@@ -184,7 +184,7 @@ def test_what_is_no_picture_is_left_out(tmp_path: Path, url: object) -> None:
 
 def test_runs_can_be_compared_by_their_recipes(tmp_path: Path) -> None:
     """In the one file of the run, as the HParams page reads it; nulls and what is no setting are left out."""
-    board = Board(tmp_path)
+    board = TensorBoardLog(tmp_path)
     recipe = {"seed": 3, "name": "x", "optimizer": {"lr": 0.5, "ema": None}, "stages": [{"grow": {"image.depth": 4}}]}
     board.end(recipe, {"zero_shot/role": 0.25})
     board.close()
@@ -198,7 +198,7 @@ def test_runs_can_be_compared_by_their_recipes(tmp_path: Path) -> None:
 
 def test_the_projector_gets_rows_and_names(tmp_path: Path) -> None:
     rows = torch.nn.functional.normalize(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), dim=1)
-    board = Board(tmp_path)
+    board = TensorBoardLog(tmp_path)
     board.points(rows, ["picture: a cat", "picture: two\tdogs\nrun", "text: a cat", "text: two dogs run"], 512)
     board.close()
     assert 'tensor_name: "pairs:00512"' in (tmp_path / "projector_config.pbtxt").read_text()

@@ -15,7 +15,7 @@ from treering.models.model import Model, build
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.objectives import caption as caption_module
 from treering.training.objectives.base import Inputs
-from treering.training.objectives.caption import Caption, linear_cross_entropy
+from treering.training.objectives.caption import CaptionLoss, linear_cross_entropy
 from treering.training.objectives.contrastive import Contrastive
 from treering.training.world import World
 
@@ -99,7 +99,7 @@ def float64_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self.double())
 
 
-DENSE = {"contrastive": (Contrastive(1.0), dense_contrastive), "caption": (Caption(1.0), dense_caption)}
+DENSE = {"contrastive": (Contrastive(1.0), dense_contrastive), "caption": (CaptionLoss(1.0), dense_caption)}
 
 
 @pytest.mark.parametrize("name", DENSE)

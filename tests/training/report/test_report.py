@@ -149,15 +149,15 @@ def test_time_adds_up(whole: Path) -> None:
     lines = lines_of_a_run()
     steps = [line for line in lines if line["event"] == "step"]
     rows = {row["kind"]: row["seconds"] for row in view["rows"]}
-    assert rows["training"] == readable.duration(sum(s["seconds"]["compute"] for s in steps))
-    assert rows["data"] == readable.duration(sum(s["seconds"]["data"] for s in steps))
-    assert rows["eval"] == readable.duration(3 * 6.5)
-    assert rows["commit"] == readable.duration(7 * 0.8)
-    assert rows["startup"] == readable.duration(5.0 + 6.5)
+    assert rows["training"] == readable.duration_text(sum(s["seconds"]["compute"] for s in steps))
+    assert rows["data"] == readable.duration_text(sum(s["seconds"]["data"] for s in steps))
+    assert rows["eval"] == readable.duration_text(3 * 6.5)
+    assert rows["commit"] == readable.duration_text(7 * 0.8)
+    assert rows["startup"] == readable.duration_text(5.0 + 6.5)
     resumed = next(line for line in lines if line["event"] == "resume")
     before = lines[lines.index(resumed) - 1]
     alive = (before["time"] - BEGAN) + (lines[-1]["time"] - (resumed["time"] - 6.5))
-    assert view["total"] == readable.duration(alive)
+    assert view["total"] == readable.duration_text(alive)
 
 
 def test_evaluation_between_two_log_lines_is_drawn_over_the_training_around_it(tmp_path: Path) -> None:

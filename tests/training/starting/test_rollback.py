@@ -176,4 +176,4 @@ def test_what_is_well() -> None:
     skipped = leapt.after_line(config, 15, 3, 3, float("nan"))
     assert (skipped.ill, skipped.leapt) == (5, True)
     assert skipped.after_line(config, 17, 2, 1, float("nan")) == Health(losses=health.losses, well=17)
-    assert not health.after_line(RecoveryConfig(leap=None), 11, 1, 0, 1e9).ill
+    assert not health.after_line(RecoveryConfig(spike_factor=None), 11, 1, 0, 1e9).ill
