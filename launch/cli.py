@@ -114,7 +114,11 @@ def explain(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = F
 @app.command("eval")
 def evaluate(
     commit: Annotated[
-        str, typer.Argument(metavar="COMMIT", help="A commit's URL, or a run folder for its newest commit.")
+        str,
+        typer.Argument(
+            metavar="COMMIT",
+            help="A commit's URL, a run folder for its newest commit, or open_clip:ARCHITECTURE/TAG (also =FILE).",
+        ),
     ],
     suite: Annotated[
         str | None,
@@ -140,6 +144,7 @@ def evaluate(
 
         treering eval runs/emoji --suite retrieval
         treering eval s3://BUCKET/emoji --suite pets.yaml,flickr.yaml,retrieval
+        treering eval open_clip:ViT-B-32/laion2b_s34b_b79k --suite pets.yaml
     """
     from .commands.eval import compare_commits, compatibility_table, evaluate_commit
     from .worker import score_table

@@ -57,7 +57,7 @@ def user_message(error: BaseException) -> str | None:
         remedy = _REMEDIES.get(error.errno, "choose another place")
         return f"{place}{clean(error.strerror or str(error))}; {remedy}"
     from ..data.errors import DataError  # late: the last of these brings torch, which a help page must not wait for
-    from ..models.interchange.architectures import InterchangeError
+    from ..models.interchange.errors import InterchangeError
     from ..models.spec import SpecError
     from ..training.checkpoint.store import StoreError
     from ..training.state import TrainingError

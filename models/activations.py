@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from .flops import block_flops
-from .parts import BatchShape, Part, Stream, parts
+from .parts import BatchShape, Part, Pass, parts
 from .spec import ModelSpec, TowerSpec
 
 _FLOAT = 4
@@ -50,7 +50,7 @@ def block_memory(spec: ModelSpec, batch: BatchShape) -> dict[str, BlockMemory]:
     return {part.name: _part(part, batch) for part in parts(spec)}
 
 
-def choose(found: Mapping[str, BlockMemory], budget: float) -> dict[str, int]:
+def blocks_to_recompute(found: Mapping[str, BlockMemory], budget: float) -> dict[str, int]:
     """How many of the first blocks of each part to recompute, so that `peak` is within `budget` bytes.
 
     As few as possible, those that free most for their FLOPs first; all of them if that is still too little.
@@ -75,42 +75,40 @@ def peak(found: Mapping[str, BlockMemory], checkpointed: Mapping[str, int]) -> f
 def _part(part: Part, batch: BatchShape) -> BlockMemory:
     """All passes through a part's blocks together."""
     size = 2 if batch.half else 4
-    passes = [_pass(part, stream, batch.pairs, size) for stream in part.streams(batch)]
+    passes = [_pass(part, stream, batch.pairs, size) for stream in part.passes(batch)]
     return BlockMemory(part.depth, *(sum(numbers) for numbers in zip(*passes, strict=True)))
 
 
-def _pass(part: Part, stream: Stream, pairs: float, size: int) -> tuple[float, float, float, float]:
+def _pass(part: Part, stream: Pass, pairs: float, size: int) -> tuple[float, float, float, float]:
     """What one pass keeps per block, in the last block, of the stream, and its FLOPs per block."""
     tower, tokens = part.tower, pairs * stream.tokens
-    places = pairs * (stream.places or stream.tokens)
-    block = _block(tower, tokens, places, size)
+    cells = pairs * (stream.cells or stream.tokens)
+    block = _block(tower, tokens, cells, size)
     if part.memory_width is not None:
         memory = pairs * stream.memory
         block += _norm(tower, tokens, size) + _gain(tower, tokens, size)
         # Queries and what is mixed for them are on the captions' side, keys and values on the pictures'.
-        block += _attention(tower, tokens, places, size) + 2 * (memory - places) * tower.attention_width * size
+        block += _attention(tower, tokens, cells, size) + 2 * (memory - cells) * tower.attention_width * size
         if part.crosses_after:
             block += _mlp(tower, tokens, size) + _norm(tower, tokens, size) + _gain(tower, tokens, size)
             block += memory * (part.memory_width * size + 2 * _FLOAT)  # the norm of the image tokens
     last = block
     if stream.one_row:  # the other tokens are only keys and values
-        last = (
-            _norm(tower, tokens, size) + 2 * places * tower.attention_width * size + _block(tower, pairs, pairs, size)
-        )
+        last = _norm(tower, tokens, size) + 2 * cells * tower.attention_width * size + _block(tower, pairs, pairs, size)
     return block, last, tokens * tower.width * _FLOAT, pairs * block_flops(part, stream)
 
 
-def _block(tower: TowerSpec, tokens: float, places: float, size: int) -> float:
+def _block(tower: TowerSpec, tokens: float, cells: float, size: int) -> float:
     """Two norms, attention and the MLP."""
     norms = 2 * (_norm(tower, tokens, size) + _gain(tower, tokens, size))
-    return norms + _attention(tower, tokens, places, size) + _mlp(tower, tokens, size)
+    return norms + _attention(tower, tokens, cells, size) + _mlp(tower, tokens, size)
 
 
-def _attention(tower: TowerSpec, tokens: float, places: float, size: int) -> float:
+def _attention(tower: TowerSpec, tokens: float, cells: float, size: int) -> float:
     """Queries, keys, values and what was mixed in the grid, with each query's divisor."""
-    grid = 4 * places * tower.attention_width * size + places * tower.heads * _FLOAT
+    grid = 4 * cells * tower.attention_width * size + cells * tower.heads * _FLOAT
     # Tokens are copied out of a grid that has padding.
-    return grid + (tokens * tower.attention_width * size if places > tokens else 0)
+    return grid + (tokens * tower.attention_width * size if cells > tokens else 0)
 
 
 def _norm(tower: TowerSpec, tokens: float, size: int) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .output import TowerOutput
 from .spec import ModelSpec
-from .transformer import Stream, Transformer
+from .transformer import TokenStream, Transformer
 
 
 class Captioner(nn.Module):
@@ -26,5 +26,7 @@ class Captioner(nn.Module):
 
     def forward(self, image: TowerOutput, text: TowerOutput) -> Tensor:
         """States [t, d] in the text tower's layout; multiplied with the output table they are next-token logits."""
-        states_td: Tensor = self.transformer(Stream(text.tokens, text.layout), Stream(image.tokens, image.layout))
+        states_td: Tensor = self.transformer(
+            TokenStream(text.tokens, text.layout), TokenStream(image.tokens, image.layout)
+        )
         return states_td

@@ -6,7 +6,7 @@ A multiply and an add count as two operations; a training step costs three forwa
 
 from __future__ import annotations
 
-from .parts import BatchShape, Part, Stream, attention_parameters, parts
+from .parts import BatchShape, Part, Pass, attention_parameters, parts
 from .spec import ModelSpec, TowerSpec
 
 
@@ -26,7 +26,7 @@ def forward_flops(spec: ModelSpec, text_tokens: float, patches: int | None = Non
     total = 0.0
     for part in parts(spec):
         total += 2 * part.products(batch)
-        for stream in part.streams(batch):
+        for stream in part.passes(batch):
             total += (part.depth - stream.one_row) * block_flops(part, stream)
             total += _last_block_flops(part, stream) if stream.one_row else 0
     return total
@@ -37,7 +37,7 @@ def training_flops(spec: ModelSpec, text_tokens: float, patches: int | None = No
     return 3 * forward_flops(spec, text_tokens, patches, tokens)
 
 
-def block_flops(part: Part, stream: Stream) -> float:
+def block_flops(part: Part, stream: Pass) -> float:
     """Forward operations of one block of `part` for one sample."""
     tower, tokens = part.tower, stream.tokens
     inner, mlp = tower.attention_width, mlp_maps(tower) * tower.width * tower.mlp_width
@@ -51,7 +51,7 @@ def block_flops(part: Part, stream: Stream) -> float:
     return 2 * products
 
 
-def _last_block_flops(part: Part, stream: Stream) -> float:
+def _last_block_flops(part: Part, stream: Pass) -> float:
     """A block that computes one token of each sample: all tokens are keys and values, one is a query."""
     one = block_flops(part, stream._replace(tokens=1, attended=stream.tokens))
     return one + 2 * (stream.tokens - 1) * 2 * part.tower.width * part.tower.attention_width

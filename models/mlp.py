@@ -111,7 +111,7 @@ class Experts(nn.Module):
 
 
 @cache
-def tried(spec: TowerSpec, device: torch.device) -> str | None:
+def grouped_refusal(spec: TowerSpec, device: torch.device) -> str | None:
     """Why one kernel must not compute all experts of a mixture on a device; None: it is correct."""
     generator = torch.Generator().manual_seed(0)
     mixture = Experts(spec)

@@ -43,7 +43,7 @@ class BatchShape(NamedTuple):
     pairs: float
     tokens: float
     """of all captions together"""
-    places: float
+    cells: float
     """cells of the grid in which captions attend, pairs x longest; as many as tokens if they attend without padding"""
     patches: int | None = None
     """of each picture that the image tower sees; None: all"""
@@ -53,13 +53,13 @@ class BatchShape(NamedTuple):
     """whether an objective reads the tokens of pictures and captions in the joint space"""
 
 
-class Stream(NamedTuple):
+class Pass(NamedTuple):
     """What one pass through a part's blocks works on, per sample."""
 
     tokens: float
     attended: float
     """keys that a token sees, on average"""
-    places: float = 0.0
+    cells: float = 0.0
     """cells of the attention grid; 0: as many as tokens"""
     memory: float = 0.0
     """image tokens that the blocks also attend to"""
@@ -76,12 +76,12 @@ class Part:
     tower: TowerSpec
     """sizes of its blocks"""
     depth: int
-    streams: Callable[[BatchShape], tuple[Stream, ...]]
-    """one for each pass through its blocks"""
+    passes: Callable[[BatchShape], tuple[Pass, ...]]
+    """shared blocks are passed twice, all others once"""
     products: Callable[[BatchShape], float]
     """multiply-adds per sample outside of its blocks"""
     parameters: int
-    """outside of its blocks and of the norm behind them"""
+    """trained numbers outside of its blocks and of the norm after them"""
     input_bytes: int = 0
     """of one sample on the device, as delivered and as the first layer reads it"""
     memory_width: int | None = None
@@ -111,9 +111,9 @@ def parts(spec: ModelSpec) -> list[Part]:
 def _image(spec: ModelSpec) -> Part:
     image, e, pooled = spec.image, spec.embed_dim, spec.image.pool == "attention"
 
-    def streams(batch: BatchShape) -> tuple[Stream, ...]:
+    def passes(batch: BatchShape) -> tuple[Pass, ...]:
         tokens = _patches(spec, batch) + image.class_token
-        return (Stream(tokens, tokens, one_row=_only_pooled(spec, batch) and image.pool == "class"),)
+        return (Pass(tokens, tokens, one_row=_only_pooled(spec, batch) and image.pool == "class"),)
 
     def products(batch: BatchShape) -> float:
         patches = _patches(spec, batch)
@@ -127,23 +127,23 @@ def _image(spec: ModelSpec) -> Part:
 
     count = image.width * (3 * image.patch**2 + image.patch_bias + image.grid**2) + spec.memory_width * e
     count += 2 * image.width * (image.class_token + image.pre_norm)
-    if pooled:  # attention, queries and two norms; the norm of the memory takes the place of the tower's last
+    if pooled:  # attention, queries and two norms; the norm of its input takes the place of the tower's last
         count += attention_parameters(e, e, image.width) + e * (image.queries + 4)
-    # Pictures are uint8, normalised to fp32, and unfolded into patches.
+    # Pixels are kept as uint8, normalised in fp32, and unfolded into patches in fp32.
     pixels = 3 * image.resolution**2
-    return Part("image", image, image.depth, streams, products, count, input_bytes=pixels * (1 + 4 + 4))
+    return Part("image", image, image.depth, passes, products, count, input_bytes=pixels * (1 + 4 + 4))
 
 
 def _text(spec: ModelSpec) -> Part:
     text, e = spec.text, spec.embed_dim
 
-    def streams(batch: BatchShape) -> tuple[Stream, ...]:
+    def passes(batch: BatchShape) -> tuple[Pass, ...]:
         if text.padded:
-            return (Stream(text.context, (text.context + 1) / 2 if text.causal else text.context),)
-        # CoCa's class token stands behind the text and one token of padding (`TextTower`).
+            return (Pass(text.context, (text.context + 1) / 2 if text.causal else text.context),)
+        # CoCa's class token follows the text and one token of padding (`TextTower`).
         more = 2 * (text.pool == "class")
-        tokens, places = batch.tokens / batch.pairs + more, batch.places / batch.pairs + more
-        return (Stream(tokens, (tokens + 1) / 2, places, one_row=_only_pooled(spec, batch)),)
+        tokens, cells = batch.tokens / batch.pairs + more, batch.cells / batch.pairs + more
+        return (Pass(tokens, (tokens + 1) / 2, cells, one_row=_only_pooled(spec, batch)),)
 
     def products(batch: BatchShape) -> float:
         rows = 1 + (batch.tokens / batch.pairs if batch.reads_tokens else 0)
@@ -151,27 +151,27 @@ def _text(spec: ModelSpec) -> Part:
 
     count = text.width * (text.vocabulary + text.context + e) + e * text.projection_bias
     count += 2 * text.width * (text.pool == "class")
-    return Part("text", text, text.depth, streams, products, count)
+    return Part("text", text, text.depth, passes, products, count)
 
 
 def _shared(spec: ModelSpec, shared: SharedSpec) -> Part:
-    def streams(batch: BatchShape) -> tuple[Stream, ...]:
+    def passes(batch: BatchShape) -> tuple[Pass, ...]:
         pictures = _patches(spec, batch) + spec.image.class_token
-        return Stream(pictures, pictures), _captions(batch)
+        return Pass(pictures, pictures), _captions(batch)
 
     def products(batch: BatchShape) -> float:
-        pictures, captions = streams(batch)
+        pictures, captions = passes(batch)
         return 2 * shared.width * (pictures.tokens * spec.image.width + captions.tokens * spec.text.width)
 
     # A map from each tower's width and one back, with biases, and a gate each.
     count = (2 * shared.width + 1) * (spec.image.width + spec.text.width) + 2 * (shared.width + 1)
-    return Part("shared", shared, shared.depth, streams, products, count)
+    return Part("shared", shared, shared.depth, passes, products, count)
 
 
 def _captioner(spec: ModelSpec, captioner: CaptionerSpec) -> Part:
     text = spec.text
 
-    def streams(batch: BatchShape) -> tuple[Stream, ...]:
+    def passes(batch: BatchShape) -> tuple[Pass, ...]:
         return (_captions(batch)._replace(memory=_memory(spec, batch)),)
 
     def products(batch: BatchShape) -> float:
@@ -182,7 +182,7 @@ def _captioner(spec: ModelSpec, captioner: CaptionerSpec) -> Part:
         "captioner",
         text,
         captioner.depth,
-        streams,
+        passes,
         products,
         parameters=0 if captioner.tied_embeddings else text.vocabulary * text.width,
         memory_width=spec.memory_width,
@@ -191,8 +191,8 @@ def _captioner(spec: ModelSpec, captioner: CaptionerSpec) -> Part:
 
 
 def _modality(spec: ModelSpec, name: str, tower: ModalitySpec) -> Part:
-    def streams(batch: BatchShape) -> tuple[Stream, ...]:
-        return (Stream(tower.frames, tower.frames),)
+    def passes(batch: BatchShape) -> tuple[Pass, ...]:
+        return (Pass(tower.frames, tower.frames),)
 
     def products(batch: BatchShape) -> float:
         return tower.width * (tower.frames * tower.features + spec.embed_dim)
@@ -200,7 +200,7 @@ def _modality(spec: ModelSpec, name: str, tower: ModalitySpec) -> Part:
     # The map of frames with its bias, positions, projection and temperature.
     count = tower.width * (tower.features + 1 + tower.frames + spec.embed_dim) + 1
     sample = 8 * tower.frames * tower.features  # fp32, twice
-    return Part(f"modalities.{name}", tower, tower.depth, streams, products, count, input_bytes=sample)
+    return Part(f"modalities.{name}", tower, tower.depth, passes, products, count, input_bytes=sample)
 
 
 def attention_parameters(width: int, inner: int, memory_width: int) -> int:
@@ -217,12 +217,12 @@ def _memory(spec: ModelSpec, batch: BatchShape) -> int:
     return spec.image.queries - 1 if spec.image.pool == "attention" else _patches(spec, batch)
 
 
-def _captions(batch: BatchShape) -> Stream:
+def _captions(batch: BatchShape) -> Pass:
     """Captions as they are, each token seeing itself and those before it."""
     tokens = batch.tokens / batch.pairs
-    return Stream(tokens, (tokens + 1) / 2, batch.places / batch.pairs)
+    return Pass(tokens, (tokens + 1) / 2, batch.cells / batch.pairs)
 
 
 def _only_pooled(spec: ModelSpec, batch: BatchShape) -> bool:
-    """Whether nobody reads more of the towers than their embeddings."""
+    """Whether nothing but the embeddings of the towers is read."""
     return not (spec.captioner or spec.shared or batch.reads_tokens)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .spec import ModelSpec
-from .transformer import Stream, Transformer
+from .transformer import TokenStream, Transformer
 
 
 class Shared(nn.Module):
@@ -26,12 +26,12 @@ class Shared(nn.Module):
         self.transformer = Transformer(spec.shared, spec.shared.depth)
         self.image_gate, self.text_gate = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
 
-    def image(self, stream: Stream) -> Tensor:
+    def image(self, stream: TokenStream) -> Tensor:
         """Image tokens [t, d] -> [t, d]."""
         mixed_td = self.transformer(stream._replace(x_td=self.image_in(stream.x_td)))
         return stream.x_td + self.image_gate * self.image_out(mixed_td)
 
-    def text(self, stream: Stream) -> Tensor:
+    def text(self, stream: TokenStream) -> Tensor:
         """Text tokens [t, d] -> [t, d]."""
         mixed_td = self.transformer(stream._replace(x_td=self.text_in(stream.x_td)))
         return stream.x_td + self.text_gate * self.text_out(mixed_td)

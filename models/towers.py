@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from .output import TowerOutput
 from .spec import ImageSpec, ModalitySpec, TextSpec, TowerSpec
-from .transformer import Attention, DenseLayout, PackedLayout, Stream, Transformer
+from .transformer import Attention, DenseLayout, PackedLayout, TokenStream, Transformer
 
 MAX_LOG_SCALE = math.log(100.0)
-SharedBlocks = Callable[[Stream], Tensor]
+SharedBlocks = Callable[[TokenStream], Tensor]
 """the blocks that both towers share, on the tokens of one: [t, d] -> [t, d]"""
 
 
@@ -37,8 +37,8 @@ class AttentionPool(nn.Module):
         """[t, d] -> [b * queries, e] and its layout."""
         queries = DenseLayout(layout.samples, len(self.query_embedding))
         query_te = self.query_norm(self.query_embedding).repeat(layout.samples, 1)
-        memory = Stream(self.memory_norm(x_td), layout)
-        return self.norm(self.attention(Stream(query_te, queries), memory)), queries
+        memory = TokenStream(self.memory_norm(x_td), layout)
+        return self.norm(self.attention(TokenStream(query_te, queries), memory)), queries
 
 
 class ImageTower(nn.Module):
@@ -89,10 +89,10 @@ class ImageTower(nn.Module):
         layout = DenseLayout(b, x_bpd.shape[1])
         if pooled_only and self.reads_first and self.pool is None:
             rows_b = torch.arange(b, device=x_bpd.device) * layout.length
-            x_bd = self.transformer(Stream(x_bpd.flatten(0, 1), layout), rows_b=rows_b)
+            x_bd = self.transformer(TokenStream(x_bpd.flatten(0, 1), layout), rows_b=rows_b)
             return TowerOutput(self.project(x_bd), x_bd[:0], DenseLayout(b, layout.length - 1))
-        x_td = self.transformer(Stream(x_bpd.flatten(0, 1), layout))
-        x_td = shared(Stream(x_td, layout)) if shared else x_td
+        x_td = self.transformer(TokenStream(x_bpd.flatten(0, 1), layout))
+        x_td = shared(TokenStream(x_td, layout)) if shared else x_td
         return self._pooled(x_td, layout)
 
     def _pooled(self, x_td: Tensor, layout: DenseLayout) -> TowerOutput:
@@ -151,10 +151,10 @@ class TextTower(nn.Module):
         x_td = self.token_embedding(tokens_t) + self.position_embedding[layout.positions_t]
         last_b = lengths_b.cumsum(0) - (lengths_b if self.pool == "first" else 1)
         if pooled_only:
-            x_bd = self.transformer(Stream(x_td, layout), rows_b=last_b)
+            x_bd = self.transformer(TokenStream(x_td, layout), rows_b=last_b)
             return TowerOutput(self.project(x_bd), x_bd[:0], layout)
-        x_td = self.transformer(Stream(x_td, layout))
-        x_td = shared(Stream(x_td, layout)) if shared else x_td
+        x_td = self.transformer(TokenStream(x_td, layout))
+        x_td = shared(TokenStream(x_td, layout)) if shared else x_td
         return TowerOutput(self.project(x_td[last_b]), x_td, layout)
 
     def _forward_padded(self, tokens_t: Tensor, lengths_b: Tensor, longest: int | None) -> TowerOutput:
@@ -164,7 +164,7 @@ class TextTower(nn.Module):
         cells_t = own.cells_t // own.longest * n + own.positions_t
         ids = tokens_t.new_zeros(b * n).index_copy(0, cells_t, tokens_t)
         x_bnd = self.token_embedding(ids).unflatten(0, (b, n)) + self.position_embedding
-        x_td = self.transformer(Stream(x_bnd.flatten(0, 1), DenseLayout(b, n, self.causal)))
+        x_td = self.transformer(TokenStream(x_bnd.flatten(0, 1), DenseLayout(b, n, self.causal)))
         starts_b = torch.arange(b, device=x_td.device) * n
         within_b = {"first": 0, "last": n - 1}.get(self.pool, lengths_b - 1)
         return TowerOutput(self.project(x_td[starts_b + within_b]), x_td[cells_t], own)
@@ -196,9 +196,9 @@ class TextTower(nn.Module):
         seen_t = seen_t.index_copy(0, last_b - 1, ended_b & ~full_b).index_copy(0, last_b, ended_b & full_b)
         layout = replace(layout, seen_bn=layout.grid(seen_t.view(-1, 1, 1))[:, 0, :, 0])
         if pooled_only:
-            x_bd = self.transformer(Stream(x_td, layout), rows_b=last_b)
+            x_bd = self.transformer(TokenStream(x_td, layout), rows_b=last_b)
             return TowerOutput(self.project(x_bd), x_bd[:0], own)
-        x_td = self.transformer(Stream(x_td, layout))
+        x_td = self.transformer(TokenStream(x_td, layout))
         return TowerOutput(self.project(x_td[last_b]), x_td[places_t], own)
 
     def project(self, x_nd: Tensor) -> Tensor:
@@ -217,8 +217,8 @@ class TextTower(nn.Module):
         assert isinstance(layout, PackedLayout)
         longest = torch.full((1,), layout.longest, device=lengths_b.device)
         masks = PackedLayout.of(longest, layout.longest, layout.longest)
-        masks_nd = self.transformer(Stream(self.position_embedding[: layout.longest], masks))
-        masks_nd = shared(Stream(masks_nd, masks)) if shared else masks_nd
+        masks_nd = self.transformer(TokenStream(self.position_embedding[: layout.longest], masks))
+        masks_nd = shared(TokenStream(masks_nd, masks)) if shared else masks_nd
         masked_t = torch.repeat_interleave(masked_b, lengths_b, output_size=len(text.tokens))
         return text._replace(tokens=torch.where(masked_t[:, None], masks_nd[layout.positions_t], text.tokens))
 
@@ -244,7 +244,7 @@ class ModalityTower(nn.Module):
         b = len(samples)
         x_bfd = self.frames(samples.view(b, *self.shape)) + self.position_embedding
         layout = DenseLayout(b, x_bfd.shape[1])
-        x_td = self.transformer(Stream(x_bfd.flatten(0, 1), layout))
+        x_td = self.transformer(TokenStream(x_bfd.flatten(0, 1), layout))
         scale = self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
         return TowerOutput(self.projection(x_td.unflatten(0, (b, -1)).mean(1)), x_td, layout, scale)
 

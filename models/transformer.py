@@ -118,7 +118,7 @@ class PackedLayout:
         """[t, h, c] -> [b, h, n, c] with zeros in the padding; without copying if there is none."""
         if len(x_thc) == self.samples * self.longest:
             return x_thc.unflatten(0, (self.samples, self.longest)).transpose(1, 2)
-        grid: Tensor = _Scatter.apply(x_thc, self.cells_t, self.samples * self.longest)
+        grid: Tensor = _ToGrid.apply(x_thc, self.cells_t, self.samples * self.longest)
         return grid.unflatten(0, (self.samples, self.longest)).transpose(1, 2)
 
     def flat(self, x_bhnc: Tensor) -> Tensor:
@@ -126,15 +126,15 @@ class PackedLayout:
         x_thc = x_bhnc.transpose(1, 2).flatten(0, 1)
         if len(x_thc) == len(self.cells_t):
             return x_thc
-        flat: Tensor = _Gather.apply(x_thc, self.cells_t)
+        flat: Tensor = _FromGrid.apply(x_thc, self.cells_t)
         return flat
 
 
-class _Scatter(torch.autograd.Function):
+class _ToGrid(torch.autograd.Function):
     """Rows to their cells in a grid of zeros.
 
     Indices are unique, so the gradient is a gather. `index_copy`'s own backward would also save the rows, and that of
-    `index_select` (for `_Gather`) would add row by row, as it must allow for repeated indices.
+    `index_select` (for `_FromGrid`) would add row by row, as it must allow for repeated indices.
     """
 
     @staticmethod
@@ -148,8 +148,8 @@ class _Scatter(torch.autograd.Function):
         return gradients[0].index_select(0, cells), None, None
 
 
-class _Gather(torch.autograd.Function):
-    """Rows from their cells in a grid: the inverse of `_Scatter`, and its gradient is a scatter."""
+class _FromGrid(torch.autograd.Function):
+    """Rows from their cells in a grid: the inverse of `_ToGrid`, and its gradient is a scatter."""
 
     @staticmethod
     def forward(ctx: Any, grid: Tensor, cells: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class _Gather(torch.autograd.Function):
         return grid.index_copy_(0, cells, gradients[0]), None
 
 
-class Stream(NamedTuple):
+class TokenStream(NamedTuple):
     """The tokens of a batch on their way through blocks."""
 
     x_td: Tensor
@@ -185,7 +185,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(memory_width or spec.width, inner)
         self.out = nn.Linear(inner, spec.width)
 
-    def forward(self, stream: Stream, memory: Stream | None = None, rows_b: Tensor | None = None) -> Tensor:
+    def forward(self, stream: TokenStream, memory: TokenStream | None = None, rows_b: Tensor | None = None) -> Tensor:
         """Mix the tokens of each sample, [t, d] -> [t, d]; keys and values come from `memory`, if there is one.
 
         With `rows_b`, int64 [b], one token of each sample of a stream without memory, only these are computed: [b, d].
@@ -209,7 +209,7 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.out(layout.flat(mixed).flatten(1))
 
-    def _rows(self, stream: Stream, rows_b: Tensor) -> Tensor:
+    def _rows(self, stream: TokenStream, rows_b: Tensor) -> Tensor:
         """One query per sample; all tokens of the sample are keys and values."""
         x_td, layout = stream
         q_bh1c = self.query(x_td[rows_b]).unflatten(-1, (self.heads, 1, -1))
@@ -279,20 +279,20 @@ class TransformerBlock(nn.Module):
         gain = getattr(self, f"{part}_scale", None)
         return written_td if gain is None else written_td * gain
 
-    def forward(self, stream: Stream, memory: Stream | None = None, rows_b: Tensor | None = None) -> Tensor:
+    def forward(self, stream: TokenStream, memory: TokenStream | None = None, rows_b: Tensor | None = None) -> Tensor:
         """[t, d] -> [t, d]; with `rows_b`, and without memory, only these tokens: [b, d]."""
         x_td, layout = stream
         normed_td = _cast(self.attention_norm(x_td))
         if rows_b is not None:
             x_td = x_td[rows_b]
-        x_td = x_td + self.scaled("attention", self.attention(Stream(normed_td, layout), rows_b=rows_b))
+        x_td = x_td + self.scaled("attention", self.attention(TokenStream(normed_td, layout), rows_b=rows_b))
         if memory is not None and not self.after:
-            x_td = x_td + self.scaled("cross", self.cross(Stream(self.cross_norm(x_td), layout), memory))
+            x_td = x_td + self.scaled("cross", self.cross(TokenStream(self.cross_norm(x_td), layout), memory))
         x_td = x_td + self.scaled("mlp", self.mlp(_cast(self.mlp_norm(x_td))))
         if memory is None or not self.after:
             return x_td
         memory = memory._replace(x_td=_cast(self.memory_norm(memory.x_td)))
-        x_td = x_td + self.scaled("cross", self.cross(Stream(self.cross_norm(x_td), layout), memory))
+        x_td = x_td + self.scaled("cross", self.cross(TokenStream(self.cross_norm(x_td), layout), memory))
         return x_td + self.scaled("cross_mlp", self.cross_mlp(self.cross_mlp_norm(x_td)))
 
 
@@ -308,15 +308,29 @@ class Transformer(nn.Module):
         self.checkpointed_blocks = 0
         """number of leading blocks that use activation checkpointing"""
 
-    def forward(self, stream: Stream, memory: Stream | None = None, rows_b: Tensor | None = None) -> Tensor:
+    def forward(self, stream: TokenStream, memory: TokenStream | None = None, rows_b: Tensor | None = None) -> Tensor:
         """[t, d] -> [t, d]; with `rows_b` the last block computes only these tokens, and they are returned, [b, d]."""
         x_td, layout = stream
         for number, block in enumerate(self.blocks):
             wanted_b = rows_b if number == len(self.blocks) - 1 else None
-            stream = Stream(x_td, layout)
+            stream = TokenStream(x_td, layout)
             if number < self.checkpointed_blocks and torch.is_grad_enabled():
-                # Blocks draw no random numbers, so their state need not be restored for recomputing.
-                x_td = checkpoint(block, stream, memory, wanted_b, use_reentrant=False, preserve_rng_state=False)
+                x_td = _checkpointed(block, stream, memory, wanted_b)
             else:
                 x_td = block(stream, memory, wanted_b)
         return self.norm(x_td)
+
+
+def _checkpointed(block: nn.Module, stream: TokenStream, memory: TokenStream | None, rows_b: Tensor | None) -> Tensor:
+    """A block that keeps its inputs alone and is recomputed in the backward pass."""
+
+    def run(x_td: Tensor, memory_td: Tensor | None) -> Tensor:
+        other = None if memory is None or memory_td is None else TokenStream(memory_td, memory.layout)
+        result: Tensor = block(TokenStream(x_td, stream.layout), other, rows_b)
+        return result
+
+    # Autograd keeps tensors that are arguments themselves, so hooks on saved tensors see them. Blocks draw no random
+    # numbers, so the state of the generators need not be restored.
+    inputs = stream.x_td, memory and memory.x_td
+    kept: Tensor = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return kept

@@ -73,6 +73,6 @@ def _one_by_one(qkv: list[Tensor]) -> Tensor:
 
 
 @cache
-def tried(heads: int, channels: int, device: torch.device) -> str | None:
+def kernel_refusal(heads: int, channels: int, device: torch.device) -> str | None:
     """`refusal` of the kernel, computed once per process."""
     return refusal(heads, channels, device)

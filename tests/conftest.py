@@ -28,12 +28,17 @@ hypothesis.settings.register_profile("treering", deadline=None)  # a slow machin
 hypothesis.settings.load_profile("treering")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes (`make test`), those of a file stay together, as do all of the cluster,
-    which share it; pytest-xdist begins the groups in their order."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "cluster" else f"{folder}/{item.path.stem}"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests run in several processes (`make test`), those of a file stay in one, and so do all of tests/cluster,
+    which share one cluster; they begin first, as they take longest and mostly wait."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "cluster" if nodeid.startswith("tests/cluster/") else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 def _one_rank(

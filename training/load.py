@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from ..data.samples.clip_tokenizer import TextTokenizer
 from ..data.samples.decode import centre_crop, decode_image
 from ..data.samples.tokenizer import open_tokenizer
-from ..models.interchange.files import PREFIX, open_weights
+from ..models.interchange.files import open_weights
+from ..models.interchange.open_clip_files import PREFIX
 from ..models.model import Model, empty, materialise
 from ..models.spec import ModelSpec
 from .checkpoint.commits import find_commit
-from .evaluate.generate import Writing, write
+from .evaluate.generate import CaptionDecoding, write
 from .starting.import_weights import checked_tokenizer
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Loaded:
         found = self.model.embed_texts(tokens, lengths).pooled
         return F.normalize(found, dim=-1) if normalize else found
 
-    def caption(self, images: Tensor, writing: Writing = "greedy", longest: int = 40) -> list[str]:
+    def caption(self, images: Tensor, writing: CaptionDecoding = "greedy", longest: int = 40) -> list[str]:
         """A caption of each picture, of `longest` tokens at most; `writing` is greedy, beam or nucleus.
 
         images: as in `encode_image`. Raises ValueError if the model has no captioner.

@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,15 @@ import torch
 
 from ..data.ledger import LedgerEntry
 from ..data.loading.loader import Loader
-from ..data.order import Mixture
 from ..data.samples.sample import Batch
-from ..models.flops import training_flops
 from ..models.spec import ModelSpec
 from .checkpoint.commits import Commits
-from .checkpoint.manifest import Commit
 from .checkpoint.store import Store
 from .device import describe
-from .engines.automatic_micro_batches import fewest_pieces
+from .engines.automatic_micro_batches import fewest_pieces, recorded_pieces
 from .engines.base import Engine, StepResult
 from .engines.build import build_engine
 from .engines.device_prefetch import Feed
-from .engines.layout import Layout
 from .engines.micro_batches import cut
 from .evaluate.suites import evaluate
 from .growth.grow import grow
@@ -46,12 +41,11 @@ from .logging.throughput import Meter
 from .objectives.base import Inputs, load_states, states
 from .objectives.terms import advance, build_objectives
 from .recipe import Recipe
-from .sample_rng import kept
-from .stages import faded, rewarmed, steady_from
-from .starting.init_from import begin_with, open_origin
-from .starting.resume import check_same_run, newest_intact
+from .run_plan import RunPlan
+from .stages import faded, rewarmed
+from .starting.begin import Begun, begin
 from .starting.rollback import roll_back
-from .state import Decision, Event, RolledBack, RunState, TrainingError
+from .state import Decision, Event, RolledBack, TrainingError
 from .uploads import Uploads
 from .world import World
 
@@ -111,6 +105,7 @@ def _live(
                 for batch in run.batches():
                     run.step(batch)
                     run.decide()
+                    run.agree()
                     run.log()
                     run.evaluate()
                     run.commit()
@@ -124,8 +119,6 @@ def _live(
 class Run:
     """The state of a run between two step edges, and what is done at them."""
 
-    engine: Engine
-
     def __init__(
         self, recipe: Recipe, out: Path, world: World, stop: StopRequest, watch: Watchdog, beginning: Beginning
     ) -> None:
@@ -136,22 +129,31 @@ class Run:
         self.commits = Commits(Store(recipe.commits_url(out)))
         self.display = Display(recipe, out, world)
         self.uploads = Uploads(self.commits, world, self.display)
-        self._take_up(RunState())
-        self.stopping = False
+        self.stopping = self._clock_due = False
         self.scores: dict[str, float] = {}
         self.chance: dict[str, float] = {}
         self._bad: list[dict[str, Any]] = []
-        self._preparing = 0.0
-        self._changes: list[str] = []
         self._pieces, self._settled = recipe.engine.pieces or 1, -1
         """pieces of a batch, and the stage they were found for"""
         self._scored = -1
         """the step of the latest evaluation"""
-        self._feed = Feed(world.device)
+        self._feed = Feed(world, recipe.seed)
         self.profile = Profile(out if recipe.log.profile else None, world.rank, world.device)
-        self._begun = time.monotonic()
-        self._start(beginning)
-        self._commit_time = time.monotonic()
+        self.lr = 0.0
+        self.inputs: Inputs | None = None
+        self.result: StepResult | None = None
+        """inputs and result of the latest step"""
+        begun = time.monotonic()
+        # The claim comes first: an attempt before this one that still runs commits no more once this one has looked.
+        who = f"{describe(world.device)} x {world.size}"
+        attempt = world.objects(self.commits.claim_attempt(who) if world.is_first else 0)[0]
+        found = begin(recipe, self.commits, world, self._build, self.display.warn)
+        self.engine, self.state = found.engine, found.state
+        self.plan = RunPlan.of(recipe, self.state.decisions)
+        self._record_start(found, attempt, beginning)
+        self.loader = self._loader()
+        self._begun, self._commit_time = begun, time.monotonic()
+        self._resumed = ({"imports": beginning.imports, **found.seconds}, time.monotonic()) if found.commit else None
         self.meter = Meter(self.state, world)
         self._seconds_before = self.state.seconds
 
@@ -167,39 +169,13 @@ class Run:
 
     # Starting
 
-    def _take_up(self, state: RunState) -> None:
-        """Go on from a state, by the recipe as far as it is decided there."""
-        self.state = state
-        self.plan = self.recipe.settled(state.decisions)
-        self.specs = self.plan.specs()
-        self.ends = list(accumulate(stage.steps(self.plan.data.batch) for stage in self.plan.stages))
-
-    def _start(self, beginning: Beginning) -> None:
-        """Claim the place; take up the newest commit, or initialise, or begin with another run's; say so.
-
-        The claim comes first: an attempt before this one that still runs commits no more once this one has looked.
-        """
-        who = f"{describe(self.world.device)} x {self.world.size}"
-        attempt = self.world.objects(self.commits.claim_attempt(who) if self.world.is_first else 0)[0]
-        clock = [time.monotonic()]
-        names = self.world.objects(self.commits.names() if self.world.is_first else [])[0]
-        clock.append(time.monotonic())
-        found = newest_intact(self.commits, names, self._prepare, self.display.warn, self.world)
-        clock.append(time.monotonic())
-        if found:
-            commit, tensors = found
-            self.engine.load_logical_state(tensors, self.state.applied, self.state.skipped, self.state.multipliers)
-            load_states(self.engine.objectives, self.state.objectives)
-            self.uploads.last = commit.url
-        else:
-            origin = open_origin(self.recipe) if self.recipe.init_from else None
-            self._take_up(RunState())
-            self.engine = self._build(origin.manifest.spec if origin else self.specs[0])
-            if origin:
-                self._take_up(begin_with(self.recipe, origin, self.engine))
-        hosts = self.world.hosts()
-        event = "resume" if found else "start"
-        detail: dict[str, Any] = {"attempt": attempt, "hosts": hosts, "commit": found[0].name if found else None}
+    def _record_start(self, begun: Begun, attempt: int, beginning: Beginning) -> None:
+        """Write down how this attempt began: in the lineage, the records and on the terminal."""
+        commit = begun.commit.name if begun.commit else None
+        event = "resume" if commit else "start"
+        detail: dict[str, Any] = {"attempt": attempt, "hosts": self.world.hosts(), "commit": commit}
+        if begun.commit:
+            self.uploads.last = begun.commit.url
         if beginning.before:
             detail["before"] = beginning.before
         if back := beginning.back:
@@ -207,35 +183,17 @@ class Run:
             detail |= {"batches": back.cursor - self.state.cursor, "times": back.times, "reason": back.reason}
             fresh = self.state.health.model_copy(update={"ill": 0, "leapt": False})
             self.state = self.state.model_copy(update={"health": fresh})
-        self._remember(event, {**detail, "changes": self._changes} if self._changes else detail, attempt=attempt)
-        seconds = {
-            "imports": beginning.imports,
-            "find": clock[1] - clock[0],
-            "read": clock[2] - clock[1] - self._preparing,
-            "build": time.monotonic() - clock[2] + self._preparing,
-        }
-        self.display.begin(self.state, found[0].name if found else None)
+        self._remember(event, {**detail, "changes": begun.changes} if begun.changes else detail, attempt=attempt)
+        self.display.begin(self.state, commit)
         self.display.event(
             event,
             self.state,
             world=self.world.size,
             device=describe(self.world.device),
             attention=self.engine.attention,
-            seconds=seconds,
+            seconds={"imports": beginning.imports, **begun.seconds},
             **detail,
         )
-        self.loader = self._loader()
-        self._resumed = (seconds, time.monotonic()) if found else None
-
-    def _prepare(self, commit: Commit) -> Layout | None:
-        """Build the engine for a commit of this very run; what of the commit's tensors it holds here."""
-        begun = time.monotonic()
-        self._changes = check_same_run(self.recipe, commit)
-        self._take_up(commit.manifest.state)
-        self.engine = self._build(self.specs[self.state.stage])
-        self.engine.expect(self.state.multipliers)
-        self._preparing += time.monotonic() - begun
-        return self.engine.layout
 
     def _build(self, spec: ModelSpec) -> Engine:
         recipe = self.recipe
@@ -247,19 +205,11 @@ class Run:
     def _loader(self) -> Loader:
         """The stream as the stage sees it; it knows which samples are bad already."""
         recipe, world = self.recipe, self.world
-        loader = Loader(recipe.data, *self._seen(), recipe.seed, world.rank, world.size, self._mixtures())
-        self.specs[-1].check_samples(loader.columns)
+        sees, mixtures = self.plan.sees(self.state.stage), self.plan.mixtures(self.state)
+        loader = Loader(recipe.data, *sees, recipe.seed, world.rank, world.size, mixtures)
+        self.plan.specs[-1].check_samples(loader.columns)
         loader.check_bad(_entries(world.objects(self.display.known_bad())[0]))
         return loader
-
-    def _seen(self) -> tuple[int, int]:
-        """Resolution of the pictures and most tokens of a caption in the stage."""
-        spec = self.engine.model.spec
-        return spec.image.resolution, self.plan.stages[self.state.stage].longest(spec)
-
-    def _mixtures(self) -> list[Mixture]:
-        """The mixtures by the number of the global batch they begin at: the step, and what was passed over before."""
-        return [Mixture(m.step + self.state.passed(before=m.step), m.weights) for m in self.plan.mixtures()]
 
     def _remember(self, event: str, detail: dict[str, Any], **changes: Any) -> None:
         """Add to the lineage."""
@@ -275,24 +225,24 @@ class Run:
         if stage == self.state.stage:
             return
         self._fold()
-        seen = self._seen()
+        seen = self.plan.sees(self.state.stage)
         if self.plan.stages[stage].search:
             self._search(stage)
-        if self.specs[stage] != self.engine.model.spec:
+        if self.plan.specs[stage] != self.engine.model.spec:
             self.watch.at("grow", self.state.step)
             with contextlib.closing(self.loader.batches(self.state.cursor)) as batches:
                 probe = replace(cut(self._inputs(next(batches)), self._pieces)[0], patches=None)
-            recipe, how = self.plan, self.plan.stages[stage]
-            fade = faded(recipe.stages, self.state.stage, self.state.samples, recipe.data.batch)
+            plan, how = self.plan, self.plan.stages[stage]
+            fade = faded(plan.stages, self.state.stage, self.state.samples, plan.recipe.data.batch)
             learned = states(self.engine.objectives)
-            self.engine, growth = grow(self.engine, self._build, self.specs[stage], probe, recipe.seed, how, fade)
+            self.engine, growth = grow(self.engine, self._build, plan.specs[stage], probe, self.recipe.seed, how, fade)
             load_states(self.engine.objectives, learned)
             self._remember("grow", growth.json())
             self.display.event("grow", self.state, **growth.json())
         self.state = self.state.model_copy(
             update={"stage": stage, "window": (), "health": Health(well=self.state.step)}
         )
-        if self._seen() != seen:
+        if self.plan.sees(stage) != seen:
             self.loader = self._loader()
 
     def _search(self, stage: int) -> None:
@@ -308,14 +258,14 @@ class Run:
     def _decide(self, made: Decision, event: str, detail: dict[str, Any], **changes: Any) -> None:
         """Go on by a decision."""
         self._remember(event, detail, decisions=(*self.state.decisions, made), **changes)
-        self._take_up(self.state)
+        self.plan = RunPlan.of(self.recipe, self.state.decisions)
 
     def batches(self) -> Iterator[Batch]:
         """This rank's part of every global batch that is left of the stage."""
-        if self.state.step >= self.ends[self.state.stage]:
+        if self.state.step >= self.plan.ends[self.state.stage]:
             return
         with contextlib.closing(self.loader.batches(self.state.cursor)) as batches:
-            while self.state.step < self.ends[self.state.stage]:
+            while self.state.step < self.plan.ends[self.state.stage]:
                 self.watch.at("data", self.state.step)
                 begun = time.monotonic()
                 batch = next(batches)
@@ -326,41 +276,25 @@ class Run:
     def _settle_pieces(self, batch: Batch) -> None:
         """For `engine.micro_batches: auto`, once a stage: as many pieces as the run found for it on as many devices of
         this kind, else as it finds now, before the first step."""
-        stage = self.state.stage
+        stage, device = self.state.stage, describe(self.world.device)
         if self.recipe.engine.pieces is not None or self._settled == stage:
             return
-        self._settled, here = stage, {"stage": stage, "device": describe(self.world.device)}
-        found = [
-            event.detail["pieces"]
-            for event in self.state.lineage
-            if event.event == "micro_batches"
-            and event.world == self.world.size
-            and here.items() <= event.detail.items()
-        ]
-        if not found:
+        self._settled = stage
+        pieces = recorded_pieces(self.state.lineage, stage, device, self.world.size)
+        if pieces is None:
             self.watch.at("micro_batches", self.state.step)
             begun = time.monotonic()
-            found = [fewest_pieces(self.engine, self._inputs(batch), self._seen()[1])]
-            detail = {**here, "pieces": found[-1], "pairs": -(-len(batch.lengths) // found[-1])}
+            pieces = fewest_pieces(self.engine, self._inputs(batch), self.plan.sees(stage)[1])
+            detail = {"stage": stage, "device": device, "pieces": pieces, "pairs": -(-len(batch.lengths) // pieces)}
             self._remember("micro_batches", detail)
             self.display.event("micro_batches", self.state, **detail, seconds=time.monotonic() - begun)
             self.meter.pause(time.monotonic() - begun)
-        self._pieces = found[-1]
-        self.engine.take_pieces(self._pieces)
+        self._pieces = pieces
+        self.engine.take_pieces(pieces)
 
     def _inputs(self, batch: Batch) -> Inputs:
-        pairs = len(batch.lengths)
-        numbers = torch.arange(pairs) + (self.state.samples + self.world.rank * pairs)
-        tensors = (batch.images, batch.tokens, batch.lengths, batch.caption_ids, batch.image_ids, numbers)
-        columns = batch.columns
-        images, tokens, lengths, caption_ids, image_ids, numbers, *moved = self._feed([*tensors, *columns.values()])
-        inputs = Inputs(images, tokens, lengths, caption_ids, image_ids, numbers, host_lengths=batch.lengths)
-        if columns:
-            inputs = replace(inputs, columns=dict(zip(columns, moved, strict=True)))
-        share, of = self.recipe.stages[self.state.stage].patch_keep, self.engine.model.spec.image.grid**2
-        if share < 1:
-            inputs = replace(inputs, patches=kept(self.recipe.seed, "image/patches", numbers, of, share))
-        return inputs
+        keep, patches = self.plan.stages[self.state.stage].patch_keep, self.engine.model.spec.image.grid**2
+        return self._feed(batch, self.state.samples, keep, patches)
 
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
@@ -371,7 +305,7 @@ class Run:
         self.lr *= rewarmed(stages, *place)
         advance(self.engine.objectives, self.recipe.objectives, state.samples / self.recipe.total_samples)
         self.inputs = self._inputs(batch)
-        self.result: StepResult = self.engine.step(self.inputs, self.lr, faded(stages, *place))
+        self.result = self.engine.step(self.inputs, self.lr, faded(stages, *place))
         self.profile.step()
         shares = torch.stack([o.weight * self.result.losses[o.name] for o in self.engine.objectives])
         self.tally.add(shares.sum(), len(batch.tokens))
@@ -384,6 +318,7 @@ class Run:
     def _say_resumed(self, seconds: dict[str, float], ready: float) -> None:
         """Once in an attempt that continues: how long each part of it took, up to the first step, which is waited
         for."""
+        assert self.result
         self.result.grad_norm.item()
         self.display.resumed({**seconds, "first step": time.monotonic() - ready})
         self._resumed = None
@@ -391,19 +326,10 @@ class Run:
     # The step edge
 
     def _fold(self) -> None:
-        """Count the FLOPs of the steps taken, and keep their losses where a rule measures them."""
-        state, size, spec = self.state, self.recipe.data.batch, self.engine.model.spec
-        flops, window = state.flops, list(state.window)
-        stages, samples = self.plan.stages, state.samples - len(self.tally) * size
-        steady = steady_from(stages, state.stage, size, self.plan.schedule.warmup)
-        read = any("tokens" in objective.needs for objective in self.engine.objectives)
-        patches = None if not len(self.tally) or self.inputs.patches is None else self.inputs.patches.shape[1]
-        for loss, tokens in self.tally.take():
-            flops += size * training_flops(spec, tokens / size, patches, read)
-            if stages[state.stage].plateau and samples >= steady:
-                window.append((loss, tokens / size))
-            samples += size
-        self.state = state.model_copy(update={"flops": flops, "window": tuple(window)})
+        """Count what the steps since the last call took and gave."""
+        reads_tokens = any("tokens" in objective.needs for objective in self.engine.objectives)
+        patches = None if self.inputs is None or self.inputs.patches is None else self.inputs.patches.shape[1]
+        self.state = self.tally.fold(self.state, self.plan, patches, reads_tokens)
 
     def decide(self) -> None:
         """End the stage here if its plateau rule says so; the rule looks once in a window."""
@@ -412,21 +338,20 @@ class Run:
             return
         self._fold()
         state = self.state
-        if len(state.window) < rule.steps(size) or state.step >= self.ends[state.stage]:
+        if len(state.window) < rule.steps(size) or state.step >= self.plan.ends[state.stage]:
             return
-        spec, following = self.specs[state.stage : state.stage + 2]
+        spec, following = self.plan.specs[state.stage : state.stage + 2]
         found = slopes(state.window, spec, following, size, state.flops, rule.exponent)
         self.state = state.model_copy(update={"window": ()})
         self.display.event("plateau", self.state, **found.json(), ended=found.flat)
         if found.flat:
-            begun = self.ends[state.stage - 1] * size if state.stage else 0
+            begun = self.plan.ends[state.stage - 1] * size if state.stage else 0
             self._decide(Decision(stage=state.stage, samples=state.samples - begun), "plateau", found.json())
             self.loader = self._loader()  # mixtures change with the stages
 
-    def log(self) -> None:
-        """Agree on what happens at this edge; write a log line if one is due."""
-        world, state = self.world, self.state
-        clock = self.recipe.checkpoint.every_seconds
+    def agree(self) -> None:
+        """Agree with the other ranks on what happens at this edge: a stop, a commit by the clock, bad samples."""
+        world, clock = self.world, self.recipe.checkpoint.every_seconds
         due = clock is not None and not self.uploads.under_way and time.monotonic() - self._commit_time >= clock
         asked = (self.stop.requested, due and world.is_first, bool(self._bad), self.uploads.busy)
         self.stopping, self._clock_due, bad, busy = world.any(*asked)
@@ -437,16 +362,21 @@ class Run:
             self._bad = []
             self.display.bad(entries)
             self.loader.check_bad(_entries(entries))
-        if state.step % self.recipe.log.every == 0 or state.step == self.ends[-1]:
+
+    def log(self) -> None:
+        """Write a log line if one is due, and go back if the run is ill. Raises RolledBack."""
+        if self.state.step % self.recipe.log.every == 0 or self.state.step == self.plan.ends[-1]:
             self._write_line()
             if self.state.health.ill >= self.recipe.recovery.bad_steps:
                 self.uploads.finish()
-                roll_back(self.recipe, self.state, self.commits, world)
+                roll_back(self.recipe, self.state, self.commits, self.world)
 
     def _write_line(self) -> None:
         """Read the step's numbers back from the device (here, it is waited for) and write them down."""
         self._fold()
         state, result, recipe = self.state, self.result, self.recipe
+        assert result
+        assert self.inputs
         shares = self.world.sum(torch.stack(list(result.losses.values()))).tolist()
         losses = dict(zip(result.losses, shares, strict=True))
         skipped = self.engine.skipped
@@ -477,7 +407,7 @@ class Run:
         """Evaluate if the cadence or the end of the run asks for it."""
         state, every = self.state, self.recipe.eval.every
         due = every is not None and state.samples // every > (state.samples - self.recipe.data.batch) // every
-        if self.recipe.eval.suites and (due or state.step == self.ends[-1]):
+        if self.recipe.eval.suites and (due or state.step == self.plan.ends[-1]):
             self._evaluate()
 
     def _evaluate(self) -> None:
@@ -498,10 +428,10 @@ class Run:
         """Commit if anything asks for it: the end, a growth ahead, a signal, or the interval."""
         state, checkpoint = self.state, self.recipe.checkpoint
         every = checkpoint.every_samples
-        stage_done = state.step == self.ends[state.stage]
-        if state.step == self.ends[-1]:
+        stage_done = state.step == self.plan.ends[state.stage]
+        if state.step == self.plan.ends[-1]:
             reason = "end"
-        elif stage_done and self.specs[state.stage + 1] != self.specs[state.stage]:
+        elif stage_done and self.plan.specs[state.stage + 1] != self.plan.specs[state.stage]:
             reason = "growth"
         elif self.stopping:
             reason = "signal"

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ..models.flops import training_flops
-from ..models.growth.options import Copies, Drops, InheritFrom, Layers
+from ..models.growth.options import DepthInit, DropBlocks, InheritFrom, WidthInit
 from ..models.growth.plan import changes, check_tokens
 from ..models.spec import ModelSpec
 from .sample_rng import share_of
@@ -19,18 +19,18 @@ from .sample_rng import share_of
 class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How a model is resized: what new parts are made of, and what becomes of the optimizer's state."""
 
-    width_init: Copies = Field(
+    width_init: WidthInit = Field(
         "noise",
         description="new channels, heads and hidden units are copies of old ones; noise: told apart by noise that "
         "sums to zero, so that they learn different things; duplicate: plain copies, which stay alike for ever; "
         "lemon: told apart by fresh draws",
     )
-    depth_init: Layers = Field(
+    depth_init: DepthInit = Field(
         "zero",
         description="new blocks; zero: copies that add nothing at first, exact; stack: the stack once more on top, "
         "lossy; interleave: each block doubled, lossy",
     )
-    drop_blocks: Drops = Field(
+    drop_blocks: DropBlocks = Field(
         "last", description="blocks that go when a depth shrinks: the last, or those that write least"
     )
     token_init: tuple[Annotated[tuple[int, ...], Field(strict=False)], ...] = Field(

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .checkpoint.commits import Commits
-from .checkpoint.writer import Writing
+from .checkpoint.snapshot import Snapshot
+from .checkpoint.writer import CommitUpload
 from .engines.base import Engine
 from .health.signals import short_notice
 from .logging.run_log import Display
@@ -23,7 +24,7 @@ from .world import World
 class _Upload:
     """A commit under way."""
 
-    writing: Writing
+    writing: CommitUpload
     state: RunState
     reason: str
     stall: float
@@ -47,18 +48,17 @@ class Uploads:
         """Take a snapshot and begin to upload it. Nothing else may be under way. Raises StoreError."""
         assert self._upload is None
         begun = time.monotonic()
-        writing = self.commits.begin(
+        snapshot = Snapshot(
             engine.model.spec,
             state,
             recipe.model_dump(mode="json"),
             engine.logical_state(),
-            self._world,
             engine.layout,
-            recipe.checkpoint,
-            reason,
-            scores,
             engine.copies,
+            reason,
+            scores or {},
         )
+        writing = self.commits.begin(snapshot, self._world, recipe.checkpoint)
         self._upload = _Upload(writing, state, reason, time.monotonic() - begun)
 
     @property

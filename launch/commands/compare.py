@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from ...training.report.comparison_page import signed, verdict
 from ...training.report.readable import score
 from ..errors import RecipeError, clean
-from .eval import asked, opened_commit, scored, suites_of
+from .eval import asked, opened_model, scored, suites_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def compare_runs(urls: Sequence[str], suites: list[str] | None, data: str | None) -> dict[str, Any]:
-    """Every score of the commits at `urls` (or of the newest of run folders) beside that of the first.
+    """Every score of the models at `urls` (commits, the newest of run folders, `open_clip:...`) beside the first's.
 
     What is not given comes from the recipe of the first. Raises RecipeError, StoreError, DataError.
     """
@@ -26,7 +26,7 @@ def compare_runs(urls: Sequence[str], suites: list[str] | None, data: str | None
     from ...training.evaluate.comparing import comparison, tasks
     from ...training.world import World
 
-    opened = [opened_commit(url) for url in urls]
+    opened = [opened_model(url) for url in urls]
     first, source = asked(opened[0], config, data)
     for each in opened[1:]:
         asked(each, first, source)
@@ -39,12 +39,12 @@ def compare_runs(urls: Sequence[str], suites: list[str] | None, data: str | None
     models = [
         {
             "name": name,
-            "commit": commit.url,
+            "commit": each.url,
             "run": url if Path(url).is_dir() and (Path(url) / "metrics.jsonl").is_file() else None,
-            "samples": commit.manifest.state.samples,
-            "parameters": sum(p.numel() for p in _parameters(commit.manifest.spec)),
+            "samples": each.samples,
+            "parameters": sum(p.numel() for p in _parameters(each.spec)),
         }
-        for name, url, (commit, _) in zip(names, urls, opened, strict=True)
+        for name, url, each in zip(names, urls, opened, strict=True)
     ]
     return {**comparison(models, tasks(names, found)), "data": source}
 

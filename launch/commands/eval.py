@@ -1,10 +1,12 @@
-"""`treering eval`: any commit, on any shards, without the run that made it."""
+"""`treering eval`: any commit, or weights of open_clip's, on any shards, without the run that made it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -14,37 +16,51 @@ from ..errors import RecipeError, clean
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor
 
     from ...models.model import Model
-    from ...training.checkpoint.manifest import Commit
+    from ...models.spec import ModelSpec
     from ...training.evaluate.outcome import Evaluation
     from ...training.world import World
 
-Opened: TypeAlias = "tuple[Commit, Recipe]"
-"""a commit, and the recipe it was made by"""
 _TEXT_KINDS = frozenset({"txt", "json"})
 
 
-def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dict[str, Any]:
-    """Scores of the commit at `url` (or of the newest one of a run folder), with chance levels, intervals and sizes.
+@dataclass(frozen=True)
+class Opened:
+    """A model to be evaluated, and the recipe that says how where the command does not."""
 
-    What is not given comes from the commit's own recipe. Raises RecipeError, StoreError, DataError.
+    url: str
+    spec: ModelSpec
+    recipe: Recipe
+    weights: Callable[[], Mapping[str, Tensor]]
+    """by name; read when they are asked for"""
+    identity: Callable[[], str]
+    """what tells these weights from any others that `url` may name later"""
+    step: int = 0
+    samples: int = 0
+
+
+def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dict[str, Any]:
+    """Scores of the model at `url`, with chance levels, intervals and sizes. A model is a commit, the newest one of a
+    run folder, or `open_clip:...` as for `treering import`.
+
+    What is not given comes from the commit's own recipe. Raises RecipeError, StoreError, DataError, InterchangeError.
     """
     config = suites_of(suites) if suites else None
     from ...training.world import World
 
-    opened = opened_commit(url)
+    opened = opened_model(url)
     wanted, source = asked(opened, config, data)
     world = World.join()
     try:
         found = scored(opened, wanted, source, world)
     finally:
         world.leave()
-    state = opened[0].manifest.state
     return {
-        "commit": opened[0].url,
-        "step": state.step,
-        "samples": state.samples,
+        "commit": opened.url,
+        "step": opened.step,
+        "samples": opened.samples,
         "data": source,
         "scores": found.scores,
         "intervals": found.intervals,
@@ -68,19 +84,19 @@ def suites_of(names: list[str]) -> EvalConfig:
 
 
 def asked(opened: Opened, config: EvalConfig | None, data: str | None) -> tuple[EvalConfig, str]:
-    """How a commit is to be evaluated and on which shards: by `config` and `data`, the rest by its own recipe.
+    """How a model is to be evaluated and on which shards: by `config` and `data`, the rest by its own recipe.
     Raises RecipeError, DataError."""
-    commit, recipe = opened
+    recipe, shown = opened.recipe, clean(opened.url)
     given = {"examples": 0} if config is None else {"examples": 0, "suites": config.suites}
     wanted = recipe.eval.model_copy(update=given)
     if not wanted.suites:
         known = ",".join(BUILT_IN)
-        raise RecipeError(f"the recipe of {clean(commit.url)} names no suites; give some, as in --suite {known}")
+        raise RecipeError(f"the recipe of {shown} names no suites; give some, as in --suite {known}")
     source = data or recipe.evaluation_source
     if wanted.built_in and not source:
-        raise RecipeError(f"the recipe of {clean(commit.url)} names no data to evaluate on; give some with --data")
-    if wanted.needs_captioner and commit.manifest.spec.captioner is None:
-        raise RecipeError(f"the model of {clean(commit.url)} has no captioner; leave the captioning suite out")
+        raise RecipeError(f"the recipe of {shown} names no data to evaluate on; give some with --data")
+    if wanted.needs_captioner and opened.spec.captioner is None:
+        raise RecipeError(f"the model of {shown} has no captioner; leave the captioning suite out")
     from ...training.evaluate.protocols import check_suites
 
     check_suites(wanted)
@@ -88,19 +104,13 @@ def asked(opened: Opened, config: EvalConfig | None, data: str | None) -> tuple[
 
 
 def scored(opened: Opened, config: EvalConfig, source: str, world: World) -> Evaluation:
-    """The evaluation of a commit; embeddings of it that are kept are taken, and new ones kept."""
+    """The evaluation of a model; embeddings of it that are kept are taken, and new ones kept."""
     from ...training.evaluate.embedding_cache import Kept
     from ...training.evaluate.suites import evaluate
 
-    commit, recipe = opened
-    model = _model(commit, recipe).to(world.device)
-    kept = Kept(commit_identity(commit), world)
+    recipe, model = opened.recipe, _model(opened).to(world.device)
+    kept = Kept(opened.identity(), world)
     return evaluate(model, config, source, world, recipe.data.cache, recipe.data.tokenizer, kept)
-
-
-def commit_identity(commit: Commit) -> str:
-    """A commit by where it lies and the checksums of its parts: another one in its place has another."""
-    return f"{commit.url} {' '.join(part.sha256 for part in commit.manifest.parts)}"
 
 
 def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[str, Any]:
@@ -114,15 +124,16 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
     from ...training.evaluate.embed import embed, embed_captions
     from ...training.world import World
 
-    pair = [opened_commit(url) for url in (old, new)]
-    recipe = pair[1][1]
+    pair = [opened_model(url) for url in (old, new)]
+    recipe = pair[1].recipe
     source = data or recipe.evaluation_source
     if not source:
-        raise RecipeError(f"the recipe of {clean(pair[1][0].url)} names no data to evaluate on; give some with --data")
+        raise RecipeError(f"the recipe of {clean(pair[1].url)} names no data to evaluate on; give some with --data")
     captions = _captions(recipe, texts)
     world, found = World.join(), []
-    for commit, of in pair:
-        model, size = _model(commit, of).to(world.device), of.eval.batch
+    for each in pair:
+        of = each.recipe
+        model, size = _model(each).to(world.device), of.eval.batch
         spec = model.spec
         image, context = spec.image, spec.text.context
         samples = EvaluationSet(
@@ -141,7 +152,7 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
         outcome = compatibility(old_data, new_data, old_rows, new_rows)
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    urls = {"old": pair[0][0].url, "new": pair[1][0].url}
+    urls = {"old": pair[0].url, "new": pair[1].url}
     return {**urls, "data": source, "texts": len(captions), **outcome.json()}
 
 
@@ -176,25 +187,62 @@ def compatibility_table(compared: Mapping[str, Any]) -> Table:
     return table
 
 
-def opened_commit(url: str) -> Opened:
-    """A commit and its recipe."""
+def opened_model(url: str) -> Opened:
+    """What lies at `url`: a commit and its recipe, or weights of open_clip's and the recipe an import would give them.
+
+    Raises RecipeError, StoreError, InterchangeError.
+    """
+    from ...models.interchange.open_clip_files import PREFIX
     from ...training.checkpoint.commits import find_commit
 
+    if url.startswith(PREFIX):
+        return _opened_weights(url)
     commit = find_commit(url)
+    manifest = commit.manifest
     try:
-        return commit, Recipe.model_validate(commit.manifest.recipe)
+        recipe = Recipe.model_validate(manifest.recipe)
     except ValidationError as error:  # written by another version
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise RecipeError(f"the recipe of {clean(commit.url)} cannot be used here: {clean(reason)}") from None
 
+    def weights() -> dict[str, Tensor]:
+        kind = "ema" if recipe.optimizer.ema else "model"
+        return {name.removeprefix(f"{kind}/"): tensor for name, tensor in commit.tensors(kind).items()}
 
-def _model(commit: Commit, recipe: Recipe) -> Model:
-    """What a commit evaluates: its weights, or their average if it keeps one."""
+    def identity() -> str:
+        return f"{commit.url} {' '.join(part.sha256 for part in manifest.parts)}"
+
+    state = manifest.state
+    return Opened(commit.url, manifest.spec, recipe, weights, identity, state.step, state.samples)
+
+
+def _opened_weights(source: str) -> Opened:
+    """Weights of open_clip's, without writing a commit of them."""
+    from hashlib import file_digest
+
+    from ...models.interchange.files import open_weights
+    from ...training.starting.import_weights import checked_tokenizer, recipe_for
+
+    found = open_weights(source)
+    if theirs := found.tokenizer.get("hf_tokenizer_name"):
+        raise RecipeError(
+            f"{clean(source)} reads the tokens of {clean(str(theirs))}; import it with its tokenizer.json, treering "
+            f"import {clean(source)} --tokenizer FILE, and evaluate that"
+        )
+    checked_tokenizer(found, None)
+
+    def identity() -> str:
+        with Path(found.file).open("rb") as file:
+            return f"{source} {file_digest(file, 'sha256').hexdigest()}"
+
+    return Opened(source, found.spec, recipe_for(found, "samples://emoji", "clip"), lambda: found.tensors, identity)
+
+
+def _model(opened: Opened) -> Model:
+    """What is evaluated: the weights, or their average if the commit keeps one."""
     from ...models.model import build
 
-    model = build(commit.manifest.spec, recipe.seed)
-    kind = "ema" if recipe.optimizer.ema else "model"
-    weights = {name.removeprefix(f"{kind}/"): tensor for name, tensor in commit.tensors(kind).items()}
+    model, weights = build(opened.spec, opened.recipe.seed), opened.weights()
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name])
     return model

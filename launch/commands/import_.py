@@ -14,7 +14,8 @@ def import_weights(source: str, to: str, data: str | None, tokenizer: str | None
     Raises RecipeError, InterchangeError, DataError, StoreError.
     """
     from ...models.flops import parameters
-    from ...models.interchange.files import PREFIX, open_weights
+    from ...models.interchange.files import open_weights
+    from ...models.interchange.open_clip_files import PREFIX
     from ...training.starting.import_weights import import_commit, notes
     from ..recipe.load import dump_recipe
 

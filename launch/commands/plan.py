@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from ...models.activations import block_memory, choose
+from ...models.activations import block_memory, blocks_to_recompute
 from ...models.activations import peak as peak_bytes
 from ...models.flops import parameters, training_flops
 from ...models.parts import BatchShape
@@ -128,7 +128,7 @@ def _fullest(recipe: Recipe, world: int, lengths: list[int], patches: int, devic
 def _activations(recipe: Recipe, spec: ModelSpec, shape: BatchShape, room: float) -> tuple[dict[str, int], float]:
     """The blocks that are made again, and the bytes that blocks hold then."""
     found = block_memory(spec, shape)
-    again = choose(found, activation_checkpointing.budget(recipe.engine, found, max(0.0, room)))
+    again = blocks_to_recompute(found, activation_checkpointing.budget(recipe.engine, found, max(0.0, room)))
     return again, peak_bytes(found, again)
 
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .operator import OUTPUT_PROJECTIONS, Read, Rule, block_of, zero
-from .options import Drops, Layers
+from .options import DepthInit, DropBlocks
 
 
 @dataclass(frozen=True)
 class Depth:
-    """Grow the blocks at `stack` from `old` to `new`; new ones are spread evenly, unless `layers` is `stack`."""
+    """Grow the blocks at `stack` from `old` to `new`; new ones are spread evenly, unless `depth_init` is `stack`."""
 
     field: str
     """the spec's field, as in `image.depth`"""
@@ -32,16 +32,16 @@ class Depth:
     """name of the block list, as in `image.transformer.blocks`"""
     old: int
     new: int
-    layers: Layers = "zero"
+    depth_init: DepthInit = "zero"
 
     @property
     def preserves(self) -> bool:
         """Only blocks that add nothing do."""
-        return self.layers == "zero"
+        return self.depth_init == "zero"
 
     def source(self, index: int) -> tuple[int, bool]:
         """The old block that block `index` comes from, and whether it is a new copy of it."""
-        if self.layers == "stack":
+        if self.depth_init == "stack":
             return index % self.old, index >= self.old
         source = index * self.old // self.new
         return source, index > 0 and (index - 1) * self.old // self.new == source
@@ -52,7 +52,7 @@ class Depth:
         if found is None:
             return Rule(name)
         source, is_copy = self.source(found[0])
-        zeroed = is_copy and self.layers == "zero"
+        zeroed = is_copy and self.depth_init == "zero"
         maps = {"exp_avg": zero} if zeroed else {}
         if zeroed and OUTPUT_PROJECTIONS.search(name):
             maps["model"] = zero
@@ -61,7 +61,11 @@ class Depth:
     def describe(self) -> dict[str, Any]:
         """For the lineage."""
         copies = [i for i in range(self.new) if self.source(i)[1]]
-        made = {"zeroed_copies": copies} if self.layers == "zero" else {"layers": self.layers, "copies": copies}
+        made = (
+            {"zeroed_copies": copies}
+            if self.depth_init == "zero"
+            else {"depth_init": self.depth_init, "copies": copies}
+        )
         return {"operator": "depth", "field": self.field, "from": self.old, "to": self.new, **made}
 
 
@@ -86,12 +90,12 @@ class Drop:
         return {"operator": "drop", "field": self.field, "from": self.old, "to": len(self.kept), "dropped": dropped}
 
 
-def kept_blocks(stack: str, old: int, new: int, drop: Drops, experts: int, read: Read | None) -> list[int]:
+def kept_blocks(stack: str, old: int, new: int, drop_blocks: DropBlocks, experts: int, read: Read | None) -> list[int]:
     """Indices of the `new` blocks that stay: the first ones, or those with the largest score.
 
     The score of a block is the squared norm of its output projections: 0 for an identity block.
     """
-    if drop == "last":
+    if drop_blocks == "last":
         return list(range(new))
     assert read, "scores need the weights"
     mlps = [f"mlp.experts.{number}.down" for number in range(experts)] if experts > 1 else ["mlp.down"]

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..model import named_generator
 from ..parts import stream_of
 from .operator import NOISE, Rule, TensorMap, fresh
-from .options import Copies
+from .options import WidthInit
 
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 _ROUTER = ".mlp.router.weight"
@@ -38,7 +38,7 @@ class MoreExperts:
     new: int
     active: tuple[int, int]
     """experts that a token goes through, before and after"""
-    copies: Copies
+    width_init: WidthInit
     seed: int
 
     @property
@@ -58,7 +58,7 @@ class MoreExperts:
         number = int(found[1])
         source = name.replace(found[0], f".mlp.experts.{number % self.old}.")
         maps = {"exp_avg": self._divided(number, 1), "exp_avg_sq": self._divided(number, 2)}
-        if self.preserves and self.copies != "duplicate" and name.endswith("down.weight"):
+        if self.preserves and self.width_init != "duplicate" and name.endswith("down.weight"):
             maps["model"] = self._with_noise(source, number)
         return Rule(source, maps)
 
@@ -79,7 +79,7 @@ class MoreExperts:
         generators = [named_generator(self.seed, f"{name}/{copy // self.old}") for copy in every]
         draws = [torch.randn(like.shape, generator=generator).to(like) for generator in generators]
         centred = draws[number // self.old] - sum(draws) / len(draws)
-        size = like.square().mean().sqrt() * (1.0 if self.copies == "lemon" else NOISE)
+        size = like.square().mean().sqrt() * (1.0 if self.width_init == "lemon" else NOISE)
         # Taking away the mean of c draws leaves (c - 1) / c of their power.
         return centred * (len(draws) / max(1, len(draws) - 1)) ** 0.5 * size
 
@@ -88,7 +88,7 @@ class MoreExperts:
 
         def rows(tensor: Tensor) -> Tensor:
             made = [tensor[number % self.old] / len(self._copies(number)) ** power for number in range(self.new)]
-            if noise_name and self.copies != "duplicate" and not self.preserves:
+            if noise_name and self.width_init != "duplicate" and not self.preserves:
                 made = [
                     row + self._noise(f"{noise_name}/{number % self.old}", number, row)
                     for number, row in enumerate(made)
@@ -100,7 +100,7 @@ class MoreExperts:
     def describe(self) -> dict[str, Any]:
         """For the lineage."""
         numbers = {"from": self.old, "to": self.new, "active": list(self.active), "seed": self.seed}
-        return {"operator": "more_experts", "field": f"{self.tower}.experts", "copies": self.copies, **numbers}
+        return {"operator": "more_experts", "field": f"{self.tower}.experts", "width_init": self.width_init, **numbers}
 
 
 @dataclass(frozen=True)

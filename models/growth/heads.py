@@ -54,7 +54,7 @@ class HeadDim(Widen):
             sources, counts = self.channels()
             copied = tensor.index_select(0, sources.to(tensor.device))
             copied = copied * factor / along(counts, 0, copied).sqrt() ** roots
-            if self.copies == "duplicate" or not name.endswith("query.weight"):
+            if self.width_init == "duplicate" or not name.endswith("query.weight"):
                 return copied
             draws = torch.randn(copied.shape, generator=self._generator(name)).to(copied)
             return self._with_noise(copied, draws, 0, copied.square().mean().sqrt())

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-Copies = Literal["noise", "duplicate", "lemon"]
+WidthInit = Literal["noise", "duplicate", "lemon"]
 """new channels, heads and hidden units: copies with noise that sums to zero, plain copies, or LEMON's projection"""
-Layers = Literal["zero", "stack", "interleave"]
+DepthInit = Literal["zero", "stack", "interleave"]
 """new blocks: copies with zero outputs, which keep the function, or copies as they are, which do not"""
-Drops = Literal["last", "smallest"]
+DropBlocks = Literal["last", "smallest"]
 """blocks that are removed when a depth shrinks: the last, or those with the smallest output projections"""
 InheritFrom = float | Literal["ema"]
 """the fraction of the inherited weights, the rest being freshly initialised; or new parts from the running average"""

@@ -19,7 +19,7 @@ from .inherit import Inherit, InheritAverage
 from .new_captioner import NewCaptioner
 from .new_part import NewPart
 from .operator import Operator, Read
-from .options import Copies, Drops, InheritFrom, Layers
+from .options import DepthInit, DropBlocks, InheritFrom, WidthInit
 from .patch import Patch
 from .positions import Context, Resolution
 from .vocabulary import Vocabulary
@@ -92,15 +92,15 @@ def _both(old: ModelSpec, new: ModelSpec) -> list[tuple[str, TowerSpec, TowerSpe
     return [(name, a, after[name]) for name, a in old.towers().items() if name in after]
 
 
-def check_tokens(old: ModelSpec, new: ModelSpec, tokens: Sequence[Sequence[int]]) -> None:
-    """Raise SpecError if `tokens` does not give for every new row of the token table the old rows it is the mean of."""
+def check_tokens(old: ModelSpec, new: ModelSpec, token_init: Sequence[Sequence[int]]) -> None:
+    """Raise SpecError unless `token_init` has for each new row of the token table the old rows it is the mean of."""
     more = new.text.vocabulary - old.text.vocabulary
-    if tokens and len(tokens) != more:
+    if token_init and len(token_init) != more:
         raise SpecError(
-            f"token_init has {len(tokens)} entries for {more} new rows of text.vocabulary; "
+            f"token_init has {len(token_init)} entries for {more} new rows of text.vocabulary; "
             f"give one list of ids for each, or leave token_init out"
         )
-    if not all(ids and all(0 <= i < old.text.vocabulary for i in ids) for ids in tokens):
+    if not all(ids and all(0 <= i < old.text.vocabulary for i in ids) for ids in token_init):
         raise SpecError(
             f"token_init has a list that is empty or names an id that is not below {old.text.vocabulary}; "
             f"each new row is the mean of some old ones"
@@ -111,24 +111,24 @@ def plan_growth(
     old: ModelSpec,
     new: ModelSpec,
     seed: int = 0,
-    copies: Copies = "noise",
-    layers: Layers = "zero",
-    tokens: Sequence[Sequence[int]] = (),
-    drop: Drops = "last",
+    width_init: WidthInit = "noise",
+    depth_init: DepthInit = "zero",
+    token_init: Sequence[Sequence[int]] = (),
+    drop_blocks: DropBlocks = "last",
     inherit: InheritFrom = 1.0,
     read: Read | None = None,
 ) -> list[Operator]:
     """The operators from `old` to `new`, in the order they are applied; empty if the specs are equal.
 
-    `seed` is that of every random draw, `tokens` has for each new row of the token table the rows it is the mean of,
-    `inherit` is the fraction of the inherited weights, or `ema` to take new entries from the running average, and
+    `seed` is that of every random draw. `token_init` has for each new row of the token table the rows it is the mean
+    of, `inherit` is the fraction of the inherited weights, or `ema` to take new entries from the running average, and
     `read` reads the old model for `drop_blocks: smallest`. Raises SpecError for a change that cannot be made.
     """
     changed = changes(old, new)
-    check_tokens(old, new, tokens)
+    check_tokens(old, new, token_init)
     if not changed:
         return []
-    operators: list[Operator] = _units(old, new, copies, seed)
+    operators: list[Operator] = _units(old, new, width_init, seed)
     if new.embed_dim > old.embed_dim:
         operators.append(GrowEmbedDim(old.embed_dim, new.embed_dim, seed))
     elif new.embed_dim < old.embed_dim:
@@ -140,8 +140,8 @@ def plan_growth(
     if old.image.patch != new.image.patch:
         operators.append(Patch(old.image.patch, new.image.patch))
     if old.text.vocabulary != new.text.vocabulary:
-        operators.append(Vocabulary(old.text.vocabulary, new.text.vocabulary, tuple(map(tuple, tokens))))
-    operators += _blocks(old, new, layers, drop, read)
+        operators.append(Vocabulary(old.text.vocabulary, new.text.vocabulary, tuple(map(tuple, token_init))))
+    operators += _blocks(old, new, depth_init, drop_blocks, read)
     operators += _new_parts(old, new, seed)
     if inherit == "ema":
         operators.append(InheritAverage(old, new, tuple(each for each in operators if isinstance(each, Depth))))
@@ -150,7 +150,7 @@ def plan_growth(
     return operators
 
 
-def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Operator]:
+def _units(old: ModelSpec, new: ModelSpec, width_init: WidthInit, seed: int) -> list[Operator]:
     """Channels, heads, hidden units and experts of all towers."""
     operators: list[Operator] = []
     for tower, a, b in _both(old, new):
@@ -159,29 +159,31 @@ def _units(old: ModelSpec, new: ModelSpec, copies: Copies, seed: int) -> list[Op
             ("heads", a.heads, b.heads, a.head_width),
             ("mlp_width", a.mlp_width, b.mlp_width, 1),
         )
-        operators += [Widen(f"{tower}.{axis}", m, n, unit, copies, seed, new) for axis, m, n, unit in axes if m < n]
+        operators += [Widen(f"{tower}.{axis}", m, n, unit, width_init, seed, new) for axis, m, n, unit in axes if m < n]
         operators += [Truncate(f"{tower}.{axis}", m, n, unit, new) for axis, m, n, unit in axes if m > n]
         if b.experts > a.experts == 1:
             operators.append(Upcycle(tower, b.experts, b.width, seed))
         elif a.experts > 1 and (a.experts, a.experts_per_token) != (b.experts, b.experts_per_token):
             operators.append(
-                MoreExperts(tower, a.experts, b.experts, (a.experts_per_token, b.experts_per_token), copies, seed)
+                MoreExperts(tower, a.experts, b.experts, (a.experts_per_token, b.experts_per_token), width_init, seed)
             )
         if b.head_width > a.head_width:
-            operators.append(HeadDim(f"{tower}.heads", a.head_width, b.head_width, b.heads, copies, seed, new))
+            operators.append(HeadDim(f"{tower}.heads", a.head_width, b.head_width, b.heads, width_init, seed, new))
     return operators
 
 
-def _blocks(old: ModelSpec, new: ModelSpec, layers: Layers, drop: Drops, read: Read | None) -> list[Operator]:
+def _blocks(
+    old: ModelSpec, new: ModelSpec, depth_init: DepthInit, drop_blocks: DropBlocks, read: Read | None
+) -> list[Operator]:
     """Depths of the parts that both models have."""
     after = {part.name: part for part in parts(new)}
     operators: list[Operator] = []
     for part in parts(old):
         field, small, large = f"{part.name}.depth", part.depth, after[part.name].depth
         if small < large:
-            operators.append(Depth(field, part.stack, small, large, layers))
+            operators.append(Depth(field, part.stack, small, large, depth_init))
         elif small > large:
-            kept = kept_blocks(part.stack, small, large, drop, part.tower.experts, read)
+            kept = kept_blocks(part.stack, small, large, drop_blocks, part.tower.experts, read)
             operators.append(Drop(field, part.stack, small, tuple(kept)))
     return operators
 

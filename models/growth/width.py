@@ -32,7 +32,7 @@ from ..model import named_generator
 from ..spec import ModelSpec, padding_variance
 from .axes import Use, uses
 from .operator import NOISE, Rule, TensorMap, along
-from .options import Copies
+from .options import WidthInit
 
 _WRITER = {"model": 0, "exp_avg": 1, "exp_avg_sq": 2}
 """the power of the number of copies by which each kind of state of a writer is divided"""
@@ -47,7 +47,7 @@ class Widen:
     old: int
     new: int
     unit: int
-    copies: Copies
+    width_init: WidthInit
     seed: int
     spec: ModelSpec | None = None
     """of the grown model; None: one with all defaults"""
@@ -109,7 +109,7 @@ class Widen:
 
         def split(tensor: Tensor) -> Tensor:
             parts = divide(tensor)
-            if self.copies == "duplicate":
+            if self.width_init == "duplicate":
                 return parts
             copied = parts.shape[dim] - self.padding
             draws = torch.randn(parts.shape, generator=self._generator(name)).to(parts)
@@ -128,7 +128,7 @@ class Widen:
         # The mean of the draws over the copies of each unit, at each copy.
         means = draws.new_zeros(shape).index_add(dim, sources, draws).index_select(dim, sources) / c
         centred = draws - means
-        if self.copies == "lemon":
+        if self.width_init == "lemon":
             return parts + centred * c.sqrt() * size  # as large as a fresh initialisation
         # Taking away the mean of c draws leaves (c - 1) / c of their power.
         return parts + centred * (c / (c - 1).clamp(min=1)).sqrt() * size * NOISE
@@ -138,7 +138,7 @@ class Widen:
 
     def describe(self) -> dict[str, Any]:
         """For the lineage."""
-        numbers = {"from": self.old, "to": self.new, "copies": self.copies, "seed": self.seed}
+        numbers = {"from": self.old, "to": self.new, "width_init": self.width_init, "seed": self.seed}
         return {"operator": "widen", "field": self.axis, **numbers} | ({"padded": self.padding} if self.padding else {})
 
 

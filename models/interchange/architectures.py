@@ -6,18 +6,14 @@ model_configs/*.json, as its `create_model` reads it (open_clip 3.3).
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from ..spec import CLIP_MEAN, CLIP_STD, ImageSpec, ModelSpec, TowerSpec
-
-Config = Mapping[str, Any]
+from .errors import InterchangeError
+from .open_clip_files import Config, architectures
 
 _END = 49407
 """the end-of-text token of CLIP's vocabulary, its largest id"""
@@ -33,26 +29,6 @@ _TEXT |= {"proj_bias", "proj_type", "hf_tokenizer_name", "tokenizer_mode", "toke
 _DECODER = _TEXT | {"dim_head", "n_queries", "attn_pooler_heads"}
 _TOP = {"embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
 _TOP |= {"init_logit_bias", "nonscalar_logit_scale", "output_dict"}
-
-
-class InterchangeError(ValueError):
-    """A model without an equivalent on the other side, or weights that do not fit; the message has the reason."""
-
-
-def package_folder() -> Path:
-    """Where open_clip is installed; it is not imported. Raises InterchangeError."""
-    found = importlib.util.find_spec("open_clip")
-    for folder in (found and found.submodule_search_locations) or ():
-        if (Path(folder) / "model_configs").is_dir():
-            return Path(folder)
-    raise InterchangeError("open_clip is not installed; run `pip install open_clip_torch`")
-
-
-@cache
-def architectures() -> dict[str, Config]:
-    """open_clip's configs by name. Raises InterchangeError."""
-    files = sorted((package_folder() / "model_configs").glob("*.json"))
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
 @cache

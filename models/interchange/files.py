@@ -7,30 +7,24 @@ preprocessed), or `open_clip:local-dir:FOLDER` (a folder with an open_clip_confi
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import socket
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..spec import CLIP_MEAN, CLIP_STD, ModelSpec
-from .architectures import Config, InterchangeError, config_named, package_folder, spec_of
+from .architectures import config_named, spec_of
+from .errors import InterchangeError
+from .open_clip_files import PREFIX, Config, fetch, published
 from .weights import from_open_clip
 
-PREFIX = "open_clip:"
 _FOLDER = "local-dir:"
 _TOKENIZER_FIELDS = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pool_type", "eos_id")
-_TABLES = "_treering_open_clip"
-"""module name under which open_clip's list of published weights is loaded"""
 _RESIZE = {"shortest": "crop", "squash": "squash"}
 
 
@@ -104,20 +98,6 @@ def picture_settings(pictures: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def published(name: str) -> dict[str, dict[str, Any]]:
-    """open_clip's published weights of an architecture by tag: their address and preprocessing."""
-    return dict(_tables()._PRETRAINED.get(name, {}))
-
-
-def _tables() -> ModuleType:
-    """open_clip's list of published weights and its download, without the other imports of open_clip."""
-    if _TABLES not in sys.modules:
-        package = ModuleType(_TABLES)
-        package.__path__ = [str(package_folder())]
-        sys.modules[_TABLES] = package
-    return importlib.import_module(f"{_TABLES}.pretrained")
-
-
 def _preprocessing(name: str, tag: str, config: Config) -> dict[str, Any]:
     """How weights need pictures preprocessed: as the tag says, or, without one, as all tags of the architecture do."""
     known = published(name)
@@ -138,44 +118,6 @@ def _preprocessing(name: str, tag: str, config: Config) -> dict[str, Any]:
         kind = "QuickGELU" if entry.get("quick_gelu") else "GELU"
         raise InterchangeError(f"{name}/{tag} was trained with {kind}; use {PREFIX}{other}/{tag}")
     return entry
-
-
-def fetch(name: str, tag: str) -> Path:
-    """The file of published weights, by open_clip's own download. Raises InterchangeError without a network."""
-    entry = published(name)[tag.lower().replace("-", "_")]
-    try:
-        # The hub's client retries for a minute even if its name cannot be resolved; its cache answers at once.
-        file = _cached(entry) if _offline() else _tables().download_pretrained(entry)
-        reason = "no network"
-    except Exception as error:  # from urllib, huggingface_hub or their transports
-        file, reason = "", type(error).__name__
-    if not file:
-        raise InterchangeError(
-            f"{name}/{tag} could not be downloaded ({reason}); on a machine with a network, download "
-            f"{entry.get('hf_hub') or entry.get('url')} and name the file: {PREFIX}{name}/{tag}=FILE"
-        )
-    return Path(file)
-
-
-def _offline() -> bool:
-    """Whether the hub's name cannot be resolved and no proxy is set that could resolve it."""
-    if any(os.environ.get(word) for word in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT")):
-        return False
-    try:
-        socket.getaddrinfo("huggingface.co", 443)
-    except OSError:
-        return True
-    return False
-
-
-def _cached(entry: Mapping[str, Any]) -> str:
-    """The file in the cache of the hub's client; empty if it has none."""
-    from huggingface_hub import try_to_load_from_cache
-
-    repository, _, name = str(entry.get("hf_hub", "")).rpartition("/")
-    names = [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    found = [try_to_load_from_cache(repository, name) for name in names] if repository else []
-    return next((file for file in found if isinstance(file, str)), "")
 
 
 def read_state(file: Path) -> dict[str, Tensor]:

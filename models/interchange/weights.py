@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..model import Model
 from ..spec import ModelSpec, TowerSpec
-from .architectures import InterchangeError
+from .errors import InterchangeError
 
 Tensors = Mapping[str, Tensor]
 _Map = Callable[..., tuple[Tensor, ...]]

@@ -40,6 +40,7 @@ from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.tests.support.ports import free_port
 from treering.tests.support.s3_server import KEY, SECRET, Server
 from treering.training.checkpoint.commits import Commits
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store
 from treering.training.device import describe
 from treering.training.engines.layout import rows
@@ -90,7 +91,8 @@ def ours(commits: Commits, step: int, tensors: dict[str, Tensor], layout: dict[s
     """One commit: seconds that the caller stood still, seconds to the end, and the peak over its own state."""
     with Peak() as peak:
         begun = time.perf_counter()
-        writing = commits.begin(SPEC, RunState(step=step, attempt=1), {}, tensors, world, layout)
+        snapshot = Snapshot(SPEC, RunState(step=step, attempt=1), {}, tensors, layout)
+        writing = commits.begin(snapshot, world)
         stall = time.perf_counter() - begun
         while not writing.done:
             while world.any(writing.busy)[0]:

@@ -106,8 +106,8 @@ def test_stack_repeats_and_interleave_doubles() -> None:
 def test_live_copies_are_lossy_and_say_so(layers: str) -> None:
     model = perturbed(SPEC)
     spec = SPEC.grown({"image.depth": 4, "text.depth": 3})
-    assert not any(operator.preserves for operator in plan_growth(SPEC, spec, layers=layers))
-    assert apart(model, resized(model, spec, layers=layers)) > 1e-2
+    assert not any(operator.preserves for operator in plan_growth(SPEC, spec, depth_init=layers))
+    assert apart(model, resized(model, spec, depth_init=layers)) > 1e-2
     assert apart(model, resized(model, spec)) == 0.0
 
 
@@ -221,7 +221,7 @@ def test_a_modality_tower_shrinks() -> None:
     there = plan_growth(model.spec, large, 3, "duplicate")
     deep = filled(large, there, state)
     held = state_of(deep)
-    back = plan_growth(large, model.spec, drop="smallest", read=lambda kind, name: held[f"{kind}/{name}"])
+    back = plan_growth(large, model.spec, drop_blocks="smallest", read=lambda kind, name: held[f"{kind}/{name}"])
     small = filled(model.spec, [*there, *back], state)
     for name, p in small.named_parameters():
         assert torch.allclose(p, read("model", name), rtol=1e-12), name
@@ -263,15 +263,15 @@ def test_new_words_are_the_mean_of_their_parts() -> None:
     model = perturbed(SPEC.grown({"captioner.depth": 1}))
     spec = model.spec.grown({"text.vocabulary": 49410})
     table = model.text.token_embedding.weight
-    larger = resized(model, spec, tokens=((5, 7), (9,))).text.token_embedding.weight
+    larger = resized(model, spec, token_init=((5, 7), (9,))).text.token_embedding.weight
     assert torch.equal(larger[:49408], table)
     assert torch.allclose(larger[49408:], torch.stack([(table[5] + table[7]) / 2, table[9]]))
     means = resized(model, spec).text.token_embedding.weight[49408:]
     assert torch.allclose(means, table.mean(0).expand(2, -1))
     with pytest.raises(SpecError, match="token_init has 1 entries for 2 new rows"):
-        plan_growth(model.spec, spec, tokens=((5,),))
+        plan_growth(model.spec, spec, token_init=((5,),))
     with pytest.raises(SpecError, match="not below 49408"):
-        plan_growth(model.spec, spec, tokens=((5,), (49409,)))
+        plan_growth(model.spec, spec, token_init=((5,), (49409,)))
 
 
 # Shrinking
@@ -300,8 +300,8 @@ def test_blocks_that_write_least_go_first() -> None:
     """Zeroed copies write nothing: dropping the smallest undoes the growth, dropping the last does not."""
     model = perturbed(SPEC)
     deep = resized(model, SPEC.grown({"image.depth": 5, "text.depth": 3}))
-    assert apart(model, resized(deep, SPEC, drop="smallest")) == 0.0
-    assert apart(model, resized(deep, SPEC, drop="last")) > 1e-3
+    assert apart(model, resized(deep, SPEC, drop_blocks="smallest")) == 0.0
+    assert apart(model, resized(deep, SPEC, drop_blocks="last")) > 1e-3
     operator = Drop("image.depth", "image.transformer.blocks", 5, (0, 2))
     assert operator.rule("image.transformer.blocks.1.mlp.up.bias").source == "image.transformer.blocks.2.mlp.up.bias"
     assert operator.describe()["dropped"] == [1, 3, 4]
@@ -378,7 +378,7 @@ def test_new_blocks_inherit_the_average_and_the_function_stays() -> None:
 def test_new_channels_inherit_the_average_quadrant_by_quadrant() -> None:
     model = perturbed(SPEC)
     spec = SPEC.grown({"image.width": 24, "text.head_dim": 6, "text.mlp_ratio": 5.0})
-    mixed, *_ = inheriting(model, spec, copies="duplicate")
+    mixed, *_ = inheriting(model, spec, width_init="duplicate")
     assert not plan_growth(SPEC, spec, inherit="ema")[-1].preserves
     weights, average = averaged(model)
     name = "image.patches.weight"

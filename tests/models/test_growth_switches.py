@@ -8,7 +8,7 @@ from torch import Tensor
 
 from treering.models.flops import forward_flops, parameters
 from treering.models.growth.operator import grown
-from treering.models.growth.options import Copies
+from treering.models.growth.options import WidthInit
 from treering.models.growth.plan import plan_growth
 from treering.models.model import Model, build
 from treering.models.output import Extras
@@ -62,7 +62,7 @@ def perturbed(spec: ModelSpec) -> Model:
     return model
 
 
-def grow(model: Model, targets: dict[str, Any], copies: Copies) -> Model:
+def grow(model: Model, targets: dict[str, Any], copies: WidthInit) -> Model:
     spec = model.spec.grown(targets)
     old = {name: p.detach() for name, p in model.named_parameters()}
     read = grown(plan_growth(model.spec, spec, 3, copies), lambda kind, name: old[name])
@@ -89,7 +89,7 @@ def outputs(model: Model) -> list[Tensor]:
 
 @pytest.mark.parametrize("copies", ["noise", "lemon"])
 @pytest.mark.parametrize(("name", "targets"), KEPT, ids=str)
-def test_the_function_stays(name: str, targets: dict[str, Any], copies: Copies) -> None:
+def test_the_function_stays(name: str, targets: dict[str, Any], copies: WidthInit) -> None:
     model = perturbed(SPECS[name])
     larger = grow(model, targets, copies)
     with torch.no_grad():

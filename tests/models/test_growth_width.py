@@ -16,7 +16,7 @@ from treering.models.growth import axes
 from treering.models.growth.axes import uses
 from treering.models.growth.heads import HeadDim
 from treering.models.growth.operator import Operator, grown, grown_rate
-from treering.models.growth.options import Copies
+from treering.models.growth.options import WidthInit
 from treering.models.growth.plan import plan_growth
 from treering.models.growth.positions import Context, Resolution
 from treering.models.model import Model, build
@@ -118,7 +118,7 @@ def filled(spec: ModelSpec, operators: list[Operator], old: dict[str, Tensor], d
     return larger
 
 
-def grow(model: Model, targets: dict[str, Any], copies: Copies = "noise", seed: int = 3) -> Model:
+def grow(model: Model, targets: dict[str, Any], copies: WidthInit = "noise", seed: int = 3) -> Model:
     spec = model.spec.grown(targets)
     old = {name: p.detach() for name, p in model.named_parameters()}
     return filled(spec, plan_growth(model.spec, spec, seed, copies), old, model.image_mean.dtype)
@@ -163,7 +163,7 @@ CASES = given(
 )
 
 
-def change(dtype: torch.dtype, spec: ModelSpec, chosen: list[str], more: int, copies: Copies) -> float:
+def change(dtype: torch.dtype, spec: ModelSpec, chosen: list[str], more: int, copies: WidthInit) -> float:
     targets = {path: size for name in chosen for path, size in OPERATIONS[name](spec, more).items()}
     assert all(operator.preserves for operator in plan_growth(spec, spec.grown(targets)))
     model = perturbed(spec, dtype)
@@ -172,13 +172,13 @@ def change(dtype: torch.dtype, spec: ModelSpec, chosen: list[str], more: int, co
 
 @CASES
 @settings(max_examples=25, deadline=None)
-def test_growth_keeps_the_function_in_fp64(spec: ModelSpec, chosen: list[str], more: int, copies: Copies) -> None:
+def test_growth_keeps_the_function_in_fp64(spec: ModelSpec, chosen: list[str], more: int, copies: WidthInit) -> None:
     assert change(torch.float64, spec, chosen, more, copies) < 1e-12
 
 
 @CASES
 @settings(max_examples=12, deadline=None, derandomize=True)  # rounding has a tail: 6.7e-6 was the largest of 100
-def test_growth_keeps_the_function_in_fp32(spec: ModelSpec, chosen: list[str], more: int, copies: Copies) -> None:
+def test_growth_keeps_the_function_in_fp32(spec: ModelSpec, chosen: list[str], more: int, copies: WidthInit) -> None:
     assert change(torch.float32, spec, chosen, more, copies) < 1e-5
 
 
@@ -187,7 +187,7 @@ def test_growth_keeps_the_function_in_fp32(spec: ModelSpec, chosen: list[str], m
 @CASES
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_growth_keeps_the_function_on_many_specs(
-    dtype: torch.dtype, bound: float, spec: ModelSpec, chosen: list[str], more: int, copies: Copies
+    dtype: torch.dtype, bound: float, spec: ModelSpec, chosen: list[str], more: int, copies: WidthInit
 ) -> None:
     assert change(dtype, spec, chosen, more, copies) < bound
 

@@ -31,6 +31,7 @@ from treering.training import loop
 from treering.training.checkpoint import writer
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.config import CheckpointConfig
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.loop import train
 from treering.training.state import RunState
@@ -52,7 +53,8 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
 
 def write(url: str, step: int, attempt: int, size: int = 1) -> None:
     state = {path: t.repeat(size) for path, t in tensors(step).items()}
-    Commits(Store(url)).begin(SPEC, RunState(step=step, attempt=attempt), {}, state, ALONE, policy=KEEP).finish()
+    snapshot = Snapshot(SPEC, RunState(step=step, attempt=attempt), {}, state)
+    Commits(Store(url)).begin(snapshot, ALONE, KEEP).finish()
 
 
 def assert_sound(url: str) -> list[int]:

@@ -3,6 +3,8 @@ clear errors, no secrets."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 import threading
@@ -12,9 +14,10 @@ import pytest
 import torch
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.training.checkpoint.commits import Commits, find_commit
+from treering.training.checkpoint.commits import Commits, _seal, find_commit
 from treering.training.checkpoint.config import CheckpointConfig
 from treering.training.checkpoint.manifest import DamagedCommit
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.state import RunState
 from treering.training.world import World
@@ -39,7 +42,7 @@ def tensors(fill: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 def write(commits: Commits, step: int, attempt: int = 1, fill: float = 1.0) -> str:
-    return commits.write(SPEC, RunState(step=step, attempt=attempt), {"name": "x"}, tensors(fill), ALONE)
+    return commits.write(Snapshot(SPEC, RunState(step=step, attempt=attempt), {"name": "x"}, tensors(fill)), ALONE)
 
 
 def test_objects(url: str) -> None:
@@ -209,3 +212,25 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert commits.store.sizes() == {}
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    """One of a later release, and one that was written under the names of the first."""
+    commits = Commits(Store(str(tmp_path)))
+    name = write(commits, 3)
+    manifest = json.loads((tmp_path / name / "manifest.json").read_text()) | {"format": 3, "new": "field"}
+    data = json.dumps(manifest).encode()
+    (tmp_path / name / "manifest.json").write_bytes(data)
+    (tmp_path / name / "COMMIT").write_bytes(_seal(hashlib.sha256(data).hexdigest()))
+    with pytest.raises(StoreError, match="is a commit of format 3, and this release reads format 2; use the release"):
+        commits.open(name)
+    (tmp_path / name).rename(tmp_path / "step-000000000003-life-0001")
+    with pytest.raises(StoreError, match="holds commits of format 1, from before release"):
+        commits.names()
+
+
+def test_attempt_ten_thousand_is_the_newest(tmp_path: Path) -> None:
+    commits = Commits(Store(str(tmp_path)))
+    for attempt in (9999, 10_000):
+        write(commits, 3, attempt)
+    assert commits.names()[-1].endswith("attempt-10000")

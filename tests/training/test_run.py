@@ -190,7 +190,7 @@ def test_a_field_newer_than_the_commit_does_not_matter(whole: tuple[Path, Summar
     commit = find_commit(str(whole[0]))
     older = commit.manifest.recipe | {"stages": [s | {} for s in commit.manifest.recipe["stages"]]}
     for stage in older["stages"]:
-        del stage["copies"]
+        del stage["width_init"]
     manifest = commit.manifest.model_copy(update={"recipe": older})
     assert check_same_run(recipe(), replace(commit, manifest=manifest)) == []
 

@@ -22,17 +22,16 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from ...models.spec import ModelSpec
-from ..engines.layout import Layout
-from ..state import RunState
 from ..world import World
 from .config import CheckpointConfig
-from .manifest import Commit, DamagedCommit, Manifest, read_verified
+from .manifest import FORMAT, Commit, DamagedCommit, Manifest, read_verified
+from .snapshot import Snapshot
 from .store import Store, StoreError
-from .writer import Part, Writing, taken
+from .writer import CommitUpload, Part, taken
 
-_SET = re.compile(r"^step-(\d{12})-attempt-(\d{4})$")
-_ATTEMPT = re.compile(r"^attempt-(\d{4})\.json$")
+_SET = re.compile(r"^step-(\d{12,})-attempt-(\d{4,})$")
+_ATTEMPT = re.compile(r"^attempt-(\d{4,})\.json$")
+_FORMAT_1 = re.compile(r"^step-\d{12}-life-\d{4}/COMMIT$")
 _STALE = timedelta(days=1)
 
 
@@ -47,14 +46,19 @@ class Commits:
         """Objects of every set, complete or not, by set name."""
         sets: dict[str, set[str]] = {}
         for path in self.store.sizes():
+            if _FORMAT_1.match(path):
+                raise StoreError(
+                    f"{self.store.url} holds commits of format 1, from before release 0.2, and this release reads "
+                    f"format {FORMAT}; continue them with that release, or give a new run another place"
+                )
             name, _, file = path.partition("/")
             if _SET.match(name) and file:
                 sets.setdefault(name, set()).add(file)
         return sets
 
     def names(self) -> list[str]:
-        """Complete commits, oldest first."""
-        return sorted(name for name, files in self._sets().items() if _complete(files))
+        """Complete commits, oldest first. Raises StoreError if the place holds commits of an older format."""
+        return sorted((name for name, files in self._sets().items() if _complete(files)), key=_order)
 
     def remove_after(self, step: int) -> None:
         """Remove complete commits of later steps, the newest first."""
@@ -89,6 +93,7 @@ class Commits:
             if seal != _seal(digest):
                 raise DamagedCommit(f"{self.store.url}/{name}/COMMIT is damaged; use another commit")
             data = read_verified(self.store, f"{name}/manifest.json", digest)
+            self._check_format(name, json.loads(data).get("format"))
             return Commit(self.store, name, Manifest.model_validate_json(data))
         except FileNotFoundError:
             raise StoreError(
@@ -100,59 +105,50 @@ class Commits:
                 file, where = "manifest.json", ".".join(map(str, error.errors()[0]["loc"]))
             raise DamagedCommit(f"{self.store.url}/{name}/{file} is damaged ({where!r}); use another commit") from None
 
-    def begin(
-        self,
-        spec: ModelSpec,
-        state: RunState,
-        recipe: dict[str, Any],
-        tensors: Mapping[str, Tensor],
-        world: World,
-        layout: Layout | None = None,
-        policy: CheckpointConfig | None = None,
-        reason: str = "interval",
-        scores: Mapping[str, float] | None = None,
-        copies: World | None = None,
-    ) -> Writing:
-        """Begin a commit of `tensors` as they are now; every rank calls this, and then leads its Writing to the end.
+    def _check_format(self, name: str, found: Any) -> None:
+        """Raise StoreError if the commit is of another format, before anything else of it is read."""
+        if found != FORMAT:
+            raise StoreError(
+                f"{self.store.url}/{name} is a commit of format {found!r:.40}, and this release reads format {FORMAT}; "
+                f"use the release that wrote it"
+            )
 
-        `layout` says what stretches of the whole tensors these are; without it they are whole. Of what several ranks
-        hold alike, which are `copies` (left out: all without `layout`, none with it), each writes a share. What
-        `policy` does not keep is removed once this commit is complete.
+    def begin(self, snapshot: Snapshot, world: World, policy: CheckpointConfig | None = None) -> CommitUpload:
+        """Begin a commit of a snapshot as it is now; every rank calls this, and then leads its upload to the end.
+
+        Of what several ranks hold alike each writes a part. What `policy` does not keep is removed once this commit is
+        complete.
         """
-        own = _share(tensors, copies or (World(0, 1, world.device) if layout else world))
-
-        name = f"step-{state.step:012d}-attempt-{state.attempt:04d}"
-        starts = {path: stretch.start for path, stretch in (layout or {}).items()}
-        shapes = {path: stretch.shape for path, stretch in (layout or {}).items()}
+        layout, name, attempt = snapshot.layout or {}, snapshot.name, snapshot.state.attempt
+        copies = snapshot.copies or (World(0, 1, world.device) if snapshot.layout else world)
+        starts = {path: stretch.start for path, stretch in layout.items()}
 
         def complete(parts: Sequence[Part]) -> None:
             manifest = Manifest(
-                spec=spec,
-                state=state,
-                recipe=recipe,
-                reason=reason,
-                scores=dict(scores or {}),
-                shapes=shapes,
+                spec=snapshot.spec,
+                state=snapshot.state,
+                recipe=dict(snapshot.recipe),
+                reason=snapshot.reason,
+                scores=dict(snapshot.scores),
+                shapes={path: stretch.shape for path, stretch in layout.items()},
                 parts=tuple(parts),
             )
             self.seal(name, manifest)
             if policy is not None:
-                self.retain(policy, state.attempt)
-                self.sweep_uploads(state.attempt)
+                self.retain(policy, attempt)
+                self.sweep_uploads(attempt)
 
-        discard = partial(self._discard, name)
-        return Writing(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
+        own, discard = _share(snapshot.tensors, copies), partial(self._discard, name)
+        return CommitUpload(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
 
-    def write(
-        self, spec: ModelSpec, state: RunState, recipe: dict[str, Any], tensors: Mapping[str, Tensor], world: World
-    ) -> str:
-        """Commit a snapshot and return its name; every rank calls this with the same tensors and writes its share.
+    def write(self, snapshot: Snapshot, world: World) -> str:
+        """Commit a snapshot and return its name; every rank calls this with the same tensors and writes its part.
 
         Raises StoreError on every rank if any rank failed; what was written is then removed and was never visible.
         """
-        writing = self.begin(spec, state, recipe, tensors, world)
-        writing.finish()
-        return writing.name
+        upload = self.begin(snapshot, world)
+        upload.finish()
+        return upload.name
 
     def seal(self, name: str, manifest: Manifest) -> None:
         """Write the manifest and, when every part is there at its size, the COMMIT object."""
@@ -190,7 +186,7 @@ class Commits:
         None of this attempt may be under way.
         """
         sets = self._sets()
-        complete = sorted(name for name, files in sets.items() if _complete(files))
+        complete = sorted((name for name, files in sets.items() if _complete(files)), key=_order)
         kept = self._kept(complete, policy)
         for name in sets:
             unfinished = name not in complete and _attempt(name) <= attempt
@@ -273,6 +269,11 @@ def _step(name: str) -> int:
     match = _SET.match(name)
     assert match
     return int(match[1])
+
+
+def _order(name: str) -> tuple[int, int]:
+    """By which commits are older or newer: numbers, as text would sort attempt 10000 before 9999."""
+    return _step(name), _attempt(name)
 
 
 def _attempt(name: str) -> int:

@@ -24,11 +24,14 @@ from ..state import RunState
 from .store import Store, StoreError
 from .writer import Part
 
+FORMAT = 2
+"""of commits: what is in them and what it is called. 1 was before the names of release 0.2."""
+
 
 class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
     """What a commit holds."""
 
-    format: int = 1
+    format: int = FORMAT
     spec: ModelSpec
     state: RunState
     recipe: dict[str, Any]

@@ -65,7 +65,7 @@ class Pace:
         time.sleep(max(0.0, begin - time.monotonic()))
 
 
-class Writing:
+class CommitUpload:
     """One commit from its snapshot to its completion. All ranks have one at the same time, and lead it together.
 
     `advance` as soon as no rank is `busy` any more, until `done`; or `finish`, which waits.

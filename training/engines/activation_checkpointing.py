@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ...models.activations import BlockMemory, block_memory, choose, peak
+from ...models.activations import BlockMemory, block_memory, blocks_to_recompute, peak
 from ...models.flops import parameters
 from ...models.model import Model, empty
 from ...models.output import Extras
@@ -107,7 +107,7 @@ class Recomputing:
         half = self._config.precision == "bf16"
         found = block_memory(spec, BatchShape(pairs, total, places, patches, half, extras.tokens))
         self.allowed = budget(self._config, found, self._left(pairs))
-        self.checkpointed = choose(found, self.allowed)
+        self.checkpointed = blocks_to_recompute(found, self.allowed)
         self.bytes = peak(found, self.checkpointed)
         for name, transformer in self._model.transformers().items():
             transformer.checkpointed_blocks = self.checkpointed[name]

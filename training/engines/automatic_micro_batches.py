@@ -8,14 +8,14 @@ a collective, so none waits for one that has no memory; then all take the smalle
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from accelerate.utils import find_executable_batch_size
 
 from ..objectives.base import Inputs, load_states, states
-from ..state import TrainingError
+from ..state import Event, TrainingError
 from ..world import World
 from . import micro_batches
 from .activation_checkpointing import USABLE
@@ -61,6 +61,17 @@ def fewest_pieces(engine: Engine, inputs: Inputs, longest: int) -> int:
             f"engine.activation_budget: auto, engine.kind: fsdp on more devices, or a smaller model"
         )
     return int(max(needed))
+
+
+def recorded_pieces(lineage: Sequence[Event], stage: int, device: str, world: int) -> int | None:
+    """The pieces that a run has found for a stage on as many devices of this kind; None if it has not looked."""
+    here = {"stage": stage, "device": device}
+    found = [
+        event.detail["pieces"]
+        for event in lineage
+        if event.event == "micro_batches" and event.world == world and here.items() <= event.detail.items()
+    ]
+    return found[-1] if found else None
 
 
 def with_longest_captions(inputs: Inputs, longest: int) -> Inputs:

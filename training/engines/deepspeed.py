@@ -80,11 +80,13 @@ class DeepSpeedEngine(Engine):
     def _update(self, lr: float, fade: float) -> Tensor:
         pace(self._adam, lr, fade)
         self._engine.step()
-        overflowed = self._partitions.overflowed
+        overflowed = (
+            not self._engine.was_step_applied()
+        )  # it skips a step that is not finite without a word: issue 8415
         self._steps, self._skips = self._steps + (not overflowed), self._skips + overflowed
         if self.optimizer_config.ema and not overflowed:
             self._partitions.average(self.optimizer_config.ema)
-        return self._partitions.norm
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
 
     @property
     def applied(self) -> int:

@@ -34,7 +34,9 @@ def prepare(model: Model, config: EngineConfig, device: torch.device) -> dict[st
     half = config.precision == "bf16" and device.type == "cuda"
     refused = None if half else f"{config.precision} on {device.type}"
     for attention in (module for module in model.modules() if isinstance(module, Attention)):
-        refused = refused or varlen.tried(attention.heads, attention.key.out_features // attention.heads, device)
+        refused = refused or varlen.kernel_refusal(
+            attention.heads, attention.key.out_features // attention.heads, device
+        )
     if config.compile:
         check_compiler(device)
         forget_compiled()
@@ -42,7 +44,7 @@ def prepare(model: Model, config: EngineConfig, device: torch.device) -> dict[st
         if isinstance(module, Attention):
             module.varlen = refused is None
         if isinstance(module, Experts) and half and config.groups_experts:
-            module.grouped = mlp.tried(module.spec, device) is None
+            module.grouped = mlp.grouped_refusal(module.spec, device) is None
         if isinstance(module, TransformerBlock) and config.compile:
             module.compile(dynamic=True)
     image, text, dtype = model.spec.image, model.spec.text, torch.bfloat16 if config.precision == "bf16" else None

@@ -2,13 +2,36 @@
 
 Stages 1 and 2 lay the parameters of a group end to end and give every rank an equal cut of that line; stage 3 cuts
 every parameter by itself. Either way a rank has one stretch of a parameter, of its fp32 master and of its moments.
-Written against deepspeed 0.19; `require` refuses others.
+
+The state is read here because DeepSpeed offers no other way to it. Its checkpoints load at the world size that wrote
+them (issues 2898, 3810; the universal format of 2921 is a conversion between two runs), and loading weights after
+`deepspeed.initialize` was asked for and not answered (issue 6411). Its public accessors are for debugging:
+`safe_get_full_*` and `safe_set_full_*` move whole tensors through all ranks, one by one (pull requests 2727, 4192), and
+`safe_get_local_*` exists for stage 3 alone (pull request 4681). Numbers are those of github.com/deepspeedai/DeepSpeed.
+
+What is used of its insides, each for one reason:
+
+- `_hp_mapping` (stages 1, 2) with its `param_group_index`, `hp_fragment_address`, `lp_fragment_address`: where in the
+  flat buffer, and where in the parameter, this rank's part begins. The public accessors read it too (2727).
+- `grad_position`, `get_param_id`, `ds_tensor` (stage 3): the same there.
+- `single_partition_of_fp32_groups`, `fp32_partitioned_groups_flat`, `optimizer.state`: the buffers themselves. Moments
+  are set with the steps that they have seen, which stages 1 and 2 do not keep (pull requests 4396, 5104).
+- `update_lp_params`, `_reassign_or_swap_out_partitioned_parameters`, `persistent_parameters`, `fp16_groups`: what was
+  loaded into the masters would reach the weights that compute only at the end of the next step (issue 6411).
+- `zero.Init._convert_to_deepspeed_param` and `partition`: `zero.Init` itself sends every parameter whole from the first
+  rank to all (discussed in pull request 1453; 8103, to bound its memory, was closed), and ours are alike already.
+- `fp16_partitioned_groups_flat`, `grad_partitions_flat_buffer`: freed by hand, as `destroy` leaves memory behind
+  (issues 4856, 5143, 5674, 7204).
+- `ops.__compatible_ops__`: leaves out an extension that it compiles at first use on a CPU (issue 7108).
+
+Written against DeepSpeed 0.19; `require` refuses others.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
@@ -21,7 +44,7 @@ from ..world import World
 from .layout import Stretch
 from .optimizer import MOMENTS
 
-_VERSION = "0.19."
+_FIRST, _BELOW = (0, 19, 8), (0, 20)
 
 
 def require(world: World) -> Any:
@@ -32,10 +55,11 @@ def require(world: World) -> Any:
         raise TrainingError(
             "engine.kind = deepspeed needs DeepSpeed; pip install 'treering[deepspeed]', or use engine.kind: fsdp"
         ) from None
-    if not version.startswith(_VERSION):
+    if not _FIRST <= tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < _BELOW:
+        first, below = (".".join(map(str, bound)) for bound in (_FIRST, _BELOW))
         raise TrainingError(
-            f"engine.kind = deepspeed reads the insides of DeepSpeed {_VERSION}x, and {version} is installed; "
-            f"pip install 'deepspeed>={_VERSION}8,<0.20', or use engine.kind: fsdp"
+            f"engine.kind = deepspeed reads the insides of DeepSpeed from {first} to below {below}, and {version} is "
+            f"installed; pip install 'deepspeed>={first},<{below}', or use engine.kind: fsdp"
         )
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # it would look for other devices, and compile for them
@@ -139,16 +163,6 @@ class Partitions:
         if kept:  # small ones that every rank keeps a whole copy of
             kept[0].partition(kept)
             kept[0].all_gather(kept)
-
-    @property
-    def norm(self) -> Tensor:
-        """Norm of the last gradient before clipping; infinite if the step was skipped."""
-        return torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32)
-
-    @property
-    def overflowed(self) -> bool:
-        """Whether the last gradient was not finite, so that its step was skipped."""
-        return bool(self._zero.overflow)
 
     def release(self) -> None:
         """Free what stage 3 would keep: its hooks hold the whole optimizer after `destroy`."""

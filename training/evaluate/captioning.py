@@ -19,7 +19,7 @@ from ...data.evaluation_sets import Pictures
 from ...models.model import Model
 from ..world import World
 from .embed import own_batches, pixels, read
-from .generate import Writing, write
+from .generate import CaptionDecoding, write
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
@@ -28,7 +28,7 @@ _DRAWS = 1000
 
 
 def written(
-    model: Model, data: Pictures, writing: Writing, longest: int, batch: int, world: World
+    model: Model, data: Pictures, writing: CaptionDecoding, longest: int, batch: int, world: World
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Of every usable sample its number, key, true captions and what the model writes; ledger entries of the others.
     Shared out over the ranks, the same on each, in index order."""

@@ -1,9 +1,13 @@
-"""Whether models differ: task by task, on the same queries.
+"""Whether models differ: task by task, on the same queries; also one model before and after a growth.
 
 The first model is the one the others are compared with. Where a score is a mean over queries, the difference has a
 paired bootstrap interval; where each query is right or wrong, flips are counted and tested by McNemar's exact test, and
 elsewhere the bootstrap tests. Many tasks tested at once find differences by luck, so p-values come adjusted by Holm's
 method over all tasks of a pair of models.
+
+A run compares its model with what it was before a growth. A model that is better on average may have queries wrong
+that it had right (negative flips: Yan et al., arXiv 2011.09161), so the records of a run keep one bit for each query of
+an evaluation.
 """
 
 from __future__ import annotations
@@ -12,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...data.errors import DataError, shown
+from ...data.order import stable_hash
 from ..report.readable import lower_is_better
 from .outcome import Evaluation
 from .reliability import compare, difference, holm
@@ -125,3 +131,37 @@ def _adjusted(column: Sequence[Change]) -> list[Change]:
 def comparison(models: Sequence[Mapping[str, Any]], compared: Sequence[Task]) -> dict[str, Any]:
     """All of it as one plain object; `models` says of each what it is, the first one first."""
     return {"models": [dict(model) for model in models], "tasks": [task.json() for task in compared]}
+
+
+def bits(found: Evaluation) -> dict[str, dict[str, Any]]:
+    """Of each score whose queries are right or wrong at rank one: which are right, and which queries they were."""
+    return {
+        key: {
+            "right": np.packbits(right.numpy()).tobytes().hex(),
+            "queries": len(right),
+            "asked": stable_hash(*found.names[key]),
+        }
+        for key, right in found.queries.items()
+        if right.dtype == torch.bool and not key.endswith(("@5", "@10"))
+    }
+
+
+def flips(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By score: `lost`, `won`, of how many `queries`, and McNemar's `p_value`; `before` and `after` are from `bits`.
+
+    Scores that were not of the same queries are left out.
+    """
+    found = {}
+    for key in before.keys() & after.keys():
+        old, new = before[key], after[key]
+        if (old["queries"], old["asked"]) == (new["queries"], new["asked"]):
+            compared = compare(_right(old), _right(new))
+            count = old["queries"]
+            lost, won = round(compared.negative_flips * count), round(compared.positive_flips * count)
+            found[key] = {"lost": lost, "won": won, "queries": count, "p_value": compared.p_value}
+    return dict(sorted(found.items()))
+
+
+def _right(kept: Mapping[str, Any]) -> Tensor:
+    packed = np.frombuffer(bytes.fromhex(kept["right"]), dtype=np.uint8)
+    return torch.from_numpy(np.unpackbits(packed, count=kept["queries"]).astype(bool))

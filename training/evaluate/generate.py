@@ -1,4 +1,4 @@
-"""Writing captions, all pictures at once: the most likely token again and again, the most likely caption, or draws.
+"""Captions from the model, all pictures at once: the most likely token each time, the most likely caption, or draws.
 
 Shape suffixes: b pictures, w beams of a picture, v vocabulary.
 """
@@ -14,10 +14,10 @@ from ...models.decoding import Decoder
 from ...models.model import Model
 from ..sample_rng import uniform
 
-Writing = Literal["greedy", "beam", "nucleus"]
+CaptionDecoding = Literal["greedy", "beam", "nucleus"]
 
 
-def write(kind: Writing, model: Model, images: Tensor, start: int, end: int, longest: int) -> list[list[int]]:
+def write(kind: CaptionDecoding, model: Model, images: Tensor, start: int, end: int, longest: int) -> list[list[int]]:
     """Ids of each caption without `start` and `end`, at most `longest` with `start`.
 
     images: uint8 [b, 3, resolution, resolution].

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import comb
 
 import numpy as np
 import torch
@@ -18,21 +17,32 @@ from ...data.order import stream
 
 _DRAWS = 1000
 _BINS = 15
+_AT_ONCE = 1 << 22  # values of resamples that are held at a time
 
 
 def interval(value_n: Tensor, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean (Efron 1979): the middle `level` of the means of 1,000 samples drawn
-    with replacement from `value_n`."""
+    """The percentile bootstrap interval of a mean (Efron 1979): the middle `level` of the means of samples drawn with
+    replacement from `value_n`; of 1,000 of them, or of all where values are 0 or 1, whose sum is binomial."""
+    from scipy import stats  # half a second, and only an evaluation needs it
+
     values = value_n.double().numpy()
     if len(values) == 0:
         return float("nan"), float("nan")
-    random = stream(seed, "bootstrap", len(values))
-    if np.isin(values, (0.0, 1.0)).all():  # a resample of rights and wrongs is a binomial draw
-        means = random.binomial(len(values), values.mean(), _DRAWS) / len(values)
-    else:
-        means = np.array([values[random.integers(0, len(values), len(values))].mean() for _ in range(_DRAWS)])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    if np.isin(values, (0.0, 1.0)).all():
+        low, high = stats.binom.ppf([(1 - level) / 2, (1 + level) / 2], len(values), values.mean()) / len(values)
+        return float(low), float(high)
+    if len(values) == 1:
+        return float(values[0]), float(values[0])
+    found = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=_DRAWS,
+        batch=max(1, _AT_ONCE // len(values)),
+        confidence_level=level,
+        method="percentile",
+        rng=stream(seed, "bootstrap", len(values)),
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def calibration_error(probability_nc: Tensor, label_n: Tensor, bins: int = _BINS) -> float:
@@ -136,14 +146,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _mcnemar(lost: int, won: int) -> float:
-    """Two-sided binomial test of `lost` against `won` at one half, in exact integers."""
-    flips, fewer = lost + won, min(lost, won)
-    tail = sum(comb(flips, i) for i in range(fewer + 1))
-    return min(1.0, 2 * tail / (1 << flips)) if flips < 1000 else _normal_tail(lost, won)
+    """Two-sided binomial test of `lost` against `won` at one half."""
+    from scipy.stats import binomtest
 
-
-def _normal_tail(lost: int, won: int) -> float:
-    """The same for many flips, with the continuity correction."""
-    from math import erfc, sqrt
-
-    return erfc(max(abs(lost - won) - 1, 0) / sqrt(2 * (lost + won)))
+    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...models.flops import parameters
 from ...models.growth.operator import GrownState, source_of
 from ...models.growth.plan import changes
-from ...models.spec import SpecError
+from ...models.spec import ModelSpec, SpecError
 from ..checkpoint.commits import Commits, find_commit
 from ..checkpoint.config import InitFromConfig
 from ..checkpoint.manifest import Commit, Manifest
@@ -133,11 +133,12 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
 def _with_stages(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, Any]) -> Recipe:
     """The recipe with these stages, of which `new` is new. Raises SpecError."""
     tree = recipe.model_dump(mode="json") | {"stages": stages}
-    captions = tree["model"]["captioner"] or any("captioner.depth" in each.get("grow", {}) for each in tree["stages"])
-    tree["objectives"]["caption"] = (tree["objectives"].get("caption") or {}) if captions else None
-    _feed_and_train(tree)
     try:
         StageConfig.model_validate(new)
+        spec = recipe.model
+        for stage in stages:
+            spec = StageConfig.model_validate(stage).resized(spec)
+        _feed_and_train(tree, spec)
         return Recipe.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
@@ -146,15 +147,15 @@ def _with_stages(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, An
         raise SpecError(f"{where}: {said}" if where else said) from None
 
 
-def _feed_and_train(tree: dict[str, Any]) -> None:
-    """Give each modality tower of a recipe its column, and a contrastive term with the text if it has none; drop the
-    terms of towers that no stage has."""
-    grown = [path.split(".") for stage in tree["stages"] for path in stage.get("grow", {})]
-    towers = {*tree["model"]["modalities"], *(path[1] for path in grown if path[0] == "modalities" and len(path) == 3)}
-    known, terms = towers | {"image", "text"}, tree["objectives"].get("modalities", [])
-    terms = [term for term in terms if known.issuperset(term["between"])]
+def _feed_and_train(tree: dict[str, Any], spec: ModelSpec) -> None:
+    """Give the parts of the last stage's `spec` what they need: a captioner its objective, a modality its data column
+    and, if no term reads it, a contrastive term with the text. Terms of parts that no stage has are dropped."""
+    objectives, towers = tree["objectives"], set(spec.modalities)
+    objectives["caption"] = (objectives.get("caption") or {}) if spec.captioner else None
+    known = towers | {"image", "text"}
+    terms = [term for term in objectives.get("modalities", []) if known.issuperset(term["between"])]
     trained = {name for term in terms for name in term["between"]}
-    tree["objectives"]["modalities"] = terms + [{"between": [name, "text"]} for name in sorted(towers - trained)]
+    objectives["modalities"] = terms + [{"between": [name, "text"]} for name in sorted(towers - trained)]
     tree["data"]["columns"] |= dict.fromkeys(towers, "npy")
 
 

@@ -23,6 +23,9 @@ from torch import Tensor
 
 from ...models.flops import training_flops
 from ...models.spec import ModelSpec
+from ..run_plan import RunPlan
+from ..stages import steady_from
+from ..state import RunState
 from ..world import World
 
 
@@ -90,9 +93,25 @@ class Tally:
         return len(self._losses)
 
     def add(self, loss: Tensor, tokens: int) -> None:
-        """This rank's share of a step's loss, and the tokens of its captions."""
+        """This rank's part of a step's loss, and the tokens of its captions."""
         self._losses.append(loss.detach())
         self._tokens.append(tokens)
+
+    def fold(self, state: RunState, plan: RunPlan, patches: int | None, reads_tokens: bool) -> RunState:
+        """The state with the FLOPs of these steps counted, and their losses kept where a rule measures them.
+
+        `patches` of each picture were read (None: all); `reads_tokens` says whether an objective reads token features.
+        All ranks call it together.
+        """
+        size, spec, stage = plan.recipe.data.batch, plan.specs[state.stage], plan.stages[state.stage]
+        flops, window, samples = state.flops, list(state.window), state.samples - len(self) * size
+        steady = steady_from(plan.stages, state.stage, size, plan.recipe.schedule.warmup)
+        for loss, tokens in self.take():
+            flops += size * training_flops(spec, tokens / size, patches, reads_tokens)
+            if stage.plateau and samples >= steady:
+                window.append((loss, tokens / size))
+            samples += size
+        return state.model_copy(update={"flops": flops, "window": tuple(window)})
 
     def take(self) -> list[tuple[float, int]]:
         """The whole loss of each step, and the tokens of its global batch: the same on all ranks."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..evaluate.flips import bits, flips
+from ..evaluate.comparing import bits, flips
 from ..evaluate.suites import Evaluation
 from ..recipe import Recipe
 from ..report import write_report

@@ -14,10 +14,11 @@ from ...data.samples.clip_tokenizer import TextTokenizer
 from ...data.samples.tokenizer import open_tokenizer
 from ...data.shards.source import held_out
 from ...models.flops import parameters
-from ...models.interchange.architectures import InterchangeError
+from ...models.interchange.errors import InterchangeError
 from ...models.interchange.files import Weights
 from ..checkpoint.commits import Commits
 from ..checkpoint.config import InitFromConfig
+from ..checkpoint.snapshot import Snapshot
 from ..checkpoint.store import Store, StoreError
 from ..recipe import Recipe
 from ..state import Event, RunState
@@ -88,9 +89,8 @@ def import_commit(
     state = RunState(attempt=attempt, lineage=(event,))
     written = recipe.model_dump(mode="json")
     alone = World(0, 1, torch.device("cpu"))
-    writing = commits.begin(weights.spec, state, written, tensors, alone, reason="import")
-    writing.finish()
-    url = f"{commits.store.url}/{writing.name}"
+    name = commits.write(Snapshot(weights.spec, state, written, tensors, reason="import"), alone)
+    url = f"{commits.store.url}/{name}"
     return url, recipe.model_copy(update={"init_from": InitFromConfig(commit=url)})
 
 

@@ -21,6 +21,7 @@ from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.config import CheckpointConfig
 from treering.training.checkpoint.manifest import DamagedCommit
 from treering.training.checkpoint.serialize import Packed
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.engines.layout import Stretch, gathered, rows
 from treering.training.state import RunState
@@ -44,9 +45,10 @@ def truth(kind: str = "model") -> dict[str, torch.Tensor]:
     }
 
 
-def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALONE, **more: Any) -> writer.Writing:
+def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALONE, **more: Any) -> writer.CommitUpload:
     step = more.pop("step", 1)
-    return commits.begin(SPEC, RunState(step=step, samples=10 * step, attempt=1), {}, tensors, world, **more)
+    state, policy = RunState(step=step, samples=10 * step, attempt=1), more.pop("policy", None)
+    return commits.begin(Snapshot(SPEC, state, {}, tensors, **more), world, policy)
 
 
 def row_layout(world: World) -> dict[str, Stretch]:
@@ -193,7 +195,7 @@ def test_a_run_that_was_taken_over_is_refused(tmp_path: Path) -> None:
     assert late.claim_attempt("late") == 2
     with pytest.raises(StoreError, match=r"another run \('late'\) took over .* this one is refused"):
         begin(early, tensors, step=2).finish()
-    late.write(SPEC, RunState(step=2, attempt=2), {}, tensors, ALONE)
+    late.write(Snapshot(SPEC, RunState(step=2, attempt=2), {}, tensors), ALONE)
     assert late.names() == ["step-000000000001-attempt-0001", "step-000000000002-attempt-0002"]
 
 
@@ -206,7 +208,7 @@ def test_a_late_mark_on_what_was_swept_completes_nothing(tmp_path: Path, monkeyp
     def slow(self: Store, name: str, data: bytes) -> bool:
         if name.endswith("COMMIT") and "attempt-0001" in name:
             assert late.claim_attempt("late") == 2
-            late.write(SPEC, RunState(step=1, attempt=2), {}, tensors, ALONE)
+            late.write(Snapshot(SPEC, RunState(step=1, attempt=2), {}, tensors), ALONE)
             late.retain(CheckpointConfig(), attempt=2)
         return put_new(self, name, data)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from treering.launch.commands.plan import plan
 from treering.launch.recipe.load import read_recipe
-from treering.models.activations import BlockMemory, block_memory, choose, peak
+from treering.models.activations import BlockMemory, block_memory, blocks_to_recompute, peak
 from treering.models.model import Model, build
 from treering.models.parts import BatchShape
 from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, SharedSpec, TextSpec
@@ -147,7 +147,7 @@ SIZES = st.tuples(st.integers(1, 5), st.integers(20, 90), st.integers(1, 19), st
 def test_as_few_blocks_as_needed(sizes: list[tuple[int, int, int, int]], budget: int) -> None:
     """Against every possible choice: within the budget if any is, and none could be left out of it."""
     found = {str(i): BlockMemory(d, block, block, stream, work) for i, (d, block, stream, work) in enumerate(sizes)}
-    chosen = choose(found, budget)
+    chosen = blocks_to_recompute(found, budget)
     ranges = [range(stack.depth + 1) for stack in found.values()]
     possible = [dict(zip(found, counts, strict=True)) for counts in product(*ranges)]
     if any(peak(found, one) <= budget for one in possible):

@@ -15,6 +15,7 @@ import torch
 
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.training.checkpoint.commits import Commits
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store
 from treering.training.engines.base import Engine
 from treering.training.engines.build import build_engine
@@ -81,7 +82,7 @@ def test_what_one_process_holds(kind: str, tmp_path: Path, on_ranks: Callable[..
 
     def write(engine: Engine, world: World, step: int) -> None:
         state, tensors = RunState(step=step, attempt=1), engine.logical_state()
-        commits.begin(SPEC, state, {}, tensors, world, engine.layout, copies=engine.copies).finish()
+        commits.begin(Snapshot(SPEC, state, {}, tensors, engine.layout, engine.copies), world).finish()
 
     def read(engine: Engine) -> None:
         commit = commits.open(commits.names()[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.manifest import Commit
+from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store
 from treering.training.engines.base import Engine
 from treering.training.engines.build import build_engine
@@ -23,7 +25,7 @@ from treering.training.engines.zero_state import require
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.caption import Caption
 from treering.training.objectives.contrastive import Contrastive
-from treering.training.state import RunState
+from treering.training.state import RunState, TrainingError
 from treering.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -236,7 +238,8 @@ def load_initial(ours: Engine) -> None:
 def write(commits: Commits, ours: Engine, step: int, world: World) -> None:
     state = RunState(step=step, attempt=1, applied=ours.applied, skipped=ours.skipped, multipliers=ours.multipliers)
     valid = ours.model.spec.model_copy(update={"text": TextSpec(width=18, depth=2, heads=3, context=9)})
-    commits.begin(valid, state, {}, ours.logical_state(), world, ours.layout, copies=ours.copies).finish()
+    snapshot = Snapshot(valid, state, {}, ours.logical_state(), ours.layout, ours.copies)
+    commits.begin(snapshot, world).finish()
 
 
 def load(ours: Engine, commit: Commit) -> None:
@@ -310,3 +313,20 @@ def weight_of_caption(ours: Engine, weight: float) -> Iterator[None]:
     ours.objectives[1] = Caption(weight)
     yield
     ours.objectives[1] = usual
+
+
+@pytest.mark.parametrize("installed", ["0.18.9", "0.19.7", "0.20.0", "1.0"])
+def test_other_versions_of_deepspeed_are_refused(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: installed)
+    with pytest.raises(
+        TrainingError, match=rf"from 0\.19\.8 to below 0\.20, and {installed} is installed; pip install"
+    ):
+        require(World(0, 1, torch.device("cpu")))
+
+
+def test_the_range_of_deepspeed_is_that_of_the_extra() -> None:
+    extra = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert "deepspeed>=0.19.8,<0.20" in extra["deepspeed"]
+    require(World(0, 1, torch.device("cpu")))

@@ -119,13 +119,13 @@ def test_the_steady_step_does_not_wait_for_the_gpu(name: str) -> None:
     spec = TOWERS.get(name, SPEC if "caption" in objective.needs else DUAL)
     config = DdpConfig(precision="bf16", activation_budget=0.5)
     engine = DdpEngine(spec, [objective], config, OptimizerConfig(ema=0.9), World(0, 1, device), 0)
-    feed, host = Feed(device), batch(torch.device("cpu"))
+    feed, host = Feed(World(0, 1, device), 0), batch(torch.device("cpu"))
     columns = (host.images, host.tokens, host.lengths, host.caption_ids, host.image_ids, host.numbers)
     for _ in range(2):  # the first steps make the optimizer's state and the kernels
-        engine.step(Inputs(*feed(columns), host_lengths=host.lengths), 1e-3)
+        engine.step(Inputs(*feed.move(columns), host_lengths=host.lengths), 1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = engine.step(Inputs(*feed(columns), host_lengths=host.lengths), 1e-3)
+        result = engine.step(Inputs(*feed.move(columns), host_lengths=host.lengths), 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.losses[objective.name].isfinite()
@@ -133,10 +133,10 @@ def test_the_steady_step_does_not_wait_for_the_gpu(name: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_is_fed_arrives_whole() -> None:
-    feed = Feed(torch.device("cuda", 0))
+    feed = Feed(World(0, 1, torch.device("cuda", 0)), 0)
     for _ in range(20):
         sent = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8)
-        [arrived] = feed([sent])
+        [arrived] = feed.move([sent])
         assert torch.equal((arrived + 0).cpu(), sent)
 
 
@@ -169,13 +169,13 @@ def test_experts_at_once_are_experts_one_by_one(kind: Any, active: int) -> None:
 
 def test_the_kernel_for_experts_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = TowerSpec(width=32, depth=1, heads=2, experts=4)
-    mlp.tried.cache_clear()
-    assert mlp.tried(spec, torch.device("cpu")) is None
+    mlp.grouped_refusal.cache_clear()
+    assert mlp.grouped_refusal(spec, torch.device("cpu")) is None
     real = F.grouped_mm
     monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: real(x, w, offs=offs.flip(0).sort().values - 1))
-    mlp.tried.cache_clear()
-    assert mlp.tried(spec, torch.device("cpu")) is not None
-    mlp.tried.cache_clear()
+    mlp.grouped_refusal.cache_clear()
+    assert mlp.grouped_refusal(spec, torch.device("cpu")) is not None
+    mlp.grouped_refusal.cache_clear()
 
 
 # Attention without padding

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import product
+from math import comb
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from treering.data.order import stream
 from treering.training.evaluate.geometry import geometry
 from treering.training.evaluate.probes import linear, nearest_neighbours
 from treering.training.evaluate.reliability import calibration_error, compare, interval
@@ -108,13 +111,38 @@ def test_calibration_against_a_loop() -> None:
 
 
 def test_flips_are_counted_and_tested() -> None:
-    from scipy.stats import binomtest
 
     before = torch.tensor([True] * 60 + [False] * 40)
     after = torch.tensor([True] * 50 + [False] * 10 + [True] * 25 + [False] * 15)
     found = compare(before, after)
     assert (found.before, found.after, found.negative_flips, found.positive_flips) == (0.6, 0.75, 0.1, 0.25)
-    assert found.p_value == pytest.approx(binomtest(10, 35).pvalue)
+    assert found.p_value == pytest.approx(exact(10, 35), rel=1e-12)
     assert compare(before, before).p_value == 1.0
     many = compare(torch.arange(4000) < 2000, torch.arange(4000) >= 1900)
-    assert many.p_value == pytest.approx(binomtest(1900, 3900).pvalue, rel=0.02)
+    assert many.p_value == pytest.approx(exact(1900, 3900), rel=1e-9)
+
+
+def exact(one: int, of: int) -> float:
+    """McNemar's exact test in whole numbers: twice the tail of a fair coin."""
+    fewer = min(one, of - one)
+    return float(min(Fraction(1), Fraction(2 * sum(comb(of, i) for i in range(fewer + 1)), 1 << of)))
+
+
+def test_an_interval_is_that_of_a_plain_bootstrap() -> None:
+    values = np.random.default_rng(3).gamma(2.0, size=300)
+    random = stream(7, "bootstrap", 300)
+    means = [values[random.integers(0, 300, 300)].mean() for _ in range(1000)]
+    found = interval(torch.from_numpy(values), 0.9, seed=7)
+    assert found == pytest.approx(tuple(np.quantile(means, [0.05, 0.95])), rel=1e-12)
+
+
+@pytest.mark.parametrize(("right", "of"), [(3, 10), (37, 40), (1200, 4000)])
+def test_an_interval_of_rights_and_wrongs_is_that_of_all_resamples(right: int, of: int) -> None:
+    chances = [comb(of, k) * Fraction(right, of) ** k * Fraction(of - right, of) ** (of - k) for k in range(of + 1)]
+    sums, low, high = Fraction(0), None, None
+    for k, chance in enumerate(chances):
+        sums += chance
+        low = k if low is None and sums >= Fraction(25, 1000) else low
+        high = k if high is None and sums >= Fraction(975, 1000) else high
+    assert interval(torch.arange(of) < right) == (low / of, high / of)  # type: ignore[operator]
+    assert interval(torch.tensor([0.3])) == (pytest.approx(0.3), pytest.approx(0.3))

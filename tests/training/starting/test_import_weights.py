@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from copy import deepcopy
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,14 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import treering
+from treering.data.samples import clip_tokenizer
 from treering.launch.commands.eval import evaluate_commit
 from treering.launch.commands.export import export_commit
 from treering.launch.commands.grow import grow_offline
 from treering.launch.commands.import_ import import_weights
 from treering.launch.errors import RecipeError
 from treering.launch.recipe.load import read_recipe
-from treering.models.interchange import architectures, files
-from treering.models.interchange.architectures import InterchangeError
+from treering.models.interchange import architectures, open_clip_files
+from treering.models.interchange.errors import InterchangeError
 from treering.models.interchange.files import open_weights, picture_settings, read_state
 from treering.tests.models.test_interchange import small, their_model
 from treering.training.checkpoint.commits import find_commit
@@ -298,9 +300,9 @@ def test_without_a_network_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -
     def offline(entry: dict[str, Any]) -> str:
         raise FileNotFoundError(f"Failed to download {entry['hf_hub']}")
 
-    monkeypatch.setattr(files._tables(), "download_pretrained", offline)
+    monkeypatch.setattr(open_clip_files._tables(), "download_pretrained", offline)
     for cut_off, reason in ((False, "FileNotFoundError"), (True, "no network")):
-        monkeypatch.setattr(files, "_offline", lambda value=cut_off: value)
+        monkeypatch.setattr(open_clip_files, "_offline", lambda value=cut_off: value)
         with pytest.raises(
             InterchangeError, match=rf"downloaded \({reason}\).*CLIP-ViT-B-32-laion2B-s34B-b79K/ and name"
         ):
@@ -311,8 +313,10 @@ def test_a_fetched_file_is_read(clip: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with_architecture(monkeypatch, "ViT-B-32-quickgelu")
     asked: list[dict[str, Any]] = []
     file = clip / "open_clip_model.safetensors"
-    monkeypatch.setattr(files, "_offline", lambda: False)
-    monkeypatch.setattr(files._tables(), "download_pretrained", lambda entry: (asked.append(entry), str(file))[1])
+    monkeypatch.setattr(open_clip_files, "_offline", lambda: False)
+    monkeypatch.setattr(
+        open_clip_files._tables(), "download_pretrained", lambda entry: (asked.append(entry), str(file))[1]
+    )
     weights = open_weights("open_clip:ViT-B-32-quickgelu/OpenAI")
     assert weights.file == str(file)
     assert asked[0]["hf_hub"].startswith("timm/")
@@ -322,8 +326,8 @@ def test_without_a_network_what_was_fetched_earlier_serves(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_architecture(monkeypatch, "ViT-B-32-quickgelu")
-    monkeypatch.setattr(files, "_offline", lambda: True)
-    repository, _, name = files.published("ViT-B-32-quickgelu")["openai"]["hf_hub"].rpartition("/")
+    monkeypatch.setattr(open_clip_files, "_offline", lambda: True)
+    repository, _, name = open_clip_files.published("ViT-B-32-quickgelu")["openai"]["hf_hub"].rpartition("/")
     kept = tmp_path / f"models--{repository.replace('/', '--')}"
     (kept / "refs").mkdir(parents=True)
     (kept / "refs/main").write_text("abc")
@@ -342,9 +346,9 @@ def test_a_name_that_is_not_resolved_is_no_network(monkeypatch: pytest.MonkeyPat
     for word in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT"):
         monkeypatch.delenv(word, raising=False)
     monkeypatch.setattr("socket.getaddrinfo", unresolved)
-    assert files._offline()
+    assert open_clip_files._offline()
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
-    assert not files._offline()
+    assert not open_clip_files._offline()
 
 
 def tokenizer_file(where: Path, end: str) -> Path:
@@ -427,3 +431,55 @@ def test_a_model_of_our_own_with_their_parts_goes_to_open_clip(open_clip: Module
         logits = model(normal, padded, output_labels=False)["logits"][:, : len(ids)]
         output = ours.model(pixels, torch.tensor(ids * 2), torch.tensor([len(ids)] * 2))
         assert (output.caption @ ours.model.output_table.T - logits.flatten(0, 1)).abs().max() < 1e-5
+
+
+def test_open_clip_weights_are_evaluated_as_if_they_had_been_imported(clip: Path, coca: Path, tmp_path: Path) -> None:
+    for name, folder in (("clip", clip), ("coca", coca)):
+        imported = import_weights(f"open_clip:local-dir:{folder}", str(tmp_path / name), None, None)
+        truth = evaluate_commit(imported["commit"], ["retrieval"], None)
+        found = evaluate_commit(f"open_clip:local-dir:{folder}", ["retrieval"], None)
+        assert found["commit"] == f"open_clip:local-dir:{folder}"
+        for figure in ("scores", "intervals", "chance", "sizes", "data"):
+            assert found[figure] == truth[figure]
+
+
+def test_kept_embeddings_are_of_the_very_weights(open_clip: ModuleType, tmp_path: Path) -> None:
+    """Other weights under the same name have other scores."""
+    where, found = folder(open_clip, tmp_path / "clip", "ViT-B-32-quickgelu"), []
+    for _ in range(2):
+        found.append(evaluate_commit(f"open_clip:local-dir:{where}", ["geometry"], None)["scores"])
+        state = load_file(where / "open_clip_model.safetensors")
+        save_file(
+            state | {"visual.proj": state["visual.proj"].flip(0).contiguous()}, where / "open_clip_model.safetensors"
+        )
+    assert found[0] != found[1]
+
+
+def test_weights_with_another_tokenizer_are_to_be_imported_first(open_clip: ModuleType, tmp_path: Path) -> None:
+    where = folder(open_clip, tmp_path / "clip", "ViT-B-32-quickgelu")
+    tree = json.loads((where / "open_clip_config.json").read_text())
+    tree["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "bert-base-uncased"
+    (where / "open_clip_config.json").write_text(json.dumps(tree))
+    with pytest.raises(RecipeError, match=r"reads the tokens of bert-base-uncased; import it with its tokenizer\.json"):
+        evaluate_commit(f"open_clip:local-dir:{where}", ["retrieval"], None)
+
+
+def test_what_cannot_be_fetched_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_clip_files, "_offline", lambda: True)
+    with pytest.raises(InterchangeError, match=r"ViT-B-32/laion2b_s34b_b79k could not be downloaded \(no network\)"):
+        evaluate_commit("open_clip:ViT-B-32/laion2b_s34b_b79k", ["retrieval"], None)
+
+
+def test_the_installed_version_of_open_clip_is_one_that_was_tested() -> None:
+    """Add it to `TESTED` when the whole suite has passed with it."""
+    assert version("open_clip_torch") in open_clip_files.TESTED
+    assert open_clip_files.version() == version("open_clip_torch")
+    assert len(open_clip_files.architectures()) > 100
+    assert open_clip_files.published("ViT-B-32")["openai"]["hf_hub"]
+    assert clip_tokenizer._merges_file().is_relative_to(open_clip_files.package_folder())
+
+
+def test_a_version_that_keeps_its_weights_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(open_clip_files._tables(), "_PRETRAINED")
+    with pytest.raises(InterchangeError, match=r"keeps its published weights elsewhere than .*; install one of these"):
+        open_clip_files.published("ViT-B-32")

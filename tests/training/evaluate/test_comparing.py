@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treering.training.evaluate.flips import bits, flips
+from treering.training.evaluate.comparing import bits, flips
 from treering.training.evaluate.outcome import Evaluation
 
 

@@ -1,0 +1,39 @@
+"""A snapshot: everything that one commit holds, as it is at a step edge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ...models.spec import ModelSpec
+from ..engines.layout import Layout
+from ..state import RunState
+from ..world import World
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What this rank has of a run's state."""
+
+    spec: ModelSpec
+    state: RunState
+    recipe: Mapping[str, Any]
+    """the whole recipe as plain data"""
+    tensors: Mapping[str, Tensor]
+    """by `kind/name`, what this rank holds, alive"""
+    layout: Layout | None = None
+    """which part of each whole tensor that is; None: all of it"""
+    copies: World | None = None
+    """the ranks that hold the same; None: all without a layout, else none"""
+    reason: str = "interval"
+    """why the commit is made: interval, growth, signal, end or import"""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """of an evaluation at this very step"""
+
+    @property
+    def name(self) -> str:
+        """What the commit is called: unique by step and attempt."""
+        return f"step-{self.state.step:012d}-attempt-{self.state.attempt:04d}"

@@ -1,0 +1,45 @@
+"""The recipe as a run has decided it so far: what its stages are, what model each has, where each ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from ..data.order import Mixture
+from ..models.spec import ModelSpec
+from .recipe import Recipe
+from .stages import StageConfig
+from .state import Decision, RunState
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Stages, model specs and ends of a run, all by the number of the stage."""
+
+    recipe: Recipe
+    """settled: its stages have the sizes and the samples that were decided"""
+    specs: tuple[ModelSpec, ...]
+    ends: tuple[int, ...]
+    """the step after which each stage is over"""
+
+    @classmethod
+    def of(cls, recipe: Recipe, decisions: Sequence[Decision]) -> RunPlan:
+        """The plan of a run after these decisions."""
+        settled = recipe.settled(decisions)
+        ends = accumulate(stage.steps(settled.data.batch) for stage in settled.stages)
+        return cls(settled, tuple(settled.specs()), tuple(ends))
+
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        """The stages as decided."""
+        return self.recipe.stages
+
+    def sees(self, stage: int) -> tuple[int, int]:
+        """Resolution of the pictures and most tokens of a caption in a stage."""
+        spec = self.specs[stage]
+        return spec.image.resolution, self.stages[stage].longest(spec)
+
+    def mixtures(self, state: RunState) -> list[Mixture]:
+        """The mixtures by the number of the global batch from which they hold: the step, and what was skipped."""
+        return [Mixture(m.step + state.passed(before=m.step), m.weights) for m in self.recipe.mixtures()]

@@ -1,0 +1,91 @@
+"""The first engine of a process and the state it has: of the newest intact commit, of another run, or fresh."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...models.spec import ModelSpec
+from ..checkpoint.commits import Commits
+from ..checkpoint.manifest import Commit
+from ..engines.base import Engine
+from ..engines.layout import Layout
+from ..objectives.base import load_states
+from ..recipe import Recipe
+from ..run_plan import RunPlan
+from ..state import RunState
+from ..world import World
+from .init_from import begin_with, open_origin
+from .resume import check_same_run, newest_intact
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a process goes on with."""
+
+    engine: Engine
+    state: RunState
+    commit: Commit | None
+    """the commit of this run that is continued; None at its first step"""
+    changes: list[str]
+    """what the recipe changes of the run's future"""
+    seconds: dict[str, float]
+    """how long it took to find, read and build"""
+
+
+class _Builder:
+    """Builds the engine for a commit of this very run; the last one built is `engine`."""
+
+    def __init__(self, recipe: Recipe, build: Callable[[ModelSpec], Engine]) -> None:
+        self._recipe, self._build = recipe, build
+        self.engine: Engine | None = None
+        self.changes: list[str] = []
+        self.seconds = 0.0
+
+    def __call__(self, commit: Commit) -> Layout | None:
+        """What of the commit's tensors the engine for it holds here. Raises StoreError for another run's commit."""
+        begun = time.monotonic()
+        self.changes = check_same_run(self._recipe, commit)
+        state = commit.manifest.state
+        if self.engine is not None:  # a newer commit was damaged
+            self.engine.close()
+        self.engine = self._build(RunPlan.of(self._recipe, state.decisions).specs[state.stage])
+        self.engine.expect(state.multipliers)
+        self.seconds += time.monotonic() - begun
+        return self.engine.layout
+
+
+def begin(
+    recipe: Recipe,
+    commits: Commits,
+    world: World,
+    build: Callable[[ModelSpec], Engine],
+    warn: Callable[[str], None],
+) -> Begun:
+    """Load the newest intact commit of the run; if there is none, initialise, or load what `init_from` names.
+
+    All ranks call it together. `build` makes an engine for a spec, `warn` is called for damaged commits. Raises
+    StoreError.
+    """
+    clock = [time.monotonic()]
+    names = world.objects(commits.names() if world.is_first else [])[0]
+    clock.append(time.monotonic())
+    builder = _Builder(recipe, build)
+    found = newest_intact(commits, names, builder, warn, world)
+    clock.append(time.monotonic())
+    if found and builder.engine:
+        commit, engine, state = found[0], builder.engine, found[0].manifest.state
+        engine.load_logical_state(found[1], state.applied, state.skipped, state.multipliers)
+        load_states(engine.objectives, state.objectives)
+    else:
+        commit = None
+        origin = open_origin(recipe) if recipe.init_from else None
+        engine = build(origin.manifest.spec if origin else recipe.specs()[0])
+        state = begin_with(recipe, origin, engine) if origin else RunState()
+    seconds = {
+        "find": clock[1] - clock[0],
+        "read": clock[2] - clock[1] - builder.seconds,
+        "build": time.monotonic() - clock[2] + builder.seconds,
+    }
+    return Begun(engine, state, commit, builder.changes, seconds)
