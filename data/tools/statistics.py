@@ -41,7 +41,7 @@ class Values:
         self.count += 1
 
     def summary(self) -> dict[str, float] | None:
-        """The statistics; None if there are no numbers."""
+        """The statistics; None without numbers."""
         if not self.count:
             return None
         p10, p50, p90, p99 = (float(q) for q in np.quantile(self._kept, [0.1, 0.5, 0.9, 0.99]))
