@@ -1,1 +1,5 @@
-"""Data sets that come with the package, by name as in samples://emoji."""
+"""Data sets by name, as in samples://emoji: those that come with the package, and how others are found."""
+
+from __future__ import annotations
+
+from .registry import SampleSet as SampleSet

@@ -34,6 +34,7 @@ from ..errors import DataError
 from ..samples.clip_tokenizer import clean_text
 from ..storage.atomic_write import partial_path
 from ..storage.files import cache_folder
+from .registry import SampleSet
 
 ATTRIBUTION = (
     "Pictures: Twemoji, Copyright 2019 Twitter, Inc and other contributors, CC BY 4.0 "
@@ -85,6 +86,9 @@ def train_shards() -> str:
 def held_out_shards() -> str:
     """A glob of the held-out shards, packed if they are not there yet."""
     return f"{_packed()}/held_out-*.tar"
+
+
+SAMPLES = SampleSet(train_shards, held_out_shards, ATTRIBUTION)
 
 
 def _packed() -> Path:

@@ -1,5 +1,8 @@
 """Reading ahead: a process that fetches into the node's cache (blocks.py) what a rank is about to decode.
 
+Why not a read-ahead cache of fsspec: it fetches what follows in the file, and what comes next here follows in the order
+of samples.
+
 What comes next is known for ever, because the order is a function (order.py): the process walks along it in front of
 the training, and stops where it is some bytes or steps ahead. Nothing depends on it. A block that it has not brought in
 time is fetched by whoever needs it, and an error that it meets is met again there, and told there.

@@ -1,5 +1,9 @@
 """Decoding processes: a rank's batches, made beside the process that trains.
 
+Why not torch's DataLoader or torchdata's StatefulDataLoader: neither names the sample that killed or hung a process,
+both pass pictures through named shared memory (/dev/shm), and both give a process whole batches, so that a small batch
+keeps only some of them busy.
+
 The one idea: memory that both sides have since the fork. Pictures are written into it and handed on where they lie, so
 that what goes through the pipes is small; and each process notes in it which sample it is at, so that one that dies or
 hangs is named together with its sample. The memory has no name: nothing fills /dev/shm, nothing is left behind, no two

@@ -1,5 +1,8 @@
 """Colour jitter on uint8 pictures: light, contrast, saturation and hue by random factors, and some pictures grey.
 
+Why not torchvision.transforms.v2.functional: its results differ in the last bit between processors, and the same
+picture must come out of every machine.
+
 The four changes are those of torchvision's ColorJitter on tensors, in an order drawn for each picture, with one
 difference: results are rounded to the nearest level instead of cut down to it, so that a row of changes does not
 darken. The light and the contrast act on each level alone and go through a table of 256. What is drawn does not

@@ -1,5 +1,8 @@
 """The filter of a source: an expression over the columns of its samples, as in `similarity > 0.28 and not nsfw`.
 
+Why not expressions of polars or DuckDB: a run would need them for a comparison of two columns, and neither says in a
+sentence which column is missing and which there are.
+
 The language is a small part of Python's, read by `ast` and never run: names of columns (with a dot where an object lies
 in the metadata: `labels.role`), numbers, texts in quotes, True and False, + - * / // %, comparisons (chained too), `in`
 and `not in` a tuple, `and`, `or`, `not`. Everything else is refused. It is worked out by numpy for all samples of a

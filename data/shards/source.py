@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from itertools import accumulate
 from typing import Literal
@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..builtin.registry import HELD_OUT, SampleSet, sample_set
 from ..errors import BadSample, DataError, shown
 from ..ledger import LedgerEntry
 from ..storage.block_cache import BlockCache
@@ -267,27 +268,32 @@ def _nothing_usable(url: str, shards: Sequence[ShardIndex], left_out: Sequence[L
 
 
 def pattern_of(url: str) -> str:
-    """The glob/brace URL of a source, which samples:// stands for."""
-    if not url.startswith("samples://"):
+    """The glob/brace URL of a source, which samples:// stands for. DataError for a name that nobody offers."""
+    found = sample_set(url)
+    if found is None:
         return url
-    from ..builtin import emoji  # packs on first use; nobody else pays for it
-
-    known: dict[str, Callable[[], str]] = {"emoji": emoji.train_shards, "emoji/held_out": emoji.held_out_shards}
-    name = url.removeprefix("samples://")
-    if name not in known:
-        raise DataError(f"{shown_url(url)} is unknown; there are {', '.join('samples://' + each for each in known)}")
-    return known[name]()
+    if not url.endswith(HELD_OUT):
+        return found.train()
+    if found.held_out is None:
+        raise DataError(f"{shown_url(url)}: the set has no samples kept apart for evaluation; give shards of your own")
+    return found.held_out()
 
 
 def attribution(url: str) -> str | None:
     """The credit to show beside pictures of a source, where its licence asks for one."""
-    if not url.startswith("samples://emoji"):
-        return None
-    from ..builtin.emoji import ATTRIBUTION
-
-    return ATTRIBUTION
+    found = _known(url)
+    return None if found is None else found.attribution
 
 
 def held_out(url: str) -> str | None:
     """The URL of the samples kept apart for evaluation, where a source has such a split."""
-    return {"samples://emoji": "samples://emoji/held_out"}.get(url)
+    found = None if url.endswith(HELD_OUT) else _known(url)
+    return url + HELD_OUT if found and found.held_out else None
+
+
+def _known(url: str) -> SampleSet | None:
+    """The set that a URL is of, None where there is none: whoever opens it says why."""
+    try:
+        return sample_set(url)
+    except DataError:
+        return None

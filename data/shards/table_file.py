@@ -1,5 +1,7 @@
 """Tables: named lists of numbers in one small binary file, read whole or row by row. What indexes are stored in.
 
+Why not safetensors or .npy: neither has a checksum, safetensors has no rows of several types, and .npy holds one array.
+
 The layout says itself what it is, so that nothing is ever unpickled:
 8 bytes of magic, a CRC-32 of all that follows, the length of the header (both 4 bytes, little-endian), the header as
 ASCII JSON, then the arrays, each on a multiple of 8 bytes. The header lists the arrays (name, type, rows, where) beside

@@ -1,5 +1,8 @@
 """What is in a tar, by its headers alone: name, place and size of every plain file.
 
+Why not `tarfile` alone, which parses the headers here: it takes a shard that was cut short for a smaller one, and reads
+a header of any size that a hostile file promises.
+
 Stricter than `tarfile`: data past the end of the file, a missing end-of-archive block and a header that is not one are
 errors, for a shard that was cut short must not pass as a smaller shard. Each names the shard, the byte and the remedy.
 """

@@ -1,5 +1,8 @@
 """The node's cache of remote shards: aligned blocks of them, as files in the cache folder that all processes share.
 
+Why not fsspec's blockcache or filecache: they have no limit on the disk that several processes keep together without
+locks, and check no block when they read it.
+
 The one idea: nothing is ever waited for or believed. A block is written beside its place and renamed to it, so it is
 there whole or not at all; every piece of it carries a checksum that each read tests; a block that is missing, torn or
 evicted is simply fetched again. So there are no locks, nobody's death leaves anything that others stumble over, and

@@ -1,5 +1,8 @@
 """YAML in which every value knows its line.
 
+Why not tyro, jsonargparse, Hydra or ruamel.yaml: the first three do not say at which line of which file a wrong value
+stands; ruamel.yaml does, and reads the rest of YAML too, which is refused here.
+
 A subset of YAML 1.2, so that nothing a person writes turns into something else: numbers may be written 1e-3 and 20_000;
 only `true` and `false` are booleans (`no` is Norway, 1:30 is not ninety); a key stands once; there are no anchors, tags
 or infinities. Nothing but mappings, lists, text, numbers, booleans and null can come out.

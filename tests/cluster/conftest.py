@@ -18,7 +18,7 @@ import pytest
 
 from treering.data import Loader
 from treering.launch.recipe.load import read_recipe
-from treering.slurm.cluster import Cluster, lacking
+from treering.tests.cluster.slurm_cluster import Cluster, lacking
 from treering.tests.support.needs import missing
 from treering.tests.support.s3_server import KEY, SECRET, Server
 
@@ -60,7 +60,7 @@ sys.addaudithook(hook)
 
 
 def started(folder: Path, **settings: Any) -> Iterator[Cluster]:
-    """A cluster while a test needs it; `python slurm/cluster.py install` brings Slurm."""
+    """A cluster while a test needs it; `python tests/cluster/slurm_cluster.py install` brings Slurm."""
     if reason := lacking():
         missing(reason)
     cluster = Cluster(folder, **settings)

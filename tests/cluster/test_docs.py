@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from treering.slurm.cluster import Cluster
 from treering.tests.cluster.conftest import Bench, log, step, until
+from treering.tests.cluster.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(600)
@@ -28,7 +28,9 @@ def test_every_command_of_the_page_works(bench: Bench, cluster: Cluster, tmp_pat
     found = commands((ROOT / "docs" / "slurm.md").read_text())
     assert len(found) == 22
     for line in found:
-        text = line.replace("/tmp/", f"{tmp_path}/").replace("slurm/cluster.py", f"{ROOT}/slurm/cluster.py")
+        text = line.replace("/tmp/", f"{tmp_path}/").replace(
+            "tests/cluster/slurm_cluster.py", f"{ROOT}/tests/cluster/slurm_cluster.py"
+        )
         done = subprocess.run(
             ["bash", "-c", text],
             cwd=tmp_path,

@@ -10,8 +10,8 @@ import pytest
 
 from treering.launch.jobs.attempts import attempts_file
 from treering.launch.run_folder import read_rows
-from treering.slurm.cluster import Cluster
 from treering.tests.cluster.conftest import Bench, as_if_nothing_had_happened, attempts, log, rows, step, until
+from treering.tests.cluster.slurm_cluster import Cluster
 
 pytestmark = pytest.mark.timeout(300)
 

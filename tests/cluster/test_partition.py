@@ -18,9 +18,9 @@ import pytest
 
 from treering.launch.jobs.attempts import attempts_file, owner_file
 from treering.launch.run_folder import read_rows
-from treering.slurm.cluster import Cluster
 from treering.tests.cluster import conftest
 from treering.tests.cluster.conftest import Bench, attempts, log, losses, rows, started, step, until, workers
+from treering.tests.cluster.slurm_cluster import Cluster
 from treering.tests.support.s3_server import Server
 
 pytestmark = pytest.mark.timeout(300)

@@ -2,7 +2,8 @@
 
 All lie below the range from which the system takes ports for outgoing connections, and each use has a range of its own:
 ranks meet at 16,000 to 20,000, the S3 server takes 10,000 to 15,000 and 20,000 to 25,000, a Slurm cluster 26,000 to
-31,000 (slurm/cluster.py), and its jobs meet at 15,000 and above. Where a process begins to look depends on its id.
+31,000 (tests/cluster/slurm_cluster.py), and its jobs meet at 15,000 and above. Where a process begins to look depends
+on its id.
 """
 
 from __future__ import annotations

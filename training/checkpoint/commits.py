@@ -1,5 +1,9 @@
 """Commits: whole snapshots in a store, all or nothing.
 
+Why not torch's distributed checkpoints (DCP, async_save): they have no place for the runs of elements that DeepSpeed's
+ZeRO holds, no seal that makes a set visible at once in a store, no checksums, and nothing that keeps a second writer
+out.
+
 A commit is a set of objects under `step-N-attempt-L/`: parts with the tensors, a manifest that lists them with sizes
 and checksums, and last of all a small COMMIT object that holds the manifest's checksum. Readers only look at sets that
 have both, so a writer killed anywhere leaves nothing a reader could see; and what is removed loses its manifest first,

@@ -1,5 +1,8 @@
 """Line charts as SVG, drawn by hand: axes, ticks, a legend, and marks where the model grew or the run resumed.
 
+Why not matplotlib, Vega-Lite or Plotly: a report is one file of about 60 KB that opens anywhere without a network, and
+their charts bring fonts, a library of megabytes, or no words for those who cannot see them.
+
 The one idea: a chart is data (`LineChart`) and is drawn for a given width, so that its writing stays readable on a desk
 and on a phone. Colours are classes that page.css fills from variables; lines also differ in their dashes, and every
 chart says its content in words for those who cannot see it.

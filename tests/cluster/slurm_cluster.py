@@ -1,17 +1,17 @@
 """A real Slurm cluster on one machine: a controller and a few nodes, each of which can lose its power.
 
-    python slurm/cluster.py install           the Debian packages, where this is Debian and you are root
-    python slurm/cluster.py start DIR         then: export SLURM_CONF=DIR/slurm.conf
-    python slurm/cluster.py kill-node DIR n2  SIGKILL for all that runs on the node
-    python slurm/cluster.py start-node DIR n2
-    python slurm/cluster.py stop DIR
+    python tests/cluster/slurm_cluster.py install           the Debian packages, where this is Debian and you are root
+    python tests/cluster/slurm_cluster.py start DIR         then: export SLURM_CONF=DIR/slurm.conf
+    python tests/cluster/slurm_cluster.py kill-node DIR n2  SIGKILL for all that runs on the node
+    python tests/cluster/slurm_cluster.py start-node DIR n2
+    python tests/cluster/slurm_cluster.py stop DIR
 
 With `--network` behind start, each node has a network of its own, joined to the others by a bridge, so that it can be
 cut off. There is no way from the machine into it: commands go in by `enter`.
 
-    python slurm/cluster.py enter DIR sinfo   a command as on the login node
-    python slurm/cluster.py cut DIR n2        pull the node's network cable
-    python slurm/cluster.py mend DIR n2
+    python tests/cluster/slurm_cluster.py enter DIR sinfo   a command as on the login node
+    python tests/cluster/slurm_cluster.py cut DIR n2        pull the node's network cable
+    python tests/cluster/slurm_cluster.py mend DIR n2
 
 A node is a slurmd in namespaces of its own (mount, host name, processes), held by one process: killing that one ends
 everything on the node at once. Disk, memory and cores are the machine's and shared. Every time-out is far
@@ -93,7 +93,9 @@ def lacking() -> str | None:
         return "a Slurm cluster on one machine needs Linux and root"
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
-        return f"{', '.join(missing)} not found: python slurm/cluster.py install (Debian, Ubuntu: as root)"
+        return (
+            f"{', '.join(missing)} not found: python tests/cluster/slurm_cluster.py install (Debian, Ubuntu: as root)"
+        )
     tried = subprocess.run(["unshare", "--mount", "--uts", "--pid", "--fork", "true"], capture_output=True, check=False)
     return "this machine does not let root make namespaces (unshare)" if tried.returncode else None
 
