@@ -34,7 +34,7 @@ def treering(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
 
