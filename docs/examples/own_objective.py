@@ -63,7 +63,7 @@ def build(config: CentredConfig, seed: int) -> Objective:
 
 def main(overrides: list[str]) -> None:
     shorter = ["data.batch=64", "stages=[{samples: 640}]", "schedule.warmup=128", "eval.every=null"]
-    term = "objectives.more={centred: {weight: 0.1, momentum: 0.8}}"
+    term = "objectives.centred={weight: 0.1, momentum: 0.8}"
     treering.train("emoji", [term, *shorter, *overrides], out="runs/own_objective", processes=1)
 
 
