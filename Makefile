@@ -9,12 +9,14 @@ RECIPE ?= emoji
 ARGS ?=
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
-PY := .venv/bin/python
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # A checkout that was moved or copied is installed again: the mark carries its path.
-INSTALLED := .venv/installed-$(shell pwd | cksum | cut -d ' ' -f 1)
+INSTALLED := $(VENV)/installed-$(shell pwd | cksum | cut -d ' ' -f 1)
 
-.PHONY: pretrain test nightly check format environment clean
+.PHONY: pretrain test test-oldest suite nightly check format environment clean
 .DELETE_ON_ERROR:
 
 pretrain: $(INSTALLED)
@@ -23,13 +25,20 @@ pretrain: $(INSTALLED)
 test: check
 	$(PYTEST) $(ARGS)
 
+# The oldest versions that pyproject.toml allows, in an environment of their own; no Slurm, and what is slow stays away.
+test-oldest:
+	$(MAKE) suite VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt ARGS='--ignore=tests/cluster $(ARGS)'
+
+suite: $(INSTALLED)
+	$(PYTEST) $(ARGS)
+
 nightly: check
 	$(PYTEST) -m slow $(ARGS)
 
 check: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	MYPYPATH=.venv/checkout $(PY) -m mypy
+	MYPYPATH=$(VENV)/checkout $(PY) -m mypy
 
 format: $(INSTALLED)
 	$(PY) -m ruff check --fix .
@@ -37,19 +46,19 @@ format: $(INSTALLED)
 
 environment: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@if ! $(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 		if [ -z "$(PYTHON)" ]; then \
 			echo "Treering needs Python 3.11 or newer with venv. Install it (Debian, Ubuntu: apt install python3 python3-venv;" >&2; \
 			echo "Fedora: dnf install python3; macOS: brew install python), or name yours: make PYTHON=/path/to/python3.12" >&2; \
 			exit 1; \
 		fi; \
-		echo "making .venv with $(PYTHON)"; rm -rf .venv; $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }; \
+		echo "making $(VENV) with $(PYTHON)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; \
 	fi
-	@echo "installing the packages of constraints.txt: some minutes the first time"
-	@DS_BUILD_OPS=0 $(PY) -m pip install -qq -c constraints.txt -e '.[deepspeed,emoji,test]'
-	@mkdir -p .venv/checkout && ln -sfn "$(CURDIR)" .venv/checkout/treering # where mypy finds the package by its name
-	@rm -f .venv/installed-* && touch $@
+	@echo "installing the packages of $(CONSTRAINTS): some minutes the first time"
+	@DS_BUILD_OPS=0 $(PY) -m pip install -qq -c $(CONSTRAINTS) -e '.[deepspeed,emoji,test]'
+	@mkdir -p $(VENV)/checkout && ln -sfn "$(CURDIR)" $(VENV)/checkout/treering # where mypy finds the package by its name
+	@rm -f $(VENV)/installed-* && touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,6 @@ in one short message and exit code 2; ours keeps its traceback.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +19,7 @@ from .. import __version__
 from .arguments import AsJson, Overrides, RecipeName, print_json
 from .commands import data, jobs
 from .errors import RecipeError, RunError, user_message
+from .run_folder import is_first_process
 
 app = typer.Typer(
     help=(
@@ -158,7 +158,7 @@ def evaluate(
         return
 
     found = evaluate_commit(commit, _listed(suite), data)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return
     if as_json:
         print_json(found)
@@ -196,7 +196,7 @@ def compare(
     from .commands.compare import compare_runs, comparison_table
 
     found = compare_runs(commits, _listed(suite), data)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return
     atomic_write(out, render_comparison(found), durable=True)
     if as_json:

@@ -6,6 +6,7 @@ Only the standard library is imported: the batch script waits for what `attempts
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ LAUNCHER = "TREERING_LAUNCHER"
 """environment variable with the process id of the launcher that a worker belongs to"""
 STOPPED = 130
 """exit code of a run that was asked to stop and committed"""
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of a run that prints and writes: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from . import BEGUN
 from .errors import RecipeError, RunError, user_message
 from .jobs.attempts import ATTEMPT, last_end, lost
 from .recipe.load import read_recipe
-from .run_folder import LAUNCHER, STOPPED
+from .run_folder import LAUNCHER, STOPPED, is_first_process
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +47,7 @@ def work(out: Path) -> None:
     summary = train(recipe, out, Beginning(imports, last_end(out)), lost=lambda: lost(out))
     if not summary.finished:
         raise RunError(f"stopped and committed to {summary.commit}; the same command continues from there", STOPPED)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         show_summary(summary)
 
 

@@ -75,7 +75,7 @@ class ModelOutput(NamedTuple):
     text: TowerOutput
     scale: Annotated[Tensor, Merge("equal")]
     """[1]: factor on cosine similarities"""
-    bias: Annotated[Tensor | None, Merge("equal")]
+    bias: Annotated[Tensor | None, Merge("equal", "bias")]
     """[1]: added to scaled similarities by a sigmoid loss, or None if the model has none"""
     caption: Annotated[Tensor | None, Merge("concatenate", "caption")]
     """[t, d]: states of the captioner in the layout of the text, or None without a captioner"""

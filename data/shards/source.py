@@ -89,7 +89,7 @@ class Source:
         places = shard.places(i)
         wanted = {kind: place for kind, place in places.items() if kind in kinds}
         check_sizes({kind: size for kind, (_, size) in wanted.items()})
-        fields = _members(self._read, shard.shard, wanted)
+        fields = read_members(self._read, shard.shard, wanted)
         return Record(shard.key(i), shard.url, _first(places), fields, tuple(places))
 
     def kinds(self, number: int) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ def check_sizes(sizes: dict[str, int]) -> None:
             raise BadSample(f"member too large: .{shown(kind, 20)[1:-1]} has {size:,} bytes")
 
 
-def _members(read: Reader, shard: ShardInfo, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+def read_members(read: Reader, shard: ShardInfo, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
     """The members at `places`, by one read where they lie close together, as those of one sample do."""
     if not places:
         return {}

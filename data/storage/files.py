@@ -27,6 +27,7 @@ import fsspec.core
 from fsspec.utils import glob_translate
 
 from ..errors import DataError
+from .failures import Failure, failure_of
 from .retries import http_status, persist, reason
 
 _GLOB = frozenset("*?[")
@@ -116,7 +117,7 @@ def _listed(folder: str, urls: Sequence[str]) -> list[ShardInfo]:
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     prefix = first[len(folder) + 1 : length]
     with readable_errors(folder):
-        system, path = _reading(folder)
+        system, path = single_try_filesystem(folder)
         matches = persist(
             shown_url(folder),
             lambda: system.find(path, maxdepth=1, prefix=prefix, detail=True),
@@ -181,7 +182,7 @@ def find(url: str) -> list[ShardInfo]:
     if _is_local(url):
         return _find_local([url])
     with readable_errors(url):
-        system, path = _reading(url)
+        system, path = single_try_filesystem(url)
         if _GLOB & set(path):
             found = persist(shown_url(url), lambda: system.glob(path, detail=True), seconds=_START_SECONDS)
             matches = [match for name, match in found.items() if f"/{BESIDE}/" not in name]
@@ -227,15 +228,17 @@ def filesystem(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def _reading(url: str) -> tuple[Any, str]:
-    """The same for reading alone. S3 clients try again by themselves, in two layers; here they leave it to `persist`,
-    which knows how far a range came."""
-    if not url.startswith(("s3://", "s3a://")):
-        return filesystem(url)
-    theirs = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-    ours = {**theirs, "retries": {"max_attempts": 0}}
-    system, path = fsspec.core.url_to_fs(url, config_kwargs=ours, use_listings_cache=False)
-    system.retries = 1
+def single_try_filesystem(url: str) -> tuple[Any, str]:
+    """The same for a caller that retries by `persist`, which knows how far a range came: S3 clients, which try again by
+    themselves in two layers, do not. A listing is never remembered, as it would hide what others wrote since."""
+    options: dict[str, Any] = {"use_listings_cache": False}
+    is_s3 = url.startswith(("s3://", "s3a://"))
+    if is_s3:
+        theirs = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        options["config_kwargs"] = {**theirs, "retries": {"max_attempts": 0}}
+    system, path = fsspec.core.url_to_fs(url, **options)
+    if is_s3:
+        system.retries = 1
     _OPENED[id(system)] = system
     return system, path
 
@@ -277,7 +280,7 @@ def _receive(shard: ShardInfo, start: int, end: int, received: bytearray) -> Non
     """One request for what of [start, end) is not yet in `received`; appends what comes, also if it then fails."""
     from fsspec.asyn import sync
 
-    system, path = _reading(shard.url)
+    system, path = single_try_filesystem(shard.url)
     at = start + len(received)
     protocols = (system.protocol,) if isinstance(system.protocol, str) else system.protocol
     if "s3" in protocols:
@@ -379,29 +382,27 @@ def readable_errors(url: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except FileNotFoundError:
-        raise DataError(
-            f"{name}: nothing is there; check the {'bucket and the name' if '://' in url else 'path'}"
-        ) from None
-    except PermissionError:
-        remedy = "check that the credentials in use may read it" if "://" in url else "check the file's permissions"
-        raise DataError(f"{name}: access refused; {remedy}") from None
-    except (ImportError, ValueError) as error:  # fsspec: unknown protocol, or its package is missing
-        raise DataError(
-            f"cannot open {name}: {type(error).__name__}; check the protocol, or install its fsspec package"
-        ) from None
     except Exception as error:
-        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
-            raise DataError(
-                f"{name}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "
-                f"(and AWS_ENDPOINT_URL for a store that is not Amazon's)"
-            ) from None
-        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
-            "botocore",
-            "aiohttp",
-            "aiobotocore",
-        ):
-            raise DataError(
-                f"cannot read {name}: {reason(error)}; check that the store is reachable and try again"
-            ) from None
-        raise
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        raise DataError(_sentence(failure, error, name, "://" in url)) from None
+
+
+def _sentence(failure: Failure, error: Exception, name: str, remote: bool) -> str:
+    """What kept a file from being read, and the remedy."""
+    if failure == "missing":
+        return f"{name}: nothing is there; check the {'bucket and the name' if remote else 'path'}"
+    if failure == "denied":
+        remedy = "check that the credentials in use may read it" if remote else "check the file's permissions"
+        return f"{name}: access refused; {remedy}"
+    if failure == "expired":
+        return f"{name}: the credentials have expired; renew them and try again"
+    if failure == "credentials":
+        return (
+            f"{name}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "
+            f"(and AWS_ENDPOINT_URL for a store that is not Amazon's)"
+        )
+    if failure == "unsupported":
+        return f"cannot open {name}: {type(error).__name__}; check the protocol, or install its fsspec package"
+    return f"cannot read {name}: {reason(error)}; check that the store is reachable and try again"

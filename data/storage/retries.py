@@ -20,6 +20,12 @@ from ..errors import DataError
 from ..order import stable_hash, stream
 
 T = TypeVar("T")
+
+
+class OutOfTries(DataError):
+    """A store failed in a way that passes, and went on failing until the patience was spent."""
+
+
 TRIES = 20
 SECONDS = 120.0  # a store that restarts is back within 20
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0  # seconds
@@ -45,7 +51,7 @@ def persist(
     """The result of `attempt`, made again after transient failures: at most TRIES times and `seconds` (SECONDS) long,
     counted from the last try after which `progress()` had grown. Other failures pass through unchanged.
 
-    A message shows "cannot", `doing` and `name`. Raises DataError, with how often and how long it tried.
+    A message shows "cannot", `doing` and `name`. Raises OutOfTries, with how often and how long it tried.
     """
     patience = SECONDS if seconds is None else seconds
     tries, begun, reached, told = 0, time.monotonic(), progress(), False
@@ -61,7 +67,7 @@ def persist(
             tries, waited = tries + 1, now - begun
             wait = _wait(name, tries)
             if tries >= TRIES or waited + wait > patience:
-                raise DataError(
+                raise OutOfTries(
                     f"cannot {doing} {name}: {reason(error)}; tried {tries} times in {waited:.0f} seconds; "
                     f"check that the store is reachable and try again"
                 ) from None
@@ -84,17 +90,17 @@ def is_transient(error: BaseException) -> bool:
     status = http_status(error)
     if status is not None and status in _TRANSIENT_STATUS:
         return True
-    if any(_code(each) in _TRANSIENT_CODES for each in _chain(error)):
+    if any(_code(each) in _TRANSIENT_CODES for each in error_chain(error)):
         return True
     if status is not None and status >= 300:
         return False
-    names = {kind.__name__ for each in _chain(error) for kind in type(each).__mro__}
+    names = {kind.__name__ for each in error_chain(error) for kind in type(each).__mro__}
     return bool(names & _TRANSIENT_TYPES) and not names & _PERMANENT_TYPES
 
 
 def http_status(error: BaseException) -> int | None:
     """The status of the answer behind an error of s3fs, aiohttp or gcsfs, if there was an answer."""
-    for each in _chain(error):
+    for each in error_chain(error):
         response = getattr(each, "response", None)
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
         # aiohttp gives a body that was cut short the code 400, though nobody answered that: only gcsfs's `code` counts
@@ -119,7 +125,7 @@ def _code(error: BaseException) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def error_chain(error: BaseException) -> Iterator[BaseException]:
     """An error and what it says it came from: stores' clients translate what they meet."""
     each: BaseException | None = error
     for _ in range(8):

@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import BadSample, DataError, shown
 from ..shards.listing import IMAGE_KINDS, split_name
 from ..shards.parallel import Told, index_all, silent
-from ..shards.source import shards_of
+from ..shards.source import read_members, shards_of
 from ..storage.files import ShardInfo, shown_url
 from ..storage.gzip_cache import Unpacked
 
@@ -30,7 +30,6 @@ _CAPTIONS = ("caption", "text")
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,15})?([eE][+-]?\d{1,2})?")
 _KIND = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _LONGEST_KEY = 1024  # bytes
-_GAP = 1 << 16  # bytes between two members that are cheaper read than skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +79,7 @@ class ShardItem:
 
     def members(self) -> dict[str, bytes]:
         """The bytes by kind, in one read where they lie together."""
-        start = min(offset for offset, _ in self.places.values())
-        end = max(offset + size for offset, size in self.places.values())
-        if end - start > sum(self.sizes.values()) + _GAP:
-            return {kind: _read(self.shard, at, at + size) for kind, (at, size) in self.places.items()}
-        span = _read(self.shard, start, end)
-        return {kind: span[at - start : at - start + size] for kind, (at, size) in self.places.items()}
+        return read_members(_read, self.shard, self.places)
 
 
 _read = Unpacked().read  # also of .tar.gz

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ...data.errors import shown
 from ...data.ledger import LedgerEntry, read_ledger
-from ...data.shards.parallel import Told, enough_workers
+from ...data.shards.parallel import Told, enough_workers, silent
 from ...data.shards.source import Source, attribution
 from ...data.storage.files import shown_url
 from ...data.tools.contact_sheet import Card, Section, cards, noted, write_sheet
@@ -40,8 +40,11 @@ def progress(what: str) -> Iterator[Told]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield silent
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
 
         def told(done: int, total: int) -> None:

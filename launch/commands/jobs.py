@@ -19,10 +19,7 @@ RunOrSweep = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a
 def submit(
     recipe: RecipeName,
     overrides: Overrides = None,
-    nodes: Annotated[
-        str,
-        typer.Option("--nodes", metavar="N", help="Nodes; 2-8: as many of them as each attempt finds."),
-    ] = "1",
+    nodes: Annotated[str, typer.Option("--nodes", metavar="N", help="2-8: as many as each attempt finds.")] = "1",
     gpus: Annotated[
         int | None, typer.Option("--gpus-per-node", metavar="G", min=0, help="One process for each.")
     ] = None,
@@ -57,11 +54,14 @@ def submit(
     from ..jobs.sweep import grid_points, write_sweep
     from ..recipe.load import read_recipe
 
-    wish = submitting.Wish(nodes, processes, gpus, partition, account, qos, time, constraint, after)
-    whole = read_recipe(recipe, overrides or []).recipe
+    wish, set_ = (
+        submitting.Wish(nodes, processes, gpus, partition, account, qos, time, constraint, after),
+        overrides or [],
+    )
+    whole = read_recipe(recipe, set_).recipe
     base = out or Path("runs") / whole.name
     points = grid_points(sweep or [], whole.checkpoint.to)
-    runs = [(base / point.name, read_recipe(recipe, [*(overrides or []), *point.overrides])) for point in points]
+    runs = [(base / point.name, read_recipe(recipe, [*set_, *point.overrides])) for point in points]
     job = submitting.prepare_job(runs, wish, read_site())
     console = Console(stderr=True)
     for note in job.notes:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ...data.errors import DataError
 from ...data.storage.atomic_write import atomic_write
-from ...data.storage.retries import persist
+from ...data.storage.failures import Failure, failure_of
+from ...data.storage.files import single_try_filesystem
+from ...data.storage.retries import OutOfTries, persist
 
 T = TypeVar("T")
 _GOOGLE = ("gs://", "gcs://")
@@ -42,8 +42,7 @@ class Store:
             )
         self.url = url.rstrip("/")
         try:
-            # A listing that is remembered would hide what other processes wrote since.
-            self._fs, root = fsspec.url_to_fs(self.url, use_listings_cache=False)
+            self._fs, root = single_try_filesystem(self.url)
         except ImportError as error:
             package = "'treering[gcs]'" if url.startswith(_GOOGLE) else "what is missing"
             raise StoreError(f"store {self.url}: {error}; pip install {package}") from None
@@ -61,7 +60,7 @@ class Store:
         """What `attempt` returns, made again while the store fails in a way that passes. Raises StoreError."""
         try:
             return persist(f"the store {self.url}", attempt, doing="reach")
-        except DataError as error:
+        except OutOfTries as error:
             raise StoreError(f"{error} ({doing})") from None
         except Exception as error:
             raise self._explained(error, doing) from error
@@ -196,28 +195,22 @@ class Store:
 
     def _explained(self, error: Exception, doing: str) -> StoreError:
         """The sentence for a failure, without anything the credentials could be in."""
-        kind, said = type(error).__name__, f"{error} {error.__cause__ or ''}"  # s3fs leaves the code to the cause
-        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "NoSpace" in said or "QuotaExceeded" in said:
-            remedy = "it is full; free some space, keep fewer commits (checkpoint.keep), or set checkpoint.to elsewhere"
-        elif any(code in said for code in ("ExpiredToken", "TokenRefreshRequired", "token has expired")):
-            remedy = "the credentials have expired; renew them, then the same command continues"
-        elif "Credential" in kind or "Unable to locate credentials" in said or "InvalidAccessKeyId" in said:
-            remedy = "no valid credentials; " + (
+        google = self.url.startswith(_GOOGLE)
+        remedies: dict[Failure, str] = {
+            "full": "it is full; free some space, keep fewer commits (checkpoint.keep), or set checkpoint.to elsewhere",
+            "expired": "the credentials have expired; renew them, then the same command continues",
+            "credentials": "no valid credentials; "
+            + (
                 "set GOOGLE_APPLICATION_CREDENTIALS, or use `gcloud auth application-default login`"
-                if self.url.startswith(_GOOGLE)
+                if google
                 else "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use ~/.aws/credentials"
-            )
-        elif (
-            isinstance(error, PermissionError)
-            or "AccessDenied" in said
-            or "Forbidden" in said
-            or "SignatureDoesNotMatch" in said
-        ):
-            remedy = "access is denied; check the credentials and that they may read, write, list and delete here"
-        elif "NoSuchBucket" in said or isinstance(error, FileNotFoundError):
-            remedy = "there is no such place; create the bucket or folder, or correct checkpoint.to"
-        elif "Endpoint" in kind or "Connect" in kind or isinstance(error, TimeoutError | ConnectionError):
-            remedy = "the server does not answer; check AWS_ENDPOINT_URL_S3 and the network"
-        else:
-            remedy = f"{kind}: {str(error)[:200]}"
-        return StoreError(f"store {self.url}: {doing} failed: {remedy}")
+            ),
+            "denied": "access is denied; check the credentials and that they may read, write, list and delete here",
+            "missing": "there is no such place; create the bucket or folder, or correct checkpoint.to",
+            "unreachable": "the server does not answer; check AWS_ENDPOINT_URL_S3 and the network",
+        }
+        kind = failure_of(error)
+        remedy = remedies.get(kind) if kind else None
+        return StoreError(
+            f"store {self.url}: {doing} failed: {remedy or f'{type(error).__name__}: {str(error)[:200]}'}"
+        )
