@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ...data.storage.atomic_write import atomic_write
 from ...data.storage.failures import Failure, failure_of
 from ...data.storage.files import single_try_filesystem
-from ...data.storage.retries import OutOfTries, persist
+from ...data.storage.retries import OutOfTries, http_status, persist
 
 T = TypeVar("T")
 _GOOGLE = ("gs://", "gcs://")
@@ -193,6 +193,17 @@ class Store:
         finally:
             self.delete([name])
 
+    def _with_a_code(self, error: Exception) -> Exception:
+        """An error that says why a request was bad: S3 answers HEAD without a body, so a listing is asked for the
+        code."""
+        if "s3" in self._fs.protocol and http_status(error) == 400:
+            bucket, _, prefix = self._root.partition("/")
+            try:
+                self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+            except Exception as why:
+                return why
+        return error
+
     def _explained(self, error: Exception, doing: str) -> StoreError:
         """The sentence for a failure, without anything the credentials could be in."""
         google = self.url.startswith(_GOOGLE)
@@ -209,7 +220,7 @@ class Store:
             "missing": "there is no such place; create the bucket or folder, or correct checkpoint.to",
             "unreachable": "the server does not answer; check AWS_ENDPOINT_URL_S3 and the network",
         }
-        kind = failure_of(error)
+        kind = failure_of(self._with_a_code(error))
         remedy = remedies.get(kind) if kind else None
         return StoreError(
             f"store {self.url}: {doing} failed: {remedy or f'{type(error).__name__}: {str(error)[:200]}'}"
