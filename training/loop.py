@@ -352,7 +352,7 @@ class Run:
     def agree(self) -> None:
         """Agree with the other ranks on what happens at this edge: a stop, a commit by the clock, bad samples."""
         world, clock = self.world, self.recipe.checkpoint.every_seconds
-        due = clock is not None and not self.uploads.under_way and time.monotonic() - self._commit_time >= clock
+        due = clock is not None and not self.uploads.in_progress and time.monotonic() - self._commit_time >= clock
         asked = (self.stop.requested, due and world.is_first, bool(self._bad), self.uploads.busy)
         self.stopping, self._clock_due, bad, busy = world.any(*asked)
         if not busy:

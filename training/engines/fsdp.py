@@ -24,7 +24,7 @@ from ...models.transformer import TransformerBlock
 from ..world import World
 from .config import FsdpConfig
 from .kernels import prepare_kernels
-from .layout import Stretch, gathered, shard_rows
+from .layout import FlatRange, gathered, shard_rows
 from .optimizer import Optimizer
 from .torch_engine import TorchEngine
 
@@ -32,7 +32,7 @@ from .torch_engine import TorchEngine
 class FsdpEngine(TorchEngine):
     """Fully sharded data parallelism over all processes of the run; there are at least two."""
 
-    layout: dict[str, Stretch]
+    layout: dict[str, FlatRange]
 
     config: FsdpConfig
 

@@ -161,7 +161,7 @@ def test_where_things_lie_after_a_rollback() -> None:
     )
     state = RunState(step=33, lineage=events)
     assert state.cursor == 40
-    assert [state.passed(before=step) for step in (0, 20, 21, 30, 31, 99)] == [0, 0, 2, 2, 7, 7]
+    assert [state.skipped_batches(before=step) for step in (0, 20, 21, 30, 31, 99)] == [0, 0, 2, 2, 7, 7]
 
 
 def test_what_is_well() -> None:
