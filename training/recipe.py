@@ -201,7 +201,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             unknown = next((name for name in stage.mixture if name not in sources), None)
             if unknown is not None:
                 raise ValueError(
-                    f"stages.{number}.mixture names {unknown!r}, which is no source; there are {', '.join(sources)}"
+                    f"stages.{number}.mixture names {unknown!r}, which is not a source; there are {', '.join(sources)}"
                 )
             weights = mixtures[-1].weights
             if stage.mixture:

@@ -175,5 +175,5 @@ def test_what_is_well() -> None:
     assert (spiked.bad_steps, spiked.spiked, spiked.healthy_step, spiked.losses) == (2, True, 10, health.losses)
     skipped = spiked.after_line(config, 15, 3, 3, float("nan"))
     assert (skipped.bad_steps, skipped.spiked) == (5, True)
-    assert skipped.after_line(config, 17, 2, 1, float("nan")) == Health(losses=health.losses, well=17)
+    assert skipped.after_line(config, 17, 2, 1, float("nan")) == Health(losses=health.losses, healthy_step=17)
     assert not health.after_line(RecoveryConfig(spike_factor=None), 11, 1, 0, 1e9).bad_steps
