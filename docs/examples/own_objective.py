@@ -35,7 +35,7 @@ class Centred(Objective):
     momentum: float = 0.9
     mean: list[float] = field(default_factory=list)
 
-    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+    def partial_loss(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         image_be = F.normalize(output.image.pooled.float(), dim=-1)
         total_e = world.sum(image_be.sum(0)).double() / (len(image_be) * world.size)
         before_e = torch.tensor(self.mean).to(total_e) if self.mean else total_e

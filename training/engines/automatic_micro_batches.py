@@ -94,8 +94,8 @@ def _try(engine: Engine, inputs: Inputs, pieces: int) -> None:
 
         micro_batches.backward(output, engine.objectives, inputs, pieces, alone)
         return
-    shares = forward(inputs)
-    torch.stack([o.weight * shares[o.name] for o in engine.objectives]).sum().backward()
+    partial_losses = forward(inputs)
+    torch.stack([o.weight * partial_losses[o.name] for o in engine.objectives]).sum().backward()
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ class Forward(nn.Module):
         if not losses:
             return output
         table = self.model.output_table
-        return {o.name: o.share(output, inputs, table, self.world) for o in self.objectives}
+        return {o.name: o.partial_loss(output, inputs, table, self.world) for o in self.objectives}
 
 
 class Engine(ABC):
@@ -109,14 +109,16 @@ class Engine(ABC):
         A gradient that is not finite leaves weights and moments as they are; `skipped` counts it.
         """
         if self.pieces > 1:
-            shares = micro_batches.backward(self._output, self.objectives, inputs, self.pieces, self.world, self._hold)
+            partial_losses = micro_batches.backward(
+                self._output, self.objectives, inputs, self.pieces, self.world, self._hold
+            )
         else:
-            shares = self._forward(inputs)
-            loss = torch.stack([o.weight * shares[o.name] for o in self.objectives]).sum()
+            partial_losses = self._forward(inputs)
+            loss = torch.stack([o.weight * partial_losses[o.name] for o in self.objectives]).sum()
             # The parts of all ranks sum to the global loss, but engines average gradients: undo their division.
             self._backward(loss * self.world.size)
         norm = self._update(lr, fade)
-        return StepResult({name: share.detach() for name, share in shares.items()}, norm)
+        return StepResult({name: loss.detach() for name, loss in partial_losses.items()}, norm)
 
     def take_pieces(self, pieces: int) -> None:
         """Run batches through the model in `pieces` pieces from now on."""

@@ -35,7 +35,7 @@ class Balance(Objective):
     name = "balance"
     needs = frozenset({"routing"})
 
-    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+    def partial_loss(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """This rank's tokens against the choices of all ranks."""
         total = output.scale.new_zeros(())
         for counts_e, gates_e in output.routing:
@@ -47,7 +47,7 @@ class Balance(Objective):
     @torch.no_grad()
     def values(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """The term, for every sample: it is one of the batch."""
-        return world.sum(self.share(output, inputs, table, world)).expand(len(inputs.lengths))
+        return world.sum(self.partial_loss(output, inputs, table, world)).expand(len(inputs.lengths))
 
 
 @register("balance", BalanceConfig)

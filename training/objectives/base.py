@@ -51,7 +51,7 @@ class Objective(ABC):
     """what it reads of a forward pass; the temperature and the token table are always there"""
 
     weight: float
-    """the factor of its share in the loss, at this step"""
+    """factor of the term in the loss at this step"""
 
     @property
     @abstractmethod
@@ -64,10 +64,11 @@ class Objective(ABC):
         return frozenset()
 
     @abstractmethod
-    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
-        """This rank's share of the term's mean over the global batch, a scalar; `table` is the token table [v, d].
+    def partial_loss(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        """This rank's part of the term's mean over the global batch, a scalar; the parts of all ranks sum to the term.
 
-        All ranks call it together, once a step, with the whole of their parts of the batch.
+        `table` is the token table [v, d]. All ranks call it together, once a step, each with its full part of the
+        batch.
         """
 
     @abstractmethod
@@ -129,18 +130,20 @@ def load_states(objectives: Iterable[Objective], states: dict[str, dict[str, Any
 
 def gradient_norms(
     objectives: Sequence[Objective],
-    shares: dict[str, Tensor],
+    partial_losses: dict[str, Tensor],
     parameters: Sequence[Tensor],
     world: World,
 ) -> dict[str, float]:
     """The norm of each objective's gradient over the global batch, before weighting; one backward pass each.
 
-    `shares` come from a forward pass of the bare model (not of an engine's wrapper), whose graph is kept. All ranks
-    call it together.
+    `partial_losses` come from a forward pass of the bare model (not of an engine's wrapper), whose graph is kept. All
+    ranks call it together.
     """
     norms = {}
     for objective in objectives:
-        gradients = torch.autograd.grad(shares[objective.name], parameters, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            partial_losses[objective.name], parameters, retain_graph=True, allow_unused=True
+        )
         squares = [
             world.sum(torch.zeros_like(p) if g is None else g).double().square().sum()
             for p, g in zip(parameters, gradients, strict=True)

@@ -63,7 +63,7 @@ class CaptionLoss(Objective):
         assert inputs.numbers is not None
         return Extras(parallel_b=uniform(self.seed, "caption/parallel", inputs.numbers)[:, 0] < self.parallel_fraction)
 
-    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+    def partial_loss(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """This rank's summed token losses over the global number of predicted tokens."""
         assert output.caption is not None
         places_p, targets_p, _ = _predictions(inputs)

@@ -88,7 +88,7 @@ class _Pairwise(Objective):
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
         """The losses [b] whose mean over all ranks is the term."""
 
-    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+    def partial_loss(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         """The losses of this rank's pairs over B."""
         losses_b = self.losses(output, inputs, self._relations(inputs), world)
         return losses_b.sum() / (len(losses_b) * world.size)
