@@ -103,8 +103,8 @@ def _open_clip_config(manifest: Manifest) -> dict[str, Any]:
     tokenizer = manifest.recipe["data"]["tokenizer"]
     if tokenizer != "clip" and not words:
         raise RecipeError(
-            f"this model uses the tokenizer {show(tokenizer)}; open_clip takes CLIP's, or one on the Hugging Face hub by its "
-            f"name, which is not known here; export --to safetensors"
+            f"this model uses the tokenizer {show(tokenizer)}; open_clip takes CLIP's, or one on the Hugging Face hub "
+            f"by its name, which is not known here; export --to safetensors"
         )
     image = manifest.spec.image
     pictures = {
