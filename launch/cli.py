@@ -64,9 +64,7 @@ def train(
     ] = False,
     origin: Annotated[
         str | None,
-        typer.Option(
-            "--from", metavar="COMMIT", help="Start a new run from this commit, or from the newest one of a run folder."
-        ),
+        typer.Option("--from", metavar="COMMIT", help="Start a new run from a commit, or a run's newest."),
     ] = None,
     load: Annotated[
         str,
@@ -135,13 +133,9 @@ def evaluate(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(
-            "--against", metavar="OLD", help="An older commit: can this model search the index that it built?"
-        ),
+        typer.Option("--against", metavar="OLD", help="An older commit: can COMMIT search the index that it built?"),
     ] = None,
-    texts: Annotated[
-        int, typer.Option("--texts", min=16, help="Captions from which the map to OLD is learned.")
-    ] = 4096,
+    texts: Annotated[int, typer.Option("--texts", min=16, help="Captions to learn the map to OLD from.")] = 4096,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a commit and print every score with its 95% interval and its chance level.
@@ -179,16 +173,13 @@ def evaluate(
 def compare(
     commits: Annotated[
         list[str],
-        typer.Argument(
-            metavar="A B [C]", help="URLs of commits, or run folders for their newest commit; A is the baseline."
-        ),
+        typer.Argument(metavar="A B [C]", help="Commits' URLs, or run folders for their newest; A is the baseline."),
     ],
     suite: Annotated[
         str | None, typer.Option("--suite", metavar="X,Y", help="As in `treering eval`; default: those of A's recipe.")
     ] = None,
     data: Annotated[
-        str | None,
-        typer.Option("--data", metavar="URL", help="Shards for built-in suites; default: those of A's recipe."),
+        str | None, typer.Option("--data", metavar="URL", help="For built-in suites; default: that of A's recipe.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="PAGE", help="Where to write the page.")] = Path(
         "comparison.html"
@@ -373,9 +364,7 @@ def doctor(
     store: Annotated[
         str | None, typer.Option("--store", metavar="URL", help="Also write, read and remove a test object here.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where run folders will be created.")] = Path(
-        "runs"
-    ),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where run folders will lie.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
     """Check what this machine has and lacks for training, with a remedy for each lack.

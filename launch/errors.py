@@ -68,8 +68,7 @@ def user_message(error: BaseException) -> str | None:
 
 
 class RunError(Exception):
-    """A run that ended early: the message to print, the exit code of the command, and the class of the error, if
-    known."""
+    """A run that ended early: message to print, exit code of the command, and class name of the error, if known."""
 
     def __init__(self, message: str, code: int, kind: str = "") -> None:
         super().__init__(message)

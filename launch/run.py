@@ -162,9 +162,7 @@ def launch_workers(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # it logs every failure; we report the first
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs every failure
     # Before torch 2.13 the agent lacks this setting and waits 30 seconds.
     newer: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS}
     shutdown = newer if newer.keys() <= signature(LaunchConfig).parameters.keys() else {}
@@ -200,11 +198,9 @@ def _first_failure(error: Any, out: Path) -> RunError:
     """
     failures = []
     for rank, failure in error.failures.items():
-        message = failure.error_file_data.get("message")
-        if isinstance(message, dict) and "time" in message:
-            failures.append(
-                (0, message["time"], RunError(message["message"], message["code"], message.get("kind", "")))
-            )
+        left = failure.error_file_data.get("message")
+        if isinstance(left, dict) and "time" in left:
+            failures.append((0, left["time"], RunError(left["message"], left["code"], left.get("kind", ""))))
             continue
         died = f"process {rank} ended with exit code {failure.exitcode} and left no error message"
         if failure.exitcode == HUNG:
