@@ -66,7 +66,9 @@ def _memory(processes: int) -> str | None:
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
             if free < processes * MIN_MEMORY:
-                return f"{free / 2**30:.1f} GiB of memory are free for {processes} processes; another program uses the rest"
+                return (
+                    f"{free / 2**30:.1f} GiB of memory is free for {processes} processes; another program uses the rest"
+                )
     return None
 
 
