@@ -107,12 +107,12 @@ def check_sources(recipe: Recipe) -> None:
     """Open every source once, which lists and indexes its shards (and packs those of samples://)."""
     from ..data.shards.source import open_source
     from ..data.storage.block_cache import BlockCache
-    from .commands.data_index import told_of
+    from .commands.data_index import source_notes
 
     cache = BlockCache(recipe.data.cache.bytes)
     for each in recipe.data.train:
         source = open_source(each.source, cache, each.filter, recipe.data.bad_shards)
-        for line in told_of(source, each.filter):
+        for line in source_notes(source, each.filter):
             Console(stderr=True).print(Text(line), soft_wrap=True)
     if recipe.eval.built_in and recipe.evaluation_source not in {each.source for each in recipe.data.train}:
         open_source(recipe.evaluation_source, cache)

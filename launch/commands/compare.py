@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...training.report.comparison_page import signed, verdict
 from ...training.report.readable import score
 from ..errors import RecipeError, safe_text
-from .eval import asked, opened_model, scored, suites_of
+from .eval import evaluate_opened, evaluation_of, open_model, parse_suites
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,17 +22,17 @@ def compare_runs(urls: Sequence[str], suites: list[str] | None, data: str | None
     """
     if len(urls) < 2:
         raise RecipeError("there is only one model to compare; name two or more commits or run folders")
-    config = suites_of(suites) if suites else None
+    config = parse_suites(suites) if suites else None
     from ...training.evaluate.comparing import comparison, tasks
     from ...training.world import World
 
-    opened = [opened_model(url) for url in urls]
-    first, source = asked(opened[0], config, data)
+    opened = [open_model(url) for url in urls]
+    first, source = evaluation_of(opened[0], config, data)
     for each in opened[1:]:
-        asked(each, first, source)
+        evaluation_of(each, first, source)
     world = World.join()
     try:
-        found = [scored(each, first, source, world) for each in opened]
+        found = [evaluate_opened(each, first, source, world) for each in opened]
     finally:
         world.leave()
     names = _names(urls)

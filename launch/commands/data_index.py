@@ -91,7 +91,7 @@ def accepts(filter: str, count: int, of: int) -> str:
     return safe_text(f"the filter {shown(filter)} accepts {count:,} of {of:,} samples ({count / max(of, 1):.1%})")
 
 
-def told_of(source: Source, filter: str | None) -> list[str]:
+def source_notes(source: Source, filter: str | None) -> list[str]:
     """Lines to print about a source when a run starts: how many samples pass its filter, and which shards are
     skipped."""
     name = safe_text(shown_url(source.url))

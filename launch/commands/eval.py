@@ -27,7 +27,7 @@ _TEXT_KINDS = frozenset({"txt", "json"})
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model to evaluate, and the recipe with the defaults for its evaluation."""
 
     url: str
@@ -48,14 +48,14 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
     `suites` and `data` default to those of the model's recipe. Raises RecipeError, StoreError, DataError,
     InterchangeError.
     """
-    config = suites_of(suites) if suites else None
+    config = parse_suites(suites) if suites else None
     from ...training.world import World
 
-    opened = opened_model(url)
-    wanted, source = asked(opened, config, data)
+    opened = open_model(url)
+    wanted, source = evaluation_of(opened, config, data)
     world = World.join()
     try:
-        found = scored(opened, wanted, source, world)
+        found = evaluate_opened(opened, wanted, source, world)
     finally:
         world.leave()
     return {
@@ -70,7 +70,7 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
     }
 
 
-def suites_of(names: list[str]) -> EvalConfig:
+def parse_suites(names: list[str]) -> EvalConfig:
     """The suites with these names (built-in ones and YAML files), checked as far as that needs no model.
     Raises RecipeError, DataError."""
     try:
@@ -84,7 +84,7 @@ def suites_of(names: list[str]) -> EvalConfig:
     return config
 
 
-def asked(opened: Opened, config: EvalConfig | None, data: str | None) -> tuple[EvalConfig, str]:
+def evaluation_of(opened: OpenedModel, config: EvalConfig | None, data: str | None) -> tuple[EvalConfig, str]:
     """The suites and the source of shards to evaluate a model on: `config` and `data`, or else those of its recipe.
     Raises RecipeError, DataError."""
     recipe, shown = opened.recipe, safe_text(opened.url)
@@ -104,7 +104,7 @@ def asked(opened: Opened, config: EvalConfig | None, data: str | None) -> tuple[
     return wanted, source
 
 
-def scored(opened: Opened, config: EvalConfig, source: str, world: World) -> Evaluation:
+def evaluate_opened(opened: OpenedModel, config: EvalConfig, source: str, world: World) -> Evaluation:
     """Evaluate a model, reading its embeddings from the cache where possible and caching new ones."""
     from ...training.evaluate.embedding_cache import Kept
     from ...training.evaluate.suites import evaluate
@@ -125,7 +125,7 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
     from ...training.evaluate.embed import embed, embed_captions
     from ...training.world import World
 
-    pair = [opened_model(url) for url in (old, new)]
+    pair = [open_model(url) for url in (old, new)]
     recipe = pair[1].recipe
     source = data or recipe.evaluation_source
     if not source:
@@ -188,7 +188,7 @@ def compatibility_table(compared: Mapping[str, Any]) -> Table:
     return table
 
 
-def opened_model(url: str) -> Opened:
+def open_model(url: str) -> OpenedModel:
     """The model at `url`: a commit with its recipe, or open_clip weights with the recipe that an import would write.
 
     Raises RecipeError, StoreError, InterchangeError.
@@ -214,10 +214,10 @@ def opened_model(url: str) -> Opened:
         return f"{commit.url} {' '.join(part.sha256 for part in manifest.parts)}"
 
     state = manifest.state
-    return Opened(commit.url, manifest.spec, recipe, weights, identity, state.step, state.samples)
+    return OpenedModel(commit.url, manifest.spec, recipe, weights, identity, state.step, state.samples)
 
 
-def _opened_weights(source: str) -> Opened:
+def _opened_weights(source: str) -> OpenedModel:
     """Open open_clip weights without writing a commit."""
     from hashlib import file_digest
 
@@ -236,10 +236,12 @@ def _opened_weights(source: str) -> Opened:
         with Path(found.file).open("rb") as file:
             return f"{source} {file_digest(file, 'sha256').hexdigest()}"
 
-    return Opened(source, found.spec, recipe_for(found, "samples://emoji", "clip"), lambda: found.tensors, identity)
+    return OpenedModel(
+        source, found.spec, recipe_for(found, "samples://emoji", "clip"), lambda: found.tensors, identity
+    )
 
 
-def _model(opened: Opened) -> Model:
+def _model(opened: OpenedModel) -> Model:
     """The model with its weights, or with their average if the commit has one."""
     from ...models.model import build
 

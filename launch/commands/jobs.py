@@ -60,15 +60,13 @@ def submit(
     from ..jobs.sweep import grid_points, write_sweep
     from ..recipe.load import read_recipe
 
-    wish, set_ = (
-        submitting.Wish(nodes, processes, gpus, partition, account, qos, time, constraint, after),
-        overrides or [],
-    )
-    whole = read_recipe(recipe, set_).recipe
-    base = out or Path("runs") / whole.name
-    points = grid_points(sweep or [], whole.checkpoint.to)
-    runs = [(base / point.name, read_recipe(recipe, [*set_, *point.overrides])) for point in points]
-    job = submitting.prepare_job(runs, wish, read_site())
+    request = submitting.JobRequest(nodes, processes, gpus, partition, account, qos, time, constraint, after)
+    given = overrides or []
+    base_recipe = read_recipe(recipe, given).recipe
+    base = out or Path("runs") / base_recipe.name
+    points = grid_points(sweep or [], base_recipe.checkpoint.to)
+    runs = [(base / point.name, read_recipe(recipe, [*given, *point.overrides])) for point in points]
+    job = submitting.prepare_job(runs, request, read_site())
     console = Console(stderr=True)
     for note in job.notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)

@@ -66,9 +66,7 @@ def _memory(processes: int) -> str | None:
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
             if free < processes * MIN_MEMORY:
-                return (
-                    f"{free / 2**30:.1f} GiB of memory is free for {processes} processes; another program uses the rest"
-                )
+                return f"{free / 2**30:.1f} GiB of memory free for {processes} processes; other programs use the rest"
     return None
 
 

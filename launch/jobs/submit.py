@@ -41,7 +41,7 @@ _LOCAL_DISKS = {"ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs"}
 
 
 @dataclass(frozen=True)
-class Wish:
+class JobRequest:
     """The resources requested for a job; None: as in the site file."""
 
     nodes: str
@@ -74,20 +74,20 @@ class Job:
     notes: tuple[str, ...]
 
 
-def prepare_job(runs: list[tuple[Path, ResolvedRecipe]], wish: Wish, site: Site) -> Job:
+def prepare_job(runs: list[tuple[Path, ResolvedRecipe]], request: JobRequest, site: Site) -> Job:
     """Check everything and render the batch script, without writing anything. Raises RecipeError, StoreError or
     DataError."""
     if shutil.which("sbatch") is None:
         raise RecipeError("sbatch was not found; submit on a login node of the cluster, or use treering train")
-    least, most = _node_range(wish.nodes)
-    gpus = wish.gpus if wish.gpus is not None else site.gpus_per_node
-    processes = wish.processes or gpus or 1
+    least, most = _node_range(request.nodes)
+    gpus = request.gpus if request.gpus is not None else site.gpus_per_node
+    processes = request.processes or gpus or 1
     recipes = [resolved.recipe for _, resolved in runs]
     counts = _usable_counts(recipes, least, most, processes)
     for out, _ in runs:
         _refuse_second_job(out)
-    script = render_script([out for out, _ in runs], recipes[0].name, counts, processes, gpus, wish, site)
-    _check_partition(wish.partition or site.partition, wish.time or site.time, counts[0])
+    script = render_script([out for out, _ in runs], recipes[0].name, counts, processes, gpus, request, site)
+    _check_partition(request.partition or site.partition, request.time or site.time, counts[0])
     _test_submission(script)
     for out, resolved in runs:
         _check_store(STORE_SECONDS, resolved.recipe, out)
@@ -114,7 +114,13 @@ def submit(job: Job) -> int:
 
 
 def render_script(
-    outs: list[Path], name: str, counts: tuple[int, ...], processes: int, gpus: int | None, wish: Wish, site: Site
+    outs: list[Path],
+    name: str,
+    counts: tuple[int, ...],
+    processes: int,
+    gpus: int | None,
+    request: JobRequest,
+    site: Site,
 ) -> str:
     """The batch script of a job; `outs` are its run folders, `counts` the usable numbers of nodes, largest first."""
     notice = max(site.notice, *(_seconds_to_stop(out) for out in outs))
@@ -124,13 +130,13 @@ def render_script(
     headers = {  # no --ntasks-per-node: with it Slurm allocates only the minimum of a range of nodes
         "job-name": name,
         "nodes": nodes,
-        "partition": wish.partition or site.partition,
-        "account": wish.account or site.account,
-        "qos": wish.qos or site.qos,
-        "time": wish.time or site.time,
-        "constraint": wish.constraint or site.constraint,
+        "partition": request.partition or site.partition,
+        "account": request.account or site.account,
+        "qos": request.qos or site.qos,
+        "time": request.time or site.time,
+        "constraint": request.constraint or site.constraint,
         "gpus-per-node": str(gpus) if gpus else None,
-        "dependency": f"afterany:{wish.after}" if wish.after else None,
+        "dependency": f"afterany:{request.after}" if request.after else None,
         "array": f"0-{len(outs) - 1}" if len(outs) > 1 else None,
         "signal": f"B:USR1@{notice}",
     }

@@ -165,7 +165,7 @@ def test_doctor_says_what_is_lacking(treering: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "emojy"], ["no recipe 'emojy'", "emoji, photos"]),
+        (["train", "emojy"], ["the recipe 'emojy' does not exist", "emoji, photos"]),
         (["explain", "emoji", "model.image.dpeth=1"], ["did you mean depth"]),
         (["train", "emoji", "data.batch=[1"], ["data.batch", "YAML"]),
         (["train", "emoji", "[red]x[/red]=1"], ["[red]x[/red]"]),
@@ -288,7 +288,7 @@ def test_nothing_is_left_running(tiny: Path, tmp_path: Path, number: signal.Sign
     """Whatever ends the launcher ends its workers too; SIGTERM and SIGINT reach them first."""
     body = (
         "    open(f'worker-{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\n"
-        "    def note(*_): open(f'told-{os.environ[\"RANK\"]}', 'w'); sys.exit(0)\n"
+        "    def note(*_): open(f'signalled-{os.environ[\"RANK\"]}', 'w'); sys.exit(0)\n"
         "    for each in (signal.SIGTERM, signal.SIGINT): signal.signal(each, note)\n"
         "    time.sleep(600)\n"
     )
@@ -308,7 +308,7 @@ def test_nothing_is_left_running(tiny: Path, tmp_path: Path, number: signal.Sign
         assert launcher.returncode == 130, errors
         assert f"stopped by {number.name}" in errors
         assert "Traceback" not in errors
-        assert (tmp_path / "told-0").exists()
+        assert (tmp_path / "signalled-0").exists()
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
