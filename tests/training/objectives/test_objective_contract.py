@@ -259,15 +259,18 @@ def test_schedules() -> None:
     [
         (
             {"nonsense": {}},
-            "there is no objective 'nonsense'; there are balance, caption, centred, contrastive, modalities",
+            "objective 'nonsense' is not known; the objectives are balance, caption, centred, contrastive, modalities",
         ),
         ({"centred": {"speed": 1}}, r"centred\.speed"),
-        ({"caption": {"schedule": [[0.5, 1.0], [0.5, 2.0]]}}, "in the order of the run"),
+        ({"caption": {"schedule": [[0.5, 1.0], [0.5, 2.0]]}}, "in increasing order"),
         ({"caption": {"schedule": [[0.5, -1.0]]}}, "greater than or equal to 0"),
-        ({"modalities": [{"between": ["text", "image"]}]}, "has to begin with a modality tower; that is `contrastive`"),
+        (
+            {"modalities": [{"between": ["text", "image"]}]},
+            "must begin with a modality tower; use `contrastive` for that",
+        ),
         (
             {"modalities": [{"between": ["text", "audio"]}]},
-            r"has to begin with a modality tower; write \[audio, text\]",
+            r"must begin with a modality tower; write \[audio, text\]",
         ),
         ({"modalities": [{"between": ["audio", "audio"]}]}, "compares a tower with itself"),
         ({"modalities": [{"between": ["a", "b"]}, {"between": ["b", "a"]}]}, "compares b and a twice"),
