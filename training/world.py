@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, and the few collectives everything else is built from.
+"""The processes of a run: the rank of this one, and the few collectives that everything else uses.
 
 A world of one needs no process group and every collective is the identity, so one process and many run the same code.
 """
@@ -46,7 +46,7 @@ class World:
     size: int
     device: torch.device
     group: dist.ProcessGroup | None = field(default=None, compare=False)
-    """where these are only some of the processes of the run: they alone"""
+    """the process group, if these are only some of the processes of the run"""
 
     @staticmethod
     def join() -> World:
@@ -63,7 +63,7 @@ class World:
         return World(rank, size, device)
 
     def leave(self) -> None:
-        """Leave the process group; nothing that holds it (an engine) may be alive any more.
+        """Leave the process group; nothing that holds it (an engine) may still exist.
 
         gloo's threads need Python's lock to release the tensors of the last collective, and its destructor waits for
         them while holding that lock: a deadlock seen in one exit of ten. A pause without the lock lets them finish.
@@ -104,7 +104,7 @@ class World:
         return largest
 
     def each(self, own: Tensor) -> Iterator[Tensor]:
-        """Every rank's `own` in rank order, the next on its way while the caller works on one; not differentiable.
+        """Yields every rank's `own` in rank order; the next is in flight while the caller uses one. Not differentiable.
 
         Takes the memory of a few of them, however many ranks there are. All ranks go through to the end together.
         """
@@ -126,7 +126,7 @@ class World:
             yield part
 
     def sum_to(self, rank: int, value: Tensor) -> Callable[[], object]:
-        """Begin to add every rank's `value` up in that of rank `rank`, in place; calling the answer waits for it.
+        """Start to sum every rank's `value` into that of rank `rank`, in place; call the result to wait for it.
 
         The other ranks' `value` is scratch from then on.
         """
@@ -150,7 +150,7 @@ class World:
         return list(came.split(list(lengths)))
 
     def any(self, *flags: bool) -> list[bool]:
-        """Which flags are up on at least one rank. On the CPU, so it never waits for the device."""
+        """Which flags are set on at least one rank. Runs on the CPU, so it never synchronises with the device."""
         if self.size == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.int32)
@@ -158,10 +158,10 @@ class World:
         return [bool(r) for r in raised]
 
     def objects(self, own: Any) -> list[Any]:
-        """A small JSON-like object of every rank, on every rank."""
+        """A small JSON-like object from every rank, on every rank, in rank order."""
         if self.size == 1:
             return [own]
-        # As JSON: torch's own object collectives pickle.
+        # As JSON: torch's own object collectives use pickle.
         data = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(data)]), self.group)
@@ -181,7 +181,7 @@ class World:
 
 
 class _Gather(torch.autograd.Function):
-    """torch's own differentiable gather is deprecated, and this is all of it."""
+    """A differentiable all-gather; torch's own is deprecated."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, world: World) -> Tensor:

@@ -53,7 +53,7 @@ def main() -> None:
             options.head,
             options.id,
             address=socket.gethostname(),
-            leads=_leads(options.head),
+            is_head=_is_head(options.head),
             signals="SIGINT",
         )
     except RunError as error:
@@ -80,7 +80,7 @@ def _look_around(run: Path, name: str, processes: int) -> None:
     (fit_folder(run) / name).touch()
 
 
-def _leads(head: str) -> bool:
+def _is_head(head: str) -> bool:
     """Whether this is the node where all meet: the first task of the job, or the one that `head` names (host names may
     be short or full)."""
     task = os.environ.get("SLURM_PROCID")

@@ -398,5 +398,7 @@ def test_a_run_may_begin_with_another_s_state_as_far_as_that_goes(whole: Path, t
 
 
 def test_deepspeed_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"takes a matrix whole; set engine.kind: fsdp, or optimizer.kind: adamw"):
+    with pytest.raises(
+        RecipeError, match=r"updates a matrix as a whole; set engine.kind: fsdp, or optimizer.kind: adamw"
+    ):
         recipe(WHOLE, "engine={kind: deepspeed}")
