@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -21,6 +23,19 @@ from torch import Tensor
 _LET_GLOO_FINISH = 0.2
 """seconds"""
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
+
+@contextmanager
+def _output_to_stderr() -> Iterator[None]:
+    """Keeps a command's standard output to its answer: gloo of torch 2.10 prints there that it is connected."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,8 @@ class World:
             torch.cuda.set_device(device)
         if size > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=10))
+            with _output_to_stderr():
+                dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=10))
         return World(rank, size, device)
 
     def leave(self) -> None:
