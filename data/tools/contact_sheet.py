@@ -83,7 +83,7 @@ def card(source: Source, number: int) -> Card:
     )
 
 
-def noted(card: Card, notes: Iterable[str]) -> Card:
+def with_notes(card: Card, notes: Iterable[str]) -> Card:
     """The card with notes on it."""
     return replace(card, notes=tuple(printable(note) for note in notes))
 

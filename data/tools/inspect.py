@@ -25,7 +25,7 @@ from ..samples.clip_tokenizer import Tokenizer
 from ..samples.decode import captions_and_labels, picture
 from ..samples.sample import caption_id
 from ..shards.listing import IMAGE_KINDS
-from ..shards.parallel import Told, index_all, silent, sweep_samples
+from ..shards.parallel import Progress, index_all, silent, sweep_samples
 from ..shards.source import Source, open_source, shards_of
 from ..storage.files import shown_url
 from .statistics import Alike, Classes, Copies, Values, difference_hash
@@ -33,8 +33,8 @@ from .statistics import Alike, Classes, Copies, Values, difference_hash
 CONTEXT = 77
 """CLIP's context length, at which captions are cut"""
 _UNCUT = 1 << 30
-_MOST_COLUMNS, _MOST_TEXTS = 100, 20  # columns, and texts of one, that are told
-_LONGEST = 200  # characters of a text that is told
+_MOST_COLUMNS, _MOST_TEXTS = 100, 20  # columns, and texts of one, that are progress
+_LONGEST = 200  # characters of a text that is progress
 _LARGEST = 1e300  # beyond it lies infinity, as 1e999 in a .json
 _TOLD_ELSEWHERE = {"caption", "captions", "labels"}
 _TYPES = {
@@ -50,7 +50,7 @@ _SCRIPTS = {"CJK": "Han", "HIRAGANA": "Hiragana", "KATAKANA": "Katakana", "IDEOG
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SampleFacts:
     """What a look at one sample gives."""
 
     key: str
@@ -64,26 +64,26 @@ class Seen:
     columns: dict[str, Any]  # what else the .json holds
 
 
-def opened(url: str, workers: int = 1, told: Told = silent) -> Source:
-    """The source, its shards indexed in parallel. Raises DataError as training would. `told` hears of shards."""
-    for _ in index_all(shards_of(url), workers, told):
+def open_indexed(url: str, workers: int = 1, progress: Progress = silent) -> Source:
+    """The source, its shards indexed in parallel. Raises DataError as training would. `progress` hears of shards."""
+    for _ in index_all(shards_of(url), workers, progress):
         pass
     return open_source(url)
 
 
-def drawn(source: Source, most: int) -> list[int]:
+def sample_numbers(source: Source, most: int) -> list[int]:
     """The numbers of `most` samples, or of all there are, in the order in which they were drawn."""
     key = stable_hash("inspect", 0)
     return permuted(np.arange(min(most, len(source))), len(source), key).tolist()
 
 
-def in_order(source: Source, most: int) -> Sequence[int]:
+def sorted_numbers(source: Source, most: int) -> Sequence[int]:
     """The numbers that `drawn` gives, in the order of the shards, which is read fastest."""
-    return range(len(source)) if most >= len(source) else sorted(drawn(source, most))
+    return range(len(source)) if most >= len(source) else sorted(sample_numbers(source, most))
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
+class LedgerMatches:
     """What a ledger says of the samples of a source."""
 
     notes: dict[int, list[str]]  # by the sample's number, in the order in which they were met
@@ -91,7 +91,7 @@ class Met:
     elsewhere: int  # samples in other shards
 
 
-def met(source: Source, entries: Iterable[LedgerEntry]) -> Met:
+def locate_entries(source: Source, entries: Iterable[LedgerEntry]) -> LedgerMatches:
     """Where the samples lie that a run's ledger names, each with the reasons it gives."""
     reasons: dict[tuple[str, str], Counter[str]] = {}
     for entry in entries:
@@ -105,18 +105,18 @@ def met(source: Source, entries: Iterable[LedgerEntry]) -> Met:
         for place, own in reasons.items()
         if place in numbers
     }
-    return Met(notes, gone, len(reasons) - len(notes) - gone)
+    return LedgerMatches(notes, gone, len(reasons) - len(notes) - gone)
 
 
-def inspect(source: Source, numbers: Sequence[int], workers: int = 1, told: Told = silent) -> dict[str, Any]:
-    """The statistics of the samples `numbers`, as plain data, in memory that does not grow with them (tally.py). `told`
-    hears of samples."""
+def inspect(source: Source, numbers: Sequence[int], workers: int = 1, progress: Progress = silent) -> dict[str, Any]:
+    """The statistics of the samples `numbers`, as plain data, in memory that does not grow with them (tally.py).
+    `progress` hears of samples."""
     tokenizer = Tokenizer()
     pictures, captions, columns = _Pictures(), _Captions(), _Columns()
     labels: dict[str, Classes] = {}
     bad = Classes()
-    for found in sweep_samples(lambda n: look(source, n, tokenizer), numbers, workers, told):
-        if not isinstance(found, Seen):
+    for found in sweep_samples(lambda n: inspect_sample(source, n, tokenizer), numbers, workers, progress):
+        if not isinstance(found, SampleFacts):
             bad.add(found.partition(":")[0])
             continue
         pictures.add(found)
@@ -130,7 +130,7 @@ def inspect(source: Source, numbers: Sequence[int], workers: int = 1, told: Told
         "shards": len(source.shard_sizes),
         "bytes": sum(source.shard_sizes),
         "samples": len(source),
-        "looked_at": len(numbers),
+        "inspected": len(numbers),
         "bad": bad.summary(),
         "pictures": pictures.summary(),
         "captions": captions.summary(),
@@ -139,7 +139,7 @@ def inspect(source: Source, numbers: Sequence[int], workers: int = 1, told: Told
     }
 
 
-def look(source: Source, number: int, tokenizer: Tokenizer) -> Seen | str:
+def inspect_sample(source: Source, number: int, tokenizer: Tokenizer) -> SampleFacts | str:
     """One sample, or the reason why training could not use it."""
     try:
         record = source.record(number)
@@ -151,7 +151,7 @@ def look(source: Source, number: int, tokenizer: Tokenizer) -> Seen | str:
     size = (pixels.shape[1], pixels.shape[0])
     checksum = blake2b(np.ascontiguousarray(pixels).data, digest_size=16, salt=f"{size[0]}x{size[1]}".encode())
     metadata = json.loads(record.fields["json"].decode("utf-8-sig")) if "json" in record.fields else {}
-    return Seen(
+    return SampleFacts(
         key=record.key,
         size=size,
         file=blake2b(data, digest_size=16).digest(),
@@ -165,7 +165,7 @@ def look(source: Source, number: int, tokenizer: Tokenizer) -> Seen | str:
 
 
 def _plain(value: Any) -> Any:
-    """A column's value, less what is told of none: the content of long texts, lists and objects."""
+    """A column's value, less what is progress of none: the content of long texts, lists and objects."""
     return value[:_LONGEST] if isinstance(value, str) else type(value)() if isinstance(value, list | dict) else value
 
 
@@ -174,7 +174,7 @@ class _Pictures:
         self._values = {name: Values() for name in ("width", "height", "short_side", "width_over_height")}
         self._files, self._equal, self._alike = Copies(), Copies(), Alike()
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: SampleFacts) -> None:
         width, height = seen.size
         for values, value in zip(
             self._values.values(), (width, height, min(width, height), width / height), strict=True
@@ -198,7 +198,7 @@ class _Captions:
         self._a_sample, self._tokens, self._characters = Values(), Values(), Values()
         self._cut, self._scripts, self._equal = 0, Classes(), Copies()
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: SampleFacts) -> None:
         self._a_sample.add(len(seen.captions))
         for caption, tokens in zip(seen.captions, seen.tokens, strict=True):
             self._tokens.add(tokens)

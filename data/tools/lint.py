@@ -23,7 +23,7 @@ from ..errors import BadSample, DataError, shown
 from ..ledger import LedgerEntry
 from ..samples.decode import captions_and_labels, picture
 from ..shards.listing import ShardIndex, index_shard, walk
-from ..shards.parallel import Told, silent, sweep, sweep_samples
+from ..shards.parallel import Progress, silent, sweep, sweep_samples
 from ..shards.source import Source, shards_of
 from ..storage.atomic_write import atomic_file
 from ..storage.files import ShardInfo, cache_folder, shown_url
@@ -62,8 +62,8 @@ class Findings:
         return dict(Counter(entry.reason.partition(":")[0] for entry in self.bad).most_common())
 
 
-def lint(url: str, workers: int = 1, told: Told = silent) -> Findings:
-    """Reads and decodes every sample of a URL. `told` hears of samples. Raises DataError if nothing matches."""
+def lint(url: str, workers: int = 1, progress: Progress = silent) -> Findings:
+    """Reads and decodes every sample of a URL. `progress` hears of samples. Raises DataError if nothing matches."""
     shards = shards_of(url)
     indexes, faults = [], []
     damaged: set[str] = set()
@@ -76,7 +76,7 @@ def lint(url: str, workers: int = 1, told: Told = silent) -> Findings:
     if not len(source) and not faults:
         faults.append(Fault(shards[0].url, f"{shown_url(url)} is empty: there is no sample in its shards"))
     bad = []
-    for found in _all_found(source, indexes, damaged, workers, told):
+    for found in _all_found(source, indexes, damaged, workers, progress):
         if isinstance(found, LedgerEntry):
             bad.append(found)
         else:
@@ -88,7 +88,7 @@ Found = LedgerEntry | Fault
 
 
 def _all_found(
-    source: Source, indexes: Sequence[ShardIndex], damaged: set[str], workers: int, told: Told
+    source: Source, indexes: Sequence[ShardIndex], damaged: set[str], workers: int, progress: Progress
 ) -> Iterator[Found]:
     """What is wrong with samples, in the order of shards; what is known of a shard is not looked for again."""
     known = [None if index.url in damaged else _kept(source.url, index.shard) for index in indexes]
@@ -100,10 +100,10 @@ def _all_found(
         lambda number: examine_sample(source, number),
         left,
         workers,
-        lambda done, total: told(done + len(source) - total, len(source)),
+        lambda done, total: progress(done + len(source) - total, len(source)),
     )
     if not left and len(source):
-        told(len(source), len(source))
+        progress(len(source), len(source))
     for i, (index, own) in enumerate(zip(indexes, known, strict=True)):
         if own is None:
             own = [each for _ in range(starts[i], starts[i + 1]) if (each := next(results)) is not None]

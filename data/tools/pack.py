@@ -28,7 +28,7 @@ import numpy as np
 from ..errors import BadSample, DataError
 from ..ledger import LedgerEntry
 from ..order import permuted, stable_hash
-from ..shards.parallel import Told, silent, sweep
+from ..shards.parallel import Progress, silent, sweep
 from ..shards.source import check_sizes
 from ..shards.tar_writer import TarWriter, archive_size, import_writer, member_size
 from ..storage.files import shown_url
@@ -80,14 +80,14 @@ def pack(
     seed: int = 0,
     skip_bad: bool = False,
     workers: int = 1,
-    told: Told = silent,
+    progress: Progress = silent,
 ) -> PackResult:
     """Packs a table, a folder or shards (intake.py) into OUTPUT/NAME-000000.tar, NAME being OUTPUT's last part.
 
     shard_size: about the bytes of a shard ("300MB"), or the most samples in it (1000); all come out nearly alike.
     part: "i/n" writes the shards i, i + n, i + 2n, ... alone; all n parts make the whole.
     skip_bad: leave out what training could not use and list it in NAME-000000.bad.jsonl; else it is a DataError.
-    workers: processes; `told` hears of shards. The bytes depend on neither.
+    workers: processes; `progress` hears of shards. The bytes depend on neither.
 
     Given again after an interruption it goes on where it was. Raises DataError: shards that are whole stay, nothing
     else does.
@@ -104,13 +104,13 @@ def pack(
     work = partial(_write, plan, target, there, skip_bad, json.dumps(description) + "\n")
     import_writer()
     try:
-        done = list(sweep(work, numbers, workers, told))
+        done = list(sweep(work, numbers, workers, progress))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(f"{shown_url(output)}: the disk is full; free some space or choose another place") from None
         raise DataError(f"cannot write {shown_url(output)}: {error.strerror or error}; choose another place") from None
     finally:
-        target.forsake()
+        target.remove_empty_folder()
     there = target.sizes()
     files = [item for item in plan.items if isinstance(item, FileItem)]
     return PackResult(
@@ -247,7 +247,7 @@ def _refuse_foreign(target: Target) -> None:
     own = re.compile(rf"{re.escape(_PLAN)}|{re.escape(target.name)}-\d{{6,}}\.(tar|bad\.jsonl)")
     names = target.sizes()
     if (names and _PLAN not in names) or not all(own.fullmatch(name) for name in names):
-        raise DataError(f"{target.shown()} is there already; remove it or choose another name")
+        raise DataError(f"{target.shown()} already exists; remove it or choose another name")
 
 
 def _refuse_other_plan(target: Target, digest: str) -> None:

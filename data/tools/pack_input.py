@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import BadSample, DataError, shown
 from ..shards.listing import IMAGE_KINDS, split_name
-from ..shards.parallel import Told, index_all, silent
+from ..shards.parallel import Progress, index_all, silent
 from ..shards.source import read_members, shards_of
 from ..storage.files import ShardInfo, shown_url
 from ..storage.gzip_cache import Unpacked
@@ -86,21 +86,21 @@ _read = Unpacked().read  # also of .tar.gz
 Item = FileItem | ShardItem
 
 
-def items_of(input: str, images: Path | None, workers: int = 1, told: Told = silent) -> list[Item]:
+def items_of(input: str, images: Path | None, workers: int = 1, progress: Progress = silent) -> list[Item]:
     """The items of a folder, a table (.tsv, .csv, .jsonl; paths relative to `images`, else to the table's folder), or
-    a URL of shards (indexed by `workers` processes; `told` hears of shards). Raises DataError at the first thing that
-    is wrong."""
+    a URL of shards (indexed by `workers` processes; `progress` hears of shards). Raises DataError at the first thing
+    that is wrong."""
     path = Path(input)
     items: list[Item]
     if path.is_dir():
         items = [*folder_items(path)]
     elif names_shards(input):
-        items = [*shard_items(input, workers, told)]
+        items = [*shard_items(input, workers, progress)]
     elif path.exists():
         items = [*table_items(path, images or path.parent)]
     else:
         raise DataError(
-            f"{shown_url(input)}: nothing is there; name a .tsv, .csv or .jsonl table, a folder of key.jpg and "
+            f"{shown_url(input)}: not found; name a .tsv, .csv or .jsonl table, a folder of key.jpg and "
             f"key.txt, or shards"
         )
     _refuse_equal_keys(items)
@@ -130,11 +130,11 @@ def check_key(key: str, kinds: Iterable[str]) -> None:
 # Shards
 
 
-def shard_items(url: str, workers: int, told: Told) -> Iterator[ShardItem]:
+def shard_items(url: str, workers: int, progress: Progress) -> Iterator[ShardItem]:
     """The samples of shards, in the order of shards and offsets. Keys that several shards hold get the number of their
     shard in front (`00003/key`), for keys must differ within a source."""
     indexes = []
-    for shard, index in index_all(shards_of(url), workers, told):
+    for shard, index in index_all(shards_of(url), workers, progress):
         if isinstance(index, DataError):
             raise index
         indexes.append((shard, index))

@@ -65,10 +65,10 @@ def pack(
     from ...data.tools.pack import pack as pack_shards
     from . import data_output
 
-    with data_output.progress("shards") as told:
+    with data_output.progress("shards") as report:
         packed = pack_shards(
             input, output, shard_size, images,
-            part=part, seed=seed, skip_bad=skip_bad, workers=workers or enough_workers(input), told=told,
+            part=part, seed=seed, skip_bad=skip_bad, workers=workers or enough_workers(input), progress=report,
         )  # fmt: skip
     if as_json:
         print_json(asdict(packed))
@@ -130,8 +130,8 @@ def lint(
     from ...data.tools.lint import write_ledger
     from . import data_output
 
-    with data_output.progress("samples") as told:
-        found = lint_url(url, workers or enough_workers(url), told)
+    with data_output.progress("samples") as report:
+        found = lint_url(url, workers or enough_workers(url), report)
     if ledger is not None:
         write_ledger(ledger, found.bad)
     if as_json:

@@ -12,7 +12,7 @@ from ...data.errors import DataError, shown
 from ...data.shards.filter import Filter
 from ...data.shards.index import Handles
 from ...data.shards.listing import index_table, list_shards
-from ...data.shards.opening import accepted, summed_up
+from ...data.shards.opening import apply_filter, summarize_shards
 from ...data.shards.parallel import enough_workers, index_all, sweep
 from ...data.shards.sidecar import put_index
 from ...data.shards.source import Source, pattern_of
@@ -35,13 +35,15 @@ def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -
     shards = list_shards(pattern)
     workers = workers or enough_workers(pattern)
     faults, unread = [], set()
-    with progress("shards") as told:
-        for shard, index in index_all(shards, workers, told):
+    with progress("shards") as report:
+        for shard, index in index_all(shards, workers, report):
             if isinstance(index, DataError):
                 faults.append({"shard": shown_url(shard.url), "reason": str(index)})
                 if not isinstance(index, DamagedShard):
                     unread.add(shard)
-    summary = summed_up(pattern, [shard for shard in shards if shard not in unread], skip_damaged=True, workers=workers)
+    summary = summarize_shards(
+        pattern, [shard for shard in shards if shard not in unread], skip_damaged=True, workers=workers
+    )
     whole = [each for each in summary if not each.fault]
     found: dict[str, Any] = {
         "source": shown_url(url),
@@ -52,8 +54,8 @@ def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -
     }
     if wanted is not None:
         handles = Handles([each.shard for each in whole], [each.samples for each in whole], index_table)
-        with progress("shards") as told:
-            found["accepted"] = int(accepted(pattern, wanted, whole, handles, workers, told).counts.sum())
+        with progress("shards") as report:
+            found["accepted"] = int(apply_filter(pattern, wanted, whole, handles, workers, report).counts.sum())
     if beside:
         _put_beside(pattern, summary, workers)
         found["beside"] = len(whole)
@@ -69,8 +71,8 @@ def _read(text: str | None) -> Filter | None:
 
 def _put_beside(pattern: str, summary: Sequence[ShardSummary], workers: int) -> None:
     whole = [each.shard for each in summary if not each.fault]
-    with progress("indexes written") as told:
-        for _ in sweep(put_index, whole, workers, told):
+    with progress("indexes written") as report:
+        for _ in sweep(put_index, whole, workers, report):
             pass
     write_summary(pattern, summary, beside=True)
 
@@ -96,8 +98,8 @@ def source_notes(source: Source, filter: str | None) -> list[str]:
     skipped."""
     name = safe_text(shown_url(source.url))
     lines = [] if filter is None else [f"{name}: {accepts(filter, len(source), source.samples_before_filter)}"]
-    if source.left_out:
-        count = len(source.left_out)
+    if source.skipped:
+        count = len(source.skipped)
         what = "1 damaged shard is" if count == 1 else f"{count} damaged shards are"
         lines.append(f"{name}: {what} skipped; see ledger.jsonl")
     return lines

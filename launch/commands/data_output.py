@@ -17,11 +17,11 @@ from rich.text import Text
 
 from ...data.errors import shown
 from ...data.ledger import LedgerEntry, read_ledger
-from ...data.shards.parallel import Told, enough_workers, silent
+from ...data.shards.parallel import Progress, enough_workers, silent
 from ...data.shards.source import Source, attribution
 from ...data.storage.files import shown_url
-from ...data.tools.contact_sheet import Card, Section, cards, noted, write_sheet
-from ...data.tools.inspect import drawn, in_order, inspect, met, opened
+from ...data.tools.contact_sheet import Card, Section, cards, with_notes, write_sheet
+from ...data.tools.inspect import inspect, locate_entries, open_indexed, sample_numbers, sorted_numbers
 from ...data.tools.lint import Findings
 from ...data.tools.pack import PackResult
 from ..errors import safe_text
@@ -35,7 +35,7 @@ _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Told]:
+def progress(what: str) -> Iterator[Progress]:
     """A progress bar for `what` on stderr, if that is a terminal; removed at the end."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -47,10 +47,10 @@ def progress(what: str) -> Iterator[Told]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
 
-        def told(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        yield told
+        yield report
 
 
 def packed_lines(packed: PackResult) -> list[str]:
@@ -126,8 +126,8 @@ def reasons_table(kinds: Mapping[str, int]) -> Table:
 def statistics(found: Mapping[str, Any]) -> Group:
     """The statistics of inspect, for a terminal."""
     pictures, captions = found["pictures"], found["captions"]
-    every = found["looked_at"] == found["samples"]
-    looked = "all inspected" if every else f"{found['looked_at']:,} of them inspected"
+    every = found["inspected"] == found["samples"]
+    looked = "all inspected" if every else f"{found['inspected']:,} of them inspected"
     parts: list[Any] = [
         Text(
             f"{safe_text(found['source'])}: {found['samples']:,} samples in {found['shards']:,} shards, "
@@ -159,7 +159,7 @@ def statistics(found: Mapping[str, Any]) -> Group:
     parts += [Text(f"label {_quoted(name)}: {_counts(found['labels'][name])}") for name in names[:_MOST_ROWS]]
     if len(names) > _MOST_ROWS:
         parts.append(Text(f"and {len(names) - _MOST_ROWS} more labels; --json lists all"))
-    parts += [Text(_column_line(name, column, found["looked_at"])) for name, column in columns[:_MOST_ROWS]]
+    parts += [Text(_column_line(name, column, found["inspected"])) for name, column in columns[:_MOST_ROWS]]
     if len(columns) > _MOST_ROWS:
         parts.append(Text(f"and {len(columns) - _MOST_ROWS} more columns; --json lists all"))
     return Group(*parts)
@@ -189,11 +189,11 @@ def _counts(counts: Mapping[str, int]) -> str:
 def inspect_url(url: str, samples: int, out: Path | None, workers: int | None) -> tuple[dict[str, Any], Group]:
     """Statistics of `samples` random samples, as data and as text; writes a contact sheet to `out` if given."""
     source, workers = _opened(url, workers)
-    with progress("samples") as told:
-        found = inspect(source, in_order(source, samples), workers, told)
+    with progress("samples") as report:
+        found = inspect(source, sorted_numbers(source, samples), workers, report)
     text = statistics(found)
     if out is not None:
-        chosen = cards(source, drawn(source, min(samples, _ON_A_SHEET)), workers)
+        chosen = cards(source, sample_numbers(source, min(samples, _ON_A_SHEET)), workers)
         lead = f"{len(chosen):,} of {len(source):,} samples, drawn at random."
         write_sheet(out, shown_url(url), _credited(lead, url), [Section("", chosen), *_alike(source, found, workers)])
         text.renderables.append(Text(f"contact sheet: {safe_text(str(out))}"))
@@ -220,9 +220,11 @@ def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None)
     """The samples listed in a run's ledger, as data and as text; writes a contact sheet of them to `out` if given."""
     entries = read_ledger(ledger)
     source, workers = _opened(url, workers)
-    named = met(source, entries)
+    named = locate_entries(source, entries)
     notes = named.notes.values()
-    named_cards = [noted(card, own) for card, own in zip(cards(source, list(named.notes), workers), notes, strict=True)]
+    named_cards = [
+        with_notes(card, own) for card, own in zip(cards(source, list(named.notes), workers), notes, strict=True)
+    ]
     total = f"{len(named_cards):,} samples listed in {len(entries):,} entries of the ledger"
     if named.gone:
         total += f"; {named.gone:,} more are no longer in their shards"
@@ -245,8 +247,8 @@ def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None)
 
 def _opened(url: str, workers: int | None) -> tuple[Source, int]:
     workers = workers or enough_workers(url)
-    with progress("shards") as told:
-        return opened(url, workers, told), workers
+    with progress("shards") as report:
+        return open_indexed(url, workers, report), workers
 
 
 def card_lines(card: Card) -> str:

@@ -123,7 +123,7 @@ def test_data_pack(treering: Command, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "table.tsv").write_text("a.png\tanother\n")
     assert "shards/red holds shards packed from another" in refused(*again)
     assert "must be i/n" in refused(*again, "--part", "8/8")
-    assert "nothing is there" in refused("data", "pack", str(tmp_path / "none.tsv"), "shards/none")
+    assert "not found" in refused("data", "pack", str(tmp_path / "none.tsv"), "shards/none")
 
 
 def test_doctor(treering: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ...data.storage.atomic_write import atomic_write
 from ...data.storage.failures import Failure, failure_of
 from ...data.storage.files import single_try_filesystem
-from ...data.storage.retries import OutOfTries, http_status, persist
+from ...data.storage.retries import RetriesExhausted, http_status, retry
 
 T = TypeVar("T")
 _GOOGLE = ("gs://", "gcs://")
@@ -59,8 +59,8 @@ class Store:
     def _tried(self, doing: str, attempt: Callable[[], T]) -> T:
         """Call `attempt`, retried while the store fails transiently; returns its result. Raises StoreError."""
         try:
-            return persist(f"the store {self.url}", attempt, doing="reach")
-        except OutOfTries as error:
+            return retry(f"the store {self.url}", attempt, doing="reach")
+        except RetriesExhausted as error:
             raise StoreError(f"{error} ({doing})") from None
         except Exception as error:
             raise self._explained(error, doing) from error

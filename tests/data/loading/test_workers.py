@@ -23,7 +23,7 @@ import torch
 
 from treering.data import DataConfig, DataError, Loader
 from treering.data.loading import loader as loader_module
-from treering.data.loading.workers import Note, _joined
+from treering.data.loading.workers import Note, _concatenate
 
 WriteSource = Callable[..., str]
 
@@ -158,6 +158,6 @@ def test_a_note_is_read_by_others() -> None:
 
 def test_joining_goes_field_by_field() -> None:
     parts = [{"a": torch.arange(n), "b": (n, "x"), "c": None} for n in (2, 3)]
-    joined = _joined(parts)
+    joined = _concatenate(parts)
     assert np.array_equal(joined["a"].numpy(), [0, 1, 0, 1, 2])
     assert (joined["b"], joined["c"]) == ((2, "x", 3, "x"), None)

@@ -173,7 +173,7 @@ def test_to_a_store(table: Path) -> None:
 def test_refuses_what_it_has_not_packed(tmp_path: Path, table: Path, name: str) -> None:
     (tmp_path / "out" / name).parent.mkdir(parents=True)
     (tmp_path / "out" / name).write_text("x")
-    refused(tmp_path, table, "is there already; remove it or choose another name")
+    refused(tmp_path, table, "already exists; remove it or choose another name")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_empty_and_missing_tables(tmp_path: Path) -> None:
     refused(tmp_path, tmp_path / "t.tsv", "is empty")
     (tmp_path / "t.xlsx").write_text("", encoding="utf-8")
     refused(tmp_path, tmp_path / "t.xlsx", "must end in .tsv, .csv or .jsonl")
-    refused(tmp_path, tmp_path / "nowhere", "nothing is there")
+    refused(tmp_path, tmp_path / "nowhere", "not found")
 
 
 def test_full_disk(tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +357,7 @@ def test_parts_at_the_same_time(tmp_path: Path, many: Path) -> None:
 def test_a_killed_pack_goes_on(tmp_path: Path, many: Path) -> None:
     pack(many, str(tmp_path / "0" / "set"), "100kB")
     expected, folder = contents(tmp_path / "0" / "set"), tmp_path / "1" / "set"
-    kwargs = {"told": lambda done, total: time.sleep(0.2)}
+    kwargs = {"progress": lambda done, total: time.sleep(0.2)}
     killed = multiprocessing.get_context("fork").Process(
         target=pack, args=(many, str(folder), "100kB"), kwargs=kwargs
     )  # fmt: skip

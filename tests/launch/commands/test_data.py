@@ -136,7 +136,7 @@ def test_inspect(treering: Command, clean: str, here: Path) -> None:
     assert "<b>" not in page
     assert not any(c in page for c in "\x1b\x07\u202e")
     found = json.loads(treering("data", "inspect", clean, "--samples", "5", "--json").stdout)
-    assert (found["samples"], found["looked_at"]) == (14, 5)
+    assert (found["samples"], found["inspected"]) == (14, 5)
     assert found["pictures"]["width"]["mean"] == 40
     assert list((here / "pages").iterdir()) == [here / "pages" / "sheet.html"]
 

@@ -60,10 +60,10 @@ def test_filter_and_beside(treering: Command, shards: Path) -> None:
 @pytest.mark.parametrize(
     ("filter", "sentence"),
     [
-        ("similarty > 0.25", "did you mean similarity? There are the columns similarity, x\\x1b[2J"),
+        ("similarty > 0.25", "did you mean similarity? Available are the columns similarity, x\\x1b[2J"),
         ("similarity > 7", "accepts 0 of 12 samples; its columns hold\n  similarity: 12 numbers from 0 to 1.1"),
-        ("open('x')", "cannot hold a call"),
-        ("similarity >\x1b[2J", "is no expression"),
+        ("open('x')", "cannot contain a call"),
+        ("similarity >\x1b[2J", "is not a valid expression"),
     ],
 )
 def test_a_filter_that_cannot_be(treering: Command, shards: Path, filter: str, sentence: str) -> None:
