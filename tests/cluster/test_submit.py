@@ -19,10 +19,16 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--nodes", "1", "--partition", "nowhere"], "partition 'nowhere' does not exist; known here: high, main, short"),
+        (
+            ["--nodes", "1", "--partition", "nowhere"],
+            "partition 'nowhere' does not exist; known here: high, main, short",
+        ),
         (["--nodes", "6"], "partition main has 3 nodes"),
         (["--nodes", "3", "--partition", "short"], "exceeds the limit of partition short for a job, 2"),
-        (["--nodes", "1", "--partition", "short", "--time", "2:00:00"], "exceeds the limit of partition short, 01:00:00"),
+        (
+            ["--nodes", "1", "--partition", "short", "--time", "2:00:00"],
+            "exceeds the limit of partition short, 01:00:00",
+        ),
         (["--nodes", "1", "--gpus-per-node", "12"], "Slurm would refuse the job"),
         (["--nodes", "2", "--processes-per-node", "5"], "cannot share data.batch = 12 evenly"),
         (["--nodes", "1", "optimizer.lr=fast"], "optimizer.lr"),
