@@ -2,8 +2,7 @@
 
 Why not the `tokenizers` library for all of it (Split by CLIP's pattern, ByteLevel, the same merges): tried, it gives
 other ids for 112 of 20,000 strings of random code points, as its Unicode tables differ from those of `regex`, and for
-none of 20,000 strings of ordinary words; it takes 7.8 s for 20,000
-texts, and this 6.3 s.
+none of 20,000 strings of ordinary words; it takes 7.8 s for 20,000 texts, and this 6.3 s.
 
 The text is cleaned as open_clip does (ftfy, HTML entities, white space, lower case), cut into words by CLIP's pattern,
 and each word is merged by the `tokenizers` library; words seen before come from a table. The vocabulary file lies in

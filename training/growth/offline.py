@@ -175,8 +175,8 @@ class OldState(Mapping[str, Tensor]):
         part = self._commit.manifest.parts[number]
         self._part = {}  # before the next one comes
         found = {f"{part.kind}/{name}": tensor for name, tensor in self._commit.pieces(part).items()}
-        if part.stretches:
-            # An engine that spreads its state leaves stretches: their kind is then put together as a whole.
+        if part.ranges:
+            # An engine that spreads its state leaves ranges: their kind is then put together as a whole.
             found = self._commit.tensors(part.kind)
         self._part = found
         return found

@@ -94,8 +94,8 @@ def test_all_that_is_carried_is_what_an_uninterrupted_run_has(treering: Run, tin
             ["--load", "all", "data.batch=4"],
             "trained in batches other than data.batch = 4; change the recipe, or load",
         ),
-        (["--load", "all", "optimizer.ema=0.9"], "holds no ema, which the recipe's optimizer keeps"),
-        (["--load", "all", "stages.0.samples=16"], "is at step 4 of stage 0, where no such stage is"),
+        (["--load", "all", "optimizer.ema=0.9"], "has no ema, which the recipe's optimizer needs"),
+        (["--load", "all", "stages.0.samples=16"], "is at step 4 of stage 0, which is not in the recipe"),
         (["--load", "moments"], "init_from.load"),
     ],
 )
