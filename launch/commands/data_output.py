@@ -137,8 +137,8 @@ def statistics(found: Mapping[str, Any]) -> Group:
     if found["bad"]:
         parts.append(reasons_table(found["bad"]))
     rows = {name.replace("_", " "): pictures[name] for name in ("width", "height", "short_side", "width_over_height")}
-    rows |= {"captions a sample": captions["a_sample"], "tokens a caption": captions["tokens"]}
-    rows |= {"characters a caption": captions["characters"]}
+    rows |= {"captions per sample": captions["a_sample"], "tokens per caption": captions["tokens"]}
+    rows |= {"characters per caption": captions["characters"]}
     columns = list(found["columns"].items())
     rows |= {f"column {_quoted(name, 30)}": column["numbers"] for name, column in columns if column["numbers"]}
     table = Table("", box=box.SIMPLE_HEAD)

@@ -109,9 +109,9 @@ def test_what_cannot_begin_is_refused_before_it_starts(
 
 def test_exports_that_are_refused(treering: Run, refused: Callable[..., str], tiny: Path, here: Path) -> None:
     assert treering("train", str(tiny), "--out", "half", "eval.suites=[]").returncode == 0
-    assert "holds no average of the weights" in refused(
+    assert "has no average of the weights" in refused(
         "export", "half", "--to", "safetensors", "--out", "new", "--weights", "ema"
     )
-    assert "is no format" in refused("export", "half", "--to", "pickle", "--out", "new")
+    assert "is not a known format" in refused("export", "half", "--to", "pickle", "--out", "new")
     assert "exists; give a new folder" in refused("export", "half", "--to", "safetensors", "--out", "half")
     assert "there is no commit" in refused("export", "nowhere", "--to", "safetensors", "--out", "new")
