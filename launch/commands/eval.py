@@ -105,12 +105,12 @@ def asked(opened: Opened, config: EvalConfig | None, data: str | None) -> tuple[
 
 def scored(opened: Opened, config: EvalConfig, source: str, world: World) -> Evaluation:
     """The evaluation of a model; embeddings of it that are kept are taken, and new ones kept."""
-    from ...training.evaluate.embedding_cache import Kept
+    from ...training.evaluate.embedding_cache import EmbeddingCache
     from ...training.evaluate.suites import evaluate
 
     recipe, model = opened.recipe, _model(opened).to(world.device)
-    kept = Kept(opened.identity(), world)
-    return evaluate(model, config, source, world, recipe.data.cache, recipe.data.tokenizer, kept)
+    embeddings = EmbeddingCache(opened.identity(), world)
+    return evaluate(model, config, source, world, recipe.data.cache, recipe.data.tokenizer, embeddings)
 
 
 def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[str, Any]:
