@@ -106,12 +106,12 @@ def evaluation_of(opened: OpenedModel, config: EvalConfig | None, data: str | No
 
 def evaluate_opened(opened: OpenedModel, config: EvalConfig, source: str, world: World) -> Evaluation:
     """Evaluate a model, reading its embeddings from the cache where possible and caching new ones."""
-    from ...training.evaluate.embedding_cache import Kept
+    from ...training.evaluate.embedding_cache import EmbeddingCache
     from ...training.evaluate.suites import evaluate
 
     recipe, model = opened.recipe, _model(opened).to(world.device)
-    kept = Kept(opened.identity(), world)
-    return evaluate(model, config, source, world, recipe.data.cache, recipe.data.tokenizer, kept)
+    embeddings = EmbeddingCache(opened.identity(), world)
+    return evaluate(model, config, source, world, recipe.data.cache, recipe.data.tokenizer, embeddings)
 
 
 def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[str, Any]:
