@@ -287,7 +287,7 @@ def _receive(shard: ShardInfo, start: int, end: int, received: bytearray) -> Non
     protocols = (system.protocol,) if isinstance(system.protocol, str) else system.protocol
     if "s3" in protocols:
         sync(system.loop, _receive_s3, system, path, shard, at, end, received)
-    elif "https" in protocols:
+    elif "http" in protocols:
         sync(system.loop, _receive_http, system, path, at, end, received)
     else:
         received += system.cat_file(path, start=at, end=end)

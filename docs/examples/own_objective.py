@@ -1,9 +1,9 @@
-"""An objective of one's own: `python docs/examples/own_objective.py [KEY=VALUE ...]`.
+"""A custom objective: `python docs/examples/own_objective.py [KEY=VALUE ...]`.
 
-It keeps embeddings of pictures from all pointing the same way, by the square of their projection on their own running
-mean, and is everything an objective can have; most need neither state nor extras. Run as a script it registers the
-objective by itself and trains with it for some seconds, in this process. A package names its module as an entry point
-instead, so that every process of a run finds it (docs/objectives.md).
+It keeps picture embeddings from all pointing in the same direction, by the square of their projection on their running
+mean. It shows most of what an objective can have, such as state; most objectives need less. Run as a script it
+registers the objective and trains with it for some seconds, in this process. A package declares its module as an entry
+point instead, so that every process of a run finds it (docs/objectives.md).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Centred(Objective):
     momentum: float = 0.9
     mean: list[float] = field(default_factory=list)
 
-    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+    def partial_loss(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         image_be = F.normalize(output.image.pooled.float(), dim=-1)
         total_e = world.sum(image_be.sum(0)).double() / (len(image_be) * world.size)
         before_e = torch.tensor(self.mean).to(total_e) if self.mean else total_e
@@ -63,7 +63,7 @@ def build(config: CentredConfig, seed: int) -> Objective:
 
 def main(overrides: list[str]) -> None:
     shorter = ["data.batch=64", "stages=[{samples: 640}]", "schedule.warmup=128", "eval.every=null"]
-    term = "objectives.more={centred: {weight: 0.1, momentum: 0.8}}"
+    term = "objectives.centred={weight: 0.1, momentum: 0.8}"
     treering.train("emoji", [term, *shorter, *overrides], out="runs/own_objective", processes=1)
 
 

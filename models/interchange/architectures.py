@@ -291,6 +291,7 @@ def reasons_against_export(spec: ModelSpec) -> list[str]:
     found += _image_limits(spec.image)
     if spec.shared:
         found.append("shared: open_clip has no shared blocks")
+    found += [f"modalities.{name}: open_clip has no towers of other modalities" for name in spec.modalities]
     if ("quick_gelu" in (spec.image.mlp, spec.text.mlp)) and spec.image.mlp != spec.text.mlp:
         found.append(
             f"image.mlp = {spec.image.mlp} and text.mlp = {spec.text.mlp}: open_clip has one switch for both towers"

@@ -19,7 +19,8 @@ PUBLIC = {
     "treering.models.model": ("ModelOutput",),
     "treering.models.towers": ("TowerOutput",),
     "treering.launch.errors": ("RecipeError", "RunError"),
-    "treering.data": ("DataError",),
+    "treering.data": ("DataError", "as_webdataset"),
+    "treering.data.builtin": ("SampleSet",),
 }
 """what others may build on, by the module it is imported from"""
 _WIDTH = 110

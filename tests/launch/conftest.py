@@ -55,7 +55,7 @@ def process(here: Path) -> Callable[..., Done]:
             env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"} | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=280,
         )
 
     return run

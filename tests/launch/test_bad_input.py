@@ -34,7 +34,7 @@ def treering(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
 
@@ -70,9 +70,9 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) < 24
-    told = " ".join(done.stderr.split())
+    shown = " ".join(done.stderr.split())
     for word in words:
-        assert word in told, done.stderr
+        assert word in shown, done.stderr
 
 
 def test_missing_shards(tmp_path: Path) -> None:

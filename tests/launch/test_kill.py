@@ -70,7 +70,7 @@ def train(
         environment |= {"PYTHONPATH": path, "KILL_AT": kill_at}
     command = [*COMMAND, f"engine={engine}", "--out", str(out), "--processes", str(processes)]
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, start_new_session=True, check=False
+        command, env=environment, capture_output=True, text=True, timeout=280, start_new_session=True, check=False
     )
 
 

@@ -237,12 +237,12 @@ def test_balance_against_its_formula() -> None:
     model = build(SPEC, 0)
     output = model(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(10), torch.tensor([4, 6]))
     world = World.join()
-    found = Balance(1.0).share(output, None, None, world)
+    found = Balance(1.0).partial_loss(output, None, None, world)
     expected = []
     for counts, gates in output.routing:
         f, p = counts / counts.sum(), gates / gates.sum()
         expected.append(len(f) * (f * p).sum())
     assert found.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
     even = (torch.full((4,), 10), torch.full((4,), 5.0))
-    assert Balance(1.0).share(output._replace(routing=(even,)), None, None, world).item() == pytest.approx(1.0)
-    assert Balance(1.0).share(output._replace(routing=()), None, None, world).item() == 0.0
+    assert Balance(1.0).partial_loss(output._replace(routing=(even,)), None, None, world).item() == pytest.approx(1.0)
+    assert Balance(1.0).partial_loss(output._replace(routing=()), None, None, world).item() == 0.0

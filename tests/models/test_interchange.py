@@ -418,11 +418,22 @@ def test_what_open_clip_cannot_hold_stays(part: str, change: dict[str, Any], rea
         config_of(ModelSpec.model_validate(tree))
 
 
-def test_shared_blocks_stay() -> None:
+@pytest.mark.parametrize(
+    ("part", "fields", "reason"),
+    [
+        ("shared", {"width": 8, "depth": 1, "heads": 1}, "open_clip has no shared blocks"),
+        (
+            "modalities",
+            {"audio": {"width": 8, "depth": 1, "heads": 1, "features": 4}},
+            r"modalities\.audio: open_clip has no towers of other modalities",
+        ),
+    ],
+)
+def test_parts_that_open_clip_does_not_have_stay(part: str, fields: dict[str, Any], reason: str) -> None:
     tree = spec_of(small("ViT-B-32") | {"vision_cfg": small("ViT-H-14-CLIPA")["vision_cfg"]}).model_dump()
     tree["image"]["norm_after_pool"] = False
-    tree["shared"] = {"width": 8, "depth": 1, "heads": 1}
-    with pytest.raises(InterchangeError, match="open_clip has no shared blocks"):
+    tree[part] = fields
+    with pytest.raises(InterchangeError, match=reason):
         config_of(ModelSpec.model_validate(tree))
 
 

@@ -29,7 +29,7 @@ from .optimizer import OptimizerConfig
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, as tensors on the device: reading them waits for it."""
+    """What a step measured, as tensors on the device: reading them synchronises with it."""
 
     losses: dict[str, Tensor]
     """this rank's part of each objective, before weighting"""
@@ -60,7 +60,7 @@ class Forward(nn.Module):
         if not losses:
             return output
         table = self.model.output_table
-        return {o.name: o.share(output, inputs, table, self.world) for o in self.objectives}
+        return {o.name: o.partial_loss(output, inputs, table, self.world) for o in self.objectives}
 
 
 class Engine(ABC):
@@ -109,14 +109,16 @@ class Engine(ABC):
         A gradient that is not finite leaves weights and moments as they are; `skipped` counts it.
         """
         if self.pieces > 1:
-            shares = micro_batches.backward(self._output, self.objectives, inputs, self.pieces, self.world, self._hold)
+            partial_losses = micro_batches.backward(
+                self._output, self.objectives, inputs, self.pieces, self.world, self._hold
+            )
         else:
-            shares = self._forward(inputs)
-            loss = torch.stack([o.weight * shares[o.name] for o in self.objectives]).sum()
+            partial_losses = self._forward(inputs)
+            loss = torch.stack([o.weight * partial_losses[o.name] for o in self.objectives]).sum()
             # The parts of all ranks sum to the global loss, but engines average gradients: undo their division.
             self._backward(loss * self.world.size)
         norm = self._update(lr, fade)
-        return StepResult({name: share.detach() for name, share in shares.items()}, norm)
+        return StepResult({name: loss.detach() for name, loss in partial_losses.items()}, norm)
 
     def take_pieces(self, pieces: int) -> None:
         """Run batches through the model in `pieces` pieces from now on."""
@@ -142,19 +144,19 @@ class Engine(ABC):
         return contextlib.nullcontext()
 
     def gradient_norms(self, inputs: Inputs) -> dict[str, float]:
-        """The norm of each objective's gradient on this batch, before weighting; all ranks call it, and it waits for
-        the device. Only where `config.measures_objectives`."""
+        """The norm of each objective's gradient on this batch, before weighting; all ranks call it, and it synchronises
+        with the device. Only where `config.measures_objectives`."""
         raise AssertionError("the recipe refuses log.gradient_norms under this engine")
 
     @property
     @abstractmethod
     def applied(self) -> int:
-        """Optimizer steps applied; reading it waits for the device."""
+        """Optimizer steps applied; reading it synchronises with the device."""
 
     @property
     @abstractmethod
     def skipped(self) -> int:
-        """Steps whose gradient was not finite; reading it waits for the device."""
+        """Steps whose gradient was not finite; reading it synchronises with the device."""
 
     @property
     @abstractmethod

@@ -45,9 +45,11 @@ class DdpEngine(TorchEngine):
 
     def gradient_norms(self, inputs: Inputs) -> dict[str, float]:
         kept = states(self.objectives)
-        shares = Forward(self.model, self.objectives, self.world, self.config.precision, self.recomputing)(inputs)
+        partial_losses = Forward(self.model, self.objectives, self.world, self.config.precision, self.recomputing)(
+            inputs
+        )
         load_states(self.objectives, kept)  # looking at a batch must not count as training on it
-        return gradient_norms(self.objectives, shares, list(self.model.parameters()), self.world)
+        return gradient_norms(self.objectives, partial_losses, list(self.model.parameters()), self.world)
 
     @torch.no_grad()
     def output(self, inputs: Inputs) -> ModelOutput:

@@ -24,7 +24,7 @@ from ..world import World
 PieceOutput = tuple[ModelOutput, Tensor]
 """a model's output and its token table"""
 _TABLE = Merge("equal")
-"""the token table, which is no output of the model"""
+"""the token table, a parameter that objectives read beside the outputs"""
 
 
 def backward(
@@ -58,8 +58,8 @@ def backward(
     # The whole batch's outputs become leaves of a graph of their own, whose backward pass ends in their gradients.
     whole = {name: _merged([one[name] for one in kept]) for name in kept[0]}
     output = with_leaves(output, whole)
-    shares = {o.name: o.share(output, inputs, whole["table"], world) for o in objectives}
-    loss = torch.stack([o.weight * shares[o.name] for o in objectives]).sum()
+    partial_losses = {o.name: o.partial_loss(output, inputs, whole["table"], world) for o in objectives}
+    loss = torch.stack([o.weight * partial_losses[o.name] for o in objectives]).sum()
     (loss * world.size).backward()
     gradients = [_of_pieces(leaf.grad, [one[name] for one in kept]) for name, leaf in whole.items()]
     for number, (piece, states) in enumerate(zip(pieces, generators, strict=True)):
@@ -69,7 +69,7 @@ def backward(
             ends = [(leaf.tensor, of[number]) for leaf, of in zip(found.values(), gradients, strict=True)]
             ends = [(tensor, gradient) for tensor, gradient in ends if gradient is not None and tensor.requires_grad]
             torch.autograd.backward([tensor for tensor, _ in ends], [gradient for _, gradient in ends])
-    return {name: share.detach() for name, share in shares.items()}
+    return {name: loss.detach() for name, loss in partial_losses.items()}
 
 
 def cut(inputs: Inputs, parts: int) -> list[Inputs]:

@@ -1,7 +1,7 @@
-"""Evaluation: how good a model is, the same at any number of ranks, and where two models differ.
+"""Evaluation: scores of a model, identical at any number of ranks, and comparison of models.
 
-`embed.py` runs the model over a data set once (`kept.py` keeps what it made); `retrieval.py`, `zero_shot.py`,
-`probes.py`, `geometry.py` and `captioning.py` are plain functions of embeddings and texts; `protocols.py` makes scores
-of them for a suite (`config.py`, `prompts.py`), `suites.py` runs all suites of a recipe. What was found is an
-`Evaluation` (`outcome.py`); how far it can be trusted says `reliability.py`, and `comparing.py` compares several.
+`embed.py` runs the model over a data set once (`embedding_cache.py` caches the result). `retrieval.py`, `zero_shot.py`,
+`probes.py`, `geometry.py` and `captioning.py` are plain functions of embeddings and texts. `protocols.py` computes the
+scores of one suite (`config.py`, `prompts.py`) from them, and `suites.py` runs all suites of a recipe. The result is an
+`Evaluation` (`outcome.py`). `reliability.py` has intervals and tests; `comparing.py` compares several models.
 """

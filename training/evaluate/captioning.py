@@ -1,8 +1,8 @@
-"""Written captions against the true ones: BLEU by sacrebleu, CIDEr by pycocoevalcap.
+"""Scores of generated captions against the true ones: BLEU by sacrebleu, CIDEr by pycocoevalcap.
 
-Both packages are optional (`treering[captioning]`: pycocoevalcap weighs 100 MB). COCO's own evaluation cuts texts into
-words by a Java program; here sacrebleu's 13a tokenizer does, on lower-case text, without punctuation for CIDEr, so
-figures agree with COCO's to a few tenths of a point. METEOR and SPICE only exist in Java and are not computed.
+Both packages are optional (`treering[captioning]`; pycocoevalcap is 100 MB). COCO's evaluation tokenizes with a Java
+program; here sacrebleu's 13a tokenizer does it, on lower-case text, without punctuation for CIDEr, so scores agree with
+COCO's to a few tenths of a point. METEOR and SPICE only exist in Java and are not computed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ _DRAWS = 1000
 
 
 def write_captions(
-    model: Model, data: Pictures, writing: CaptionDecoding, longest: int, batch: int, world: World
+    model: Model, data: Pictures, decoding: CaptionDecoding, longest: int, batch: int, world: World
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Of every usable sample its number, key, true captions and what the model writes; ledger entries of the others.
-    Shared out over the ranks, the same on each, in index order."""
+    """Number, key, true captions and generated caption of every usable sample, and ledger entries for the others.
+
+    Both are in index order. The work is distributed over the ranks; each returns all of it.
+    """
     rows, bad = [], []
     tokenizer, longest = data.tokenizer, min(longest, model.spec.text.context)
     for numbers in own_batches(range(len(data)), batch, world):
@@ -39,13 +41,13 @@ def write_captions(
         bad += unusable
         if not samples:
             continue
-        ids = write(writing, model, pixels(samples.values(), world), tokenizer.START, tokenizer.END, longest)
+        ids = write(decoding, model, pixels(samples.values(), world), tokenizer.START, tokenizer.END, longest)
         rows += [
             {"number": number, "key": sample.key, "true": list(sample.captions), "written": tokenizer.decode(one)}
             for (number, sample), one in zip(samples.items(), ids, strict=True)
         ]
-    everyones = [sorted((row for rank in world.objects(own) for row in rank), key=_number) for own in (rows, bad)]
-    return everyones[0], everyones[1]
+    gathered = [sorted((row for rank in world.objects(own) for row in rank), key=_number) for own in (rows, bad)]
+    return gathered[0], gathered[1]
 
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, tuple[float, float]]:
@@ -53,7 +55,7 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[flo
     most = max(map(len, references))
     columns: list[list[str | None]] = [[each[i] if i < len(each) else None for each in references] for i in range(most)]
     found = _bleu().corpus_score(list(texts), columns, n_bootstrap=_DRAWS)  # type: ignore[arg-type,unused-ignore]
-    # The bootstrap's mean and half width have no public name.
+    # sacrebleu has no public names for the mean and half width of its bootstrap.
     return found.score / 100, ((found._mean - found._ci) / 100, (found._mean + found._ci) / 100)
 
 
@@ -62,7 +64,7 @@ def ciders(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Tensor:
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError:
-        raise _lacking("pycocoevalcap") from None
+        raise _missing("pycocoevalcap") from None
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     words = Tokenizer13a()
@@ -79,7 +81,7 @@ def _bleu() -> BLEU:
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError:
-        raise _lacking("sacrebleu") from None
+        raise _missing("sacrebleu") from None
     return BLEU(lowercase=True, tokenize="13a")
 
 
@@ -89,10 +91,10 @@ def check_installed(metrics: Sequence[str]) -> None:
 
     for metric, package in (("bleu", "sacrebleu"), ("cider", "pycocoevalcap"), ("cider", "sacrebleu")):
         if metric in metrics and find_spec(package) is None:
-            raise _lacking(package)
+            raise _missing(package)
 
 
-def _lacking(package: str) -> DataError:
+def _missing(package: str) -> DataError:
     return DataError(f"captioning needs the package {package}: pip install 'treering[captioning]'")
 
 

@@ -1,13 +1,13 @@
-"""Whether models differ: task by task, on the same queries; also one model before and after a growth.
+"""Compares models task by task on the same queries; also one model before and after a growth.
 
-The first model is the one the others are compared with. Where a score is a mean over queries, the difference has a
-paired bootstrap interval; where each query is right or wrong, flips are counted and tested by McNemar's exact test, and
-elsewhere the bootstrap tests. Many tasks tested at once find differences by luck, so p-values come adjusted by Holm's
-method over all tasks of a pair of models.
+The first model is the baseline that the others are compared with. If a score is a mean over queries, its difference has
+a paired bootstrap interval. If each query is right or wrong, flips are counted and tested with McNemar's exact test;
+otherwise the p-value is the bootstrap's. With many tasks some differences appear by chance, so p-values are adjusted
+with Holm's method over all tasks of a pair of models.
 
-A run compares its model with what it was before a growth. A model that is better on average may have queries wrong
-that it had right (negative flips: Yan et al., arXiv 2011.09161), so the records of a run keep one bit for each query of
-an evaluation.
+A run also compares its model with the one before its last growth. A model that is better on average can still get
+queries wrong that it had right (negative flips: Yan et al., arXiv 2011.09161), so the records of a run store one bit
+for each query of an evaluation.
 """
 
 from __future__ import annotations
@@ -26,26 +26,28 @@ from ..report.readable import lower_is_better
 from .outcome import Evaluation
 from .reliability import compare, difference, holm
 
-_SHOWN = 8  # flips of a task that are named
+_SHOWN = 8  # flips listed per task
 
 
 @dataclass(frozen=True)
 class Change:
-    """One score of one model beside the first model's."""
+    """The change of one score from the first model to another."""
 
     value: float
-    """its score less the first one's"""
+    """its score minus the first model's"""
     low: float | None = None
     high: float | None = None
-    """the 95% interval of the difference; None: the score is no mean over queries"""
+    """the 95% interval of the difference; None: the score is not a mean over queries"""
     lost: int | None = None
-    """negative flips: queries that the first has right and this one wrong; None: queries are not right or wrong"""
+    """negative flips: queries that the first model has right and this one wrong; None: queries are not right or
+    wrong"""
     won: int | None = None
+    """positive flips"""
     p_value: float | None = None
     adjusted: float | None = None
-    """the p-value by Holm's method"""
+    """the p-value adjusted with Holm's method"""
     flips: tuple[str, ...] = ()
-    """the first few queries that were lost"""
+    """the first few lost queries"""
 
     def json(self) -> dict[str, Any]:
         """As a plain object."""
@@ -62,7 +64,7 @@ class Task:
     intervals: tuple[tuple[float, float] | None, ...]
     chance: float | None
     changes: tuple[Change, ...]
-    """of all models but the first"""
+    """one for each model but the first"""
 
     def json(self) -> dict[str, Any]:
         """As a plain object."""
@@ -72,12 +74,14 @@ class Task:
 
 
 def tasks(names: Sequence[str], found: Sequence[Evaluation]) -> list[Task]:
-    """The scores that all models have, compared. `names` are of the models, for messages. Raises DataError if they
-    were not evaluated on the same queries."""
+    """Compare the scores that all models have; `names` are the models' names for messages.
+
+    Raises DataError if the models have no score in common or were not evaluated on the same queries.
+    """
     first, *others = found
     keys = [key for key in first.scores if all(key in other.scores for other in others)]
     if not keys:
-        raise DataError(f"{names[0]} and {names[1]} have no score in common; give suites that both can be evaluated on")
+        raise DataError(f"{names[0]} and {names[1]} have no score in common; name suites that both can be evaluated on")
     columns = [[_change(key, first, other, (names[0], name)) for key in keys] for name, other in _pairs(names, others)]
     adjusted = [_adjusted(column) for column in columns]
     return [
@@ -103,8 +107,8 @@ def _change(key: str, first: Evaluation, other: Evaluation, names: tuple[str, st
         return Change(value)
     if list(first.names[key]) != list(other.names[key]):
         raise DataError(
-            f"{names[0]} and {names[1]} were not evaluated on the same queries of {shown(key)}: samples one cannot "
-            "use, the other can; look at the ledger of the evaluation set"
+            f"{names[0]} and {names[1]} were not evaluated on the same queries of {shown(key)}: some samples can "
+            "be used by only one of them; see the ledger of the evaluation set"
         )
     before, after = first.queries[key], other.queries[key]
     drawn = difference(before, after)
@@ -129,17 +133,18 @@ def _adjusted(column: Sequence[Change]) -> list[Change]:
 
 
 def comparison(models: Sequence[Mapping[str, Any]], compared: Sequence[Task]) -> dict[str, Any]:
-    """All of it as one plain object; `models` says of each what it is, the first one first."""
+    """The comparison as one plain object; `models` describes each model, the first (baseline) one first."""
     return {"models": [dict(model) for model in models], "tasks": [task.json() for task in compared]}
 
 
 def bits(found: Evaluation) -> dict[str, dict[str, Any]]:
-    """Of each score whose queries are right or wrong at rank one: which are right, and which queries they were."""
+    """For each score with right-or-wrong queries (rank one only): a bit mask of the right ones and a hash of the
+    queries."""
     return {
         key: {
             "right": np.packbits(right.numpy()).tobytes().hex(),
             "queries": len(right),
-            "asked": stable_hash(*found.names[key]),
+            "query_hash": stable_hash(*found.names[key]),
         }
         for key, right in found.queries.items()
         if right.dtype == torch.bool and not key.endswith(("@5", "@10"))
@@ -147,14 +152,14 @@ def bits(found: Evaluation) -> dict[str, dict[str, Any]]:
 
 
 def flips(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By score: `lost`, `won`, of how many `queries`, and McNemar's `p_value`; `before` and `after` are from `bits`.
+    """By score: `lost`, `won`, the number of `queries`, and McNemar's `p_value`; `before` and `after` are from `bits`.
 
-    Scores that were not of the same queries are left out.
+    Scores whose queries differ are skipped.
     """
     found = {}
     for key in before.keys() & after.keys():
         old, new = before[key], after[key]
-        if (old["queries"], old["asked"]) == (new["queries"], new["asked"]):
+        if (old["queries"], old["query_hash"]) == (new["queries"], new["query_hash"]):
             compared = compare(_right(old), _right(new))
             count = old["queries"]
             lost, won = round(compared.negative_flips * count), round(compared.positive_flips * count)
@@ -162,6 +167,6 @@ def flips(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict
     return dict(sorted(found.items()))
 
 
-def _right(kept: Mapping[str, Any]) -> Tensor:
-    packed = np.frombuffer(bytes.fromhex(kept["right"]), dtype=np.uint8)
-    return torch.from_numpy(np.unpackbits(packed, count=kept["queries"]).astype(bool))
+def _right(saved: Mapping[str, Any]) -> Tensor:
+    packed = np.frombuffer(bytes.fromhex(saved["right"]), dtype=np.uint8)
+    return torch.from_numpy(np.unpackbits(packed, count=saved["queries"]).astype(bool))

@@ -1,10 +1,10 @@
-"""Whether what was indexed with an older model still serves a newer one.
+"""Whether an index built with an older model can be searched with a newer one (backward compatibility).
 
 After XBT (Jang and Lim, arXiv 2405.14715): a small map from the new embeddings to the old ones is learnt from texts
-alone, and then used on new queries of either modality against an old gallery, so that an index need not be built anew.
-Here the map is linear, without an offset because pictures and texts have different means, and found in closed form.
-What a change of models costs single queries is said by flips. Shape suffixes: t texts, n pictures, m captions, e new
-channels, o old ones.
+alone. It is then applied to new queries of either modality against an old gallery, so that the index need not be
+rebuilt. Here the map is linear and solved in closed form; it has no offset, because pictures and texts have different
+means. Flips count the queries that a change of models breaks or repairs. Shape suffixes: t texts, n pictures,
+m captions, e new channels, o old ones.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from .reliability import compare
 from .retrieval import ranks, recalls
 
 _STRENGTHS = tuple(10.0**power for power in range(-6, 3))
-_KEPT_BACK = 5
+_HELD_OUT = 5  # every fifth text
 
 
 def text_map(new_te: Tensor, old_to: Tensor) -> Tensor:
-    """float [e, o]: the ridge regression from new to old embeddings (unit rows) of the same texts, its strength chosen
-    on every fifth text, which is kept back, and then fitted again on all."""
+    """float [e, o]: the ridge regression from new to old embeddings (unit rows) of the same texts.
+
+    Its strength is chosen on every fifth text, which is held out; the final fit uses all texts.
+    """
     new_te, old_to = new_te.double(), old_to.double()
-    kept = torch.arange(len(new_te)) % _KEPT_BACK == 0
+    held_out = torch.arange(len(new_te)) % _HELD_OUT == 0
 
     def missed(strength: float) -> float:
-        found = _ridge(new_te[~kept], old_to[~kept], strength)
-        return (1 - F.cosine_similarity(new_te[kept] @ found, old_to[kept])).mean().item()
+        found = _ridge(new_te[~held_out], old_to[~held_out], strength)
+        return (1 - F.cosine_similarity(new_te[held_out] @ found, old_to[held_out])).mean().item()
 
     return _ridge(new_te, old_to, min(_STRENGTHS, key=missed)).to(torch.float32)
 
@@ -47,10 +49,11 @@ class Compatibility:
     """Recalls and flips of two models on one set."""
 
     scores: dict[str, dict[str, float]]
-    """recalls by what is asked of what: `old` and `new` of themselves, `new_on_old`: mapped new queries, old gallery;
-    `unmapped_on_old`: the same without the map, where both have as many channels"""
+    """recalls by queries and gallery: `old`, `new`: both by the same model; `new_on_old`: mapped new queries, old
+    gallery;
+    `unmapped_on_old`: the same without the map, if both models have the same number of channels"""
     flips: dict[str, dict[str, float]]
-    """of `new` and of `new_on_old` against `old`, by direction, at rank one: what `compare` says"""
+    """flips of `new` and `new_on_old` against `old` at rank one, by direction: the result of `compare`"""
 
     def json(self) -> dict[str, Any]:
         """As a plain object."""
@@ -58,12 +61,13 @@ class Compatibility:
 
 
 def compatibility(old: Embedded, new: Embedded, old_texts_to: Tensor, new_texts_te: Tensor) -> Compatibility:
-    """`old` and `new` are one evaluation set by two models; the texts, also embedded by both, are what is learnt from.
+    """Compare two models on one evaluation set, embedded by both as `old` and `new`.
 
-    Raises ValueError if the sets differ.
+    The map is learnt from `old_texts_to` and `new_texts_te`: embeddings of the same texts by both models. Raises
+    ValueError if the two evaluation sets differ.
     """
     if old.numbers != new.numbers or old.captions != new.captions:
-        raise ValueError("the two models could not use the same samples of the evaluation set; look at its ledger")
+        raise ValueError("the two models could not use the same samples of the evaluation set; see its ledger")
     found = text_map(new_texts_te, old_texts_to)
     mapped = {"new_on_old": (_unit(new.images @ found), _unit(new.texts @ found))}
     if old.images.shape[1] == new.images.shape[1]:
@@ -86,7 +90,7 @@ def compatibility(old: Embedded, new: Embedded, old_texts_to: Tensor, new_texts_
 
 
 def _right(images: Tensor, texts: Tensor, data: Embedded) -> dict[str, Tensor]:
-    """bool [n] and [m]: the queries of each direction that have a right answer first."""
+    """bool [n] and [m] by direction: whether each query's first result is right."""
     of_images, of_texts = ranks(images, texts, data.owners)
     return {"image_to_text": of_images < 1, "text_to_image": of_texts < 1}
 

@@ -1,8 +1,8 @@
-"""Running the model over an evaluation set once, shared out over all ranks.
+"""Runs the model over an evaluation set once, distributed over all ranks.
 
-The set is cut into batches, of which batch i is embedded by rank i mod world, and every rank ends with all embeddings
-in index order. So a batch holds the same samples at any number of ranks, and every score is the same to the last bit,
-also when the set does not divide. Pictures are held a batch at a time; embeddings all.
+The set is divided into batches; rank i mod world embeds batch i, and every rank ends with all embeddings in index
+order. A batch therefore holds the same samples at any number of ranks, and every score is bit-identical, also when the
+set does not divide evenly. Only one batch of pictures is in memory at a time; all embeddings are.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Embedded:
-    """A whole evaluation set, the same on every rank; n pictures, m captions, e channels."""
+    """The embeddings of an evaluation set, the same on every rank; n pictures, m captions, e channels."""
 
     images: Tensor
     """float [n, e], unit rows"""
     texts: Tensor
     """float [m, e], unit rows"""
     owners: Tensor
-    """int64 [m]: the picture each caption belongs to"""
+    """int64 [m]: index of the picture that each caption belongs to"""
     numbers: list[int]
-    """of the pictures: their places in the set"""
+    """the pictures' indices in the set"""
     captions: list[str]
     labels: list[dict[str, str]]
-    """of the pictures"""
+    """of each picture"""
     bad: list[dict[str, Any]]
     """ledger entries of the samples that could not be used"""
     keys: list[str] = field(default_factory=list)
-    """of the pictures"""
+    """of each picture"""
     modalities: dict[str, Tensor] = field(default_factory=dict)
-    """float [n, e], unit rows: the samples of other modalities, by tower, where the set has them"""
+    """float [n, e], unit rows: embeddings of other modalities by tower, if the set has them"""
 
 
 @torch.no_grad()
 def embed(model: Model, data: Pictures, batch: int, world: World) -> Embedded:
-    """Embed every usable sample, with all its captions."""
+    """Embed every usable sample and all its captions. All ranks call it together."""
     images, texts, facts, bad = [], [], [], []
     modalities: dict[str, list[Tensor]] = {name: [] for name in data.columns}
     for numbers in own_batches(range(len(data)), batch, world):
@@ -70,17 +70,17 @@ def embed(model: Model, data: Pictures, batch: int, world: World) -> Embedded:
             for number, s in samples.items()
         ]
     none = torch.zeros(0, model.spec.embed_dim)
-    image_rows = _everyones(torch.cat([none, *images]), world)
-    text_rows = _everyones(torch.cat([none, *texts]), world)
-    others = {name: _everyones(torch.cat([none, *rows]), world) for name, rows in modalities.items()}
-    everyones_bad = sorted((entry for rank in world.objects(bad) for entry in rank), key=lambda e: e["number"])
-    unnumbered = [{name: value for name, value in entry.items() if name != "number"} for entry in everyones_bad]
-    everyones_facts = [fact for rank in world.objects(facts) for fact in rank]
-    return _assemble(image_rows, text_rows, others, everyones_facts, unnumbered)
+    image_rows = _gathered_rows(torch.cat([none, *images]), world)
+    text_rows = _gathered_rows(torch.cat([none, *texts]), world)
+    others = {name: _gathered_rows(torch.cat([none, *rows]), world) for name, rows in modalities.items()}
+    all_bad = sorted((entry for rank in world.objects(bad) for entry in rank), key=lambda e: e["number"])
+    unnumbered = [{name: value for name, value in entry.items() if name != "number"} for entry in all_bad]
+    all_facts = [fact for rank in world.objects(facts) for fact in rank]
+    return _assemble(image_rows, text_rows, others, all_facts, unnumbered)
 
 
 def read(data: Pictures, numbers: Sequence[int]) -> tuple[dict[int, Sample], list[dict[str, Any]]]:
-    """The usable ones of these samples by number, and ledger entries of the others."""
+    """The usable samples among `numbers`, by number, and ledger entries for the others."""
     found = {number: data.sample(number) for number in numbers}
     samples = {number: sample for number, sample in found.items() if isinstance(sample, Sample)}
     bad = [{"number": n, **asdict(entry)} for n, entry in found.items() if isinstance(entry, LedgerEntry)]
@@ -104,7 +104,7 @@ def embed_modality(model: Model, name: str, samples: Sequence[Sample], world: Wo
 
 
 def embed_captions(model: Model, tokenizer: TextTokenizer, captions: Sequence[str], batch: int, world: World) -> Tensor:
-    """Unit embeddings [len(captions), e] of texts, on the CPU in fp32; all by this rank."""
+    """Unit embeddings [len(captions), e] of texts, on the CPU in fp32; this rank embeds all of them."""
     rows = [torch.zeros(0, model.spec.embed_dim)]
     for some in _chunks(captions, batch):
         ids = [tokenizer.encode(caption, model.spec.text.context) for caption in some]
@@ -116,21 +116,21 @@ def embed_captions(model: Model, tokenizer: TextTokenizer, captions: Sequence[st
 
 @torch.no_grad()
 def embed_prompts(model: Model, tokenizer: TextTokenizer, texts: Sequence[str], batch: int, world: World) -> Tensor:
-    """Unit embeddings [len(texts), e] of texts, shared out over the ranks, the same on each."""
+    """Unit embeddings [len(texts), e] of texts. The work is distributed over the ranks; each returns all rows."""
     own = list(own_batches(range(len(texts)), batch, world))
     rows = [embed_captions(model, tokenizer, [texts[n] for n in some], batch, world) for some in own]
-    everyones = _everyones(torch.cat([torch.zeros(0, model.spec.embed_dim), *rows]), world)
+    gathered = _gathered_rows(torch.cat([torch.zeros(0, model.spec.embed_dim), *rows]), world)
     order = [n for rank in world.objects([n for some in own for n in some]) for n in rank]
-    return everyones[torch.tensor(order, dtype=torch.int64).argsort()]
+    return gathered[torch.tensor(order, dtype=torch.int64).argsort()]
 
 
 def own_batches(items: Iterable[T], size: int, world: World) -> Iterator[list[T]]:
-    """This rank's batches: those whose number is its own modulo the world."""
+    """This rank's batches: every `world.size`-th one, beginning with number `world.rank`."""
     return islice(_chunks(items, size), world.rank, None, world.size)
 
 
-def _everyones(own: Tensor, world: World) -> Tensor:
-    """The rows of all ranks, rank by rank; their numbers may differ, so they are padded to the most and cut again."""
+def _gathered_rows(own: Tensor, world: World) -> Tensor:
+    """The rows of all ranks, in rank order. Ranks may have different numbers of rows: pad to the largest, then trim."""
     counts = world.objects(len(own))
     padded = torch.cat([own, own.new_zeros(max(counts) - len(own), own.shape[1])])
     gathered = world.gather(padded.to(world.device)).cpu().unflatten(0, (world.size, -1))
@@ -140,7 +140,7 @@ def _everyones(own: Tensor, world: World) -> Tensor:
 def _assemble(
     images: Tensor, texts: Tensor, modalities: dict[str, Tensor], facts: list[dict[str, Any]], bad: list[dict[str, Any]]
 ) -> Embedded:
-    """Put the ranks' rows back into index order."""
+    """Restore index order: `facts` and the rows are in rank order."""
     counts = [len(fact["captions"]) for fact in facts]
     starts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
     order = sorted(range(len(facts)), key=lambda row: facts[row]["number"])

@@ -1,7 +1,7 @@
-"""Embeddings that are kept: a commit and a data set that do not change are embedded once.
+"""A cache of embeddings on disk: a commit and a data set that do not change are embedded once.
 
-What is kept lies in the cache folder under a hash of what it was made from: the commit, the data with their sizes and
-times, and how they were read. Nothing else is believed, and a file that cannot be read is made again.
+A file in the cache folder is named by a hash of its inputs: the commit, the data with their sizes and modification
+times, and the way they are read. A file that cannot be read is recomputed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _FORMAT = 1
 _FIELD = "treering"
 
 Content = tuple[dict[str, Tensor], Any]
-"""tensors, and what else belongs to them as JSON"""
+"""tensors, and other data that belong to them as JSON"""
 
 
-class Kept:
-    """What was made with one model; the model is named by `commit`, the URL of a commit and its checksum."""
+class EmbeddingCache:
+    """The cached results of one model, identified by `commit`: the URL of a commit and its checksum."""
 
     def __init__(self, commit: str, world: World) -> None:
         self.commit, self.world = commit, world
 
     def fetch(self, made_from: object, make: Callable[[], Content]) -> Content:
-        """What was made from `made_from`, now (by all ranks) or before (if all of them find it)."""
+        """The result for the inputs `made_from`: from the cache if all ranks find it, else computed by all ranks."""
         text = json.dumps([_FORMAT, self.commit, made_from], sort_keys=True)
         path = cache_folder("embeddings") / f"{sha256(text.encode()).hexdigest()}.safetensors"
         found = _read(path)
@@ -44,7 +44,7 @@ class Kept:
         if self.world.is_first:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             write_cache_file(path, save(contiguous, {_FIELD: json.dumps(rest)}))
-        self.world.barrier()  # the next that looks for it finds it, or none does
+        self.world.barrier()  # a later look-up finds it on all ranks or on none
         return tensors, rest
 
 
@@ -52,6 +52,6 @@ def _read(path: Path) -> Content | None:
     try:
         with safe_open(path, "pt") as file:
             rest = json.loads((file.metadata() or {})[_FIELD])
-            return {name: file.get_tensor(name) for name in file.keys()}, rest  # noqa: SIM118 (it is no mapping)
+            return {name: file.get_tensor(name) for name in file.keys()}, rest  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError, KeyError, ValueError):
         return None

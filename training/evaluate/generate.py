@@ -1,4 +1,4 @@
-"""Captions from the model, all pictures at once: the most likely token each time, the most likely caption, or draws.
+"""Generates captions for a batch of pictures: greedy, beam search or nucleus sampling.
 
 Shape suffixes: b pictures, w beams of a picture, v vocabulary.
 """
@@ -18,15 +18,15 @@ CaptionDecoding = Literal["greedy", "beam", "nucleus"]
 
 
 def write(kind: CaptionDecoding, model: Model, images: Tensor, start: int, end: int, longest: int) -> list[list[int]]:
-    """Ids of each caption without `start` and `end`, at most `longest` with `start`.
+    """Token ids of each caption, without `start` and `end`; at most `longest` tokens including `start`.
 
-    images: uint8 [b, 3, resolution, resolution].
+    `images` is uint8 [b, 3, resolution, resolution].
     """
     return {"greedy": greedy, "beam": beam, "nucleus": nucleus}[kind](model, images, start, end, longest)
 
 
 def greedy(model: Model, images: Tensor, start: int, end: int, longest: int) -> list[list[int]]:
-    """The most likely next token again and again."""
+    """Take the most likely next token at each step."""
     return nucleus(model, images, start, end, longest, mass=0.0)
 
 
@@ -41,7 +41,8 @@ def nucleus(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Each token drawn from the likeliest ones that together have `mass` (Holtzman et al., arXiv 1904.09751)."""
+    """Sample each token from the most likely ones with a total probability of `mass` (Holtzman et al., arXiv
+    1904.09751)."""
     decoder = Decoder(model, model.embed_images(images), longest)
     draws = uniform(seed, "evaluate/nucleus", torch.arange(len(images), device=images.device), longest)
     written = torch.full((len(images), 1), start, device=images.device)
@@ -57,12 +58,13 @@ def nucleus(
 
 
 def _drawn(logits_bv: Tensor, mass: float, draws_b: Tensor) -> Tensor:
-    """One token of each row's nucleus, where the draw falls on the line of their probabilities."""
+    """One token of each row's nucleus, by inverse transform sampling with the uniform numbers `draws_b`."""
     likely_bv, tokens_bv = logits_bv.softmax(1).double().sort(1, descending=True)
     before_bv = likely_bv.cumsum(1) - likely_bv
     kept_bv = likely_bv.masked_fill(before_bv >= mass, 0.0)
     ends_bv = kept_bv.cumsum(1)
     place_b1 = torch.searchsorted(ends_bv, (draws_b * ends_bv[:, -1])[:, None], right=True)
+    # Rounding may put a draw behind the last token of the nucleus.
     last_b1 = (kept_bv > 0).sum(1, keepdim=True) - 1
     return tokens_bv.gather(1, torch.minimum(place_b1, last_b1))[:, 0]
 
@@ -71,9 +73,10 @@ def _drawn(logits_bv: Tensor, mass: float, draws_b: Tensor) -> Tensor:
 def beam(
     model: Model, images: Tensor, start: int, end: int, longest: int, width: int = 4, length_power: float = 1.0
 ) -> list[list[int]]:
-    """The best of the `width` captions that stay likeliest at every length, a written end keeping its place among them.
+    """Beam search with `width` beams; a finished caption stays in the beam.
 
-    Best is the log-probability over length^length_power: 0 prefers short captions, 1 compares means.
+    The result is the beam with the largest log-probability / length^length_power: 0 prefers short captions, 1 compares
+    means per token.
     """
     pictures, device = len(images), images.device
     decoder = Decoder(model, model.embed_images(images), longest)
@@ -81,12 +84,12 @@ def beam(
     first_b1 = torch.arange(pictures, device=device)[:, None] * width
     written = torch.full((pictures * width, 1), start, device=device)
     scores_bw = torch.full((pictures, width), float("-inf"), device=device)
-    scores_bw[:, 0] = 0.0  # all beams are the same at first: one of them counts
+    scores_bw[:, 0] = 0.0  # all beams are equal at first, so only one of them competes
     lengths, done = torch.zeros(pictures * width, device=device), torch.zeros(pictures * width, device=device).bool()
     for _ in range(1, longest):
         likely_v = decoder.next(written[:, -1]).float().log_softmax(1)
         likely_v[done] = float("-inf")
-        likely_v[done, end] = 0.0  # an ended caption goes on as itself
+        likely_v[done, end] = 0.0  # a finished caption can only be extended by `end`, at no cost
         vocabulary = likely_v.shape[1]
         all_bv = (scores_bw[..., None] + likely_v.view(pictures, width, -1)).flatten(1)
         scores_bw, places_bw = all_bv.topk(width, 1)

@@ -1,4 +1,4 @@
-"""The shape of the embedding space: how far pictures and texts lie apart, and how well they fill the sphere.
+"""Geometry of the embedding space: the distance between pictures and texts, and how evenly they fill the sphere.
 
 Shape suffixes: n pictures, m captions, e channels. All rows are unit vectors.
 """
@@ -12,7 +12,7 @@ _CHUNK = 2048
 
 
 def geometry(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> dict[str, float]:
-    """Figures of the two clouds; caption j describes picture `owner_m[j]`.
+    """Four measures of the embeddings; caption j describes picture `owner_m[j]`.
 
     modality_gap: distance between the mean picture and the mean text (Liang et al., arXiv 2203.02053).
     alignment: mean squared distance of a pair, lower is better; uniformity_image, uniformity_text: the log of the mean
@@ -28,7 +28,7 @@ def geometry(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> dict[str, fl
 
 
 def _uniformity(row_re: Tensor) -> float:
-    """In chunks, so that memory is linear in the rows."""
+    """Computed in chunks, so that memory is linear in the number of rows."""
     total = torch.zeros((), dtype=torch.float64)
     for some in row_re.split(_CHUNK):
         total += (-2 * (2 - 2 * some @ row_re.T)).exp().sum()

@@ -1,7 +1,7 @@
-"""What an evaluation found: scores with their chance levels and intervals, and what each query contributed to them.
+"""The result of an evaluation: scores with chance levels and intervals, and the value of each query.
 
-Most scores are means over queries (pictures, captions, pairs). Keeping the values of the queries makes the interval of
-a score, and lets two models be compared query by query; they stay in memory and out of the run's records.
+Most scores are means over queries (pictures, captions, pairs). The values of the queries give a score its interval and
+let two models be compared query by query. They stay in memory and are not written to the run's records.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from .reliability import interval
 
 @dataclass
 class Evaluation:
-    """What an evaluation found; rates are fractions from 0 to 1."""
+    """The result of an evaluation; rates are fractions from 0 to 1."""
 
     scores: dict[str, float] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
-    """captions of a retrieval, classes of a built-in task, samples of a suite"""
+    """number of captions (retrieval), classes (built-in zero-shot task) or samples (other suites)"""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """95% bootstrap intervals of scores that have one"""
+    """95% bootstrap intervals, for scores that have one"""
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     bad: list[dict[str, Any]] = field(default_factory=list)
     """ledger entries of evaluation samples that could not be used"""
     queries: dict[str, Tensor] = field(default_factory=dict)
-    """of scores that are means: bool or float [n], what each query contributed"""
+    """for scores that are means: the value of each query, bool or float [n]"""
     names: dict[str, Sequence[str]] = field(default_factory=dict)
-    """of the same scores: what each query is called"""
+    """for the same scores: the name of each query"""
     points: tuple[Tensor, list[str]] | None = None
-    """float [2 k, e], unit rows: of k pairs the pictures, then their first captions; and what each is"""
+    """float [2 k, e], unit rows: the pictures of k pairs, then their first captions; and a description of each row"""
 
     def add(self, name: str, value_n: Tensor, names: Sequence[str], chance: float | None = None) -> None:
-        """A score that is the mean of what queries contributed."""
+        """Add a score that is the mean of its queries' values."""
         self.put(name, value_n.double().mean().item(), interval(value_n), chance)
         self.queries[name], self.names[name] = value_n, names
 
     def put(
         self, name: str, score: float, within: tuple[float, float] | None = None, chance: float | None = None
     ) -> None:
-        """A score that is no mean."""
+        """Add a score that is not a mean over queries."""
         self.scores[name] = score
         if within is not None:
             self.intervals[name] = within

@@ -1,7 +1,7 @@
-"""Class names and prompts of a zero-shot suite, in the forms that open_clip and CLIP_benchmark keep them.
+"""Class names and prompts of a zero-shot suite, in the formats of open_clip and CLIP_benchmark.
 
-Files are text, one a line, or JSON: a list, or an object of lists by data set. A description set is JSON too, prompts
-by class. Labels are class numbers, in the order of the class names, or the names themselves.
+A file is text with one entry per line, or JSON: a list, or an object of lists by data set. A description set is JSON as
+well: prompts by class. Labels are class numbers, in the order of the class names, or the names themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Prompts:
 
 
 def class_names(protocol: ZeroShot) -> list[str] | None:
-    """The names by class number; None if the labels are the names. Raises DataError."""
+    """The class names by number; None if the labels are the names. Raises DataError if the file is not valid."""
     if protocol.classes is None:
         return None
     return _texts(protocol.classes, protocol.dataset)
@@ -43,32 +43,34 @@ def numbered(labels: Sequence[str], names: list[str] | None, url: str, file: str
     found = sorted(set(labels))
     if names is None:
         if all(label.isdigit() for label in found):
-            raise DataError(f"the labels of {url} are numbers; name their classes with protocol.classes")
+            raise DataError(f"the labels of {url} are numbers; give their class names as protocol.classes")
         return zero_shot.label_numbers(labels)
     if set(found) <= set(names):
         number = {name: i for i, name in enumerate(names)}
         twice = next((name for name in found if names.count(name) > 1), None)
         if twice is not None:
-            raise DataError(f"{url} has the label {shown(twice)}, and {file} has two classes of that name; use numbers")
+            raise DataError(
+                f"{url} has the label {shown(twice)}, and {file} has two classes of that name; use class numbers"
+            )
     elif all(label.isdigit() for label in found):
         number = {label: int(label) for label in found}
         most = max(number.values())
         if most >= len(names):
             raise DataError(f"{url} has the label {most}, and {file} names {len(names)} classes, 0 to {len(names) - 1}")
-    elif Path(url).is_dir() and len(found) == len(names):  # the folders in their order, as torchvision numbers them
+    elif Path(url).is_dir() and len(found) == len(names):  # folders in alphabetical order, as torchvision numbers them
         number = {label: i for i, label in enumerate(found)}
     elif Path(url).is_dir():
         raise DataError(
-            f"{url} has {len(found)} folders of classes, and {file} names {len(names)}; they must go by pairs"
+            f"{url} has {len(found)} class folders, and {file} names {len(names)} classes; the numbers must be equal"
         )
     else:
         unknown = next(label for label in found if label not in names)
-        raise DataError(f"{url} has the label {shown(unknown)}, which is none of the {len(names)} classes of {file}")
+        raise DataError(f"{url} has the label {shown(unknown)}, which is not among the {len(names)} classes of {file}")
     return names, torch.tensor([number[label] for label in labels])
 
 
 def prompts_of(protocol: ZeroShot, names: Sequence[str]) -> Prompts:
-    """The prompts of every class. Raises DataError."""
+    """The prompts of every class. Raises DataError if a file is not valid."""
     if protocol.prompts is not None:
         return _described(protocol.prompts, names)
     templates = protocol.templates
@@ -84,7 +86,10 @@ def prompts_of(protocol: ZeroShot, names: Sequence[str]) -> Prompts:
 
 
 def levels(file: str, names: Sequence[str]) -> list[list[str]]:
-    """For each level up, the broader class of every class; one that has none further up keeps its last. DataError."""
+    """For each level of the hierarchy, the broader class of every class.
+
+    A class whose chain is shorter keeps its last broader class. Raises DataError if the file is not valid.
+    """
     above = _json(file)
     if not isinstance(above, dict) or not all(isinstance(each, str) for each in above.values()):
         raise DataError(f"{file} must be a JSON object of broader classes by class")
@@ -93,7 +98,7 @@ def levels(file: str, names: Sequence[str]) -> list[list[str]]:
         chain: list[str] = []
         while (at := chain[-1] if chain else name) in above:
             if above[at] in (name, *chain):
-                raise DataError(f"{file}: {shown(above[at])} is broader than itself; break the circle")
+                raise DataError(f"{file}: {shown(above[at])} is broader than itself; remove the cycle")
             chain.append(above[at])
         if not chain:
             raise DataError(f"{file} has no broader class for {shown(name)}")
@@ -124,7 +129,7 @@ def _described(file: str, names: Sequence[str]) -> Prompts:
 
 
 def _texts(file: str, dataset: str | None) -> list[str]:
-    """The texts of a file: lines, or a JSON list, or the list of `dataset` in a JSON object of lists."""
+    """The texts of a file: its lines, a JSON list, or the list under `dataset` in a JSON object of lists."""
     if not file.endswith(".json"):
         texts = [line.strip() for line in _read(file).splitlines() if line.strip()]
     else:
@@ -138,7 +143,7 @@ def _texts(file: str, dataset: str | None) -> list[str]:
             raise DataError(f"{file} must be a JSON list of texts, or an object of such lists")
         texts = content
     if not texts:
-        raise DataError(f"{file} is empty: a line or an item each is expected")
+        raise DataError(f"{file} is empty; write one text per line, or a JSON list of texts")
     return texts
 
 
@@ -154,7 +159,7 @@ def _read(file: str) -> str:
         with open(file, "rb") as stream:
             data = stream.read(_LARGEST + 1)
         if len(data) > _LARGEST:
-            raise DataError(f"{file} is larger than 64 MiB, which no list of prompts is")
+            raise DataError(f"{file} is larger than 64 MiB, too large for a list of prompts; check protocol's files")
         return data.decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}; check protocol's files") from None

@@ -1,8 +1,8 @@
-"""What each protocol of a suite does with a model: from pictures and texts to scores.
+"""The protocols of a suite: each turns pictures, texts and a model into scores.
 
-A `Bench` is a model on its ranks with all it needs to read a set; a protocol is a function of it. Every rank takes part
-and ends with the same figures. A suite's figure counts every sample: one that cannot be used is an error, because a
-score on what is left could not be compared with anybody's.
+A `Bench` is a model on its ranks with everything needed to read a set; a protocol is a function of it. All ranks take
+part and get the same scores. A suite counts every sample: a sample that cannot be used is an error, because a score on
+the remaining ones could not be compared with published figures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from . import probes, prompts, retrieval, zero_shot
 from .captioning import bleu, check_installed, ciders, write_captions
 from .config import Captioning, EvalConfig, Geometry, KnnProbe, LinearProbe, Pairs, Retrieval, SuiteConfig, ZeroShot
 from .embed import Embedded, embed, embed_prompts
-from .embedding_cache import Content, Kept
+from .embedding_cache import Content, EmbeddingCache
 from .geometry import geometry
 from .outcome import Evaluation
 from .reliability import calibration_error, calibration_interval
@@ -34,19 +34,19 @@ from .reliability import calibration_error, calibration_interval
 
 @dataclass
 class Bench:
-    """A model to be evaluated."""
+    """A model under evaluation, and how to read sets for it."""
 
     model: Model
     world: World
     batch: int
     tokenizer: str = "clip"
     cache: CacheConfig | None = None
-    kept: Kept | None = None
-    """where embeddings stay; None: nowhere, as of a model in training"""
+    embeddings: EmbeddingCache | None = None
+    """the embedding cache; None: no caching, as for a model in training"""
     _embedded: dict[str, Embedded] = field(default_factory=dict)
 
     def open(self, url: str, form: Form) -> FilePictures | ShardPictures:
-        """The set at `url`, read as the model sees pictures. Raises DataError."""
+        """Open the set at `url` with the model's image size, context and resizing. Raises DataError."""
         spec, image = self.model.spec, self.model.spec.image
         return open_pictures(
             url,
@@ -60,7 +60,7 @@ class Bench:
         )
 
     def own_set(self, url: str) -> EvaluationSet:
-        """The run's own evaluation data, with what its modality towers read. Raises DataError, SpecError."""
+        """The run's evaluation data, with the columns of the modality towers. Raises DataError, SpecError."""
         spec, image = self.model.spec, self.model.spec.image
         samples = EvaluationSet(
             url,
@@ -76,26 +76,26 @@ class Bench:
         return samples
 
     def embedded(self, data: Pictures) -> Embedded:
-        """The embeddings of a set."""
+        """The embeddings of a set, computed once."""
         if data.identity not in self._embedded:
             self._embedded[data.identity] = self._fetched(data)
         return self._embedded[data.identity]
 
     def prompts(self, tokenizer: TextTokenizer, texts: Sequence[str]) -> Tensor:
-        """Unit embeddings [len(texts), e]."""
+        """Unit embeddings [len(texts), e] of prompts."""
 
         def make() -> Content:
             return {"texts": embed_prompts(self.model, tokenizer, texts, self.batch, self.world)}, None
 
-        return self._keep(["texts", list(texts)], make)[0]["texts"]
+        return self._cached(["texts", list(texts)], make)[0]["texts"]
 
     def captions(self, data: Pictures, how: Captioning) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Every sample with what the model writes of it, and ledger entries."""
+        """Every usable sample with its generated caption, and ledger entries for the others."""
 
         def make() -> Content:
             return {}, write_captions(self.model, data, how.decoding, how.max_tokens, self.batch, self.world)
 
-        rows, bad = self._keep(["captions", data.identity, how.decoding, how.max_tokens], make)[1]
+        rows, bad = self._cached(["captions", data.identity, how.decoding, how.max_tokens], make)[1]
         return rows, bad
 
     def _fetched(self, data: Pictures) -> Embedded:
@@ -104,19 +104,19 @@ class Bench:
             rest = {name: getattr(found, name) for name in ("numbers", "captions", "labels", "bad", "keys")}
             return {"images": found.images, "texts": found.texts, "owners": found.owners, **found.modalities}, rest
 
-        tensors, rest = self._keep(["set", data.identity, list(data.columns)], make)
+        tensors, rest = self._cached(["set", data.identity, list(data.columns)], make)
         modalities = {name: tensors[name] for name in data.columns}
         return Embedded(tensors["images"], tensors["texts"], tensors["owners"], modalities=modalities, **rest)
 
-    def _keep(self, made_from: list[Any], make: Any) -> Content:
-        if self.kept is None:
+    def _cached(self, made_from: list[Any], make: Any) -> Content:
+        if self.embeddings is None:
             content: Content = make()
             return content
-        return self.kept.fetch([*made_from, self.tokenizer, self.batch], make)
+        return self.embeddings.fetch([*made_from, self.tokenizer, self.batch], make)
 
 
 def check_suites(config: EvalConfig) -> None:
-    """Raises DataError for what is wrong with the files of suites, before a model is there."""
+    """Raises DataError if the files of a suite are not valid; needs no model, so it runs before training starts."""
     if "captioning" in config.built_in:
         check_installed(Captioning().metrics)
     for suite in config.own:
@@ -150,26 +150,26 @@ def run(suite: SuiteConfig, bench: Bench, found: Evaluation) -> None:
         rows, bad = bench.captions(data, protocol)
         _refuse_bad(data, bad)
         found.sizes[suite.name] = len(rows)
-        captioned(suite.name, rows, protocol.metrics, found)
+        add_captioning(suite.name, rows, protocol.metrics, found)
         return
     embedded = bench.embedded(data)
     _refuse_bad(data, embedded.bad)
     found.sizes[suite.name] = len(embedded.numbers)
     if isinstance(protocol, ZeroShot):
-        _classified(suite, protocol, data, embedded, bench, found)
+        _add_zero_shot(suite, protocol, data, embedded, bench, found)
     elif isinstance(protocol, LinearProbe | KnnProbe):
-        _probed(suite, protocol, embedded, bench, found)
+        _add_probe(suite, protocol, embedded, bench, found)
     elif isinstance(protocol, Retrieval):
         found.sizes[suite.name] = len(embedded.captions)
-        retrieved(suite.name, embedded, found)
+        add_retrieval(suite.name, embedded, found)
     elif isinstance(protocol, Geometry):
-        shaped(suite.name, embedded, found)
+        add_geometry(suite.name, embedded, found)
     else:
-        _swapped(suite.name, embedded, found)
+        _add_pairs(suite.name, embedded, found)
 
 
-def retrieved(name: str, data: Embedded, found: Evaluation) -> None:
-    """Recalls both ways."""
+def add_retrieval(name: str, data: Embedded, found: Evaluation) -> None:
+    """Add recall in both directions, for pictures and other modalities."""
     chance = retrieval.chance(len(data.images), data.owners)
     for what, rows in {"image": data.images, **data.modalities}.items():
         of_rows, of_texts = retrieval.ranks(rows, data.texts, data.owners)
@@ -178,8 +178,8 @@ def retrieved(name: str, data: Embedded, found: Evaluation) -> None:
             found.add(f"{name}/text_to_{what}@{k}", of_texts < k, data.captions, chance[f"text_to_image@{k}"])
 
 
-def shaped(name: str, data: Embedded, found: Evaluation) -> None:
-    """The shape of the embedding space."""
+def add_geometry(name: str, data: Embedded, found: Evaluation) -> None:
+    """Add modality gap, alignment and uniformity."""
     figures = geometry(data.images, data.texts, data.owners)
     near_m = (data.images[data.owners].double() - data.texts.double()).square().sum(1)
     for key, value in figures.items():
@@ -189,8 +189,8 @@ def shaped(name: str, data: Embedded, found: Evaluation) -> None:
             found.put(f"{name}/{key}", value)
 
 
-def captioned(name: str, rows: Sequence[dict[str, Any]], metrics: Sequence[str], found: Evaluation) -> None:
-    """Written captions against true ones."""
+def add_captioning(name: str, rows: Sequence[dict[str, Any]], metrics: Sequence[str], found: Evaluation) -> None:
+    """Add BLEU and CIDEr of generated captions."""
     texts, references = [row["written"] for row in rows], [row["true"] for row in rows]
     if "bleu" in metrics:
         score, within = bleu(texts, references)
@@ -199,24 +199,24 @@ def captioned(name: str, rows: Sequence[dict[str, Any]], metrics: Sequence[str],
         found.add(f"{name}/cider", ciders(texts, references), [row["key"] for row in rows])
 
 
-def _classified(
+def _add_zero_shot(
     suite: SuiteConfig, protocol: ZeroShot, data: Pictures, embedded: Embedded, bench: Bench, found: Evaluation
 ) -> None:
     labels = [label[CLASS] for label in embedded.labels]
     names, label_n = prompts.numbered(labels, prompts.class_names(protocol), suite.data.source, protocol.classes)
-    asked = prompts.prompts_of(protocol, names)
-    prompt_pe = bench.prompts(data.tokenizer, asked.texts)
-    class_ce = zero_shot.weighted_embeddings(prompt_pe, asked.class_p, asked.weight_p, len(names))
+    given = prompts.prompts_of(protocol, names)
+    prompt_pe = bench.prompts(data.tokenizer, given.texts)
+    class_ce = zero_shot.weighted_embeddings(prompt_pe, given.class_p, given.weight_p, len(names))
     name, keys, classes = suite.name, embedded.keys, len(names)
     rival_n = zero_shot.rivals(embedded.images, class_ce, label_n)
     right_n = rival_n == 0
     found.add(f"{name}/accuracy@1", right_n, keys, 1 / classes)
     if classes > 5:
         found.add(f"{name}/accuracy@5", rival_n < 5, keys, 5 / classes)
-    # Each sample by what it adds to the mean of the classes' recalls: their mean is that mean.
+    # Weight each sample so that the mean over samples equals the mean over classes of their recalls.
     count_c = torch.bincount(label_n, minlength=classes)
-    share_n = len(label_n) / (int((count_c > 0).sum()) * count_c[label_n].double())
-    found.add(f"{name}/mean_per_class", right_n * share_n, keys, 1 / classes)
+    weight_n = len(label_n) / (int((count_c > 0).sum()) * count_c[label_n].double())
+    found.add(f"{name}/mean_per_class", right_n * weight_n, keys, 1 / classes)
     probability_nc = (bench.model.scale().detach().cpu() * embedded.images @ class_ce.T).softmax(1)
     error, within = calibration_error(probability_nc, label_n), calibration_interval(probability_nc, label_n)
     found.put(f"{name}/calibration_error", error, within)
@@ -229,7 +229,7 @@ def _classified(
             found.add(f"{name}/broader_{level}", group_c[nearest_n] == group_c[label_n], keys, guess)
 
 
-def _probed(
+def _add_probe(
     suite: SuiteConfig, protocol: LinearProbe | KnnProbe, test: Embedded, bench: Bench, found: Evaluation
 ) -> None:
     assert suite.data.train is not None
@@ -241,7 +241,7 @@ def _probed(
     number = {name: i for i, name in enumerate(names)}
     label_n = torch.tensor([number[label] for label in train_labels])
     predicted: list[int] = []
-    if bench.world.is_first:  # one fit for all: it is the longest part, and another machine's may differ in a bit
+    if bench.world.is_first:  # fit once: it takes the longest, and fits on two machines may differ in the last bit
         if isinstance(protocol, LinearProbe):
             predicted = probes.linear(train.images, label_n, test.images).predicted.tolist()
         else:
@@ -264,8 +264,8 @@ def _train_classes(suite: SuiteConfig, train: Sequence[str], test: Sequence[str]
     return names
 
 
-def _swapped(name: str, data: Embedded, found: Evaluation) -> None:
-    """Captions lie by twos: the true one, then the swapped one. A tie counts as wrong."""
+def _add_pairs(name: str, data: Embedded, found: Evaluation) -> None:
+    """Captions are in pairs: the true one, then the swapped one. A tie counts as wrong."""
     near_m = (data.images[data.owners] * data.texts).sum(1).unflatten(0, (-1, 2))
     names = [f"{true} / {wrong}" for true, wrong in zip(data.captions[::2], data.captions[1::2], strict=True)]
     found.add(f"{name}/accuracy", near_m[:, 0] > near_m[:, 1], names, 0.5)
@@ -283,6 +283,6 @@ def _refuse_bad(data: Pictures, bad: Sequence[dict[str, Any]]) -> None:
     if bad:
         first = bad[0]
         raise DataError(
-            f"{len(bad)} of the {len(data)} samples of {shown_url(data.url)} cannot be used, and a suite counts all: "
-            f"{shown(first['key'])} in {shown_url(first['shard'])}: {first['reason']}; mend it or take it out"
+            f"{len(bad)} of the {len(data)} samples of {shown_url(data.url)} cannot be used, but a suite counts all: "
+            f"{shown(first['key'])} in {shown_url(first['shard'])}: {first['reason']}; repair or remove it"
         )

@@ -1,7 +1,7 @@
-"""How far a score can be trusted: intervals, calibration, and whether two models really differ.
+"""How reliable a score is: confidence intervals, calibration, and tests of whether two models differ.
 
-All of it works on what each sample contributed (right or wrong, a rank, a probability), because that is what repeats
-when a test set is drawn again.
+Everything works on the value of each sample (right or wrong, a rank, a probability), because samples are what a
+bootstrap draws again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from ...data.order import stream
 
 _DRAWS = 1000
 _BINS = 15
-_AT_ONCE = 1 << 22  # values of resamples that are held at a time
+_AT_ONCE = 1 << 22  # resampled values in memory at a time
 
 
 def interval(value_n: Tensor, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean (Efron 1979): the middle `level` of the means of samples drawn with
-    replacement from `value_n`; of 1,000 of them, or of all where values are 0 or 1, whose sum is binomial."""
-    from scipy import stats  # half a second, and only an evaluation needs it
+    """The percentile bootstrap interval of a mean (Efron 1979): the middle `level` of the means of 1,000 resamples.
+
+    If all values are 0 or 1 the interval is exact, because the sum of a resample is binomial. NaN for no values.
+    """
+    from scipy import stats  # imported here: it takes half a second, and only an evaluation needs it
 
     values = value_n.double().numpy()
     if len(values) == 0:
@@ -46,8 +48,8 @@ def interval(value_n: Tensor, level: float = 0.95, seed: int = 0) -> tuple[float
 
 
 def calibration_error(probability_nc: Tensor, label_n: Tensor, bins: int = _BINS) -> float:
-    """Expected calibration error: the mean distance between confidence and accuracy over equal bins of confidence,
-    weighted by their samples (Guo et al., arXiv 1706.04599)."""
+    """Expected calibration error: the mean distance between confidence and accuracy over equally wide bins of
+    confidence, weighted by their number of samples (Guo et al., arXiv 1706.04599)."""
     gap_n, bin_n = _gaps(probability_nc, label_n, bins)
     gap_b = torch.zeros(bins, dtype=torch.float64).scatter_add(0, bin_n, gap_n)
     return (gap_b.abs().sum() / max(len(label_n), 1)).item()
@@ -56,7 +58,7 @@ def calibration_error(probability_nc: Tensor, label_n: Tensor, bins: int = _BINS
 def calibration_interval(
     probability_nc: Tensor, label_n: Tensor, bins: int = _BINS, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """The bootstrap interval of the calibration error: of the samples' gaps, drawn again with replacement."""
+    """The bootstrap interval of the calibration error: its quantiles over 1,000 resamples of the samples."""
     gap_n, bin_n = (each.numpy() for each in _gaps(probability_nc, label_n, bins))
     random, errors = stream(seed, "bootstrap", len(gap_n)), []
     for _ in range(_DRAWS):
@@ -67,7 +69,7 @@ def calibration_interval(
 
 
 def _gaps(probability_nc: Tensor, label_n: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Of each sample: right (0 or 1) less its confidence, and its bin of confidence."""
+    """For each sample: correctness (0 or 1) minus confidence, float64 [n], and its confidence bin, int64 [n]."""
     confidence_n, predicted_n = probability_nc.double().max(1)
     bin_n = (confidence_n * bins).ceil().long().clamp(1, bins) - 1
     return (predicted_n == label_n).double() - confidence_n, bin_n
@@ -78,13 +80,13 @@ class Comparison:
     """Two models on the same samples."""
 
     before: float
-    """share of samples that the first has right"""
+    """fraction of samples that the first model has right"""
     after: float
     negative_flips: float
-    """share that the first has right and the second wrong (Yan et al., arXiv 2011.09161)"""
+    """fraction that the first model has right and the second wrong (Yan et al., arXiv 2011.09161)"""
     positive_flips: float
     p_value: float
-    """of McNemar's exact test: how likely flips as uneven as these are if the models are equally good"""
+    """of McNemar's exact test: the probability of flips at least this uneven if the models are equally good"""
 
     def json(self) -> dict[str, float]:
         """As a plain object."""
@@ -92,7 +94,7 @@ class Comparison:
 
 
 def compare(before_n: Tensor, after_n: Tensor) -> Comparison:
-    """Compares which samples (bool [n]) two models have right."""
+    """Compare two models by the samples that each has right, bool [n]."""
     assert before_n.shape == after_n.shape
     lost, won = int((before_n & ~after_n).sum()), int((~before_n & after_n).sum())
     count = max(len(before_n), 1)
@@ -107,25 +109,25 @@ def compare(before_n: Tensor, after_n: Tensor) -> Comparison:
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much a mean differs between two models on the same samples."""
+    """The difference of a mean between two models on the same samples."""
 
     value: float
-    """after less before"""
+    """after minus before"""
     low: float
     high: float
-    """the middle 95% of the paired bootstrap"""
+    """ends of the paired bootstrap interval"""
     p_value: float
-    """two-sided: how often the bootstrap's differences fall on the other side of zero, twice"""
+    """two-sided: twice the fraction of bootstrap differences on the other side of zero"""
 
 
 def difference(before_n: Tensor, after_n: Tensor, level: float = 0.95, seed: int = 0) -> Difference:
-    """The paired bootstrap of the mean difference of what each sample contributed (Efron and Tibshirani 1993)."""
+    """The paired bootstrap of the mean difference of the samples' values (Efron and Tibshirani 1993)."""
     assert before_n.shape == after_n.shape
     value_n = (after_n.double() - before_n.double()).numpy()
     random = stream(seed, "bootstrap", len(value_n))
     if np.isin(value_n, (-1.0, 0.0, 1.0)).all():  # a resample of losses, ties and wins is a multinomial draw
-        shares = [(value_n == each).mean() for each in (-1.0, 0.0, 1.0)]
-        counts = random.multinomial(len(value_n), shares, _DRAWS)
+        fractions = [(value_n == each).mean() for each in (-1.0, 0.0, 1.0)]
+        counts = random.multinomial(len(value_n), fractions, _DRAWS)
         means = (counts[:, 2] - counts[:, 0]) / len(value_n)
     else:
         means = np.array([value_n[random.integers(0, len(value_n), len(value_n))].mean() for _ in range(_DRAWS)])
@@ -136,7 +138,7 @@ def difference(before_n: Tensor, after_n: Tensor, level: float = 0.95, seed: int
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values as they stand when all of them are looked at together (Holm 1979)."""
+    """The p-values adjusted for multiple comparisons with Holm's method (Holm 1979)."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, highest = [0.0] * len(p_values), 0.0
     for place, i in enumerate(order):
@@ -146,7 +148,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _mcnemar(lost: int, won: int) -> float:
-    """Two-sided binomial test of `lost` against `won` at one half."""
+    """P-value of the two-sided binomial test of `lost` out of `lost + won` at probability one half."""
     from scipy.stats import binomtest
 
     return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0

@@ -1,4 +1,4 @@
-"""Retrieval both ways: how often the right caption (picture) is among the k most similar ones.
+"""Retrieval in both directions: how often the right caption (picture) is among the k most similar ones.
 
 Shape suffixes: n pictures, m captions, e channels.
 """
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 CUTS = (1, 5, 10)
-_CHUNK = 1024  # queries at a time: their similarities are all that is held
+_CHUNK = 1024  # queries at a time, to bound the memory of their similarities
 
 
 def recalls(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions; caption j describes picture `owner_m[j]`.
 
-    A picture counts if any of its captions is found (the protocol of Karpathy and Fei-Fei, arXiv 1412.2306). Ties count
-    against us, so a model that gives every pair the same score gets nothing.
+    A picture counts if any of its captions is among the first k (the protocol of Karpathy and Fei-Fei, arXiv
+    1412.2306). Ties count as wrong, so a model that gives every pair the same score has a recall of 0.
     """
     image_rank_n, text_rank_m = ranks(image_ne, text_me, owner_m)
     scores = {}
@@ -29,8 +29,10 @@ def recalls(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> dict[str, flo
 
 
 def ranks(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [n] and [m]: of each picture among the captions, and of each caption among the pictures, how many wrong
-    ones are at least as similar as the right one."""
+    """Ranks int64 [n] of each picture's right caption, and [m] of each caption's right picture.
+
+    A rank is the number of wrong candidates at least as similar as the (best) right one; 0 is best.
+    """
     picture_n, caption_m = torch.arange(len(image_ne)), torch.arange(len(text_me))
     of_images = [_ranks(image_ne[b] @ text_me.T, b[:, None] == owner_m) for b in picture_n.split(_CHUNK)]
     of_texts = [_ranks(text_me[b] @ image_ne.T, owner_m[b][:, None] == picture_n) for b in caption_m.split(_CHUNK)]
@@ -38,13 +40,13 @@ def ranks(image_ne: Tensor, text_me: Tensor, owner_m: Tensor) -> tuple[Tensor, T
 
 
 def _ranks(score_qc: Tensor, right_qc: Tensor) -> Tensor:
-    """int64 [q]: how many wrong candidates c score at least as high as query q's best right one."""
+    """int64 [q]: the number of wrong candidates that score at least as high as the query's best right one."""
     best_q = score_qc.masked_fill(~right_qc, float("-inf")).amax(1, keepdim=True)
     return ((score_qc >= best_q) & ~right_qc).sum(1)
 
 
 def chance(pictures: int, owner_m: Tensor) -> dict[str, float]:
-    """The recalls of a random order, exactly."""
+    """The exact expected recalls of a random order."""
     captions = len(owner_m)
     counts = torch.bincount(owner_m, minlength=pictures).tolist()
     scores = {}

@@ -1,8 +1,8 @@
-"""An evaluation: the suites of a recipe, one after another, with the chance level beside every score.
+"""Runs the suites of a recipe one after another; every score comes with its chance level.
 
-Built-in suites share one set, the run's own evaluation data, which is embedded once. Zero-shot tasks come with it:
-every label that a sample's metadata carries (`"labels": {"role": "pilot"}`) is one task, its classes are the values
-found, and its prompts the recipe's templates for that label. Suites with data of their own are in `protocols.py`.
+Built-in suites use one set, the run's evaluation data, which is embedded once. Zero-shot tasks are derived from it:
+each label in the samples' metadata (`"labels": {"role": "pilot"}`) is one task, whose classes are the values that occur
+and whose prompts are the recipe's templates for that label. Suites with separate data are in `protocols.py`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ..world import World
 from . import zero_shot
 from .config import Captioning, EvalConfig
 from .embed import Embedded, pixels
-from .embedding_cache import Kept
+from .embedding_cache import EmbeddingCache
 from .generate import write
 from .outcome import Evaluation as Evaluation
-from .protocols import Bench, captioned, retrieved, run, shaped
+from .protocols import Bench, add_captioning, add_geometry, add_retrieval, run
 
 _POINTS = 256  # pairs
 
@@ -39,16 +39,17 @@ def evaluate(
     world: World,
     cache: CacheConfig | None = None,
     tokenizer: str = "clip",
-    kept: Kept | None = None,
+    embeddings: EmbeddingCache | None = None,
 ) -> Evaluation:
-    """Run the configured suites; `url` is of the shards that built-in ones and examples use, read through `cache`, with
-    the run's `tokenizer`. Every rank takes part and gets the same result. Captioning needs a captioner, and is left out
-    while the model has none. `kept`: take embeddings that are kept, and keep new ones.
+    """Run the configured suites. All ranks call it together, and each gets the same result.
 
-    Raises DataError if data cannot be read or used, or carry no labels for the zero-shot suite, SpecError if another
-    tower cannot read what they hold for it.
+    `url` names the shards for built-in suites and examples, read through `cache` with the run's `tokenizer`. Captioning
+    is skipped while the model has no captioner. With `embeddings`, embeddings are read from and written to that cache.
+
+    Raises DataError if data cannot be read or used, or have no labels for the zero-shot suite; SpecError if a modality
+    tower cannot read its column of the data.
     """
-    bench = Bench(model, world, config.batch, tokenizer, cache, kept)
+    bench = Bench(model, world, config.batch, tokenizer, cache, embeddings)
     found = Evaluation()
     if config.built_in or (config.examples and url):
         samples = bench.own_set(url)
@@ -65,17 +66,17 @@ def _built_in(bench: Bench, config: EvalConfig, samples: EvaluationSet, found: E
         raise DataError(f"none of the {len(samples)} samples of {samples.url} can be used: {data.bad[0]['reason']}")
     found.bad.extend(data.bad)
     if "retrieval" in config.built_in:
-        retrieved("retrieval", data, found)
+        add_retrieval("retrieval", data, found)
         found.sizes["retrieval"] = len(data.captions)
     if "zero_shot" in config.built_in:
         _zero_shot(bench, config, samples, data, found)
     if "geometry" in config.built_in:
-        shaped("geometry", data, found)
+        add_geometry("geometry", data, found)
         found.sizes["geometry"] = len(data.numbers)
     if "captioning" in config.built_in and bench.model.captioner is not None:
         how = Captioning(decoding=config.caption_decoding)
         rows, _ = bench.captions(samples, how)
-        captioned("captioning", rows, how.metrics, found)
+        add_captioning("captioning", rows, how.metrics, found)
         found.sizes["captioning"] = len(rows)
     if config.examples and bench.world.is_first:
         found.examples.update(_examples(bench, config, samples, data))
@@ -83,16 +84,17 @@ def _built_in(bench: Bench, config: EvalConfig, samples: EvaluationSet, found: E
 
 
 def _points(data: Embedded) -> tuple[Tensor, list[str]]:
-    """Pairs spread evenly over the set, for a look at the joint space."""
+    """Evenly spaced pairs of the set, for the TensorBoard projector, with a description of each row."""
     count = len(data.images)
     some = torch.arange(min(_POINTS, count)) * count // min(_POINTS, count)
     firsts = torch.searchsorted(data.owners, some)
-    said = [data.captions[i] for i in firsts.tolist()]
-    return torch.cat([data.images[some], data.texts[firsts]]), [f"{w}: {c}" for w in ("picture", "text") for c in said]
+    captions = [data.captions[i] for i in firsts.tolist()]
+    names = [f"{kind}: {caption}" for kind in ("picture", "text") for caption in captions]
+    return torch.cat([data.images[some], data.texts[firsts]]), names
 
 
 def _zero_shot(bench: Bench, config: EvalConfig, samples: EvaluationSet, data: Embedded, found: Evaluation) -> None:
-    """One accuracy per label that the data carries."""
+    """One accuracy for each label in the data."""
     tasks = sorted({label for labels in data.labels for label in labels})
     if not tasks:
         raise DataError(
@@ -112,7 +114,7 @@ def _zero_shot(bench: Bench, config: EvalConfig, samples: EvaluationSet, data: E
 def _examples(
     bench: Bench, config: EvalConfig, samples: EvaluationSet, data: Embedded
 ) -> dict[str, list[dict[str, Any]]]:
-    """Pictures spread evenly over the set, with their nearest captions and what the captioner writes."""
+    """Evenly spaced pictures of the set, with their nearest captions and the generated ones."""
     count, model = config.examples, bench.model
     chosen = list(range(0, len(data.numbers), max(1, len(data.numbers) // count)))[:count]
     pictures = [s for index in chosen if isinstance(s := samples.sample(data.numbers[index]), Sample)]

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 
 def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every template filled with every class, class by class. `{}`, as open_clip writes it, or `{c}`, as CLIP_benchmark
-    does, stands for the class; braces elsewhere are text."""
+    """Every template filled with every class, class by class.
+
+    `{}` (open_clip) or `{c}` (CLIP_benchmark) stands for the class; other braces are plain text.
+    """
     return [template.replace("{c}", "{}").replace("{}", name) for name in classes for template in templates]
 
 
@@ -24,18 +26,18 @@ def class_embeddings(prompt_ce: Tensor, classes: int) -> Tensor:
 
 
 def weighted_embeddings(prompt_pe: Tensor, class_p: Tensor, weight_p: Tensor, classes: int) -> Tensor:
-    """The same for any number of prompts of each class, by their weights: unit rows [c, e]."""
+    """Weighted class means of unit prompts, any number for each class: unit rows [c, e]."""
     sums_ce = prompt_pe.new_zeros(classes, prompt_pe.shape[1]).index_add(0, class_p, prompt_pe * weight_p[:, None])
     return F.normalize(sums_ce, dim=-1)
 
 
 def accuracy(image_ne: Tensor, class_ce: Tensor, label_n: Tensor) -> float:
-    """Share of pictures whose nearest class is their own; a tie with another class counts as wrong."""
+    """Fraction of pictures whose nearest class is the right one; a tie with another class counts as wrong."""
     return (rivals(image_ne, class_ce, label_n) == 0).double().mean().item()
 
 
 def rivals(image_ne: Tensor, class_ce: Tensor, label_n: Tensor) -> Tensor:
-    """int64 [n]: how many wrong classes are at least as near to each picture as its own."""
+    """int64 [n]: for each picture, the number of wrong classes at least as near as the right one."""
     score_nc = image_ne @ class_ce.T
     own_n1 = score_nc.gather(1, label_n[:, None])
     return (score_nc >= own_n1).sum(1) - 1

@@ -1,1 +1,1 @@
-"""Growing a model while it trains, or between runs: when, into what, and how its state follows."""
+"""Growing a model during training or between runs: when to grow, to which sizes, and how its state is mapped."""

@@ -1,7 +1,7 @@
-"""Growing a run: from one engine to the next at a stage boundary.
+"""Grows a run at a stage boundary: from one engine to the next.
 
-The state goes through its logical form, so growth neither knows nor cares which engine held it, and a commit taken
-before leads to the same grown model as the run that went straight on.
+State is mapped in its logical form (names and shapes without sharding), so growth does not depend on the engine, and
+growing from a commit gives the same model as growing in the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ..objectives.base import Inputs
 from ..stages import GrowthConfig
 
 
-class _Whole(Mapping[str, Tensor]):
-    """An engine's state by `kind/name`: each tensor is put together when all ranks ask for it."""
+class _LogicalState(Mapping[str, Tensor]):
+    """An engine's state by `kind/name`; a tensor is gathered from its shards when all ranks read it together."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._state = engine, engine.logical_state()
@@ -44,7 +44,7 @@ class _Whole(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Growth:
-    """What one growth did."""
+    """The record of one growth."""
 
     before: dict[str, int | float]
     after: dict[str, int | float]
@@ -52,12 +52,12 @@ class Growth:
     parameters_before: int
     parameters_after: int
     logit_difference: float | None
-    """largest change of a similarity on the probe pairs at its own temperature; None if pictures change size.
-    Rounding, unless an operator says that it is lossy."""
+    """largest change of a similarity, scaled by the temperature, on the probe pairs; None if the image size changes.
+    Only rounding error unless an operator is lossy."""
     seconds: float
 
     def json(self) -> dict[str, Any]:
-        """For metrics.jsonl and the lineage."""
+        """The record for metrics.jsonl and the lineage."""
         return {
             "from": self.before,
             "to": self.after,
@@ -78,15 +78,15 @@ def grow(
     how: GrowthConfig,
     fade: float = 1.0,
 ) -> tuple[Engine, Growth]:
-    """A new engine for `spec` that continues `engine`, weights and moments mapped; the old one is closed.
+    """A new engine for `spec` that continues `engine`: weights and moments are mapped, and the old engine is closed.
 
-    `probe` is a batch on which the similarities before and after are compared. Random draws are of `seed`; `fade` is
-    the power of the old multipliers now. Raises SpecError for what cannot be made.
+    `probe` is a batch on which similarities before and after are compared. `seed` determines all random numbers. `fade`
+    is the power that the old multipliers are raised to. Raises SpecError if the growth is not possible.
     """
     begun = time.monotonic()
     old = engine.model.spec
     if old.image.resolution != spec.image.resolution:
-        probe = None  # the larger model sees other pictures
+        probe = None  # the larger model reads pictures of another size
     before = None if probe is None else similarities(engine, probe, old)
     parameters = engine.parameters
     larger, operators = enlarged(engine, build, spec, seed, how, fade)
@@ -107,16 +107,17 @@ def grow(
 def enlarged(
     engine: Engine, build: Callable[[ModelSpec], Engine], spec: ModelSpec, seed: int, how: GrowthConfig, fade: float
 ) -> tuple[Engine, list[Operator]]:
-    """A new engine for `spec` that continues `engine`, which stays as it is, and how it was made. See `grow`."""
-    state = _Whole(engine)
+    """A new engine for `spec` that continues `engine`, and the growth operators. `engine` is not changed. See
+    `grow`."""
+    state = _LogicalState(engine)
     operators = planned(engine.model.spec, spec, seed, how, lambda kind, name: state[f"{kind}/{name}"])
     larger = build(spec)
     old, optimizer = engine.model.spec, engine.optimizer_config
     multipliers = grown_rates(operators, engine.multipliers, fade, old, spec, optimizer)
     larger.expect(multipliers)
-    made = GrownState(operators, state, larger.logical_state())
+    grown = GrownState(operators, state, larger.logical_state())
     larger.load_logical_state(
-        {path: larger.cut(path.partition("/")[2], made[path]) for path in made},
+        {path: larger.cut(path.partition("/")[2], grown[path]) for path in grown},
         0 if how.moments == "reset" and operators else engine.applied,
         engine.skipped,
         multipliers,
@@ -125,12 +126,12 @@ def enlarged(
 
 
 def planned(old: ModelSpec, new: ModelSpec, seed: int, how: GrowthConfig, read: Read) -> list[Operator]:
-    """The operators from one spec to the other as `how` asks for them; `read` reads the old state."""
+    """The operators from `old` to `new` with the options in `how`; `read` reads the old state."""
     operators = plan_growth(
         old, new, seed, how.width_init, how.depth_init, how.token_init, how.drop_blocks, how.inherit, read
     )
-    forgotten = {"map": (), "keep_v": ("exp_avg",), "reset": ("exp_avg", "exp_avg_sq")}[how.moments]
-    return [*operators, ResetMoments(forgotten)] if operators and forgotten else operators
+    zeroed = {"map": (), "keep_v": ("exp_avg",), "reset": ("exp_avg", "exp_avg_sq")}[how.moments]
+    return [*operators, ResetMoments(zeroed)] if operators and zeroed else operators
 
 
 def grown_rates(
@@ -141,11 +142,11 @@ def grown_rates(
     new: ModelSpec,
     optimizer: OptimizerConfig,
 ) -> dict[str, float]:
-    """The multipliers of the grown model's tensors that are not 1; the old ones are raised to `fade`.
+    """Learning-rate multipliers of the grown model's tensors, without those that are 1.
 
-    They say by how much smaller a single number's steps are. Muon makes all singular values of a step alike, whatever
-    their number. Of a matrix made of copies it makes as many as the original has; the numbers of its step are smaller
-    by the root of how many more there could be, the shorter side, which is made good here.
+    The old multipliers are raised to the power `fade`. Under Muon, all singular values of an update are equal. A matrix
+    widened by copies keeps its old rank, so the entries of its update shrink by sqrt(old / new shorter side); the
+    multiplier compensates for that here.
     """
     now = {name: factor**fade for name, factor in multipliers.items()}
     before, after = tensor_shapes(old), tensor_shapes(new)
@@ -157,19 +158,19 @@ def grown_rates(
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, torch.Size]:
-    """Names and shapes of a model's parameters; nothing is built."""
+    """Names and shapes of a model's parameters, without allocating them."""
     return {name: p.shape for name, p in empty(spec).named_parameters()}
 
 
 def described(operators: Sequence[Operator]) -> list[dict[str, Any]]:
-    """For the lineage: each operator, and whether it is lossy."""
+    """The operators as records for the lineage; a lossy one is marked `lossy`."""
     return [operator.describe() | ({} if operator.preserves else {"lossy": True}) for operator in operators]
 
 
 @torch.no_grad()
 def similarities(engine: Engine, inputs: Inputs, spec: ModelSpec) -> Tensor:
-    """Scaled cosine similarities [m, b, b] of a batch's captions with its pictures and the m - 1 other modalities
-    that a model of `spec` has."""
+    """Scaled cosine similarities [m, b, b] of a batch's captions with its pictures and with the m - 1 modality towers
+    of `spec`."""
     output = engine.output(inputs)
     text = F.normalize(output.text.pooled, dim=-1)
     towers = [output.image, *(output.modalities[name] for name in sorted(spec.modalities))]

@@ -1,9 +1,8 @@
-"""Growing a commit without the run: from one store to another, tensor by tensor.
+"""Grows a commit without its run: from one store to another, tensor by tensor.
 
-What comes out is the commit that the run would have continued from, had its recipe said so: the recipe in its manifest
-has the growth as a stage, so training goes on from it by that recipe, and the lineage says where it came from. Of the
-tensors no more is held at a time than one part of the old commit and one of the new; a part is at most 64 MiB, or one
-tensor.
+The result is the commit that the run would have written if its recipe had contained the growth. The recipe in its
+manifest has the growth as a stage, so training continues from it with that recipe, and the lineage names the source.
+At most one part of the old commit and one of the new are in memory at a time; a part is at most 64 MiB, or one tensor.
 """
 
 from __future__ import annotations
@@ -36,21 +35,22 @@ from .grow import described, grown_rates, planned, tensor_shapes
 
 @dataclass(frozen=True)
 class GrownCommit:
-    """What growing a commit left."""
+    """The result of growing a commit."""
 
     url: str
     recipe: Recipe
-    """the recipe that training continues by"""
+    """the recipe with which training continues"""
     event: dict[str, Any]
-    """what was done, as the lineage has it"""
+    """the record of the growth in the lineage"""
 
 
 def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | None = None) -> GrownCommit:
     """Grow the commit at URL `source` (or the newest one of a run) into a new store at URL `out`.
 
-    `stage` are fields of a `StageConfig`: `grow`, `shrink` and how. It is the run's last stage, of `samples`, or it
-    takes what is left of the commit's own; of weights that were not trained here it is the first. Raises SpecError for
-    what cannot be, StoreError for a store that has commits or cannot be used.
+    `stage` has fields of a `StageConfig`: `grow`, `shrink` and their options. With `samples` it becomes the run's last
+    stage, of that length; without, it takes the remaining samples of the commit's stage. For a commit of imported
+    weights (step 0) it becomes the first stage. Raises SpecError if the growth is not possible, StoreError if the new
+    store has commits already or cannot be used.
     """
     begun = time.monotonic()
     commit = find_commit(source)
@@ -59,21 +59,21 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     recipe, number = with_stage(before, state, stage, samples)
     old, new = commit.manifest.spec, recipe.specs()[number]
     if old == new:
-        raise SpecError(f"{commit.url} has these sizes already; name one that changes")
+        raise SpecError(f"{commit.url} has these sizes already; name a size that changes")
     how = recipe.stages[number]
-    held = OldState(commit, in_turn=how.inherit == "ema")
-    operators = planned(old, new, recipe.seed, how, lambda kind, name: held[f"{kind}/{name}"])
-    # In the order of the old parts, so that each is read once.
-    names = sorted(tensor_shapes(new), key=lambda name: (held.place(source_of(operators, name)), name))
+    old_state = OldState(commit, in_turn=how.inherit == "ema")
+    operators = planned(old, new, recipe.seed, how, lambda kind, name: old_state[f"{kind}/{name}"])
+    # In the order of the old parts, so that each part is read once.
+    names = sorted(tensor_shapes(new), key=lambda name: (old_state.part_number(source_of(operators, name)), name))
     fade = faded(before.stages, state.stage, state.samples, before.data.batch)
     rates = grown_rates(operators, state.multipliers, fade, old, new, recipe.optimizer)
     commits = Commits(Store(out))
     if commits.names():
-        raise StoreError(f"{out} has commits already; give a new place")
+        raise StoreError(f"{out} has commits already; give an empty folder or prefix")
     attempt = commits.claim_attempt(f"grown from {commit.url}")
     name = f"step-{state.step:012d}-attempt-{attempt:04d}"
     keeps = recipe.optimizer.keeps
-    grown = GrownState(operators, held, (f"{k}/{n}" for k in held.kinds for n in names if keeps(k, n)))
+    grown = GrownState(operators, old_state, (f"{k}/{n}" for k in old_state.kinds for n in names if keeps(k, n)))
     parts = tuple(_written(commits.store, name, grown))
     changed = changes(old, new)
     detail = {
@@ -103,15 +103,16 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
         name, Manifest(spec=new, state=following, recipe=recipe.model_dump(mode="json"), reason="growth", parts=parts)
     )
     url = f"{commits.store.url}/{name}"
-    begun_there = {} if state.step else {"init_from": InitFromConfig(commit=url)}  # there is no run to continue
-    return GrownCommit(url, recipe.model_copy(update=begun_there), detail)
+    # A commit at step 0 belongs to no run, so nothing can be resumed: start from its weights instead.
+    start = {} if state.step else {"init_from": InitFromConfig(commit=url)}
+    return GrownCommit(url, recipe.model_copy(update=start), detail)
 
 
 def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: int | None) -> tuple[Recipe, int]:
-    """The recipe with its present stage ended at `state` and a new one after it, and the number of that one.
+    """The recipe with its current stage ended at `state` and a new stage after it, and the number of the new stage.
 
-    The new stage takes what is left of the present one, before the stages that follow it; or it is the last, of
-    `samples`. A captioner brings its objective with it, a modality tower also its data column.
+    Without `samples` the new stage takes the remaining samples of the current one, and later stages follow. With
+    `samples` it is the last stage. A new captioner adds its objective; a modality tower also adds its data column.
     """
     batch, now = recipe.data.batch, recipe.stages[state.stage]
     if not state.step:
@@ -120,9 +121,11 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
     done = state.samples - batch * sum(s.steps(batch) for s in recipe.stages[: state.stage])
     left = batch * now.steps(batch) - done
     if not done:
-        raise SpecError("this commit has not trained since it grew; grow the one before it to all sizes at once")
+        raise SpecError("this commit has not trained since it grew; grow the commit before it to all sizes at once")
     if not (samples or left):
-        raise SpecError(f"this commit is at the end of its stage; say how long the next one is: samples={now.samples}")
+        raise SpecError(
+            f"this commit is at the end of its stage; give the length of the next one: samples={now.samples}"
+        )
     following = {"samples": samples or left, **stage}
     stages = recipe.model_dump(mode="json")["stages"]
     later = [] if samples else stages[state.stage + 1 :]
@@ -131,25 +134,28 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
 
 
 def _with_stages(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, Any]) -> Recipe:
-    """The recipe with these stages, of which `new` is new. Raises SpecError."""
+    """The recipe with `stages`, of which `new` is the added one. Raises SpecError if they are not valid."""
     tree = recipe.model_dump(mode="json") | {"stages": stages}
     try:
         StageConfig.model_validate(new)
         spec = recipe.model
         for stage in stages:
             spec = StageConfig.model_validate(stage).resized(spec)
-        _feed_and_train(tree, spec)
+        _complete(tree, spec)
         return Recipe.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        said = first["msg"].removeprefix("Value error, ")
-        raise SpecError(f"{where}: {said}" if where else said) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise SpecError(f"{where}: {message}" if where else message) from None
 
 
-def _feed_and_train(tree: dict[str, Any], spec: ModelSpec) -> None:
-    """Give the parts of the last stage's `spec` what they need: a captioner its objective, a modality its data column
-    and, if no term reads it, a contrastive term with the text. Terms of parts that no stage has are dropped."""
+def _complete(tree: dict[str, Any], spec: ModelSpec) -> None:
+    """Add to the recipe `tree`, in place, what the parts of the last stage's `spec` need.
+
+    A captioner needs its objective; a modality tower its data column and, if no term reads it, a contrastive term with
+    the text. Terms for parts that `spec` does not have are removed.
+    """
     objectives, towers = tree["objectives"], set(spec.modalities)
     objectives["caption"] = (objectives.get("caption") or {}) if spec.captioner else None
     known = towers | {"image", "text"}
@@ -160,10 +166,10 @@ def _feed_and_train(tree: dict[str, Any], spec: ModelSpec) -> None:
 
 
 class OldState(Mapping[str, Tensor]):
-    """The tensors of a commit by `kind/name`, read and verified a part at a time; one part is kept."""
+    """The tensors of a commit by `kind/name`, read and verified one part at a time; one part is kept in memory."""
 
     def __init__(self, commit: Commit, in_turn: bool = False) -> None:
-        """`in_turn`: two kinds will be read in turn, so the part before is kept as well."""
+        """`in_turn`: two kinds will be read alternately, so the previous part is kept as well."""
         self._commit, self._in_turn = commit, in_turn
         self._part: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
@@ -173,21 +179,21 @@ class OldState(Mapping[str, Tensor]):
 
     def _load(self, number: int) -> Iterable[str]:
         part = self._commit.manifest.parts[number]
-        self._part = {}  # before the next one comes
+        self._part = {}  # release it before reading the next one
         found = {f"{part.kind}/{name}": tensor for name, tensor in self._commit.pieces(part).items()}
-        if part.stretches:
-            # An engine that spreads its state leaves stretches: their kind is then put together as a whole.
+        if part.ranges:
+            # An engine that shards its state writes flat ranges: read all tensors of the kind at once.
             found = self._commit.tensors(part.kind)
         self._part = found
         return found
 
     @property
     def kinds(self) -> list[str]:
-        """Weights and moments, as far as the commit has them."""
+        """The kinds of state in the commit: weights, moments."""
         return list(dict.fromkeys(part.kind for part in self._commit.manifest.parts))
 
-    def place(self, name: str) -> int:
-        """Which of the parts the weights `name` lie in."""
+    def part_number(self, name: str) -> int:
+        """Number of the part that holds the weight `name`."""
         return self._parts[f"model/{name}"]
 
     def __getitem__(self, path: str) -> Tensor:
@@ -205,12 +211,14 @@ class OldState(Mapping[str, Tensor]):
 
 
 def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[CommitPart]:
-    """Write tensors one after another into parts of one kind each."""
+    """Write the tensors in order, in parts of one kind each, and yield the parts' manifest entries."""
     chunk: dict[str, Tensor] = {}
     kind, size, number = "", 0, 0
     for path in state:
         other, _, tensor_name = path.partition("/")
-        tensor = state[path].clone(memory_format=torch.contiguous_format)  # copies of one tensor share its memory
+        tensor = state[path].clone(
+            memory_format=torch.contiguous_format
+        )  # the operators may return views of one tensor
         if chunk and (other != kind or size + tensor.nbytes > PART_BYTES):
             yield _put(store, name, kind, number, chunk)
             number = number + 1 if other == kind else 0

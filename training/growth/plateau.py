@@ -1,14 +1,14 @@
-"""When to grow: the loss's slope per FLOP, beside the one that the next size is expected to give.
+"""When to grow: compares the loss's slope per FLOP with the slope expected of the next size.
 
-The rule is Staged Training's (Shen et al., arXiv 2203.06211): a size is worth training while its loss falls faster, for
-the same FLOPs, than a larger one's would. The first slope is measured. The other is expected of a power law: trained at
-the right sizes, models reach a loss that falls as C^-exponent in the FLOPs C spent (Kaplan et al., arXiv 2001.08361),
-where the right size grows as the square root of C (Hoffmann et al., arXiv 2203.15556). A size of r times the FLOPs a
-sample is then the right one at r^2 C, and on the way there the loss falls by
+The rule is that of Staged Training (Shen et al., arXiv 2203.06211): train a size as long as its loss falls faster per
+FLOP than a larger size's would. The first slope is measured. The second follows from a power law: at compute-optimal
+sizes the loss falls as C^-exponent in the FLOPs C spent (Kaplan et al., arXiv 2001.08361), and the optimal size grows
+as the square root of C (Hoffmann et al., arXiv 2203.15556). A size with r times the FLOPs per sample is therefore
+optimal at r^2 C, and until then the loss falls by
 
     expected = loss (1 - r^(-2 exponent)) / (C (r^2 - 1))   per FLOP.
 
-Every figure is a sum over all ranks in rank order, so every world, and every resume, decides alike.
+All figures are sums over ranks in rank order, so the decision is the same at any world size and after any resume.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from ..world import World
 
 @dataclass(frozen=True)
 class Slopes:
-    """What the rule compares, in loss per FLOP; positive where the loss falls."""
+    """The two slopes that the rule compares, in loss per FLOP; positive if the loss falls."""
 
     loss: float
-    """mean of the window"""
+    """mean over the window"""
     slope: float
     expected: float
 
@@ -56,10 +56,10 @@ def slopes(
     spent: float,
     exponent: float,
 ) -> Slopes:
-    """The rule's figures after a `window` of at least two steps, each its loss and its mean caption length in tokens.
+    """The slopes over a `window` of at least two steps: (loss, mean caption length in tokens) each.
 
-    `spec` is the present size and `following` the next; `spent` the run's FLOPs so far. The slope is that of the
-    least-squares line through the losses of the window.
+    `spec` is the current size and `following` the next one; `spent` is the FLOPs of the run so far. The measured slope
+    is that of the least-squares line through the losses of the window.
     """
     losses, lengths = [loss for loss, _ in window], [length for _, length in window]
     each = [batch * training_flops(spec, length) for length in lengths]
@@ -74,14 +74,16 @@ def slopes(
 
 
 def expected(loss: float, spent: float, ratio: float, exponent: float) -> float:
-    """Loss per FLOP that a size of `ratio` times the FLOPs a sample is expected to give after `spent` FLOPs; the limit
-    at 1 for a size that is no larger."""
+    """Expected loss decrease per FLOP of a size with `ratio` times the FLOPs per sample, after `spent` FLOPs.
+
+    A `ratio` of 1 or less gives the limit at 1.
+    """
     growth = log(max(ratio, 1 + 1e-9))
     return -expm1(-2 * exponent * growth) / expm1(2 * growth) * loss / spent
 
 
 class Tally:
-    """Loss and tokens of the steps since they were last asked for; asking waits for the device and for all ranks."""
+    """Losses and token counts of the steps since the last `take`, which synchronises with the device and all ranks."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -89,19 +91,19 @@ class Tally:
         self._tokens: list[int] = []
 
     def __len__(self) -> int:
-        """Steps since then."""
+        """Number of steps since the last `take`."""
         return len(self._losses)
 
     def add(self, loss: Tensor, tokens: int) -> None:
-        """This rank's part of a step's loss, and the tokens of its captions."""
+        """Record this rank's part of a step's loss and the number of tokens of its captions."""
         self._losses.append(loss.detach())
         self._tokens.append(tokens)
 
     def fold(self, state: RunState, plan: RunPlan, patches: int | None, reads_tokens: bool) -> RunState:
-        """The state with the FLOPs of these steps counted, and their losses kept where a rule measures them.
+        """The state with the FLOPs of these steps added, and their losses added to the window of a plateau rule.
 
-        `patches` of each picture were read (None: all); `reads_tokens` says whether an objective reads token features.
-        All ranks call it together.
+        `patches` of each picture were read (None: all); `reads_tokens`: whether an objective reads token features. All
+        ranks call it together.
         """
         size, spec, stage = plan.recipe.data.batch, plan.specs[state.stage], plan.stages[state.stage]
         flops, window, samples = state.flops, list(state.window), state.samples - len(self) * size
@@ -114,11 +116,11 @@ class Tally:
         return state.model_copy(update={"flops": flops, "window": tuple(window)})
 
     def take(self) -> list[tuple[float, int]]:
-        """The whole loss of each step, and the tokens of its global batch: the same on all ranks."""
+        """The loss of each step and the tokens of its global batch, the same on all ranks; then start over."""
         if not self._losses:
             return []
-        shares = torch.stack(self._losses).double()
-        own = torch.stack([shares, torch.tensor(self._tokens, dtype=torch.float64, device=shares.device)])
+        losses_s = torch.stack(self._losses).double()
+        own = torch.stack([losses_s, torch.tensor(self._tokens, dtype=torch.float64, device=losses_s.device)])
         ranks = self._world.gather(own[None]).tolist()
         self._losses, self._tokens = [], []
         losses, tokens = zip(*ranks, strict=True)

@@ -1,11 +1,11 @@
-"""What to grow into: candidates tried for a short while from the present state, on the newest data.
+"""Which sizes to grow to: short trials of candidates from the current state, on the newest data.
 
-After GrowCLIP (Deng et al., ICCV 2023), whose code is not public, and AutoProg (Li et al., CVPR 2022), whose rule this
-is: over the candidates the loss l is fitted as a power T^-w of the FLOPs T for a sample, and the candidate with the
-smallest l T^w is chosen, the one that lies furthest below what its cost would let expect. The present size is a
-candidate too. Each grows from the present state and sees the same samples at the present learning rate; its loss is
-that of the second half of them, every batch scored before it is trained on. Trials leave nothing but their record: a
-run that is killed in a search repeats it from the commit before, to the same choice.
+After GrowCLIP (Deng et al., ICCV 2023), whose code is not public, with the selection rule of AutoProg (Li et al., CVPR
+2022): over all candidates the loss l is fitted as a power T^-w of the FLOPs per sample T, and the candidate with the
+smallest l T^w wins, the one furthest below the loss expected at its cost. The current size is a candidate too. Each
+candidate grows from the current state and trains on the same samples at the current learning rate. Its loss is the mean
+over the second half of the samples, each batch scored before it is trained on. Only the record of the trials remains: a
+run that is killed during a search repeats it from the last commit, with the same choice.
 """
 
 from __future__ import annotations
@@ -35,31 +35,32 @@ from .plateau import Tally
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate and how it did."""
+    """One candidate and its result."""
 
     sizes: dict[str, int | float]
-    """those that change"""
+    """the sizes that change"""
     parameters: int
     flops_per_sample: float
     loss: float
-    """infinite if it was not finite"""
+    """infinity if a loss was not finite"""
     spent: float
     """FLOPs of the trial"""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """All trials, and which won."""
+    """All trials and the winner."""
 
     trials: tuple[Trial, ...]
     scores: tuple[float, ...]
-    """loss x (FLOPs a sample)^exponent of each; smaller is better"""
+    """loss x (FLOPs per sample)^exponent of each trial; smaller is better"""
     exponent: float
     chosen: int
+    """index of the winner"""
 
     @property
     def sizes(self) -> dict[str, int | float]:
-        """Of the winner."""
+        """The sizes of the winner."""
         return self.trials[self.chosen].sizes
 
     @property
@@ -68,7 +69,7 @@ class Choice:
         return fsum(trial.spent for trial in self.trials)
 
     def json(self) -> dict[str, Any]:
-        """For metrics.jsonl and the lineage."""
+        """The record for metrics.jsonl and the lineage."""
         scored = zip(self.trials, self.scores, strict=True)
         rows = [
             {key: value if not isinstance(value, float) or isfinite(value) else None for key, value in row.items()}
@@ -85,7 +86,7 @@ def search(
     stage: int,
     to_device: Callable[[Batch], Inputs],
 ) -> Choice:
-    """Try everything that `stage` may grow into from `engine`, at its place in the run; all ranks call it together."""
+    """Try all candidates of `stage`, grown from `engine` at its position in the run. All ranks call it together."""
     plan, world = recipe.settled(state.decisions), engine.world
     how, size = plan.stages[stage], plan.data.batch
     assert how.search
@@ -95,18 +96,18 @@ def search(
     seed, newest = stable_hash("search", plan.seed, stage), [plan.newest(stage)]
     trials = []
     for sizes, spec in how.candidates(engine.model.spec):
-        if not _leads_on(recipe, (*state.decisions, Decision(stage=stage, grow=sizes))):
+        if not _allows_later_stages(recipe, (*state.decisions, Decision(stage=stage, grow=sizes))):
             continue
         resolution, context = spec.image.resolution, how.longest(spec)
         loader = Loader(plan.data, resolution, context, seed, world.rank, world.size, newest)
         with closing(loader.batches(0)) as batches:
             inputs = map(to_device, islice(batches, steps))
-            trials.append(tried(engine, build, (sizes, spec), inputs, size, lr, plan.seed, how, fade))
+            trials.append(run_trial(engine, build, (sizes, spec), inputs, size, lr, plan.seed, how, fade))
     return choose(trials)
 
 
-def _leads_on(recipe: Recipe, decisions: Sequence[Decision]) -> bool:
-    """Whether the stages that follow can be."""
+def _allows_later_stages(recipe: Recipe, decisions: Sequence[Decision]) -> bool:
+    """Whether the recipe's later stages are still possible after `decisions`."""
     try:
         recipe.settled(decisions).specs()
     except SpecError:
@@ -114,7 +115,7 @@ def _leads_on(recipe: Recipe, decisions: Sequence[Decision]) -> bool:
     return True
 
 
-def tried(
+def run_trial(
     engine: Engine,
     build: Callable[[ModelSpec], Engine],
     candidate: tuple[dict[str, int | float], ModelSpec],
@@ -125,7 +126,7 @@ def tried(
     how: GrowthConfig,
     fade: float,
 ) -> Trial:
-    """Train a candidate made from `engine`, which stays as it is, on `batches` (global batches of `size` pairs)."""
+    """Train a candidate grown from `engine` on `batches` (global batches of `size` pairs); `engine` is not changed."""
     sizes, spec = candidate
     larger, _ = enlarged(engine, build, spec, seed, how, fade)
     tally = Tally(engine.world)
@@ -136,13 +137,13 @@ def tried(
     larger.close()
     steps = tally.take()
     spent = [size * training_flops(spec, tokens / size) for _, tokens in steps]
-    judged = [loss for loss, _ in steps[len(steps) // 2 :]]
-    loss = fsum(judged) / len(judged) if all(map(isfinite, judged)) else inf
+    scored = [loss for loss, _ in steps[len(steps) // 2 :]]
+    loss = fsum(scored) / len(scored) if all(map(isfinite, scored)) else inf
     return Trial(sizes, parameters, fsum(spent) / (size * len(spent)), loss, fsum(spent))
 
 
 def choose(trials: Sequence[Trial]) -> Choice:
-    """The best trial. With fewer than three different costs there is nothing to fit, and the lowest loss wins."""
+    """The best trial. With fewer than three different costs nothing can be fitted, and the lowest loss wins."""
     known = [trial for trial in trials if trial.loss < inf]
     exponent = 0.0
     if len({trial.flops_per_sample for trial in known}) >= 3:

@@ -1,4 +1,5 @@
-"""Balance: the experts of a mixture should get equal numbers of tokens (Switch, Fedus et al., arXiv 2101.03961).
+"""Load balancing: each expert of a mixture should get the same number of tokens (Switch, Fedus et al., arXiv
+2101.03961).
 
 Shape suffix: e experts.
 """
@@ -19,24 +20,24 @@ from .registry import register
 
 
 class BalanceConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
-    """Equal work for all experts of a mixture (Switch)."""
+    """Load balancing over the experts of a mixture (Switch)."""
 
     weight: float = Field(0.01, ge=0, description="factor of the term in the loss")
 
 
 @dataclass
 class Balance(Objective):
-    """L = mean over mixtures of E * sum_e f_e p_e; 1 if all experts get the same.
+    """L = mean over mixtures of E * sum_e f_e p_e; 1 if the load is uniform.
 
-    f_e is the fraction of the global batch's choices that fell on expert e, p_e the mean of its gate, which alone has a
-    gradient.
+    f_e is the fraction of the global batch's routing choices that went to expert e, p_e the mean of its gate. Only p_e
+    has a gradient.
     """
 
     name = "balance"
     needs = frozenset({"routing"})
 
-    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
-        """This rank's tokens against the choices of all ranks."""
+    def partial_loss(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        """The gates of this rank's tokens, weighted by the routing choices of all ranks."""
         total = output.scale.new_zeros(())
         for counts_e, gates_e in output.routing:
             choices_e = world.sum(counts_e.float())
@@ -46,8 +47,8 @@ class Balance(Objective):
 
     @torch.no_grad()
     def values(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
-        """The term, for every sample: it is one of the batch."""
-        return world.sum(self.share(output, inputs, table, world)).expand(len(inputs.lengths))
+        """The term, repeated for every sample: it is a property of the batch."""
+        return world.sum(self.partial_loss(output, inputs, table, world)).expand(len(inputs.lengths))
 
 
 @register("balance", BalanceConfig)

@@ -1,4 +1,4 @@
-"""What an objective is, and what it sees. How to write one: docs/objectives.md."""
+"""The interface of an objective, and the inputs it receives. How to write one: docs/objectives.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..world import World
 
 @dataclass(frozen=True)
 class Inputs:
-    """One rank's part of a global batch on the device; b pairs, t packed tokens."""
+    """One rank's part of a global batch, on the device; b pairs, t packed tokens."""
 
     images: Tensor
     """uint8 [b, 3, resolution, resolution]"""
@@ -25,21 +25,22 @@ class Inputs:
     lengths: Tensor
     """int64 [b]"""
     caption_ids: Tensor
-    """int64 [b]: equal for equal captions"""
+    """int64 [b]: captions with the same text have the same id"""
     image_ids: Tensor
-    """int64 [b]: equal for equal pictures"""
+    """int64 [b]: pairs with the same picture have the same id"""
     numbers: Tensor | None = None
-    """int64 [b]: place of each sample in the run, what `draws` draws by; None where nothing is drawn"""
+    """int64 [b]: index of each sample in the run, the key of its random numbers (`sample_rng`); None: no random
+    numbers"""
     patches: Tensor | None = None
-    """int64 [b, k]: patches of each picture that are looked at; None: all"""
+    """int64 [b, k]: indices of the patches of each picture that the model reads; None: all"""
     host_lengths: Tensor | None = None
-    """`lengths` once more, on the host: with it nobody waits for the device to tell; None: the device is asked"""
+    """a CPU copy of `lengths`, to avoid a device-to-host synchronisation; None: read `lengths` from the device"""
     columns: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
     """float32 [b, d] or [b, frames, d] by name: the data columns that the recipe asks for"""
 
     @property
     def known_lengths(self) -> Tensor:
-        """The lengths where they are read without waiting, if there are any."""
+        """The CPU copy of the lengths if there is one, else the lengths on the device (reading them synchronises)."""
         return self.lengths if self.host_lengths is None else self.host_lengths
 
 
@@ -48,49 +49,50 @@ class Objective(ABC):
     """A named term of the loss."""
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """what it reads of a forward pass; the temperature and the token table are always there"""
+    """the model outputs that it reads; the temperature and the token table are always available"""
 
     weight: float
-    """the factor of its share in the loss, at this step"""
+    """factor of the term in the loss at this step"""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Its key in the recipe and the logs; a class says `name = "..."`."""
+        """Its key in the recipe and the logs; a class sets `name = "..."`."""
 
     @property
     def modalities(self) -> frozenset[str]:
-        """The modality towers whose embeddings it reads; they run only if an objective does."""
+        """The modality towers whose embeddings it reads; a tower runs only if an objective names it."""
         return frozenset()
 
     @abstractmethod
-    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
-        """This rank's share of the term's mean over the global batch, a scalar; `table` is the token table [v, d].
+    def partial_loss(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        """This rank's part of the term's mean over the global batch, a scalar; the parts of all ranks sum to the term.
 
-        All ranks call it together, once a step, with the whole of their parts of the batch.
+        `table` is the token table [v, d]. All ranks call it together, once a step, each with its full part of the
+        batch.
         """
 
     @abstractmethod
     def values(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
-        """The term of each of this rank's samples, [b], without a gradient; their mean over all ranks is the term."""
+        """The term for each of this rank's samples, [b], without gradient; the mean over all ranks is the term."""
 
     def extras(self, inputs: Inputs) -> Extras:
-        """What the forward pass is asked for beside its usual outputs; `needs` are seen to already."""
+        """Additional outputs to request from the forward pass; those named in `needs` are requested already."""
         return Extras()
 
     def state(self) -> dict[str, Any]:
-        """What it has learned or counted, as plain JSON data that is the same on all ranks; commits keep it."""
+        """What it has learned or counted, as plain JSON data, equal on all ranks; it is saved in commits."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up a `state()`."""
+        """Restore a `state()`."""
         assert not state, f"{self.name} has no state"
 
 
 def extras_of(objectives: Sequence[Objective], inputs: Inputs) -> Extras:
-    """What all objectives together ask a forward pass for; at most one may mask captions."""
-    asked = [objective.extras(inputs) for objective in objectives]
-    parallel = [extras.parallel_b for extras in asked if extras.parallel_b is not None]
+    """The union of the outputs that the objectives request; at most one of them may mask captions."""
+    requested = [objective.extras(inputs) for objective in objectives]
+    parallel = [extras.parallel_b for extras in requested if extras.parallel_b is not None]
     assert len(parallel) <= 1
     return Extras(
         tokens=any("tokens" in objective.needs for objective in objectives),
@@ -102,7 +104,8 @@ def extras_of(objectives: Sequence[Objective], inputs: Inputs) -> Extras:
 
 
 def scheduled(schedule: Sequence[tuple[float, float]], progress: float) -> float:
-    """The factor on a weight when a share `progress` of the run is done: linear between the points given, 1 without."""
+    """The factor on a weight after a fraction `progress` of the run: linear between the schedule's points, 1 if
+    empty."""
     if not schedule:
         return 1.0
     (start, first), *rest = schedule
@@ -116,12 +119,12 @@ def scheduled(schedule: Sequence[tuple[float, float]], progress: float) -> float
 
 
 def states(objectives: Iterable[Objective]) -> dict[str, dict[str, Any]]:
-    """The states of those objectives that have one."""
+    """The states of the objectives that have one, by name."""
     return {objective.name: state for objective in objectives if (state := objective.state())}
 
 
 def load_states(objectives: Iterable[Objective], states: dict[str, dict[str, Any]]) -> None:
-    """The inverse of `states`; objectives that were not there before start afresh."""
+    """The inverse of `states`; an objective without a saved state keeps its initial one."""
     for objective in objectives:
         if objective.name in states:
             objective.load(states[objective.name])
@@ -129,18 +132,20 @@ def load_states(objectives: Iterable[Objective], states: dict[str, dict[str, Any
 
 def gradient_norms(
     objectives: Sequence[Objective],
-    shares: dict[str, Tensor],
+    partial_losses: dict[str, Tensor],
     parameters: Sequence[Tensor],
     world: World,
 ) -> dict[str, float]:
     """The norm of each objective's gradient over the global batch, before weighting; one backward pass each.
 
-    `shares` come from a forward pass of the bare model (not of an engine's wrapper), whose graph is kept. All ranks
-    call it together.
+    `partial_losses` must come from a forward pass of the unwrapped model (not of an engine's wrapper); its graph is
+    kept. All ranks call it together.
     """
     norms = {}
     for objective in objectives:
-        gradients = torch.autograd.grad(shares[objective.name], parameters, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            partial_losses[objective.name], parameters, retain_graph=True, allow_unused=True
+        )
         squares = [
             world.sum(torch.zeros_like(p) if g is None else g).double().square().sum()
             for p, g in zip(parameters, gradients, strict=True)

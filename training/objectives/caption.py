@@ -1,10 +1,11 @@
-"""Captioning: predict each token of the caption from those before it and the picture (CoCa, arXiv 2205.01917).
+"""Captioning: predict each token of the caption from the tokens before it and the picture (CoCa, arXiv 2205.01917).
 
-The mean is over the predicted tokens of the whole global batch, so a long caption on one rank weighs as much as on any
-other. With a vocabulary of 49,408 the logits would dwarf everything else; `linear_cross_entropy` makes them a chunk of
-tokens at a time and never keeps them.
+The mean is over the predicted tokens of the global batch, so each token has the same weight whatever rank it is on.
+With a vocabulary of 49,408 the logits would be the largest tensor by far; `linear_cross_entropy` computes them for one
+chunk of tokens at a time and never stores them.
 
-Shape suffixes: t tokens, p of them that predict, d channels, v vocabulary, c tokens of a chunk.
+Shape suffixes: t tokens, p predicting tokens (all but the last of each caption), d channels, v vocabulary, c tokens of
+a chunk.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .config import ObjectiveConfig
 from .registry import register
 
 CHUNK_LOGITS = 1 << 23
-"""logits held at once: 32 MiB in fp32"""
+"""logits in memory at once: 32 MiB in fp32"""
 
 
 class CaptionConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
@@ -43,11 +44,11 @@ class CaptionConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
 
 @dataclass
 class CaptionLoss(Objective):
-    """Next-token cross-entropy of the captioner; of some captions, that of all tokens at once.
+    """Next-token cross-entropy of the captioner; some captions are predicted in parallel.
 
-    A fraction `parallel_fraction` of the captions is predicted from the picture and masked inputs, which show nothing
-    but positions (CapPa, Tschannen et al., arXiv 2306.07915; its decoder also drops the causal mask, here a token sees
-    the masks before it).
+    A fraction `parallel_fraction` of the captions is predicted from the picture and masked inputs that carry only
+    positions (CapPa, Tschannen et al., arXiv 2306.07915). CapPa's decoder also drops the causal mask; here a token
+    attends to the masks before it.
     """
 
     name = "caption"
@@ -57,14 +58,14 @@ class CaptionLoss(Objective):
     seed: int = 0
 
     def extras(self, inputs: Inputs) -> Extras:
-        """Which captions are masked: by the sample's number in the run, so the same in any world."""
+        """Requests masking for some captions, chosen by the sample's index in the run: the same at any world size."""
         if not self.parallel_fraction:
             return Extras()
         assert inputs.numbers is not None
         return Extras(parallel_b=uniform(self.seed, "caption/parallel", inputs.numbers)[:, 0] < self.parallel_fraction)
 
-    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
-        """This rank's summed token losses over the global number of predicted tokens."""
+    def partial_loss(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        """The sum of this rank's token losses, divided by the number of predicted tokens in the global batch."""
         assert output.caption is not None
         places_p, targets_p, _ = _predictions(inputs)
         count = world.sum(torch.full((), float(len(targets_p)), device=targets_p.device))
@@ -72,7 +73,7 @@ class CaptionLoss(Objective):
 
     @torch.no_grad()
     def values(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
-        """Each caption's summed token losses over the mean number of predicted tokens of a caption."""
+        """The sum of each caption's token losses, divided by the mean number of predicted tokens per caption."""
         assert output.caption is not None
         places_p, targets_p, rows_p = _predictions(inputs)
         states_pd, losses = output.caption[places_p].to(table.dtype), []
@@ -90,32 +91,41 @@ def _caption(config: CaptionConfig, seed: int) -> Objective:
 
 
 def _predictions(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Every token but a caption's last predicts the one after it: its place, its target and its caption, int64 [p]."""
+    """Position, target and caption index of every predicting token, int64 [p] each.
+
+    Every token but the last of a caption predicts the token after it.
+    """
     pairs, device = len(inputs.lengths), inputs.tokens.device
     predicted = len(inputs.tokens) - pairs
     samples = torch.arange(pairs, device=device)
     rows_p = torch.repeat_interleave(samples, inputs.lengths - 1, output_size=predicted)
-    places_p = torch.arange(predicted, device=device) + rows_p  # each caption before it has left one out
+    places_p = (
+        torch.arange(predicted, device=device) + rows_p
+    )  # every earlier caption has one token that predicts nothing
     return places_p, inputs.tokens[places_p + 1], rows_p
 
 
 def _chunk(table_vd: Tensor) -> int:
-    """Tokens whose logits are made at once."""
+    """Number of tokens whose logits are computed at once."""
     return max(1, CHUNK_LOGITS // len(table_vd))
 
 
 def linear_cross_entropy(states_td: Tensor, table_vd: Tensor, targets_t: Tensor) -> Tensor:
-    """Sum over tokens of -log softmax(states @ table.T)[target], without ever storing [t, v] logits."""
+    """Sum over tokens of -log softmax(states @ table.T)[target], a scalar; the [t, v] logits are never stored.
+
+    `states_td` is cast to the dtype of `table_vd`; targets are int64 [t].
+    """
     total: Tensor = _LinearCrossEntropy.apply(states_td, table_vd, targets_t)
     return total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are made in the forward pass, while a chunk's logits are at hand: three products instead of four."""
+    """Computes the gradients in the forward pass, while a chunk's logits exist: three matrix products instead of
+    four."""
 
     @staticmethod
     def forward(ctx: Any, states_td: Tensor, table_vd: Tensor, targets_t: Tensor) -> Tensor:
-        states_td, given = states_td.to(table_vd.dtype), states_td.dtype
+        states_td, given_dtype = states_td.to(table_vd.dtype), states_td.dtype
         wanted = any(ctx.needs_input_grad)
         states_grad = torch.empty_like(states_td) if wanted else None
         table_grad = torch.zeros_like(table_vd) if wanted else None
@@ -127,12 +137,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             lse_c = logits_cv.logsumexp(1, keepdim=True)
             total += (lse_c - logits_cv.gather(1, targets_c)).sum()
             if states_grad is not None and table_grad is not None:
+                # d loss / d logits = softmax - one-hot, written over the logits to save a second [c, v] tensor.
                 slope_cv = logits_cv.sub_(lse_c).exp_()
                 slope_cv.scatter_add_(1, targets_c, slope_cv.new_full(targets_c.shape, -1.0))
                 torch.mm(slope_cv, table_vd, out=states_grad[start : start + size])
                 table_grad.addmm_(slope_cv.T, states_cd)
         if states_grad is not None:
-            ctx.save_for_backward(states_grad.to(given), table_grad)
+            ctx.save_for_backward(states_grad.to(given_dtype), table_grad)
         return total
 
     @staticmethod

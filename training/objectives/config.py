@@ -1,4 +1,4 @@
-"""What the recipe can say of every objective; each objective's own config stands beside it."""
+"""The recipe fields that every objective has; each objective's config subclasses this, in the objective's file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SchedulePoint = Annotated[
 
 
 class ObjectiveConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """What every objective has."""
+    """The fields of every objective."""
 
     weight: float = Field(1.0, ge=0, description="factor of the term in the loss")
     schedule: tuple[SchedulePoint, ...] = Field(
@@ -28,5 +28,5 @@ class ObjectiveConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     def _forward_in_time(cls, value: tuple[SchedulePoint, ...]) -> tuple[SchedulePoint, ...]:
         for (earlier, _), (later, _) in pairwise(value):
             if later <= earlier:
-                raise ValueError(f"schedule goes from {earlier} to {later}; list its points in the order of the run")
+                raise ValueError(f"schedule goes from {earlier} to {later}; list its points in increasing order")
         return value

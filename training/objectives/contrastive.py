@@ -1,9 +1,9 @@
-"""Contrastive objectives: which picture belongs to which caption, over all pairs of the global batch; or another
-modality to either.
+"""Contrastive objectives: match pictures with captions, or samples of another modality with either, over the global
+batch.
 
-All compare every image of this rank with the captions of all ranks; `pairwise` does so tile by tile. Two pairs that
-share a caption or a picture are not negatives of each other. Features are normalised and scored in fp32 whatever the
-towers computed in.
+Each compares every image of this rank with the captions of all ranks; `pairwise` does so tile by tile. Two pairs with
+the same caption or the same picture are not negatives of each other. Features are normalised and scored in fp32,
+whatever precision the towers use.
 
 Shape suffixes: b pairs of this rank, e channels of the joint space, g kinds of ids, p tokens of an image, t tokens of
 all captions.
@@ -30,35 +30,35 @@ from .scores import Relations
 
 
 class _PairwiseConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
-    """What the contrastive objectives have in common."""
+    """The fields that the contrastive objectives have in common."""
 
     positives: Literal["own", "caption", "picture"] = Field(
         "own",
-        description="own: a pair's own, and pairs of equal caption or picture are left out; caption, picture: those of "
-        "equal caption or equal picture are positives, too",
+        description="own: only the pair itself, and pairs with the same caption or picture are excluded from the "
+        "negatives; caption, picture: pairs with the same caption (or the same picture) are positives too",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="fraction of each target that is spread over all candidates"
+        0.0, ge=0, lt=1, description="fraction of each target that is distributed over all candidates"
     )
 
 
 class ContrastiveConfig(_PairwiseConfig, frozen=True, extra="forbid", strict=True):
-    """Which picture belongs to which caption, over all pairs of the global batch."""
+    """Match pictures with captions over all pairs of the global batch."""
 
     kind: Literal["softmax", "sigmoid", "filip"] = Field(
         "softmax",
-        description="softmax: InfoNCE both ways; sigmoid: SigLIP, needs model.logit_bias; filip: InfoNCE of token-wise "
-        "maximum similarity",
+        description="softmax: InfoNCE in both directions; sigmoid: SigLIP, needs model.logit_bias; filip: InfoNCE of "
+        "token-wise maximum similarity",
     )
 
 
 class BetweenConfig(_PairwiseConfig, frozen=True, extra="forbid", strict=True):
-    """Which sample of another modality belongs to which caption, picture or sample of another one (InfoNCE)."""
+    """Match samples of a modality tower with captions, pictures or samples of another modality (InfoNCE)."""
 
     between: tuple[str, str] = Field(
         strict=False,
-        description="a modality tower, and image, text or another modality, as in [audio, text]; the temperature "
-        "is that of the first",
+        description="a modality tower and image, text or another modality tower, as in [audio, text]; uses the "
+        "temperature of the first",
     )
 
     @field_validator("between")
@@ -66,36 +66,36 @@ class BetweenConfig(_PairwiseConfig, frozen=True, extra="forbid", strict=True):
     def _begins_with_a_modality(cls, value: tuple[str, str]) -> tuple[str, str]:
         first, second = value
         if first == second:
-            raise ValueError(f"between = [{first}, {second}] compares a tower with itself; name another one")
+            raise ValueError(f"between = [{first}, {second}] compares a tower with itself; name two different towers")
         if first in ("image", "text"):
-            remedy = "that is `contrastive`" if second in ("image", "text") else f"write [{second}, {first}]"
-            raise ValueError(f"between = [{first}, {second}] has to begin with a modality tower; {remedy}")
+            remedy = "use `contrastive` for that" if second in ("image", "text") else f"write [{second}, {first}]"
+            raise ValueError(f"between = [{first}, {second}] must begin with a modality tower; {remedy}")
         return value
 
 
 @dataclass
 class _Pairwise(Objective):
-    """What the contrastive objectives share."""
+    """The fields and steps that the contrastive objectives have in common."""
 
     needs = frozenset({"embeddings"})
 
     positives: Literal["own", "caption", "picture"] = "own"
-    """which pairs belong together beside the given ones: those of equal caption, or of equal picture"""
+    """the positives besides the pairs themselves: pairs with the same caption, or the same picture"""
     label_smoothing: float = 0.0
-    """fraction of each target that is spread over all candidates"""
+    """fraction of each target that is distributed over all candidates"""
 
     @abstractmethod
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
         """The losses [b] whose mean over all ranks is the term."""
 
-    def share(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
-        """The losses of this rank's pairs over B."""
+    def partial_loss(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+        """The sum of the losses of this rank's pairs, divided by the global batch size."""
         losses_b = self.losses(output, inputs, self._relations(inputs), world)
         return losses_b.sum() / (len(losses_b) * world.size)
 
     @torch.no_grad()
     def values(self, output: ModelOutput, inputs: Inputs, table: Tensor, world: World) -> Tensor:
-        """The losses of this rank's pairs."""
+        """The losses of this rank's pairs, [b]."""
         return self.losses(output, inputs, self._relations(inputs), world)
 
     def _relations(self, inputs: Inputs) -> Relations:
@@ -114,7 +114,7 @@ class Contrastive(_Pairwise):
 
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
         image_losses_b, text_losses_b = softmax_losses(
-            *_compared(output), output.scale.float(), relations, world, self.label_smoothing
+            *_unit_features(output), output.scale.float(), relations, world, self.label_smoothing
         )
         return (image_losses_b + text_losses_b) / 2
 
@@ -122,8 +122,8 @@ class Contrastive(_Pairwise):
 class LateContrastive(_Pairwise):
     """FILIP: InfoNCE whose scores are token-wise maximum similarities (Yao et al., arXiv 2111.07783).
 
-    The same sum with s_ij = mean_p max_l <a_ip, t_jl> among the texts of an image, mean_l max_p <a_ip, t_jl> among the
-    images of a text.
+    The loss of `Contrastive` with the similarity mean_p max_l <a_ip, t_jl> in the softmax over the texts of an image,
+    and mean_l max_p <a_ip, t_jl> in the softmax over the images of a text.
     """
 
     name = "contrastive"
@@ -141,7 +141,8 @@ class LateContrastive(_Pairwise):
 
 
 class SigmoidContrastive(_Pairwise):
-    """SigLIP: each pair is a yes-or-no question, with a learned temperature and bias (Zhai et al., arXiv 2303.15343).
+    """SigLIP: each pair is a binary classification, with a learned temperature and bias (Zhai et al., arXiv
+    2303.15343).
 
     L = -1/B * sum_ij logsigmoid(z_ij (s<a_i, t_j> + bias)),  z_ij = 1 if i = j, else -1
     """
@@ -152,16 +153,16 @@ class SigmoidContrastive(_Pairwise):
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
         assert output.bias is not None
         return sigmoid_losses(
-            *_compared(output), output.scale.float(), output.bias.float(), relations, world, self.label_smoothing
+            *_unit_features(output), output.scale.float(), output.bias.float(), relations, world, self.label_smoothing
         )
 
 
 @dataclass
 class Between(_Pairwise):
-    """InfoNCE in both directions between another modality and another one, at the modality tower's temperature."""
+    """InfoNCE in both directions between a modality tower and another tower, at the first tower's temperature."""
 
     towers: tuple[str, str] = ("", "")
-    """a modality, and `image`, `text` or another modality"""
+    """a modality tower, and `image`, `text` or another modality tower"""
 
     @property
     def name(self) -> str:
@@ -190,7 +191,7 @@ def _each_once(terms: tuple[BetweenConfig, ...]) -> tuple[BetweenConfig, ...]:
     seen: set[frozenset[str]] = set()
     for term in terms:
         if frozenset(term.between) in seen:
-            raise ValueError(f"compares {' and '.join(term.between)} twice; give one of them more weight")
+            raise ValueError(f"compares {' and '.join(term.between)} twice; keep one term and raise its weight")
         seen.add(frozenset(term.between))
     return terms
 
@@ -200,6 +201,6 @@ def _between(config: BetweenConfig, seed: int) -> Objective:
     return Between(config.weight, config.positives, config.label_smoothing, config.between)
 
 
-def _compared(output: ModelOutput) -> tuple[Tensor, Tensor]:
-    """Unit features [b, e] of images and captions."""
+def _unit_features(output: ModelOutput) -> tuple[Tensor, Tensor]:
+    """Unit-norm fp32 features [b, e] of images and captions."""
     return F.normalize(output.image.pooled.float(), dim=-1), F.normalize(output.text.pooled.float(), dim=-1)

@@ -1,4 +1,4 @@
-"""Which objectives there are: each registers itself where it stands, those of other packages too."""
+"""The registry of objectives: each registers itself in its own file; other packages use an entry point."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from .base import Objective
 from .config import ObjectiveConfig
 
 GROUP = "treering.objectives"
-"""The entry points of other packages' objectives: name = module, and importing the module registers."""
+"""entry-point group for objectives of other packages: name = module; importing the module registers the objective"""
 
 Config = TypeVar("Config", bound=ObjectiveConfig)
 
 
 class Registered(NamedTuple):
-    """How an objective is configured and made."""
+    """How an objective is configured and built."""
 
     config: type[ObjectiveConfig]
     build: Callable[[Any, int], Objective]
     """(config, seed) -> the objective"""
     annotation: Any
-    """what stands under its name in a recipe: a config, or a tuple of them"""
+    """the type of its recipe entry: a config, or a tuple of configs"""
 
     def validate(self, value: Any) -> ObjectiveConfig | tuple[ObjectiveConfig, ...]:
-        """What a recipe says under the name, checked. Raises pydantic's ValidationError."""
+        """The recipe entry `value` as config objects. Raises pydantic's ValidationError."""
         checked: ObjectiveConfig | tuple[ObjectiveConfig, ...] = TypeAdapter(self.annotation).validate_python(value)
         return checked
 
@@ -38,14 +38,14 @@ _registry: dict[str, Registered] = {}
 def register(
     name: str, config: type[Config], several: Callable[[tuple[Config, ...]], tuple[Config, ...]] | None = None
 ) -> Callable[[Callable[[Config, int], Objective]], Any]:
-    """Decorator of a function (config, seed) -> objective; the recipe then knows `name` under `objectives`.
+    """Decorator for a function (config, seed) -> objective; adds the key `name` to the recipe's `objectives`.
 
-    With `several` the recipe has a list of such terms under the name, which `several` returns or refuses by ValueError.
+    With `several` the entry is a list of configs; `several` checks the list and returns it, or raises ValueError.
     """
     many = Annotated[tuple[config, ...], Field(strict=False), AfterValidator(several)]  # type: ignore[valid-type]
 
     def keep(build: Callable[[Config, int], Objective]) -> Callable[[Config, int], Objective]:
-        assert name not in _registry, f"there are two objectives called {name!r}"
+        assert name not in _registry, f"two objectives are called {name!r}"
         _registry[name] = Registered(config, build, many if several else config)
         return build
 
@@ -53,18 +53,18 @@ def register(
 
 
 def names() -> list[str]:
-    """The objectives that are registered."""
+    """The names of the registered objectives, sorted."""
     return sorted(_registry)
 
 
 def registered(name: str) -> Registered:
-    """The objective called `name`, from this package or another one that is installed. Raises ValueError."""
+    """The objective called `name`, from this package or another installed one. Raises ValueError if there is none."""
     if name not in _registry:
         for entry in entry_points(group=GROUP, name=name):
             entry.load()
     if name not in _registry:
         raise ValueError(
-            f"there is no objective {name!r}; there are {', '.join(sorted(_registry))}. "
-            f"A package offers its own through the entry point group {GROUP}"
+            f"objective {name!r} is not known; the objectives are {', '.join(sorted(_registry))}. "
+            f"Other packages register theirs through the entry point group {GROUP}"
         )
     return _registry[name]

@@ -1,4 +1,4 @@
-"""The terms of a run's loss: the recipe's `objectives:` block, and the objectives that it asks for."""
+"""The terms of a run's loss: the recipe's `objectives:` block, and the objectives built from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic_core import InitErrorDetails
 from ...models.spec import ModelSpec
 from . import balance as _third  # noqa: F401
 from . import caption as _second  # noqa: F401
-from . import contrastive as _first  # noqa: F401  each registers its own: this is the order of the loss
+from . import contrastive as _first  # noqa: F401  importing registers; this order is the order of the loss terms
 from .base import Objective, scheduled
 from .config import ObjectiveConfig
 from .registry import names, registered
@@ -22,7 +22,7 @@ Term = SerializeAsAny[ObjectiveConfig] | tuple[SerializeAsAny[ObjectiveConfig], 
 
 
 class ObjectivesConfig(BaseModel, frozen=True, extra="allow"):
-    """The weighted terms of the loss by name; an objective left out does not run."""
+    """The weighted terms of the loss by name; an objective that is not listed does not run."""
 
     __pydantic_extra__: dict[str, Term]
 
@@ -38,7 +38,7 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="allow"):
                 continue
             try:
                 terms[name] = registered(str(name)).validate(term)
-            except ValidationError as error:  # with the term's name before the places that it names
+            except ValidationError as error:  # prefix the error's location with the name of the term
                 wrong += [
                     InitErrorDetails(type=d["type"], loc=(name, *d["loc"]), input=d["input"], ctx=d.get("ctx", {}))
                     for d in error.errors()
@@ -57,7 +57,7 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="allow"):
 
     @classmethod
     def recipe_fields(cls, key: str = "") -> dict[str, FieldInfo]:
-        """The terms that a recipe may have: the registered ones, and `key` if an installed package offers it."""
+        """The terms that a recipe may have: the registered ones, and `key` if an installed package provides it."""
         with suppress(ValueError):
             registered(key)
         entries = {name: registered(name) for name in names()}
@@ -67,20 +67,20 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="allow"):
         }
 
     def items(self) -> Iterator[tuple[str, ObjectiveConfig]]:
-        """The name that each term is registered under, and its config."""
+        """Pairs of a registered name and a config; a list entry gives one pair for each config."""
         for name, term in self.__pydantic_extra__.items():
             for one in term if isinstance(term, tuple) else (term,):
                 yield name, one
 
 
 def build_objectives(config: ObjectivesConfig, spec: ModelSpec | None = None, seed: int = 0) -> list[Objective]:
-    """The objectives of a recipe, in a fixed order; with a `spec`, those that a model of it has the parts for."""
+    """The objectives of a recipe, in a fixed order; given a `spec`, only those whose needed parts the model has."""
     built = [registered(name).build(one, seed) for name, one in config.items()]
     return [objective for objective in built if spec is None or not _missing(objective, spec)]
 
 
 def check_needs(config: ObjectivesConfig, spec: ModelSpec) -> None:
-    """Raises ValueError for an objective that a model of `spec` lacks a part for, or a part that none trains."""
+    """Raises ValueError if an objective needs a part that `spec` lacks, or if no objective trains a part of it."""
     parts = {
         "bias": ("a learned bias", "add `logit_bias: true` to model"),
         "caption": ("a captioner", "add `captioner: {depth: 2}` to model"),
@@ -98,21 +98,21 @@ def check_needs(config: ObjectivesConfig, spec: ModelSpec) -> None:
         )
     if spec.logit_bias and "bias" not in trained:
         raise ValueError(
-            "model.logit_bias is never trained, a softmax does not depend on it; "
+            "model.logit_bias is never trained, because a softmax does not depend on it; "
             "set objectives.contrastive.kind: sigmoid, or drop model.logit_bias"
         )
 
 
 def _missing(objective: Objective, spec: ModelSpec) -> list[str]:
     mixtures = any(tower.experts > 1 for tower in spec.towers().values())
-    there = {"caption": spec.captioner is not None, "bias": spec.logit_bias, "routing": mixtures}
-    return sorted(need for need in objective.needs if not there.get(need, True)) or sorted(
+    present = {"caption": spec.captioner is not None, "bias": spec.logit_bias, "routing": mixtures}
+    return sorted(need for need in objective.needs if not present.get(need, True)) or sorted(
         objective.modalities - spec.modalities.keys()
     )
 
 
 def advance(objectives: list[Objective], config: ObjectivesConfig, progress: float) -> None:
-    """Set the weights for the step when a fraction `progress` of the run is done."""
+    """Set the weights of all objectives to their scheduled values after a fraction `progress` of the run."""
     configs = {registered(name).build(one, 0).name: one for name, one in config.items()}
     for objective in objectives:
         one = configs[objective.name]

@@ -114,7 +114,7 @@ def test_runs_are_compared(treering: Command, refused: Command, tiny: Path, tmp_
     assert "two or more" in refused("compare", "runs/0")
     assert "no captioner" in refused("compare", "runs/0", "runs/1", "--suite", "captioning")
     assert "no captioner" in refused("eval", "runs/0", "--suite", "captioning")
-    assert "no suite 'foo'" in refused("compare", "runs/0", "runs/1", "--suite", "foo")
+    assert "suite 'foo' is not known" in refused("compare", "runs/0", "runs/1", "--suite", "foo")
 
 
 def test_a_run_is_evaluated_on_suites_of_files(

@@ -128,8 +128,8 @@ def test_every_gradient_is_that_of_the_dense_loss(
                     return net(piece.images, piece.tokens, piece.lengths, extras), net.text.token_embedding.weight
 
                 own = micro_batches.cut(batch(), group.size)[group.rank]
-                shares = micro_batches.backward(forward, objectives, own, parts, group)
-                answers[name, parts] = {n: s.item() for n, s in shares.items()}, gradients(net)
+                partial_losses = micro_batches.backward(forward, objectives, own, parts, group)
+                answers[name, parts] = {n: s.item() for n, s in partial_losses.items()}, gradients(net)
         return answers
 
     answers = on_ranks(world, one_rank) if world > 1 else [one_rank(ALONE)]
@@ -141,7 +141,7 @@ def test_every_gradient_is_that_of_the_dense_loss(
         for parts in (1, 2, 4):
             ranks = [answer[name, parts] for answer in answers]
             for kind, term in terms.items():
-                assert sum(shares[kind] for shares, _ in ranks) == pytest.approx(term.item(), rel=1e-12)
+                assert sum(partial_losses[kind] for partial_losses, _ in ranks) == pytest.approx(term.item(), rel=1e-12)
             for key, gradient in expected.items():
                 mean = sum(found[key] for _, found in ranks if key in found) / world
                 scale = max(1e-3, float(np.abs(gradient).max()))
@@ -180,7 +180,7 @@ def test_random_numbers_are_replayed() -> None:
                 for tower in ("image", "text")
             }
             output = with_leaves(outputs[0], pooled | {"/scale": outputs[0].scale})
-            Contrastive(1.0).share(output, batch(), module.net.text.token_embedding.weight, ALONE).backward()
+            Contrastive(1.0).partial_loss(output, batch(), module.net.text.token_embedding.weight, ALONE).backward()
         else:
             micro_batches.backward(module, [Contrastive(1.0)], batch(), 2, ALONE)
         found.append(gradients(module.net))
@@ -206,10 +206,10 @@ class Words(Contrastive):
 
     needs = frozenset({"embeddings", "words"})  # type: ignore[arg-type]
 
-    def share(self, output: Any, inputs: Inputs, table: Tensor, world: World) -> Tensor:
+    def partial_loss(self, output: Any, inputs: Inputs, table: Tensor, world: World) -> Tensor:
         words = output.words["first"]
         own = words.square().mean() + output.total.square().sum() / len(inputs.tokens) ** 2
-        return super().share(output, inputs, table, world) + own * output.scale.sum()
+        return super().partial_loss(output, inputs, table, world) + own * output.scale.sum()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -224,7 +224,7 @@ def test_an_output_that_declares_itself_needs_no_change_here(parts: int) -> None
 
     truth, net = build(SPEC, 3).double(), build(SPEC, 3).double()
     output, table = forward(batch(), truth)
-    Words(1.0).share(output, batch(), table, ALONE).backward()
+    Words(1.0).partial_loss(output, batch(), table, ALONE).backward()
     micro_batches.backward(lambda piece: forward(piece, net), [Words(1.0)], batch(), parts, ALONE)
     expected, found = gradients(truth), gradients(net)
     assert expected.keys() == found.keys()

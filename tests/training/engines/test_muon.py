@@ -131,7 +131,7 @@ def test_steps_are_muon_for_hidden_matrices_and_adamw_for_the_rest() -> None:
         inputs = batch(step)
         output = theirs(inputs.images, inputs.tokens, inputs.lengths)
         table = theirs.text.token_embedding.weight
-        sum(o.weight * o.share(output, inputs, table, ALONE) for o in ours.objectives).backward()
+        sum(o.weight * o.partial_loss(output, inputs, table, ALONE) for o in ours.objectives).backward()
         norm = sum(p.grad.square().sum() for p in named.values()).sqrt()
         assert norm > 0.5
         for p in named.values():
@@ -398,5 +398,7 @@ def test_a_run_may_begin_with_another_s_state_as_far_as_that_goes(whole: Path, t
 
 
 def test_deepspeed_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"takes a matrix whole; set engine.kind: fsdp, or optimizer.kind: adamw"):
+    with pytest.raises(
+        RecipeError, match=r"updates a matrix as a whole; set engine.kind: fsdp, or optimizer.kind: adamw"
+    ):
         recipe(WHOLE, "engine={kind: deepspeed}")

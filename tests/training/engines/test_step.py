@@ -59,7 +59,7 @@ def test_steps_equal_plain_adamw_with_clipping() -> None:
         inputs, lr = batch(step), 1e-3 * (step + 1)
         output = theirs(inputs.images, inputs.tokens, inputs.lengths)
         table = theirs.text.token_embedding.weight
-        loss = sum(o.weight * o.share(output, inputs, table, ALONE) for o in OBJECTIVES)
+        loss = sum(o.weight * o.partial_loss(output, inputs, table, ALONE) for o in OBJECTIVES)
         adam.zero_grad()
         loss.backward()
         norm = sum(p.grad.square().sum() for p in theirs.parameters()).sqrt()

@@ -86,7 +86,7 @@ def backward(objective: Objective, inputs: Inputs, parts: int, spec: ModelSpec |
         micro_batches.backward(forward, [objective], inputs, parts, world)
     else:
         output, table = forward(inputs)
-        objective.share(output, inputs, table, world).backward()
+        objective.partial_loss(output, inputs, table, world).backward()
 
 
 @pytest.mark.parametrize("parts", [1, 2])

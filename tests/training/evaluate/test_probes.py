@@ -35,7 +35,7 @@ def test_linear_probe_is_as_good_as_scikit_learns_own_choice(digits: tuple[Tenso
     score = (found.predicted == labels[test]).double().mean().item()
     theirs = LogisticRegressionCV(Cs=7, cv=3, max_iter=1000).fit(pixels[train].double(), labels[train])
     assert score == pytest.approx(theirs.score(pixels[test].double(), labels[test]), abs=0.005)
-    assert 0.9 < found.kept_back <= 1
+    assert 0.9 < found.held_out <= 1
     again = linear(pixels[train], labels[train], pixels[test])
     assert torch.equal(found.predicted, again.predicted)
 

@@ -22,7 +22,7 @@ from treering.models.model import Model, build
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.training.evaluate.config import EvalConfig
 from treering.training.evaluate.embed import embed, embed_prompts
-from treering.training.evaluate.embedding_cache import Kept
+from treering.training.evaluate.embedding_cache import EmbeddingCache
 from treering.training.evaluate.outcome import Evaluation
 from treering.training.evaluate.protocols import check_suites
 from treering.training.evaluate.suites import evaluate
@@ -74,8 +74,10 @@ def suite(path: Path, name: str, data: Any, protocol: Any) -> str:
     return str(path / f"{name}.yaml")
 
 
-def result(model: Model, *suites: str, world: World = ALONE, batch: int = 4, kept: Kept | None = None) -> Evaluation:
-    return evaluate(model, EvalConfig(suites=suites, batch=batch, examples=0), "", world, kept=kept)
+def result(
+    model: Model, *suites: str, world: World = ALONE, batch: int = 4, embeddings: EmbeddingCache | None = None
+) -> Evaluation:
+    return evaluate(model, EvalConfig(suites=suites, batch=batch, examples=0), "", world, embeddings=embeddings)
 
 
 def model_that_tells_apart() -> Model:
@@ -278,7 +280,7 @@ def test_linear_probe_on_digits_is_as_good_as_scikit_learn(split: int, tmp_path:
 def test_embeddings_are_kept_by_commit_and_data(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path / "cache"))
     path = suite(tmp_path, "kinds", "kinds", "zero_shot")
-    first = result(model_that_tells_apart(), path, kept=Kept("a", ALONE))
+    first = result(model_that_tells_apart(), path, embeddings=EmbeddingCache("a", ALONE))
     looked_at: list[int] = []
     embedding = Model.embed_images
 
@@ -288,16 +290,19 @@ def test_embeddings_are_kept_by_commit_and_data(folder: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(Model, "embed_images", counted)
     other = build(SPEC, 9)  # what is kept under the name of the commit is believed
-    assert result(other, path, kept=Kept("a", ALONE)).scores["kinds/accuracy@1"] == first.scores["kinds/accuracy@1"]
+    assert (
+        result(other, path, embeddings=EmbeddingCache("a", ALONE)).scores["kinds/accuracy@1"]
+        == first.scores["kinds/accuracy@1"]
+    )
     assert looked_at == []
-    result(other, path, kept=Kept("b", ALONE))
+    result(other, path, embeddings=EmbeddingCache("b", ALONE))
     assert sum(looked_at) == 29
     paint(folder / "cat" / "more.png", 77)
-    result(other, path, kept=Kept("b", ALONE))
+    result(other, path, embeddings=EmbeddingCache("b", ALONE))
     assert sum(looked_at) == 29 + 30
     for file in (tmp_path / "cache" / "embeddings").iterdir():
         file.write_bytes(file.read_bytes()[:50])
-    result(other, path, kept=Kept("b", ALONE))
+    result(other, path, embeddings=EmbeddingCache("b", ALONE))
     assert sum(looked_at) == 29 + 30 + 30
 
 
@@ -306,10 +311,10 @@ def test_embeddings_are_kept_by_commit_and_data(folder: Path, tmp_path: Path, mo
     [
         ("nowhere", "zero_shot", "not found"),
         ("kinds", {"kind": "zero_shot", "classes": "nowhere.txt"}, "nowhere.txt cannot be read"),
-        ("kinds", {"kind": "zero_shot", "classes": "three.txt"}, "6 folders of classes, and .* names 3"),
+        ("kinds", {"kind": "zero_shot", "classes": "three.txt"}, "6 class folders, and .* names 3"),
         ("high.csv", {"kind": "zero_shot", "classes": "three.txt"}, r"label 5, and .* names 3 classes, 0 to 2"),
-        ("high.csv", "zero_shot", "are numbers; name their classes"),
-        ("odd.csv", {"kind": "zero_shot", "classes": "three.txt"}, "label 'gnu', which is none of the 3"),
+        ("high.csv", "zero_shot", "are numbers; give their class names"),
+        ("odd.csv", {"kind": "zero_shot", "classes": "three.txt"}, "label 'gnu', which is not among the 3"),
         ("ragged.csv", "zero_shot", "line 2: 3 columns instead of 2"),
         ("gone.csv", "zero_shot", "line 2: the picture 'gone.png' is missing"),
         ("outside.csv", "zero_shot", "line 2: .* lies outside"),
@@ -318,7 +323,7 @@ def test_embeddings_are_kept_by_commit_and_data(folder: Path, tmp_path: Path, mo
         ("mixed", "zero_shot", "notes.txt is not .jpg"),
         ("kinds", {"kind": "zero_shot", "prompts": "some.json"}, "no list of prompts for the class 'dog'"),
         ("kinds", {"kind": "zero_shot", "broader": "circle.json"}, "broader than itself"),
-        ("kinds", {"kind": "zero_shot", "templates": "flat.txt"}, "the same for all classes"),
+        ("kinds", {"kind": "zero_shot", "templates": "flat.txt"}, "no placeholder for the class"),
         ("kinds", {"kind": "zero_shot", "classes": "sets.json"}, "holds several data sets"),
         ("odd.csv", "pairs", "no swapped caption"),
         ({"source": "kinds", "train": "one"}, "knn_probe", "has one class, 'cat'"),
@@ -374,10 +379,10 @@ def test_suites_are_refused_by_name_and_field(tmp_path: Path) -> None:
         "name: pets\ndata: {source: x, train: y}\nprotocol: retrieval": "data.train is only for probes",
         "name: pets\ndata: x\nprotocol: {kind: captioning, metrics: [spice]}": "Java",
         "name: pets\nprotocol: retrieval": "data: is missing",
-        "name: pets\ndata: x\nprotocol: {kind: retrieval, z: 1}": "protocol.z: no such key",
+        "name: pets\ndata: x\nprotocol: {kind: retrieval, z: 1}": "protocol.z: is not a known key",
         "name: retrieval\ndata: x\nprotocol: retrieval": "built-in",
-        "- 1": "does not hold",
-        "[": "no YAML",
+        "- 1": "must be a mapping",
+        "[": "not valid YAML",
     }.items():
         (tmp_path / "a.yaml").write_text(content)
         with pytest.raises(ValueError, match=words):

@@ -106,7 +106,7 @@ def test_the_rest_of_a_stage_is_the_new_one(whole: Path, tmp_path: Path) -> None
     last = grow_commit(source.url, {"grow": {"text.context": 20}}, str(tmp_path / "last"), 48).recipe
     assert [stage.samples for stage in last.stages] == [24, 48]
     assert "caption" not in dict(last.objectives.items())
-    with pytest.raises(StoreError, match="has commits already; give a new place"):
+    with pytest.raises(StoreError, match="has commits already; give an empty folder"):
         grow_commit(source.url, {"grow": {"text.context": 20}}, str(tmp_path))
     with pytest.raises(SpecError, match="has not trained since it grew"):
         grow_commit(str(tmp_path), {"grow": {"text.context": 24}}, str(tmp_path / "again"))

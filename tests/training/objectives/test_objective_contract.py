@@ -113,16 +113,16 @@ def run(objectives: list[Objective], net: Model, inputs: Inputs) -> tuple[ModelO
     return output, net.text.token_embedding.weight
 
 
-def share(objective: Objective, net: Model, inputs: Inputs, world: World = ALONE) -> Tensor:
+def partial_loss(objective: Objective, net: Model, inputs: Inputs, world: World = ALONE) -> Tensor:
     output, table = run([objective], net, inputs)
-    return objective.share(output, inputs, table, world)
+    return objective.partial_loss(output, inputs, table, world)
 
 
 @pytest.mark.parametrize(("name", "fields"), CASES, ids=IDS)
 def test_finite_differences(name: str, fields: dict[str, Any]) -> None:
     """Along a random direction of all parameters."""
     net = model()
-    share(made(name, fields), net, batch()).backward()
+    partial_loss(made(name, fields), net, batch()).backward()
     generator = torch.Generator().manual_seed(1)
     direction = [torch.randn(p.shape, dtype=p.dtype, generator=generator) * 0.1 for p in net.parameters()]
     slope = sum((d * p.grad).sum() for d, p in zip(direction, net.parameters(), strict=True) if p.grad is not None)
@@ -134,10 +134,10 @@ def test_finite_differences(name: str, fields: dict[str, Any]) -> None:
             objective = made(name, fields)
             if objective.state():  # the state is no function of the parameters: it stays what it was
                 fresh = made(name, fields)
-                share(fresh, model(), batch())
+                partial_loss(fresh, model(), batch())
                 objective.load(fresh.state())
                 objective.momentum = 1.0
-            ends.append(share(objective, net, batch()).item())
+            ends.append(partial_loss(objective, net, batch()).item())
     assert slope.abs() > 1e-6
     assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(slope.item(), rel=1e-5)
 
@@ -164,7 +164,7 @@ def test_the_world_does_not_matter(on_ranks: Callable[..., list[Any]]) -> None:
         answers = []
         for name, fields in CASES:
             objective, net, inputs = made(name, fields), model(), micro_batches.cut(batch(), group.size)[group.rank]
-            term = share(objective, net, inputs, group)
+            term = partial_loss(objective, net, inputs, group)
             term.backward()
             gradients = {n: p.grad.numpy().copy() for n, p in net.named_parameters() if p.grad is not None}
             output, table = run([objective], net, inputs)
@@ -192,25 +192,27 @@ def test_state_survives_as_json(name: str, fields: dict[str, Any]) -> None:
     """After two batches; the third comes out the same to the bit."""
     first = made(name, fields)
     for seed in (1, 2):
-        share(first, model(), batch(seed))
+        partial_loss(first, model(), batch(seed))
     kept = json.loads(json.dumps(states([first])))
     second = made(name, fields)
     load_states([second], kept)
-    assert share(second, model(), batch(3)).item() == share(first, model(), batch(3)).item()
+    assert partial_loss(second, model(), batch(3)).item() == partial_loss(first, model(), batch(3)).item()
     assert first.state() == second.state()
     if first.state():
-        assert share(made(name, fields), model(), batch(3)).item() != share(first, model(), batch(3)).item()
+        assert (
+            partial_loss(made(name, fields), model(), batch(3)).item() != partial_loss(first, model(), batch(3)).item()
+        )
 
 
 @pytest.mark.parametrize(("name", "fields"), CASES, ids=IDS)
 def test_it_reads_no_more_than_it_needs(name: str, fields: dict[str, Any]) -> None:
-    """Given the needed parts and nothing else, the share is the same."""
+    """Given the needed parts and nothing else, the partial loss is the same."""
     objective, net, inputs = made(name, fields), model(), batch()
     output, table = run([objective], net, inputs)
     stripped = with_leaves(output, {path: leaf.tensor for path, leaf in leaves(output, objective.needs).items()})
     whole, parts = (
-        made(name, fields).share(output, inputs, table, ALONE),
-        objective.share(stripped, inputs, table, ALONE),
+        made(name, fields).partial_loss(output, inputs, table, ALONE),
+        objective.partial_loss(stripped, inputs, table, ALONE),
     )
     assert torch.equal(whole, parts)
 
@@ -220,11 +222,11 @@ def test_gradient_norms() -> None:
     objectives = [made("contrastive", {}), made("caption", {"weight": 3.0})]
     net, inputs = model(), batch()
     output, table = run(objectives, net, inputs)
-    shares = {o.name: o.share(output, inputs, table, ALONE) for o in objectives}
-    norms = gradient_norms(objectives, shares, list(net.parameters()), ALONE)
+    partial_losses = {o.name: o.partial_loss(output, inputs, table, ALONE) for o in objectives}
+    norms = gradient_norms(objectives, partial_losses, list(net.parameters()), ALONE)
     for objective in objectives:
         alone = model()
-        share(objective, alone, inputs).backward()
+        partial_loss(objective, alone, inputs).backward()
         squares = sum(p.grad.square().sum() for p in alone.parameters() if p.grad is not None)
         assert norms[objective.name] == pytest.approx(squares.sqrt().item(), rel=1e-12)
 
@@ -257,15 +259,18 @@ def test_schedules() -> None:
     [
         (
             {"nonsense": {}},
-            "there is no objective 'nonsense'; there are balance, caption, centred, contrastive, modalities",
+            "objective 'nonsense' is not known; the objectives are balance, caption, centred, contrastive, modalities",
         ),
         ({"centred": {"speed": 1}}, r"centred\.speed"),
-        ({"caption": {"schedule": [[0.5, 1.0], [0.5, 2.0]]}}, "in the order of the run"),
+        ({"caption": {"schedule": [[0.5, 1.0], [0.5, 2.0]]}}, "in increasing order"),
         ({"caption": {"schedule": [[0.5, -1.0]]}}, "greater than or equal to 0"),
-        ({"modalities": [{"between": ["text", "image"]}]}, "has to begin with a modality tower; that is `contrastive`"),
+        (
+            {"modalities": [{"between": ["text", "image"]}]},
+            "must begin with a modality tower; use `contrastive` for that",
+        ),
         (
             {"modalities": [{"between": ["text", "audio"]}]},
-            r"has to begin with a modality tower; write \[audio, text\]",
+            r"must begin with a modality tower; write \[audio, text\]",
         ),
         ({"modalities": [{"between": ["audio", "audio"]}]}, "compares a tower with itself"),
         ({"modalities": [{"between": ["a", "b"]}, {"between": ["b", "a"]}]}, "compares b and a twice"),
@@ -279,10 +284,10 @@ def test_wrong_blocks_are_refused(block: dict[str, Any], message: str) -> None:
 def test_an_installed_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere.py").write_text(
         "from treering.training.objectives.caption import CaptionConfig\n"
-        "from treering.training.objectives.caption import Caption\n"
+        "from treering.training.objectives.caption import CaptionLoss\n"
         "from treering.training.objectives.registry import register\n"
         "@register('elsewhere', CaptionConfig)\n"
-        "def build(config, seed):\n    return Caption(config.weight)\n"
+        "def build(config, seed):\n    return CaptionLoss(config.weight)\n"
     )
     info = tmp_path / "elsewhere-1.dist-info"
     info.mkdir()
@@ -296,7 +301,7 @@ def test_an_installed_package_is_found(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_masked_captions_are_those_of_their_numbers() -> None:
-    """The share asked for, the same whatever else is in the batch; another seed, others."""
+    """The fraction asked for, the same whatever else is in the batch; another seed, others."""
     numbers = torch.arange(20_000)
     drawn = uniform(7, "caption/parallel", numbers)[:, 0]
     assert abs((drawn < 0.75).double().mean().item() - 0.75) < 0.01

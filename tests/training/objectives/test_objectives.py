@@ -83,9 +83,9 @@ def dense_caption(model: Model, inputs: Inputs) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def share(model: Model, objective: Any, inputs: Inputs, world: World) -> Tensor:
+def partial_loss(model: Model, objective: Any, inputs: Inputs, world: World) -> Tensor:
     output = model(inputs.images, inputs.tokens, inputs.lengths)
-    return objective.share(output, inputs, model.text.token_embedding.weight, world)
+    return objective.partial_loss(output, inputs, model.text.token_embedding.weight, world)
 
 
 def gradients(loss: Tensor, model: Model) -> dict[str, np.ndarray]:
@@ -107,7 +107,7 @@ DENSE = {"contrastive": (Contrastive(1.0), dense_contrastive), "caption": (Capti
 def test_equals_the_dense_formula(name: str, scale: float) -> None:
     objective, dense = DENSE[name]
     ours, theirs = double_model(scale), double_model(scale)
-    loss, expected = share(ours, objective, batch(), ALONE), dense(theirs, batch())
+    loss, expected = partial_loss(ours, objective, batch(), ALONE), dense(theirs, batch())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     mine, truth = gradients(loss, ours), gradients(expected, theirs)
     assert mine.keys() == truth.keys()
@@ -123,7 +123,7 @@ def test_gradients_do_not_depend_on_the_world(name: str, world: int, on_ranks: C
 
     def one_rank(group: World) -> tuple[float, dict[str, np.ndarray]]:
         model = double_model()
-        loss = share(model, objective, part(batch(), group.rank, group.size), group)
+        loss = partial_loss(model, objective, part(batch(), group.rank, group.size), group)
         return loss.item(), gradients(loss, model)
 
     answers = on_ranks(world, one_rank)
@@ -142,7 +142,11 @@ def test_duplicates_matter() -> None:
     distinct = Inputs(inputs.images, inputs.tokens, inputs.lengths, torch.arange(PAIRS), torch.arange(PAIRS))
     with torch.no_grad():
         assert (
-            abs(share(model, Contrastive(1.0), inputs, ALONE) - share(model, Contrastive(1.0), distinct, ALONE)) > 1e-3
+            abs(
+                partial_loss(model, Contrastive(1.0), inputs, ALONE)
+                - partial_loss(model, Contrastive(1.0), distinct, ALONE)
+            )
+            > 1e-3
         )
 
 

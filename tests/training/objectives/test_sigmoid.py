@@ -77,7 +77,7 @@ def test_equals_the_dense_formula_on_any_number_of_ranks(
         size = PAIRS // group.size
         model, inputs = build(SPEC, 3).double(), batch(slice(group.rank * size, (group.rank + 1) * size))
         output = model(inputs.images, inputs.tokens, inputs.lengths)
-        loss = SigmoidContrastive(1.0).share(output, inputs, model.text.token_embedding.weight, group)
+        loss = SigmoidContrastive(1.0).partial_loss(output, inputs, model.text.token_embedding.weight, group)
         return loss.item(), gradients(loss, model)
 
     answers = on_ranks(world, one_rank) if world > 1 else [one_rank(ALONE)]
