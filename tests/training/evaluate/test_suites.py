@@ -319,7 +319,7 @@ def test_embeddings_are_kept_by_commit_and_data(folder: Path, tmp_path: Path, mo
         ("gone.csv", "zero_shot", "line 2: the picture 'gone.png' is missing"),
         ("outside.csv", "zero_shot", "line 2: .* lies outside"),
         ("empty", "zero_shot", "not a folder of classes"),
-        ("hollow", "zero_shot", "gnu is empty: a class needs pictures"),
+        ("hollow", "zero_shot", "gnu is empty: a class must have pictures"),
         ("mixed", "zero_shot", "notes.txt is not .jpg"),
         ("kinds", {"kind": "zero_shot", "prompts": "some.json"}, "no list of prompts for the class 'dog'"),
         ("kinds", {"kind": "zero_shot", "broader": "circle.json"}, "broader than itself"),
