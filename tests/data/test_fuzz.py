@@ -1,4 +1,4 @@
-"""A short seeded run of the fuzzer, and that it would notice: each kind of fault, planted, is told."""
+"""A short seeded run of the fuzzer, and that it would notice: each kind of planted fault is detected."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def unpickled(home: Path, *_: object) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_planted_fault_is_told(act: Act, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_detected(act: Act, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SECONDS", 1.0)
     monkeypatch.setattr(shards, "WALL", 30.0 if act is not waiting else 2.0)
     monkeypatch.setattr(shards, "MEMORY", 1 << 30)

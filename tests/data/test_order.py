@@ -230,7 +230,7 @@ def test_windows_end_one_after_another() -> None:
     assert Counter(first) == dict.fromkeys(range(1, 17), 4)
 
 
-def test_passes_lay_shards_out_anew() -> None:
+def test_each_pass_has_a_new_shard_order() -> None:
     each = Order(0, [[10] * 50], [Mixture(0, (1.0,))], 10, shuffle=10, lanes=10)
     passes = [[place.number // 10 for place in places(each, n * 500, 500)] for n in range(2)]
     assert sorted(passes[0]) == sorted(passes[1])

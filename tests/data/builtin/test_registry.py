@@ -48,7 +48,7 @@ def test_a_set_of_another_package(tmp_path: Path, install: Install, write_source
         open_source("samples://fish")
 
 
-def test_what_is_no_set_is_refused(tmp_path: Path, install: Install) -> None:
+def test_an_invalid_set_is_refused(tmp_path: Path, install: Install) -> None:
     (tmp_path / "odd_sets.py").write_text(
         "from treering.data.builtin import SampleSet\nODD = 3\nBARE = SampleSet(str)\n"
     )

@@ -1,4 +1,4 @@
-"""Arrays beside the pictures: delivered as they lie in the shards, and every hostile or odd file refused."""
+"""Arrays beside the pictures: delivered unchanged from the shards, and every hostile or odd file refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions with tags and weights: what is read, what is drawn, and that the draw has the promised shares."""
+"""Captions with tags and weights: what is read, what is drawn, and that the draw has the promised probabilities."""
 
 from __future__ import annotations
 

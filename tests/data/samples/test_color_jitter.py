@@ -117,7 +117,7 @@ def test_shares() -> None:
 
 
 def test_each_change_by_hand() -> None:
-    """The draws in their order: two for the shares, four for the strengths, then the order of the changes."""
+    """The draws in their order: two for the probabilities, four for the strengths, then the order of the changes."""
     orders = set()
     for n in range(40):
         random = np.random.default_rng(n)

@@ -1,4 +1,4 @@
-"""Every way a shard can be broken: refused in a sentence that names shard, byte and remedy, or left out and written
+"""Every way a shard can be broken: refused in a sentence that names shard, byte and remedy, or skipped and written
 down, with the order of all else unchanged at any world size."""
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def rows(loaders: list[Loader], first: int, count: int) -> tuple[list[object], l
     return seen, ledger
 
 
-def test_broken_shards_are_left_out_and_the_order_is_that_of_the_others(
+def test_broken_shards_are_skipped_and_the_order_is_that_of_the_others(
     url: str, tmp_path: Path, write_source: Callable[..., str]
 ) -> None:
     with pytest.raises(DamagedShard, match=r"part-001-00\.tar is cut short"):
@@ -180,7 +180,7 @@ def test_broken_shards_are_left_out_and_the_order_is_that_of_the_others(
         assert [entry.offset for entry in ledger] == [offset for _, _, offset in BROKEN.values() if offset >= 0]
 
 
-def test_a_shard_left_out_is_told_once_and_is_no_bad_sample(url: str) -> None:
+def test_a_skipped_shard_is_recorded_once_and_not_as_a_bad_sample(url: str) -> None:
     first = loader(url)
     _, ledger = rows([first], 0, 2)
     first.check_bad(ledger)  # none of the 24 samples may be bad
@@ -191,7 +191,7 @@ def test_a_shard_left_out_is_told_once_and_is_no_bad_sample(url: str) -> None:
     assert rows([loader(url)], 2, 2)[1] == ledger  # a ledger that was lost is written anew
 
 
-def test_a_run_does_not_continue_when_a_shard_it_left_out_was_mended(url: str, tmp_path: Path) -> None:
+def test_a_run_does_not_continue_when_a_skipped_shard_was_repaired(url: str, tmp_path: Path) -> None:
     _, ledger = rows([loader(url)], 0, 1)
     (tmp_path / "good" / "part-001-03.tar").write_bytes(WHOLE)
     with pytest.raises(DataError, match=r"part-001-03\.tar was damaged and skipped when the run began"):

@@ -366,7 +366,7 @@ def test_a_filter_that_cannot_be_says_why(tmp_path: Path, write_tar: WriteTar, p
         open_source(url, filter="open('x') > 7")
 
 
-def test_a_filter_is_worked_out_anew_when_a_shard_changes(
+def test_a_filter_is_reevaluated_when_a_shard_changes(
     tmp_path: Path, write_tar: WriteTar, picture: Callable[[int], bytes]
 ) -> None:
     url = write(tmp_path, write_tar, picture)

@@ -1,4 +1,4 @@
-"""Indexes and summaries: what opening touches, what lies beside the shards, and .tar.gz shards."""
+"""Indexes and summaries: what opening reads, sidecar files, and .tar.gz shards."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_any_damage_to_a_table_is_seen(tmp_path: Path) -> None:
     ],
 )
 def test_a_table_that_lies_is_refused(arrays: Any) -> None:
-    """Checksums are no protection where somebody else writes."""
+    """Checksums do not protect against a hostile writer."""
     text = json.dumps({"arrays": arrays}).encode()
     rest = len(text).to_bytes(4, "little") + text + bytes(64)
     with pytest.raises(DamagedTable):
@@ -189,7 +189,7 @@ def test_few_indexes_are_open_at_a_time(
     assert len(source._shards._indexes._open) == 3  # type: ignore[attr-defined]
 
 
-def test_an_index_lost_or_damaged_meanwhile_is_made_anew(
+def test_an_index_lost_or_damaged_meanwhile_is_rebuilt(
     tmp_path: Path, write_source: WriteSource, own_cache: Path
 ) -> None:
     source = open_source(write_source(tmp_path / "data", 1, 4))

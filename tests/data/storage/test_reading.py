@@ -105,7 +105,7 @@ def put(server: Server, url: str, data: bytes) -> None:
     s3fs.S3FileSystem(endpoint_url=server.endpoint).pipe_file(url, data)
 
 
-def test_a_range_goes_on_at_the_byte_where_it_failed(s3: str, s3_server: Server, proxy: FaultyProxy) -> None:
+def test_a_range_continues_at_the_byte_where_it_failed(s3: str, s3_server: Server, proxy: FaultyProxy) -> None:
     data = os.urandom(4_000_000)
     put(s3_server, f"{s3}/large", data)
     (shard,) = find(f"{s3}/large")
@@ -146,7 +146,7 @@ def test_a_store_that_stays_away_is_given_up(
         source.record(0)
 
 
-def test_a_shard_written_anew_is_not_mixed_with_the_old_one(s3: str, s3_server: Server, uploaded: str) -> None:
+def test_a_rewritten_shard_is_not_mixed_with_the_old_one(s3: str, s3_server: Server, uploaded: str) -> None:
     put(s3_server, f"{s3}/one", b"a" * 1000)
     (shard,) = find(f"{s3}/on*")
     put(s3_server, f"{s3}/one", b"b" * 1000)

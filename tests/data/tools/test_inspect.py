@@ -319,7 +319,7 @@ def test_a_ledger_leads_back_to_its_samples(url: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{}", "[1]", "nonsense", '{"source": 1}', "[" * 100_000, "\ud800", "1" * 9999])
-def test_what_is_no_ledger(tmp_path: Path, line: str) -> None:
+def test_an_invalid_ledger_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(line.encode("utf-8", "surrogatepass") + b"\n")
     with pytest.raises(DataError, match="line 1: not an entry of a ledger"):

@@ -209,14 +209,14 @@ def test_an_unfinished_pack(tmp_path: Path) -> None:
         assert [f"{3 - missing} of 3 shards exist" in fault.reason for fault in faults] == [True] * (missing > 0)
 
 
-# Going on
+# Continuing after an interruption
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_is_known_of_a_shard_is_not_read_again(
     tmp_path: Path, write_tar: WriteTar, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    """Cut off at any time it goes on with the shards that are left; a changed shard, or another decoder, is read."""
+    """After an interruption it continues with the remaining shards; a changed shard, or another decoder, is read."""
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path / "cache"))
     for shard in range(4):
         bad = [(f"bad{shard}.jpg", b"x"), (f"bad{shard}.txt", b"y")]
@@ -297,7 +297,7 @@ def test_index_in_parallel_equals_one_by_one(
     assert "cut short" in results[0][3][1] or "not a tar" in results[0][3][1]
 
 
-def test_index_goes_on_where_it_was_cut_off(
+def test_index_continues_after_an_interruption(
     tmp_path: Path, write_source: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path / "cache"))

@@ -354,7 +354,7 @@ def test_parts_at_the_same_time(tmp_path: Path, many: Path) -> None:
 
 
 @pytest.mark.timeout(90)
-def test_a_killed_pack_goes_on(tmp_path: Path, many: Path) -> None:
+def test_a_killed_pack_continues(tmp_path: Path, many: Path) -> None:
     pack(many, str(tmp_path / "0" / "set"), "100kB")
     expected, folder = contents(tmp_path / "0" / "set"), tmp_path / "1" / "set"
     kwargs = {"progress": lambda done, total: time.sleep(0.2)}
@@ -410,7 +410,7 @@ def test_no_size(tmp_path: Path, many: Path, size: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bad_samples_are_left_out_and_listed(tmp_path: Path, many: Path, workers: int) -> None:
+def test_bad_samples_are_skipped_and_listed(tmp_path: Path, many: Path, workers: int) -> None:
     shutil.copytree(many, tmp_path / "in")
     bad = {"007": b"no picture", "013": (many / "013.jpg").read_bytes()[:300], "050": b""}
     for key, data in bad.items():
@@ -433,7 +433,7 @@ def test_bad_samples_are_left_out_and_listed(tmp_path: Path, many: Path, workers
         pack(tmp_path / "in", str(tmp_path / "set"), "100kB")
 
 
-def test_shards_are_packed_anew(tmp_path: Path, write_tar: Callable[..., Path], picture: Picture) -> None:
+def test_shards_are_repacked(tmp_path: Path, write_tar: Callable[..., Path], picture: Picture) -> None:
     """All members as they are, whatever they are; keys of several shards get the shard's number in front."""
     for shard in range(3):
         own = [(f"a/{n}.{kind}", data) for n in range(shard, shard + 4) for kind, data in
