@@ -74,8 +74,8 @@ def begin(run: Path, job: dict[str, str]) -> bool:
     the job may take the run over. An earlier attempt without a recorded end gets one of kind "outside".
     """
     owner = _owner(run)
-    start, attempt = job["attempt"].rsplit(".", 1)
-    if owner is not None and attempt != "0" and owner["attempt"].rsplit(".", 1)[0] != start:
+    start, number = job["attempt"].rsplit(".", 1)
+    if owner is not None and number != "0" and owner["attempt"].rsplit(".", 1)[0] != start:
         return False
     rows = read_rows(attempts_file(run))
     if rows and rows[-1]["event"] == "begin":
