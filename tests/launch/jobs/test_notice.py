@@ -48,6 +48,6 @@ def test_a_run_that_was_warned_too_late_logs_so_once(
     monkeypatch.setenv(NOTICE, "600")
     train(recipe, tmp_path / "early")
     said = capsys.readouterr()
-    assert "before it has to end" not in said.out + said.err
+    assert "before its end" not in said.out + said.err
     monkeypatch.delenv(NOTICE)
     assert short_notice(1e6) is None
