@@ -80,8 +80,8 @@ def grow(
 ) -> tuple[Engine, Growth]:
     """A new engine for `spec` that continues `engine`: weights and moments are mapped, and the old engine is closed.
 
-    `probe` is a batch on which similarities before and after are compared. `seed` determines all random numbers. `fade` is
-    the power that the old multipliers are raised to. Raises SpecError if the growth is not possible.
+    `probe` is a batch on which similarities before and after are compared. `seed` determines all random numbers. `fade`
+    is the power that the old multipliers are raised to. Raises SpecError if the growth is not possible.
     """
     begun = time.monotonic()
     old = engine.model.spec
@@ -107,7 +107,8 @@ def grow(
 def enlarged(
     engine: Engine, build: Callable[[ModelSpec], Engine], spec: ModelSpec, seed: int, how: GrowthConfig, fade: float
 ) -> tuple[Engine, list[Operator]]:
-    """A new engine for `spec` that continues `engine`, and the growth operators. `engine` is not changed. See `grow`."""
+    """A new engine for `spec` that continues `engine`, and the growth operators. `engine` is not changed. See
+    `grow`."""
     state = _LogicalState(engine)
     operators = planned(engine.model.spec, spec, seed, how, lambda kind, name: state[f"{kind}/{name}"])
     larger = build(spec)

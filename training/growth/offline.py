@@ -123,7 +123,9 @@ def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: 
     if not done:
         raise SpecError("this commit has not trained since it grew; grow the commit before it to all sizes at once")
     if not (samples or left):
-        raise SpecError(f"this commit is at the end of its stage; give the length of the next one: samples={now.samples}")
+        raise SpecError(
+            f"this commit is at the end of its stage; give the length of the next one: samples={now.samples}"
+        )
     following = {"samples": samples or left, **stage}
     stages = recipe.model_dump(mode="json")["stages"]
     later = [] if samples else stages[state.stage + 1 :]
@@ -214,7 +216,7 @@ def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[C
     kind, size, number = "", 0, 0
     for path in state:
         other, _, tensor_name = path.partition("/")
-        tensor = state[path].clone(memory_format=torch.contiguous_format)  # the operators may return views of one tensor
+        tensor = state[path].clone(memory_format=torch.contiguous_format)  # operators may return views
         if chunk and (other != kind or size + tensor.nbytes > PART_BYTES):
             yield _put(store, name, kind, number, chunk)
             number = number + 1 if other == kind else 0

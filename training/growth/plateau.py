@@ -58,8 +58,8 @@ def slopes(
 ) -> Slopes:
     """The slopes over a `window` of at least two steps: (loss, mean caption length in tokens) each.
 
-    `spec` is the current size and `following` the next one; `spent` is the FLOPs of the run so far. The measured slope is that of
-    the least-squares line through the losses of the window.
+    `spec` is the current size and `following` the next one; `spent` is the FLOPs of the run so far. The measured slope
+    is that of the least-squares line through the losses of the window.
     """
     losses, lengths = [loss for loss, _ in window], [length for _, length in window]
     each = [batch * training_flops(spec, length) for length in lengths]
