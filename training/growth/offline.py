@@ -181,7 +181,7 @@ class OldState(Mapping[str, Tensor]):
         part = self._commit.manifest.parts[number]
         self._part = {}  # release it before reading the next one
         found = {f"{part.kind}/{name}": tensor for name, tensor in self._commit.pieces(part).items()}
-        if part.ranges:
+        if part.stretches:
             # An engine that shards its state writes flat ranges: read all tensors of the kind at once.
             found = self._commit.tensors(part.kind)
         self._part = found
@@ -216,9 +216,7 @@ def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[C
     kind, size, number = "", 0, 0
     for path in state:
         other, _, tensor_name = path.partition("/")
-        tensor = state[path].clone(
-            memory_format=torch.contiguous_format
-        )  # the operators may return views of one tensor
+        tensor = state[path].clone(memory_format=torch.contiguous_format)  # operators may return views
         if chunk and (other != kind or size + tensor.nbytes > PART_BYTES):
             yield _put(store, name, kind, number, chunk)
             number = number + 1 if other == kind else 0
