@@ -98,7 +98,7 @@ class Trap:
             "its header declares 9999",
         ),
         (npy(np.zeros(3))[:-1], "its header declares 3 numbers of 8 bytes, but 23 follow"),
-        (npy(np.zeros(3)) + b"x", "but 25 bytes follow"),
+        (npy(np.zeros(3)) + b"x", "but 25 follow"),
     ],
 )  # fmt: skip
 def test_refused(data: bytes, reason: str) -> None:
