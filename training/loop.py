@@ -252,7 +252,7 @@ class Run:
         self._decide(Decision(stage=stage, grow=choice.sizes), "search", choice.json(), flops=spent)
         self.display.event("search", self.state, **choice.json(), seconds=seconds)
         self.meter.pause(seconds)
-        self.meter.aside(choice.spent)
+        self.meter.exclude_flops(choice.spent)
 
     def _decide(self, made: Decision, event: str, detail: dict[str, Any], **changes: Any) -> None:
         """Record a decision and continue by it."""

@@ -136,10 +136,10 @@ def read_array(data: bytes) -> NDArray[np.floating]:
         raise ValueError(f"its numbers are {ascii(dtype.name)[1:-1][:40]} instead of {', '.join(_FLOATS)}")
     if len(shape) not in (1, 2) or min(shape) < 1:
         raise ValueError(f"its shape is {str(shape)[:60]} instead of that of a vector or a matrix")
-    there = len(data) - file.tell()
-    if prod(shape) * dtype.itemsize != there:
+    following = len(data) - file.tell()
+    if prod(shape) * dtype.itemsize != following:
         raise ValueError(
-            f"its header declares {str(prod(shape))[:40]} numbers of {dtype.itemsize} bytes, but {there} bytes follow"
+            f"its header declares {str(prod(shape))[:40]} numbers of {dtype.itemsize} bytes, but {following} follow"
         )
     flat = np.frombuffer(data, dtype, offset=file.tell()).astype(dtype.newbyteorder("="))
     return flat.reshape([int(n) for n in shape], order="F" if by_columns else "C")

@@ -59,10 +59,10 @@ def read_texts(fields: Mapping[str, bytes]) -> Texts:
     metadata = _metadata(fields["json"]) if "json" in fields else {}
     captions = [Caption(_text(fields["txt"], "caption").strip())] if "txt" in fields else []
     first = captions[0].text if captions else ""
-    further = metadata.get("captions", [metadata["caption"]] if metadata.get("caption") and not captions else [])
-    if not isinstance(further, list) or len(further) > _MOST_CAPTIONS:
+    additional = metadata.get("captions", [metadata["caption"]] if metadata.get("caption") and not captions else [])
+    if not isinstance(additional, list) or len(additional) > _MOST_CAPTIONS:
         raise BadSample("metadata is wrong: captions must be a list of texts or of {text, source, weight}")
-    captions += [_caption(each) for each in further]
+    captions += [_caption(each) for each in additional]
     if not captions:
         raise BadSample("no caption: neither .txt nor captions in .json")
     tagged = {caption.text for caption in captions if caption.tag != UNTAGGED}

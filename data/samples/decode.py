@@ -53,8 +53,8 @@ def picture(fields: Mapping[str, bytes], kinds: Collection[str] = (), min_side: 
 def decode_image(data: bytes, min_side: int = 0) -> NDArray[np.uint8]:
     """JPEG, PNG or WebP bytes as uint8 RGB [H, W, 3], upright. Raises BadSample.
 
-    `min_side` > 0: a JPEG may be decoded at a reduced size (n/8 of the original, from fewer DCT coefficients) whose
-    sides have at least `min_side` pixels: faster for large photos, but softer.
+    `min_side` > 0: a JPEG may be decoded at a reduced size (n/8 of the original, from fewer DCT coefficients) with
+    sides of at least `min_side` pixels: faster for large photos, but softer.
     """
     try:
         if _is_plain_jpeg(data) and (fast := _fast_jpeg(data, min_side)) is not None:

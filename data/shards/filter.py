@@ -159,7 +159,7 @@ def _operands(left: ast.expr, ops: list[ast.cmpop], others: list[ast.expr]) -> l
     for op, other in zip(ops, others, strict=True):
         if isinstance(op, ast.In | ast.NotIn):
             if not isinstance(other, ast.Tuple | ast.List | ast.Set) or len(ops) > 1:
-                raise ValueError('a filter looks for a value `in` a list of them; write NSFW in ("UNLIKELY", "UNSURE")')
+                raise ValueError('the `in` of a filter needs a list of values; write NSFW in ("UNLIKELY", "UNSURE")')
             operands += other.elts
         elif type(op) in _ORDER or isinstance(op, _EQUAL):
             operands.append(other)

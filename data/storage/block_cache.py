@@ -5,7 +5,7 @@ they do not verify a block when they read it.
 
 The one idea: no waiting and no trust. A block is written under a temporary name and renamed, so it is there completely
 or not at all; every piece of it has a checksum that each read verifies; a block that is missing, torn or evicted is
-fetched again. So there are no locks, a killed process leaves nothing that affects others, and several processes that
+fetched again. So it needs no locks, a killed process leaves nothing that affects others, and several processes that
 miss one block at the same time each fetch it, which costs bandwidth but never correctness.
 
 Files are named by a hash of shard, version and block number: no outside text becomes a path.

@@ -100,7 +100,7 @@ def test_batches_that_are_held_stay_as_they_are(url: str) -> None:
 
 def test_a_slow_reader_does_not_make_processes_run_ahead(url: str, tmp_path: Path) -> None:
     each = loader(url)
-    log, decode = tmp_path / "decoded", each._items._decoded
+    log, decode = tmp_path / "decoded", each._samples._decoded
     log.touch()
 
     def decoded(*arguments: Any) -> Any:
@@ -108,7 +108,7 @@ def test_a_slow_reader_does_not_make_processes_run_ahead(url: str, tmp_path: Pat
             file.write("x")
         return decode(*arguments)
 
-    each._items._decoded = decoded  # type: ignore[method-assign]
+    each._samples._decoded = decoded  # type: ignore[method-assign]
     with closing(each.batches(0)) as batches:
         next(batches)
         time.sleep(0.5)

@@ -23,6 +23,7 @@ from treering.data import Batch, DataConfig, DataError, EvaluationSet, Loader, S
 from treering.data.samples.arrays import read_array
 
 WriteTar = Callable[..., Path]
+NO_HEADER = "no valid .npy header"
 
 
 def npy(array: np.ndarray, **options: Any) -> bytes:
@@ -66,16 +67,16 @@ class Trap:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "no valid .npy header"),
-        (b"\x93NUMPY\x01", "no header"),
-        (b"\x80\x04" + pickle.dumps(Trap()), "no header"),
-        (npy(np.zeros(3))[:40], "no header"),
-        (b"\x93NUMPY\x03\x00" + npy(np.zeros(3))[8:], "no header"),
-        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), 'x': 1}"), "no header"),
-        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)" + " " * 9000 + "}"), "no header"),
-        (with_header("(" * 900), "no header"),
-        (with_header("__import__('os').abort()"), "no header"),
-        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", bytes(12), (2, 0))[:20], "no header"),
+        (b"", NO_HEADER),
+        (b"\x93NUMPY\x01", NO_HEADER),
+        (b"\x80\x04" + pickle.dumps(Trap()), NO_HEADER),
+        (npy(np.zeros(3))[:40], NO_HEADER),
+        (b"\x93NUMPY\x03\x00" + npy(np.zeros(3))[8:], NO_HEADER),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), 'x': 1}"), NO_HEADER),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)" + " " * 9000 + "}"), NO_HEADER),
+        (with_header("(" * 900), NO_HEADER),
+        (with_header("__import__('os').abort()"), NO_HEADER),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", bytes(12), (2, 0))[:20], NO_HEADER),
         (npy(np.array([Trap()], object), allow_pickle=True), "its numbers are object instead of float16, float32"),
         (npy(np.zeros(3, np.int64)), "its numbers are int64"),
         (npy(np.zeros(3, "f4,f4")), "its numbers are void64"),
@@ -83,21 +84,21 @@ class Trap:
         (npy(np.array(["a" * 99])), "its numbers are str"),
         (npy(np.zeros((1, 3, 2))), "its shape is (1, 3, 2) instead of that of a vector or a matrix"),
         (npy(np.zeros((3, 0))), "its shape is (3, 0)"),
-        (npy(np.zeros((3, 2)))[:-8], "its header declares 6 numbers of 8 bytes, but 40 bytes follow"),
+        (npy(np.zeros((3, 2)))[:-8], "its header declares 6 numbers of 8 bytes, but 40 follow"),
         (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -3)}", bytes(24)), "its shape is (-2"),
         (npy(np.zeros(())), "its shape is ()"),
         (npy(np.zeros(0)), "its shape is (0,)"),
         (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-3,)}", bytes(12)), "its shape is (-3,)"),
         (
             with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (1152921504606846976,)}"),
-            "its header declares 1152921504606846976 numbers of 4 bytes, but 0 bytes follow",
+            "its header declares 1152921504606846976 numbers of 4 bytes, but 0 follow",
         ),
         (
             with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 800 + ",)}", bytes(8)),
             "its header declares 9999",
         ),
-        (npy(np.zeros(3))[:-1], "its header declares 3 numbers of 8 bytes, but 23 bytes follow"),
-        (npy(np.zeros(3)) + b"x", "but 25 bytes follow"),
+        (npy(np.zeros(3))[:-1], "its header declares 3 numbers of 8 bytes, but 23 follow"),
+        (npy(np.zeros(3)) + b"x", "but 25 follow"),
     ],
 )  # fmt: skip
 def test_refused(data: bytes, reason: str) -> None:

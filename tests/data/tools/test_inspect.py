@@ -435,6 +435,6 @@ def test_a_sheet_as_a_picture(hostile: Source, tmp_path: Path) -> None:
 def test_a_sheet_that_cannot_be_written_leaves_nothing(hostile: Source, tmp_path: Path) -> None:
     (tmp_path / "sheet.html").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match=r"cannot write .*directory; choose another place"):
+    with pytest.raises(DataError, match=r"cannot write .*directory; choose another path"):
         write_sheet(tmp_path / "sheet.html", "t", "l", [])
     assert sorted(tmp_path.rglob("*")) == before

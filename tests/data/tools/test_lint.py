@@ -272,7 +272,7 @@ def test_a_ledger_of_what_lint_finds(broken_url: str, tmp_path: Path) -> None:
     found = lint(broken_url)
     write_ledger(tmp_path / "new" / "bad.jsonl", found.bad)
     assert read_ledger(tmp_path / "new" / "bad.jsonl") == list(found.bad)
-    with pytest.raises(DataError, match=r"cannot write .*; choose another place"):
+    with pytest.raises(DataError, match=r"cannot write .*; choose another path"):
         write_ledger(tmp_path / "new", found.bad)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["bad.jsonl"]
 

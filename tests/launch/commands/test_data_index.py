@@ -61,7 +61,10 @@ def test_filter_and_beside(treering: Command, shards: Path) -> None:
     ("filter", "sentence"),
     [
         ("similarty > 0.25", "did you mean similarity? Available are the columns similarity, x\\x1b[2J"),
-        ("similarity > 7", "accepts 0 of 12 samples; its columns hold\n  similarity: 12 numbers from 0 to 1.1"),
+        (
+            "similarity > 7",
+            "accepts 0 of 12 samples; the values of its columns are\n  similarity: 12 numbers from 0 to 1.1",
+        ),
         ("open('x')", "cannot contain a call"),
         ("similarity >\x1b[2J", "is not a valid expression"),
     ],
@@ -95,7 +98,9 @@ def test_batches_of_a_recipe_with_a_filter_and_a_damaged_shard(treering: Command
     wrong = treering("data", "batch", "emoji", "data.train=[{source: x, filter: a b}]")
     assert wrong.returncode == 2
     assert "data.train.0.filter" in wrong.stderr
-    assert "the filter 'a b' is no expression; write one such as similarity > 0.28 and not nsfw" in wrong.stderr
+    assert (
+        "the filter 'a b' is not a valid expression; write one such as similarity > 0.28 and not nsfw" in wrong.stderr
+    )
 
 
 def test_notes_on_the_sources_of_a_run(shards: Path) -> None:
