@@ -1,17 +1,17 @@
-"""What is streamed: tar shards of pictures and captions, as batches in an exact order.
+"""The data stream: tar shards of pictures and captions, delivered as batches in an exact order.
 
-The way of a sample: bytes of a shard -> `Record` -> `Sample`, by random draws that belong to its position -> `Batch`,
-in the order of `order`. Each folder is one step:
+The path of a sample: bytes of a shard -> `Record` -> `Sample` (with random draws that depend on its position) ->
+`Batch`, in the order that `order` computes. Each folder is one step:
 
-- `storage`: bytes from and to anywhere fsspec reaches
-- `shards`: what a source has, and its index
-- `samples`: one sample, decoded
-- `loading`: batches, by processes beside the training process
-- `tools`: packing, checking and looking into shards
+- `storage`: reading and writing bytes anywhere fsspec reaches
+- `shards`: the shards of a source and their indexes
+- `samples`: decoding one sample
+- `loading`: batches, built by worker processes
+- `tools`: packing, checking and inspecting shards
 - `builtin`: data sets that come with the package
 
-`ledger` records what could not be used; `evaluation_sets` reads sets to evaluate on that are not shards of pairs.
-Names are imported on first use: a recipe is checked without waiting for decoders.
+`ledger` records unusable samples; `evaluation_sets` reads evaluation sets that are not shards of pairs.
+Names are imported on first use, so that checking a recipe does not import decoders.
 """
 
 from __future__ import annotations

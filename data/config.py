@@ -1,4 +1,4 @@
-"""What a recipe's `data:` block says."""
+"""The `data:` block of a recipe: sources, batch, decoding, order and augmentation."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from .units import size_in_bytes
 
 _COLUMN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 UNTAGGED = "untagged"  # the tag of a caption that has none
-CAPTION_UNIT = 1_000_000  # weights of captions count to a millionth
+CAPTION_UNIT = 1_000_000  # caption weights are integers in millionths
 
 
 class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """One collection of shards and its share of the stream."""
+    """One collection of shards and its weight in the mixture."""
 
     source: str = Field(min_length=1, description="samples://NAME, or a glob/brace URL of tar shards")
     weight: float = Field(
         1.0,
         ge=0,
         allow_inf_nan=False,
-        description="share of the stream, relative to the other sources; stages may change it",
+        description="relative weight of this source in the mixture; stages may change it",
     )
-    name: str = Field("", description="what stages and logs call it; the URL where it has none")
+    name: str = Field("", description="name used in stages and logs; default: the URL")
     filter: str | None = Field(
         None,
-        description="keep the samples whose metadata fit, as in similarity > 0.28 and not nsfw (docs/sources.md)",
+        description="keep only samples whose metadata match, as in similarity > 0.28 and not nsfw (docs/sources.md)",
     )
     caption_weights: dict[str, float] = Field(
         default_factory=dict,
-        description="weights of caption tags, as in {alt: 1, recaption: 3}; left out: all captions of a sample alike",
+        description="weights of caption tags, as in {alt: 1, recaption: 3}; default: captions are drawn "
+        "regardless of tag",
     )
     boxes: Literal["pixels", "relative"] | None = Field(
-        None, description="deliver the boxes in the samples' .json: their unit; left out: none are read"
+        None,
+        description="unit of the boxes in the samples' .json; setting it delivers them; default: boxes are not read",
     )
 
     @field_validator("filter")
@@ -52,31 +54,37 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         for tag, weight in value.items():
             if not 1 / CAPTION_UNIT <= weight <= CAPTION_UNIT:
                 raise ValueError(
-                    f"captions.{tag} = {weight} must be a weight from 0.000001 to 1000000; leave a tag out to never "
-                    f"draw it"
+                    f"caption_weights.{tag} = {weight} must be from 0.000001 to 1000000; to never draw a tag, do not "
+                    f"list it"
                 )
         return value
 
     @property
-    def caption_shares(self) -> dict[str, int]:
-        """The weights of the tags in millionths, in the order of their names, which is the order of the draw."""
+    def tag_weights(self) -> dict[str, int]:
+        """The weights of the tags in millionths, sorted by name; the draw uses this order."""
         return {tag: round(weight * CAPTION_UNIT) for tag, weight in sorted(self.caption_weights.items())}
 
     @property
     def label(self) -> str:
-        """What it is called."""
+        """The name used in stages and logs: `name`, or the URL without one."""
         return self.name or self.source
 
 
 class JitterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """Random changes of colour, as torchvision's ColorJitter and RandomGrayscale make them; all 0: none."""
+    """Random colour changes as in torchvision's ColorJitter and RandomGrayscale; all 0 turns them off."""
 
-    brightness: float = Field(0.0, ge=0, le=1, description="factor on the light, drawn from 1 - x to 1 + x")
-    contrast: float = Field(0.0, ge=0, le=1, description="factor on the distance to the mean grey")
-    saturation: float = Field(0.0, ge=0, le=1, description="factor on the distance to the pixel's own grey")
-    hue: float = Field(0.0, ge=0, le=0.5, description="turn of the colour circle, drawn from -x to x")
-    probability: float = Field(0.8, ge=0, le=1, description="share of the pictures that are changed")
-    grayscale: float = Field(0.0, ge=0, le=1, description="share of the pictures that are made grey")
+    brightness: float = Field(0.0, ge=0, le=1, description="brightness factor, drawn from 1 - x to 1 + x")
+    contrast: float = Field(
+        0.0, ge=0, le=1, description="contrast factor (distance to the mean grey), drawn from 1 - x to 1 + x"
+    )
+    saturation: float = Field(
+        0.0, ge=0, le=1, description="saturation factor (distance to the pixel's grey), drawn from 1 - x to 1 + x"
+    )
+    hue: float = Field(
+        0.0, ge=0, le=0.5, description="hue shift as a fraction of the colour circle, drawn from -x to x"
+    )
+    probability: float = Field(0.8, ge=0, le=1, description="fraction of the pictures whose colours are changed")
+    grayscale: float = Field(0.0, ge=0, le=1, description="fraction of the pictures that are converted to grey")
 
     @property
     def active(self) -> bool:
@@ -86,18 +94,22 @@ class JitterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class AugmentConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """Random changes to training pictures, drawn from the stream `augment` of the run's seed."""
+    """Random changes to training pictures, drawn from the run's seed and the sample's position."""
 
     crop_scale: tuple[float, float] = Field(
-        (0.9, 1.0), strict=False, description="area of the random crop, least and most"
+        (0.9, 1.0),
+        strict=False,
+        description="smallest and largest area of the random crop, as fractions of the picture",
     )
     crop_ratio: tuple[float, float] = Field(
-        (0.75, 4 / 3), strict=False, description="width / height of the random crop"
+        (0.75, 4 / 3), strict=False, description="smallest and largest width / height of the random crop"
     )
-    flip: bool = Field(False, description="mirror every second picture left to right; wrong for writing and arrows")
+    flip: bool = Field(
+        False, description="mirror half of the pictures left to right; unsuitable for pictures with text or arrows"
+    )
     color_jitter: JitterConfig = JitterConfig()
     min_box_fraction: float = Field(
-        0.25, ge=0, le=1, description="share of a box that must be left in the crop; boxes with less are dropped"
+        0.25, ge=0, le=1, description="fraction of a box's area that must lie in the crop; boxes with less are dropped"
     )
 
     @model_validator(mode="after")
@@ -105,7 +117,7 @@ class AugmentConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(
-                f"crop_scale = {list(self.crop_scale)} must be two rising shares of the area, as in [0.9, 1.0]"
+                f"crop_scale = {list(self.crop_scale)} must be two rising fractions of the area, as in [0.9, 1.0]"
             )
         low, high = self.crop_ratio
         if not 0 < low <= high:
@@ -114,17 +126,21 @@ class AugmentConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class CacheConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """What a node keeps of remote shards in its cache folder ($TREERING_CACHE); local ones are read where they lie."""
+    """The node's cache of remote shards, in the cache folder ($TREERING_CACHE); local shards are read in place."""
 
     limit: str | None = Field(
-        "50GB", description="500MB, 50GB, 1TB, or null for none; sources that do not fit are read sample by sample"
+        "50GB",
+        description="size limit such as 500MB, 50GB or 1TB; null: no cache; sources that do not fit are read sample by "
+        "sample",
     )
 
     @field_validator("limit")
     @classmethod
     def _readable(cls, value: str | None) -> str | None:
         if value is not None and size_in_bytes(value) is None:
-            raise ValueError(f"{value!r} is no size; write one such as 500MB, 50GB or 1TB, or null for no cache")
+            raise ValueError(
+                f"{value!r} is not a valid size; write one such as 500MB, 50GB or 1TB, or null for no cache"
+            )
         return value
 
     @property
@@ -136,37 +152,42 @@ class CacheConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The stream of training samples."""
 
-    train: tuple[SourceConfig, ...] = Field(min_length=1, strict=False, description="sources, mixed by weight")
-    batch: int = Field(gt=0, description="pairs in a global batch, over all processes")
-    workers: int = Field(0, ge=0, description="decoding processes beside each training process; 0: decode in line")
+    train: tuple[SourceConfig, ...] = Field(min_length=1, strict=False, description="data sources, mixed by weight")
+    batch: int = Field(gt=0, description="pairs in a global batch, summed over all processes")
+    workers: int = Field(
+        0, ge=0, description="decoding processes per training process; 0: decode in the training process"
+    )
     decode: Literal["exact", "scaled"] = Field(
-        "exact", description="scaled: large JPEGs are decoded at a smaller size, which is faster, and visibly softer"
+        "exact", description="scaled: large JPEGs are decoded at a reduced size, which is faster but visibly softer"
     )
     decode_timeout: float = Field(
-        300.0, gt=0, description="seconds that a decoding process may be at one sample; then the run ends, naming it"
+        300.0, gt=0, description="seconds a decoding process may spend on one sample before the run stops and names it"
     )
     max_bad_fraction: float = Field(
-        0.01, ge=0, lt=1, description="share of a source that may be unusable before the run stops"
+        0.01, ge=0, lt=1, description="fraction of a source's samples that may be unusable before the run stops"
     )
     tokenizer: str = Field(
         "clip", min_length=1, description="clip, or the path or URL of a Hugging Face tokenizer.json"
     )
     columns: dict[str, Literal["npy"]] = Field(
         default_factory=dict,
-        description="further members to deliver: {teacher: npy} reads a vector or a matrix from key.teacher.npy, or "
+        description="additional members to deliver: {teacher: npy} reads a vector or a matrix from key.teacher.npy, or "
         "from key.npy",
     )
     shuffle_window: int = Field(
         131_072,
         gt=0,
-        description="samples among which the order is random; larger sources are read in lanes, each shuffled in "
-        "windows of shuffle / lanes samples",
+        description="number of samples shuffled together; larger sources are read in lanes, each shuffled in "
+        "windows of shuffle_window / lanes samples",
     )
     lanes: int = Field(
-        1_024, gt=0, description="places at which a large source is read at once; at best a multiple of the world size"
+        1_024,
+        gt=0,
+        description="number of places in a large source that are read concurrently; best a multiple of the world size",
     )
     bad_shards: Literal["refuse", "skip"] = Field(
-        "refuse", description="a damaged shard: refuse the source, or leave the shard out of it and tell the ledger"
+        "refuse",
+        description="what to do with a damaged shard: refuse the source, or skip the shard and record it in the ledger",
     )
     augment: AugmentConfig = AugmentConfig()
     cache: CacheConfig = CacheConfig()
@@ -176,5 +197,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     def _nameable(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if not _COLUMN.fullmatch(name):
-                raise ValueError(f"columns: {name!r} is no name; use small letters, digits and _, as in teacher")
+                raise ValueError(
+                    f"columns: {name!r} is not a valid name; use lower-case letters, digits and _, as in teacher"
+                )
         return value

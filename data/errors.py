@@ -1,4 +1,4 @@
-"""What goes wrong with data: errors whose message names the place, the fault and the remedy."""
+"""Errors of the data package: each message names the place, the fault and the remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class DataError(ValueError):
 
 
 class BadSample(Exception):
-    """One sample cannot be used; the message is the reason that goes to the ledger."""
+    """One sample cannot be used; the message is the reason recorded in the ledger."""
 
 
 def shown(text: str, most: int = 120) -> str:

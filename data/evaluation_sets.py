@@ -1,8 +1,8 @@
-"""Pictures to evaluate on, in the forms that benchmarks come in: folders of classes, tables, and shards.
+"""Evaluation sets in the forms that benchmarks come in: folders of classes, tables, and shards.
 
-The one idea: whatever the form, a set is a list of samples in a fixed order, each with the texts that its use needs:
-captions (`captions`), the class (`class`), or a caption and a wrong one made from it by swapping words (`swap`). Files
-are listed and their texts checked when a set is opened; a picture's bytes are read when it is asked for.
+The one idea: whatever its form, a set is a list of samples in a fixed order, each with the texts its use needs:
+captions (`captions`), the class (`class`), or a caption and a wrong one with words swapped (`swap`). Files are listed
+and their texts checked when a set is opened; a picture's bytes are read when its sample is requested.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .storage.files import shown_url
 from .tools.pack_input import FileItem, InputTable, PictureFolder, folder_items, names_shards, table_items
 
 PictureFields = Literal["captions", "class", "swap"]
-See = Callable[[Any], Any]
-"""from a picture as it is, uint8 [h, w, 3], to what a model sees, uint8 [resolution, resolution, 3]"""
+Preprocess = Callable[[Any], Any]
+"""from a decoded picture, uint8 [h, w, 3], to the model's input, uint8 [resolution, resolution, 3]"""
 CLASS = "class"
-"""the label under which a sample of a set of classes has its class"""
+"""the label that holds the class of a sample"""
 _CLASS_COLUMNS = ("label", "class", "cls")
 
 
@@ -53,7 +53,7 @@ class Pictures(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A picture in a file, with its texts."""
+    """A picture file with its texts."""
 
     key: str
     path: Path
@@ -63,15 +63,16 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Form:
-    """What a set is wanted for, and where its texts stand if not in the usual place."""
+    """The texts a set must provide, and where to find them if not in the default place."""
 
     need: PictureFields
     images: str | None = None
-    """where the paths of a table begin; None: beside it"""
+    """the folder that a table's paths are relative to; None: the table's folder"""
     label: str | None = None
-    """the column, or the label of a shard's .json, that holds the class; None: label, or the .cls of a shard"""
+    """the column, or the label in a shard's .json, that holds the class; None: a column `label`, `class` or `cls`, or
+    the .cls of a shard"""
     swapped: str = "swapped"
-    """the column, or the key of a shard's .json, that holds the wrong caption"""
+    """the column, or the key in a shard's .json, that holds the wrong caption"""
 
 
 def open_pictures(
@@ -85,34 +86,39 @@ def open_pictures(
     resize: str = "crop",
     interpolation: str = "bicubic",
 ) -> FilePictures | ShardPictures:
-    """The set at `url`: a folder, a table or shards; pictures are brought to `resolution` as `centre_crop` says.
+    """The set at `url`: a folder, a table or shards; pictures are cropped and resized to `resolution` by `centre_crop`.
 
-    Raises DataError if it is none of them, is empty, or lacks texts.
+    Raises DataError if it is none of these, is empty, or lacks texts.
     """
-    path, see = Path(url), partial(centre_crop, resolution=resolution, resize=resize, interpolation=interpolation)
+    path, preprocess = (
+        Path(url),
+        partial(centre_crop, resolution=resolution, resize=resize, interpolation=interpolation),
+    )
     if names_shards(url):
-        return ShardPictures(url, form, see, context, tokenizer, cache)
+        return ShardPictures(url, form, preprocess, context, tokenizer, cache)
     if path.is_dir():
-        read = {"captions": _caption_folder, "class": _class_folder, "swap": _no_folder}[form.need]
+        read = {"captions": _caption_folder, "class": _class_folder, "swap": _refuse_folder}[form.need]
         entries = list(read(path))
     elif path.exists():
         images = Path(form.images) if form.images else path.parent
         rows = {"captions": _caption_rows, "class": _class_rows, "swap": _swap_rows}[form.need]
         entries = list(rows(path, images, form))
     else:
-        raise DataError(f"{shown_url(url)}: nothing is there; name a folder, a .tsv, .csv or .jsonl table, or shards")
-    return FilePictures(url, entries, see, context, tokenizer)
+        raise DataError(f"{shown_url(url)}: not found; name a folder, a .tsv, .csv or .jsonl table, or shards")
+    return FilePictures(url, entries, preprocess, context, tokenizer)
 
 
 class FilePictures:
-    """Pictures in files."""
+    """Pictures in separate files."""
 
     columns = ()
 
-    def __init__(self, url: str, entries: Sequence[_Entry], see: See, context: int, tokenizer: str) -> None:
+    def __init__(
+        self, url: str, entries: Sequence[_Entry], preprocess: Preprocess, context: int, tokenizer: str
+    ) -> None:
         if not entries:
-            raise DataError(f"{shown_url(url)} is empty: there is no picture in it")
-        self.url, self._entries, self._see = url, entries, see
+            raise DataError(f"{shown_url(url)} is empty: it holds no pictures; add some or name another set")
+        self.url, self._entries, self._preprocess = url, entries, preprocess
         self.context = context
         self.tokenizer = open_tokenizer(tokenizer)
 
@@ -121,7 +127,7 @@ class FilePictures:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of what is read: other data has another."""
+        """A hash that identifies the data."""
         digest = sha256()
         for each in self._entries:
             stat = each.path.stat()
@@ -131,15 +137,15 @@ class FilePictures:
 
     @property
     def known_labels(self) -> list[str]:
-        """The class of every picture, as it is written."""
+        """The class of every picture, as written in the data."""
         return [each.label for each in self._entries if each.label is not None]
 
     def sample(self, number: int) -> Sample | LedgerEntry:
-        """Sample `number`, or the reason why it cannot be used."""
+        """Sample `number`, or a ledger entry with the reason why it cannot be used."""
         entry = self._entries[number]
         try:
             check_sizes({entry.path.suffix[1:]: entry.path.stat().st_size})
-            pixels = self._see(decode_image(entry.path.read_bytes()))
+            pixels = self._preprocess(decode_image(entry.path.read_bytes()))
         except BadSample as error:
             return LedgerEntry(self.url, str(entry.path), entry.key, 0, str(error))
         except OSError as error:
@@ -153,29 +159,31 @@ class ShardPictures:
 
     columns = ()
 
-    def __init__(self, url: str, form: Form, see: See, context: int, tokenizer: str, cache: CacheConfig | None) -> None:
+    def __init__(
+        self, url: str, form: Form, preprocess: Preprocess, context: int, tokenizer: str, cache: CacheConfig | None
+    ) -> None:
         blocks = BlockCache((cache or CacheConfig()).bytes)
         self.source = open_source(url, blocks, captions=form.need != "class")
-        self.url, self.form, self._see = url, form, see
+        self.url, self.form, self._preprocess = url, form, preprocess
         self.context = context
         self.tokenizer = open_tokenizer(tokenizer)
-        self.known_labels: list[str] = []  # they lie beside the pictures
+        self.known_labels: list[str] = []  # unknown until each sample is read
 
     def __len__(self) -> int:
         return len(self.source)
 
     @property
     def identity(self) -> str:
-        """A hash of what is read: other data has another."""
+        """A hash that identifies the data."""
         return sha256(f"{self.source.identity}{self.form}".encode()).hexdigest()
 
     def sample(self, number: int) -> Sample | LedgerEntry:
-        """Sample `number`, or the reason why it cannot be used."""
+        """Sample `number`, or a ledger entry with the reason why it cannot be used."""
         source = self.source
         try:
             record = source.record(number, READ_KINDS | {"cls"})
             captions, labels = self._texts(record.fields)
-            pixels = self._see(picture(record.fields, record.kinds))
+            pixels = self._preprocess(picture(record.fields, record.kinds))
         except BadSample as error:
             place = (source.shard(number), source.key(number), source.offset(number))
             return LedgerEntry(source.url, *place, str(error))
@@ -209,11 +217,11 @@ def _sample(data: Pictures, key: str, pixels: Any, captions: tuple[str, ...], la
 
 
 def _class_folder(folder: Path) -> Iterator[_Entry]:
-    """A folder a class, as torchvision's ImageFolder reads them: classes and pictures by name."""
+    """One folder per class, as in torchvision's ImageFolder: classes and pictures sorted by name."""
     for kind in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = [file for file in sorted(kind.rglob("*")) if file.is_file() and not file.name.startswith(".")]
         if not files:
-            raise DataError(f"{kind} is empty: a class needs pictures; add some or remove the folder")
+            raise DataError(f"{kind} is empty: a class must have pictures; add some or remove the folder")
         for file in files:
             if file.suffix[1:].lower() not in IMAGE_KINDS:
                 raise DataError(f"{file} is not .{', .'.join(IMAGE_KINDS)}; convert it, or move it out of the classes")
@@ -221,7 +229,7 @@ def _class_folder(folder: Path) -> Iterator[_Entry]:
     if not any(path.is_dir() for path in folder.iterdir()):
         tars = any(folder.glob("*.tar"))
         raise DataError(
-            f"{folder} is no folder of classes: "
+            f"{folder} is not a folder of classes: "
             + (f"name its shards as {folder}/*.tar" if tars else "it must hold a folder of pictures for each class")
         )
 
@@ -230,9 +238,9 @@ def _caption_folder(folder: Path) -> Iterator[_Entry]:
     return map(_captioned, folder_items(folder))
 
 
-def _no_folder(folder: Path) -> Iterator[_Entry]:
+def _refuse_folder(folder: Path) -> Iterator[_Entry]:
     raise DataError(
-        f"{folder} is a folder; pairs come as a table with the columns path, caption and swapped, or shards"
+        f"{folder} is a folder; caption pairs must be a table with the columns path, caption and swapped, or shards"
     )
 
 
@@ -249,12 +257,12 @@ def _class_rows(path: Path, images: Path, form: Form) -> Iterator[_Entry]:
             str(row.columns[name]) for name in ((form.label,) if form.label else _CLASS_COLUMNS) if name in row.columns
         ]
         if len(given) != 1:
-            raise DataError(f"{path}, line {row.line}: {len(given)} classes for one picture; a line has one")
+            raise DataError(f"{path}, line {row.line}: {len(given)} classes for one picture; write one per line")
         yield _Entry(row.path, file, label=given[0])
 
 
 def _swap_rows(path: Path, images: Path, form: Form) -> Iterator[_Entry]:
-    """A line a pair: a picture may have several."""
+    """One pair of captions per line; a picture may have several lines."""
     for row, file in _rows(path, images, ("caption", "text")):
         try:
             wrong = _swap_of(row.columns, form.swapped)
@@ -278,5 +286,5 @@ def _captioned(item: FileItem) -> _Entry:
 def _swap_of(columns: Mapping[str, Any], name: str) -> str:
     wrong = columns.get(name)
     if not isinstance(wrong, str) or not wrong.strip():
-        raise BadSample(f"no swapped caption: {shown(name)} is missing or no text")
+        raise BadSample(f"no swapped caption: {shown(name)} is missing or not a text")
     return wrong.strip()

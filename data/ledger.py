@@ -1,6 +1,6 @@
-"""The ledger: every sample that could not be used, where it lies and why.
+"""The ledger: a record of every sample that could not be used, with its location and the reason.
 
-A bad sample never ends in silence: it is replaced by a spare of the same source (order.py), and a `LedgerEntry` travels
+No bad sample is dropped silently: it is replaced by a spare of the same source (order.py), and a `LedgerEntry` travels
 with the batch to the run's ledger.jsonl. A reason reads "what is wrong: detail"; the part before the colon is its kind.
 """
 
@@ -17,8 +17,9 @@ from .errors import DataError, shown
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """One bad sample met at one position of the stream (-1: outside the training stream), or, with an empty key, a
-    damaged shard that was left out; `offset` is then the byte where the damage shows."""
+    """One bad sample at one position of the stream (-1: outside the training stream).
+
+    With an empty key: a damaged shard that was skipped; `offset` is then the byte where the damage was found."""
 
     source: str
     shard: str
@@ -29,8 +30,8 @@ class LedgerEntry:
 
 
 def read_ledger(path: Path) -> list[LedgerEntry]:
-    """The entries of a run's ledger.jsonl, in the order in which they were met. A last line that is still being
-    written is left out. Raises DataError."""
+    """The entries of a run's ledger.jsonl, in file order. An incomplete last line (still being written) is ignored.
+    Raises DataError."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -51,7 +52,7 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
 
 
 def reasons_text(entries: Iterable[LedgerEntry]) -> str:
-    """The kinds of reasons, most frequent first, each with its count and one example: a few lines for a terminal."""
+    """A few lines for a terminal: the kinds of reasons, most frequent first, each with its count and one example."""
     entries = list(entries)
     example = {entry.reason.partition(":")[0]: entry for entry in reversed(entries)}
     counts = Counter(entry.reason.partition(":")[0] for entry in entries)

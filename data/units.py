@@ -1,4 +1,4 @@
-"""Sizes and lengths of time as recipes and options write them: 500MB, 50GB, 30s, 2min, 1h."""
+"""Sizes and durations as written in recipes and options: 500MB, 50GB, 30s, 2min, 1h."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def size_in_bytes(text: str) -> int | None:
 
 
 def duration(text: str) -> float | None:
-    """Seconds of a length of time such as 2min; None if `text` is not one."""
+    """Seconds of a duration such as 2min; None if `text` is not one."""
     match = _DURATION.fullmatch(text)
     return float(match[1]) * _SECONDS[match[2]] if match else None

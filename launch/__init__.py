@@ -1,10 +1,10 @@
-"""What a person touches: the command line, recipes, and the starting of runs."""
+"""The user interface: the command line, recipes, and starting runs."""
 
 import time
 
 from .threads import limit_spinning
 
-BEGUN = time.monotonic()
-"""when this process came here: a run's records tell how long the imports took"""
+STARTED = time.monotonic()
+"""when this process imported treering; the run logs how long the other imports took"""
 
-limit_spinning()  # here, since every process that we start comes through here before it imports torch
+limit_spinning()  # here, because every process we start imports this before torch

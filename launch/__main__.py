@@ -1,4 +1,4 @@
-"""`python -m treering.launch` is the command `treering`, wherever scripts are not on the path."""
+"""`python -m treering.launch` runs the command `treering` where its script is not on the PATH."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""What several commands take and give alike: the words of a recipe, and one JSON object."""
+"""Arguments that several commands share (recipe, overrides, --json), and printing one JSON object."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def print_json(content: Any) -> None:
-    """Print one JSON object, in ASCII, as programs read it."""
+    """Print `content` as one JSON object, in ASCII."""
     print(json.dumps(content, ensure_ascii=True, indent=1))

@@ -1,7 +1,7 @@
-"""The command line `treering`: what each command takes and prints. What they do stands in the modules they call.
+"""The command line `treering`: the arguments and output of each command; the work is done in the modules they call.
 
-Whatever is slow to import is imported inside the commands, so that a help page comes at once. A person's mistake ends
-in one short message and exit code 2; ours keeps its traceback.
+Slow imports happen inside the commands, so that help pages appear at once. A user's mistake ends in one short message
+and exit code 2; a bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ app = typer.Typer(
     help=(
         "Pretrain image-text models that grow while they train.\n\n"
         "Start with `treering train emoji`: it trains, grows, evaluates and reports on this machine. "
-        "`treering COMMAND --help` is the manual of a command."
+        "`treering COMMAND --help` explains a command."
     ),
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; left out: runs/NAME.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; default: runs/NAME.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -48,7 +48,7 @@ def options(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """What the command takes before the name of one of its own."""
+    """Options before the name of a command."""
 
 
 @app.command()
@@ -57,14 +57,14 @@ def train(
     overrides: Overrides = None,
     out: Out = None,
     processes: Annotated[
-        int | None, typer.Option("--processes", metavar="N", help="Processes; left out: one a GPU, or one on the CPU.")
+        int | None, typer.Option("--processes", metavar="N", help="Processes; default: one per GPU, or one on the CPU.")
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Trace steps 5 to 8 for a browser; the same as log.profile=true.")
+        bool, typer.Option("--profile", help="Trace steps 5 to 8; the same as log.profile=true.")
     ] = False,
     origin: Annotated[
         str | None,
-        typer.Option("--from", metavar="COMMIT", help="Begin a new run with this commit, or a run's newest one."),
+        typer.Option("--from", metavar="COMMIT", help="Start a new run from a commit, or a run's newest."),
     ] = None,
     load: Annotated[
         str,
@@ -75,8 +75,8 @@ def train(
 ) -> None:
     """Train a recipe on this machine.
 
-    If the run folder has a commit the run continues from it, bit for bit: to resume after a kill, give the same command
-    again. Everything is checked before the first process starts. At the end stand the scores, the report, the commit.
+    If the run folder has a commit, the run continues from it bit for bit: to resume after a kill, repeat the command.
+    Everything is checked before the first process starts. The last lines show the scores, the report and the commit.
 
         treering train emoji
         treering train emoji --out runs/small data.batch=64 stages='[{samples: 3200}]' schedule.warmup=640
@@ -86,18 +86,18 @@ def train(
     from .run_folder import STOPPED
 
     traced = ["log.profile=true"] if profile else []
-    beginning = [f"init_from={json.dumps({'commit': origin, 'load': load})}"] if origin else []
+    source = [f"init_from={json.dumps({'commit': origin, 'load': load})}"] if origin else []
     try:
-        run.train(recipe, [*(overrides or []), *traced, *beginning], out, processes)
+        run.train(recipe, [*(overrides or []), *traced, *source], out, processes)
     except KeyboardInterrupt:
         raise RunError("interrupted; the same command continues from the last commit", STOPPED) from None
 
 
 @app.command()
 def explain(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Print the whole recipe, every value with its origin: a line of the file, an override, or a default.
+    """Print the complete recipe, each value with its origin: a line of the file, an override, or a default.
 
-    What is printed is itself a recipe.
+    The output is itself a valid recipe.
 
         treering explain emoji optimizer.lr=3e-4
     """
@@ -125,22 +125,22 @@ def evaluate(
         typer.Option(
             "--suite",
             metavar="A,B",
-            help="YAML files, and retrieval, zero_shot, geometry, captioning; left out: as in the recipe.",
+            help="YAML files, and retrieval, zero_shot, geometry, captioning; default: those of the recipe.",
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="URL", help="Shards to evaluate on; left out: as in the recipe.")
+        str | None, typer.Option("--data", metavar="URL", help="Shards to evaluate on; default: those of the recipe.")
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="OLD", help="An older commit: does what it indexed serve this one?"),
+        typer.Option("--against", metavar="OLD", help="An older commit: can COMMIT search the index that it built?"),
     ] = None,
     texts: Annotated[int, typer.Option("--texts", min=16, help="Captions to learn the map to OLD from.")] = 4096,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a commit and print every score with its 95% interval beside what guessing would give.
+    """Evaluate a commit and print every score with its 95% interval and its chance level.
 
-    Embeddings are kept, so the same commit on the same data is quick. Under torchrun or srun, all ranks share the work.
+    Embeddings are cached, so repeating a commit on the same data is quick. Under torchrun or srun all ranks take part.
 
         treering eval runs/emoji --suite retrieval
         treering eval s3://BUCKET/emoji --suite pets.yaml,flickr.yaml,retrieval
@@ -173,20 +173,20 @@ def evaluate(
 def compare(
     commits: Annotated[
         list[str],
-        typer.Argument(metavar="A B [C]", help="Commits' URLs, or run folders for their newest; A is compared with."),
+        typer.Argument(metavar="A B [C]", help="Commits' URLs, or run folders for their newest; A is the baseline."),
     ],
     suite: Annotated[
-        str | None, typer.Option("--suite", metavar="X,Y", help="As in `treering eval`; left out: as in A's recipe.")
+        str | None, typer.Option("--suite", metavar="X,Y", help="As in `treering eval`; default: those of A's recipe.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="URL", help="For built-in suites; left out: as in A's recipe.")
+        str | None, typer.Option("--data", metavar="URL", help="For built-in suites; default: that of A's recipe.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="PAGE", help="Where to write the page.")] = Path(
         "comparison.html"
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Say where models differ, by more than luck: every score, what each lost and won, as a table and as a page.
+    """Show where models differ significantly: every score, and the examples each lost and won, as a table and a page.
 
     treering compare runs/emoji runs/other
     treering compare runs/emoji s3://BUCKET/emoji/step-000000000562-attempt-0001 --suite pets.yaml,retrieval
@@ -202,7 +202,7 @@ def compare(
     if as_json:
         print_json({**found, "page": str(out)})
         return
-    console = Console() if sys.stdout.isatty() else Console(width=200)  # a file takes whole lines
+    console = Console() if sys.stdout.isatty() else Console(width=200)  # do not wrap lines in a file
     console.print(comparison_table(found))
     console.print(Text(f"page  {out}"), soft_wrap=True)
 
@@ -231,10 +231,10 @@ def grow(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Grow a commit offline, in memory for one tensor, and write the recipe that trains it on.
+    """Grow a commit offline, one tensor in memory at a time, and write the recipe that continues its training.
 
-    The new commit is what a run would have had that grew there. The grown model trains for what is left of the commit's
-    stage, and then in the stages that were to follow; or for samples=N, and then the run ends.
+    The new commit equals that of a run that grew at this step. The grown model trains for the rest of the commit's
+    stage and then for the stages that follow; or for samples=N, and then the run ends.
 
         treering grow runs/emoji --to image.depth=12 --out runs/emoji-12 samples=48000
     """
@@ -247,7 +247,7 @@ def grow(
     before, after = found["parameters_before"], found["parameters_after"]
     sizes = ", ".join(f"{path} {found['from'][path]} to {size}" for path, size in found["to"].items())
     lossy = [step["operator"] for step in found["operators"] if step.get("lossy")]
-    kept = f"lossy: {', '.join(lossy)}" if lossy else "computes what it computed before"
+    kept = f"lossy: {', '.join(lossy)}" if lossy else "same function as before"
     text = f"{sizes}; {before:,} to {after:,} parameters; {kept}\ncommit  {found['commit']}\n"
     Console().print(Text(f"{text}next    {' '.join(found['continue'])}"), soft_wrap=True)
 
@@ -264,7 +264,7 @@ def import_(
     to: Annotated[str, typer.Option("--to", metavar="URL", help="A new run folder, or the URL of an empty store.")],
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="URL", help="Shards that the recipe trains on; left out: samples://emoji."),
+        typer.Option("--data", metavar="URL", help="Shards that the recipe trains on; default: samples://emoji."),
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -272,10 +272,10 @@ def import_(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take over weights of open_clip as a commit, and write a recipe that trains them on.
+    """Import open_clip weights as a commit, and write a recipe that continues their training.
 
-    A tag is fetched by open_clip's own download. A file is read without running anything in it. The commit can be
-    evaluated, grown, trained on and exported like any other.
+    A tag is downloaded by open_clip. A file is read without executing anything in it. The commit can be evaluated,
+    grown, trained further and exported like any other.
 
         treering import open_clip:ViT-B-32/laion2b_s34b_b79k --to runs/b32
         treering import open_clip:ViT-B-32/laion2b_s34b_b79k=b32.safetensors --to s3://BUCKET/b32
@@ -300,14 +300,14 @@ def export(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
     weights: Annotated[
         str | None,
-        typer.Option("--weights", metavar="WHICH", help="model or ema; left out: ema if the run keeps it."),
+        typer.Option("--weights", metavar="WHICH", help="model or ema; default: ema if the run keeps it."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the weights of a commit for other programs, with what the model is and where it came from beside them.
+    """Write the weights of a commit for other programs, with the model's config and its lineage.
 
-    The folder of --to open_clip is what open_clip.create_model("local-dir:DIR") loads; a model that it cannot hold is
-    refused with every reason.
+    open_clip.create_model("local-dir:DIR") loads the folder of --to open_clip; a model that open_clip cannot represent
+    is refused with every reason.
 
         treering export runs/emoji --to safetensors --out emoji-weights
         treering export runs/b32 --to open_clip --out b32-weights
@@ -324,7 +324,7 @@ def export(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, or of a sweep.")]) -> None:
-    """Write the report page of a run or a sweep again, at any time of its attempt, and print where it is."""
+    """Write the report page of a run or a sweep anew, also while it trains, and print its path."""
     from ..training.report import write_report
     from .errors import safe_text
 
@@ -340,10 +340,10 @@ def status(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="A folder of a run or a sweep, or the URL of a run's commits.")
     ],
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again every two seconds, to the end.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh every two seconds until the run ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say where a run stands: state, nodes, samples, stage, loss, speed, time left, newest commit and scores."""
+    """Show the status of a run: state, nodes, samples, stage, loss, speed, time left, newest commit and scores."""
     from .commands import status as reading
     from .commands.status import as_table, read_status
 
@@ -351,7 +351,7 @@ def status(
         try:
             return reading.watch(run)
         except KeyboardInterrupt:
-            raise RunError("no longer watching; the run goes on", 0) from None
+            raise RunError("no longer watching; the run continues", 0) from None
     found = read_status(run)
     if as_json:
         print_json(found)
@@ -362,14 +362,14 @@ def status(
 @app.command()
 def doctor(
     store: Annotated[
-        str | None, typer.Option("--store", metavar="URL", help="Also try to write, read and remove an object here.")
+        str | None, typer.Option("--store", metavar="URL", help="Also write, read and remove a test object here.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where run folders are to be.")] = Path("runs"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where run folders will lie.")] = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Look at what this machine has and lacks for training, with the remedy for each lack.
+    """Check what this machine has and lacks for training, with a remedy for each lack.
 
-    Exit code 0 if a run can start here, 1 if something essential is lacking.
+    Exit code 0 if a run can start here, 1 if something essential is missing.
     """
     from .commands import doctor as checks
 
@@ -386,7 +386,7 @@ jobs.add_to(app)
 
 
 def main() -> None:
-    """Entry of the console script."""
+    """Entry point of the console script."""
     try:
         app()
     except RunError as error:

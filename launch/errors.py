@@ -1,7 +1,7 @@
-"""Errors that a person can cause, and how they are shown: a sentence or a few, on one screen, without a traceback.
+"""Errors that a user can cause, and how they are shown: one or a few sentences, on one screen, without a traceback.
 
-Whatever came from outside (values, keys, paths, messages) may hold control characters or a password; it is shown
-through `show` or `clean` and never otherwise.
+Whatever came from outside (values, keys, paths, messages) may hold control characters or a password; it is only ever
+printed through `show` or `safe_text`.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ _SECRET_NAMES = r"[\w-]*signature|[\w-]*token|[\w-]*secret|[\w-]*password|sig|ap
 _SIGNED = re.compile(rf"([?&;](?:{_SECRET_NAMES})=)[^&;\s'\"]+", re.IGNORECASE)
 _SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 _REMEDIES = {
-    errno.ENOSPC: "free some space and start the same command again; or choose another place with --out",
-    errno.EDQUOT: "free some of your quota and start the same command again; or choose another place with --out",
+    errno.ENOSPC: "free some space and repeat the command, or choose another place with --out",
+    errno.EDQUOT: "free some of your quota and repeat the command, or choose another place with --out",
     errno.EACCES: "check the permissions, or choose another place with --out",
     errno.EPERM: "check the permissions, or choose another place with --out",
-    errno.EROFS: "choose a place that can be written with --out",
+    errno.EROFS: "choose a writable place with --out",
 }
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be read or run; the message names the place, the value, what is wrong and the remedy."""
+    """A recipe that cannot be read or run; the message names the field, the value, what is wrong and the remedy."""
 
 
 def has_secret(text: str) -> bool:
-    """Whether `text` holds a URL with credentials in it: user:password@, or a signed query."""
+    """Whether `text` contains a URL with credentials: user:password@, or a signed query."""
     return bool(_CREDENTIALS.search(text) or _SIGNED.search(text))
 
 
 def safe_text(text: str) -> str:
-    """`text` fit for a terminal: credentials in URLs struck out, control characters and lone surrogates escaped."""
+    """`text` safe to print: credentials in URLs masked, control characters and lone surrogates escaped."""
     text = _SIGNED.sub(r"\1***", _CREDENTIALS.sub("://***:***@", text))
     return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def show(value: object, width: int = 60) -> str:
-    """`value` as a person would write it in a recipe: one line, at most `width` characters, safe to print."""
+    """`value` as one would write it in a recipe: one line, at most `width` characters, safe to print."""
     if isinstance(value, bool) or value is None:
         text = {True: "true", False: "false", None: "null"}[value]
     elif isinstance(value, str):
@@ -49,14 +49,14 @@ def show(value: object, width: int = 60) -> str:
 
 
 def user_message(error: BaseException) -> str | None:
-    """What to tell the person if `error` is theirs to mend; None if it is our own mistake."""
+    """The message for the user if they can fix `error`; None if it is a bug of ours."""
     if isinstance(error, OSError):
         if error.errno not in _SYSTEM:
             return None
         place = f"{show(error.filename)}: " if error.filename else ""
         remedy = _REMEDIES.get(error.errno, "choose another place")
         return f"{place}{safe_text(error.strerror or str(error))}; {remedy}"
-    from ..data.errors import DataError  # late: the last of these brings torch, which a help page must not wait for
+    from ..data.errors import DataError  # late import: these load torch, which a help page must not wait for
     from ..models.interchange.errors import InterchangeError
     from ..models.spec import SpecError
     from ..training.checkpoint.store import StoreError
@@ -68,7 +68,7 @@ def user_message(error: BaseException) -> str | None:
 
 
 class RunError(Exception):
-    """A run that ended early: a message to print, the exit code of the command, and the error's class, if known."""
+    """A run that ended early: message to print, exit code of the command, and class name of the error, if known."""
 
     def __init__(self, message: str, code: int, kind: str = "") -> None:
         super().__init__(message)

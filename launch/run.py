@@ -1,8 +1,8 @@
-"""Starts a run on this machine: checks all that can be checked, writes the run folder's recipe, then trains.
+"""Starts a run on this machine: checks everything that can be checked, writes the recipe to the run folder, trains.
 
 The one idea: nothing is written and no process starts before the recipe, the sources, the disk and the store have been
-looked at. One process trains right here, which starts fastest; several are started by torchrun's elastic agent, as on a
-cluster, and their first failure comes out once.
+checked. A single process trains in this one, which starts fastest; several are started by torchrun's elastic agent, as
+on a cluster, and only the first failure among them is reported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .threads import share_cores
 from .worker import work
 
 RENDEZVOUS_SECONDS = 600
-SHUTDOWN_SECONDS = 120  # what a worker has to commit after SIGTERM, before it is killed
+SHUTDOWN_SECONDS = 120  # time for a worker to commit between SIGTERM and SIGKILL
 _RESERVE = 64 << 20
 
 
@@ -40,10 +40,10 @@ def train(
 ) -> Path:
     """Train a recipe on this machine and return the run folder; `treering train` in Python.
 
-    `recipe` is a bundled one's name or a YAML file, `overrides` are as on the command line (`data.batch=64`), `out` is
-    the run folder (None: runs/NAME), `processes` None is one a GPU, or one on the CPU. With one, training runs in this
-    process. If the folder has a commit the run continues from it. Raises RecipeError, DataError, StoreError or OSError
-    before anything is written, and RunError if a process fails.
+    `recipe` is the name of a bundled recipe or a YAML file, `overrides` are as on the command line (`data.batch=64`),
+    `out` is the run folder (None: runs/NAME), `processes` None is one per GPU, or one on the CPU. A single process
+    trains inside the caller's. If the folder has a commit, the run continues from it. Raises RecipeError, DataError,
+    StoreError or OSError before anything is written, and RunError if a process fails.
     """
     resolved = read_recipe(str(recipe), list(overrides))
     if processes is None:
@@ -56,7 +56,7 @@ def train(
 
 
 def start(resolved: ResolvedRecipe, out: Path, processes: int) -> None:
-    """Train `resolved` in folder `out` with `processes` processes; continues by itself if the run has a commit.
+    """Train `resolved` in folder `out` with `processes` processes; continues from the run's newest commit, if any.
 
     Raises RecipeError, DataError, StoreError or OSError before anything is written, and RunError if a process fails.
     """
@@ -72,9 +72,9 @@ def start(resolved: ResolvedRecipe, out: Path, processes: int) -> None:
 
 
 def check(recipe: Recipe, out: Path, processes: int) -> None:
-    """All that must hold before a run starts, the cheapest first."""
+    """Check everything that must hold before a run starts, the cheapest first. Raises as `start`."""
     if processes < 1:
-        raise RecipeError(f"--processes {processes} starts nothing; give 1 or more")
+        raise RecipeError(f"--processes {processes} must be 1 or more")
     try:
         recipe.check_world(processes)
     except ValueError as error:
@@ -104,15 +104,15 @@ def _check_disk(recipe: Recipe, out: Path) -> None:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """Open every source once, which resolves and indexes its shards (and packs samples:// ones)."""
+    """Open every source once, which lists and indexes its shards (and packs those of samples://)."""
     from ..data.shards.source import open_source
     from ..data.storage.block_cache import BlockCache
-    from .commands.data_index import told_of
+    from .commands.data_index import source_notes
 
     cache = BlockCache(recipe.data.cache.bytes)
     for each in recipe.data.train:
         source = open_source(each.source, cache, each.filter, recipe.data.bad_shards)
-        for line in told_of(source, each.filter):
+        for line in source_notes(source, each.filter):
             Console(stderr=True).print(Text(line), soft_wrap=True)
     if recipe.eval.built_in and recipe.evaluation_source not in {each.source for each in recipe.data.train}:
         open_source(recipe.evaluation_source, cache)
@@ -123,7 +123,7 @@ def check_sources(recipe: Recipe) -> None:
 
 
 def check_store(recipe: Recipe, out: Path) -> None:
-    """The store works, and the newest commit in it, if any, is one that this recipe can continue."""
+    """Check that the store works, and that this recipe can continue the newest commit in it, if any."""
     from ..training.checkpoint.commits import Commits
     from ..training.checkpoint.manifest import DamagedCommit
     from ..training.checkpoint.store import Store
@@ -139,7 +139,7 @@ def check_store(recipe: Recipe, out: Path) -> None:
         try:
             check_same_run(recipe, commits.open(name))
         except DamagedCommit:
-            return  # the run names it and takes the one before
+            return  # the run reports it and resumes from the one before
 
 
 def launch_workers(
@@ -149,23 +149,23 @@ def launch_workers(
     head: str = "127.0.0.1:0",
     name: str = "local",
     address: str = "127.0.0.1",
-    leads: bool = True,
+    is_head: bool = True,
     signals: str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
 ) -> None:
     """Start this node's worker processes under torchrun's elastic agent and wait for them.
 
-    `head` is where the agents of all `nodes` meet, and the one that `leads` opens that place; `name` is the same on
-    each, `address` this node's own. At `signals` the agent ends its processes, for others the caller has handlers.
+    `head` is the rendezvous endpoint of all `nodes`; the agent on the node that `is_head` hosts it. `name` is the same
+    on every node, `address` is this node's. On `signals` the agent ends its processes; the caller handles others.
     Raises RunError with the first failure of this node.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it reports every failure; we do, once
-    # Before torch 2.13 the agent has no setting for it and waits for 30 seconds.
-    settings: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS}
-    patience = settings if settings.keys() <= signature(LaunchConfig).parameters.keys() else {}
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it logs every failure
+    # Before torch 2.13 the agent lacks this setting and waits 30 seconds.
+    newer: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS}
+    shutdown = newer if newer.keys() <= signature(LaunchConfig).parameters.keys() else {}
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
@@ -173,11 +173,11 @@ def launch_workers(
         run_id=f"treering-{name}",
         rdzv_backend="c10d",
         rdzv_endpoint=head,
-        rdzv_configs={"timeout": RENDEZVOUS_SECONDS} | ({"is_host": leads} if nodes > 1 else {}),
+        rdzv_configs={"timeout": RENDEZVOUS_SECONDS} | ({"is_host": is_head} if nodes > 1 else {}),
         local_addr=address,
         max_restarts=0,
         signals_to_handle=signals,
-        **patience,
+        **shutdown,
     )
     os.environ[LAUNCHER] = str(os.getpid())
     try:
@@ -191,23 +191,23 @@ def launch_workers(
 
 
 def _first_failure(error: Any, out: Path) -> RunError:
-    """What the first process to fail left in its error file, or how it died.
+    """The error of the process that failed first, from its error file, or else how it died.
 
-    The agent ends the others by SIGTERM and counts them as failed in the same second, so time alone does not tell: what
-    a process said for itself comes first, and what the agent ended comes last.
+    The agent ends the others by SIGTERM and counts them as failed within the same second, so time alone does not
+    identify the cause: processes that wrote an error file rank first, those ended by the agent last.
     """
     failures = []
     for rank, failure in error.failures.items():
-        said = failure.error_file_data.get("message")
-        if isinstance(said, dict) and "time" in said:
-            failures.append((0, said["time"], RunError(said["message"], said["code"], said.get("kind", ""))))
+        left = failure.error_file_data.get("message")
+        if isinstance(left, dict) and "time" in left:
+            failures.append((0, left["time"], RunError(left["message"], left["code"], left.get("kind", ""))))
             continue
-        died = f"process {rank} ended with exit code {failure.exitcode} and did not say why"
+        died = f"process {rank} ended with exit code {failure.exitcode} and left no error message"
         if failure.exitcode == HUNG:
-            said = next(iter(read_rows(out / "hangs.jsonl")[-1:]), {}).get("message", "")
-            died = f"process {rank} waited in vain: {said}; stacks in {out / 'hang.txt'}"
+            message = next(iter(read_rows(out / "hangs.jsonl")[-1:]), {}).get("message", "")
+            died = f"process {rank} waited without progress: {message}; stacks in {out / 'hang.txt'}"
         if failure.exitcode == LOST:
-            died = f"process {rank} ended, since another attempt of the run has begun"
+            died = f"process {rank} ended because another attempt of the run has started"
         if failure.exitcode < 0:
             died = f"process {rank} was killed by {failure.signal_name()}"
         if failure.exitcode == -signal.SIGKILL:

@@ -1,6 +1,6 @@
-"""A run's folder: the names and files in it that several parts of the launcher read and write.
+"""The run folder: names and files in it that several parts of the launcher read and write.
 
-Only the standard library is imported: the batch script waits for what `attempts` prints.
+Imports only the standard library, because the batch script waits for the output of `attempts`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 
 RECIPE_FILE = "recipe.yaml"
 LAUNCHER = "TREERING_LAUNCHER"
-"""environment variable with the process id of the launcher that a worker belongs to"""
+"""environment variable with the process id of a worker's launcher"""
 STOPPED = 130
 """exit code of a run that was asked to stop and committed"""
 
 
 def is_first_process() -> bool:
-    """Whether this is the process of a run that prints and writes: rank 0, or the only one."""
+    """Whether this process prints and writes for the run: rank 0, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The readable lines of a file of JSON objects; none where there is no file."""
+    """The readable rows of a JSON-lines file; empty if the file does not exist."""
     rows = []
     try:
         for line in path.read_text(encoding="utf-8").splitlines():

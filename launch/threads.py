@@ -1,7 +1,7 @@
-"""How many threads a training process computes with, and how long they spin for each other.
+"""How many OpenMP threads a training process uses, and how long they spin while they wait for each other.
 
-The one idea: whatever is said to OpenMP stands in the environment before torch is imported, since the runtime reads it
-when it is loaded, and since processes that are started inherit it. What a person has set stays.
+The one idea: OpenMP's settings are put into the environment before torch is imported, because the runtime reads them
+when it is loaded and child processes inherit them. Settings of the user are kept.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 
 SPINS = 2000
-"""GOMP_SPINCOUNT: turns of a loop until a waiting thread sleeps; docs/benchmarks/shared_machine.md compares others"""
+"""GOMP_SPINCOUNT: loop iterations until a waiting thread sleeps; compared in docs/benchmarks/shared_machine.md"""
 BLOCK_TIME = 1
 """KMP_BLOCKTIME, the same for Intel's runtime, in milliseconds"""
 
 
 def limit_spinning() -> None:
-    """Let threads that wait sleep soon, in this process and in those it starts.
+    """Make waiting threads sleep soon, in this process and in its children.
 
-    libgomp's spin for some milliseconds, Intel's for 200: on a machine that other processes use too they keep the
-    cores from the very threads they wait for. Whoever has set OMP_WAIT_POLICY or a runtime's own variable has decided.
+    By default libgomp's threads spin for some milliseconds, Intel's for 200. On a machine shared with other processes
+    they occupy the very cores that the threads they wait for need. A user's OMP_WAIT_POLICY, GOMP_SPINCOUNT or
+    KMP_BLOCKTIME is kept.
     """
     if "OMP_WAIT_POLICY" in os.environ:
         return
@@ -27,12 +28,12 @@ def limit_spinning() -> None:
 
 
 def share_cores(processes: int) -> None:
-    """Share the cores that this process may use evenly among `processes`, unless OMP_NUM_THREADS is set."""
+    """Divide the cores that this process may use evenly among `processes`, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    if processes == 1:  # this one, in which torch may have been loaded
+    if processes == 1:  # training runs in this process, where torch may be loaded already
         import torch
 
         torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
 """One training process: `python -m treering.launch.worker DIR`, started by `treering train`, torchrun or srun.
 
 Rank and world size come from the environment (RANK, WORLD_SIZE, LOCAL_RANK), as torchrun sets them; without them this
-is the only process. What goes wrong is written where the launcher looks for it, so that it is shown once.
+is the only process. Errors are written to the file that the launcher reads, so that they are shown once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import BEGUN
+from . import STARTED
 from .errors import RecipeError, RunError, user_message
 from .jobs.attempts import ATTEMPT, last_end, lost
 from .recipe.load import read_recipe
@@ -32,14 +32,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def work(out: Path) -> None:
-    """Train the recipe of folder `out`; the first process then says what came of it.
+    """Train the recipe in folder `out`; the first process then prints a summary.
 
-    Raises RunError if a signal asked the run to stop, which it then did after a commit.
+    Raises RunError if the run was stopped by a signal, after it committed.
     """
     recipe = read_recipe(str(out / "recipe.yaml")).recipe
     from ..training.loop import Beginning, train
 
-    imports = time.monotonic() - BEGUN
+    imports = time.monotonic() - STARTED
     if ATTEMPT in os.environ:
         from .jobs.preflight import check_network
 
@@ -52,7 +52,7 @@ def work(out: Path) -> None:
 
 
 def show_summary(summary: Summary) -> None:
-    """The last lines of a run: scores beside chance, and where everything is."""
+    """Print the last lines of a run: scores with their chance levels, and the paths of its results."""
     from rich.console import Console
     from rich.text import Text
 
@@ -75,7 +75,7 @@ def score_table(
     chance: Mapping[str, float],
     intervals: Mapping[str, tuple[float, float]] | None = None,
 ) -> Table:
-    """Every score beside its interval, where those are given, and what guessing would give."""
+    """A table of every score with its chance level and, if given, its 95% interval."""
     from rich.table import Table
     from rich.text import Text
 
@@ -94,12 +94,12 @@ def score_table(
 
 
 def main() -> None:
-    """Entry of a worker process. Exits 2 for what a person can mend, 1 for our own mistakes."""
+    """Entry point of a worker process. Exit code 2 for a user's mistake, 1 for a bug, that of RunError otherwise."""
     try:
         if len(sys.argv) != 2:
             raise RecipeError("usage: python -m treering.launch.worker DIR, where DIR holds a recipe.yaml")
         _die_with_launcher()
-        _own_log(Path(sys.argv[1]))
+        _redirect_log(Path(sys.argv[1]))
         work(Path(sys.argv[1]))
     except RunError as stop:
         _report(str(stop), stop.code)
@@ -114,9 +114,9 @@ def main() -> None:
 
 
 def _die_with_launcher() -> None:
-    """Ask Linux to kill this process with its launcher: torchrun's agent puts workers in sessions of their own.
+    """Ask Linux to kill this process when its launcher dies, as torchrun's agent starts workers in separate sessions.
 
-    A launcher that died before it was asked for is seen by who the parent is now.
+    A launcher that died before this call is detected by the changed parent.
     """
     launcher = os.environ.get(LAUNCHER)
     if launcher and sys.platform == "linux":
@@ -125,9 +125,8 @@ def _die_with_launcher() -> None:
             sys.exit(1)
 
 
-def _own_log(out: Path) -> None:
-    """Under a job, processes but the first write into a file of their own, `DIR/logs/rank-N.log`, attempt after
-    attempt."""
+def _redirect_log(out: Path) -> None:
+    """In a Slurm job, append the output of every rank but 0 to `DIR/logs/rank-N.log`, over all attempts."""
     rank = int(os.environ.get("RANK", "0"))
     if rank and (out / "job").is_dir():
         (out / "logs").mkdir(exist_ok=True)
@@ -137,7 +136,7 @@ def _own_log(out: Path) -> None:
 
 
 def _report(message: str, code: int, kind: str = "") -> None:
-    """Leave `message` for the launcher (torchrun's error file format, and three fields of ours), or print it."""
+    """Write `message` to the launcher's error file (torchrun's format, and three fields of ours), or print it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         print(message, file=sys.stderr)

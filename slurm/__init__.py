@@ -1,1 +1,1 @@
-"""The batch template of a run under Slurm."""
+"""The template of the batch script for runs under Slurm."""

@@ -1,4 +1,4 @@
-"""What a device is called, how fast it could be, and how much memory the run has taken of it."""
+"""The name of a device, its peak speed, its memory, and how much of it the run has used."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ DEVICES = {
     "h200": DeviceModel(989e12, 141e9),
     "l40s": DeviceModel(362e12, 48e9),
 }
-"""by the name that `treering plan --device` takes, which is part of the name that the driver gives"""
+"""by the name for `treering plan --device`, which is part of the driver's name for it"""
 
 
 def device_name(device: torch.device) -> str:
-    """The name a person knows it by."""
+    """The product name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -56,12 +56,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes the run has held on the device so far; on a CPU the process's largest resident size."""
+    """Peak bytes allocated on the device so far; on a CPU the process's peak resident size."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory()
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of memory of the device; of a CPU that of the machine."""
+    """Bytes of memory of the device; for a CPU the memory of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

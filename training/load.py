@@ -39,7 +39,7 @@ class Loaded:
     """A model with what it needs to be used; its weights are fixed and in fp32."""
 
     def __init__(self, model: Model, tokenizer: TextTokenizer, source: str, elsewhere: object = None) -> None:
-        """`elsewhere` is what has to live as long as the model: the folder of blocks that lie on the disk."""
+        """`elsewhere` must exist as long as the model: the folder of blocks that are on disk."""
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         """`encode(text, context)` gives the ids of a text, `decode(ids)` readable text"""
@@ -48,12 +48,12 @@ class Loaded:
 
     @property
     def spec(self) -> ModelSpec:
-        """What the model is."""
+        """The specification of the model."""
         return self.model.spec
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
         return self.model.logit_scale.device
 
     @property

@@ -1,8 +1,7 @@
 """One run, start to end: next batch, step, log, maybe evaluate, maybe commit, maybe grow.
 
-Everything that happens at a step edge happens in one order (log, evaluate, commit, then grow on the way into the next
-stage), and a commit is the last thing of an edge. So whatever moment a run is killed at, the same command continues
-from a commit and does again exactly what came after it.
+Everything between two steps happens in one order (log, evaluate, commit, then grow into the next stage), and a commit
+comes last. So whenever a run is killed, the same command continues from a commit and repeats exactly what came after.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ from .world import World
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run leaves, for the last lines of the command."""
+    """The result of a run, for the last lines of the command."""
 
     finished: bool
     scores: dict[str, float]
@@ -65,14 +64,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class Beginning:
-    """How an attempt came about, for the records."""
+    """Why this process started (fresh, resumed or rolled back); logged once."""
 
     imports: float = 0.0
     """seconds spent before the run"""
     before: str | None = None
-    """how the attempt before this one ended"""
+    """how the previous attempt ended"""
     back: RolledBack | None = None
-    """where this one had to go back"""
+    """the rollback that started this attempt"""
 
 
 def train(
@@ -87,17 +86,17 @@ def train(
     try:
         with StopRequest() as stop, Watchdog(recipe.watchdog, out, world, lost) as watch:
             beginning = beginning or Beginning()
-            while isinstance(end := _live(recipe, out, world, stop, watch, beginning), RolledBack):
+            while isinstance(end := _attempt(recipe, out, world, stop, watch, beginning), RolledBack):
                 beginning = Beginning(beginning.imports, back=end)
             return end
     finally:
         world.leave()
 
 
-def _live(
+def _attempt(
     recipe: Recipe, out: Path, world: World, stop: StopRequest, watch: Watchdog, beginning: Beginning
 ) -> Summary | RolledBack:
-    """From the newest commit to the end of the run, or to where it has to go back."""
+    """Run from the newest commit to the end, or to a rollback."""
     with Run(recipe, out, world, stop, watch, beginning) as run:
         try:
             for stage in range(run.state.stage, len(recipe.stages)):
@@ -113,11 +112,11 @@ def _live(
                         return run.summary(finished=False)
             return run.finish()
         except RolledBack as end:
-            return end.with_traceback(None)  # which holds the loader and its processes
+            return end.with_traceback(None)  # the traceback holds the loader and its processes
 
 
 class Run:
-    """The state of a run between two step edges, and what is done at them."""
+    """The state of a run between two steps, and what is done there."""
 
     def __init__(
         self, recipe: Recipe, out: Path, world: World, stop: StopRequest, watch: Watchdog, beginning: Beginning
@@ -181,7 +180,7 @@ class Run:
         if back := beginning.back:
             event = "rollback"
             detail |= {"batches": back.cursor - self.state.cursor, "times": back.times, "reason": back.reason}
-            fresh = self.state.health.model_copy(update={"ill": 0, "leapt": False})
+            fresh = self.state.health.model_copy(update={"bad_steps": 0, "spiked": False})
             self.state = self.state.model_copy(update={"health": fresh})
         self._remember(event, {**detail, "changes": begun.changes} if begun.changes else detail, attempt=attempt)
         self.display.begin(self.state, commit)
@@ -203,7 +202,7 @@ class Run:
         return engine
 
     def _loader(self) -> Loader:
-        """The stream as the stage sees it; it knows which samples are bad already."""
+        """The loader of the stage, with the samples that are already known to be bad."""
         recipe, world = self.recipe, self.world
         sees, mixtures = self.plan.sees(self.state.stage), self.plan.mixtures(self.state)
         loader = Loader(recipe.data, *sees, recipe.seed, world.rank, world.size, mixtures)
@@ -221,7 +220,7 @@ class Run:
     # One step
 
     def enter(self, stage: int) -> None:
-        """Make the model of a stage, growing the one there is."""
+        """Enter a stage, growing the model if it changes."""
         if stage == self.state.stage:
             return
         self._fold()
@@ -240,13 +239,13 @@ class Run:
             self._remember("grow", growth.json())
             self.display.event("grow", self.state, **growth.json())
         self.state = self.state.model_copy(
-            update={"stage": stage, "window": (), "health": Health(well=self.state.step)}
+            update={"stage": stage, "window": (), "health": Health(healthy_step=self.state.step)}
         )
         if self.plan.sees(stage) != seen:
             self.loader = self._loader()
 
     def _search(self, stage: int) -> None:
-        """Decide what a stage grows into, by trials from here."""
+        """Choose what a stage grows into, by short trials from here."""
         begun = time.monotonic()
         choice = search(self.engine, self._build, self.recipe, self.state, stage, self._inputs)
         spent, seconds = self.state.flops + choice.spent, time.monotonic() - begun
@@ -256,12 +255,12 @@ class Run:
         self.meter.exclude_flops(choice.spent)
 
     def _decide(self, made: Decision, event: str, detail: dict[str, Any], **changes: Any) -> None:
-        """Go on by a decision."""
+        """Record a decision and continue by it."""
         self._remember(event, detail, decisions=(*self.state.decisions, made), **changes)
         self.plan = RunPlan.of(self.recipe, self.state.decisions)
 
     def batches(self) -> Iterator[Batch]:
-        """This rank's part of every global batch that is left of the stage."""
+        """This rank's part of every remaining global batch of the stage."""
         if self.state.step >= self.plan.ends[self.state.stage]:
             return
         with contextlib.closing(self.loader.batches(self.state.cursor)) as batches:
@@ -316,8 +315,7 @@ class Run:
             self._say_resumed(*self._resumed)
 
     def _say_resumed(self, seconds: dict[str, float], ready: float) -> None:
-        """Once in an attempt that continues: how long each part of it took, up to the first step, which is waited
-        for."""
+        """Log once how long each part of a resume took, up to the first step, which this synchronises with."""
         assert self.result
         self.result.grad_norm.item()
         self.display.resumed({**seconds, "first step": time.monotonic() - ready})
@@ -332,7 +330,7 @@ class Run:
         self.state = self.tally.fold(self.state, self.plan, patches, reads_tokens)
 
     def decide(self) -> None:
-        """End the stage here if its plateau rule says so; the rule looks once in a window."""
+        """End the stage here if its plateau rule says so; the rule is applied once per window."""
         rule, size = self.plan.stages[self.state.stage].plateau, self.recipe.data.batch
         if rule is None or len(self.state.window) + len(self.tally) < rule.steps(size):
             return
@@ -352,7 +350,7 @@ class Run:
     def agree(self) -> None:
         """Agree with the other ranks on what happens at this edge: a stop, a commit by the clock, bad samples."""
         world, clock = self.world, self.recipe.checkpoint.every_seconds
-        due = clock is not None and not self.uploads.under_way and time.monotonic() - self._commit_time >= clock
+        due = clock is not None and not self.uploads.in_progress and time.monotonic() - self._commit_time >= clock
         asked = (self.stop.requested, due and world.is_first, bool(self._bad), self.uploads.busy)
         self.stopping, self._clock_due, bad, busy = world.any(*asked)
         if not busy:
@@ -367,12 +365,12 @@ class Run:
         """Write a log line if one is due, and go back if the run is ill. Raises RolledBack."""
         if self.state.step % self.recipe.log.every == 0 or self.state.step == self.plan.ends[-1]:
             self._write_line()
-            if self.state.health.ill >= self.recipe.recovery.bad_steps:
+            if self.state.health.bad_steps >= self.recipe.recovery.bad_steps:
                 self.uploads.finish()
                 roll_back(self.recipe, self.state, self.commits, self.world)
 
     def _write_line(self) -> None:
-        """Read the step's numbers back from the device (here, it is waited for) and write them down."""
+        """Read the step's figures from the device (which synchronises) and log them."""
         self._fold()
         state, result, recipe = self.state, self.result, self.recipe
         assert result
@@ -420,12 +418,12 @@ class Run:
         self.scores, self.chance, self._scored = found.scores, found.chance, self.state.step
         best = recipe.checkpoint.keep_best
         if best and best not in found.scores:
-            raise TrainingError(f"checkpoint.keep_best = {best!r} is no score; there are {', '.join(found.scores)}")
+            raise TrainingError(f"checkpoint.keep_best = {best!r} is not a score; there are {', '.join(found.scores)}")
         self.display.evaluation(self.state, found, time.monotonic() - begun)
         self.meter.pause(time.monotonic() - begun)
 
     def commit(self) -> None:
-        """Commit if anything asks for it: the end, a growth ahead, a signal, or the interval."""
+        """Commit if it is due: at the end, before a growth, after a signal, or by the interval."""
         state, checkpoint = self.state, self.recipe.checkpoint
         every = checkpoint.every_samples
         stage_done = state.step == self.plan.ends[state.stage]
@@ -442,10 +440,10 @@ class Run:
         self._commit(reason)
 
     def _commit(self, reason: str) -> None:
-        """Take a snapshot and begin to upload it; only interval commits are not waited for."""
+        """Take a snapshot and begin to upload it; all but interval commits are waited for."""
         self.watch.at("commit", self.state.step)
         begun = time.monotonic()
-        self.uploads.finish()  # at most one is under way
+        self.uploads.finish()  # at most one is in progress
         self._fold()
         self.state = self.state.model_copy(
             update={
@@ -470,19 +468,19 @@ class Run:
         return self._seconds_before + time.monotonic() - self._begun
 
     def finish(self) -> Summary:
-        """Close a run that has seen its whole budget. Run again, it only writes the report once more."""
+        """Finish a run that has used its whole budget. Started again, it only writes the report."""
         if self.recipe.eval.suites and not self.scores:
             self.scores, self.chance = self.world.objects(self.display.scores(self.state))[0]
-        if self.recipe.eval.suites and not self.scores:  # the run folder is new, the commit is not
+        if self.recipe.eval.suites and not self.scores:  # a new run folder for an existing commit
             self._evaluate()
         self.display.event("end", self.state, seconds=self._seconds())
         return self.summary(finished=True)
 
     def summary(self, finished: bool) -> Summary:
-        """What the run has come to, with its report written."""
+        """The result of the run, after writing its report."""
         self.watch.at("end", self.state.step)
         report = self.display.report()
-        self.world.barrier()  # a launcher ends what is left when the first process ends: not before all is written
+        self.world.barrier()  # the launcher ends all processes when the first one exits
         return Summary(
             finished, self.scores, self.chance, self.uploads.last, report, self.out / "tensorboard", self._seconds()
         )

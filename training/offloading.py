@@ -1,4 +1,4 @@
-"""A model that is larger than its device: blocks that do not fit lie in the host's memory or on its disk.
+"""A model larger than its device: blocks that do not fit are in host memory or on disk.
 
 What computes stays one device. Everything but the blocks of the transformers lies there; each map of a block that does
 not is fetched before its forward pass and dropped after it. accelerate builds the model without memory, decides where

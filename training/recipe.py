@@ -32,7 +32,7 @@ from .state import Decision
 
 
 def _blended(new: Sequence[float], old: Sequence[float], replay: float) -> tuple[float, ...]:
-    """A share `replay` of the mixture `old`, the rest of `new`."""
+    """A fraction `replay` of the mixture `old`, the rest of `new`."""
     share = Fraction(repr(replay))
     every = [[Fraction(repr(float(weight))) for weight in weights] for weights in (new, old)]
     return tuple(
@@ -44,7 +44,7 @@ class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How often a line goes to metrics.jsonl, TensorBoard and the terminal."""
 
     every: int = Field(10, gt=0, description="steps between two log lines")
-    gradient_norms: bool = Field(False, description="also the norm of each objective's gradient; costs a pass for each")
+    gradient_norms: bool = Field(False, description="also log each objective's gradient norm; a backward pass each")
     profile: bool = Field(False, description="trace steps 5 to 8 into trace-rank-N.json.gz of the run folder")
 
 
@@ -67,7 +67,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     log: LogConfig = LogConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     recovery: RecoveryConfig = RecoveryConfig()
-    init_from: InitFromConfig | None = Field(None, description="the commit of another run to begin with")
+    init_from: InitFromConfig | None = Field(None, description="the commit of another run to start from")
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -201,7 +201,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             unknown = next((name for name in stage.mixture if name not in sources), None)
             if unknown is not None:
                 raise ValueError(
-                    f"stages.{number}.mixture names {unknown!r}, which is no source; there are {', '.join(sources)}"
+                    f"stages.{number}.mixture names {unknown!r}, which is not a source; there are {', '.join(sources)}"
                 )
             weights = mixtures[-1].weights
             if stage.mixture:

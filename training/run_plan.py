@@ -42,4 +42,4 @@ class RunPlan:
 
     def mixtures(self, state: RunState) -> list[Mixture]:
         """The mixtures by the number of the global batch from which they hold: the step, and what was skipped."""
-        return [Mixture(m.step + state.passed(before=m.step), m.weights) for m in self.recipe.mixtures()]
+        return [Mixture(m.step + state.skipped_batches(before=m.step), m.weights) for m in self.recipe.mixtures()]

@@ -34,12 +34,12 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def kept(seed: int, name: str, numbers_b: Tensor, of: int, share: float) -> Tensor:
-    """A fresh subset of 0 .. `of` - 1 for every sample, sorted, int64 [b, k]; k is `share` of `of`, at least one."""
+def kept(seed: int, name: str, numbers_b: Tensor, of: int, fraction: float) -> Tensor:
+    """A fresh subset of 0 .. `of` - 1 for every sample, sorted, int64 [b, k]; k is `fraction` of `of`, at least one."""
     ranks = uniform(seed, name, numbers_b, of).argsort(1)
-    return ranks[:, : share_of(of, share)].sort(1).values
+    return ranks[:, : count_of(of, fraction)].sort(1).values
 
 
-def share_of(of: int, share: float) -> int:
-    """How many `share` of `of` things are, at least one."""
-    return max(1, round(of * share))
+def count_of(of: int, fraction: float) -> int:
+    """The number of items in a `fraction` of `of` items, at least one."""
+    return max(1, round(of * fraction))

@@ -16,8 +16,8 @@ class ScheduleConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     kind: Literal["wsd"] = "wsd"
     warmup: int = Field(0, ge=0, description="samples over which the rate rises linearly from zero")
-    cooldown: float = Field(0.2, ge=0, le=1, description="last share of the run over which the rate falls linearly")
-    final_fraction: float = Field(0.0, ge=0, le=1, description="share of the peak rate at the very end")
+    cooldown: float = Field(0.2, ge=0, le=1, description="last fraction of the run, over which the rate falls linearly")
+    final_fraction: float = Field(0.0, ge=0, le=1, description="final rate, as a fraction of the peak")
 
     def factor(self, samples: int, batch: int, total: int) -> float:
         """Multiplier of the peak rate for the step that starts after `samples` samples and takes `batch` more.

@@ -1,4 +1,4 @@
-"""Stages: stretches of a run with one model shape and one mixture of the sources, budgeted in samples seen."""
+"""Stages: parts of a run with one model shape and one mixture of the sources, budgeted in samples seen."""
 
 from __future__ import annotations
 
@@ -13,83 +13,85 @@ from ..models.flops import training_flops
 from ..models.growth.options import DepthInit, DropBlocks, InheritFrom, WidthInit
 from ..models.growth.plan import changes, check_tokens
 from ..models.spec import ModelSpec
-from .sample_rng import share_of
+from .sample_rng import count_of
 
 
 class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """How a model is resized: what new parts are made of, and what becomes of the optimizer's state."""
+    """How a model is resized: how new weights are initialised, and what happens to the optimizer's state."""
 
     width_init: WidthInit = Field(
         "noise",
-        description="new channels, heads and hidden units are copies of old ones; noise: told apart by noise that "
-        "sums to zero, so that they learn different things; duplicate: plain copies, which stay alike for ever; "
-        "lemon: told apart by fresh draws",
+        description="new channels, heads and hidden units are copies of old ones; noise: with added noise that sums to "
+        "zero, so that they learn different things; duplicate: exact copies, which stay equal; lemon: with fresh "
+        "random values",
     )
     depth_init: DepthInit = Field(
         "zero",
-        description="new blocks; zero: copies that add nothing at first, exact; stack: the stack once more on top, "
-        "lossy; interleave: each block doubled, lossy",
+        description="new blocks; zero: copies whose output starts at zero, exact; stack: the whole stack repeated on "
+        "top, lossy; interleave: each block doubled, lossy",
     )
     drop_blocks: DropBlocks = Field(
         "last", description="blocks that go when a depth shrinks: the last, or those that write least"
     )
     token_init: tuple[Annotated[tuple[int, ...], Field(strict=False)], ...] = Field(
-        (), strict=False, description="of each new row of text.vocabulary the ids it is the mean of; empty: of all"
+        (),
+        strict=False,
+        description="for each new row of text.vocabulary the ids that it is the mean of; empty: all",
     )
     inherit: InheritFrom = Field(
         1.0,
-        description="share of the inherited weights, the rest is drawn afresh, lossy; 1: all; ema: old parts keep "
-        "their weights, new ones take those of the average that optimizer.ema keeps (both are reconstructions of "
+        description="fraction of the inherited weights; the rest is fresh random values, lossy; 1: inherit all; ema: "
+        "old parts keep their weights, new ones take those of the average of optimizer.ema (both are our readings of "
         "GrowCLIP's inheriting with momentum)",
     )
     moments: Literal["map", "keep_v", "reset"] = Field(
         "map",
-        description="the optimizer's moments; map: resized with the weights; keep_v: the second only; reset: none",
+        description="the optimizer's moments; map: resized with the weights; keep_v: only the second; reset: zero",
     )
-    rewarmup: int = Field(0, ge=0, description="samples over which the learning rate rises again after growth; 0: none")
+    rewarmup: int = Field(0, ge=0, description="samples of a new learning-rate warm-up after growth; 0: none")
     multiplier_fade: int = Field(
-        0, ge=0, description="samples over which the learning-rate multipliers of growth go back to 1; 0: they stay"
+        0, ge=0, description="samples over which the learning-rate multipliers of growth return to 1; 0: they stay"
     )
 
     @field_validator("inherit")
     @classmethod
-    def _a_share(cls, value: InheritFrom) -> InheritFrom:
+    def _is_a_fraction(cls, value: InheritFrom) -> InheritFrom:
         if value != "ema" and not 0 <= value <= 1:
-            raise ValueError(f"{value} is no share; give one from 0 to 1, or ema")
+            raise ValueError(f"{value} is not a fraction; give one from 0 to 1, or ema")
         return value
 
 
 class PlateauConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """The rule by which a stage ends before its budget does: the loss falls more slowly for its FLOPs than the next
-    size is expected to make it fall."""
+    """The rule that ends a stage early: when the loss falls more slowly per FLOP than the next size is expected to make
+    it fall."""
 
-    window: int = Field(gt=0, description="samples over which the slope of the loss is measured, again and again")
+    window: int = Field(gt=0, description="samples over which the slope of the loss is measured, repeatedly")
     exponent: float = Field(
         0.1,
         gt=0,
         le=1,
-        description="power of compute with which the loss of larger and larger models should fall; more: ends sooner",
+        description="exponent of the power law by which the loss falls with compute; larger: the stage ends sooner",
     )
 
     def steps(self, batch: int) -> int:
-        """Optimizer steps of a window at a global batch of `batch` pairs; a slope takes two."""
+        """Optimizer steps of a window at a global batch of `batch` pairs; at least two."""
         return max(2, -(-self.window // batch))
 
 
 _TOKENS = 16
-"""of a caption, where candidates are compared before any is read"""
+"""assumed caption length where candidates are compared before data is read"""
 _MOST_CANDIDATES = 256
 
 
 class SearchConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """What a stage may grow into: the growth space, its bound, and how long each candidate is tried."""
+    """What a stage may grow into: the search space, its limit, and how long each candidate is trained."""
 
     space: dict[str, Annotated[tuple[int | float, ...], Field(strict=False)]] = Field(
         min_length=1,
         description="sizes to choose among, as in {image.depth: [6, 8], text.width: [256, 384]}; every combination is "
-        "a candidate, and the present size is always among them",
+        "a candidate, and the current size is always among them",
     )
-    max_flops: float = Field(gt=1, description="most FLOPs a sample, as a multiple of the present model's")
+    max_flops: float = Field(gt=1, description="limit on FLOPs per sample, as a multiple of the current model's")
     samples: int = Field(gt=0, description="samples that each candidate is trained on, from the newest sources")
 
     @field_validator("space")
@@ -106,7 +108,7 @@ class SearchConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
-    """One stretch of a run. `shrink` and then `grow` happen before its first step."""
+    """One part of a run. `shrink` and then `grow` are applied before its first step."""
 
     samples: int = Field(gt=0, description="budget of the stage, in samples seen; rounded up to whole batches")
     grow: dict[str, int | float] = Field(
@@ -118,34 +120,34 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
     plateau: PlateauConfig | None = Field(
         None,
         description="ends the stage early when its loss flattens, as in {window: 8_000}; the rest of its samples go to "
-        "the next stage; left out: it ends with its budget",
+        "the next stage; default: it ends with its budget",
     )
     search: SearchConfig | None = Field(
-        None, description="sizes to choose among before the stage, by short trials, where `grow` would name them"
+        None, description="sizes to choose from before the stage, by short trials, instead of `grow`"
     )
     mixture: dict[str, float] = Field(
         default_factory=dict,
-        description="weights of the sources from here on, by name, as in {photos: 3, drawings: 1}; those not named "
-        "rest; empty: as before",
+        description="weights of the sources from this stage on, by name, as in {photos: 3, drawings: 1}; sources not "
+        "named are not read; empty: as before",
     )
     patch_keep: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="share of each picture's patches that is looked at, drawn anew each time (FLIP); end with a stage "
-        "of 1",
+        description="fraction of each picture's patches that is used, drawn anew each time (FLIP); the last stage "
+        "should use 1",
     )
     context: int | None = Field(
         None,
         ge=3,
-        description="longest caption of the stage in tokens, start and end included; longer ones are cut before their "
-        "end (CLIPA); left out: model.text.context; end with a stage without it",
+        description="longest caption of the stage in tokens, start and end included; longer ones are truncated "
+        "(CLIPA); default: model.text.context, which the last stage should use",
     )
     replay: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="share of the samples that comes from the mixture before this stage; the rest is of `mixture`",
+        description="fraction of the samples that comes from the mixture before this stage; the rest from `mixture`",
     )
 
     @field_validator("mixture")
@@ -153,7 +155,7 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
     def _weights(cls, value: dict[str, float]) -> dict[str, float]:
         wrong = next((name for name, weight in value.items() if not 0 <= weight < inf), None)
         if wrong is not None:
-            raise ValueError(f"mixture.{wrong} = {value[wrong]} is no weight; set a number of 0 or more")
+            raise ValueError(f"mixture.{wrong} = {value[wrong]} is not a valid weight; set a number of 0 or more")
         if value and not any(value.values()):
             raise ValueError("mixture gives every source weight 0; give one of them more")
         return value
@@ -162,8 +164,8 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
     def _new_joint_channels_need_momentum(self) -> Self:
         if "embed_dim" in self.grow and self.moments != "map":
             raise ValueError(
-                f"moments = {self.moments} would leave new channels of embed_dim at zero for ever: only their momentum "
-                f"moves them; set moments: map, or grow embed_dim in a stage of its own"
+                f"moments = {self.moments} would leave new channels of embed_dim at zero: only their momentum moves "
+                f"them; set moments: map, or grow embed_dim in a stage of its own"
             )
         return self
 
@@ -206,12 +208,12 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
         return resized
 
     def longest(self, spec: ModelSpec) -> int:
-        """The most tokens that a caption has in the stage, of a model of `spec`."""
+        """The longest caption of the stage in tokens, for a model of `spec`."""
         return min(self.context or spec.text.context, spec.text.context)
 
     def kept_patches(self, spec: ModelSpec) -> int:
-        """The patches of a picture that are looked at."""
-        return share_of(spec.image.grid**2, self.patch_keep)
+        """The number of patches of a picture that are used."""
+        return count_of(spec.image.grid**2, self.patch_keep)
 
     def steps(self, batch: int) -> int:
         """Optimizer steps of the stage at a global batch of `batch` pairs."""
@@ -225,19 +227,19 @@ def since_growth(stages: Sequence[StageConfig], stage: int, samples: int, batch:
 
 
 def steady_from(stages: Sequence[StageConfig], stage: int, batch: int, warmup: int) -> int:
-    """The samples of the run from which on a stage's loss is that of a settled rate: warm-ups are over."""
+    """The number of samples after which the learning rate of a stage is constant: warm-ups are over."""
     begin = batch * sum(s.steps(batch) for s in stages[:stage])
     grown, since = since_growth(stages, stage, begin, batch)
     return max(begin, warmup, begin - since + grown.rewarmup)
 
 
 def rewarmed(stages: Sequence[StageConfig], stage: int, samples: int, batch: int) -> float:
-    """Factor on the learning rate of the step that starts after `samples` samples of the run: a re-warm-up's, or 1."""
+    """Factor on the learning rate of the step after `samples` samples of the run: that of a re-warm-up, or 1."""
     grown, since = since_growth(stages, stage, samples, batch)
     return min(1.0, (since + batch) / grown.rewarmup) if grown.rewarmup else 1.0
 
 
 def faded(stages: Sequence[StageConfig], stage: int, samples: int, batch: int) -> float:
-    """The power that the multipliers of growth are raised to after `samples` samples of the run: from 1 down to 0."""
+    """The exponent of growth's multipliers after `samples` samples of the run: from 1 down to 0."""
     grown, since = since_growth(stages, stage, samples, batch)
     return max(0.0, 1 - since / grown.multiplier_fade) if grown.multiplier_fade else 1.0

@@ -1,6 +1,6 @@
-"""The commits of a run on their way: at most one, led forward at step edges while training goes on.
+"""The commit being uploaded (at most one), polled between steps while training continues.
 
-Every rank makes the same calls in the same order, since a commit is completed by all of them together.
+Every rank makes the same calls in the same order, since all of them complete a commit together.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from .world import World
 
 @dataclass
 class _Upload:
-    """A commit under way."""
+    """A commit in progress."""
 
     writing: CommitUpload
     state: RunState
     reason: str
     stall: float
-    """seconds that training stood still for it"""
+    """seconds that training was paused for it"""
 
 
 class Uploads:
-    """Takes snapshots and brings them into the store, one after the other."""
+    """Takes snapshots and uploads them, one at a time."""
 
     def __init__(self, commits: Commits, world: World, display: RunLog) -> None:
         self.commits = commits
         self.last: str | None = None
-        """URL of the newest complete commit, if there is one"""
+        """URL of the newest complete commit, or None"""
         self._world, self._display = world, display
         self._upload: _Upload | None = None
         self._warned = False
@@ -45,7 +45,7 @@ class Uploads:
     def begin(
         self, engine: Engine, state: RunState, recipe: Recipe, reason: str, scores: Mapping[str, float] | None
     ) -> None:
-        """Take a snapshot and begin to upload it. Nothing else may be under way. Raises StoreError."""
+        """Take a snapshot and begin to upload it. No other commit may be in progress. Raises StoreError."""
         assert self._upload is None
         begun = time.monotonic()
         snapshot = Snapshot(
@@ -62,34 +62,34 @@ class Uploads:
         self._upload = _Upload(writing, state, reason, time.monotonic() - begun)
 
     @property
-    def under_way(self) -> bool:
-        """Whether there is a commit that is not complete; the same on every rank."""
+    def in_progress(self) -> bool:
+        """Whether a commit is in progress; the same on every rank."""
         return self._upload is not None
 
     @property
     def busy(self) -> bool:
-        """Whether this rank still sends; when none does, all should `advance`."""
+        """Whether this rank is still uploading; once no rank is, all should call `advance`."""
         return self._upload is not None and self._upload.writing.busy
 
     def advance(self) -> float:
-        """Bring what is under way a step further, and return the seconds it took; no rank may be busy.
+        """Drive the commit in progress one step further; returns the seconds it took. No rank may be busy.
 
         Raises StoreError on every rank.
         """
-        return self._lead(wait=False)
+        return self._drive(wait=False)
 
     def finish(self) -> float:
-        """Wait until nothing is under way, and return the seconds it took. Raises StoreError on every rank."""
-        return self._lead(wait=True)
+        """Wait for the commit in progress; returns the seconds it took. Raises StoreError on every rank."""
+        return self._drive(wait=True)
 
     def give_up(self) -> None:
-        """Send nothing more: what is under way never becomes visible."""
+        """Stop uploading: the commit in progress never becomes visible."""
         if self._upload:
             self._upload.writing.give_up()
 
-    def _lead(self, wait: bool) -> float:
-        """A step further or to the end; what is complete is written down."""
-        upload, self._upload = self._upload, None  # an error leaves nothing to wait for
+    def _drive(self, wait: bool) -> float:
+        """One step or to the end; a complete commit is logged."""
+        upload, self._upload = self._upload, None  # after an error there is nothing to wait for
         if upload is None:
             return 0.0
         begun, writing = time.monotonic(), upload.writing

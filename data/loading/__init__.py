@@ -1,1 +1,1 @@
-"""Batches of training samples, decoded by processes beside the training process."""
+"""Batches of training samples, decoded by worker processes."""

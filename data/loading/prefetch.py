@@ -1,11 +1,11 @@
-"""Reading ahead: a process that fetches into the node's cache (blocks.py) what a rank is about to decode.
+"""Prefetching: a process that fetches the blocks a rank is about to decode into the node's cache (block_cache.py).
 
-Why not a read-ahead cache of fsspec: it fetches what follows in the file, and what comes next here follows in the order
-of samples.
+Why not fsspec's read-ahead cache: it fetches what follows in the file, while the next samples here follow the order of
+samples.
 
-What comes next is known for ever, because the order is a function (order.py): the process walks along it in front of
-the training, and stops where it is some bytes or steps ahead. Nothing depends on it. A block that it has not brought in
-time is fetched by whoever needs it, and an error that it meets is met again there, and told there.
+All future reads are known because the order is a function (order.py): the process runs through it ahead of training and
+pauses when it is a certain number of bytes or steps ahead. It only saves time. A block that is not there in time is
+fetched by the process that needs it, and a read error shows up again there and is reported there.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from ..order import Order
 from ..shards.source import Source
 from ..storage.block_cache import BlockCache, CachedBlock
 
-_REQUESTS = 8  # at a time
-_MOST_BYTES = 512 << 20  # fetched and not yet reached by the training
-_MOST_OF_CACHE = 8  # and at most this part of the cache, which must not evict what is in use
-_MOST_STEPS = 512
-_PAUSE = 0.05  # seconds
+_CONCURRENT_REQUESTS = 8
+_MAX_BYTES = 512 << 20  # fetched and not yet reached by training
+_CACHE_DIVISOR = 8  # prefetch at most 1/8 of the cache, so that it does not evict blocks in use
+_MAX_STEPS = 512
+_POLL_SECONDS = 0.05  # seconds
 
 
-class Ahead:
-    """Fetches the blocks of rank `rank`'s share of global batches `step`, `step` + 1, ... in a process of its own."""
+class Prefetcher:
+    """Fetches the blocks of rank `rank`'s part of global batches `step`, `step` + 1, ... in a separate process."""
 
     def __init__(
         self, order: Order, sources: Sequence[Source], cache: BlockCache, rank: int, world: int, step: int
@@ -42,15 +42,15 @@ class Ahead:
         context = multiprocessing.get_context("fork")
         self._reached: Any = context.RawValue(ctypes.c_int64, step)
         self._process = context.Process(
-            target=_in_background,
-            args=(_Walk(order, sources, cache, rank, world), self._reached, os.getpid()),
+            target=_run,
+            args=(_UpcomingBlocks(order, sources, cache, rank, world), self._reached, os.getpid()),
             name="reading ahead",
             daemon=True,
         )
         self._process.start()
 
     def reached(self, step: int) -> None:
-        """Global batch `step` is about to be trained on."""
+        """Report that global batch `step` is about to be trained on."""
         self._reached.value = step
 
     def close(self) -> None:
@@ -59,16 +59,16 @@ class Ahead:
         self._process.join()
 
 
-class _Walk:
-    """What lies in front of a rank, batch by batch."""
+class _UpcomingBlocks:
+    """The blocks that a rank will read, batch by batch."""
 
     def __init__(self, order: Order, sources: Sequence[Source], cache: BlockCache, rank: int, world: int) -> None:
         self._order, self._sources, self._cache = order, sources, cache
         self._rank, self._world = rank, world
-        self.most_bytes = min(_MOST_BYTES, cache.limit // _MOST_OF_CACHE)
+        self.max_bytes = min(_MAX_BYTES, cache.limit // _CACHE_DIVISOR)
 
     def blocks(self, step: int) -> list[CachedBlock]:
-        """The blocks that the rank reads of global batch `step`, each once."""
+        """The blocks that the rank reads for global batch `step`, without duplicates."""
         found: dict[CachedBlock, None] = {}
         for place in self._order.places(step, self._rank, self._world):
             source = self._sources[place.source]
@@ -77,34 +77,38 @@ class _Walk:
         return list(found)
 
     def fetch(self, block: CachedBlock) -> int:
-        """Bytes fetched for a block."""
+        """Fetches a block and returns the bytes transferred (0 if it is cached or cannot be read)."""
         try:
             return self._cache.fetch(block)
-        except DataError:  # whoever decodes it will say so
-            time.sleep(_PAUSE)
+        except DataError:  # the decoding process meets the same error and reports it
+            time.sleep(_POLL_SECONDS)
             return 0
 
 
-def _in_background(walk: _Walk, reached: Any, parent: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the run's handlers, inherited, are its business
+def _run(upcoming: _UpcomingBlocks, reached: Any, parent: int) -> None:
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # handled by the training process; drop the inherited handlers
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     step = reached.value
     fetched: deque[tuple[int, int]] = deque()  # step, bytes
-    with ThreadPoolExecutor(_REQUESTS) as pool:
+    with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
         while True:
             while fetched and fetched[0][0] <= reached.value:
                 fetched.popleft()
-            if step - reached.value >= _MOST_STEPS or sum(size for _, size in fetched) >= walk.most_bytes:
-                time.sleep(_PAUSE)
+            if step - reached.value >= _MAX_STEPS or sum(size for _, size in fetched) >= upcoming.max_bytes:
+                time.sleep(_POLL_SECONDS)
                 continue
             step = max(step, reached.value)
-            fetched.append((step, sum(pool.map(walk.fetch, walk.blocks(step)))))
+            fetched.append((step, sum(pool.map(upcoming.fetch, upcoming.blocks(step)))))
             step += 1
 
 
-def _end_with(parent: int) -> None:
-    """A killed parent cannot end its children."""
+def _exit_with_parent(parent: int) -> None:
+    """Exits when the parent is gone: a killed parent cannot end its children."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

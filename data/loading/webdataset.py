@@ -1,8 +1,8 @@
 """The exact order for other training loops: a run's stream of samples as a WebDataset pipeline.
 
-WebDataset itself shuffles shards and a buffer, so what it gives depends on the number of processes and cannot be taken
-up in mid-epoch. Here the order stays ours (order.py): a function of seed, step and rank. What comes out are
-WebDataset's own samples, dicts of raw bytes by kind, so that its `decode`, `map`, `to_tuple` and `batched` follow.
+WebDataset shuffles shards and a buffer, so its order depends on the number of processes and cannot be resumed in
+mid-epoch. Here the order is that of order.py: a function of seed, step and rank. The samples are in WebDataset's form,
+dicts of raw bytes by kind, so that its `decode`, `map`, `to_tuple` and `batched` can follow.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..storage.files import shown_url
 from .loader import Loader
 
 _LOG = logging.getLogger(__name__)
-_ANY = 1  # resolution and context of a loader whose samples are handed out raw
+_UNUSED = 1  # resolution and context of a loader whose samples are delivered raw
 
 
 class Stream(Protocol):
-    """What is needed of a recipe."""
+    """The fields of a recipe that are used here."""
 
     @property
     def data(self) -> DataConfig: ...
@@ -37,7 +37,7 @@ class Stream(Protocol):
     def seed(self) -> int: ...
 
     def mixtures(self) -> list[Mixture]:
-        """The weights of the sources, by the step they begin at."""
+        """The weights of the sources, each with the step at which they start."""
         ...
 
 
@@ -51,55 +51,55 @@ def as_webdataset(
     rank: int | None = None,
     world: int | None = None,
 ) -> FluidWrapper:
-    """The samples of a recipe, of a `data:` block or of a source's URL as a WebDataset pipeline, in the order of a run.
+    """The samples of a recipe, a `data:` block or a source's URL as a WebDataset pipeline, in the order of a run.
 
-    batch: pairs of a global batch, over all ranks; needed for a URL, else the recipe's.
-    seed: of the order; the recipe's, or 0.
-    step, steps: the global batch to begin with, and how many to give (None: without end).
-    rank, world: left out, they are those of torch.distributed or of the environment (RANK, WORLD_SIZE).
+    batch: pairs in a global batch, over all ranks; required for a URL, otherwise the recipe's.
+    seed: seed of the order; default: the recipe's, or 0.
+    step, steps: the first global batch, and the number of them (None: without end).
+    rank, world: default: those of torch.distributed or of the environment (RANK, WORLD_SIZE).
 
     A sample has `__key__`, `__url__` (its shard) and the raw bytes of its members by kind: the picture, `json`, the
-    recipe's columns, and as `txt` the caption that the run would show. A bad sample is replaced as in a run, with a
-    warning; its picture is decoded once to know. The workers of a DataLoader take whole batches in turn, so the order
-    is exact where a batch of the DataLoader is batch / world samples.
+    recipe's columns, and as `txt` the caption that the run would use. A bad sample is replaced as in a run, with a
+    warning; every picture is decoded once to detect bad ones. The workers of a DataLoader take whole batches in turn,
+    so the order is exact if a batch of the DataLoader has batch / world samples.
 
-    Raises DataError where a source cannot be read, the batch does not fit the world, or too many samples are bad.
+    Raises DataError if a source cannot be read, batch is not a multiple of world, or too many samples are bad.
     """
-    config, seed, mixtures = _settled(source, batch, seed)
+    config, seed, mixtures = _resolve(source, batch, seed)
     if step < 0 or (steps is not None and steps < 0):
-        raise DataError(f"step = {step}, steps = {steps}: neither may be negative; begin at 0")
+        raise DataError(f"step = {step}, steps = {steps}: neither may be negative; start at 0")
     found_rank, found_world, *_ = pytorch_worker_info()
     rank, world = found_rank if rank is None else rank, found_world if world is None else world
     if not 0 <= rank < world:
         raise DataError(f"rank = {rank} must be from 0 to world - 1 = {world - 1}")
     if config.batch % world:
         raise DataError(f"batch = {config.batch} must be a multiple of world = {world}")
-    return FluidWrapper(_InOrder(config, seed, mixtures, rank, world, step, steps))
+    return FluidWrapper(_OrderedSamples(config, seed, mixtures, rank, world, step, steps))
 
 
-def _settled(
+def _resolve(
     source: Stream | DataConfig | str, batch: int | None, seed: int | None
 ) -> tuple[DataConfig, int, Sequence[Mixture]]:
-    """The data, the seed of the order and the mixtures of what a caller gave."""
+    """The data config, the seed of the order and the mixtures for the arguments of `as_webdataset`."""
     if isinstance(source, str):
         if batch is None:
             raise DataError(
-                f"{shown_url(source)}: give `batch`, the pairs of a global batch over all ranks, as in 1024"
+                f"{shown_url(source)}: pass `batch`, the number of pairs in a global batch over all ranks, such as 1024"
             )
         source = DataConfig(train=(SourceConfig(source=source),), batch=batch)
     elif batch is not None:
         own = source if isinstance(source, DataConfig) else source.data
         if batch != own.batch:
             raise DataError(
-                f"batch = {batch} is not that of the recipe, {own.batch}; the order depends on it, leave it out"
+                f"batch = {batch} differs from the recipe's data.batch = {own.batch}, which fixes the order; omit it"
             )
     if isinstance(source, DataConfig):
         return source, seed or 0, ()
     return source.data, source.seed if seed is None else seed, source.mixtures()
 
 
-class _InOrder(IterableDataset[dict[str, Any]]):
-    """A rank's samples, raw, step after step."""
+class _OrderedSamples(IterableDataset[dict[str, Any]]):
+    """A rank's raw samples, step after step."""
 
     def __init__(
         self,
@@ -114,26 +114,26 @@ class _InOrder(IterableDataset[dict[str, Any]]):
         super().__init__()
         self._arguments = (config, seed, mixtures, rank, world, step, steps)
         self._first, self._count = step, steps
-        self._loader = Loader(config, _ANY, _ANY, seed, rank, world, mixtures)
+        self._loader = Loader(config, _UNUSED, _UNUSED, seed, rank, world, mixtures)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._arguments  # to a DataLoader's worker that is not forked: it opens the sources itself
+        return type(self), self._arguments  # for DataLoader workers that are not forked: they open the sources again
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        self._count_bad([entry for source in self._loader.sources for entry in source.left_out])
+        self._report_bad([entry for source in self._loader.sources for entry in source.skipped])
         for number in count() if self._count is None else range(self._count):
             if number % workers == worker:
                 yield from self._samples(self._first + number)
 
     def _samples(self, step: int) -> Iterator[dict[str, Any]]:
         for record, caption, bad in self._loader.records(step):
-            self._count_bad(bad)
+            self._report_bad(bad)
             yield {"__key__": record.key, "__url__": record.shard, **record.fields, "txt": caption.encode("utf-8")}
 
-    def _count_bad(self, entries: Sequence[LedgerEntry]) -> None:
-        """Warns of bad samples, and counts those that this process met. DataError if they are too many."""
+    def _report_bad(self, entries: Sequence[LedgerEntry]) -> None:
+        """Warns of bad samples and counts those found by this process. Raises DataError if there are too many."""
         for entry in entries:
             _LOG.warning("bad sample: key %s in %s: %s", shown(entry.key), shown_url(entry.shard), entry.reason)
         if entries:

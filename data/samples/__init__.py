@@ -1,1 +1,1 @@
-"""One sample: from a shard's raw bytes to pixels, tokens, boxes and arrays."""
+"""Decoding one sample: from a shard's raw bytes to pixels, tokens, boxes and arrays."""

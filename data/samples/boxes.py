@@ -1,9 +1,9 @@
-"""Boxes with texts: from a sample's metadata to the picture that the model sees.
+"""Boxes with texts: read from a sample's metadata and mapped to the cropped picture.
 
 key.json holds `{"boxes": [{"box": [x0, y0, x1, y1], "text": TEXT}, ...]}`, left and top edge first, in pixels of the
-upright picture or as fractions of its sides; the recipe says which. They follow the crop, the flip and the resize, and
-arrive as fractions of the sides of the delivered picture. A box of which the crop leaves too little is dropped: its
-text would no longer be true.
+upright picture or as fractions of its sides, as the recipe states. Boxes follow the crop, the flip and the resize, and
+are delivered as fractions of the sides of the final picture. A box with too small a part inside the crop is dropped:
+its text would no longer be true.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 _MOST_BOXES = 1000
 _LONGEST_TEXT = 10_000
-_NOTHING = 1e-9  # of a picture's area: rounding
+_NOTHING = 1e-9  # of a picture's area; below it a box counts as empty (rounding)
 
 
 @dataclass(frozen=True, slots=True)
 class Boxes:
-    """The boxes of some pictures, one after another: n boxes of b pictures, t tokens."""
+    """The boxes of a batch, concatenated: n boxes of b pictures, t tokens."""
 
     corners: torch.Tensor  # float32 [n, 4]: x0, y0, x1, y1 from 0 to 1, fractions of the picture's sides
-    counts: torch.Tensor  # int64 [b], their sum is n
-    tokens: torch.Tensor  # int64 [t], the texts one after another
+    counts: torch.Tensor  # int64 [b], boxes per picture; their sum is n
+    tokens: torch.Tensor  # int64 [t], the texts concatenated
     lengths: torch.Tensor  # int64 [n], their sum is t
     texts: tuple[str, ...]
 
@@ -46,23 +46,23 @@ class SampleBoxes:
 
     corners: NDArray[np.float64]  # [n, 4]: x0, y0, x1, y1, fractions of the picture's sides
     texts: tuple[str, ...]
-    tokens: tuple[list[int], ...] = ()  # of each text, once it is tokenised
+    tokens: tuple[list[int], ...] = ()  # of each text; empty until tokenised
 
     @classmethod
     def none(cls) -> SampleBoxes:
-        """Those of a picture that has none."""
+        """An empty set of boxes."""
         return cls(np.zeros((0, 4)), ())
 
     def tokenised(self, tokenizer: TextTokenizer, context: int) -> SampleBoxes:
-        """The same with the tokens of each text, at most `context` of them."""
+        """The same boxes with the tokens of each text, at most `context` per text."""
         return replace(self, tokens=tuple(tokenizer.encode(text, context) for text in self.texts))
 
 
 def read_boxes(
     metadata: Mapping[str, Any], unit: Literal["pixels", "relative"], height: int, width: int
 ) -> SampleBoxes:
-    """The boxes in a sample's metadata, cut at the edges of its picture of `height` x `width` pixels; a sample without
-    any has none. Raises BadSample."""
+    """The boxes in a sample's metadata, clipped to its picture of `height` x `width` pixels; may be empty. Raises
+    BadSample."""
     items = metadata.get("boxes", [])
     if not isinstance(items, list) or len(items) > _MOST_BOXES:
         raise BadSample(f"boxes are wrong: they must be a list of at most {_MOST_BOXES:,}")
@@ -71,19 +71,19 @@ def read_boxes(
     if unit == "pixels":
         corners /= (width, height, width, height)
     elif len(corners) and corners.max() > 1.5:  # rounding may exceed 1, but not by half a picture
-        raise BadSample("boxes are wrong: the recipe says that they are relative, but one goes beyond 1")
+        raise BadSample("boxes are wrong: the recipe says relative, but one exceeds 1")
     return SampleBoxes(corners.clip(0, 1), texts)
 
 
-def seen_boxes(boxes: SampleBoxes, crop: Crop, height: int, width: int, least: float) -> SampleBoxes:
-    """The boxes as they lie in a crop of the picture, cut at its edges; those with less than `least` of their area in
-    it, or nothing, are left out."""
+def crop_boxes(boxes: SampleBoxes, crop: Crop, height: int, width: int, min_fraction: float) -> SampleBoxes:
+    """The boxes relative to a crop of the picture, clipped to it; those with less than `min_fraction` of their area
+    inside, or nothing, are dropped."""
     start = np.array([crop.left / width, crop.top / height])
     size = np.array([crop.width / width, crop.height / height])
     inside = (boxes.corners.reshape(-1, 2, 2) - start) / size
     cut = inside.clip(0, 1)
     whole, left = (np.prod(each[:, 1] - each[:, 0], 1) for each in (inside, cut))
-    kept = (left > _NOTHING) & (left >= least * whole * (1 - _NOTHING))  # a whole box stays at least = 1
+    kept = (left > _NOTHING) & (left >= min_fraction * whole * (1 - _NOTHING))  # with tolerance
     corners = cut[kept].reshape(-1, 4)
     if crop.mirrored:
         corners = np.stack([1 - corners[:, 2], corners[:, 1], 1 - corners[:, 0], corners[:, 3]], 1)
@@ -91,7 +91,7 @@ def seen_boxes(boxes: SampleBoxes, crop: Crop, height: int, width: int, least: f
 
 
 def collate_boxes(samples: Sequence[SampleBoxes]) -> Boxes:
-    """Lays the boxes of several pictures end to end."""
+    """Concatenates the boxes of several pictures."""
     import torch
 
     texts = [ids for sample in samples for ids in sample.tokens]
@@ -111,7 +111,7 @@ def _corners(item: object) -> list[float]:
         raise BadSample("boxes are wrong: each must be {box: [x0, y0, x1, y1], text}")
     x0, y0, x1, y1 = (float(value) for value in box)
     if not (x0 < x1 and y0 < y1):
-        raise BadSample(f"boxes are wrong: [{x0:g}, {y0:g}, {x1:g}, {y1:g}] does not go from left to right and down")
+        raise BadSample(f"boxes are wrong: [{x0:g}, {y0:g}, {x1:g}, {y1:g}] must have left < right and top < bottom")
     return [x0, y0, x1, y1]
 
 

@@ -1,13 +1,13 @@
-"""A sample's texts: its captions with their tags and weights, and which one of them a position of the stream shows.
+"""A sample's texts: its captions with tags and weights, and the draw of the one that training uses at a position.
 
-key.txt is one caption. key.json may hold more of them, and what else is known of the picture:
+key.txt is one caption. key.json may hold more captions and other metadata of the picture:
 `{"captions": [TEXT or {"text": TEXT, "source": TAG, "weight": 2.5}, ...], "labels": {NAME: CLASS}, ...}`. A plain text
 has the tag `untagged` and the weight 1.
 
-The draw has two steps. Where the recipe gives a source weights by tag (`caption_weights: {alt: 1, recaption: 3}`), a
-tag is drawn by them among those that the sample has; then a caption among those of the tag, by their own weights. So a
-tag keeps its probability however many captions it has. Weights count to a millionth and are drawn as whole numbers: the
-choice is exact, and depends on the seed, the position and the sample alone.
+The draw has two steps. If the recipe gives a source weights by tag (`caption_weights: {alt: 1, recaption: 3}`), a tag
+is drawn by these weights among those that the sample has; then one of its captions is drawn by the captions' weights.
+So a tag keeps its probability however many captions it has. Weights are integers in millionths: the draw is exact, and
+depends only on the seed, the position and the sample.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOST_TEXT = 1 << 20  # bytes of a caption or its metadata
 _MOST_CAPTIONS = 10_000
 _LONGEST_TAG = 100
 _HEAVIEST = 1_000_000
-_LOOKS = 16  # places of a source that are looked at, and samples at each of them
+_LOOKS = 16  # places in a source that are probed, and samples at each of them
 
 
 class Caption(NamedTuple):
@@ -43,26 +43,26 @@ class Caption(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """What a sample says of its picture."""
+    """The texts and metadata of a sample."""
 
-    captions: tuple[Caption, ...]  # that of the .txt first; no two alike in text and tag
+    captions: tuple[Caption, ...]  # the one of the .txt first; unique in (text, tag)
     labels: dict[str, str]
-    metadata: dict[str, Any]  # all of the .json, as it came
+    metadata: dict[str, Any]  # the whole .json
 
 
 def read_texts(fields: Mapping[str, bytes]) -> Texts:
     """The captions, labels and metadata among a record's members. Raises BadSample.
 
-    A plain text that also comes with a tag is that caption, once. img2dataset's "caption" counts where nothing else
-    gives one.
+    An untagged caption that also occurs with a tag is dropped. img2dataset's "caption" is used only if there is no
+    other caption.
     """
     metadata = _metadata(fields["json"]) if "json" in fields else {}
     captions = [Caption(_text(fields["txt"], "caption").strip())] if "txt" in fields else []
     first = captions[0].text if captions else ""
-    further = metadata.get("captions", [metadata["caption"]] if metadata.get("caption") and not captions else [])
-    if not isinstance(further, list) or len(further) > _MOST_CAPTIONS:
+    additional = metadata.get("captions", [metadata["caption"]] if metadata.get("caption") and not captions else [])
+    if not isinstance(additional, list) or len(additional) > _MOST_CAPTIONS:
         raise BadSample("metadata is wrong: captions must be a list of texts or of {text, source, weight}")
-    captions += [_caption(each) for each in further]
+    captions += [_caption(each) for each in additional]
     if not captions:
         raise BadSample("no caption: neither .txt nor captions in .json")
     tagged = {caption.text for caption in captions if caption.tag != UNTAGGED}
@@ -79,19 +79,19 @@ def read_texts(fields: Mapping[str, bytes]) -> Texts:
     return Texts(tuple(unique.values()), labels, metadata)
 
 
-def drawn_caption(
-    captions: Sequence[Caption], shares: Mapping[str, int], random: Draws | np.random.Generator
+def draw_caption(
+    captions: Sequence[Caption], tag_weights: Mapping[str, int], random: Draws | np.random.Generator
 ) -> Caption:
-    """One caption, by the weights of the tags in `shares` (none: all tags together) and then by its own.
-    Raises BadSample if none may be drawn."""
+    """One caption: a tag drawn by `tag_weights` (empty: all tags together), then a caption of it drawn by its weight.
+    Raises BadSample if there is none to draw."""
     allowed = [caption for caption in captions if caption.weight]
-    if shares:
+    if tag_weights:
         present = {caption.tag for caption in allowed}
-        tags = [tag for tag in shares if tag in present]
+        tags = [tag for tag in tag_weights if tag in present]
         if not tags:
-            wanted, found = (", ".join(shown(tag, 40) for tag in each) for each in (shares, tags_of(captions)))
+            wanted, found = (", ".join(shown(tag, 40) for tag in each) for each in (tag_weights, tags_of(captions)))
             raise BadSample(f"no caption from {wanted}: found {found}")
-        tag = tags[_weighted([shares[tag] for tag in tags], random)]
+        tag = tags[_weighted([tag_weights[tag] for tag in tags], random)]
         allowed = [caption for caption in allowed if caption.tag == tag]
     if not allowed:
         raise BadSample("no caption to draw: all have the weight 0")
@@ -103,7 +103,7 @@ def tags_of(captions: Iterable[Caption]) -> list[str]:
 
 
 def _weighted(weights: Sequence[int], random: Draws | np.random.Generator) -> int:
-    """An index, with a chance in exact proportion to its weight."""
+    """An index, drawn with probability exactly proportional to its weight."""
     unit = gcd(*weights)
     at = int(random.integers(sum(weights) // unit))
     for i, weight in enumerate(weights):
@@ -113,9 +113,9 @@ def _weighted(weights: Sequence[int], random: Draws | np.random.Generator) -> in
     raise AssertionError("the weights are their sum")
 
 
-def looks(length: int) -> list[int]:
-    """The numbers of the samples that a source of `length` is judged by before a run: a few in each of a few places,
-    the places in turn. (Neighbours lie in one shard, and are read together.)"""
+def probe_numbers(length: int) -> list[int]:
+    """The numbers of the samples that are inspected before a run: a few from each of several places in a source of
+    `length` samples, the places in turn."""
     numbers = (place * length // _LOOKS + step for step in range(_LOOKS) for place in range(_LOOKS))
     return list(dict.fromkeys(number for number in numbers if number < length))
 
@@ -134,7 +134,7 @@ def _caption(item: object) -> Caption:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raises BadSample if there is nothing to tokenise."""
+    """Raises BadSample if a text is empty or not valid Unicode."""
     if not clean_text(text):
         raise BadSample(f"{what} is empty")
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):

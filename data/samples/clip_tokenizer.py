@@ -1,12 +1,12 @@
-"""Captions to tokens: CLIP's byte-pair encoding, with the ids of open_clip's SimpleTokenizer on any text.
+"""CLIP's tokenizer: byte-pair encoding with the same ids as open_clip's SimpleTokenizer on any text.
 
-Why not the `tokenizers` library for all of it (Split by CLIP's pattern, ByteLevel, the same merges): tried, it gives
-other ids for 112 of 20,000 strings of random code points, as its Unicode tables differ from those of `regex`, and for
-none of 20,000 strings of ordinary words; it takes 7.8 s for 20,000 texts, and this 6.3 s.
+Why not the `tokenizers` library for everything (Split by CLIP's pattern, ByteLevel, the same merges): tried, it gives
+different ids for 112 of 20,000 strings of random code points, as its Unicode tables differ from those of `regex`, and
+for none of 20,000 strings of ordinary words; it takes 7.8 s for 20,000 texts, this module 6.3 s.
 
-The text is cleaned as open_clip does (ftfy, HTML entities, white space, lower case), cut into words by CLIP's pattern,
-and each word is merged by the `tokenizers` library; words seen before come from a table. The vocabulary file lies in
-the open_clip wheel and is found without importing open_clip, which would cost seconds.
+The text is cleaned as in open_clip (ftfy, HTML entities, white space, lower case) and split into words by CLIP's
+pattern; the `tokenizers` library merges each word, and known words come from a cache. The vocabulary file is part of
+the open_clip wheel and is found without importing open_clip, which would take seconds.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class Tokenizer:
         self._known: dict[str, list[int]] = {}
 
     def encode(self, caption: str, context: int) -> list[int]:
-        """START, the caption's ids, END; a longer text is cut to `context` ids, the last of them END."""
+        """START, the caption's ids, END; a longer text is truncated to `context` ids, the last of them END."""
         ids = [START]
         for match in _WORDS.finditer(clean_text(caption)):
             ids += self._word(match.group())
-            if len(ids) >= context:  # no later word can show
+            if len(ids) >= context:  # later words would be truncated
                 break
         ids = [*ids, END][:context]
         ids[-1] = END
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Readable text: special tokens dropped, bytes that are not UTF-8 shown as U+FFFD."""
+        """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         text = b"".join(self._texts[i] for i in ids if 0 <= i < START)
         return text.decode("utf-8", errors="replace").strip()
 
@@ -72,22 +72,22 @@ class Tokenizer:
         return [token.id for token in self._bpe.tokenize("".join(letters[b] for b in word.encode("utf-8")))]
 
 
-def fitted(tokenizer: TextTokenizer, caption: str, context: int) -> tuple[list[int], bool]:
-    """The ids of `tokenizer.encode(caption, context)`, and whether the caption was cut to make them fit."""
+def encode_truncated(tokenizer: TextTokenizer, caption: str, context: int) -> tuple[list[int], bool]:
+    """The ids of `tokenizer.encode(caption, context)`, and whether the caption was truncated."""
     ids = tokenizer.encode(caption, context + 1)
     if len(ids) <= context:
         return ids, False
     return [*ids[: context - 1], ids[-1]], True
 
 
-@lru_cache(maxsize=32)  # a caption is looked at thrice: is it empty, its ids, its hash
+@lru_cache(maxsize=32)  # each caption is cleaned three times: for the empty check, its ids and its hash
 def clean_text(text: str) -> str:
-    """The text as the tokenizer sees it. Captions that are equal here are one caption to a model.
+    """The cleaned text that is tokenised; captions with equal cleaned texts count as the same caption.
 
     As open_clip's `_clean_lower`: ftfy, HTML entities resolved twice, white space collapsed, lower case.
     """
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # else the next two change nothing
-        import ftfy  # most captions never need it
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # otherwise they change nothing
+        import ftfy  # slow import, needed by few captions
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
@@ -95,8 +95,8 @@ def clean_text(text: str) -> str:
 
 @cache
 def _byte_letters() -> list[str]:
-    """A visible letter for each byte (GPT-2's table): printable Latin-1 bytes stand for themselves, the other 68, in
-    order, for the letters from U+0100 on."""
+    """A visible letter for each byte (GPT-2's table): printable Latin-1 bytes map to themselves, the other 68, in
+    order, to the letters from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]
@@ -104,7 +104,7 @@ def _byte_letters() -> list[str]:
 
 @cache
 def _vocabulary() -> tuple[BPE, list[bytes]]:
-    """The merging model, and each id's bytes. Ids: 256 bytes, 256 bytes that end a word, the merges, START, END."""
+    """The BPE model, and the bytes of each id. Ids: 256 bytes, 256 bytes that end a word, the merges, START, END."""
     letters = _byte_letters()
     # Visible bytes come first in CLIP's numbering, each group in rising order.
     singles = sorted(letters, key=lambda letter: (ord(letter) >= 256, ord(letter)))
@@ -126,11 +126,11 @@ def _merges_file() -> Path:
         path = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
         if path.is_file():
             return path
-    raise DataError("CLIP's vocabulary is missing: it comes with open_clip; run `pip install open_clip_torch`")
+    raise DataError("CLIP's vocabulary is missing: it is part of open_clip; run `pip install open_clip_torch`")
 
 
 class TextTokenizer(Protocol):
-    """What the loader and the evaluation need of a tokenizer."""
+    """The tokenizer interface that the loader and the evaluation use."""
 
     @property
     def START(self) -> int:
@@ -144,13 +144,13 @@ class TextTokenizer(Protocol):
 
     @property
     def VOCABULARY(self) -> int:
-        """Rows that a token table needs: the largest id and one."""
+        """The number of rows of an embedding table: the largest id plus one."""
         ...
 
     def encode(self, caption: str, context: int) -> list[int]:
-        """START, the caption's ids, END; a longer text is cut to `context` ids, the last of them END."""
+        """START, the caption's ids, END; a longer text is truncated to `context` ids, the last of them END."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Readable text: special tokens dropped."""
+        """The text of `ids`, without special tokens."""
         ...

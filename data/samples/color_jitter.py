@@ -1,12 +1,12 @@
-"""Colour jitter on uint8 pictures: light, contrast, saturation and hue by random factors, and some pictures grey.
+"""Colour jitter on uint8 pictures: random brightness, contrast, saturation and hue, and random greyscale.
 
-Why not torchvision.transforms.v2.functional: its results differ in the last bit between processors, and the same
-picture must come out of every machine.
+Why not torchvision.transforms.v2.functional: its results differ in the last bit between processors, and every machine
+must produce the same picture.
 
 The four changes are those of torchvision's ColorJitter on tensors, in an order drawn for each picture, with one
-difference: results are rounded to the nearest level instead of cut down to it, so that a row of changes does not
-darken. The light and the contrast act on each level alone and go through a table of 256. What is drawn does not
-depend on the strengths: switching one change on leaves the others as they were.
+difference: results are rounded to the nearest level instead of truncated, so that repeated changes do not darken the
+picture. Brightness and contrast map each level independently and use a table of 256 entries. The draws do not depend on
+the strengths: enabling one change does not alter the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)[:, None, None]  # ITU-R BT.6
 
 
 def jittered(image: Picture, jitter: JitterConfig, random: np.random.Generator) -> Picture:
-    """The picture with its colours changed as `random` draws it; the very picture where nothing is drawn."""
+    """The picture with its colours changed as drawn from `random`; the input itself if nothing is changed."""
     changed, grey = random.random(2) < (jitter.probability, jitter.grayscale)
     draws = random.uniform(-1, 1, 4)
     order = random.permutation(4)
@@ -38,19 +38,19 @@ def jittered(image: Picture, jitter: JitterConfig, random: np.random.Generator) 
     return _levels(_grey(image)[..., None]).repeat(3, 2) if grey else image
 
 
-def lit(image: Picture, more: float) -> Picture:
-    """Every level times 1 + `more`."""
+def brightened(image: Picture, more: float) -> Picture:
+    """Scales every level by 1 + `more`."""
     return _levels(np.arange(256, dtype=np.float32) * np.float32(1 + more))[image]
 
 
 def contrasted(image: Picture, more: float) -> Picture:
-    """Every level's distance to the picture's mean grey times 1 + `more`."""
+    """Scales every level's distance to the picture's mean grey by 1 + `more`."""
     mean = np.float32(_grey(image).mean(dtype=np.float64))
     return _levels(mean + (np.arange(256, dtype=np.float32) - mean) * np.float32(1 + more))[image]
 
 
 def saturated(image: Picture, more: float) -> Picture:
-    """Every pixel's distance to its own grey times 1 + `more`."""
+    """Scales every pixel's distance to its grey value by 1 + `more`."""
     channels, grey = _channels(image), _grey(image)
     grey *= np.float32(-more)
     channels *= np.float32(1 + more)
@@ -58,8 +58,8 @@ def saturated(image: Picture, more: float) -> Picture:
     return _picture(channels)
 
 
-def turned(image: Picture, turn: float) -> Picture:
-    """Every hue moved on by `turn` of the colour circle; lightest and darkest channel of a pixel keep their levels.
+def hue_shifted(image: Picture, turn: float) -> Picture:
+    """Shifts every hue by the fraction `turn` of the colour circle; value and chroma of a pixel stay the same.
 
     The channels as functions of the hue are Smith's hexcone (1978): V - (V - min) * clip(min(k, 4 - k), 0, 1) with
     k = n + 6 hue mod 6, and n = 5, 3, 1 for red, green, blue.
@@ -67,28 +67,28 @@ def turned(image: Picture, turn: float) -> Picture:
     channels = _channels(image)
     red, green, blue = channels
     light, dark = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
-    spread = light - dark
-    share = np.float32(1) / np.maximum(spread, np.float32(1))  # of a grey, 0 is divided by 1
+    chroma = light - dark
+    scale = np.float32(1) / np.maximum(chroma, np.float32(1))  # for a grey pixel, 0 is divided by 1
     sixths = np.where(
         light == red,
-        (green - blue) * share,
-        np.where(light == green, (blue - red) * share + np.float32(2), (red - green) * share + np.float32(4)),
+        (green - blue) * scale,
+        np.where(light == green, (blue - red) * scale + np.float32(2), (red - green) * scale + np.float32(4)),
     )
     for channel, n in zip(channels, (5, 3, 1), strict=True):
         np.add(sixths, np.float32(n + 6 * turn), out=channel)
         channel -= np.floor(channel / np.float32(6)) * np.float32(6)
         np.minimum(channel, np.float32(4) - channel, out=channel)
         np.clip(channel, np.float32(0), np.float32(1), out=channel)
-        channel *= spread
+        channel *= chroma
         np.subtract(light, channel, out=channel)
     return _picture(channels)
 
 
-_CHANGES = (lit, contrasted, saturated, turned)
+_CHANGES = (brightened, contrasted, saturated, hue_shifted)
 
 
 def _channels(image: Picture) -> NDArray[np.float32]:
-    """Red, green and blue, each in one piece, [3, H, W]: arithmetic on every third byte is several times slower."""
+    """The channels as contiguous float32 [3, H, W]: arithmetic on interleaved channels is several times slower."""
     return np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
 
 
@@ -97,7 +97,7 @@ def _picture(channels: NDArray[np.float32]) -> Picture:
 
 
 def _grey(image: Picture) -> NDArray[np.float32]:
-    """The light of every pixel, [H, W]. (Not a matrix product: it might differ in the last bit from CPU to CPU.)"""
+    """The luma of every pixel, float32 [H, W]. (Not a matrix product, whose last bit may differ between CPUs.)"""
     red, green, blue = channels = _channels(image)
     channels *= _LUMA
     red += green

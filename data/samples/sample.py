@@ -1,4 +1,4 @@
-"""What travels from a shard to the model: Record (raw bytes), Sample (decoded), Batch (a rank's share of a step)."""
+"""The data passed from a shard to the model: a decoded `Sample`, and a `Batch`, one rank's part of a step."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Sample:
     key: str
     image: np.ndarray  # uint8 [H, W, 3]
     captions: tuple[str, ...]
-    caption: str  # the chosen one of `captions`
-    tokens: list[int]  # of `caption`, START and END included
+    caption: str  # the drawn one of `captions`
+    tokens: list[int]  # of `caption`, including START and END
     labels: dict[str, str]
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [d] or [frames, d]
     boxes: SampleBoxes | None = None
-    cut: bool = False  # whether the caption is longer than `tokens`
+    cut: bool = False  # whether the caption was truncated to fit the context
 
     @property
     def image_id(self) -> int:
@@ -40,12 +40,12 @@ class Sample:
 
     @property
     def caption_id(self) -> int:
-        """A signed 64-bit hash of the caption as the tokenizer sees it."""
+        """A signed 64-bit hash of the cleaned caption."""
         return caption_id(self.caption)
 
 
 def caption_id(caption: str) -> int:
-    """A signed 64-bit hash of the cleaned caption: equal for captions that are one text to the model."""
+    """A signed 64-bit hash of the cleaned caption: equal for captions that the model cannot tell apart."""
     return _signed(stable_hash("caption", clean_text(caption)))
 
 
@@ -55,24 +55,24 @@ def _signed(number: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One rank's b = batch / world pairs of a global batch; rank r holds positions [r b, (r + 1) b) of it."""
+    """One rank's b = batch / world pairs of a global batch; rank r holds positions [r b, (r + 1) b)."""
 
     images: torch.Tensor  # uint8 [b, 3, H, W], channels last in memory
-    tokens: torch.Tensor  # int64 [T], the captions one after another, at their true lengths
-    lengths: torch.Tensor  # int64 [b], tokens of each caption, START and END included; their sum is T
+    tokens: torch.Tensor  # int64 [T], the captions concatenated, without padding
+    lengths: torch.Tensor  # int64 [b], tokens of each caption, including START and END; their sum is T
     caption_ids: torch.Tensor  # int64 [b], equal for equal captions
     image_ids: torch.Tensor  # int64 [b], equal for equal samples
     keys: tuple[str, ...]
     captions: tuple[str, ...]
-    bad: tuple[LedgerEntry, ...]  # the samples that spares stand in for
-    cut: torch.Tensor  # bool [b], captions that are longer than the context and lost their end
-    columns: dict[str, torch.Tensor] = field(default_factory=dict)  # float32 [b, d] or [b, frames, d], those asked for
-    boxes: Boxes | None = None  # None where the recipe asks for none
+    bad: tuple[LedgerEntry, ...]  # the bad samples that were replaced
+    cut: torch.Tensor  # bool [b], captions truncated to the context
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)  # float32 [b, d] or [b, frames, d], as configured
+    boxes: Boxes | None = None  # None if no source delivers boxes
 
 
 def collate(samples: Sequence[Sample], bad: Sequence[LedgerEntry] = ()) -> Batch:
-    """Stacks pictures (equal sizes) and packs captions at their true lengths."""
-    import torch  # 2 s: only what decodes pays it
+    """Stacks pictures (of equal sizes) and concatenates captions without padding."""
+    import torch  # takes 2 s, so only decoding imports it
 
     return Batch(
         images=torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2),
@@ -90,5 +90,5 @@ def collate(samples: Sequence[Sample], bad: Sequence[LedgerEntry] = ()) -> Batch
 
 
 def stack(samples: Sequence[Mapping[str, NDArray[np.float32]]]) -> dict[str, NDArray[np.float32]]:
-    """The arrays of several samples by column, [b, d] or [b, frames, d]."""
+    """Stacks the columns of several samples: float32 [b, d] or [b, frames, d] by name."""
     return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

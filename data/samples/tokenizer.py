@@ -1,9 +1,9 @@
-"""The tokenizer a recipe names: CLIP's, or any Hugging Face tokenizer.json by path or URL.
+"""The tokenizer named in the recipe: CLIP's, or any Hugging Face tokenizer.json by path or URL.
 
-A file says by itself how text is cleaned and cut; what the model needs beside that is one token that starts every
-text, for the captioner to begin from, and one that ends it, at which the text tower pools. They are those that the
-file's post-processor puts around a text; where it has none, the special tokens with one of the usual names. A file
-with an end and no start begins texts with the end, as GPT-2 does.
+The file defines how text is normalised and split. The model also needs one token that starts every text, from which the
+captioner decodes, and one that ends it, at which the text tower pools. These are the tokens that the file's
+post-processor adds around a text; without a post-processor, the special tokens with a common name. A file with an end
+token but no start token uses the end token for both, as GPT-2 does.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .clip_tokenizer import VOCABULARY, TextTokenizer, Tokenizer
 _MOST_BYTES = 1 << 28
 _STARTS = ("<|startoftext|>", "<start_of_text>", "<|begin_of_text|>", "<bos>", "<s>", "[CLS]", "[BOS]")
 _ENDS = ("<|endoftext|>", "<end_of_text>", "<|end_of_text|>", "<eos>", "</s>", "[SEP]", "[EOS]")
-_ODD = "\U000e0fff\u0378q"  # no vocabulary has it: only one with a token for the unknown, or for bytes, can go on
+_ODD = "\U000e0fff\u0378q"  # in no vocabulary: encoding it needs an unknown token or byte tokens
 _PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
 
 
 def vocabulary_size(name: str = "clip") -> int:
-    """Rows that a token table needs for a tokenizer. Raises DataError."""
+    """The number of rows that a tokenizer's embedding table needs. Raises DataError."""
     return VOCABULARY if name == "clip" else open_tokenizer(name).VOCABULARY
 
 
 @lru_cache(maxsize=4)
 def open_tokenizer(name: str = "clip") -> TextTokenizer:
-    """The tokenizer `clip`, or that of a tokenizer.json at a path or URL. Raises DataError."""
+    """The tokenizer `clip`, or the one in a tokenizer.json at a path or URL. Raises DataError."""
     if name == "clip":
         return Tokenizer()
     where = f"data.tokenizer: {shown_url(name)}"
@@ -43,20 +43,20 @@ def open_tokenizer(name: str = "clip") -> TextTokenizer:
         raise DataError(f"{where} has more than {_MOST_BYTES:,} bytes; name a tokenizer.json")
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # of their own kind, whatever is wrong
+    except Exception as error:  # the library raises bare Exceptions
         raise DataError(
-            f"{where} is no Hugging Face tokenizer ({ascii(str(error))[1:-1][:100]}); name a tokenizer.json"
+            f"{where} is not a Hugging Face tokenizer ({ascii(str(error))[1:-1][:100]}); name a tokenizer.json"
         ) from None
     return FileTokenizer(tokenizer, where)
 
 
 class FileTokenizer:
-    """A Hugging Face tokenizer. Ids of special tokens: START, END, and PAD where there is one (batches are packed and
-    never padded)."""
+    """A Hugging Face tokenizer. Ids of special tokens: START, END, and PAD if there is one (batches are never
+    padded)."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, where: str) -> None:
-        """`where` names the file in messages. Raises DataError if there is no token that ends a text."""
-        tokenizer.no_truncation()  # texts are cut here
+        """`where` names the file in messages. Raises DataError without a token that ends a text."""
+        tokenizer.no_truncation()  # `encode` truncates
         self.PAD = _padding(tokenizer)
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -65,43 +65,43 @@ class FileTokenizer:
         self._special = {self.START, self.END, self.PAD}
 
     def encode(self, caption: str, context: int) -> list[int]:
-        """START, the caption's ids, END; a longer text is cut to `context` ids, the last of them END."""
+        """START, the caption's ids, END; a longer text is truncated to `context` ids, the last of them END."""
         ids = self._tokenizer.encode(caption, add_special_tokens=False).ids
         return [self.START, *ids[: max(0, context - 2)], self.END][:context]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Readable text: special tokens and ids that there are not dropped."""
+        """The text of `ids`, without special tokens and ids outside the vocabulary."""
         text = self._tokenizer.decode([i for i in ids if 0 <= i < self.VOCABULARY and i not in self._special])
         return str(text).strip()
 
 
 def _around(tokenizer: tokenizers.Tokenizer, where: str) -> tuple[int, int]:
-    """The ids that start and end a text."""
+    """The ids that start and end a text. Raises DataError."""
     try:
         tokenizer.encode(_ODD)
-        around = tokenizer.encode("a")
+        encoded = tokenizer.encode("a")
     except Exception as error:
         raise DataError(
             f"{where} cannot encode every text ({ascii(str(error))[1:-1][:100]}); give its model an unknown token"
         ) from None
-    words = [place for place, special in enumerate(around.special_tokens_mask) if not special]
+    words = [place for place, special in enumerate(encoded.special_tokens_mask) if not special]
     if words:
-        before, after = around.ids[: words[0]], around.ids[words[-1] + 1 :]
-    else:  # "a" is no word of it: what is left are the tokens around nothing
-        half = len(around.ids) // 2
-        before, after = around.ids[:half], around.ids[half:]
+        before, after = encoded.ids[: words[0]], encoded.ids[words[-1] + 1 :]
+    else:  # "a" has no token in this vocabulary: all ids are those added encoded the text
+        half = len(encoded.ids) // 2
+        before, after = encoded.ids[:half], encoded.ids[half:]
     if len(before) > 1 or len(after) > 1:
-        found = ", ".join(shown(token, 30) for token in around.tokens[:6])
+        found = ", ".join(shown(token, 30) for token in encoded.tokens[:6])
         raise DataError(
-            f"{where} puts more than one token before or after a text ({found}); "
-            f"give its post-processor one token to start and one to end with"
+            f"{where} adds more than one token before or after a text ({found}); "
+            f"configure its post-processor with one start and one end token"
         )
     start = before[0] if before else _named(tokenizer, _STARTS)
     end = after[0] if after else _named(tokenizer, _ENDS)
     if end is None:
         raise DataError(
-            f"{where} has no token that ends a text; give it a post-processor that adds one, or a special token "
-            f"with a usual name such as </s>"
+            f"{where} has no token that ends a text; add one with its post-processor, or a special token "
+            f"with a common name such as </s>"
         )
     return end if start is None else start, end
 

@@ -1,1 +1,1 @@
-"""Tar shards: which a source has, what lies where in them, which samples a filter accepts; and writing them."""
+"""Tar shards: listing a source's shards, indexing their members, filtering their samples, and writing them."""

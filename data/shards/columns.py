@@ -1,10 +1,11 @@
-"""Columns: the scalar values in the metadata of a shard's samples (key.json), kept in its index so that a filter
-needs no second pass over the data.
+"""Columns: the scalar values in the metadata of a shard's samples (key.json), stored in the shard's index so that a
+filter needs no second pass over the data.
 
-A column is a name at the top of the JSON object, or two joined by a dot where an object lies in it (`labels.role`).
-It holds numbers (a boolean is 0 or 1; all are taken as 64-bit floats) and short texts of few kinds; null, NaN, lists,
-longer objects and what is no JSON count as missing. A name with a long text, or with too many different ones in one
-shard (a URL, a checksum), is no column: it is listed as left out, so that a filter that names it can say why.
+A column is named by a top-level key of the JSON object, or by two keys joined by a dot for a nested object
+(`labels.role`). It holds numbers (booleans as 0 or 1; all as 64-bit floats) and short texts with few distinct values;
+null, NaN, lists, deeper objects and invalid JSON count as missing. A key with a long text, or with too many distinct
+texts in one shard (a URL, a checksum), does not become a column: it is recorded as left out, so that a filter that
+names it can say why.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from numpy.typing import NDArray
 
 from .table_file import Array, DamagedTable, Table, packed_texts, table_bytes
 
-LONGEST_JSON = 1 << 20  # bytes; larger metadata is not looked into (nor used in training)
-MOST_TEXTS = 255  # different texts of a column in one shard
+LONGEST_JSON = 1 << 20  # bytes; larger metadata is not read (training rejects it too)
+MOST_TEXTS = 255  # distinct texts of a column in one shard
 _LONGEST_TEXT = 100  # characters of a text, or of a name
 _MOST_COLUMNS = 256
 
 
 class Column:
-    """One column of n samples: where `is_number`, the number; where `code` is not 0, the text `texts[code - 1]`."""
+    """One column of n samples: a number where `is_number`, the text `texts[code - 1]` where `code` > 0, else
+    missing."""
 
     def __init__(self, numbers: Array, is_number: NDArray[np.bool_], codes: Array, texts: list[str]) -> None:
         self.numbers, self.is_number, self.codes, self.texts = numbers, is_number, codes, texts
 
 
 class Collector:
-    """Takes the metadata of one sample after another, and makes the columns of it."""
+    """Builds the columns of a shard from the metadata of its samples."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, dict[int, float]] = {}
@@ -43,7 +45,7 @@ class Collector:
         self._too_many = False
 
     def add(self, row: int, data: bytes) -> None:
-        """The metadata of sample `row`."""
+        """Adds the metadata of sample `row`."""
         try:
             found = json.loads(data)
         except (ValueError, RecursionError):
@@ -73,7 +75,7 @@ class Collector:
         self._texts[name][row] = codes.setdefault(value, len(codes) + 1)
 
     def table(self, rows: int) -> bytes:
-        """The columns of the first `rows` samples as the bytes of a table."""
+        """The columns of the first `rows` samples, as the bytes of a table."""
         arrays: dict[str, Array] = {}
         names = sorted(self._numbers)
         for i, name in enumerate(names):
@@ -95,10 +97,10 @@ class Collector:
 
 
 class Columns:
-    """The columns of a shard. `left_out`: names that are none; `too_many`: there are more names than are looked at."""
+    """The columns of a shard. `left_out`: keys that did not become columns; `too_many`: some keys were not recorded."""
 
     def __init__(self, data: bytes) -> None:
-        """Raises DamagedTable."""
+        """`data` is a table made by `Collector.table`. Raises DamagedTable."""
         self._table = Table.parse(data)
         header = self._table.header
         try:
@@ -108,7 +110,7 @@ class Columns:
             raise DamagedTable("its header lacks the columns") from None
 
     def __getitem__(self, name: str) -> Column:
-        """A column by its name; KeyError if the shard has none of it."""
+        """A column by its name. Raises KeyError if the shard does not have it."""
         try:
             i = self.names.index(name)
         except ValueError:
@@ -136,7 +138,7 @@ class Columns:
 
 
 def _scalars(found: Any) -> Iterator[tuple[str, float | str]]:
-    """Names and values of the scalars in a JSON object."""
+    """Names and values of the scalars in a JSON object, up to one level deep."""
     if not isinstance(found, dict):
         return
     for name, value in found.items():
@@ -161,7 +163,7 @@ def _number(value: Any) -> float | None:
 
 
 def _small(values: Array) -> Array:
-    """The same numbers in the smallest type that holds them exactly; -0.0 is 0."""
+    """The same numbers in the smallest type that represents them exactly; -0.0 becomes 0."""
     for kind in ("|i1", "<i2", "<i4", "<i8", "<f4"):
         with np.errstate(all="ignore"):
             smaller = values.astype(kind)
@@ -171,5 +173,5 @@ def _small(values: Array) -> Array:
 
 
 def _encodable(text: str) -> str:
-    """JSON may hold lone surrogates of any kind, UTF-8 may not: they become question marks."""
+    """The text with lone surrogates, which JSON allows and UTF-8 does not, replaced by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")

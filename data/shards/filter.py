@@ -1,17 +1,17 @@
 """The filter of a source: an expression over the columns of its samples, as in `similarity > 0.28 and not nsfw`.
 
-Why not expressions of polars or DuckDB: a run would need them for a comparison of two columns, and neither says in a
-sentence which column is missing and which there are.
+Why not expressions of polars or DuckDB: a run would depend on them for comparing two columns, and neither reports in a
+sentence which column is missing and which ones exist.
 
-The language is a small part of Python's, read by `ast` and never run: names of columns (with a dot where an object lies
-in the metadata: `labels.role`), numbers, texts in quotes, True and False, + - * / // %, comparisons (chained too), `in`
-and `not in` a tuple, `and`, `or`, `not`. Everything else is refused. It is worked out by numpy for all samples of a
-shard at once, from the columns in the shard's index.
+The language is a small subset of Python, parsed by `ast` and never executed: column names (with a dot for a nested
+object in the metadata: `labels.role`), numbers, quoted texts, True and False, + - * / // %, comparisons (also chained),
+`in` and `not in` a tuple, `and`, `or`, `not`. Everything else is refused. numpy evaluates it for all samples of a shard
+at once, from the columns in the shard's index.
 
-What is missing is unknown, as in SQL: a comparison with a missing value (or a division by zero) is neither true nor
-false, `not` leaves it so, `unknown and False` is false, `unknown or True` is true. Accepted is what is true, so a
-sample without a column is left out unless the rest of the expression decides. Numbers are 64-bit floats, booleans 0
-and 1; a number never equals a text, and < between them is unknown.
+Missing values are unknown, as in SQL: a comparison with one (or a division by zero) is neither true nor false; `not` of
+unknown is unknown, `unknown and False` is false, `unknown or True` is true. Only true accepts a sample, so a sample
+without a column is rejected unless the rest of the expression decides. Numbers are 64-bit floats, booleans 0 and 1; a
+number never equals a text, and < between them is unknown.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """The values of an expression, one a sample or one for all: numbers where `is_number`, texts where `is_text`,
-    missing where neither."""
+    """The values of an expression, [samples] or [1]: numbers where `is_number`, texts where `is_text`, otherwise
+    missing."""
 
     numbers: NDArray[np.float64]
     is_number: Mask
@@ -57,25 +57,25 @@ class _Values:
 
 @dataclass(frozen=True, slots=True)
 class _Truth:
-    """What is true of a comparison, and what is false; unknown where neither."""
+    """Three-valued truth per sample: `true`, `false`, unknown where neither."""
 
     true: Mask
     false: Mask
 
 
 class Filter:
-    """An expression that was read and found to be one."""
+    """A valid filter expression."""
 
     def __init__(self, text: str) -> None:
-        """Raises ValueError, in a sentence with the remedy."""
+        """Parses `text`. Raises ValueError with a message that includes the remedy."""
         self.text = text
         if len(text) > _LONGEST:
-            raise ValueError(f"the filter is {len(text):,} characters long; {_LONGEST:,} are the most")
+            raise ValueError(f"the filter is {len(text):,} characters long; at most {_LONGEST:,} are allowed")
         try:
             self._tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise ValueError(
-                f"the filter {shown(text)} is no expression; write one such as similarity > 0.28 and not nsfw"
+                f"the filter {shown(text)} is not a valid expression; write one such as similarity > 0.28 and not nsfw"
             ) from None
         names: set[str] = set()
         _check(self._tree, names, 0)
@@ -84,7 +84,7 @@ class Filter:
             raise ValueError(f"the filter {shown(text)} names no column; write one such as similarity > 0.28")
 
     def accepted(self, columns: Columns) -> Mask:
-        """Which samples of a shard are accepted, bool [samples]."""
+        """Whether each sample of a shard is accepted, bool [samples]."""
         with np.errstate(all="ignore"):
             true = _truth(self._tree, columns).true
         return np.broadcast_to(true, columns.rows).copy()
@@ -98,15 +98,15 @@ def _refused(node: ast.AST) -> ValueError:
         ast.JoinedStr: "an f-string", ast.NamedExpr: ":=",
     }.get(type(node), type(node).__name__)  # fmt: skip
     return ValueError(
-        f"a filter cannot hold {what}; it is made of columns, numbers, texts, + - * / // %, comparisons, in (...), "
+        f"a filter cannot contain {what}; it consists of columns, numbers, texts, + - * / // %, comparisons, in (...), "
         f"and, or, not"
     )
 
 
 def _check(node: ast.AST, names: set[str], depth: int) -> None:
-    """Whether a tree is of the language; collects the columns it names. Raises ValueError."""
+    """Checks that a tree uses only the filter language, and collects the column names. Raises ValueError."""
     if depth > _DEEPEST:
-        raise ValueError(f"the filter is nested more than {_DEEPEST} deep; write it flatter")
+        raise ValueError(f"the filter is nested more than {_DEEPEST} levels deep; simplify it")
     inner: Iterable[ast.AST] = ()
     match node:
         case ast.Name(id=name):
@@ -138,9 +138,9 @@ def _check(node: ast.AST, names: set[str], depth: int) -> None:
 
 
 def _check_value(*operands: ast.AST) -> None:
-    """In Python `(a or b) > 1` compares one of the two, which is hardly ever meant."""
+    """Refuses `(a or b) > 1`, which in Python compares only one of the two and is hardly ever intended."""
     if any(isinstance(operand, ast.BoolOp) for operand in operands):
-        raise ValueError("a filter joins with and/or what was compared before; write a > 1 or b > 1, not (a or b) > 1")
+        raise ValueError("a filter compares before it joins with and/or; write a > 1 or b > 1, not (a or b) > 1")
 
 
 def _check_constant(value: object) -> None:
@@ -154,12 +154,12 @@ def _check_constant(value: object) -> None:
 
 
 def _operands(left: ast.expr, ops: list[ast.cmpop], others: list[ast.expr]) -> list[ast.expr]:
-    """What a comparison compares, the items of tuples among them. Raises ValueError."""
+    """The operands of a comparison, including the items of tuples. Raises ValueError."""
     operands = [left]
     for op, other in zip(ops, others, strict=True):
         if isinstance(op, ast.In | ast.NotIn):
             if not isinstance(other, ast.Tuple | ast.List | ast.Set) or len(ops) > 1:
-                raise ValueError('a filter looks for a value `in` a list of them; write NSFW in ("UNLIKELY", "UNSURE")')
+                raise ValueError('the `in` of a filter needs a list of values; write NSFW in ("UNLIKELY", "UNSURE")')
             operands += other.elts
         elif type(op) in _ORDER or isinstance(op, _EQUAL):
             operands.append(other)
@@ -168,11 +168,11 @@ def _operands(left: ast.expr, ops: list[ast.cmpop], others: list[ast.expr]) -> l
     return operands
 
 
-# Working it out
+# Evaluation
 
 
 def _truth(node: ast.AST, columns: Columns) -> _Truth:
-    """Whether an expression is true: a comparison, what joins some, or a value (0 and "" are false)."""
+    """The truth of an expression: a comparison, a Boolean operation, or a value (0 and "" are false)."""
     match node:
         case ast.BoolOp(op=op, values=values):
             every = [_truth(value, columns) for value in values]
@@ -196,7 +196,7 @@ def _compared(left: ast.expr, ops: list[ast.cmpop], others: list[ast.expr], colu
         if isinstance(op, ast.In | ast.NotIn):
             assert isinstance(other, ast.Tuple | ast.List | ast.Set)
             known = value.is_number | value.is_text
-            equal = [_Truth(np.zeros_like(known), known)]  # in an empty list is nothing
+            equal = [_Truth(np.zeros_like(known), known)]  # nothing is `in` an empty list
             equal += [_link(ast.Eq(), value, _values(each, columns)) for each in other.elts]
             link = _Truth(
                 _fold(np.logical_or, [e.true for e in equal]), _fold(np.logical_and, [e.false for e in equal])
@@ -267,21 +267,21 @@ def _fold(join: np.ufunc, masks: list[Mask]) -> Mask:
     return found
 
 
-# What there is to filter by
+# The columns of a source, for messages
 
 
 @dataclass
 class Known:
-    """The columns of a source, as far as a filter's messages tell of them."""
+    """The columns of a source, with the facts that a filter's error messages show."""
 
     names: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
     too_many: bool = False
-    numbers: dict[str, tuple[int, float, float]] = field(default_factory=dict)  # how many, least, most
+    numbers: dict[str, tuple[int, float, float]] = field(default_factory=dict)  # count, minimum, maximum
     texts: dict[str, Counter[str]] = field(default_factory=dict)
 
     def add(self, columns: Columns, ranges: bool = False) -> Known:
-        """Takes in the columns of one more shard; with the ranges of their values, if asked for."""
+        """Adds the columns of a shard; with `ranges` also the ranges of their values."""
         self.names.update(columns.names)
         self.left_out.update(columns.left_out)
         self.too_many |= columns.too_many
@@ -295,7 +295,7 @@ class Known:
         return self
 
     def merge(self, other: Known) -> None:
-        """Takes in what another one knows."""
+        """Adds the facts of another `Known`."""
         self.names |= other.names
         self.left_out |= other.left_out
         self.too_many |= other.too_many
@@ -309,30 +309,30 @@ class Known:
         self.numbers[name] = (before[0] + count, min(before[1], least), max(before[2], most))
 
     def check(self, wanted: Filter, where: str) -> None:
-        """Whether a filter names only columns that there are. Raises DataError."""
+        """Checks that a filter names only existing columns. Raises DataError."""
         for name in sorted(wanted.names):
             if name in self.left_out:
                 raise DataError(
-                    f"{where}: the filter names {shown(name)}, whose texts are too long or too many to filter by "
-                    f"(more than {MOST_TEXTS} in a shard); filter by another column"
+                    f"{where}: the filter names {shown(name)}, whose texts are too long, or more than {MOST_TEXTS} "
+                    f"distinct ones in a shard; filter by another column"
                 )
             if name not in self.names:
                 near = get_close_matches(name, self.names, 1)
                 hint = f"; did you mean {_name(near[0])}?" if near else ""
                 raise DataError(
                     f"{where}: the filter names {shown(name)}, which no sample has{hint} "
-                    f"{'There are' if hint else '; there are'} {self._listed()}"
+                    f"{'Available are' if hint else '; available are'} {self._listed()}"
                 )
 
     def _listed(self) -> str:
         names = sorted(self.names)
         if not names:
-            return "no columns at all: the samples have no .json with numbers, booleans or short texts"
+            return "no columns: the samples have no .json with numbers, booleans or short texts"
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         return f"the columns {', '.join(map(_name, names[:_SHOWN]))}{more}"
 
     def ranges(self, wanted: Filter) -> str:
-        """The values of the columns that a filter names, a line for each."""
+        """The values of the columns that a filter names, one line per column."""
         lines = []
         for name in sorted(wanted.names & self.names):
             parts = []

@@ -1,17 +1,16 @@
-"""The index of a shard: where the members of each sample lie, the samples' keys, and the scalars of their metadata.
+"""The index of a shard: the location of each sample's members, the samples' keys, and the scalars of their metadata.
 
-It is a table (tables.py) of about 50 bytes a sample, found in one of two places: in the cache folder, under a hash of
-the shard's URL, size and stamp; and, where `treering data index --beside` put it, in the folder `.treering` beside the
-shard, which may be in a bucket, so that other nodes need no walk over the shards.
+It is a table (table_file.py) of about 50 bytes per sample, stored in one of two places: in the cache folder, under a
+hash of the shard's URL, size and stamp; or, if `treering data index --beside` wrote it, as a sidecar in the folder
+`.treering` next to the shard, possibly in a bucket, so that other nodes need no walk over the shards.
 
-What guards it. The table's own checksum tells a torn or rotten index from a whole one. The shard's size and stamp
-(etag in a store, time of modification on a disk) are part of it and must equal those that the listing gives: an
-index of another version of the shard is passed over and made anew. Shards copied elsewhere get other stamps there, so
-index them again at their new place. The shard's content itself is not read again: where a store has etags, every read
-asks for that very version.
+Validity. The table's checksum detects a torn or corrupted index. The shard's size and stamp (etag in a store,
+modification time on a disk) are part of the index and must equal those of the listing: an index of another version of
+the shard is ignored and rebuilt. Copied shards have new stamps, so they must be indexed again at their new place. The
+shard's content is not read again to verify it: if a store has etags, every read requests that exact version.
 
-An index is never loaded whole to read a sample: a `ShardIndex` is a handle that costs nothing until it is asked, and
-then keeps the header of its table (at most `MOST_OPEN` in a process) and reads the rows of one sample.
+Reading a sample never loads a whole index: a `ShardIndex` is a handle that opens its table on first use, keeps only the
+table's header (at most `MOST_OPEN` per process) and reads the rows of one sample.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ class _Open(NamedTuple):
 
 
 class Indexes:
-    """Opens the indexes of shards when they are needed, by `make`, and keeps the last MOST_OPEN of them open."""
+    """Opens the indexes of shards on demand with `make`, and keeps the last MOST_OPEN of them open."""
 
     def __init__(self, make: Callable[[ShardInfo], Table]) -> None:
         self._make = make
         self._open: OrderedDict[ShardInfo, _Open] = OrderedDict()
 
     def get(self, shard: ShardInfo) -> _Open:
-        """The opened index of a shard; raises what `make` does."""
+        """The open index of a shard. Raises as `make` does."""
         found = self._open.get(shard)
         if found is None:
             table = self._make(shard)
@@ -63,13 +62,13 @@ class Indexes:
             self._open.move_to_end(shard)
         return found
 
-    def forget(self, shard: ShardInfo) -> None:
-        """The index is not what it was: the next one who asks has it made anew."""
+    def drop(self, shard: ShardInfo) -> None:
+        """Closes an index that is damaged or gone; the next `get` rebuilds it."""
         self._open.pop(shard, None)
 
 
 class ShardIndex:
-    """Where the samples of one shard lie. Sample i has the key `key(i)` and the members `places(i)`."""
+    """The samples of one shard. Sample i has the key `key(i)` and the members `places(i)`."""
 
     __slots__ = ("_count", "_indexes", "shard")
 
@@ -84,65 +83,65 @@ class ShardIndex:
 
     @property
     def url(self) -> str:
-        """Where the shard lies."""
+        """The shard's URL."""
         return self.shard.url
 
     @property
     def size(self) -> int:
-        """Bytes of the shard."""
+        """The shard's size in bytes."""
         return self.shard.size
 
     @property
     def keys(self) -> list[str]:
         """The keys of all samples."""
-        return self._asked(lambda found: found.table.texts("keys"))
+        return self._read(lambda found: found.table.texts("keys"))
 
     @property
     def samples(self) -> list[dict[str, tuple[int, int]]]:
         """The members of all samples: [{kind: (offset, size)}], in bytes."""
-        return self._asked(lambda found: _places(found, 0, self._count))
+        return self._read(lambda found: _places(found, 0, self._count))
 
     @property
     def columns(self) -> Columns:
         """The scalars of the samples' metadata."""
-        return self._asked(lambda found: Columns(found.table.rows("columns").tobytes()))
+        return self._read(lambda found: Columns(found.table.rows("columns").tobytes()))
 
     @property
     def content_size(self) -> int:
-        """Bytes of the tar: of a .tar.gz, unpacked."""
-        return self._asked(lambda found: int(found.table.header["content"]))
+        """The size of the tar in bytes; for a .tar.gz, unpacked."""
+        return self._read(lambda found: int(found.table.header["content"]))
 
     @property
     def usable(self) -> int:
-        """How many samples have a picture and something that may hold a caption."""
-        return self._asked(lambda found: int(found.table.header["usable"]))
+        """The number of samples with a picture and a member that may hold a caption."""
+        return self._read(lambda found: int(found.table.header["usable"]))
 
     def key(self, number: int) -> str:
         """The key of one sample."""
-        return self._asked(lambda found: found.table.texts("keys", number, number + 1)[0])
+        return self._read(lambda found: found.table.texts("keys", number, number + 1)[0])
 
     def places(self, number: int) -> dict[str, tuple[int, int]]:
         """The members of one sample: {kind: (offset, size)}, in bytes."""
-        return self._asked(lambda found: _places(found, number, number + 1)[0])
+        return self._read(lambda found: _places(found, number, number + 1)[0])
 
     @classmethod
     def of(cls, shard: ShardInfo, table: Table) -> ShardIndex:
-        """The index that `table` is."""
+        """The index stored in `table`."""
         return cls(shard, table.count("samples"), Indexes(lambda _: table))
 
     def __reduce__(self) -> tuple[Callable[..., ShardIndex], tuple[ShardInfo, Table]]:
         return ShardIndex.of, (self.shard, self._indexes.get(self.shard).table)
 
-    def _asked(self, question: Callable[[_Open], T]) -> T:
-        """The answer of the index; one that was damaged or removed since it was opened is made anew, once."""
+    def _read(self, read: Callable[[_Open], T]) -> T:
+        """The result of `read` on the open index. An index damaged or removed since it was opened is rebuilt once."""
         for attempt in range(2):
             found = self._indexes.get(self.shard)
             try:
                 if found.table.count("samples") != self._count:
                     raise DamagedTable("it has another number of samples")
-                return question(found)
+                return read(found)
             except (DamagedTable, OSError) as error:
-                self._indexes.forget(self.shard)
+                self._indexes.drop(self.shard)
                 if attempt:
                     reason = error.strerror if isinstance(error, OSError) else error
                     raise DataError(
@@ -152,10 +151,10 @@ class ShardIndex:
 
 
 class Handles(Sequence[ShardIndex]):
-    """The indexes of many shards, as handles that are made when they are asked for."""
+    """The indexes of many shards; handles are created on access."""
 
     def __init__(self, shards: Sequence[ShardInfo], counts: Sequence[int], make: Callable[[ShardInfo], Table]) -> None:
-        """`counts`: the samples of each shard."""
+        """`counts`: the number of samples of each shard."""
         self._shards, self._counts, self._indexes = shards, counts, Indexes(make)
 
     def __len__(self) -> int:
@@ -172,7 +171,7 @@ class Handles(Sequence[ShardIndex]):
 
 
 def index_bytes(shard: ShardInfo, content: int, samples: Samples, columns: Collector) -> bytes:
-    """The index of a shard whose tar has `content` bytes."""
+    """The bytes of the index of a shard whose (unpacked) tar has `content` bytes."""
     kinds: dict[str, int] = {}
     members = [place for own in samples.values() for place in own.items()]
     codes = np.array([kinds.setdefault(kind, len(kinds)) for kind, _ in members], np.int64)
@@ -195,7 +194,7 @@ def index_bytes(shard: ShardInfo, content: int, samples: Samples, columns: Colle
 
 
 def cached_at(shard: ShardInfo) -> Path:
-    """Where the index of a shard is kept in the cache folder."""
+    """The path of a shard's index in the cache folder."""
     name = sha256(json.dumps([FORMAT, *asdict(shard).values()]).encode()).hexdigest()
     return cache_folder("index") / name
 
@@ -212,7 +211,7 @@ def fits(table: Table, shard: ShardInfo) -> bool:
 
 
 def is_usable(sample: dict[str, tuple[int, int]]) -> bool:
-    """Whether a sample has a picture and something that may hold a caption."""
+    """Whether a sample has a picture and a member that may hold a caption."""
     return any(kind in sample for kind in IMAGE_KINDS) and ("txt" in sample or "json" in sample)
 
 
@@ -222,7 +221,7 @@ def _places(found: _Open, start: int, stop: int) -> list[dict[str, tuple[int, in
     members = found.table.rows("members", base, ends[-1] if ends else base).tolist()
     content = found.table.header["content"]
     if sorted(ends) != ends or any(k >= len(found.kinds) or o + size > content for o, size, k in members):
-        raise DamagedTable("its members lie in no sample")
+        raise DamagedTable("its members do not fit its samples")
     return [
         {found.kinds[kind]: (offset, size) for offset, size, kind in members[a - base : b - base]}
         for a, b in zip([base, *ends], ends, strict=False)

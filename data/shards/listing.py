@@ -1,10 +1,10 @@
-"""Tar shards: from a URL to the list of shards, and from a shard to its index.
+"""Lists the shards behind a URL, and indexes a shard.
 
-The index of a shard (index.py) is made by one walk over the tar's headers, which also reads the metadata of each
+The index of a shard (index.py) is built by one walk over the tar's headers, which also reads the metadata of each
 sample. Members are grouped by WebDataset's rule: the key is the path up to the first dot of its last part, the kind is
 the rest in lower case.
 
-Names in a tar are hostile until shown otherwise: they are only ever dictionary keys.
+Names in a tar are untrusted: they are only used as dictionary keys.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .index import Samples, cached_at, fits, index_bytes
 from .index import ShardIndex as ShardIndex
 from .index import is_usable as is_usable
 from .sidecar import fetch_index
-from .table_file import DamagedTable, Table, write_whole
+from .table_file import DamagedTable, Table, write_cache_file
 from .tar_reader import DamagedShard, tar_members
 
 _MOST_SHARDS = 10_000_000
-_NUMBER = r"(-?\d{1,4300})"  # Python reads no longer ones
+_NUMBER = r"(-?\d{1,4300})"  # Python's limit for parsing integers
 _RANGE = re.compile(rf"{_NUMBER}\.\.{_NUMBER}(?:\.\.-?(\d{{1,4300}}))?")
 
 
 def list_shards(url: str) -> list[ShardInfo]:
-    """The shards a URL stands for, sorted. Braces are ranges {000..012} or lists {a,b}; *, ? and [] are globs.
+    """The shards behind a URL, sorted. Braces are ranges {000..012} or lists {a,b}; *, ? and [] are globs.
 
-    Raises DataError where nothing matches, or a shard named without a glob is missing.
+    Raises DataError if nothing matches, or a shard named without a glob is missing.
     """
     found = {shard.url: shard for shard in find_all(expand_braces(url))}
     return [found[name] for name in sorted(found)]
@@ -44,7 +44,7 @@ def list_shards(url: str) -> list[ShardInfo]:
 def expand_braces(url: str) -> list[str]:
     """`a{08..10}b{x,y}` -> a08bx, a08by, a09bx, ...: braces as in bash and WebDataset, nested ones and steps included.
 
-    Raises DataError for a range that runs backwards, braces that do not match, and more names than anyone has shards.
+    Raises DataError for a range that runs backwards, unbalanced braces, or more than ten million names.
     """
     for braces in re.findall(r"\{([^{}]*)\}", url):
         numbers = _RANGE.fullmatch(braces)
@@ -53,18 +53,20 @@ def expand_braces(url: str) -> list[str]:
             raise DataError(f"{shown_url(url)}: the range {{{braces}}} runs backwards; write {right}")
     count = _names(url)
     if count > _MOST_SHARDS:
-        raise DataError(f"{shown_url(url)} names {count:,} shards; {_MOST_SHARDS:,} are the most, check the ranges")
+        raise DataError(
+            f"{shown_url(url)} names {count:,} shards; at most {_MOST_SHARDS:,} are allowed, check the ranges"
+        )
     try:
         return list(braceexpand(url, escape=False))
-    except ValueError:  # UnbalancedBracesError, or a number that Python does not read
+    except ValueError:  # UnbalancedBracesError, or a number too long for Python
         raise DataError(
-            f"{shown_url(url)}: the braces do not match; write a range as {{000..012}}, a list as {{a,b}}"
+            f"{shown_url(url)}: the braces are not balanced; write a range as {{000..012}}, a list as {{a,b}}"
         ) from None
 
 
 def _names(url: str) -> int:
-    """How many names a URL with braces stands for, counted before any is written down: from the innermost braces out,
-    each replaced by its count."""
+    """The number of names that a URL with braces expands to, computed without expanding it: from the innermost braces
+    outwards, each is replaced by its count."""
 
     def product(text: str) -> int:
         return prod(int(count) for count in re.findall("\0([0-9]+)\0", text))
@@ -84,37 +86,38 @@ def _names(url: str) -> int:
 
 
 def index_shard(shard: ShardInfo, read: Reader = read_range) -> ShardIndex:
-    """The index of a shard: from the cache folder, from beside the shard, or made from the shard through `read` and
-    kept in the cache folder. Raises DamagedShard if the shard is damaged, DataError if it cannot be read."""
+    """The index of a shard: from the cache folder, from its sidecar, or built from the shard through `read` and cached.
+
+    Raises DamagedShard if the shard is damaged, DataError if it cannot be read."""
     return ShardIndex.of(shard, index_table(shard, read))
 
 
 def index_table(shard: ShardInfo, read: Reader = read_range) -> Table:
-    """What `index_shard` gives, as the table that the index is."""
+    """Like `index_shard`, but returns the index as a table."""
     cached = cached_at(shard)
     try:
         table = Table.open(cached)
         if fits(table, shard):
             return table
-    except (OSError, DamagedTable):  # none yet, or damaged: made anew
+    except (OSError, DamagedTable):  # none yet, or damaged: rebuild it
         pass
     data = fetch_index(shard)
     if data is None:
         data, faults = _walked(shard, read)
         if faults:
             raise faults[0]
-    write_whole(cached, data)
+    write_cache_file(cached, data)
     return Table.open(cached)
 
 
 def walk(shard: ShardInfo, read: Reader = read_range) -> tuple[ShardIndex, list[str]]:
-    """What a walk over the shard's headers finds, as far as it gets, and everything that is wrong with the shard."""
+    """The index from a walk over the shard's headers, up to the first damage, and all faults found in the shard."""
     data, faults = _walked(shard, read)
     return ShardIndex.of(shard, Table.parse(data)), [str(fault) for fault in faults]
 
 
 def _walked(shard: ShardInfo, read: Reader) -> tuple[bytes, list[DataError]]:
-    """The index of a shard as far as a walk gets, and everything that is wrong with the shard."""
+    """The bytes of a shard's index, up to the first damage, and all faults found in the shard."""
     samples: Samples = {}
     rows: dict[str, int] = {}
     columns = Collector()
@@ -140,20 +143,20 @@ def _walked(shard: ShardInfo, read: Reader) -> tuple[bytes, list[DataError]]:
     except DataError as error:
         faults.append(_changed_meanwhile(shard) or error)
         if samples and not is_usable(samples[last := next(reversed(samples))]):
-            del samples[last]  # the rest of it lies beyond the damage
+            del samples[last]  # its other members lie beyond the damage
     return index_bytes(shard, content, samples, columns), faults
 
 
 def _two_members(shard: ShardInfo, key: str, one: str, other: str, offset: int) -> DamagedShard:
     return DamagedShard(
         f"{shown_url(shard.url)} holds two members for key {shown(key)}: {shown(one)} and {shown(other)}, "
-        f"at byte {offset}; rename one of them and pack the shard again",
+        f"at byte {offset}; rename one of them and repack the shard",
         offset,
     )
 
 
 def _changed_meanwhile(shard: ShardInfo) -> DataError | None:
-    """What looks like damage because the file is no longer the one that was listed."""
+    """The error if a shard looks damaged because it was replaced since it was listed; None if it was not."""
     try:
         same = "://" in shard.url or os.stat(shard.url).st_size == shard.size
     except OSError:
@@ -162,7 +165,7 @@ def _changed_meanwhile(shard: ShardInfo) -> DataError | None:
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """WebDataset's rule: `a/b.c.TXT` -> key `a/b`, kind `c.txt`. Kind None: the member belongs to no sample."""
+    """WebDataset's rule: `a/b.c.TXT` -> key `a/b`, kind `c.txt`. Kind None: the member is not part of a sample."""
     folder, slash, last = name.rpartition("/")
     stem, dot, kind = last.partition(".")
     if not stem or not dot or (not slash and name.startswith("__")):

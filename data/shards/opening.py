@@ -1,9 +1,8 @@
-"""From a URL to what is known of its shards, and to what its filter accepts: all that must be worked out, once, before
-a source can be read.
+"""Opening a source: a summary of each of its shards, and the samples that its filter accepts.
 
-The idea: whatever costs a walk over the shards is written down (a shard's index, the summary of a source, the outcome
-of a filter), so that opening a source again is to list its shards, read one file, and a second one where there is a
-filter. Nothing that is written down is believed of a shard whose size or stamp has changed.
+The idea: every result that needs a walk over the shards is cached (a shard's index, the summary of a source, the result
+of a filter), so that opening a source again only lists its shards and reads one file, or two with a filter. Cached
+results of a shard whose size or stamp has changed are not used.
 """
 
 from __future__ import annotations
@@ -22,50 +21,50 @@ from ..storage.files import Reader, ShardInfo, cache_folder, read_range, shown_u
 from .filter import Filter, Known
 from .index import ShardIndex
 from .listing import index_shard
-from .parallel import Told, enough_workers, silent, sweep
+from .parallel import Progress, enough_workers, silent, sweep
 from .summary import ShardSummary, fingerprint, read_summary, write_summary
-from .table_file import DamagedTable, Table, smallest, table_bytes, write_whole
+from .table_file import DamagedTable, Table, smallest, table_bytes, write_cache_file
 from .tar_reader import DamagedShard
 
-_FEW = 8  # shards, for each process that is worth starting
-_MOST_COMPARED = 1 << 20  # samples up to which keys are compared over all shards
-_KEPT = 256  # shards whose accepted samples are kept in memory
+_SHARDS_PER_WORKER = 8  # minimum shards per process, else starting it is not worth it
+_MAX_COMPARED_KEYS = 1 << 20  # up to this many samples keys are compared across shards
+_CACHED_SHARDS = 256  # shards whose accepted sample numbers are kept in memory
 
 
-def summed_up(
+def summarize_shards(
     url: str,
     shards: Sequence[ShardInfo],
     read: Reader = read_range,
     skip_damaged: bool = False,
     workers: int | None = None,
-    told: Told = silent,
+    progress: Progress = silent,
 ) -> list[ShardSummary]:
-    """What is known of each shard, those that are new or changed indexed now (in parallel where they are many).
+    """The summary of each shard; new or changed shards are indexed now (in parallel if there are many).
 
-    Raises DataError if a shard cannot be read, DamagedShard for the first that is damaged unless `skip_damaged`, and
-    DataError if two shards hold one key. The last is looked for when the shards change, among as many samples as a
-    process can compare (a million); `lint` looks at all.
+    Raises DataError if a shard cannot be read, DamagedShard for the first damaged one unless `skip_damaged`, and
+    DataError if two shards hold the same key. Keys are compared when the shards change, in sources of up to a million
+    samples; `lint` compares all.
     """
-    with undisturbed():
+    with gc_paused():
         before = read_summary(url, shards)
     wanted = [s for s, row in zip(shards, before, strict=True) if row is None or (row.fault and not skip_damaged)]
     if not wanted:
         return [row for row in before if row is not None]
-    made: dict[ShardInfo, ShardSummary] = {}
-    for row in sweep(lambda shard: _looked_at(shard, read), wanted, workers or _useful(url, wanted), told):
+    new: dict[ShardInfo, ShardSummary] = {}
+    for row in sweep(lambda shard: _summarize(shard, read), wanted, workers or _worker_count(url, wanted), progress):
         if row.fault and not skip_damaged:
             raise DamagedShard(row.fault, row.offset)
-        made[row.shard] = row
-    rows = [made.get(shard, row) for shard, row in zip(shards, before, strict=True)]
+        new[row.shard] = row
+    rows = [new.get(shard, row) for shard, row in zip(shards, before, strict=True)]
     summary = [row for row in rows if row is not None]
     assert len(summary) == len(shards)
-    if sum(each.samples for each in summary) <= _MOST_COMPARED:
+    if sum(each.samples for each in summary) <= _MAX_COMPARED_KEYS:
         _check_keys(summary, read)
     write_summary(url, summary)
     return summary
 
 
-def _looked_at(shard: ShardInfo, read: Reader) -> ShardSummary:
+def _summarize(shard: ShardInfo, read: Reader) -> ShardSummary:
     try:
         found = index_shard(shard, read)
     except DamagedShard as error:
@@ -74,9 +73,9 @@ def _looked_at(shard: ShardInfo, read: Reader) -> ShardSummary:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """While tens of thousands of objects are made that all stay, collecting garbage only looks at them again and
-    again: a third of the time that opening takes."""
+def gc_paused() -> Iterator[None]:
+    """Pauses garbage collection while tens of thousands of long-lived objects are created: traversing them repeatedly
+    would take a third of the time of opening a source."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -86,9 +85,9 @@ def undisturbed() -> Iterator[None]:
             gc.enable()
 
 
-def _useful(url: str, work: Sequence[object]) -> int:
-    """Processes that are worth starting for so many shards."""
-    return max(1, min(enough_workers(url), len(work) // _FEW))
+def _worker_count(url: str, work: Sequence[object]) -> int:
+    """The number of worker processes that pays for this many shards."""
+    return max(1, min(enough_workers(url), len(work) // _SHARDS_PER_WORKER))
 
 
 def _check_keys(summary: Sequence[ShardSummary], read: Reader) -> None:
@@ -99,46 +98,46 @@ def _check_keys(summary: Sequence[ShardSummary], read: Reader) -> None:
             if other != each.shard.url:
                 raise DataError(
                     f"{shown_url(other)} and {shown_url(each.shard.url)} both hold a sample with key {shown(key)}; "
-                    f"keys must differ within a source, so pack one of them again"
+                    f"keys must be unique within a source, so repack one of them"
                 )
 
 
 class Accepted:
-    """Which samples of each shard a filter accepts: `counts` of them a shard, `numbers(shard)` for which."""
+    """The samples that a filter accepts: `counts` per shard, and `numbers(shard)`, their numbers within a shard."""
 
     def __init__(self, table: Table, samples: Sequence[int]) -> None:
         self.counts: NDArray[np.int64] = table.rows("counts").astype(np.int64)
         self._table, self._samples = table, samples
         self._ends = np.cumsum([-(-count // 8) for count in samples], dtype=np.int64).tolist()
         if len(self.counts) != len(samples) or table.count("bits") != (self._ends[-1] if self._ends else 0):
-            raise DamagedTable("it is of other shards")
-        self._kept: OrderedDict[int, NDArray[np.int32]] = OrderedDict()
+            raise DamagedTable("it belongs to other shards")
+        self._numbers: OrderedDict[int, NDArray[np.int32]] = OrderedDict()
 
     def numbers(self, shard: int) -> NDArray[np.int32]:
-        """The numbers, within the shard at this place of the list, of its accepted samples."""
-        found = self._kept.get(shard)
+        """The numbers of the accepted samples within shard `shard`, int32."""
+        found = self._numbers.get(shard)
         if found is None:
             bits = self._table.rows("bits", self._ends[shard - 1] if shard else 0, self._ends[shard])
             found = np.flatnonzero(np.unpackbits(bits, count=self._samples[shard])).astype(np.int32)
-            self._kept[shard] = found
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+            self._numbers[shard] = found
+            if len(self._numbers) > _CACHED_SHARDS:
+                self._numbers.popitem(last=False)
         else:
-            self._kept.move_to_end(shard)
+            self._numbers.move_to_end(shard)
         return found
 
 
-def accepted(
+def apply_filter(
     url: str,
     wanted: Filter,
     summary: Sequence[ShardSummary],
     indexes: Sequence[ShardIndex],
     workers: int | None = None,
-    told: Told = silent,
+    progress: Progress = silent,
 ) -> Accepted:
-    """What a filter accepts of the shards of `summary`, from the cache folder or worked out now and kept there.
+    """The samples of the shards in `summary` that a filter accepts, from the cache folder or evaluated and cached now.
 
-    Raises DataError if no shard has a column it names, or if it accepts nothing.
+    Raises DataError if no shard has a column that the filter names, or if it accepts no sample.
     """
     samples = [each.samples for each in summary]
     name = sha256(f"{fingerprint(summary)}\0{wanted.text}".encode("utf-8", "surrogatepass")).hexdigest()
@@ -154,8 +153,8 @@ def accepted(
         mask = wanted.accepted(columns)
         return int(mask.sum()), np.packbits(mask).tobytes(), Known().add(columns)
 
-    workers = workers or _useful(url, indexes)
-    for count, packed, seen in sweep(evaluate, indexes, workers, told):
+    workers = workers or _worker_count(url, indexes)
+    for count, packed, seen in sweep(evaluate, indexes, workers, progress):
         counts.append(count)
         bits.append(packed)
         known.merge(seen)
@@ -165,9 +164,9 @@ def accepted(
         for seen in sweep(lambda shard: Known().add(shard.columns, ranges=True), indexes, workers):
             known.merge(seen)
         raise DataError(
-            f"{shown_url(url)}: the filter {shown(wanted.text)} accepts 0 of {sum(samples):,} samples; its columns "
-            f"hold\n{known.ranges(wanted)}\nchange the filter, or leave it out"
+            f"{shown_url(url)}: the filter {shown(wanted.text)} accepts 0 of {sum(samples):,} samples; the values "
+            f"of its columns are\n{known.ranges(wanted)}\nchange the filter or remove it"
         )
     arrays = {"counts": smallest(np.array(counts, np.int64)), "bits": np.frombuffer(b"".join(bits), np.uint8)}
-    write_whole(path, table_bytes({"filter": ascii(wanted.text), "samples": sum(samples)}, arrays))
+    write_cache_file(path, table_bytes({"filter": ascii(wanted.text), "samples": sum(samples)}, arrays))
     return Accepted(Table.open(path), samples)

@@ -1,7 +1,7 @@
-"""Going through every shard or sample of a source in several processes: what index, lint and inspect share.
+"""Parallel maps over the shards or samples of a source, used by index, lint, inspect and pack.
 
-Work is handed to the processes by forking, so that a source's index is never copied; only results travel back. They
-come in the order of the work, whatever process was first.
+The work function and the source reach the worker processes by forking, so that a source's index is never copied; only
+results are sent back. They are yielded in the order of the items, whichever process finishes first.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from .listing import ShardIndex, index_shard
 
 T = TypeVar("T")
 R = TypeVar("R")
-Told = Callable[[int, int], None]
-"""told(done, total), after each piece of work"""
+Progress = Callable[[int, int], None]
+"""progress(done, total), called after each item"""
 
-_TOGETHER = 32  # samples a process is handed at a time
-_AT_A_STORE = 16  # processes at least, where each waits for a store most of the time
-_AHEAD = 8  # pieces of work in hand, for each process: results wait in memory for the first of them
+_SAMPLES_PER_TASK = 32  # samples per task
+_REMOTE_WORKERS = 16  # minimum processes for remote shards, which mostly wait for the store
+_TASKS_IN_FLIGHT = 8  # tasks in flight per process; bounds the results held in memory to keep the order
 _work: Callable[[Any], Any]
 
 
 def silent(done: int, total: int) -> None:
-    """Tells nobody."""
+    """No-op progress callback."""
 
 
 def enough_workers(url: str) -> int:
-    """Processes that keep this machine, or the store behind `url`, busy."""
+    """The number of processes that keep this machine, or the store behind `url`, busy."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = "://" not in url or url.startswith(("samples://", "file://"))
-    return cores if local else max(cores, _AT_A_STORE)
+    return cores if local else max(cores, _REMOTE_WORKERS)
 
 
-def sweep(work: Callable[[T], R], items: Sequence[T], workers: int, told: Told = silent) -> Iterator[R]:
-    """work(item) for every item, in their order, by `workers` processes (1: in this one).
+def sweep(work: Callable[[T], R], items: Sequence[T], workers: int, progress: Progress = silent) -> Iterator[R]:
+    """work(item) for every item, in order, by `workers` processes (1: in this process).
 
     Results must be picklable. DataError if a process dies.
     """
@@ -51,22 +51,22 @@ def sweep(work: Callable[[T], R], items: Sequence[T], workers: int, told: Told =
     if min(workers, len(items)) < 2:
         for done, item in enumerate(items, 1):
             result = work(item)
-            told(done, len(items))
+            progress(done, len(items))
             yield result
         return
     pool = ProcessPoolExecutor(
-        min(workers, len(items)), multiprocessing.get_context("fork"), initializer=_begin, initargs=(work,)
+        min(workers, len(items)), multiprocessing.get_context("fork"), initializer=_init_worker, initargs=(work,)
     )
     try:
-        for done, result in enumerate(_in_order(pool, items, _AHEAD * workers), 1):
-            told(done, len(items))
+        for done, result in enumerate(_in_order(pool, items, _TASKS_IN_FLIGHT * workers), 1):
+            progress(done, len(items))
             yield result
     except BrokenProcessPool:
         raise DataError(
-            "one of the processes that read the shards died; if memory ran out, give fewer with --workers; "
-            "--workers 1 shows the fault in line"
+            "one of the processes that read the shards died; if memory ran out, use fewer --workers; "
+            "--workers 1 shows the error in the main process"
         ) from None
-    except KeyboardInterrupt:  # a person waits; whatever is written anywhere is whole or not there
+    except KeyboardInterrupt:  # stop at once: every file is written atomically, so nothing is left half-written
         for process in list((pool._processes or {}).values()):
             process.terminate()
         raise
@@ -77,33 +77,35 @@ def sweep(work: Callable[[T], R], items: Sequence[T], workers: int, told: Told =
 def _in_order(pool: ProcessPoolExecutor, items: Iterable[T], most: int) -> Iterator[Any]:
     waiting: deque[Future[Any]] = deque()
     for item in items:
-        waiting.append(pool.submit(_one, item))
+        waiting.append(pool.submit(_run_work, item))
         if len(waiting) == most:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def sweep_samples(work: Callable[[int], R], numbers: Sequence[int], workers: int, told: Told = silent) -> Iterator[R]:
-    """work(number) for the samples `numbers`, in their order; `told` hears of samples."""
-    parts = [numbers[i : i + _TOGETHER] for i in range(0, len(numbers), _TOGETHER)]
+def sweep_samples(
+    work: Callable[[int], R], numbers: Sequence[int], workers: int, progress: Progress = silent
+) -> Iterator[R]:
+    """work(number) for the samples `numbers`, in order; `progress` counts samples."""
+    parts = [numbers[i : i + _SAMPLES_PER_TASK] for i in range(0, len(numbers), _SAMPLES_PER_TASK)]
 
     def several(part: Sequence[int]) -> list[R]:
         return [work(number) for number in part]
 
-    def told_samples(done: int, total: int) -> None:
-        told(min(done * _TOGETHER, len(numbers)), len(numbers))
+    def report_samples(done: int, total: int) -> None:
+        progress(min(done * _SAMPLES_PER_TASK, len(numbers)), len(numbers))
 
-    for results in sweep(several, parts, workers, told_samples):
+    for results in sweep(several, parts, workers, report_samples):
         yield from results
 
 
 def index_all(
-    shards: Sequence[ShardInfo], workers: int, told: Told = silent, read: Reader = read_range
+    shards: Sequence[ShardInfo], workers: int, progress: Progress = silent, read: Reader = read_range
 ) -> Iterator[tuple[ShardInfo, ShardIndex | DataError]]:
-    """Each shard with its index, from the cache or made now, or with what is wrong with it.
+    """Each shard with its index, from the cache or created now, or with the error.
 
-    Every index is in the cache folder as soon as it is made: cut off, the next call goes on where this one was.
+    Every index is cached as soon as it is complete: after an interruption the next call continues from there.
     """
 
     def indexed(shard: ShardInfo) -> ShardIndex | DataError:
@@ -112,11 +114,11 @@ def index_all(
         except DataError as error:
             return error
 
-    return zip(shards, sweep(indexed, shards, workers, told), strict=True)
+    return zip(shards, sweep(indexed, shards, workers, progress), strict=True)
 
 
-def _begin(work: Callable[[Any], Any]) -> None:
-    """In each process: what to do, whose signals to leave alone, and not to outlive the parent."""
+def _init_worker(work: Callable[[Any], Any]) -> None:
+    """Initialises a worker: sets its work, leaves Ctrl-C to the parent, and ends with the parent."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -124,12 +126,12 @@ def _begin(work: Callable[[Any], Any]) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _one(item: Any) -> Any:
+def _run_work(item: Any) -> Any:
     return _work(item)

@@ -1,4 +1,4 @@
-"""A sample as it lies in a shard: its members as raw bytes, nothing decoded."""
+"""A sample as stored in a shard: its members as raw bytes, not decoded."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A sample's members as they lie in the shard. `key` is text from outside: never use it as a path."""
+    """A sample's raw members. `key` is untrusted text: never use it as a path."""
 
     key: str
     shard: str
     offset: int  # bytes, of the first member's data
     fields: dict[str, bytes]  # by lower-case extension
-    kinds: tuple[str, ...] = ()  # of all members, also of those that were not read
+    kinds: tuple[str, ...] = ()  # of all members, including those that were not read

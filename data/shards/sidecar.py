@@ -1,8 +1,8 @@
-"""What is known about shards, kept beside them: in a folder `.treering` where they lie, be it on a disk or in a bucket.
+"""Sidecar files of shards: indexes and summaries in a folder `.treering` next to the shards, on a disk or in a bucket.
 
-Whoever can write there can write shards, so what is found is checked like a shard and no more is believed of it: a file
-that does not fit its shard is passed over, as if there were none. Writing is optional and never done by a run: only
-`treering data index --beside` does.
+Anyone who can write there can also write shards, so sidecars are checked like shards and trusted no more than they are:
+a file that does not fit its shard is ignored. Writing is optional: only `treering data index --beside` does it, never
+a run.
 """
 
 from __future__ import annotations
@@ -10,16 +10,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import DataError
-from ..storage.files import BESIDE, ShardInfo, filesystem, find, is_remote, read_range, readable_errors, shown_url
-from ..storage.retries import persist
+from ..storage.files import (
+    SIDECAR_FOLDER,
+    ShardInfo,
+    filesystem,
+    find,
+    is_remote,
+    read_range,
+    readable_errors,
+    shown_url,
+)
+from ..storage.retries import retry
 from .index import cached_at, fits
-from .table_file import DamagedTable, Table, write_whole
+from .table_file import DamagedTable, Table, write_cache_file
 
 _LARGEST = 1 << 30  # bytes of an index
 
 
 def fetch_index(shard: ShardInfo) -> bytes | None:
-    """The index that lies beside a shard, if it is one of this version of it."""
+    """The bytes of a shard's sidecar index; None if there is none for this version of the shard."""
     data = fetch_sidecar(_index_url(shard))
     if data is None:
         return None
@@ -30,14 +39,14 @@ def fetch_index(shard: ShardInfo) -> bytes | None:
 
 
 def put_index(shard: ShardInfo) -> None:
-    """Puts the index in the cache folder beside the shard, if none is there that fits. Raises DataError."""
+    """Writes the cached index as a sidecar of the shard, unless a fitting one is there. Raises DataError."""
     if fetch_index(shard) is None:
         put(_index_url(shard), cached_at(shard).read_bytes())
 
 
 def fetch_sidecar(url: str) -> bytes | None:
-    """A small file of a folder `.treering`; None if there is none, or it cannot be read."""
-    if "?" in url:  # a signed URL is good for its own file alone
+    """The bytes of a file in a `.treering` folder; None if it is missing or unreadable."""
+    if "?" in url:  # a signed URL is valid for its own file only
         return None
     try:
         (found,) = find(url)
@@ -47,23 +56,23 @@ def fetch_sidecar(url: str) -> bytes | None:
 
 
 def put(url: str, data: bytes) -> None:
-    """Writes a file of a folder `.treering`, all of it or nothing. Raises DataError."""
+    """Writes a file of a `.treering` folder atomically. Raises DataError."""
     with readable_errors(url):
         if not is_remote(url):
             path = Path(url.removeprefix("file://").removeprefix("local://"))
             try:
                 path.parent.mkdir(exist_ok=True)
-                write_whole(path, data)
+                write_cache_file(path, data)
             except (OSError, DataError) as error:
                 what = error.strerror if isinstance(error, OSError) else "no space or no permission"
                 raise DataError(
-                    f"cannot write {shown_url(url)}: {what}; check the folder, or do without --beside"
+                    f"cannot write {shown_url(url)}: {what}; check the folder, or run without --beside"
                 ) from None
             return
         system, path_ = filesystem(url)
-        persist(shown_url(url), lambda: system.pipe_file(path_, data))
+        retry(shown_url(url), lambda: system.pipe_file(path_, data))
 
 
 def _index_url(shard: ShardInfo) -> str:
     folder, _, name = shard.url.rpartition("/")
-    return f"{folder}/{BESIDE}/{name}.index"
+    return f"{folder}/{SIDECAR_FOLDER}/{name}.index"

@@ -1,10 +1,9 @@
-"""The summary of a source: what opening it must know of its shards, in one file instead of one a shard.
+"""The summary of a source: the facts about its shards that opening needs, in one file instead of one per shard.
 
-It lists the shards by name, size and stamp, each with how many samples it has, how many of them may be used, and the
-bytes of its tar, or with what is wrong with it. Opening lists the shards anew and takes from the summary what is known
-of those that are unchanged; only new ones are indexed. It lies in the cache folder, and beside the shards where
-`treering data index --beside` put it; names in it are relative to the folder of the source, so that it is found under
-any name of that folder.
+It lists the shards by name, size and stamp, each with its number of samples, the number of usable ones and the bytes of
+its tar, or with its fault. Opening lists the shards again and uses the summary for unchanged ones; only new ones are
+indexed. It is stored in the cache folder, and next to the shards if `treering data index --beside` wrote it; names in
+it are relative to the folder of the source, so that it stays valid under any name of that folder.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..storage.files import BESIDE, ShardInfo, cache_folder, is_remote
+from ..storage.files import SIDECAR_FOLDER, ShardInfo, cache_folder, is_remote
 from .index import FORMAT
 from .sidecar import fetch_sidecar, put
-from .table_file import DamagedTable, Table, packed_texts, smallest, table_bytes, write_whole
+from .table_file import DamagedTable, Table, packed_texts, smallest, table_bytes, write_cache_file
 
 
 class ShardSummary(NamedTuple):
-    """One shard: its samples, those of them with picture and caption, the bytes of its tar; or what is wrong with it,
-    and at which byte."""
+    """One shard: its number of samples, the number with picture and caption, and the bytes of its tar; or its fault and
+    the byte where it was found."""
 
     shard: ShardInfo
     samples: int = 0
@@ -37,7 +36,7 @@ class ShardSummary(NamedTuple):
 
 
 def read_summary(url: str, shards: Sequence[ShardInfo]) -> list[ShardSummary | None]:
-    """What is known of each of the shards behind a URL; None of those that nobody has summed up as they are now."""
+    """The summary of each of the shards behind a URL; None for shards without one for their current version."""
     place = _Place(url)
     try:
         return _parsed(Table.open(place.cached), place.folder, shards)
@@ -51,17 +50,17 @@ def read_summary(url: str, shards: Sequence[ShardInfo]) -> list[ShardSummary | N
 
 
 def write_summary(url: str, shards: Iterable[ShardSummary], beside: bool = False) -> None:
-    """Keeps a summary in the cache folder, or beside the shards. Raises DataError."""
+    """Writes a summary to the cache folder, or with `beside` next to the shards. Raises DataError."""
     place = _Place(url)
     data = _packed(list(shards), place.folder)
     if beside:
         put(place.beside, data)
     else:
-        write_whole(place.cached, data)
+        write_cache_file(place.cached, data)
 
 
 def fingerprint(shards: Sequence[ShardSummary]) -> str:
-    """A name for the content of a source: equal for equal shards in the same order."""
+    """A hash of the content of a source: equal for equal shards in the same order."""
     digest = sha256(str(FORMAT).encode())
     for each in shards:
         shard = each.shard
@@ -70,7 +69,7 @@ def fingerprint(shards: Sequence[ShardSummary]) -> str:
 
 
 class _Place:
-    """Where the summary of a URL is kept, and the folder that names in it are relative to."""
+    """The locations of a URL's summary, and the folder that names in it are relative to."""
 
     def __init__(self, url: str) -> None:
         literal = re.split(r"[*?\[{]", url, maxsplit=1)[0]
@@ -80,7 +79,7 @@ class _Place:
             folder = os.path.abspath(os.path.expanduser(folder or "/" if url.startswith("/") else folder))
         self.folder = folder.rstrip("/")
         self.cached: Path = cache_folder("sources") / _hash(self.folder, rest)
-        self.beside = f"{self.folder}/{BESIDE}/{_hash(rest)[:16]}.source"
+        self.beside = f"{self.folder}/{SIDECAR_FOLDER}/{_hash(rest)[:16]}.source"
 
 
 def _hash(*parts: str) -> str:
@@ -102,7 +101,7 @@ def _packed(shards: list[ShardSummary], folder: str) -> bytes:
 
 
 def _parsed(table: Table, folder: str, shards: Sequence[ShardInfo]) -> list[ShardSummary | None]:
-    """What a summary says of each shard. Raises DamagedTable."""
+    """The entry of each shard in a summary, None without one. Raises DamagedTable."""
     try:
         if table.header["format"] != FORMAT:
             raise DamagedTable("it is of another version")
@@ -111,7 +110,7 @@ def _parsed(table: Table, folder: str, shards: Sequence[ShardInfo]) -> list[Shar
         stamps, counts = table.texts("stamps"), list(zip(*numbers, strict=True))
         faults = {int(i): (str(reason), int(offset)) for i, offset, reason in table.header["faults"]}
     except (KeyError, TypeError, ValueError):
-        raise DamagedTable("it is no summary of a source") from None
+        raise DamagedTable("it is not a summary of a source") from None
     if not len(names) == len(sizes) == len(stamps) == len(counts):
         raise DamagedTable("its lists differ in length")
     rows = {name: i for i, name in enumerate(names)}

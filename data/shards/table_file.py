@@ -1,13 +1,13 @@
-"""Tables: named lists of numbers in one small binary file, read whole or row by row. What indexes are stored in.
+"""Tables: named arrays of numbers in one small binary file, read as a whole or by row. Indexes are stored as tables.
 
-Why not safetensors or .npy: neither has a checksum, safetensors has no rows of several types, and .npy holds one array.
+Why not safetensors or .npy: neither has a checksum, safetensors has no structured rows, and .npy holds a single array.
 
-The layout says itself what it is, so that nothing is ever unpickled:
+The format is self-describing and never unpickled:
 8 bytes of magic, a CRC-32 of all that follows, the length of the header (both 4 bytes, little-endian), the header as
-ASCII JSON, then the arrays, each on a multiple of 8 bytes. The header lists the arrays (name, type, rows, where) beside
-what else its writer puts there. The checksum is tested once, when the file is opened; after that a row costs one small
-read, and nothing of the file stays in memory but its header. Types and bounds are checked against the file's size, for
-a table may come from a bucket that others write to.
+ASCII JSON, then the arrays, each aligned to 8 bytes. The header lists the arrays (name, type, rows, offset) and any
+fields its writer adds. The checksum is verified once, when the file is opened; after that a row costs one small read,
+and only the header stays in memory. Types and bounds are checked against the file's size, since a table may come from
+a bucket that others write to.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Array = NDArray[Any]
 
 
 class DamagedTable(ValueError):
-    """The bytes are not a whole table; the one who asked makes it anew."""
+    """The bytes are not an intact table; the caller rebuilds it."""
 
 
 class Table:
-    """A table in memory (`data`) or in a file (`path`)."""
+    """A table in memory or in a file."""
 
     def __init__(self, header: dict[str, Any], start: int, data: bytes | Path, size: int) -> None:
         self.header, self._data = header, data
@@ -54,13 +54,13 @@ class Table:
 
     @classmethod
     def parse(cls, data: bytes) -> Table:
-        """The table that `data` is. Raises DamagedTable."""
+        """The table with the bytes `data`. Raises DamagedTable."""
         length = _checked_head(data[:_HEAD], len(data), zlib.crc32(data[12:]))
         return cls(_header(data[_HEAD : _HEAD + length]), _aligned(_HEAD + length), data, len(data))
 
     @classmethod
     def open(cls, path: Path) -> Table:
-        """The table in a file; reads it through once for its checksum. Raises DamagedTable or OSError."""
+        """The table in a file; reads all of it once to verify the checksum. Raises DamagedTable or OSError."""
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(_HEAD)
@@ -75,17 +75,17 @@ class Table:
         return name in self._places
 
     def count(self, name: str) -> int:
-        """Rows of an array."""
+        """The number of rows of an array."""
         return self._places[name][1]
 
     def fields(self, name: str) -> tuple[str, ...]:
-        """The names of the fields of an array of whole numbers >= 0, ("",) where it has none; () for any other."""
+        """The field names of an array of unsigned integers, ("",) if it is not structured; () for other types."""
         kind = self._places[name][0] if name in self._places else np.dtype(float)
         parts = [part for part, *_ in kind.fields.values()] if kind.fields else [kind]
         return (kind.names or ("",)) if all(part.kind == "u" for part in parts) else ()
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Array:
-        """Rows [start, stop) of an array, read-only. Raises DamagedTable or OSError if the file is gone by now."""
+        """Rows [start, stop) of an array, read-only. Raises DamagedTable, or OSError if the file is gone."""
         kind, count, offset = self._places[name]
         stop = count if stop is None else stop
         if not 0 <= start <= stop <= count:
@@ -101,7 +101,7 @@ class Table:
         return np.frombuffer(data, kind)
 
     def texts(self, name: str, start: int = 0, stop: int | None = None) -> list[str]:
-        """The texts that `packed_texts(name, ...)` made arrays of."""
+        """The texts stored by `packed_texts(name, ...)`. Raises DamagedTable."""
         stop = self.count(f"{name}.ends") if stop is None else stop
         ends = self.rows(f"{name}.ends", max(start - 1, 0), stop).tolist()
         first = ends.pop(0) if start else 0
@@ -112,7 +112,7 @@ class Table:
 
 
 def table_bytes(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
-    """A table of one-dimensional arrays. Equal content gives equal bytes."""
+    """The bytes of a table of one-dimensional arrays. Equal content gives equal bytes."""
     layout, parts, offset = [], [], 0
     for name, array in arrays.items():
         assert array.ndim == 1
@@ -129,21 +129,20 @@ def table_bytes(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes
 
 
 def packed_texts(name: str, texts: list[str]) -> dict[str, Array]:
-    """Texts as two arrays of a table: their bytes one after another, and where each ends."""
+    """Texts as two arrays of a table: their concatenated bytes, and the end of each."""
     encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
     ends = np.cumsum([len(each) for each in encoded], dtype=np.int64)
     return {f"{name}.ends": smallest(ends), f"{name}.bytes": np.frombuffer(b"".join(encoded), np.uint8)}
 
 
 def smallest(numbers: Array) -> Array:
-    """The same whole numbers >= 0 in the smallest type that holds them."""
+    """The same non-negative integers in the smallest unsigned type that holds them."""
     most = int(numbers.max()) if len(numbers) else 0
     return numbers.astype(np.min_scalar_type(most).newbyteorder("<"))
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file of the cache folder so that no reader, of any process, ever sees a part of it. DataError if it
-    cannot be written."""
+def write_cache_file(path: Path, data: bytes) -> None:
+    """Writes a file of the cache folder atomically. Raises DataError if it cannot be written."""
     try:
         atomic_write(path, data)
     except OSError as error:
@@ -157,7 +156,7 @@ def _aligned(position: int) -> int:
 
 
 def _checked_head(head: bytes, size: int, sum_: int) -> int:
-    """The length of the header."""
+    """The length of the header. Raises DamagedTable if magic, sizes or checksum are wrong."""
     length = int.from_bytes(head[12:16], "little")
     whole = len(head) == _HEAD and head[:8] == _MAGIC and length <= min(size - _HEAD, _LONGEST_HEADER)
     if not whole or int.from_bytes(head[8:12], "little") != sum_:
@@ -184,7 +183,7 @@ def _dtype(fields: Any) -> np.dtype[Any]:
 
 
 def _read(descriptor: int, size: int, offset: int) -> bytes:
-    """What is asked for, for one call of the system gives 2 GiB at most."""
+    """Exactly `size` bytes; a single pread returns at most 2 GiB."""
     data = os.pread(descriptor, size, offset)
     while len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))

@@ -1,10 +1,10 @@
-"""What is in a tar, by its headers alone: name, place and size of every plain file.
+"""Lists the members of a tar from its headers: name, offset and size of every regular file.
 
-Why not `tarfile` alone, which parses the headers here: it takes a shard that was cut short for a smaller one, and reads
-a header of any size that a hostile file promises.
+Why not `tarfile` alone (it parses the headers here): it accepts a truncated shard as a smaller one, and reads a header
+of any size that a hostile file declares.
 
-Stricter than `tarfile`: data past the end of the file, a missing end-of-archive block and a header that is not one are
-errors, for a shard that was cut short must not pass as a smaller shard. Each names the shard, the byte and the remedy.
+Stricter than `tarfile`: data past the end of the file, a missing end-of-archive block and an invalid header are errors,
+because a truncated shard must not pass as a smaller one. Each error names the shard, the byte and the remedy.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ..errors import DataError
 from ..storage.files import ShardInfo, shown_url
 
 _BLOCK = 512
-_LONGEST_HEADER = 1 << 20  # bytes of an extended header (a long name); more is an attack or damage
+_LONGEST_HEADER = 1 << 20  # bytes of an extended header (a long name); a larger one is damage or an attack
 _LONGEST_NUMBER = 20  # digits of a size
 _PLAIN_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _NEVER_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
 
 
 class DamagedShard(DataError):
-    """A shard whose content is wrong, now and whenever it is read again; `offset` is the byte where that shows."""
+    """A shard with damaged content, which reading again cannot fix; `offset` is the byte where it was found."""
 
     def __init__(self, message: str, offset: int = 0) -> None:
         super().__init__(message)
@@ -32,7 +32,7 @@ class DamagedShard(DataError):
 
 
 def tar_members(file: BinaryIO, shard: ShardInfo) -> Iterator[tuple[str, int, int]]:
-    """Name, data offset and size of every plain file of the shard that `file` holds. Raises DamagedShard."""
+    """Name, data offset and size of every regular file in the shard opened as `file`. Raises DamagedShard."""
     position, name, size_override = 0, None, None
     while True:
         header = _header(file, position, shard)
@@ -42,7 +42,7 @@ def tar_members(file: BinaryIO, shard: ShardInfo) -> Iterator[tuple[str, int, in
         size = header.size if size_override is None else size_override
         if header.type in _NEVER_DATA:
             size = 0
-        if not 0 <= size <= shard.size - data:  # a negative one would lead round in circles
+        if not 0 <= size <= shard.size - data:  # a negative size would loop forever
             raise _cut_short(shard) if size > 0 else _damaged(shard, position, "negative size")
         position = data + -(-size // _BLOCK) * _BLOCK
         if header.type == tarfile.GNUTYPE_LONGNAME:
@@ -55,7 +55,7 @@ def tar_members(file: BinaryIO, shard: ShardInfo) -> Iterator[tuple[str, int, in
         elif header.type == tarfile.GNUTYPE_SPARSE:
             raise DamagedShard(
                 f"{shown_url(shard.url)} holds a sparse file at byte {data - _BLOCK}; "
-                f"pack the shard again without --sparse",
+                f"repack the shard without --sparse",
                 data - _BLOCK,
             )
         elif header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
@@ -77,9 +77,9 @@ def _header(file: BinaryIO, position: int, shard: ShardInfo) -> tarfile.TarInfo 
         if position == 0:
             zipped = block.startswith(b"\x1f\x8b")
             remedy = (
-                "it is gzip data: unpack it with gunzip, or name it .tar.gz"
+                "it is gzip data: unpack it with gunzip, or rename it to .tar.gz"
                 if zipped
-                else "name tar files, or leave it out"
+                else "name tar files, or remove it from the source"
             )
             raise DamagedShard(f"{shown_url(shard.url)} is not a tar file at byte 0; {remedy}") from None
         raise _damaged(shard, position, str(error)) from None
@@ -87,14 +87,15 @@ def _header(file: BinaryIO, position: int, shard: ShardInfo) -> tarfile.TarInfo 
 
 def _damaged(shard: ShardInfo, position: int, what: str) -> DamagedShard:
     return DamagedShard(
-        f"{shown_url(shard.url)} is damaged at byte {position} ({what}); copy it again or leave it out", position
+        f"{shown_url(shard.url)} is damaged at byte {position} ({what}); copy it again or remove it from the source",
+        position,
     )
 
 
 def _cut_short(shard: ShardInfo) -> DamagedShard:
     return DamagedShard(
-        f"{shown_url(shard.url)} is cut short: it ends at byte {shard.size} in mid-archive; "
-        f"copy it again or leave it out",
+        f"{shown_url(shard.url)} is cut short: it ends at byte {shard.size} before the end of the archive; "
+        f"copy it again or remove it from the source",
         shard.size,
     )
 
@@ -103,7 +104,7 @@ def _extended(file: BinaryIO, size: int, position: int, shard: ShardInfo) -> byt
     if size > _LONGEST_HEADER:
         raise DamagedShard(
             f"{shown_url(shard.url)} holds a header of {size:,} bytes at byte {position}; "
-            f"it is damaged or hostile, leave it out",
+            f"it is damaged or hostile, remove it from the source",
             position,
         )
     return file.read(size)

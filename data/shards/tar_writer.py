@@ -1,8 +1,8 @@
-"""Writing tar files whose bytes depend on the samples alone: no clock, no user, members sorted by kind.
+"""Writes tar files whose bytes depend only on the samples: no times, no user, members sorted by kind.
 
-webdataset's TarWriter writes them; this adds what packing needs beside it: sizes that are known before anything is
-written (`member_size`). webdataset imports torch, which takes a second, so it is imported at first use;
-`import_writer` does that ahead of a fork.
+webdataset's TarWriter writes them; this module adds what packing also needs: sizes known before anything is written
+(`member_size`). webdataset imports torch, which takes a second, so it is imported on first use; `import_writer` does
+so before a fork.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ RECORD = tarfile.RECORDSIZE
 
 
 def import_writer() -> ModuleType:
-    """webdataset. A process that forks others which write calls this first, so that the import is paid once."""
+    """Imports webdataset. Call it before forking processes that write, so that the import is done once."""
     return import_module("webdataset")
 
 
 class TarWriter:
-    """Writes samples to an open file; a context manager, which ends the archive."""
+    """Writes samples to an open file; a context manager that ends the archive on exit."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._writer = import_writer().TarWriter(file, encoder=False, keep_meta=True, mtime=0)
@@ -36,12 +36,12 @@ class TarWriter:
         self._writer.close()
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Writes the members of one sample, by kind. Kinds must not begin with two underscores."""
+        """Writes the members of one sample (bytes by kind). Kinds must not begin with two underscores."""
         self._writer.write({"__key__": key, **members})
 
 
 def member_size(name: str, size: int) -> int:
-    """Bytes that a member of `size` bytes takes in the archive, headers and padding included."""
+    """The bytes that a member of `size` bytes occupies in the archive, including headers and padding."""
     header = tarfile.TarInfo(name)
     header.size = size
     plain = len(name) <= 100 and name.isascii()
@@ -49,15 +49,15 @@ def member_size(name: str, size: int) -> int:
 
 
 def archive_size(members: int) -> int:
-    """Bytes of an archive whose members take `members` bytes."""
+    """The bytes of an archive whose members occupy `members` bytes."""
     return -(-(members + 2 * BLOCK) // RECORD) * RECORD
 
 
 def write_shards(
     folder: Path, name: str, samples: Iterable[tuple[str, dict[str, bytes]]], total: int, shard_size: int
 ) -> list[str]:
-    """Writes `total` samples (key, bytes by kind), in their order, into as few shards as hold them at `shard_size`
-    each, all of nearly the same length. Returns the file names. Equal samples give equal bytes."""
+    """Writes `total` samples (key, bytes by kind), in order, into the fewest shards of at most `shard_size` samples, of
+    nearly equal length. Returns the file names. Equal samples give equal bytes."""
     count = -(-total // shard_size)
     samples = iter(samples)
     names = []

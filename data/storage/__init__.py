@@ -1,1 +1,1 @@
-"""Bytes from and to anywhere fsspec reaches: reading with retries, caches on the node, whole files written at once."""
+"""Reading and writing bytes anywhere fsspec reaches: reads with retries, caches on the node, atomic writes."""

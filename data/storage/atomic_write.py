@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all: written beside their place under another name, then renamed.
+"""Atomic writes: a file is written under a temporary name in the same folder, then renamed.
 
-Only the standard library is imported, so that the batch script's helper starts at once.
+Only the standard library is imported, so that the batch script's helper starts fast.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL = ".part"
-"""ending of a file that is being written, or was when its process died"""
+"""suffix of a file that is being written, or was left by a killed process"""
 
 
 def partial_path(path: Path) -> Path:
-    """A new hidden name beside `path`, for what is to be renamed to it when it is whole."""
+    """A new hidden name in the folder of `path`, to be renamed to `path` when complete."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
 
 
 @contextmanager
 def atomic_file(path: Path, durable: bool = False, exclusive: bool = False) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` at the end, unless an error passes through.
+    """A file to write that becomes `path` at the end, unless an error is raised inside the block.
 
-    With `durable` it survives a power cut from then on; with `exclusive` an existing file is kept and FileExistsError
-    raised. Raises OSError.
+    With `durable` it is flushed to disk, to survive a power cut; with `exclusive` an existing file is kept and
+    FileExistsError is raised. Raises OSError.
     """
     partial = partial_path(path)
     try:
@@ -36,7 +36,7 @@ def atomic_file(path: Path, durable: bool = False, exclusive: bool = False) -> I
                 file.flush()
                 os.fsync(file.fileno())
         if exclusive:
-            os.link(partial, path)  # unlike a rename, it refuses an existing name
+            os.link(partial, path)  # unlike a rename, a link fails if the name exists
         else:
             os.replace(partial, path)
         if durable:
@@ -47,19 +47,19 @@ def atomic_file(path: Path, durable: bool = False, exclusive: bool = False) -> I
 
 
 def atomic_write(path: Path, data: bytes | bytearray | str, durable: bool = False, exclusive: bool = False) -> None:
-    """Write a whole file, text as UTF-8. The rest is as in `atomic_file`."""
+    """Write a file atomically, text as UTF-8. Options and errors as for `atomic_file`."""
     with atomic_file(path, durable, exclusive) as file:
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what a process that died while it wrote left in a folder; nobody may be writing there."""
+    """Remove partial files that killed processes left in a folder; no process may be writing there."""
     for left in folder.glob(f".*{PARTIAL}"):
         left.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Flush a folder's entries to disk, so that they survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

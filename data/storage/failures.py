@@ -1,7 +1,7 @@
-"""What went wrong in a store or on a disk, as one kind of failure; who reads and who writes then word the remedy.
+"""Classifies errors of stores and disks into kinds of failure; the reader or writer then words the remedy.
 
-An error is judged by its HTTP status, its error number and the names of its types, so that no client library is
-imported for it. A store's own words are never shown: they may hold secrets.
+An error is classified by HTTP status, error number and type names, so that no client library is imported for it. A
+store's error text is never shown: it may hold secrets.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ _CLIENTS = ("botocore", "aiohttp", "aiobotocore", "gcsfs", "google")
 
 def failure_of(error: Exception) -> Failure | None:
     """The kind of failure behind an error of a file system; None if it is not one."""
-    # An error of the system names the file, whose name may say anything; a client's errors carry the store's code.
+    # A system error contains the file name, which may be any text; a client's error contains the store's code.
     from_system = isinstance(error, OSError) and error.filename is not None
-    said = "" if from_system else " ".join(f"{type(each).__name__} {each}" for each in error_chain(error))
+    text = "" if from_system else " ".join(f"{type(each).__name__} {each}" for each in error_chain(error))
     status = http_status(error)
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or status == 507:
         return "full"
-    if any(code in said for code in ("NoSpace", "QuotaExceeded")):
+    if any(code in text for code in ("NoSpace", "QuotaExceeded")):
         return "full"
-    if any(code in said for code in ("ExpiredToken", "TokenRefreshRequired", "token has expired")):
+    if any(code in text for code in ("ExpiredToken", "TokenRefreshRequired", "token has expired")):
         return "expired"
-    if any(code in said for code in (*_NO_CREDENTIALS, "Unable to locate credentials", "InvalidAccessKeyId")):
+    if any(code in text for code in (*_NO_CREDENTIALS, "Unable to locate credentials", "InvalidAccessKeyId")):
         return "credentials"
-    if isinstance(error, FileNotFoundError) or "NoSuchBucket" in said:
+    if isinstance(error, FileNotFoundError) or "NoSuchBucket" in text:
         return "missing"
     denied = ("AccessDenied", "Forbidden", "SignatureDoesNotMatch")
-    if isinstance(error, PermissionError) or status in (401, 403) or any(code in said for code in denied):
+    if isinstance(error, PermissionError) or status in (401, 403) or any(code in text for code in denied):
         return "denied"
     if isinstance(error, ImportError | ValueError):  # fsspec: unknown protocol, or its package is missing
         return "unsupported"

@@ -1,10 +1,10 @@
-"""Where bytes come from: local paths and stores (fsspec), and the cache folder.
+"""Reading bytes from local paths and stores (fsspec), and the location of the cache folder.
 
-What is read from a store is one ranged request, received piece by piece: a failure that passes (retries.py) costs the
-bytes that had not yet come, for the next request goes on behind the last one that had.
+A read from a store is one ranged request, received in chunks: after a transient failure (retries.py) the next request
+continues after the last byte received.
 
-File systems are opened where they are used: fsspec keeps its instances per process, so nothing crosses a fork.
-What a store refuses becomes a DataError with the remedy; its own words are not echoed, for they may hold secrets.
+File systems are opened where they are used: fsspec keeps its instances per process, so none is used across a fork.
+A store's refusal becomes a DataError with the remedy; the store's error text is not shown, since it may hold secrets.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from fsspec.utils import glob_translate
 
 from ..errors import DataError
 from .failures import Failure, failure_of
-from .retries import http_status, persist, reason
+from .retries import http_status, reason, retry
 
 _GLOB = frozenset("*?[")
 _MAGIC = re.compile(r"[*?\[]")
 _LISTED = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs"))  # stores that list the names with a prefix
-_MANY = 16  # names in a folder from which it is listed; requests at a time where it cannot be
-BESIDE = ".treering"
-"""the folder, beside shards, of what is known about them"""
+_LIST_FROM = 16  # from this many names in a folder it is listed; concurrent requests if it cannot be
+SIDECAR_FOLDER = ".treering"
+"""the sidecar folder next to shards, which holds their indexes"""
 _LOCAL = frozenset(("file", "local", "memory"))
-_AHEAD = 8 << 20  # bytes that a walk over a remote shard asks for at a time
-_CHUNK = 1 << 18  # bytes taken at a time from an answer
-_START_SECONDS = 20.0  # a store that does not answer at all is more often misspelt than restarting
-# What a process opened stays alive in its forked children: collected there, it would close the parent's connections.
+_AHEAD = 8 << 20  # bytes requested at a time by a walk over a remote shard
+_CHUNK = 1 << 18  # bytes read at a time from a response
+_START_SECONDS = 20.0  # a store that does not answer at all is more likely misspelt than restarting
+# Keeps file systems alive in forked children: collecting them there would close the parent's connections.
 _OPENED: dict[int, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """A shard and what tells one version of it from another."""
+    """A shard, with the size and stamp that identify its version."""
 
     url: str
     size: int  # bytes
@@ -54,7 +54,7 @@ class ShardInfo:
 
 
 def shown_url(url: str) -> str:
-    """A URL fit for a message: without passwords and signatures, and without control characters."""
+    """A URL safe to show in a message: without passwords, signatures and control characters."""
     parts = urlsplit(url) if "://" in url else None
     if parts and (parts.query or "@" in parts.netloc):
         url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -62,14 +62,14 @@ def shown_url(url: str) -> str:
 
 
 def cache_folder(name: str) -> Path:
-    """The folder `name` in $TREERING_CACHE, else ~/.cache/treering; made if missing."""
+    """The folder `name` in $TREERING_CACHE, else ~/.cache/treering; created if missing. Raises DataError."""
     root = os.environ.get("TREERING_CACHE")
     folder = (Path(root) if root else Path.home() / ".cache" / "treering") / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"cannot make {folder}: {error.strerror}; set TREERING_CACHE to a folder you can write to"
+            f"cannot create {folder}: {error.strerror}; set TREERING_CACHE to a folder you can write to"
         ) from None
     return folder
 
@@ -78,14 +78,14 @@ Reader = Callable[[ShardInfo, int, int], bytes]  # the bytes [start, end) of a s
 
 
 def is_remote(url: str) -> bool:
-    """Whether reading goes over the network."""
+    """Whether a URL is read over the network."""
     protocol, separator, _ = url.partition("://")
     return bool(separator) and protocol not in _LOCAL
 
 
 def find_all(urls: Sequence[str]) -> list[ShardInfo]:
-    """The files that URLs without braces stand for. Names in one folder of a store are looked up by listing it, for to
-    ask for each of tens of thousands would take minutes. Raises what `find` does."""
+    """The files behind URLs without braces. Many names in one folder of a store are looked up by listing the folder:
+    separate requests for tens of thousands would take minutes. Raises as `find` does."""
     found: list[ShardInfo] = []
     single: list[str] = []
     local: list[str] = []
@@ -101,24 +101,24 @@ def find_all(urls: Sequence[str]) -> list[ShardInfo]:
             single.append(url)
     found += _find_local(local)
     for folder, names in folders.items():
-        if len(names) < _MANY:
+        if len(names) < _LIST_FROM:
             single += names
         else:
             found += _listed(folder, names)
-    if len(single) < _MANY:
+    if len(single) < _LIST_FROM:
         return found + [each for url in single for each in find(url)]
-    with ThreadPoolExecutor(_MANY) as pool:
+    with ThreadPoolExecutor(_LIST_FROM) as pool:
         return found + [each for few in pool.map(find, single) for each in few]
 
 
 def _listed(folder: str, urls: Sequence[str]) -> list[ShardInfo]:
-    """Files of one folder of a store, all named by `urls`."""
-    first, last = min(urls), max(urls)  # what these two share, all between them do
+    """The files of one folder of a store that `urls` name."""
+    first, last = min(urls), max(urls)  # a common prefix of these two is one of all names
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     prefix = first[len(folder) + 1 : length]
     with readable_errors(folder):
         system, path = single_try_filesystem(folder)
-        matches = persist(
+        matches = retry(
             shown_url(folder),
             lambda: system.find(path, maxdepth=1, prefix=prefix, detail=True),
             seconds=_START_SECONDS,
@@ -128,7 +128,7 @@ def _listed(folder: str, urls: Sequence[str]) -> list[ShardInfo]:
     if missing:
         more = f" (and {len(missing) - 1:,} more of {len(urls):,})" if len(missing) > 1 else ""
         raise DataError(
-            f"no shards match {shown_url(missing[0])}{more}: nothing is there; check the bucket and the names in it"
+            f"no shards match {shown_url(missing[0])}{more}: not found; check the bucket and the names in it"
         )
     return [ShardInfo(url, int(there[url]["size"]), _stamp(there[url])) for url in urls]
 
@@ -138,7 +138,7 @@ def _is_local(url: str) -> bool:
 
 
 def _find_local(urls: Sequence[str]) -> list[ShardInfo]:
-    """`find` on this machine's own file systems, with one call of the system a file. Raises DataError."""
+    """`find` for local paths, with one system call per file. Raises DataError."""
     found = []
     for url in urls:
         path = url if url[0] == "/" else url.removeprefix("file://").removeprefix("local://")
@@ -161,16 +161,16 @@ def _find_local(urls: Sequence[str]) -> list[ShardInfo]:
             if stats and S_ISDIR(stats[0][1].st_mode) and not _MAGIC.search(path):
                 where = shown_url(url).rstrip("/")
                 raise DataError(f"{shown_url(url)} is a folder; name the tar files in it, as in {where}/*.tar")
-            raise DataError(f"no shards match {shown_url(url)}: nothing is there; check the path")
+            raise DataError(f"no shards match {shown_url(url)}: not found; check the path")
         found += shards
     return found
 
 
 def _matches(path: str) -> list[tuple[str, os.stat_result]]:
-    """What a local glob matches."""
+    """The paths that a local glob matches, with their stat results."""
     folder, _, name = path.rpartition("/")
     if _MAGIC.search(folder) or "**" in name:
-        names = [each for each in filesystem(path)[0].glob(path) if f"/{BESIDE}/" not in each]
+        names = [each for each in filesystem(path)[0].glob(path) if f"/{SIDECAR_FOLDER}/" not in each]
         return [(each, os.stat(each)) for each in names]
     fits = re.compile(glob_translate(name)).match
     with os.scandir(folder or "/") as entries:
@@ -178,16 +178,16 @@ def _matches(path: str) -> list[tuple[str, os.stat_result]]:
 
 
 def find(url: str) -> list[ShardInfo]:
-    """The files a URL without braces stands for. DataError if there is none, or the store does not answer."""
+    """The files behind a URL without braces. Raises DataError if there are none or the store does not answer."""
     if _is_local(url):
         return _find_local([url])
     with readable_errors(url):
         system, path = single_try_filesystem(url)
         if _GLOB & set(path):
-            found = persist(shown_url(url), lambda: system.glob(path, detail=True), seconds=_START_SECONDS)
-            matches = [match for name, match in found.items() if f"/{BESIDE}/" not in name]
+            found = retry(shown_url(url), lambda: system.glob(path, detail=True), seconds=_START_SECONDS)
+            matches = [match for name, match in found.items() if f"/{SIDECAR_FOLDER}/" not in name]
         else:
-            match = persist(shown_url(url), lambda: _info(system, path), seconds=_START_SECONDS)
+            match = retry(shown_url(url), lambda: _info(system, path), seconds=_START_SECONDS)
             matches = [match] if match else []
             if match and match["type"] == "directory":
                 raise DataError(
@@ -195,7 +195,7 @@ def find(url: str) -> list[ShardInfo]:
                 )
         files = [match for match in matches if match["type"] == "file"]
         if not files:
-            raise DataError(f"no shards match {shown_url(url)}: nothing is there; check the bucket and the names in it")
+            raise DataError(f"no shards match {shown_url(url)}: not found; check the bucket and the names in it")
         return [ShardInfo(_with_protocol(url, m["name"]), int(m["size"]), _stamp(m)) for m in files]
 
 
@@ -204,7 +204,7 @@ def _info(system: Any, path: str) -> dict[str, Any] | None:
         found: dict[str, Any] = system.info(path)
         return found
     except FileNotFoundError as error:
-        if http_status(error) not in (None, 404, 410):  # of http: any failure, under this name
+        if http_status(error) not in (None, 404, 410):  # fsspec's http reports any failure as FileNotFoundError
             raise
         return None
 
@@ -222,20 +222,22 @@ def _stamp(info: dict[str, Any]) -> str:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The file system of a URL, as this process may use it, and the path in it."""
+    """The file system of a URL, for use in this process, and the path in it."""
     system, path = fsspec.core.url_to_fs(url)
     _OPENED[id(system)] = system
     return system, path
 
 
 def single_try_filesystem(url: str) -> tuple[Any, str]:
-    """The same for a caller that retries by `persist`, which knows how far a range came: S3 clients, which try again by
-    themselves in two layers, do not. A listing is never remembered, as it would hide what others wrote since."""
+    """Like `filesystem`, without the client's retries, for callers that use `retry`.
+
+    S3 clients retry in two layers, neither of which can continue a partly received range. Listings are not cached,
+    since a cached one would hide newer files."""
     options: dict[str, Any] = {"use_listings_cache": False}
     is_s3 = url.startswith(("s3://", "s3a://"))
     if is_s3:
-        theirs = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        options["config_kwargs"] = {**theirs, "retries": {"max_attempts": 0}}
+        configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        options["config_kwargs"] = {**configured, "retries": {"max_attempts": 0}}
     system, path = fsspec.core.url_to_fs(url, **options)
     if is_s3:
         system.retries = 1
@@ -244,7 +246,7 @@ def single_try_filesystem(url: str) -> tuple[Any, str]:
 
 
 def read_range(shard: ShardInfo, start: int, end: int) -> bytes:
-    """Bytes [start, end) of a shard. DataError where they are not there, or the shard is another one by now."""
+    """Bytes [start, end) of a shard. Raises DataError if they are missing or the shard has changed."""
     with readable_errors(shard.url):
         data = _received(shard, start, end) if "://" in shard.url else _read_local(shard, start, end)
     if len(data) != end - start:
@@ -253,20 +255,20 @@ def read_range(shard: ShardInfo, start: int, end: int) -> bytes:
 
 
 def changed(shard: ShardInfo, start: int, end: int) -> DataError:
-    """What to say of a shard that is no longer the one that was listed."""
+    """The error for a shard that changed since it was listed."""
     return DataError(
-        f"{shown_url(shard.url)} changed while it was read: bytes {start} to {end} are not all there; start again"
+        f"{shown_url(shard.url)} changed while it was read: some of bytes {start} to {end} are missing; start again"
     )
 
 
 def _received(shard: ShardInfo, start: int, end: int) -> bytes:
-    """What a store sends of [start, end), less than that if the shard ends before."""
+    """Bytes [start, end) from a store, fewer if the shard ends before."""
     received = bytearray()
     reached = -1
     while reached < len(received) < end - start:
         reached = len(received)
         try:
-            persist(shown_url(shard.url), lambda: _receive(shard, start, end, received), lambda: len(received))
+            retry(shown_url(shard.url), lambda: _receive(shard, start, end, received), lambda: len(received))
         except DataError:
             raise
         except Exception as error:
@@ -277,7 +279,7 @@ def _received(shard: ShardInfo, start: int, end: int) -> bytes:
 
 
 def _receive(shard: ShardInfo, start: int, end: int, received: bytearray) -> None:
-    """One request for what of [start, end) is not yet in `received`; appends what comes, also if it then fails."""
+    """One request for the part of [start, end) not yet in `received`; appends what arrives, even if it then fails."""
     from fsspec.asyn import sync
 
     system, path = single_try_filesystem(shard.url)
@@ -285,7 +287,7 @@ def _receive(shard: ShardInfo, start: int, end: int, received: bytearray) -> Non
     protocols = (system.protocol,) if isinstance(system.protocol, str) else system.protocol
     if "s3" in protocols:
         sync(system.loop, _receive_s3, system, path, shard, at, end, received)
-    elif "https" in protocols:
+    elif "http" in protocols:
         sync(system.loop, _receive_http, system, path, at, end, received)
     else:
         received += system.cat_file(path, start=at, end=end)
@@ -294,7 +296,7 @@ def _receive(shard: ShardInfo, start: int, end: int, received: bytearray) -> Non
 async def _receive_s3(system: Any, path: str, shard: ShardInfo, start: int, end: int, received: bytearray) -> None:
     bucket, key, version = system.split_path(path)
     options = {"VersionId": version} if version else {}
-    if shard.stamp.startswith('"'):  # an etag: a shard written anew must not be mixed with the old one
+    if shard.stamp.startswith('"'):  # an etag: a rewritten shard must not be mixed with the old one
         options["IfMatch"] = shard.stamp
     answer = await system._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **options)
     body = answer["Body"]
@@ -321,12 +323,14 @@ async def _receive_http(system: Any, path: str, start: int, end: int, received: 
 
 def _check_range(is_range: bool, url: str) -> None:
     if not is_range:
-        raise DataError(f"{shown_url(url)}: the server does not send parts of files; copy the shards elsewhere")
+        raise DataError(
+            f"{shown_url(url)}: the server does not support range requests; copy the shards to another server"
+        )
 
 
 @contextmanager
 def open_shard(shard: ShardInfo, read: Reader = read_range) -> Iterator[BinaryIO]:
-    """The shard as a seekable file; a remote one is asked for in large ranges through `read`."""
+    """The shard as a seekable file; a remote one is read in large ranges through `read`."""
     with readable_errors(shard.url):
         if is_remote(shard.url):
             yield cast(BinaryIO, io.BufferedReader(_Ranges(shard, read), _AHEAD))
@@ -369,14 +373,14 @@ def _read_local(shard: ShardInfo, start: int, end: int) -> bytes:
     return os.pread(_kept_open(shard).fileno(), end - start, start)
 
 
-@lru_cache(maxsize=64)  # one that is dropped is closed
+@lru_cache(maxsize=64)  # an evicted file is closed
 def _kept_open(shard: ShardInfo) -> io.FileIO:
     return io.FileIO(shard.url)
 
 
 @contextmanager
 def readable_errors(url: str) -> Iterator[None]:
-    """Turns what a file system raises into a DataError that names the place and the remedy."""
+    """Turns a file system's errors into a DataError that names the place and the remedy."""
     name = shown_url(url)
     try:
         yield
@@ -390,9 +394,9 @@ def readable_errors(url: str) -> Iterator[None]:
 
 
 def _sentence(failure: Failure, error: Exception, name: str, remote: bool) -> str:
-    """What kept a file from being read, and the remedy."""
+    """The error message for a failed read, with the remedy."""
     if failure == "missing":
-        return f"{name}: nothing is there; check the {'bucket and the name' if remote else 'path'}"
+        return f"{name}: not found; check the {'bucket and the name' if remote else 'path'}"
     if failure == "denied":
         remedy = "check that the credentials in use may read it" if remote else "check the file's permissions"
         return f"{name}: access refused; {remedy}"
@@ -400,7 +404,7 @@ def _sentence(failure: Failure, error: Exception, name: str, remote: bool) -> st
         return f"{name}: the credentials have expired; renew them and try again"
     if failure == "credentials":
         return (
-            f"{name}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "
+            f"{name}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "
             f"(and AWS_ENDPOINT_URL for a store that is not Amazon's)"
         )
     if failure == "unsupported":

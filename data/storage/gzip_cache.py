@@ -1,10 +1,10 @@
-"""Shards that are .tar.gz: unpacked once into the cache folder, and read there.
+""".tar.gz shards: unpacked once into the cache folder and read from there.
 
-A sample in the middle of gzip data can only be reached through all that lies before it, and pictures do not get
-smaller by it: so the way to exact order and ranged reads is a plain copy, which `Unpacked` keeps under a limit, by
-evicting those that were longest unused; one that is missing is unpacked again. A source whose copies cannot all lie
-there at once is refused, for they would be made over and over. Data that grows by more than a factor that no shard of
-pictures reaches is a bomb, and refused when it has grown by that much, not later.
+A sample inside gzip data can only be reached by decompressing everything before it, and gzip does not make pictures
+smaller. So exact order and ranged reads need a plain copy. `Unpacked` keeps the copies below a size limit by evicting
+the least recently used; a missing one is unpacked again. A source whose copies do not all fit is refused, since they
+would be unpacked over and over. Data that expands by more than any shard of pictures does is refused as a decompression
+bomb, as soon as that limit is reached.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from ..shards.tar_reader import DamagedShard
 from .atomic_write import PARTIAL, atomic_file
 from .files import Reader, ShardInfo, cache_folder, open_shard, read_range, shown_url
 
-_MOST_GROWTH = 200  # times; deflate can reach 1,032 on zeros, pictures and captions stay below 20
-_LEAST = 10 << 20  # bytes that any shard may unpack to
-_CHUNK = 1 << 20  # bytes that are unpacked at a time
-_TAKEN = 1 << 16  # bytes of gzip data that are taken at a time
-_RESERVE = 1 << 30  # bytes of the disk that are left to others
-_ABANDONED = 3600.0  # seconds after which an unfinished file is nobody's any more
+_MOST_GROWTH = 200  # expansion factor; deflate reaches 1,032 on zeros, pictures and captions stay below 20
+_ALWAYS_ALLOWED = 10 << 20  # bytes that any shard may unpack to
+_CHUNK = 1 << 20  # bytes unpacked at a time
+_READ = 1 << 16  # bytes of gzip data read at a time
+_RESERVE = 1 << 30  # bytes of disk space left free
+_ABANDONED = 3600.0  # seconds after which an unfinished file counts as abandoned
 
 
-def is_packed(url: str) -> bool:
-    """Whether a shard is gzip data by its name."""
+def is_gzip(url: str) -> bool:
+    """Whether a shard's name says that it is gzip data."""
     return url.endswith((".tar.gz", ".tgz"))
 
 
 @contextmanager
 def open_content(shard: ShardInfo, read: Reader) -> Iterator[tuple[BinaryIO, ShardInfo]]:
-    """The tar that a shard is or holds, as a seekable file, and the shard with the size of that tar."""
-    if not is_packed(shard.url):
+    """The (unpacked) tar of a shard as a seekable file, and the shard with that tar's size."""
+    if not is_gzip(shard.url):
         with open_shard(shard, read) as file:
             yield file, shard
         return
@@ -52,24 +52,25 @@ def open_content(shard: ShardInfo, read: Reader) -> Iterator[tuple[BinaryIO, Sha
 
 
 class Unpacked:
-    """Reads shards by `read`, those that are .tar.gz from their unpacked copies, of which at most `limit` bytes are
-    kept (None: as many as the block cache may hold by default)."""
+    """Reads shards with `read`, and .tar.gz shards from unpacked copies.
+
+    At most `limit` bytes of copies are kept (None: the default limit of the block cache)."""
 
     def __init__(self, read: Reader = read_range, limit: int | None = None) -> None:
         self.inner, self.limit = read, CacheConfig().bytes if limit is None else limit
 
     def read(self, shard: ShardInfo, start: int, end: int) -> bytes:
-        """Bytes [start, end) of the tar that a shard is or holds; raises what `read_range` does, or DamagedShard."""
-        if not is_packed(shard.url):
+        """Bytes [start, end) of a shard's (unpacked) tar. Raises as `read_range` does, or DamagedShard."""
+        if not is_gzip(shard.url):
             return self.inner(shard, start, end)
         path = self.path(shard)
         return read_range(ShardInfo(str(path), shard.size, ""), start, end)
 
     def path(self, shard: ShardInfo) -> Path:
-        """The unpacked copy, made now if it is not there."""
+        """The unpacked copy, created if missing. Raises DataError, DamagedShard for damaged data."""
         path = cache_folder("unpacked") / sha256(json.dumps([*asdict(shard).values()]).encode()).hexdigest()
         with suppress(FileNotFoundError):
-            os.utime(path)  # used
+            os.utime(path)  # mark as recently used
             return path
         try:
             with atomic_file(path) as file:
@@ -82,24 +83,24 @@ class Unpacked:
         return path
 
     def _unpack(self, shard: ShardInfo, into: BinaryIO) -> None:
-        most, written, looked = max(_LEAST, _MOST_GROWTH * shard.size), 0, 0
+        most, written, checked = max(_ALWAYS_ALLOWED, _MOST_GROWTH * shard.size), 0, 0
         with open_shard(shard, self.inner) as packed:
             for piece in _inflated(packed, shard):
                 written += len(piece)
                 if written > most:
                     raise DamagedShard(
                         f"{shown_url(shard.url)} is a decompression bomb: {shard.size:,} bytes that hold more than "
-                        f"{most:,}, seen at byte {packed.tell()}; leave it out",
+                        f"{most:,}, found at byte {packed.tell()}; remove it from the source",
                         packed.tell(),
                     )
-                if written - looked > 16 * _CHUNK:
+                if written - checked > 16 * _CHUNK:
                     self._make_room(Path(into.name), shard, written)
-                    looked = written
+                    checked = written
                 into.write(piece)
         self._make_room(Path(into.name), shard, written)
 
     def _make_room(self, growing: Path, shard: ShardInfo, need: int) -> None:
-        """Evicts the copies longest unused until `need` bytes fit beside the others. DataError if they cannot."""
+        """Evicts the least recently used copies until `need` bytes fit. Raises DataError if they cannot."""
         files = sorted(_kept_files(growing))
         free = shutil.disk_usage(growing.parent).free - _RESERVE
         held = sum(size for _, size, _ in files)
@@ -112,12 +113,12 @@ class Unpacked:
         if held + need > allowed:
             raise DataError(
                 f"{shown_url(shard.url)} does not fit in the cache: unpacked it has {need:,} bytes or more, "
-                f"{max(allowed, 0):,} are allowed; unpack the shards with gunzip, or raise data.cache.limit"
+                f"at most {max(allowed, 0):,} are available; unpack the shards with gunzip, or raise data.cache.limit"
             )
 
 
 def _kept_files(growing: Path) -> Iterator[tuple[float, int, Path]]:
-    """Our files but the one that grows: when last used, size, path. Removes unfinished ones of those long gone."""
+    """The kept copies except the growing one: last use, size, path. Removes abandoned unfinished files."""
     with os.scandir(growing.parent) as entries:
         for entry in entries:
             if entry.name == growing.name:
@@ -131,13 +132,13 @@ def _kept_files(growing: Path) -> Iterator[tuple[float, int, Path]]:
 
 
 def _inflated(packed: BinaryIO, shard: ShardInfo) -> Iterator[bytes]:
-    """The content of gzip data (RFC 1952), of all its parts, in pieces of at most a chunk. Raises DamagedShard."""
+    """The content of gzip data (RFC 1952), all members of it, in pieces of at most a chunk. Raises DamagedShard."""
     parts, part, data = 0, None, b""
     while True:
-        data = data or packed.read(_TAKEN)
+        data = data or packed.read(_READ)
         if part is None:
             if data and parts:
-                data = data.lstrip(b"\0")  # tapes pad with zeros
+                data = data.lstrip(b"\0")  # zero padding after the last member
                 if not data:
                     continue
             elif parts:
@@ -147,7 +148,7 @@ def _inflated(packed: BinaryIO, shard: ShardInfo) -> Iterator[bytes]:
         try:
             piece = part.decompress(data, _CHUNK)
         except zlib.error:
-            raise _broken(shard, packed.tell() - len(data), "it is no gzip data") from None
+            raise _broken(shard, packed.tell() - len(data), "it is not gzip data") from None
         data = part.unconsumed_tail
         if part.eof:
             data, part = part.unused_data, None
@@ -159,5 +160,6 @@ def _inflated(packed: BinaryIO, shard: ShardInfo) -> Iterator[bytes]:
 
 def _broken(shard: ShardInfo, position: int, what: str) -> DamagedShard:
     return DamagedShard(
-        f"{shown_url(shard.url)} is damaged near byte {position} ({what}); copy it again or leave it out", position
+        f"{shown_url(shard.url)} is damaged near byte {position} ({what}); copy it again or remove it from the source",
+        position,
     )

@@ -1,8 +1,8 @@
-"""Where packed shards go: a folder or a bucket, in which a file appears whole or not at all.
+"""The output of packing: a folder or a bucket in which every file appears complete or not at all.
 
-In a folder a file is written under a hidden name, flushed to the disk and renamed; to a store it goes from a temporary
-file in one upload, which a store shows when it is complete. What a killed process left behind is removed by whoever
-writes that file the next time.
+In a folder a file is written under a hidden name, flushed to disk and renamed; to a store a temporary file is sent in
+one upload, which the store makes visible when it is complete. Leftovers of a killed process are removed by the next
+process that writes the same file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .files import filesystem, readable_errors, shown_url
 
 
 class Target:
-    """The files of one folder or prefix. Survives a fork: nothing is kept open."""
+    """The files of one folder or prefix. Fork-safe: no file stays open."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
@@ -33,18 +33,18 @@ class Target:
         with readable_errors(url):
             system, path = filesystem(self._url)
         self._folder = Path(path) if isinstance(system, LocalFileSystem) else None
-        self._there = self._folder is not None and self._folder.exists()
+        self._existed = self._folder is not None and self._folder.exists()
 
     def url(self, name: str) -> str:
-        """Where a file lies."""
+        """The URL of a file."""
         return f"{self._url}/{name}"
 
     def shown(self, name: str = "") -> str:
-        """Where a file, or all of it, lies, fit for a message."""
+        """The URL of a file, or of the folder, safe to show in a message."""
         return shown_url(self.url(name) if name else self._url)
 
     def sizes(self) -> dict[str, int]:
-        """The files that are there, with their bytes; unfinished ones are not."""
+        """The existing complete files and their sizes in bytes."""
         if self._folder is not None:
             return self._local_sizes(self._folder)
         with readable_errors(self._url):
@@ -58,26 +58,26 @@ class Target:
 
     def _local_sizes(self, folder: Path) -> dict[str, int]:
         if folder.exists() and not folder.is_dir():
-            raise DataError(f"{self.shown()} is there already; remove it or choose another name")
+            raise DataError(f"{self.shown()} already exists; remove it or choose another name")
         if not folder.exists():
             return {}
         with os.scandir(folder) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if not entry.name.startswith(".")}
 
     def text(self, name: str) -> str:
-        """A small file's text."""
+        """The content of a small text file. Raises DataError."""
         with readable_errors(self.url(name)):
             system, path = filesystem(self.url(name))
             return cast(bytes, system.cat_file(path)).decode("utf-8")
 
     def put_text(self, name: str, text: str) -> None:
-        """Writes a small file, in place of one that is there."""
+        """Writes a small file, replacing an existing one."""
         with self.writing(name) as file:
             file.write(text.encode("utf-8"))
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A file to write; at the end it is `name`, unless an error passes through."""
+        """A file to write, which becomes `name` at the end unless an error is raised."""
         if self._folder is not None:
             with self._writing_here(self._folder, name) as file:
                 yield file
@@ -95,20 +95,20 @@ class Target:
         try:
             with atomic_file(folder / name, durable=True) as file:
                 yield file
-        except FileNotFoundError:  # another process finished the same file, and cleaned up
+        except FileNotFoundError:  # another process finished the same file and removed our partial one
             if not (folder / name).exists():
                 raise
         self.clean(name)
 
     def clean(self, name: str) -> None:
-        """Removes what was begun for a file that is there now."""
+        """Removes partial files of a file that is complete now."""
         if self._folder is not None:
             for left in self._folder.glob(f".{glob.escape(name)}.*{PARTIAL}"):
                 with suppress(FileNotFoundError):
                     left.unlink()
 
-    def forsake(self) -> None:
-        """Removes a folder that was made and in which nothing came to lie."""
-        if self._folder is not None and not self._there:
-            with suppress(OSError):  # not empty, or never made
+    def remove_empty_folder(self) -> None:
+        """Removes the folder if it was created here and is still empty."""
+        if self._folder is not None and not self._existed:
+            with suppress(OSError):  # not empty, or never created
                 self._folder.rmdir()

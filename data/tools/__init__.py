@@ -1,1 +1,1 @@
-"""What a person does with shards: pack, check and look into them."""
+"""Tools for shards: pack, lint and inspect them."""

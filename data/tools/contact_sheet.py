@@ -1,8 +1,8 @@
-"""The contact sheet: samples to look at, as one HTML page with everything in it and nothing fetched, or as a PNG.
+"""The contact sheet: samples as one self-contained HTML page that fetches nothing, or as a PNG.
 
-Keys, captions, labels and reasons come from outside: the template escapes them, what would turn the writing direction
-or hide text is replaced, and the page forbids itself every request and script by its content security policy.
-Thumbnails are encoded anew from decoded pixels; no byte of a picture's file reaches the page.
+Keys, captions, labels and reasons are untrusted: the template escapes them, characters that change the writing
+direction or hide text are replaced, and the page's content security policy forbids requests and scripts. Thumbnails are
+encoded from decoded pixels; no byte of a picture's file reaches the page.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..storage.atomic_write import atomic_write
 from ..storage.files import shown_url
 
 _SIDE = 192  # pixels of a thumbnail's longer side
-_COLUMNS, _GAP, _LINES = 8, 12, 5  # of a PNG: cards in a row, pixels between them, lines of text below each
+_COLUMNS, _GAP, _LINES = 8, 12, 5  # of a PNG: cards per row, pixels between them, lines of text below each
 _WIDTH = _COLUMNS * (_SIDE + _GAP) + _GAP
 _MOST_CAPTIONS = 5
 _LONGEST = 300  # characters shown of a caption
-_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # moves a cursor, turns the writing direction, or is no character
+_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control and format characters, surrogates, line and paragraph separators
 _JOINERS = "\u200c\u200d"  # join the parts of an emoji or of a Persian word
 
 
@@ -37,7 +37,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A sample on the sheet, its texts fit to be shown."""
+    """A sample on the sheet; its texts are safe to display."""
 
     key: str
     shard: str
@@ -46,17 +46,17 @@ class Card:
     size: str  # "640 x 480"
     captions: tuple[str, ...]
     labels: tuple[str, ...]  # "name: class"
-    fault: str  # why training cannot use it now; "" if it can
-    notes: tuple[str, ...] = ()  # what a run's ledger said
+    fault: str  # why training could not use it now; "" if it can
+    notes: tuple[str, ...] = ()  # reasons from a run's ledger
 
 
 def cards(source: Source, numbers: Sequence[int], workers: int = 1) -> list[Card]:
-    """Samples as they are to be shown, in the order of `numbers`. DataError if a shard cannot be read."""
+    """The cards of the samples `numbers`, in order. Raises DataError if a shard cannot be read."""
     return list(sweep_samples(lambda number: card(source, number), numbers, workers))
 
 
 def card(source: Source, number: int) -> Card:
-    """One sample, with whatever can be shown of it if it is a bad one."""
+    """The card of one sample; of a bad one with whatever can be read. Raises DataError if its shard cannot be read."""
     captions: tuple[str, ...] = ()
     labels: dict[str, str] = {}
     fields: dict[str, bytes] = {}
@@ -83,8 +83,8 @@ def card(source: Source, number: int) -> Card:
     )
 
 
-def noted(card: Card, notes: Iterable[str]) -> Card:
-    """The card with notes on it."""
+def with_notes(card: Card, notes: Iterable[str]) -> Card:
+    """The card with notes."""
     return replace(card, notes=tuple(printable(note) for note in notes))
 
 
@@ -97,19 +97,19 @@ class Section:
 
 
 def write_sheet(path: Path, title: str, lead: str, sections: Sequence[Section]) -> None:
-    """Writes the sheet, a PNG if the name ends so, else a page; whole or not at all, an earlier one is replaced. Raises
-    DataError."""
+    """Writes the sheet atomically: a PNG if the name ends in .png, otherwise an HTML page. Replaces an existing file.
+    Raises DataError."""
     title, lead = printable(title), printable(lead)
     data = _png(title, lead, sections) if path.suffix.lower() == ".png" else _page(title, lead, sections)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, data)
     except OSError as error:
-        raise DataError(f"cannot write {shown(str(path))}: {error.strerror}; choose another place for it") from None
+        raise DataError(f"cannot write {shown(str(path))}: {error.strerror}; choose another path") from None
 
 
 def _page(title: str, lead: str, sections: Sequence[Section]) -> bytes:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only a page needs it
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only needed for a page
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -123,7 +123,7 @@ def _page(title: str, lead: str, sections: Sequence[Section]) -> bytes:
 
 
 def _png(title: str, lead: str, sections: Sequence[Section]) -> bytes:
-    """The sheet as a picture: captions in Latin script, others as far as the machine's DejaVu font goes."""
+    """The sheet as a PNG: Latin captions, and other scripts as far as the installed DejaVu font covers them."""
     large, small = _font(18), _font(12)
     rows: list[Image.Image] = [_line(f"{title}   {lead}", large)]
     for section in sections:
@@ -168,7 +168,7 @@ def _write_texts(draw: ImageDraw.ImageDraw, left: int, top: int, card: Card, fon
 
 
 def _wrapped(text: str, font: Font, most: int) -> list[str]:
-    """The text in at most so many lines of a card's width."""
+    """The text wrapped to at most `most` lines of a card's width."""
     lines: list[str] = []
     while text and len(lines) < most:
         fits = next((n for n in range(min(len(text), 60), 1, -1) if font.getlength(text[:n]) <= _SIDE), 1)
@@ -188,12 +188,12 @@ def _line(text: str, font: Font) -> Image.Image:
 def _font(size: int) -> Font:
     try:
         return ImageFont.truetype("DejaVuSans.ttf", size)
-    except OSError:  # not on this machine
+    except OSError:  # not installed
         return ImageFont.load_default(size)
 
 
 def printable(text: str) -> str:
-    """A text from data fit for a page or a terminal: one line, cut, nothing hidden in it."""
+    """An untrusted text made safe for a page or terminal: one line, truncated, without hidden characters."""
     text = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
     line = (" " if c in "\n\t" else c for c in text)
     return "".join("\ufffd" if unicodedata.category(c) in _UNSAFE and c not in _JOINERS else c for c in line)

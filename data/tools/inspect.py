@@ -1,8 +1,8 @@
-"""Looking into a source: what its pictures, captions and labels are like, by numbers, and samples to look at.
+"""Statistics of a source: its pictures, captions, labels and columns.
 
-A look covers `most` samples, drawn without replacement by a keyed permutation of the source (stream "inspect"): the
-same ones on every machine, and a longer look holds the shorter one. Samples that training could not use are counted
-by reason and left out of the numbers.
+An inspection covers `most` samples, drawn without replacement by a keyed permutation of the source (key "inspect"): the
+same ones on every machine, and a larger inspection includes a smaller one. Samples that training could not use are
+counted by reason and excluded from the statistics.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from ..samples.clip_tokenizer import Tokenizer
 from ..samples.decode import captions_and_labels, picture
 from ..samples.sample import caption_id
 from ..shards.listing import IMAGE_KINDS
-from ..shards.parallel import Told, index_all, silent, sweep_samples
+from ..shards.parallel import Progress, index_all, silent, sweep_samples
 from ..shards.source import Source, open_source, shards_of
 from ..storage.files import shown_url
 from .statistics import Alike, Classes, Copies, Values, difference_hash
 
 CONTEXT = 77
-"""CLIP's context length, at which captions are cut"""
+"""CLIP's context length, to which captions are truncated"""
 _UNCUT = 1 << 30
-_MOST_COLUMNS, _MOST_TEXTS = 100, 20  # columns, and texts of one, that are told
-_LONGEST = 200  # characters of a text that is told
-_LARGEST = 1e300  # beyond it lies infinity, as 1e999 in a .json
-_TOLD_ELSEWHERE = {"caption", "captions", "labels"}
+_MOST_COLUMNS, _MOST_TEXTS = 100, 20  # columns, and texts of a column, in a summary
+_LONGEST = 200  # characters of a text in a summary
+_LARGEST = 1e300  # larger numbers count as infinite, as 1e999 in a .json
+_REPORTED_ELSEWHERE = {"caption", "captions", "labels"}
 _TYPES = {
     bool: "boolean",
     int: "number",
@@ -50,49 +50,50 @@ _SCRIPTS = {"CJK": "Han", "HIRAGANA": "Hiragana", "KATAKANA": "Katakana", "IDEOG
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What a look at one sample gives."""
+class SampleFacts:
+    """The facts about one sample that the statistics use."""
 
     key: str
     size: tuple[int, int]  # width, height of the upright picture
     file: bytes  # checksum of the picture's file
     pixels: bytes  # checksum of what it decodes to
-    hash: int | None  # of what it looks like
+    hash: int | None  # difference hash
     captions: tuple[str, ...]
-    tokens: tuple[int, ...]  # of each caption: START and END included, uncut
+    tokens: tuple[int, ...]  # of each caption, including START and END, not truncated
     labels: dict[str, str]
-    columns: dict[str, Any]  # what else the .json holds
+    columns: dict[str, Any]  # other keys of the .json
 
 
-def opened(url: str, workers: int = 1, told: Told = silent) -> Source:
-    """The source, its shards indexed in parallel. Raises DataError as training would. `told` hears of shards."""
-    for _ in index_all(shards_of(url), workers, told):
+def open_indexed(url: str, workers: int = 1, progress: Progress = silent) -> Source:
+    """The source, its shards indexed in parallel; `progress(done, total)` counts shards. Raises DataError as training
+    would."""
+    for _ in index_all(shards_of(url), workers, progress):
         pass
     return open_source(url)
 
 
-def drawn(source: Source, most: int) -> list[int]:
-    """The numbers of `most` samples, or of all there are, in the order in which they were drawn."""
+def sample_numbers(source: Source, most: int) -> list[int]:
+    """The numbers of `most` samples (or of all, if fewer), in the order in which they were drawn."""
     key = stable_hash("inspect", 0)
     return permuted(np.arange(min(most, len(source))), len(source), key).tolist()
 
 
-def in_order(source: Source, most: int) -> Sequence[int]:
+def sorted_numbers(source: Source, most: int) -> Sequence[int]:
     """The numbers that `drawn` gives, in the order of the shards, which is read fastest."""
-    return range(len(source)) if most >= len(source) else sorted(drawn(source, most))
+    return range(len(source)) if most >= len(source) else sorted(sample_numbers(source, most))
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
-    """What a ledger says of the samples of a source."""
+class LedgerMatches:
+    """The entries of a ledger, matched to the samples of a source."""
 
-    notes: dict[int, list[str]]  # by the sample's number, in the order in which they were met
-    gone: int  # samples whose shard is one of the source's, but no longer holds them
-    elsewhere: int  # samples in other shards
+    notes: dict[int, list[str]]  # reasons by the sample's number, in the order of the ledger
+    gone: int  # samples no longer in their shard, which is part of the source
+    elsewhere: int  # samples in shards outside the source
 
 
-def met(source: Source, entries: Iterable[LedgerEntry]) -> Met:
-    """Where the samples lie that a run's ledger names, each with the reasons it gives."""
+def locate_entries(source: Source, entries: Iterable[LedgerEntry]) -> LedgerMatches:
+    """Finds the samples that a run's ledger names, each with its reasons."""
     reasons: dict[tuple[str, str], Counter[str]] = {}
     for entry in entries:
         reasons.setdefault((entry.shard, entry.key), Counter())[entry.reason] += 1
@@ -105,18 +106,18 @@ def met(source: Source, entries: Iterable[LedgerEntry]) -> Met:
         for place, own in reasons.items()
         if place in numbers
     }
-    return Met(notes, gone, len(reasons) - len(notes) - gone)
+    return LedgerMatches(notes, gone, len(reasons) - len(notes) - gone)
 
 
-def inspect(source: Source, numbers: Sequence[int], workers: int = 1, told: Told = silent) -> dict[str, Any]:
-    """The statistics of the samples `numbers`, as plain data, in memory that does not grow with them (tally.py). `told`
-    hears of samples."""
+def inspect(source: Source, numbers: Sequence[int], workers: int = 1, progress: Progress = silent) -> dict[str, Any]:
+    """The statistics of the samples `numbers`, as plain data, in memory that does not grow with their number
+    (statistics.py). `progress(done, total)` counts samples."""
     tokenizer = Tokenizer()
     pictures, captions, columns = _Pictures(), _Captions(), _Columns()
     labels: dict[str, Classes] = {}
     bad = Classes()
-    for found in sweep_samples(lambda n: look(source, n, tokenizer), numbers, workers, told):
-        if not isinstance(found, Seen):
+    for found in sweep_samples(lambda n: inspect_sample(source, n, tokenizer), numbers, workers, progress):
+        if not isinstance(found, SampleFacts):
             bad.add(found.partition(":")[0])
             continue
         pictures.add(found)
@@ -130,7 +131,7 @@ def inspect(source: Source, numbers: Sequence[int], workers: int = 1, told: Told
         "shards": len(source.shard_sizes),
         "bytes": sum(source.shard_sizes),
         "samples": len(source),
-        "looked_at": len(numbers),
+        "inspected": len(numbers),
         "bad": bad.summary(),
         "pictures": pictures.summary(),
         "captions": captions.summary(),
@@ -139,8 +140,8 @@ def inspect(source: Source, numbers: Sequence[int], workers: int = 1, told: Told
     }
 
 
-def look(source: Source, number: int, tokenizer: Tokenizer) -> Seen | str:
-    """One sample, or the reason why training could not use it."""
+def inspect_sample(source: Source, number: int, tokenizer: Tokenizer) -> SampleFacts | str:
+    """The facts about one sample, or the reason why training could not use it."""
     try:
         record = source.record(number)
         captions, labels = captions_and_labels(record.fields)
@@ -151,7 +152,7 @@ def look(source: Source, number: int, tokenizer: Tokenizer) -> Seen | str:
     size = (pixels.shape[1], pixels.shape[0])
     checksum = blake2b(np.ascontiguousarray(pixels).data, digest_size=16, salt=f"{size[0]}x{size[1]}".encode())
     metadata = json.loads(record.fields["json"].decode("utf-8-sig")) if "json" in record.fields else {}
-    return Seen(
+    return SampleFacts(
         key=record.key,
         size=size,
         file=blake2b(data, digest_size=16).digest(),
@@ -160,12 +161,12 @@ def look(source: Source, number: int, tokenizer: Tokenizer) -> Seen | str:
         captions=captions,
         tokens=tuple(len(tokenizer.encode(caption, _UNCUT)) for caption in captions),
         labels=labels,
-        columns={name: _plain(metadata[name]) for name in metadata.keys() - _TOLD_ELSEWHERE},
+        columns={name: _plain(metadata[name]) for name in metadata.keys() - _REPORTED_ELSEWHERE},
     )
 
 
 def _plain(value: Any) -> Any:
-    """A column's value, less what is told of none: the content of long texts, lists and objects."""
+    """A column's value without what is never reported: texts are truncated, lists and objects emptied."""
     return value[:_LONGEST] if isinstance(value, str) else type(value)() if isinstance(value, list | dict) else value
 
 
@@ -174,15 +175,15 @@ class _Pictures:
         self._values = {name: Values() for name in ("width", "height", "short_side", "width_over_height")}
         self._files, self._equal, self._alike = Copies(), Copies(), Alike()
 
-    def add(self, seen: Seen) -> None:
-        width, height = seen.size
+    def add(self, facts: SampleFacts) -> None:
+        width, height = facts.size
         for values, value in zip(
             self._values.values(), (width, height, min(width, height), width / height), strict=True
         ):
             values.add(value)
-        self._files.add(seen.file, seen.key)
-        self._equal.add(seen.pixels, seen.key)
-        self._alike.add(seen.hash, seen.key)
+        self._files.add(facts.file, facts.key)
+        self._equal.add(facts.pixels, facts.key)
+        self._alike.add(facts.hash, facts.key)
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -198,9 +199,9 @@ class _Captions:
         self._a_sample, self._tokens, self._characters = Values(), Values(), Values()
         self._cut, self._scripts, self._equal = 0, Classes(), Copies()
 
-    def add(self, seen: Seen) -> None:
-        self._a_sample.add(len(seen.captions))
-        for caption, tokens in zip(seen.captions, seen.tokens, strict=True):
+    def add(self, facts: SampleFacts) -> None:
+        self._a_sample.add(len(facts.captions))
+        for caption, tokens in zip(facts.captions, facts.tokens, strict=True):
             self._tokens.add(tokens)
             self._characters.add(len(caption))
             self._cut += tokens > CONTEXT
@@ -221,7 +222,7 @@ class _Captions:
 
 
 class _Columns:
-    """The columns of the metadata beside captions and labels: how many samples have them, and what is in them."""
+    """The columns of the metadata other than captions and labels: how many samples have them, and their values."""
 
     def __init__(self) -> None:
         self._columns: dict[str, tuple[Classes, Values, Classes]] = {}
@@ -234,7 +235,7 @@ class _Columns:
             types.add(_TYPES[type(value)])
             if isinstance(value, bool | str):
                 texts.add(value if isinstance(value, str) else str(value).lower())
-            elif isinstance(value, int | float) and abs(value) < _LARGEST:  # not so of NaN
+            elif isinstance(value, int | float) and abs(value) < _LARGEST:  # False for NaN
                 numbers.add(float(value))
 
     def summary(self) -> dict[str, Any]:
@@ -251,7 +252,8 @@ class _Columns:
 
 
 def script(text: str) -> str:
-    """The script of most letters of a text, by their Unicode names: Latin, Han, Cyrillic, ...; "none" without any."""
+    """The most frequent script of a text's letters, by their Unicode names: Latin, Han, Cyrillic, ...; "none" without
+    letters."""
     scripts = Counter(name for c in unicodedata.normalize("NFKC", text) if (name := _script_of(c)))
     return scripts.most_common(1)[0][0] if scripts else "none"
 

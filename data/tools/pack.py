@@ -1,13 +1,13 @@
-"""Packing: pictures and captions, or shards, become shards NAME-000000.tar of one size, well mixed.
+"""Packing: pictures and captions, or shards, become shuffled shards NAME-000000.tar of nearly equal size.
 
-The one idea: a *plan*. From the input, the seed and the shard size follows which samples lie in which shard, in which
-order, and so each shard's bytes. Every process works the plan out for itself and writes the shards that are its own and
-not yet there: processes, parts of a Slurm array and a second start after a kill need no word with one another, and
-whatever they do, in whatever order and however often, the shards come out with equal bytes. `packing.json` beside the
-shards carries the plan's checksum, so that shards of two inputs never mix.
+The one idea: a *plan*. The input, the seed and the shard size determine which samples go into which shard in which
+order, and so each shard's bytes. Every process computes the plan independently and writes those of its shards that are
+missing: processes, parts of a Slurm array and a restart after a kill need no communication, and in whatever order and
+however often they run, the shards have the same bytes. `packing.json` next to the shards holds the plan's checksum, so
+that shards of two inputs are never mixed.
 
-Pictures keep their bytes; each sample is decoded once to see that training can use it. A shard appears under its name
-when it is whole and on the disk (or in the store); one that has not the size its plan gives it is written anew.
+Pictures keep their bytes; each sample is decoded once to check that training can use it. A shard appears under its name
+when it is complete on disk (or in the store); one whose size differs from the plan is rewritten.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 from ..errors import BadSample, DataError
 from ..ledger import LedgerEntry
 from ..order import permuted, stable_hash
-from ..shards.parallel import Told, silent, sweep
+from ..shards.parallel import Progress, silent, sweep
 from ..shards.source import check_sizes
 from ..shards.tar_writer import TarWriter, archive_size, import_writer, member_size
 from ..storage.files import shown_url
@@ -36,25 +36,25 @@ from ..storage.output import Target
 from ..units import size_in_bytes
 from .pack_input import FileItem, Item, check_key, items_of
 
-_FORMAT = 1  # of the plan; raise it when equal input gives other bytes
+_FORMAT = 1  # of the plan; raise it when the same input gives other bytes
 _PLAN = "packing.json"
 
 
 @dataclass(frozen=True, slots=True)
 class PackResult:
-    """What there is after packing, or after packing a part."""
+    """The state after packing all shards or one part of them."""
 
     shards: tuple[str, ...]  # URLs of all shards of the plan
     samples: int  # of the plan
-    captions: int | None  # of the plan; None where shards were packed anew, for their texts are not read beforehand
-    written: int  # shards that this call wrote
-    missing: int  # shards of the plan that are not there yet: other parts' work
-    bad: int  # samples left out of this call's shards
+    captions: int | None  # of the plan; None when repacking shards, whose texts are not read beforehand
+    written: int  # shards written by this call
+    missing: int  # shards of the plan that do not exist yet: the work of other parts
+    bad: int  # samples skipped in this call's shards
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What lies in which shard: shard i holds items[ends[i - 1]:ends[i]]."""
+    """The content of every shard: shard i holds items[ends[i - 1]:ends[i]]."""
 
     items: Sequence[Item]
     ends: list[int]
@@ -80,17 +80,17 @@ def pack(
     seed: int = 0,
     skip_bad: bool = False,
     workers: int = 1,
-    told: Told = silent,
+    progress: Progress = silent,
 ) -> PackResult:
-    """Packs a table, a folder or shards (intake.py) into OUTPUT/NAME-000000.tar, NAME being OUTPUT's last part.
+    """Packs a table, a folder or shards (pack_input.py) into OUTPUT/NAME-000000.tar, where NAME is OUTPUT's last part.
 
-    shard_size: about the bytes of a shard ("300MB"), or the most samples in it (1000); all come out nearly alike.
-    part: "i/n" writes the shards i, i + n, i + 2n, ... alone; all n parts make the whole.
-    skip_bad: leave out what training could not use and list it in NAME-000000.bad.jsonl; else it is a DataError.
-    workers: processes; `told` hears of shards. The bytes depend on neither.
+    shard_size: the approximate size of a shard ("300MB"), or its maximum number of samples (1000).
+    part: "i/n" writes only the shards i, i + n, i + 2n, ...; all n parts together write all shards.
+    skip_bad: skip samples that training could not use and list them in NAME-000000.bad.jsonl; otherwise they raise
+        DataError.
+    workers: number of processes; `progress(done, total)` counts shards. The bytes depend on neither.
 
-    Given again after an interruption it goes on where it was. Raises DataError: shards that are whole stay, nothing
-    else does.
+    After an interruption the same call continues. Raises DataError; complete shards are then kept, nothing else is.
     """
     target = Target(output)
     first, parts = _part(part)
@@ -104,13 +104,15 @@ def pack(
     work = partial(_write, plan, target, there, skip_bad, json.dumps(description) + "\n")
     import_writer()
     try:
-        done = list(sweep(work, numbers, workers, told))
+        done = list(sweep(work, numbers, workers, progress))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"{shown_url(output)}: the disk is full; free some space or choose another place") from None
-        raise DataError(f"cannot write {shown_url(output)}: {error.strerror or error}; choose another place") from None
+            raise DataError(
+                f"{shown_url(output)}: the disk is full; free some space or choose another output"
+            ) from None
+        raise DataError(f"cannot write {shown_url(output)}: {error.strerror or error}; choose another output") from None
     finally:
-        target.forsake()
+        target.remove_empty_folder()
     there = target.sizes()
     files = [item for item in plan.items if isinstance(item, FileItem)]
     return PackResult(
@@ -124,7 +126,7 @@ def pack(
 
 
 def plan_of(items: Sequence[Item], name: str, seed: int, most_bytes: int | None, most_samples: int | None) -> Plan:
-    """The plan: the items in an order drawn by the seed, cut into shards of nearly equal bytes, or numbers."""
+    """The plan: the items, shuffled by the seed and split into shards of nearly equal bytes or numbers of samples."""
     key = stable_hash("pack", seed)
     items = [items[i] for i in permuted(np.arange(len(items)), len(items), key).tolist()]
     if most_samples is not None:
@@ -144,7 +146,7 @@ def plan_of(items: Sequence[Item], name: str, seed: int, most_bytes: int | None,
 
 
 def packed_shards(target: Target) -> tuple[int, int] | None:
-    """How many shards of a pack are there, and of how many; None where nothing was packed."""
+    """How many shards of a pack exist, and how many there will be; None if nothing was packed here."""
     names = target.sizes()
     if _PLAN not in names:
         return None
@@ -158,15 +160,17 @@ def packed_shards(target: Target) -> tuple[int, int] | None:
 def _write(
     plan: Plan, target: Target, there: dict[str, int], skip_bad: bool, description: str, number: int
 ) -> tuple[bool, int]:
-    """Writes one shard unless it is there: whether it did, and how many samples are left out of the shard."""
+    """Writes one shard unless it exists. Returns whether it was written, and the number of samples skipped in it."""
     name, items = plan.shard(number), plan.of(number)
     listed = name.removesuffix(".tar") + ".bad.jsonl"
     if name in there:
-        left_out = target.text(listed).splitlines() if listed in there else []
-        bad_keys = {json.loads(line)["key"] for line in left_out}
+        skipped = target.text(listed).splitlines() if listed in there else []
+        bad_keys = {json.loads(line)["key"] for line in skipped}
         if there[name] == _shard_size(item for item in items if item.key not in bad_keys):
-            if left_out and not skip_bad:
-                raise DataError(f"{target.shown(listed)} names samples that were left out; mend them, or skip bad ones")
+            if skipped and not skip_bad:
+                raise DataError(
+                    f"{target.shown(listed)} lists samples that were skipped; repair them, or pass --skip-bad"
+                )
             target.clean(name)
             return False, len(bad_keys)
     bad: list[LedgerEntry] = []
@@ -176,7 +180,7 @@ def _write(
                 writer.write(item.key, _checked(item))
             except BadSample as error:
                 if not skip_bad:
-                    raise DataError(f"{_where(item)}: {error}; {_remedy(item)}") from None
+                    raise DataError(f"{_location(item)}: {error}; {_remedy(item)}") from None
                 bad.append(_entry(item, error))
         if _PLAN not in target.sizes():
             target.put_text(_PLAN, description)
@@ -195,26 +199,26 @@ def _shard_size(items: Iterable[Item]) -> int:
 
 
 def _checked(item: Item) -> dict[str, bytes]:
-    """An item's members, read by the steps of training. Raises BadSample."""
+    """An item's members, checked by the steps of training. Raises BadSample."""
     from ..samples.decode import captions_and_labels, picture
 
     check_sizes(item.sizes)
     members = item.members()
     if {kind: len(data) for kind, data in members.items()} != item.sizes:
-        raise DataError(f"{_where(item)} changed while it was packed; start again")
+        raise DataError(f"{_location(item)} changed while it was packed; start again")
     check_key(item.key, members)
     captions_and_labels(members)
     picture(members)
     return members
 
 
-def _where(item: Item) -> str:
+def _location(item: Item) -> str:
     return f"{item.where}: {item.picture}" if isinstance(item, FileItem) else item.where
 
 
 def _remedy(item: Item) -> str:
-    what = "replace the picture or drop its lines" if isinstance(item, FileItem) else "mend the shard"
-    return f"{what}, or leave out bad samples with --skip-bad"
+    what = "replace the picture or remove its lines" if isinstance(item, FileItem) else "repair the shard"
+    return f"{what}, or skip bad samples with --skip-bad"
 
 
 def _entry(item: Item, error: BadSample) -> LedgerEntry:
@@ -233,7 +237,7 @@ def _part(part: str) -> tuple[int, int]:
 
 
 def _limit(shard_size: str) -> tuple[int | None, int | None]:
-    """Most bytes, or most samples, of a shard."""
+    """The maximum bytes, or the maximum samples, of a shard; the other is None. Raises DataError."""
     if re.fullmatch(r"\d{1,12}", shard_size) and int(shard_size):
         return None, int(shard_size)
     most = size_in_bytes(shard_size)
@@ -243,11 +247,11 @@ def _limit(shard_size: str) -> tuple[int | None, int | None]:
 
 
 def _refuse_foreign(target: Target) -> None:
-    """An output may hold this pack's work, and nothing else."""
+    """Refuses an output folder that holds anything but this pack's files. Raises DataError."""
     own = re.compile(rf"{re.escape(_PLAN)}|{re.escape(target.name)}-\d{{6,}}\.(tar|bad\.jsonl)")
     names = target.sizes()
     if (names and _PLAN not in names) or not all(own.fullmatch(name) for name in names):
-        raise DataError(f"{target.shown()} is there already; remove it or choose another name")
+        raise DataError(f"{target.shown()} already exists; remove it or choose another name")
 
 
 def _refuse_other_plan(target: Target, digest: str) -> None:
@@ -259,6 +263,6 @@ def _refuse_other_plan(target: Target, digest: str) -> None:
         there = None
     if there != digest:
         raise DataError(
-            f"{target.shown()} holds shards packed from another input, or with another seed or shard size; give the "
-            f"same again, or choose another output"
+            f"{target.shown()} holds shards packed from another input, or with another seed or shard size; use the "
+            f"same ones, or choose another output"
         )

@@ -1,8 +1,8 @@
-"""What there is to pack: a folder of pictures and captions, a table of them, or shards that are packed anew.
+"""The input of packing: a folder of pictures and captions, a table of them, or shards to repack.
 
-Each becomes a list of items whose order is a function of the input alone, so that every process and every machine that
-packs a part of it has the same list. An item knows its key and the sizes of its members; its bytes are read when it is
-written. Names come from outside: a path may not leave its folder, and a key that could is a bad sample (`check_key`).
+Each becomes a list of items whose order depends only on the input, so that every process and machine that packs a part
+of it has the same list. An item knows its key and the sizes of its members; its bytes are read when it is written.
+Names are untrusted: a path may not leave its folder, and a key that could do so is a bad sample (`check_key`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import BadSample, DataError, shown
 from ..shards.listing import IMAGE_KINDS, split_name
-from ..shards.parallel import Told, index_all, silent
+from ..shards.parallel import Progress, index_all, silent
 from ..shards.source import read_members, shards_of
 from ..storage.files import ShardInfo, shown_url
 from ..storage.gzip_cache import Unpacked
@@ -34,7 +34,7 @@ _LONGEST_KEY = 1024  # bytes
 
 @dataclass(frozen=True, slots=True)
 class FileItem:
-    """A picture in a file, with its captions. `where` says, in words, which file or line it came from."""
+    """A picture file with its captions. `where` describes the file or line it came from, for messages."""
 
     key: str
     picture: str
@@ -51,17 +51,17 @@ class FileItem:
 
     @property
     def kind(self) -> str:
-        """The picture's kind."""
+        """The picture's kind: its lower-case extension."""
         return os.path.splitext(self.picture)[1][1:].lower()
 
     def members(self) -> dict[str, bytes]:
-        """The bytes by kind."""
+        """The bytes of each member, by kind."""
         return {self.kind: Path(self.picture).read_bytes(), "txt": self.txt, "json": self.json}
 
 
 @dataclass(frozen=True, slots=True)
 class ShardItem:
-    """A sample of a shard: all its members, as they are."""
+    """A sample of a shard, with all its members unchanged."""
 
     key: str
     shard: ShardInfo
@@ -69,7 +69,7 @@ class ShardItem:
 
     @property
     def where(self) -> str:
-        """In words, where it lies."""
+        """Its location, for messages."""
         return f"{shown_url(self.shard.url)} at byte {min((offset for offset, _ in self.places.values()), default=0)}"
 
     @property
@@ -78,7 +78,7 @@ class ShardItem:
         return {kind: size for kind, (_, size) in self.places.items()}
 
     def members(self) -> dict[str, bytes]:
-        """The bytes by kind, in one read where they lie together."""
+        """The bytes of each member, by kind; one read if the members are close together."""
         return read_members(_read, self.shard, self.places)
 
 
@@ -86,21 +86,21 @@ _read = Unpacked().read  # also of .tar.gz
 Item = FileItem | ShardItem
 
 
-def items_of(input: str, images: Path | None, workers: int = 1, told: Told = silent) -> list[Item]:
+def items_of(input: str, images: Path | None, workers: int = 1, progress: Progress = silent) -> list[Item]:
     """The items of a folder, a table (.tsv, .csv, .jsonl; paths relative to `images`, else to the table's folder), or
-    a URL of shards (indexed by `workers` processes; `told` hears of shards). Raises DataError at the first thing that
-    is wrong."""
+    a URL of shards (indexed by `workers` processes; `progress(done, total)` counts shards). Raises DataError at the
+    first fault."""
     path = Path(input)
     items: list[Item]
     if path.is_dir():
         items = [*folder_items(path)]
     elif names_shards(input):
-        items = [*shard_items(input, workers, told)]
+        items = [*shard_items(input, workers, progress)]
     elif path.exists():
         items = [*table_items(path, images or path.parent)]
     else:
         raise DataError(
-            f"{shown_url(input)}: nothing is there; name a .tsv, .csv or .jsonl table, a folder of key.jpg and "
+            f"{shown_url(input)}: not found; name a .tsv, .csv or .jsonl table, a folder of key.jpg and "
             f"key.txt, or shards"
         )
     _refuse_equal_keys(items)
@@ -108,16 +108,16 @@ def items_of(input: str, images: Path | None, workers: int = 1, told: Told = sil
 
 
 def names_shards(input: str) -> bool:
-    """Whether `input` is a URL of shards and no folder or table."""
+    """Whether `input` is a URL of shards and not a folder or table."""
     is_pattern = set("*?[{") & set(input) and not Path(input).exists()
     return bool(input.lower().endswith((".tar", ".tar.gz", ".tgz")) or "://" in input or is_pattern)
 
 
 def check_key(key: str, kinds: Iterable[str]) -> None:
-    """Raises BadSample for a name that could do harm where a shard is unpacked, or that readers would not find."""
+    """Raises BadSample for a name that could do harm when a shard is unpacked, or that readers would not find."""
     parts = key.split("/")
     if not key or any(part in ("", ".", "..") for part in parts) or "\\" in key:
-        raise BadSample(f"key is unsafe: {shown(key)} is no path inside a folder")
+        raise BadSample(f"key is unsafe: {shown(key)} is not a path inside a folder")
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in key):
         raise BadSample(f"key is unsafe: {shown(key)} holds control characters or is not Unicode")
     if len(key.encode("utf-8")) > _LONGEST_KEY:
@@ -130,18 +130,18 @@ def check_key(key: str, kinds: Iterable[str]) -> None:
 # Shards
 
 
-def shard_items(url: str, workers: int, told: Told) -> Iterator[ShardItem]:
-    """The samples of shards, in the order of shards and offsets. Keys that several shards hold get the number of their
-    shard in front (`00003/key`), for keys must differ within a source."""
+def shard_items(url: str, workers: int, progress: Progress) -> Iterator[ShardItem]:
+    """The samples of shards, in the order of shards and offsets. A key used in several shards is prefixed with the
+    number of its shard (`00003/key`), since keys must be unique within a source."""
     indexes = []
-    for shard, index in index_all(shards_of(url), workers, told):
+    for shard, index in index_all(shards_of(url), workers, progress):
         if isinstance(index, DataError):
             raise index
         indexes.append((shard, index))
     seen: set[str] = set()
     several = {key for _, index in indexes for key in index.keys if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
     if not seen:
-        raise DataError(f"{shown_url(url)} is empty: there is no sample in its shards")
+        raise DataError(f"{shown_url(url)} is empty: its shards hold no samples; check how they were written")
     for number, (shard, index) in enumerate(indexes):
         for key, places in zip(index.keys, index.samples, strict=True):
             yield ShardItem(f"{number:05d}/{key}" if key in several else key, shard, places)
@@ -151,7 +151,7 @@ def shard_items(url: str, workers: int, told: Told) -> Iterator[ShardItem]:
 
 
 def folder_items(folder: Path) -> Iterator[FileItem]:
-    """The pictures of a folder of key.jpg, key.txt and perhaps key.json, sorted by name."""
+    """The pictures of a folder of key.jpg with key.txt, key.json or both, sorted by name."""
     files: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.rglob("*")):
         kind = path.suffix[1:].lower()
@@ -175,7 +175,7 @@ def _folder_item(name: str, members: dict[str, Path]) -> FileItem:
     picture = next((members[kind] for kind in IMAGE_KINDS if kind in members), None)
     if picture is None:
         raise DataError(
-            f"{next(iter(members.values()))}: no picture with that name lies beside it; add one or drop the file"
+            f"{next(iter(members.values()))}: the folder has no picture with that name; add one or remove the file"
         )
     texts = {kind: members[kind] for kind in ("txt", "json") if kind in members}
     where = " and ".join(str(path) for path in texts.values()) or f"{picture}"
@@ -183,13 +183,13 @@ def _folder_item(name: str, members: dict[str, Path]) -> FileItem:
 
 
 def _item(name: str, picture: Path, texts: dict[str, bytes], where: str, picture_where: str) -> FileItem:
-    """The item of a picture and its .txt or .json, or both, which are read as training reads them."""
+    """The item of a picture and its .txt or .json or both, which are parsed as in training. Raises DataError."""
     from ..samples.decode import captions_and_labels
 
     try:
         captions, _ = captions_and_labels(texts)
     except BadSample as error:
-        raise DataError(f"{where}: {error}; mend it or drop the key") from None
+        raise DataError(f"{where}: {error}; fix it or remove the key") from None
     metadata = json.loads(texts["json"].decode("utf-8-sig")) if "json" in texts else {}
     metadata.setdefault("captions", list(captions))
     encoded = json.dumps(metadata, sort_keys=True).encode()
@@ -213,7 +213,7 @@ def _refuse_equal_keys(items: Iterable[Item]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table: a picture's path, captions (texts, or what the .json may hold instead) and other columns."""
+    """A line of a table: a picture's path, its captions (texts or objects as in a .json) and other columns."""
 
     line: int
     path: str
@@ -222,11 +222,11 @@ class Row:
 
 
 class InputTable:
-    """A table of pictures. .tsv and .csv: two columns, path and caption, or a first line that names the columns.
-    .jsonl: an object a line, with `path`, and `caption` or `captions`. Other columns become metadata."""
+    """A table of pictures. .tsv and .csv: two columns, path and caption, or a header line that names the columns.
+    .jsonl: one object per line, with `path`, and `caption` or `captions`. Other columns become metadata."""
 
     def __init__(self, path: Path, texts: Sequence[str] = _CAPTIONS) -> None:
-        """`texts`: what the column of captions may be called, or the one of classes or else that stands there."""
+        """`texts`: accepted names of the text column (captions, or classes in an evaluation set)."""
         self.path, self.kind, self.texts = path, path.suffix.lower(), tuple(texts)
         if self.kind not in (".tsv", ".csv", ".jsonl"):
             raise DataError(
@@ -234,11 +234,11 @@ class InputTable:
             )
 
     def rows(self) -> Iterator[Row]:
-        """The rows with something in them."""
+        """The rows that are not empty. Raises DataError."""
         return self._objects() if self.kind == ".jsonl" else self._cells()
 
     def wrong(self, line: int, what: str) -> DataError:
-        """What is wrong with a line, as an error."""
+        """The error for a faulty line."""
         return DataError(f"{self.path}, line {line}: {what}")
 
     def _lines(self) -> Iterator[str]:
@@ -257,12 +257,14 @@ class InputTable:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise self.wrong(number, f"not JSON: {ascii(str(error))[1:-1][:100]}; write an object a line") from None
+                raise self.wrong(
+                    number, f"not JSON: {ascii(str(error))[1:-1][:100]}; write one object per line"
+                ) from None
             if not isinstance(row, dict):
-                raise self.wrong(number, "not an object; write one a line, with path and caption")
+                raise self.wrong(number, "not an object; write one per line, with path and caption")
             path = next((row.pop(name) for name in _PATHS if isinstance(row.get(name), str)), None)
             if path is None:
-                raise self.wrong(number, f"no path of a picture; name it {_PATHS[0]}")
+                raise self.wrong(number, f"no path of a picture; put it under the key {_PATHS[0]}")
             captions = row.pop("captions", [])
             if not isinstance(captions, list):
                 raise self.wrong(number, "captions must be a list of texts")
@@ -287,7 +289,7 @@ class InputTable:
             raise self.wrong(reader.line_num, f"{error}; check the quotes") from None
 
     def _named(self, header: list[str]) -> list[str]:
-        """The columns' names, with the path called path and each caption called caption."""
+        """The column names, with the path column renamed to path and each caption column to caption."""
         names = [cell.strip() for cell in header]
         lower = [name.lower() for name in names]
         path = next((lower.index(name) for name in _PATHS if name in lower), 0)
@@ -310,13 +312,13 @@ class InputTable:
         cells = list(zip(names or ("path", "caption"), (cell.strip() for cell in row), strict=True))
         captions = [cell for name, cell in cells if name == "caption" and cell]
         if not captions:
-            raise self.wrong(line, f"the {self.texts[0]} is empty; write one or drop the line")
+            raise self.wrong(line, f"the {self.texts[0]} is empty; write one or remove the line")
         others = {name: _value(cell) for name, cell in cells if name not in ("path", "caption") and cell}
         return Row(line, next(cell for name, cell in cells if name == "path"), [*captions], others)
 
 
 def _value(cell: str) -> str | int | float:
-    """A cell of a further column: a number where it is written as JSON writes numbers."""
+    """A cell of another column: a number if it is a valid JSON number, otherwise text."""
     if not _NUMBER.fullmatch(cell):
         return cell
     number: int | float = json.loads(cell)
@@ -324,7 +326,7 @@ def _value(cell: str) -> str | int | float:
 
 
 def table_items(path: Path, images: Path) -> Iterator[FileItem]:
-    """The pictures of a table, in the order of their first lines; further lines of a picture are further captions."""
+    """The pictures of a table, in the order of their first lines; more lines for a picture add captions."""
     table, folder = InputTable(path), PictureFolder(images)
     rows: dict[Path, Row] = {}
     for row in table.rows():
@@ -342,7 +344,7 @@ def table_items(path: Path, images: Path) -> Iterator[FileItem]:
 
 
 class PictureFolder:
-    """The folder of a table's pictures, which no path may leave."""
+    """The folder of a table's pictures; paths may not leave it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -352,14 +354,14 @@ class PictureFolder:
         return self.path.resolve()
 
     def file(self, path: str, where: str) -> Path:
-        """The file a table names, shown to lie inside the folder and to exist."""
+        """The file at `path`, after checking that it is inside the folder and exists. Raises DataError."""
         if "\0" in path or len(path) > 4096:
-            raise DataError(f"{where}: {shown(path)} is no path")
+            raise DataError(f"{where}: {shown(path)} is not a valid path; name a picture in {self.path}")
         try:
             full = (self.root / path).resolve()
             found = full.is_file()
-        except (OSError, UnicodeEncodeError):  # a part too long, or half of a surrogate pair
-            raise DataError(f"{where}: {shown(path)} is no path") from None
+        except (OSError, UnicodeEncodeError):  # a component too long, or half of a surrogate pair
+            raise DataError(f"{where}: {shown(path)} is not a valid path; name a picture in {self.path}") from None
         if not full.is_relative_to(self.root):
             raise DataError(
                 f"{where}: {shown(path)} lies outside {self.path}; name the folder of the pictures, or move the file "

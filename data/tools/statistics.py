@@ -1,8 +1,8 @@
-"""Statistics of what goes by, in bounded memory: numbers, classes, copies, and pictures that look alike.
+"""Streaming statistics in bounded memory: numbers, classes, duplicates, and near-duplicate pictures.
 
-Everything is exact up to a bound, and says so where it no longer is. Quantiles beyond it come from every 2nd, then
-every 4th, 8th number. Copies beyond it are counted among those items whose hash is small (Gibbons, "Distinct sampling",
-2001): all copies of an item have its hash, so a share of the items stands for all, whatever came first.
+Everything is exact up to a bound, and estimates say so. Beyond the bound, quantiles use every 2nd, then every 4th, 8th
+number. Duplicates are then counted among the items with a small hash (Gibbons, "Distinct sampling", 2001): all copies
+of an item have the same hash, so a fraction of the items represents all, whatever their order.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-MOST = 1 << 17  # numbers, classes or items that are held
-_NAMED = 10  # groups that are named
-_MEMBERS = 6  # of a group
+MOST = 1 << 17  # numbers, classes or items kept in memory
+_NAMED = 10  # groups listed in a summary
+_MEMBERS = 6  # keys kept per group
 _BANDS = 4
-_FLAT = 8  # grey levels below which a picture shows nothing
+_FLAT = 8  # range of grey levels below which a picture has no contrast
 
 
 class Values:
-    """Numbers: mean, least and most of all; p10, p50, p90, p99 (numpy's linear interpolation)."""
+    """Numbers: mean, minimum and maximum; p10, p50, p90, p99 (numpy's linear interpolation)."""
 
     def __init__(self, most: int = MOST) -> None:
         self.count, self._most, self._step = 0, most, 1
@@ -31,7 +31,7 @@ class Values:
         self._kept: list[float] = []
 
     def add(self, value: float) -> None:
-        """One more number, finite."""
+        """Adds a finite number."""
         self._sum += value
         self._least, self._greatest = min(self._least, value), max(self._greatest, value)
         if self.count % self._step == 0:
@@ -41,7 +41,7 @@ class Values:
         self.count += 1
 
     def summary(self) -> dict[str, float] | None:
-        """The statistics; None of no numbers."""
+        """The statistics; None without numbers."""
         if not self.count:
             return None
         p10, p50, p90, p99 = (float(q) for q in np.quantile(self._kept, [0.1, 0.5, 0.9, 0.99]))
@@ -50,14 +50,14 @@ class Values:
 
 
 class Classes:
-    """Names, by how often they come; those that come first after `most` different ones are counted together."""
+    """Counts of names; names first seen after `most` distinct ones are counted together."""
 
     def __init__(self, most: int = 1000) -> None:
         self._most, self.others = most, 0
         self._counts: Counter[str] = Counter()
 
     def add(self, name: str) -> None:
-        """One more."""
+        """Adds a name."""
         if name in self._counts or len(self._counts) < self._most:
             self._counts[name] += 1
         else:
@@ -69,14 +69,14 @@ class Classes:
 
 
 class Copies:
-    """Items by their identity: how many are copies of an earlier one, and the largest groups by their first names."""
+    """Duplicates by identity: the number of copies of earlier items, and the largest groups by their first names."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most, self._level = most, 0
         self._groups: dict[bytes, list[Any]] = {}  # hash -> [times, first name]
 
     def add(self, identity: bytes, name: str) -> None:
-        """One more item."""
+        """Adds an item."""
         key = blake2b(identity, digest_size=16).digest()
         if self._small(key):
             self._groups.setdefault(key, [0, name])[0] += 1
@@ -88,7 +88,7 @@ class Copies:
         return int.from_bytes(key[:8], "little") & ((1 << self._level) - 1) == 0
 
     def summary(self) -> dict[str, Any]:
-        """Copies and groups: of all items, or estimated from a share of them."""
+        """Copies and groups among all items, or estimated from a fraction of them (`estimated_from`)."""
         largest = sorted((group for group in self._groups.values() if group[0] > 1), key=lambda group: -group[0])
         scale = 1 << self._level
         return {
@@ -99,8 +99,8 @@ class Copies:
 
 
 def difference_hash(pixels: NDArray[np.uint8]) -> int | None:
-    """64 bits that stay nearly the same when a picture [H, W, 3] is scaled, recompressed or a little brighter: where
-    each of 9 x 8 grey fields is brighter than the one left of it (dHash). None of a picture without contrast."""
+    """The 64-bit dHash of a picture uint8 [H, W, 3]: whether each of 9 x 8 grey cells is brighter than its left
+    neighbour. Nearly unchanged by scaling, recompression and small changes of brightness. None without contrast."""
     grey = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
     if grey.max() - grey.min() < _FLAT:
         return None
@@ -108,10 +108,10 @@ def difference_hash(pixels: NDArray[np.uint8]) -> int | None:
 
 
 class Alike:
-    """Pictures that look alike: whose difference hashes differ in at most 3 of 64 bits, directly or by way of others.
+    """Near-duplicate pictures: difference hashes that differ in at most 3 of 64 bits, directly or through others.
 
-    Two hashes so near have one of their four 16-bit bands in common, so only hashes that share a band are compared.
-    Different hashes beyond `most` are not held: then the groups are those among the first pictures.
+    Two such hashes have at least one of their four 16-bit bands in common, so only hashes that share a band are
+    compared. At most `most` distinct hashes are kept: beyond that, groups only cover the first pictures.
     """
 
     def __init__(self, most: int = MOST) -> None:
@@ -119,7 +119,7 @@ class Alike:
         self._groups: dict[int, tuple[list[str], list[int]]] = {}  # hash -> first keys, [times]
 
     def add(self, hash: int | None, key: str) -> None:
-        """One more picture."""
+        """Adds a picture."""
         if hash is None or (hash not in self._groups and len(self._groups) >= self._most):
             return
         keys, times = self._groups.setdefault(hash, ([], [0]))
@@ -128,7 +128,7 @@ class Alike:
             keys.append(key)
 
     def summary(self) -> dict[str, Any]:
-        """Pictures that look like an earlier one, and the largest groups by some of their keys."""
+        """The number of near-duplicates of earlier pictures, and the largest groups with some of their keys."""
         hashes = np.array(list(self._groups), dtype=np.uint64)
         members = list(self._groups.values())
         joined: dict[int, list[int]] = {}
@@ -148,7 +148,7 @@ class Alike:
 
 
 def _joined(hashes: NDArray[np.uint64]) -> list[int]:
-    """For each hash the first one of its group (union-find over near pairs)."""
+    """For each hash the index of the first one of its group (union-find over near pairs)."""
     root = list(range(len(hashes)))
 
     def find(i: int) -> int:

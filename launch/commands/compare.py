@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING, Any
 from ...training.report.comparison_page import signed, verdict
 from ...training.report.readable import score
 from ..errors import RecipeError, safe_text
-from .eval import asked, opened_model, scored, suites_of
+from .eval import evaluate_opened, evaluation_of, open_model, parse_suites
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def compare_runs(urls: Sequence[str], suites: list[str] | None, data: str | None) -> dict[str, Any]:
-    """Every score of the models at `urls` (commits, the newest of run folders, `open_clip:...`) beside the first's.
+    """Compare every score of the models at `urls` (commits, run folders, `open_clip:...`) with those of the first.
 
-    What is not given comes from the recipe of the first. Raises RecipeError, StoreError, DataError.
+    `suites` and `data` default to those of the first model's recipe. Raises RecipeError, StoreError, DataError.
     """
     if len(urls) < 2:
-        raise RecipeError("one model has nothing to be compared with; name two or more commits or run folders")
-    config = suites_of(suites) if suites else None
+        raise RecipeError("there is only one model to compare; name two or more commits or run folders")
+    config = parse_suites(suites) if suites else None
     from ...training.evaluate.comparing import comparison, tasks
     from ...training.world import World
 
-    opened = [opened_model(url) for url in urls]
-    first, source = asked(opened[0], config, data)
+    opened = [open_model(url) for url in urls]
+    first, source = evaluation_of(opened[0], config, data)
     for each in opened[1:]:
-        asked(each, first, source)
+        evaluation_of(each, first, source)
     world = World.join()
     try:
-        found = [scored(each, first, source, world) for each in opened]
+        found = [evaluate_opened(each, first, source, world) for each in opened]
     finally:
         world.leave()
     names = _names(urls)
@@ -56,7 +56,7 @@ def _parameters(spec: Any) -> Any:
 
 
 def _names(urls: Sequence[str]) -> list[str]:
-    """What tells the models apart: as they were named, without the parts that all share, at the front and the back."""
+    """Short distinct names: the URLs without the leading and trailing path segments that all have in common."""
     parts = {url: url.rstrip("/").split("/") for url in urls}
     for end in (0, -1):
         while min(map(len, parts.values())) > 1 and len({each[end] for each in parts.values()}) == 1:
@@ -67,7 +67,7 @@ def _names(urls: Sequence[str]) -> list[str]:
 
 
 def comparison_table(found: Mapping[str, Any]) -> Table:
-    """Scores side by side; below each, for every other model, the difference, its interval, flips and significance."""
+    """A table of the scores; for each other model the difference from the first, its interval, flips and p-value."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""The commands about data: pack, index, lint, inspect, batch. What they do stands in the modules they call."""
+"""The `treering data` commands: pack, index, lint, inspect, batch; the work is done in the modules they call."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rich.text import Text
 from ..arguments import AsJson, Overrides, RecipeName, print_json
 from ..errors import RunError, show
 
-app = typer.Typer(help="Make shards of pictures and captions, and look into the stream.", no_args_is_help=True)
+app = typer.Typer(help="Pack, index, check and inspect shards of pictures and captions.", no_args_is_help=True)
 
 DataUrl = Annotated[str, typer.Argument(metavar="URL", help="samples://NAME, or a glob/brace URL of tar shards.")]
 WorkersOption = Annotated[
-    int | None, typer.Option("--workers", metavar="N", min=1, help="Processes; left out: one a core, 16 for a store.")
+    int | None, typer.Option("--workers", metavar="N", min=1, help="Processes; default: one per core, 16 for a store.")
 ]
 
 
@@ -30,29 +30,33 @@ def pack(
             help="A table (.tsv, .csv, .jsonl: picture path, caption), a folder of key.jpg and key.txt, or shards.",
         ),
     ],
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="A folder or URL of its own for the shards.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="A separate folder or URL for the shards.")],
     shard_size: Annotated[
-        str, typer.Option("--shard-size", metavar="SIZE", help="About the size of a shard, 300MB; or samples, 1000.")
+        str,
+        typer.Option(
+            "--shard-size", metavar="SIZE", help="Approximate size of a shard, 300MB, or its number of samples, 1000."
+        ),
     ] = "300MB",
     images: Annotated[
-        Path | None, typer.Option("--images", metavar="DIR", help="Where the table's paths begin; left out: beside it.")
+        Path | None, typer.Option("--images", metavar="DIR", help="Base of the table's paths; default: its own folder.")
     ] = None,
     part: Annotated[
         str,
-        typer.Option("--part", metavar="I/N", help="Write one part of the shards: 0/8, 1/8, ... 7/8 are the whole."),
+        typer.Option("--part", metavar="I/N", help="Write one part of the shards; 0/8, 1/8, ... 7/8 together are all."),
     ] = "0/1",
-    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Of the order of the samples.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Seed of the order of the samples.")] = 0,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out what training could not use, and list it beside the shard.")
+        bool,
+        typer.Option("--skip-bad", help="Skip samples that training could not use, and list them next to the shard."),
     ] = False,
     workers: WorkersOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Pack pictures and captions into tar shards of one size, in mixed order, each sample checked.
+    """Pack pictures and captions into tar shards of equal size, in shuffled order, checking each sample.
 
-    The same command goes on where an earlier one was cut off. Shards as INPUT are packed anew. Several lines of a table
-    for one picture are several captions; columns beside path and caption become metadata. Parts may run anywhere, at
-    any time, in any order, as under Slurm: sbatch --array=0-7 with --part $SLURM_ARRAY_TASK_ID/8.
+    After an interruption the same command continues. INPUT may be shards, which are repacked. Several lines of a table
+    for one picture are several captions; columns other than path and caption become metadata. Parts may run anywhere,
+    at any time, in any order, as in a Slurm array: sbatch --array=0-7 with --part $SLURM_ARRAY_TASK_ID/8.
 
         treering data pack captions.tsv shards/photos --images photos/
         treering data pack 's3://BUCKET/raw/*.tar' s3://BUCKET/photos --shard-size 1GB --part 0/8
@@ -61,10 +65,10 @@ def pack(
     from ...data.tools.pack import pack as pack_shards
     from . import data_output
 
-    with data_output.progress("shards") as told:
+    with data_output.progress("shards") as report:
         packed = pack_shards(
             input, output, shard_size, images,
-            part=part, seed=seed, skip_bad=skip_bad, workers=workers or enough_workers(input), told=told,
+            part=part, seed=seed, skip_bad=skip_bad, workers=workers or enough_workers(input), progress=report,
         )  # fmt: skip
     if as_json:
         print_json(asdict(packed))
@@ -76,17 +80,18 @@ def pack(
 def index(
     url: DataUrl,
     beside: Annotated[
-        bool, typer.Option("--beside", help="Also put the indexes in .treering beside the shards, for other machines.")
+        bool,
+        typer.Option("--beside", help="Also write the indexes to .treering beside the shards, for other machines."),
     ] = False,
     filter: Annotated[
-        str | None, typer.Option("--filter", metavar="EXPR", help="Say how many samples it accepts, and keep that.")
+        str | None, typer.Option("--filter", metavar="EXPR", help="Count the samples it accepts, and cache the result.")
     ] = None,
     workers: WorkersOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Index all shards, in parallel; what was indexed before is not read again.
+    """Index all shards in parallel; shards that are indexed already are not read again.
 
-    A run makes the index itself: this makes its start quick. Exit code 2 if a shard is damaged.
+    A run creates missing indexes itself; indexing beforehand shortens its start. Exit code 2 if a shard is damaged.
 
         treering data index 's3://BUCKET/photos/{00000..01023}.tar' --beside --filter 'similarity > 0.28 and not nsfw'
     """
@@ -107,15 +112,15 @@ def lint(
     url: DataUrl,
     ledger: Annotated[
         Path | None,
-        typer.Option("--ledger", metavar="FILE", help="Write all bad samples here, as a run does."),
+        typer.Option("--ledger", metavar="FILE", help="Write all bad samples to this file, as a run does."),
     ] = None,
     workers: WorkersOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read and decode every sample as a run would, and list what it could not use, with the reasons.
+    """Read and decode every sample as a run would, and list the unusable ones with reasons.
 
-    Cut off, the same command goes on where it was; shards that did not change are not read again. Exit code 0 if
-    everything can be used, 2 if not.
+    After an interruption the same command continues; unchanged shards are not read again. Exit code 0 if every sample
+    can be used, 2 if not.
 
         treering data lint 'shards/photos/*.tar' --ledger bad.jsonl
         treering data inspect 'shards/photos/*.tar' --ledger bad.jsonl --out bad.html
@@ -125,8 +130,8 @@ def lint(
     from ...data.tools.lint import write_ledger
     from . import data_output
 
-    with data_output.progress("samples") as told:
-        found = lint_url(url, workers or enough_workers(url), told)
+    with data_output.progress("samples") as report:
+        found = lint_url(url, workers or enough_workers(url), report)
     if ledger is not None:
         write_ledger(ledger, found.bad)
     if as_json:
@@ -143,18 +148,18 @@ def inspect(
     url: DataUrl,
     samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="How many samples to draw.")] = 10_000,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="PAGE", help="Write a contact sheet here: .html or .png.")
+        Path | None, typer.Option("--out", metavar="PAGE", help="Write a contact sheet: .html or .png.")
     ] = None,
     ledger: Annotated[
-        Path | None, typer.Option("--ledger", metavar="FILE", help="Show the samples a run's ledger.jsonl names.")
+        Path | None, typer.Option("--ledger", metavar="FILE", help="Show the samples listed in a run's ledger.jsonl.")
     ] = None,
     workers: WorkersOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what pictures, captions, labels and columns are like, from N samples drawn by chance, always the same ones.
+    """Print statistics of pictures, captions, labels and columns, from N random samples (always the same ones).
 
-    The contact sheet shows the first 120 of them, and pictures that look alike. With --ledger: instead, all samples
-    that a run could not use.
+    The contact sheet shows the first 120 of them, and pictures that look alike. With --ledger it shows all samples
+    that a run could not use instead.
 
         treering data inspect 'shards/photos/*.tar' --out sheet.html
         treering data inspect 'shards/photos/*.tar' --ledger runs/photos/ledger.jsonl
@@ -176,10 +181,10 @@ def batch(
     recipe: RecipeName,
     overrides: Overrides = None,
     step: Annotated[int, typer.Option("--step", metavar="T", min=0, help="Number of the global batch, from 0.")] = 0,
-    world: Annotated[int, typer.Option("--world", metavar="W", min=1, help="Processes that share it.")] = 1,
+    world: Annotated[int, typer.Option("--world", metavar="W", min=1, help="Number of processes.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Say which samples are in global batch T, and which process reads them; nothing is decoded."""
+    """List the samples of global batch T, and the rank that reads each; nothing is decoded."""
     from .data_batch import keys_by_rank
 
     ranks = keys_by_rank(recipe, overrides or [], step, world)

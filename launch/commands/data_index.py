@@ -1,6 +1,6 @@
-"""`treering data index`: makes the indexes of all shards of a source, in parallel, and puts them beside the shards.
+"""`treering data index`: indexes all shards of a source in parallel, and can write the indexes beside the shards.
 
-Every index is kept as soon as it is made: cut off, the same command goes on where it was.
+Every index is saved as soon as it exists, so after an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ...data.errors import DataError, shown
 from ...data.shards.filter import Filter
 from ...data.shards.index import Handles
 from ...data.shards.listing import index_table, list_shards
-from ...data.shards.opening import accepted, summed_up
+from ...data.shards.opening import apply_filter, summarize_shards
 from ...data.shards.parallel import enough_workers, index_all, sweep
 from ...data.shards.sidecar import put_index
 from ...data.shards.source import Source, pattern_of
@@ -24,22 +24,26 @@ from .data_output import progress, size_text
 
 
 def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -> dict[str, Any]:
-    """Indexes all shards of a URL; what there is, what is wrong with which shard, and what a filter accepts.
+    """Index all shards of a URL; returns their counts, the faults of damaged shards, and how many samples pass a
+    filter.
 
-    With `beside`, indexes and summary also go beside the shards, so that other nodes need no walk. Raises DataError.
+    With `beside`, indexes and summary are also written beside the shards, so that other nodes need not scan them.
+    Raises DataError.
     """
     wanted = _read(filter)
     pattern = pattern_of(url)
     shards = list_shards(pattern)
     workers = workers or enough_workers(pattern)
     faults, unread = [], set()
-    with progress("shards") as told:
-        for shard, index in index_all(shards, workers, told):
+    with progress("shards") as report:
+        for shard, index in index_all(shards, workers, report):
             if isinstance(index, DataError):
                 faults.append({"shard": shown_url(shard.url), "reason": str(index)})
                 if not isinstance(index, DamagedShard):
                     unread.add(shard)
-    summary = summed_up(pattern, [shard for shard in shards if shard not in unread], skip_damaged=True, workers=workers)
+    summary = summarize_shards(
+        pattern, [shard for shard in shards if shard not in unread], skip_damaged=True, workers=workers
+    )
     whole = [each for each in summary if not each.fault]
     found: dict[str, Any] = {
         "source": shown_url(url),
@@ -50,8 +54,8 @@ def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -
     }
     if wanted is not None:
         handles = Handles([each.shard for each in whole], [each.samples for each in whole], index_table)
-        with progress("shards") as told:
-            found["accepted"] = int(accepted(pattern, wanted, whole, handles, workers, told).counts.sum())
+        with progress("shards") as report:
+            found["accepted"] = int(apply_filter(pattern, wanted, whole, handles, workers, report).counts.sum())
     if beside:
         _put_beside(pattern, summary, workers)
         found["beside"] = len(whole)
@@ -67,14 +71,14 @@ def _read(text: str | None) -> Filter | None:
 
 def _put_beside(pattern: str, summary: Sequence[ShardSummary], workers: int) -> None:
     whole = [each.shard for each in summary if not each.fault]
-    with progress("shards put beside") as told:
-        for _ in sweep(put_index, whole, workers, told):
+    with progress("indexes written") as report:
+        for _ in sweep(put_index, whole, workers, report):
             pass
     write_summary(pattern, summary, beside=True)
 
 
 def as_text(found: dict[str, Any], filter: str | None) -> str:
-    """What `index_url` found, in a line or some."""
+    """The result of `index_url` as text, one line or a few."""
     whole = found["shards"] - len(found["faults"])
     lines = [f"{found['samples']:,} samples in {whole:,} shards, {size_text(found['bytes'])}"]
     if "accepted" in found:
@@ -85,16 +89,17 @@ def as_text(found: dict[str, Any], filter: str | None) -> str:
 
 
 def accepts(filter: str, count: int, of: int) -> str:
-    """What a filter leaves, in a line."""
+    """One line that says how many samples pass a filter."""
     return safe_text(f"the filter {shown(filter)} accepts {count:,} of {of:,} samples ({count / max(of, 1):.1%})")
 
 
-def told_of(source: Source, filter: str | None) -> list[str]:
-    """What a person should know of a source when a run begins: what its filter leaves, and the shards left out."""
+def source_notes(source: Source, filter: str | None) -> list[str]:
+    """Lines to print about a source when a run starts: how many samples pass its filter, and which shards are
+    skipped."""
     name = safe_text(shown_url(source.url))
     lines = [] if filter is None else [f"{name}: {accepts(filter, len(source), source.samples_before_filter)}"]
-    if source.left_out:
-        count = len(source.left_out)
+    if source.skipped:
+        count = len(source.skipped)
         what = "1 damaged shard is" if count == 1 else f"{count} damaged shards are"
-        lines.append(f"{name}: {what} left out; see ledger.jsonl")
+        lines.append(f"{name}: {what} skipped; see ledger.jsonl")
     return lines

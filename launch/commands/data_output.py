@@ -1,6 +1,6 @@
-"""What `treering data index`, `lint` and `inspect` print: progress on the way, tables and lines at the end.
+"""Output of `treering data index`, `lint` and `inspect`: a progress bar, then tables and lines.
 
-Keys, captions and labels come from the shards: all of them go through `shown`, `clean` or `printable`.
+Keys, captions and labels come from the shards and are untrusted: all are printed through `shown` or `safe_text`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rich.text import Text
 
 from ...data.errors import shown
 from ...data.ledger import LedgerEntry, read_ledger
-from ...data.shards.parallel import Told, enough_workers, silent
+from ...data.shards.parallel import Progress, enough_workers, silent
 from ...data.shards.source import Source, attribution
 from ...data.storage.files import shown_url
-from ...data.tools.contact_sheet import Card, Section, cards, noted, write_sheet
-from ...data.tools.inspect import drawn, in_order, inspect, met, opened
+from ...data.tools.contact_sheet import Card, Section, cards, with_notes, write_sheet
+from ...data.tools.inspect import inspect, locate_entries, open_indexed, sample_numbers, sorted_numbers
 from ...data.tools.lint import Findings
 from ...data.tools.pack import PackResult
 from ..errors import safe_text
@@ -35,8 +35,8 @@ _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Told]:
-    """A line on stderr that shows how much of `what` is done, where a person watches; gone at the end."""
+def progress(what: str) -> Iterator[Progress]:
+    """A progress bar for `what` on stderr, if that is a terminal; removed at the end."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
@@ -47,29 +47,29 @@ def progress(what: str) -> Iterator[Told]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
 
-        def told(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        yield told
+        yield report
 
 
 def packed_lines(packed: PackResult) -> list[str]:
-    """What pack did, for a terminal."""
+    """The result of packing, as lines for a terminal."""
     shards = packed.shards
     captions = f" with {packed.captions:,} captions" if packed.captions is not None else ""
     lines = [f"{packed.samples:,} samples{captions} in {len(shards):,} shards", safe_text(shards[0])]
     lines += [f"to\n{safe_text(shards[-1])}"] if len(shards) > 1 else []
     if packed.bad:
-        lines.append(f"{packed.bad:,} samples could not be used and are left out: see the .bad.jsonl files")
+        lines.append(f"{packed.bad:,} samples could not be used and were skipped: see the .bad.jsonl files")
     if packed.written < len(shards):
         lines.append(f"{packed.written:,} shards written now")
     if packed.missing:
-        lines.append(f"{packed.missing:,} shards are not there yet: the other parts' work")
+        lines.append(f"{packed.missing:,} shards do not exist yet; the other parts write them")
     return lines
 
 
 def faults_message(shards: int, reasons: Sequence[str]) -> str:
-    """All that is wrong with a source's shards, on one screen."""
+    """The faults of a source's shards, on one screen."""
     few = [f"  {safe_text(reason[:300])}".replace("\n", " ") for reason in reasons[:MOST_FAULTS]]
     more = [f"  and {len(reasons) - MOST_FAULTS} more; --json lists all"] if len(reasons) > MOST_FAULTS else []
     return "\n".join([f"{len(reasons)} faults in {shards} shards", *few, *more])
@@ -82,12 +82,12 @@ def size_text(count: float) -> str:
 
 
 def bad_line(entry: LedgerEntry) -> str:
-    """A bad sample in one line."""
+    """One line about a bad sample."""
     return safe_text(f"{shown_url(entry.shard)} at byte {entry.offset}: {shown(entry.key)}: {entry.reason}")
 
 
 def findings_json(found: Findings) -> dict[str, Any]:
-    """What lint found, as plain data."""
+    """The result of lint, as plain data."""
     return {
         "source": shown_url(found.source),
         "shards": found.shards,
@@ -100,11 +100,11 @@ def findings_json(found: Findings) -> dict[str, Any]:
 
 
 def findings(found: Findings, ledger: Path | None) -> Group:
-    """What lint found, for a terminal: the first bad samples, a table of all reasons, the sum."""
+    """The result of lint for a terminal: the first bad samples, a table of all reasons, the total."""
     parts: list[Any] = [Text(bad_line(entry)) for entry in found.bad[:MOST_BAD]]
     more = len(found.bad) - len(parts)
     if more:
-        parts.append(Text(f"and {more:,} more; " + ("the ledger" if ledger else "--ledger FILE") + " names all"))
+        parts.append(Text(f"and {more:,} more; " + ("the ledger" if ledger else "--ledger FILE") + " lists all"))
     if found.bad:
         parts.append(reasons_table(found.kinds))
     total = f"{len(found.bad):,} of {found.samples:,} samples in {found.shards:,} shards cannot be used"
@@ -115,7 +115,7 @@ def findings(found: Findings, ledger: Path | None) -> Group:
 
 
 def reasons_table(kinds: Mapping[str, int]) -> Table:
-    """Reasons by how many samples they took."""
+    """A table of the reasons, with the number of bad samples for each."""
     table = Table("reason", box=box.SIMPLE_HEAD)
     table.add_column("samples", justify="right")
     for kind, count in kinds.items():
@@ -124,10 +124,10 @@ def reasons_table(kinds: Mapping[str, int]) -> Table:
 
 
 def statistics(found: Mapping[str, Any]) -> Group:
-    """What inspect found, for a terminal."""
+    """The statistics of inspect, for a terminal."""
     pictures, captions = found["pictures"], found["captions"]
-    every = found["looked_at"] == found["samples"]
-    looked = "all looked at" if every else f"{found['looked_at']:,} of them looked at"
+    every = found["inspected"] == found["samples"]
+    looked = "all inspected" if every else f"{found['inspected']:,} of them inspected"
     parts: list[Any] = [
         Text(
             f"{safe_text(found['source'])}: {found['samples']:,} samples in {found['shards']:,} shards, "
@@ -137,8 +137,8 @@ def statistics(found: Mapping[str, Any]) -> Group:
     if found["bad"]:
         parts.append(reasons_table(found["bad"]))
     rows = {name.replace("_", " "): pictures[name] for name in ("width", "height", "short_side", "width_over_height")}
-    rows |= {"captions a sample": captions["a_sample"], "tokens a caption": captions["tokens"]}
-    rows |= {"characters a caption": captions["characters"]}
+    rows |= {"captions per sample": captions["a_sample"], "tokens per caption": captions["tokens"]}
+    rows |= {"characters per caption": captions["characters"]}
     columns = list(found["columns"].items())
     rows |= {f"column {_quoted(name, 30)}": column["numbers"] for name, column in columns if column["numbers"]}
     table = Table("", box=box.SIMPLE_HEAD)
@@ -148,7 +148,7 @@ def statistics(found: Mapping[str, Any]) -> Group:
         table.add_row(label, *(f"{values[name]:,.4g}" if values else "–" for name in _QUANTILES))
     parts.append(table)
     if captions["count"]:
-        parts.append(Text(f"{captions['cut_at_77']:.2%} of {captions['count']:,} captions are cut at 77 tokens"))
+        parts.append(Text(f"{captions['cut_at_77']:.2%} of {captions['count']:,} captions are truncated at 77 tokens"))
     parts.append(Text(f"scripts: {_counts(captions['scripts'])}"))
     for what, equal in (("pictures", pictures["equal"]), ("captions", captions["equal"])):
         named = ", ".join(f"{_quoted(group['first'])} {group['times']} times" for group in equal["largest"][:3])
@@ -159,7 +159,7 @@ def statistics(found: Mapping[str, Any]) -> Group:
     parts += [Text(f"label {_quoted(name)}: {_counts(found['labels'][name])}") for name in names[:_MOST_ROWS]]
     if len(names) > _MOST_ROWS:
         parts.append(Text(f"and {len(names) - _MOST_ROWS} more labels; --json lists all"))
-    parts += [Text(_column_line(name, column, found["looked_at"])) for name, column in columns[:_MOST_ROWS]]
+    parts += [Text(_column_line(name, column, found["inspected"])) for name, column in columns[:_MOST_ROWS]]
     if len(columns) > _MOST_ROWS:
         parts.append(Text(f"and {len(columns) - _MOST_ROWS} more columns; --json lists all"))
     return Group(*parts)
@@ -187,26 +187,26 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def inspect_url(url: str, samples: int, out: Path | None, workers: int | None) -> tuple[dict[str, Any], Group]:
-    """The statistics of `samples` drawn samples, as data and as a text; a contact sheet goes to `out`."""
+    """Statistics of `samples` random samples, as data and as text; writes a contact sheet to `out` if given."""
     source, workers = _opened(url, workers)
-    with progress("samples") as told:
-        found = inspect(source, in_order(source, samples), workers, told)
+    with progress("samples") as report:
+        found = inspect(source, sorted_numbers(source, samples), workers, report)
     text = statistics(found)
     if out is not None:
-        chosen = cards(source, drawn(source, min(samples, _ON_A_SHEET)), workers)
-        lead = f"{len(chosen):,} of {len(source):,} samples, drawn by chance."
+        chosen = cards(source, sample_numbers(source, min(samples, _ON_A_SHEET)), workers)
+        lead = f"{len(chosen):,} of {len(source):,} samples, drawn at random."
         write_sheet(out, shown_url(url), _credited(lead, url), [Section("", chosen), *_alike(source, found, workers)])
         text.renderables.append(Text(f"contact sheet: {safe_text(str(out))}"))
     return found, text
 
 
 def _credited(lead: str, url: str) -> str:
-    """The lead of a sheet with the credit that its pictures' licence asks for."""
+    """The introduction of a contact sheet, with the attribution that the licence of its pictures requires."""
     return " ".join([lead, *filter(None, [attribution(url)])])
 
 
 def _alike(source: Source, found: Mapping[str, Any], workers: int) -> list[Section]:
-    """The groups of pictures that look alike, to judge whether they are."""
+    """The groups of pictures that look alike, for the user to judge."""
     groups = found["pictures"]["alike"]["largest"]
     keys = {key for group in groups for key in group["keys"]}
     numbers = {source.key(n): n for n in range(len(source)) if source.key(n) in keys} if keys else {}
@@ -217,13 +217,15 @@ def _alike(source: Source, found: Mapping[str, Any], workers: int) -> list[Secti
 
 
 def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None) -> tuple[dict[str, Any], Group]:
-    """The samples that a run's ledger names, as data and as a text; a contact sheet of them goes to `out`."""
+    """The samples listed in a run's ledger, as data and as text; writes a contact sheet of them to `out` if given."""
     entries = read_ledger(ledger)
     source, workers = _opened(url, workers)
-    named = met(source, entries)
+    named = locate_entries(source, entries)
     notes = named.notes.values()
-    named_cards = [noted(card, own) for card, own in zip(cards(source, list(named.notes), workers), notes, strict=True)]
-    total = f"{len(named_cards):,} samples named by {len(entries):,} entries of the ledger"
+    named_cards = [
+        with_notes(card, own) for card, own in zip(cards(source, list(named.notes), workers), notes, strict=True)
+    ]
+    total = f"{len(named_cards):,} samples listed in {len(entries):,} entries of the ledger"
     if named.gone:
         total += f"; {named.gone:,} more are no longer in their shards"
     if named.elsewhere:
@@ -245,12 +247,12 @@ def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None)
 
 def _opened(url: str, workers: int | None) -> tuple[Source, int]:
     workers = workers or enough_workers(url)
-    with progress("shards") as told:
-        return opened(url, workers, told), workers
+    with progress("shards") as report:
+        return open_indexed(url, workers, report), workers
 
 
 def card_lines(card: Card) -> str:
-    """A ledger's sample: where it is, what the ledger said of it, and what is wrong with it now."""
+    """Lines about a sample of a ledger: where it lies, the recorded reasons, and what is wrong with it now."""
     now = f"now: {card.fault}" if card.fault else "now: it can be used"
     what = [*card.notes, *([] if card.fault in card.notes else [now])]
     return "\n  ".join(safe_text(line) for line in (f"{card.shard} at byte {card.offset}: {shown(card.key)}", *what))

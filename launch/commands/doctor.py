@@ -1,7 +1,7 @@
-"""What this machine has and lacks for training, and the remedy for each lack.
+"""`treering doctor`: what this machine has and lacks for training, with a remedy for each lack.
 
-Every check is a function that returns one `Check`; none writes anything but a probe object in the store that is asked
-about, and none shows a credential.
+Every check is a function that returns one `Check`. The only thing written is a test object in the given store, and no
+credential is printed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "lacking": "[red]lack
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. `note`: works, but worth knowing; `lacking`: nothing can be trained without it."""
+    """The result of one check. `note`: training works, but worth knowing; `lacking`: training cannot work without
+    it."""
 
     name: str
     state: State
@@ -32,7 +33,7 @@ class Check:
 
 
 def run_checks(out: Path, store: str | None) -> list[Check]:
-    """All checks of this machine; `store` is any URL for commits, left alone if None."""
+    """Run all checks of this machine; `store` is a URL for commits to check as well, or None."""
     checks = [_python(), _torch(), *_devices(), _cores(), _memory(), _shared_memory()]
     checks += [
         _disk("run folder", out),
@@ -68,7 +69,7 @@ def as_table(checks: list[Check]) -> Any:
 
 
 def _python() -> Check:
-    # An older one cannot be here: pip refuses to install the package into it.
+    # An older Python cannot get here: pip refuses to install the package into it.
     return Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
@@ -88,7 +89,7 @@ def _torch() -> Check:
         remedy = "this is the CPU build on a machine with an NVIDIA driver: pip install --force-reinstall torch==2.13.0"
         return Check("torch", "note", f"{torch.__version__} for {build}", remedy)
     if torch.version.cuda and not torch.cuda.is_available():
-        return Check("torch", "note", f"{torch.__version__} for {build}, no GPU in reach", "training will use the CPU")
+        return Check("torch", "note", f"{torch.__version__} for {build}, no GPU found", "training will use the CPU")
     return Check("torch", "ok", f"{torch.__version__} for {build}")
 
 
@@ -115,7 +116,7 @@ def _devices() -> list[Check]:
 def _cores() -> Check:
     cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
     if threads is None:
-        return Check("cores", "ok", f"{cores}, shared out among the processes of a run")
+        return Check("cores", "ok", f"{cores}, divided among the processes of a run")
     remedy = f"OMP_NUM_THREADS is set to {threads[:8]!r}; unset it to let treering train choose"
     return Check("cores", "note", f"{cores}, OMP_NUM_THREADS set", remedy)
 
@@ -123,7 +124,7 @@ def _cores() -> Check:
 def _memory() -> Check:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if total < 4:
-        return Check("memory", "note", f"{total:.1f} GiB", "the emoji recipe wants 4 GiB: set a smaller data.batch")
+        return Check("memory", "note", f"{total:.1f} GiB", "the emoji recipe needs 4 GiB: set a smaller data.batch")
     return Check("memory", "ok", f"{total:.1f} GiB")
 
 
@@ -131,7 +132,10 @@ def _shared_memory() -> Check:
     folder = Path("/dev/shm")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return Check(
-            "/dev/shm", "note", "cannot be used", "data.workers needs it: mount a tmpfs there, or keep workers at 0"
+            "/dev/shm",
+            "note",
+            "cannot be used",
+            "data.workers needs it: mount a tmpfs there, or keep data.workers at 0",
         )
     free = shutil.disk_usage(folder).free / 2**30
     if free < 1:
@@ -151,7 +155,7 @@ def _disk(name: str, folder: Path) -> Check:
         return Check(
             name,
             "lacking",
-            f"{existing} cannot be written",
+            f"{existing} is not writable",
             "choose another with --out" if name == "run folder" else "set TREERING_CACHE",
         )
     if free < 1:
@@ -212,7 +216,7 @@ def _slurm() -> Check:
             "slurm",
             "note",
             "no sbatch here",
-            "needed only for running under Slurm: look on a login node of the cluster",
+            "needed only for running under Slurm: use a login node of the cluster",
         )
     try:
         answer = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=10, check=True)
@@ -224,7 +228,7 @@ def _slurm() -> Check:
 
 
 def _credentials(store: str | None) -> Check:
-    """Whether credentials for S3 are anywhere they are looked for; never what they are."""
+    """Whether credentials for S3 exist in any of the usual places; their values are not read out."""
     keys = bool(os.environ.get("AWS_ACCESS_KEY_ID") and os.environ.get("AWS_SECRET_ACCESS_KEY"))
     file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or Path.home() / ".aws" / "credentials").exists()
     roles = any(name in os.environ for name in ("AWS_ROLE_ARN", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"))

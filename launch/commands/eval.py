@@ -1,4 +1,4 @@
-"""`treering eval`: any commit, or weights of open_clip's, on any shards, without the run that made it."""
+"""`treering eval`: evaluates any commit, or open_clip weights, on any shards, without the run that wrote it."""
 
 from __future__ import annotations
 
@@ -27,34 +27,35 @@ _TEXT_KINDS = frozenset({"txt", "json"})
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model to be evaluated, and the recipe that says how where the command does not."""
+class OpenedModel:
+    """A model to evaluate, and the recipe with the defaults for its evaluation."""
 
     url: str
     spec: ModelSpec
     recipe: Recipe
     weights: Callable[[], Mapping[str, Tensor]]
-    """by name; read when they are asked for"""
+    """reads the tensors, by name"""
     identity: Callable[[], str]
-    """what tells these weights from any others that `url` may name later"""
+    """a key of these weights for the embedding cache: other weights at the same `url` have another one"""
     step: int = 0
     samples: int = 0
 
 
 def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dict[str, Any]:
-    """Scores of the model at `url`, with chance levels, intervals and sizes. A model is a commit, the newest one of a
-    run folder, or `open_clip:...` as for `treering import`.
+    """Evaluate the model at `url`: scores with chance levels, 95% intervals and sizes. `url` is a commit, a run folder
+    (its newest commit), or `open_clip:...` as for `treering import`.
 
-    What is not given comes from the commit's own recipe. Raises RecipeError, StoreError, DataError, InterchangeError.
+    `suites` and `data` default to those of the model's recipe. Raises RecipeError, StoreError, DataError,
+    InterchangeError.
     """
-    config = suites_of(suites) if suites else None
+    config = parse_suites(suites) if suites else None
     from ...training.world import World
 
-    opened = opened_model(url)
-    wanted, source = asked(opened, config, data)
+    opened = open_model(url)
+    wanted, source = evaluation_of(opened, config, data)
     world = World.join()
     try:
-        found = scored(opened, wanted, source, world)
+        found = evaluate_opened(opened, wanted, source, world)
     finally:
         world.leave()
     return {
@@ -69,8 +70,8 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
     }
 
 
-def suites_of(names: list[str]) -> EvalConfig:
-    """The suites that are named, by built-in names and YAML files; looked at as far as no model is needed.
+def parse_suites(names: list[str]) -> EvalConfig:
+    """The suites with these names (built-in ones and YAML files), checked as far as that needs no model.
     Raises RecipeError, DataError."""
     try:
         config = EvalConfig.model_validate({"suites": names})
@@ -83,28 +84,28 @@ def suites_of(names: list[str]) -> EvalConfig:
     return config
 
 
-def asked(opened: Opened, config: EvalConfig | None, data: str | None) -> tuple[EvalConfig, str]:
-    """How a model is to be evaluated and on which shards: by `config` and `data`, the rest by its own recipe.
+def evaluation_of(opened: OpenedModel, config: EvalConfig | None, data: str | None) -> tuple[EvalConfig, str]:
+    """The suites and the source of shards to evaluate a model on: `config` and `data`, or else those of its recipe.
     Raises RecipeError, DataError."""
     recipe, shown = opened.recipe, safe_text(opened.url)
     given = {"examples": 0} if config is None else {"examples": 0, "suites": config.suites}
     wanted = recipe.eval.model_copy(update=given)
     if not wanted.suites:
         known = ",".join(BUILT_IN)
-        raise RecipeError(f"the recipe of {shown} names no suites; give some, as in --suite {known}")
+        raise RecipeError(f"the recipe of {shown} has no suites; give some, as in --suite {known}")
     source = data or recipe.evaluation_source
     if wanted.built_in and not source:
-        raise RecipeError(f"the recipe of {shown} names no data to evaluate on; give some with --data")
+        raise RecipeError(f"the recipe of {shown} has no data to evaluate on; give some with --data")
     if wanted.needs_captioner and opened.spec.captioner is None:
-        raise RecipeError(f"the model of {shown} has no captioner; leave the captioning suite out")
+        raise RecipeError(f"the model of {shown} has no captioner; remove the captioning suite")
     from ...training.evaluate.protocols import check_suites
 
     check_suites(wanted)
     return wanted, source
 
 
-def scored(opened: Opened, config: EvalConfig, source: str, world: World) -> Evaluation:
-    """The evaluation of a model; embeddings of it that are kept are taken, and new ones kept."""
+def evaluate_opened(opened: OpenedModel, config: EvalConfig, source: str, world: World) -> Evaluation:
+    """Evaluate a model, reading its embeddings from the cache where possible and caching new ones."""
     from ...training.evaluate.embedding_cache import EmbeddingCache
     from ...training.evaluate.suites import evaluate
 
@@ -114,8 +115,8 @@ def scored(opened: Opened, config: EvalConfig, source: str, world: World) -> Eva
 
 
 def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[str, Any]:
-    """How the commit at URL `new` serves where the one at `old` did: recalls, flips, and new queries on an old gallery
-    through a map learnt from up to `texts` captions of the training sources.
+    """Compatibility of the commit at URL `new` with the one at `old`: recalls, flips, and queries of the new model on
+    a gallery of the old one through a map learned from up to `texts` captions of the training sources.
 
     Raises RecipeError, StoreError, DataError.
     """
@@ -124,11 +125,11 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
     from ...training.evaluate.embed import embed, embed_captions
     from ...training.world import World
 
-    pair = [opened_model(url) for url in (old, new)]
+    pair = [open_model(url) for url in (old, new)]
     recipe = pair[1].recipe
     source = data or recipe.evaluation_source
     if not source:
-        raise RecipeError(f"the recipe of {safe_text(pair[1].url)} names no data to evaluate on; give some with --data")
+        raise RecipeError(f"the recipe of {safe_text(pair[1].url)} has no data to evaluate on; give some with --data")
     captions = _captions(recipe, texts)
     world, found = World.join(), []
     for each in pair:
@@ -157,7 +158,7 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
 
 
 def _captions(recipe: Recipe, count: int) -> list[str]:
-    """About `count` captions of the training sources, as many of each; no picture is read."""
+    """About `count` captions of the training sources, equally many from each; no picture is read."""
     from ...data.errors import BadSample
     from ...data.order import stream
     from ...data.samples.captions import read_texts
@@ -174,7 +175,7 @@ def _captions(recipe: Recipe, count: int) -> list[str]:
 
 
 def compatibility_table(compared: Mapping[str, Any]) -> Table:
-    """Recalls of each pairing beside the old model's, and flips below."""
+    """A table of the recalls of each pairing of old and new model, with the flips below."""
     from rich.table import Table
     from rich.text import Text
 
@@ -187,8 +188,8 @@ def compatibility_table(compared: Mapping[str, Any]) -> Table:
     return table
 
 
-def opened_model(url: str) -> Opened:
-    """What lies at `url`: a commit and its recipe, or weights of open_clip's and the recipe an import would give them.
+def open_model(url: str) -> OpenedModel:
+    """The model at `url`: a commit with its recipe, or open_clip weights with the recipe that an import would write.
 
     Raises RecipeError, StoreError, InterchangeError.
     """
@@ -213,11 +214,11 @@ def opened_model(url: str) -> Opened:
         return f"{commit.url} {' '.join(part.sha256 for part in manifest.parts)}"
 
     state = manifest.state
-    return Opened(commit.url, manifest.spec, recipe, weights, identity, state.step, state.samples)
+    return OpenedModel(commit.url, manifest.spec, recipe, weights, identity, state.step, state.samples)
 
 
-def _opened_weights(source: str) -> Opened:
-    """Weights of open_clip's, without writing a commit of them."""
+def _opened_weights(source: str) -> OpenedModel:
+    """Open open_clip weights without writing a commit."""
     from hashlib import file_digest
 
     from ...models.interchange.files import open_weights
@@ -226,8 +227,8 @@ def _opened_weights(source: str) -> Opened:
     found = open_weights(source)
     if theirs := found.tokenizer.get("hf_tokenizer_name"):
         raise RecipeError(
-            f"{safe_text(source)} reads the tokens of {safe_text(str(theirs))}; import it with its tokenizer.json, "
-            f"treering import {safe_text(source)} --tokenizer FILE, and evaluate that"
+            f"{safe_text(source)} uses the tokenizer {safe_text(str(theirs))}; import it with its tokenizer.json, "
+            f"treering import {safe_text(source)} --tokenizer FILE, and evaluate the commit"
         )
     checked_tokenizer(found, None)
 
@@ -235,11 +236,13 @@ def _opened_weights(source: str) -> Opened:
         with Path(found.file).open("rb") as file:
             return f"{source} {file_digest(file, 'sha256').hexdigest()}"
 
-    return Opened(source, found.spec, recipe_for(found, "samples://emoji", "clip"), lambda: found.tensors, identity)
+    return OpenedModel(
+        source, found.spec, recipe_for(found, "samples://emoji", "clip"), lambda: found.tensors, identity
+    )
 
 
-def _model(opened: Opened) -> Model:
-    """What is evaluated: the weights, or their average if the commit keeps one."""
+def _model(opened: OpenedModel) -> Model:
+    """The model with its weights, or with their average if the commit has one."""
     from ...models.model import build
 
     model, weights = build(opened.spec, opened.recipe.seed), opened.weights()

@@ -1,7 +1,7 @@
-"""`treering export`: a commit's weights for other programs, with what the model is and the lineage beside it.
+"""`treering export`: writes a commit's weights for other programs, with the model's config and its lineage.
 
-As `safetensors` the tensors have our names, with our spec; as `open_clip` they have open_clip's, with the config that
-its `create_model` builds the model from.
+Format `safetensors` keeps our tensor names and our spec; format `open_clip` has open_clip's names, and the config from
+which its `create_model` builds the model.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ FORMATS = ("safetensors", "open_clip")
 
 
 def export_commit(url: str, to: str, out: Path, weights: str | None = None) -> dict[str, Any]:
-    """Write the commit at `url` (or the newest one of a run folder) into the new folder `out`, whole or not at all.
+    """Write the commit at `url` (or the newest one of a run folder) into the new folder `out`, completely or not at
+    all.
 
     `weights` is model or ema; None takes the average if the commit holds one, as evaluation does. Raises RecipeError,
     StoreError, and InterchangeError with every reason why open_clip cannot hold the model.
     """
     if to not in FORMATS:
-        raise RecipeError(f"--to {show(to)} is no format; there is {', '.join(FORMATS)}")
+        raise RecipeError(f"--to {show(to)} is not a known format; give {' or '.join(FORMATS)}")
     if weights not in (None, "model", "ema"):
-        raise RecipeError(f"--weights {show(weights)} is not there; give model or ema")
+        raise RecipeError(f"--weights {show(weights)} must be model or ema")
     if out.exists():
         raise RecipeError(f"--out {show(str(out))} exists; give a new folder")
     from safetensors.torch import save_file
@@ -41,9 +42,9 @@ def export_commit(url: str, to: str, out: Path, weights: str | None = None) -> d
     manifest = commit.manifest
     averaged = any(part.kind == "ema" for part in manifest.parts)
     if weights == "ema" and not averaged:
-        raise RecipeError(f"{safe_text(commit.url)} holds no average of the weights; give --weights model")
+        raise RecipeError(f"{safe_text(commit.url)} has no average of the weights; give --weights model")
     kind = weights or ("ema" if averaged else "model")
-    config = _open_clip_config(manifest) if to == "open_clip" else {}  # refuses before anything large is read
+    config = _open_clip_config(manifest) if to == "open_clip" else {}  # raises before anything large is read
     tensors = {path.partition("/")[2]: tensor for path, tensor in commit.tensors(kind).items()}
     state = manifest.state
     lineage = {
@@ -55,17 +56,17 @@ def export_commit(url: str, to: str, out: Path, weights: str | None = None) -> d
         "recipe": manifest.recipe,
     }
     named, texts, metadata = _open_clip_files(manifest, tensors, config) if config else _own_files(manifest, tensors)
-    passing = out.with_name(f"{out.name}.partial")
+    partial = out.with_name(f"{out.name}.partial")
     try:
-        passing.mkdir(parents=True)
-        save_file(named, passing / texts["model"], metadata)
-        (passing / texts["spec"]).write_text(json.dumps(config or manifest.spec.model_dump(mode="json"), indent=1))
-        (passing / "lineage.json").write_text(json.dumps(lineage, indent=1), encoding="utf-8")
-        passing.rename(out)
+        partial.mkdir(parents=True)
+        save_file(named, partial / texts["model"], metadata)
+        (partial / texts["spec"]).write_text(json.dumps(config or manifest.spec.model_dump(mode="json"), indent=1))
+        (partial / "lineage.json").write_text(json.dumps(lineage, indent=1), encoding="utf-8")
+        partial.rename(out)
     except FileExistsError:
-        raise RecipeError(f"{show(str(passing))} is there from an export that was cut off; remove it") from None
+        raise RecipeError(f"{show(str(partial))} was left by an interrupted export; remove it") from None
     except BaseException:
-        shutil.rmtree(passing, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     return {
         "commit": commit.url,
@@ -77,11 +78,11 @@ def export_commit(url: str, to: str, out: Path, weights: str | None = None) -> d
 
 
 Files = tuple["dict[str, Tensor]", dict[str, str], dict[str, str]]
-"""tensors, names of the files of weights and spec, metadata of the file of weights"""
+"""tensors, names of the weights file and the spec file, metadata of the weights file"""
 
 
 def _own_files(manifest: Manifest, tensors: dict[str, Tensor]) -> Files:
-    # The spec inside as well: the file alone says what model it is of.
+    # The spec is also in the metadata, so that the file alone describes its model.
     spec = json.dumps(manifest.spec.model_dump(mode="json"))
     return tensors, {"model": "model.safetensors", "spec": "spec.json"}, {"format": "pt", "spec": spec}
 
@@ -102,8 +103,8 @@ def _open_clip_config(manifest: Manifest) -> dict[str, Any]:
     tokenizer = manifest.recipe["data"]["tokenizer"]
     if tokenizer != "clip" and not words:
         raise RecipeError(
-            f"this model reads the tokens of {show(tokenizer)}; open_clip takes CLIP's, or those of a model on the "
-            f"Hugging Face hub by its name, which is not known here; export --to safetensors"
+            f"this model uses the tokenizer {show(tokenizer)}; open_clip takes CLIP's, or one on the Hugging Face hub "
+            f"by its name, which is not known here; export --to safetensors"
         )
     image = manifest.spec.image
     pictures = {

@@ -1,4 +1,4 @@
-"""`treering grow`: a commit made larger without the run, and the recipe that trains it on."""
+"""`treering grow`: grows a commit offline, and writes the recipe that continues its training."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ..recipe.overrides import parse_override
 
 
 def grow_offline(commit: str, to: list[str], shrink: list[str], options: list[str], out: str) -> dict[str, Any]:
-    """Grow `commit` to the sizes `to` (and `shrink`), each `path=size`, into `out`, and write the recipe beside it.
+    """Grow `commit` to the sizes `to` (and `shrink`), each `path=size`, into `out`, and write its recipe.
 
-    `out` is a new run folder, or the URL of a store. `options` are `key=value` of a stage: samples, copies, layers,
-    and so on. Raises RecipeError, SpecError, StoreError.
+    `out` is a new run folder, or the URL of a store. `options` are `key=value` of a stage: samples, width_init,
+    depth_init and so on. Raises RecipeError, SpecError, StoreError.
     """
     from ...training.growth.offline import grow_commit
     from ...training.stages import GrowthConfig
@@ -25,10 +25,10 @@ def grow_offline(commit: str, to: list[str], shrink: list[str], options: list[st
     known = ("samples", *GrowthConfig.model_fields)
     for key in chosen:
         if key not in known:
-            raise RecipeError(f"there is no option {show(key)} for growth; there are {', '.join(known)}")
+            raise RecipeError(f"{show(key)} is not an option of growth; known are {', '.join(known)}")
     samples = chosen.pop("samples", None)
     if samples is not None and (not isinstance(samples, int) or samples < 1):
-        raise RecipeError(f"samples = {show(samples)} is no budget; give a whole number, as in samples=40000")
+        raise RecipeError(f"samples = {show(samples)} is not a valid budget; give a whole number, as in samples=40000")
     stage = {"grow": dict(_values(to)), "shrink": dict(_values(shrink)), **chosen}
     remote = "://" in out
     grown = grow_commit(commit, stage, out if remote else str(Path(out) / "commits"), samples)
@@ -44,13 +44,13 @@ def grow_offline(commit: str, to: list[str], shrink: list[str], options: list[st
 
 
 def _values(texts: list[str]) -> list[tuple[str, Any]]:
-    """`path=value` each, or several with commas between."""
+    """Parse texts of one or more comma-separated `path=value`."""
     parts = [part for text in texts for part in _split(text)]
     return [tuple(parse_override(part)) for part in parts]
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that begin another `key=`; commas inside a value stay."""
+    """Split at the commas before another `key=`; commas inside a value stay."""
     parts: list[str] = []
     for piece in text.split(","):
         if parts and "=" not in piece:

@@ -1,4 +1,4 @@
-"""`treering import`: weights of open_clip's as a commit, and the recipe that trains them on."""
+"""`treering import`: writes open_clip weights as a commit, and the recipe that continues their training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import RecipeError, show
 
 
 def import_weights(source: str, to: str, data: str | None, tokenizer: str | None) -> dict[str, Any]:
-    """Read `source` into the new run folder `to`, or the URL of a store, and write a recipe beside it.
+    """Read `source` into the new run folder `to`, or the URL of a store, and write its recipe.
 
     Raises RecipeError, InterchangeError, DataError, StoreError.
     """
@@ -21,7 +21,7 @@ def import_weights(source: str, to: str, data: str | None, tokenizer: str | None
 
     if not source.startswith(PREFIX):
         raise RecipeError(
-            f"{show(source, 200)} is nothing to import; write {PREFIX}ARCHITECTURE/TAG, {PREFIX}ARCHITECTURE=FILE or "
+            f"{show(source, 200)} cannot be imported; write {PREFIX}ARCHITECTURE/TAG, {PREFIX}ARCHITECTURE=FILE or "
             f"{PREFIX}local-dir:FOLDER"
         )
     weights = open_weights(source)

@@ -1,4 +1,4 @@
-"""The commands about jobs: submit, stop, logs, plan. What they do stands in the modules they call."""
+"""The commands for jobs: submit, stop, logs, plan; the work is done in the modules they call."""
 
 from __future__ import annotations
 
@@ -19,33 +19,39 @@ RunOrSweep = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a
 def submit(
     recipe: RecipeName,
     overrides: Overrides = None,
-    nodes: Annotated[str, typer.Option("--nodes", metavar="N", help="2-8: as many as each attempt finds.")] = "1",
+    nodes: Annotated[
+        str, typer.Option("--nodes", metavar="N", help="Nodes; 2-8: as many as each attempt can get.")
+    ] = "1",
     gpus: Annotated[
-        int | None, typer.Option("--gpus-per-node", metavar="G", min=0, help="One process for each.")
+        int | None, typer.Option("--gpus-per-node", metavar="G", min=0, help="GPUs per node; one process each.")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option("--processes-per-node", metavar="P", min=1, help="On nodes without GPUs.")
+        int | None, typer.Option("--processes-per-node", metavar="P", min=1, help="Processes per node without GPUs.")
     ] = None,
     partition: Annotated[str | None, typer.Option("--partition", metavar="P")] = None,
     account: Annotated[str | None, typer.Option("--account", metavar="A")] = None,
     qos: Annotated[str | None, typer.Option("--qos", metavar="Q")] = None,
     time: Annotated[str | None, typer.Option("--time", metavar="T", help="30, 2:00:00 or 1-00:00:00.")] = None,
     constraint: Annotated[str | None, typer.Option("--constraint", metavar="C")] = None,
-    after: Annotated[int | None, typer.Option("--after", metavar="JOB", min=1, help="Begin when it has ended.")] = None,
+    after: Annotated[
+        int | None, typer.Option("--after", metavar="JOB", min=1, help="Start after this job has ended.")
+    ] = None,
     sweep: Annotated[
         list[str] | None,
-        typer.Option("--sweep", metavar="KEY=A,B", help="One run for each value, as a job array; again for a grid."),
+        typer.Option("--sweep", metavar="KEY=A,B", help="One run per value, as a job array; repeat for a grid."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="The run folder, on a shared disk; left out: runs/NAME.")
+        Path | None, typer.Option("--out", metavar="DIR", help="The run folder, on a shared disk; default: runs/NAME.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the batch script, stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the batch script only.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a recipe under Slurm: checks it and the cluster, submits one job, prints its number.
+    """Train a recipe under Slurm: check it and the cluster, submit one job, print its number.
 
-    The job commits when Slurm warns it, puts itself back into the queue, and starts again after a crash. What a site
-    wants of every job stands in ~/.config/treering/site.yaml or $TREERING_SITE.
+    The job commits when Slurm warns it, requeues itself, and restarts after a crash. Settings of the site for every job
+    are in ~/.config/treering/site.yaml or $TREERING_SITE.
 
         treering submit emoji --nodes 2 --processes-per-node 2 checkpoint.to=s3://BUCKET/emoji
     """
@@ -54,15 +60,13 @@ def submit(
     from ..jobs.sweep import grid_points, write_sweep
     from ..recipe.load import read_recipe
 
-    wish, set_ = (
-        submitting.Wish(nodes, processes, gpus, partition, account, qos, time, constraint, after),
-        overrides or [],
-    )
-    whole = read_recipe(recipe, set_).recipe
-    base = out or Path("runs") / whole.name
-    points = grid_points(sweep or [], whole.checkpoint.to)
-    runs = [(base / point.name, read_recipe(recipe, [*set_, *point.overrides])) for point in points]
-    job = submitting.prepare_job(runs, wish, read_site())
+    request = submitting.JobRequest(nodes, processes, gpus, partition, account, qos, time, constraint, after)
+    given = overrides or []
+    base_recipe = read_recipe(recipe, given).recipe
+    base = out or Path("runs") / base_recipe.name
+    points = grid_points(sweep or [], base_recipe.checkpoint.to)
+    runs = [(base / point.name, read_recipe(recipe, [*given, *point.overrides])) for point in points]
+    job = submitting.prepare_job(runs, request, read_site())
     console = Console(stderr=True)
     for note in job.notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)
@@ -82,9 +86,9 @@ def submit(
 
 
 def stop(run: RunOrSweep) -> None:
-    """Commit the run at its next step, then end its job; `treering submit` with the same words continues it.
+    """Commit the run at its next step, then end its job; the same `treering submit` continues it.
 
-    Of a sweep, all runs.
+    For a sweep: all its runs.
     """
     from ..jobs.stop import stop_run
     from ..jobs.sweep import is_sweep, members
@@ -105,20 +109,20 @@ def stop(run: RunOrSweep) -> None:
 def logs(
     run: RunFolder,
     rank: Annotated[int, typer.Option("--rank", metavar="R", min=0, help="The log of one process.")] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is added.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing what is added.")] = False,
 ) -> None:
-    """Print what a job has written, attempt after attempt: its script and first process, or the process of one rank."""
+    """Print the log of a job over all attempts: of its script and first process, or of the process of one rank."""
     import time
 
     path = run / "logs" / f"rank-{rank:05d}.log" if rank else run / "job.log"
     if not path.is_file():
         known = sorted(int(file.stem.rpartition("-")[2]) for file in (run / "logs").glob("rank-*.log"))
-        remedy = f"ranks with a log: 0, {', '.join(map(str, known))}" if known else "no job of it has begun"
+        remedy = f"ranks with a log: 0, {', '.join(map(str, known))}" if known else "no job of this run has started"
         raise RecipeError(f"there is no {safe_text(str(path))}; {remedy}")
     try:
         read = 0
         while True:
-            with path.open("rb") as file:  # each attempt has a new file, which begins with the lines of the old one
+            with path.open("rb") as file:  # each attempt has a new file that begins with a copy of the old one
                 file.seek(read)
                 for line in file:
                     print(safe_text(line.decode(errors="replace").rstrip("\n")), flush=follow)
@@ -136,11 +140,13 @@ def plan(
     nodes: Annotated[int, typer.Option("--nodes", metavar="N", min=1)] = 1,
     per_node: Annotated[int, typer.Option("--gpus-per-node", metavar="G", min=1)] = 1,
     device: Annotated[str, typer.Option("--device", metavar="D", help="a100, b200, h100, h200, l40s or cpu.")] = "h100",
-    mfu: Annotated[float, typer.Option("--mfu", metavar="F", help="Share of the device's peak that is reached.")] = 0.4,
-    price: Annotated[float | None, typer.Option("--price", metavar="P", help="Of a device for an hour.")] = None,
+    mfu: Annotated[
+        float, typer.Option("--mfu", metavar="F", help="Model FLOPs utilisation: the fraction of the peak reached.")
+    ] = 0.4,
+    price: Annotated[float | None, typer.Option("--price", metavar="P", help="Price of a device hour.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a run will need before anything starts: memory, time, loader, network, store, cost; warn of what fails.
+    """Estimate what a run needs before it starts: memory, time, loader, network, store, cost; with warnings.
 
     treering plan photos --nodes 4 --gpus-per-node 8 --device h100 --price 2.5
     """
@@ -155,6 +161,6 @@ def plan(
 
 
 def add_to(app: typer.Typer) -> None:
-    """Make them commands of `app`."""
+    """Register the commands with `app`."""
     for command in (submit, stop, logs, plan):
         app.command()(command)

@@ -1,8 +1,8 @@
-"""`treering plan`: what a run will need, before anything is queued: memory, time, loader, network, store, money.
+"""`treering plan`: estimates what a run needs before it is queued: memory, time, loader, network, store, cost.
 
-Counts come from the recipe alone, with the formulas of models/flops and the accounts of models/activations and
-training/memory; the length of captions and the cost of decoding come from reading the first samples of the run as the
-run will. What a CPU process takes before it has a model is that of this very process.
+Counts follow from the recipe alone, by models/flops, models/activations and training/engines/activation_checkpointing.
+Caption lengths and decoding cost are measured on the first samples of the run. The memory of a CPU process without a
+model is measured on this process.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from ...training.recipe import Recipe
 from ..errors import RecipeError, show
 
 SAMPLES = 2048
-"""read to learn what captions and pictures are like"""
+"""samples read to measure captions and pictures"""
 
 
 @dataclass(frozen=True)
 class Data:
-    """What the first samples of a run are like."""
+    """Means over the first samples of a run."""
 
     tokens: float
-    """of a caption, on average"""
+    """per caption"""
     decode_seconds: float
-    """of one core, for one sample"""
+    """per sample, on one core"""
     bytes: float
-    """of a sample in its shard"""
+    """per sample, in its shard"""
 
 
 def plan(recipe: Recipe, nodes: int, per_node: int, device: str, mfu: float, price: float | None) -> dict[str, Any]:
-    """Everything about the run on `nodes` times `per_node` devices, as one object. Raises RecipeError or DataError.
+    """Estimates for the run on `nodes` times `per_node` devices, as one object. Raises RecipeError or DataError.
 
-    `mfu`: the share of the peak that is reached; `price` for a device and hour.
+    `mfu` is the fraction of the peak FLOPs that is reached, `price` that of a device hour.
     """
     if device != "cpu" and device not in DEVICES:
         raise RecipeError(f"--device {show(device)} is not known; known are cpu, {', '.join(DEVICES)}")
     if not 0 < mfu <= 1:
-        raise RecipeError(f"--mfu {mfu} is no share of the peak; give a number between 0 and 1, such as 0.4")
+        raise RecipeError(f"--mfu {mfu} is not a fraction of the peak; give a number between 0 and 1, such as 0.4")
     world = nodes * per_node
     try:
         recipe.check_world(world)
@@ -61,7 +61,7 @@ def plan(recipe: Recipe, nodes: int, per_node: int, device: str, mfu: float, pri
     for stage in stages:
         stage["seconds"] = stage["flops"] / (peak * mfu * world)
     for before, after in pairwise(stages):
-        transient = before["commit_bytes"] + after["commit_bytes"] + base  # whole on the process that grows
+        transient = before["commit_bytes"] + after["commit_bytes"] + base  # the process that grows holds both models
         after["memory"]["total"] = max(after["memory"]["total"], transient)
     flops, seconds = sum(s["flops"] for s in stages), sum(s["seconds"] for s in stages)
     rate = recipe.total_samples / seconds
@@ -91,7 +91,8 @@ def plan(recipe: Recipe, nodes: int, per_node: int, device: str, mfu: float, pri
 
 
 def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: str, base: float) -> dict[str, Any]:
-    """What stage `number` does and holds; `lengths` are those of captions, `base` is what a process takes anyway."""
+    """Estimates for stage `number`; `lengths` are caption lengths in tokens, `base` the bytes of a process without a
+    model."""
     stage, spec = recipe.stages[number], recipe.specs()[number]
     samples = stage.steps(recipe.data.batch) * recipe.data.batch
     cut, patches = [min(length, stage.longest(spec)) for length in lengths], stage.kept_patches(spec)
@@ -100,7 +101,7 @@ def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: 
         spec, recipe.engine, recipe.optimizer, world, recipe.data.batch / world
     )
     room = activation_checkpointing.USABLE * _device(device)[1] - sum(parts.values()) - base
-    again, held = _activations(recipe, spec, _fullest(recipe, world, cut, patches, device), room)
+    recomputed, held = _activations(recipe, spec, _fullest(recipe, world, cut, patches, device), room)
     parts |= {"activations": held, "process": base}
     return {
         "stage": number,
@@ -109,29 +110,29 @@ def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: 
         "patches": patches,
         "parameters": parameters(spec),
         "commit_bytes": activation_checkpointing.commit_bytes(spec, recipe.optimizer),
-        "recomputed": again,
+        "recomputed": recomputed,
         "flops": samples * training_flops(spec, tokens, patches, _reads_tokens(recipe)),
         "memory": parts | {"total": sum(parts.values())},
     }
 
 
 def _fullest(recipe: Recipe, world: int, lengths: list[int], patches: int, device: str) -> BatchShape:
-    """The most that goes through the model at once: of the pieces that captions of these lengths fall into."""
+    """The largest micro-batch, for captions of these lengths in tokens."""
     half = recipe.engine.precision == "bf16"
     pairs = max(1, recipe.data.batch // (world * (recipe.engine.pieces or 1)))
     pieces = [lengths[at : at + pairs] for at in range(0, len(lengths), pairs)]
-    each = pairs / max(map(len, pieces))  # where fewer were read than a piece has
+    each = pairs / max(map(len, pieces))  # fewer samples were measured than a micro-batch has
     tokens = max(map(sum, pieces)) * each
-    # On a GPU in half precision captions attend without padding.
+    # On a GPU in bf16 attention runs on captions without padding.
     places = tokens if half and device != "cpu" else max(map(max, pieces)) * pairs
     return BatchShape(pairs, tokens, places, patches, half, _reads_tokens(recipe))
 
 
 def _activations(recipe: Recipe, spec: ModelSpec, shape: BatchShape, room: float) -> tuple[dict[str, int], float]:
-    """The blocks that are made again, and the bytes that blocks hold then."""
+    """The number of recomputed blocks by part, and the bytes of activations that the blocks then keep."""
     found = block_memory(spec, shape)
-    again = blocks_to_recompute(found, activation_checkpointing.budget(recipe.engine, found, max(0.0, room)))
-    return again, peak_bytes(found, again)
+    recomputed = blocks_to_recompute(found, activation_checkpointing.budget(recipe.engine, found, max(0.0, room)))
+    return recomputed, peak_bytes(found, recomputed)
 
 
 def _reads_tokens(recipe: Recipe) -> bool:
@@ -139,7 +140,7 @@ def _reads_tokens(recipe: Recipe) -> bool:
 
 
 def measure(recipe: Recipe) -> tuple[Data, list[int]]:
-    """Read the first samples of the run as the run will; also the lengths of their captions, cut by no stage."""
+    """Read the first samples as the run does; returns their means and their caption lengths before any stage's cut."""
     from ...data.loading.loader import Loader
 
     spec, context = recipe.specs()[0], max(spec.text.context for spec in recipe.specs())
@@ -160,7 +161,7 @@ def measure(recipe: Recipe) -> tuple[Data, list[int]]:
 
 
 def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
-    """What will not work or will be slow, as sentences with a remedy."""
+    """What will fail or be slow, as sentences with a remedy."""
     said = []
     needed, there = found["memory_per_device"], found["memory_of_device"]
     if needed > 0.92 * there:
@@ -172,15 +173,15 @@ def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
     workers = recipe.data.workers * per_node
     if found["device"] != "cpu" and cores > max(workers, 1):
         said.append(
-            f"decoding needs {cores:.0f} cores a node and data.workers gives {workers}; "
+            f"decoding needs {cores:.0f} cores per node and data.workers gives {workers}; "
             f"set data.workers={int(cores / per_node) + 1}"
         )
     every = recipe.checkpoint.every_seconds
     if every and found["commit_seconds_at_1_GB_per_second"] > every / 10:
-        said.append("commits take more than a tenth of the time between them; set a longer checkpoint.every")
-    share = recipe.data.batch // found["devices"]
-    if share < 8:
-        said.append(f"each device has {share} pairs of a batch; fewer devices would be used better")
+        said.append("a commit takes more than a tenth of the time between commits; set a longer checkpoint.every")
+    pairs = recipe.data.batch // found["devices"]
+    if pairs < 8:
+        said.append(f"each device has {pairs} pairs of a batch; fewer devices would be better utilised")
     if found["device"] in DEVICES and recipe.engine.precision == "fp32":
         said.append("engine.precision=fp32 does not reach the peak of this device; set engine.precision=bf16")
     return said
@@ -213,9 +214,9 @@ def as_table(found: dict[str, Any]) -> Any:
         "time": f"{duration_text(found['seconds'])}, {found['samples_per_second']:,.0f} samples/s",
         "device hours": f"{found['device_hours']:,.1f}" + (f", costing {cost:,.2f}" if cost else ""),
         "memory": f"{bytes_text(found['memory_per_device'])} of {bytes_text(found['memory_of_device'])} on a device",
-        "loader": f"{found['loader_cores_per_node']:.1f} cores a node, captions of {tokens:.1f} tokens",
-        "shards": f"{bytes_text(found['shards_bytes_per_second_and_node'])}/s a node",
-        "gradients": f"{bytes_text(found['gradient_bytes_per_step_and_device'])} sent a step by a device",
+        "loader": f"{found['loader_cores_per_node']:.1f} cores per node, captions of {tokens:.1f} tokens",
+        "shards": f"{bytes_text(found['shards_bytes_per_second_and_node'])}/s per node",
+        "gradients": f"{bytes_text(found['gradient_bytes_per_step_and_device'])} sent per device and step",
         "recomputed": "; ".join(f"stage {s['stage'] + 1}: {_blocks(s['recomputed'])}" for s in found["stages"]),
         "commit": f"{bytes_text(found['commit_bytes'])}, {bytes_text(found['commits_kept_bytes'])} kept",
     }
@@ -225,13 +226,13 @@ def as_table(found: dict[str, Any]) -> Any:
     return Group(table, about, *(Text(f"warning: {said}") for said in found["warnings"]))
 
 
-def _blocks(again: dict[str, int]) -> str:
-    """Blocks that are made again, as text."""
-    return ", ".join(f"{name} {count}" for name, count in again.items() if count) or "no block"
+def _blocks(recomputed: dict[str, int]) -> str:
+    """The number of recomputed blocks by part, as text."""
+    return ", ".join(f"{name} {count}" for name, count in recomputed.items() if count) or "no block"
 
 
 def _device(name: str) -> tuple[float, float]:
-    """Peak and memory."""
+    """Peak FLOPs per second and bytes of memory of a device."""
     if name != "cpu":
         return DEVICES[name].peak, DEVICES[name].memory
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -239,7 +240,7 @@ def _device(name: str) -> tuple[float, float]:
 
 
 def _process_memory() -> float:
-    """What a training process takes before it has a model: that of this one with the same imports."""
+    """Bytes of a training process without a model: those of this process with the same imports."""
     from ...data.loading import loader  # noqa: F401
     from ...training import loop  # noqa: F401
     from ...training.device import process_memory

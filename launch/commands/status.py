@@ -1,6 +1,6 @@
-"""Where a run stands, read from its folder or, without one, from its store.
+"""`treering status`: the state of a run, read from its folder or, without one, from its store.
 
-Works on a run that is going on, waits in a queue, ended, or was killed; Slurm is asked only for what it alone knows.
+Works for a run that is running, queued, finished or killed. Slurm is queried only for what no file of the run records.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..jobs.sweep import is_sweep, members
 from ..run_folder import read_rows
 
 SILENT_SECONDS = 60
-"""without a heartbeat for so long a process does not run"""
+"""a process without a heartbeat for this long is not running"""
 _SCORES = 2  # columns of a sweep's table
 
 
 def read_status(place: str) -> dict[str, Any]:
-    """One object about the run in folder or store `place`; of a sweep, `finished` and that of each of its `runs`.
+    """The status of the run in folder or store `place`; for a sweep, `finished` and the status of each of its `runs`.
 
     Raises RecipeError or StoreError if there is none.
     """
@@ -77,7 +77,7 @@ def read_status(place: str) -> dict[str, Any]:
 
 
 def as_table(status: dict[str, Any]) -> Any:
-    """The status as a rich table: of a run two columns, of a sweep a row for each run."""
+    """The status as a rich table: two columns for a run, a row per run for a sweep."""
     from rich.table import Table
     from rich.text import Text
 
@@ -88,7 +88,7 @@ def as_table(status: dict[str, Any]) -> Any:
         "nodes": f"{', '.join(status['nodes'])} ({status['processes']} processes)" if status["nodes"] else None,
         "job": status["job"],
         "samples": f"{exact(status['samples'])} of {exact(status['total_samples'])} (step {exact(status['step'])})",
-        "restarts": f"{status['restarts']}, last: {status['last_end'] or 'not told'}" if status["restarts"] else None,
+        "restarts": f"{status['restarts']}, last: {status['last_end'] or 'unknown'}" if status["restarts"] else None,
         "stage": None if status["stage"] is None else f"{status['stage'] + 1} of {status['stages']}",
         "parameters": exact(status["parameters"]),
         "loss": decimal(status["loss"]),
@@ -123,7 +123,7 @@ def _sweep_table(runs: dict[str, dict[str, Any] | None]) -> Any:
     for heading in ("samples", "loss", "time left", *(key.rpartition("/")[2] for key in scores)):
         table.add_column(Text(safe_text(heading)), justify="right")
     for name, run in runs.items():
-        cells = ["not begun"]
+        cells = ["not started"]
         if run:
             cells = [run["state"], exact(run["samples"]), decimal(run["loss"]), duration_text(run["seconds_left"])]
             cells += [score(key, run["scores"].get(key)) for key in scores]
@@ -132,7 +132,7 @@ def _sweep_table(runs: dict[str, dict[str, Any] | None]) -> Any:
 
 
 def watch(place: str, seconds: float = 2.0) -> None:
-    """Show the status again and again, until all is finished or Ctrl-C."""
+    """Show the status, refreshed every `seconds`, until the run has finished or Ctrl-C."""
     from rich.live import Live
 
     with Live(auto_refresh=False) as live:
@@ -145,7 +145,7 @@ def watch(place: str, seconds: float = 2.0) -> None:
 
 
 def _state(run: RecordedRun, job: dict[str, Any] | None) -> str:
-    """What the run does at this moment, in a few words."""
+    """What the run is doing now, in a few words."""
     if run.finished:
         return "finished"
     beats = read_heartbeats(run.folder)
@@ -156,11 +156,11 @@ def _state(run: RecordedRun, job: dict[str, Any] | None) -> str:
         where = f" (rank {slowest['rank']} on {slowest['host']})" if slowest["seconds"] > SILENT_SECONDS else ""
         return f"running: {slowest['phase']} for {slowest['seconds']:.0f} s{where}" if where else "running"
     if job and queued == "PENDING":
-        why = {"BeginTime": "begins soon"}.get(job["waits_for"], job["waits_for"])
+        why = {"BeginTime": "starts soon"}.get(job["waits_for"], job["waits_for"])
         return f"waits in the queue ({why}; expected start {job['expected']})"
     if queued and not FINISHED.match(queued):
         return f"starting (job {queued.lower()})"
-    return "stopped" if run.lines else "not begun"
+    return "stopped" if run.lines else "not started"
 
 
 def _last_end(folder: Path) -> str | None:
@@ -169,7 +169,7 @@ def _last_end(folder: Path) -> str | None:
 
 
 def _from_store(place: str) -> dict[str, Any]:
-    """The same from the newest commit alone: what it cannot tell is None."""
+    """The status from the newest commit alone; None for what a commit does not record."""
     from ...training.checkpoint.commits import find_commit
     from ...training.recipe import Recipe
 
@@ -210,4 +210,4 @@ def _from_store(place: str) -> dict[str, Any]:
 
 
 def _ago(seconds: float | None) -> str:
-    return "at a time not told" if seconds is None else f"{duration_text(seconds)} ago"
+    return "at an unknown time" if seconds is None else f"{duration_text(seconds)} ago"

@@ -1,1 +1,1 @@
-"""Runs under Slurm: submitting, starting on each node, stopping and continuing them."""
+"""Runs under Slurm: submit, start on each node, stop and continue them."""

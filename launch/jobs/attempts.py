@@ -1,11 +1,11 @@
-"""The attempts of a run under a scheduler, and what is to come after each: `python -m treering.launch.jobs.attempts`.
+"""The attempts of a run under a scheduler, and what follows each: `python -m treering.launch.jobs.attempts`.
 
-The batch script asks; the answer is one word. A stop that Slurm announced puts the job back into the queue. A crash is
-tried again after a pause that doubles, and ends the job when it came three times without a step in between. Nodes that
-found themselves unfit are left out. The record is `DIR/job/attempts.jsonl`, a line when an attempt begins and one when
-it ends. `DIR/job/owner.json` names the attempt that has the run: one that Slurm took for dead, since its node was cut
-off, may still go on there, and whatever of it looks there sees that another has begun, and ends. Only the standard
-library is imported: the script waits for the answer.
+The batch script calls this and reads one line of output. A stop that Slurm announced requeues the job. A crash is
+retried after a pause that doubles, and ends the job after three crashes without a step in between. Nodes that report
+themselves unfit are excluded. The record is `DIR/job/attempts.jsonl`, with a row when an attempt begins and one when it
+ends. `DIR/job/owner.json` names the attempt that owns the run: an attempt on a node that Slurm declared dead, because
+it was cut off, may still be running there; its processes read that file, see a newer attempt, and end. Imports only the
+standard library, because the script waits for the output.
 """
 
 from __future__ import annotations
@@ -25,53 +25,53 @@ from ..run_folder import STOPPED, read_rows
 BAD_NODE = 3
 """exit code of a node that cannot train"""
 CRASHES = 3
-"""crashes without progress after which a run is given up"""
+"""crashes without progress after which the job ends"""
 OUTAGES = 12
-"""the same, while it is the store that does not work: 40 minutes"""
+"""the same for failures of the store: about 40 minutes"""
 FOLLOWING = ("DistNetworkError", "DistStoreError", "RendezvousClosedError", "RendezvousConnectionError")
-"""errors of a node that lost another one: its own word comes last"""
+"""errors of a node that lost contact with another one: never reported as the cause if there is another error"""
 FIRST_PAUSE, LONGEST_PAUSE = 1, 300
 """seconds"""
 ATTEMPT = "TREERING_ATTEMPT"
-"""environment variable that tells a process which attempt it belongs to: JOB.RESTART.TRY"""
+"""environment variable with the attempt that a process belongs to: JOB.RESTART.TRY"""
 UNFIT = "this node cannot train"
-"""what a node says of itself in the job's log, behind its name: it may see no other file"""
+"""printed by an unfit node after its name in the job's log, which may be the only file it can write"""
 
 
 def attempts_file(run: Path) -> Path:
-    """Where the record of a run lies."""
+    """Path of the record of a run's attempts."""
     return run / "job" / "attempts.jsonl"
 
 
 def owner_file(run: Path) -> Path:
-    """Where it stands which attempt has the run."""
+    """Path of the file that names the attempt that owns the run."""
     return run / "job" / "owner.json"
 
 
 def fit_folder(run: Path) -> Path:
-    """Where the nodes of an attempt leave a file of their name once they have found themselves fit."""
+    """Folder where each node of an attempt leaves a file with its name once it passed its checks."""
     return run / "job" / "fit"
 
 
 def last_end(run: Path) -> str | None:
-    """How the attempt before this one ended, as a sentence; None if there was none."""
+    """How the previous attempt ended, as a sentence; None if there was none."""
     ends = [row for row in read_rows(attempts_file(run)) if row["event"] == "end"]
     return f"{ends[-1]['reason']} (on {ends[-1]['nodes']})" if ends else None
 
 
 def lost(run: Path) -> str | None:
-    """Why this process must end: another attempt has the run. None if this one has it, or nobody says who has."""
+    """Why this process must end: another attempt owns the run. None if this one does, or no owner is recorded."""
     own, owner = os.environ.get(ATTEMPT), _owner(run)
     if own is None or owner is None or owner["attempt"] == own:
         return None
-    return f"attempt {own} ends: attempt {owner['attempt']} of this run has begun on {owner['nodes']}"
+    return f"attempt {own} ends: attempt {owner['attempt']} of this run has started on {owner['nodes']}"
 
 
 def begin(run: Path, job: dict[str, str]) -> bool:
-    """Write down that an attempt begins, and give it the run; `job` says which and where. False if another job, or a
-    later start of this one, has the run: only the first try of a start takes it from somebody.
+    """Record that an attempt begins, and make it the owner of the run; `job` has its id, nodes and restart count.
 
-    An attempt before it that left no end was ended from outside.
+    Returns False if another job, or a later restart of this one, owns the run: only the first try after a (re)start of
+    the job may take the run over. An earlier attempt without a recorded end gets one of kind "outside".
     """
     owner = _owner(run)
     start, attempt = job["attempt"].rsplit(".", 1)
@@ -80,7 +80,7 @@ def begin(run: Path, job: dict[str, str]) -> bool:
     rows = read_rows(attempts_file(run))
     if rows and rows[-1]["event"] == "begin":
         reason = "ended from outside: requeued, cancelled, or its node was lost"
-        _write(run, {**rows[-1], "event": "end", "reason": reason, "kind": "outside", "step": reached(run)})
+        _write(run, {**rows[-1], "event": "end", "reason": reason, "kind": "outside", "step": last_step(run)})
     for old in (*(run / "job" / "failures").glob("*.json"), *fit_folder(run).glob("*")):
         old.unlink(missing_ok=True)
     _write(run, {"event": "begin", "log": _size(run / "job.log"), **job})
@@ -89,61 +89,63 @@ def begin(run: Path, job: dict[str, str]) -> bool:
 
 
 def end(run: Path, attempt: str, code: int, signal: str, most_restarts: int) -> str:
-    """Write down how the attempt ended, and say what comes next: done, requeue, `again SECONDS`, `without NODE ...`,
-    halt.
+    """Record how the attempt ended, and return what follows: done, requeue, `retry SECONDS`, `exclude NODE ...`, halt.
 
-    An attempt that no longer has the run writes nothing and halts.
+    An attempt that no longer owns the run records nothing and halts.
     """
     owner = _owner(run)
     if owner is not None and owner["attempt"] != attempt:
-        print(f"attempt {attempt} ends: attempt {owner['attempt']} has begun on {owner['nodes']}", file=sys.stderr)
+        print(f"attempt {attempt} ends: attempt {owner['attempt']} has started on {owner['nodes']}", file=sys.stderr)
         return "halt"
     rows = read_rows(attempts_file(run))
     begun: dict[str, Any] = (
         rows[-1] if rows else {"event": "begin", "time": 0.0, "nodes": "?", "used": "", "restart": "0", "log": 0}
     )
-    step = reached(run)
+    step = last_step(run)
     kind, reason, error = _why(run, code, signal, begun)
     row = {**begun, "event": "end", "kind": kind, "reason": reason, "step": step, "code": code}
     _write(run, row)
     if kind in ("finished", "asked", "ending"):
         return "halt" if kind == "ending" else "done"
     if int(begun["restart"]) >= most_restarts:
-        print(f"requeued {most_restarts} times already; submit again to go on", file=sys.stderr)
+        print(f"requeued {most_restarts} times already; submit again to continue", file=sys.stderr)
         return "halt"
     if kind in ("stopped", "room"):
         return "requeue"
     if kind == "unfit":
-        return f"without {error}"
+        return f"exclude {error}"
     repeated = _crashes_without_progress([*rows, row])
     if repeated >= (OUTAGES if error == "StoreError" else CRASHES):
-        print(f"{repeated} crashes, none of them after step {step}: {reason}; mend that, submit again", file=sys.stderr)
+        print(
+            f"{repeated} crashes without progress beyond step {step}: {reason}; fix that and submit again",
+            file=sys.stderr,
+        )
         return "halt"
-    return f"again {min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (repeated - 1))}"
+    return f"retry {min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (repeated - 1))}"
 
 
-def next_look(rows: list[dict[str, Any]], every: int) -> int:
-    """Seconds after which an attempt on fewer nodes than it could use looks for free ones: `every`, or longer if
-    starting over for more nodes brought none the last times. `rows` end with the attempt's begin."""
-    fruitless, before = 0, None
+def look_interval(rows: list[dict[str, Any]], every: int) -> int:
+    """Seconds until an attempt on fewer nodes than it could use looks for idle ones: `every`, doubled for each of the
+    last requeues that brought no more nodes. `rows` end with the begin of the attempt."""
+    without_gain, before = 0, None
     for row in rows:
         if row["event"] == "end":
             before = _count(row) if row["kind"] == "room" else None
         elif before is not None:
-            fruitless = fruitless + 1 if _count(row) <= before else 0
-    return every << min(fruitless, 10)
+            without_gain = without_gain + 1 if _count(row) <= before else 0
+    return every << min(without_gain, 10)
 
 
-def reached(run: Path) -> int:
-    """The furthest step that the run is known to have come to."""
+def last_step(run: Path) -> int:
+    """The largest step in the run's metrics; 0 if there is none."""
     rows = read_rows(run / "metrics.jsonl")
     return max((int(row.get("step") or 0) for row in rows), default=0)
 
 
 def _why(run: Path, code: int, signal: str, begun: dict[str, Any]) -> tuple[str, str, str]:
-    """The kind of an end, a sentence about it, and the class of the error, if known, or the nodes that are unfit."""
+    """The kind of an end, its reason as a sentence, and the class of the error, if known, or the unfit nodes."""
     if code == 0:
-        return "finished", "the run came to its end", ""
+        return "finished", "the run finished", ""
     asked = run / "job" / "stop"
     if asked.exists() and asked.stat().st_mtime > begun["time"]:
         return "asked", "stopped by treering stop", ""
@@ -153,26 +155,26 @@ def _why(run: Path, code: int, signal: str, begun: dict[str, Any]) -> tuple[str,
         return "stopped", "Slurm announced an end (preemption or time limit)", ""
     if signal == "ROOM":
         return "room", "more nodes are free", ""
-    told = []
+    failures = []
     for path in (run / "job" / "failures").glob("*.json"):
         try:
-            told.append(json.loads(path.read_text(encoding="utf-8")))
+            failures.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             continue
-    if unfit := _unfit(run, begun, told):
+    if unfit := _unfit(run, begun, failures):
         reason = "; ".join(f"{name}: {UNFIT}: {why}" for name, why in unfit.items())
         everyone = set(unfit) >= set(begun["used"].split())
         return ("crash", f"{reason}; no other node is left", "") if everyone else ("unfit", reason, " ".join(unfit))
-    first = min(told, key=lambda failure: (_follows(failure), failure["time"]), default=None)
-    if first is None and code in (STOPPED, 128 + signals.SIGTERM):  # preemption may tell the processes alone
-        return "stopped", "its processes were asked to stop", ""
+    first = min(failures, key=lambda failure: (_follows(failure), failure["time"]), default=None)
+    if first is None and code in (STOPPED, 128 + signals.SIGTERM):  # preemption may signal only the processes
+        return "stopped", "its processes were signalled to stop", ""
     if first is None:
         return "crash", f"srun ended with code {code}", ""
     return "crash", f"{first['host']}: {first['message']}", first["kind"]
 
 
-def _unfit(run: Path, begun: dict[str, Any], told: list[dict[str, Any]]) -> dict[str, str]:
-    """Nodes of the attempt that cannot train, and why: what they said, and those that alone cannot reach the store."""
+def _unfit(run: Path, begun: dict[str, Any], failures: list[dict[str, Any]]) -> dict[str, str]:
+    """Unfit nodes of the attempt, with reasons: those that reported it, and those that alone cannot reach the store."""
     used = begun["used"].split()
     try:
         with (run / "job.log").open("rb") as file:
@@ -183,17 +185,17 @@ def _unfit(run: Path, begun: dict[str, Any], told: list[dict[str, Any]]) -> dict
     unfit = dict(re.findall(rf"^(\S+): {UNFIT}: (.*)$", said, re.MULTILINE))
     fit = {path.name for path in fit_folder(run).glob("*")}
     if fit:
-        unfit |= {f["host"]: f["message"] for f in told if f["kind"] == "StoreError" and f["host"] not in fit}
+        unfit |= {f["host"]: f["message"] for f in failures if f["kind"] == "StoreError" and f["host"] not in fit}
     return {name: why for name, why in unfit.items() if name in used}
 
 
 def _follows(failure: dict[str, Any]) -> bool:
-    """Whether a failure is what the end of another process looks like from afar."""
+    """Whether a failure is a consequence of the end of another process."""
     return failure["kind"] in FOLLOWING or "by peer" in failure["message"] or "by SIGTERM" in failure["message"]
 
 
 def _crashes_without_progress(rows: list[dict[str, Any]]) -> int:
-    """How many crashes in a row came to the same step, or not even to that."""
+    """The number of last crashes in a row that made no progress beyond the furthest step before them."""
     count, furthest = 0, -1
     for row in rows:
         if row["event"] == "end":
@@ -227,7 +229,8 @@ def _size(path: Path) -> int:
 
 
 def main() -> None:
-    """Entry for the batch script: `begin RUN ATTEMPT "NODE ..." SECONDS` and `end RUN ATTEMPT CODE SIGNAL RESTARTS`."""
+    """Entry point for the batch script: `begin RUN ATTEMPT "NODE ..." SECONDS` and `end RUN ATTEMPT CODE SIGNAL
+    RESTARTS`."""
     verb, run, attempt, *rest = sys.argv[1:]
     folder = Path(run)
     if verb == "begin":
@@ -235,8 +238,8 @@ def main() -> None:
         names = {"job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "restart": "SLURM_RESTART_COUNT"}
         about = {key: os.environ.get(name, "0") for key, name in names.items()}
         if not begin(folder, {"attempt": attempt, "used": used, **about}):
-            sys.exit(f"attempt {attempt} does not begin: another has the run")
-        print(next_look(read_rows(attempts_file(folder)), int(every)))
+            sys.exit(f"attempt {attempt} does not start: another one owns the run")
+        print(look_interval(read_rows(attempts_file(folder)), int(every)))
     else:
         code, signal, most = rest
         print(end(folder, attempt, int(code), signal, int(most)))

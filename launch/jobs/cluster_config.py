@@ -1,8 +1,8 @@
-"""The site file: what is true of one cluster and of no recipe, written down once.
+"""The site file: settings of one cluster that apply to every job and belong in no recipe.
 
-`$TREERING_SITE`, or ~/.config/treering/site.yaml. It holds the defaults of `treering submit`, shell lines to run first
-(module loads), variables, and how to get into a container. It is the site's own shell code: only its variables are
-checked for secrets. Everything else that reaches the batch script is checked by a pattern or quoted.
+It is `$TREERING_SITE` or ~/.config/treering/site.yaml, with defaults of `treering submit`, shell lines to run first
+(module loads), environment variables, and the command that enters a container. Its shell lines are trusted; its
+variables are checked for secrets. Everything else that goes into the batch script matches a pattern or is quoted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SECRET = re.compile(r"secret|token|passw|credential|access_key|api_?key", re.IG
 
 
 class Site(BaseModel, frozen=True, extra="forbid", strict=True):
-    """Everything a cluster's owner would tell a new user."""
+    """The fields of the site file."""
 
     partition: str | None = Field(None, pattern=WORD)
     account: str | None = Field(None, pattern=WORD)
@@ -34,36 +34,40 @@ class Site(BaseModel, frozen=True, extra="forbid", strict=True):
     time: str | None = Field(None, pattern=TIME, description="as Slurm writes it: 30, 2:00:00, 1-00:00:00")
     gpus_per_node: int | None = Field(None, ge=0)
     options: tuple[str, ...] = Field(
-        ("--exclusive", "--mem=0"), strict=False, description="further options of sbatch, one a line"
+        ("--exclusive", "--mem=0"), strict=False, description="additional options of sbatch, one a line"
     )
-    setup: tuple[str, ...] = Field((), strict=False, description="shell lines before all else: module load cuda")
+    setup: tuple[str, ...] = Field((), strict=False, description="shell lines to run first: module load cuda")
     environment: dict[str, str] = Field(default_factory=dict, description="variables, as in {NCCL_IB_HCA: mlx5}")
     srun: tuple[str, ...] = Field(
-        (), strict=False, description="options of srun, as pyxis has them: --container-image=/images/treering.sqsh"
+        (), strict=False, description="options of srun, such as those of pyxis: --container-image=/images/treering.sqsh"
     )
     inside: tuple[str, ...] = Field(
         (), strict=False, description="words before the command: [apptainer, exec, --nv, /images/treering.sif]"
     )
     tasks: Literal["node", "gpu"] = Field(
-        "node", description="one task of srun a node, whose processes share it out, or one a GPU, which Slurm binds"
+        "node", description="one srun task per node, which starts all its processes, or one per GPU, which Slurm binds"
     )
-    bandwidth: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="GB/s that an all-reduce between nodes must reach"
+    min_bandwidth: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="GB/s that an all-reduce between the nodes must reach"
     )
-    drain: bool = Field(False, description="set unfit nodes to DRAIN, where Slurm lets you; else jobs leave them out")
+    drain: bool = Field(
+        False, description="set unfit nodes to DRAIN, where Slurm allows it; jobs exclude them in any case"
+    )
     expand: int = Field(
-        600, ge=0, description="seconds between looks for free nodes of a job that may use more (2-8); 0: never"
+        600, ge=0, description="seconds between looks for idle nodes, for a job that may use more (2-8); 0: never"
     )
-    python: str | None = Field(None, description="the interpreter on the nodes; left out: the one that submits")
+    python: str | None = Field(
+        None, description="the Python interpreter on the nodes; default: that of treering submit"
+    )
     notice: int = Field(120, ge=10, lt=3600, description="seconds before the time limit at which a run commits")
-    restarts: int = Field(100, ge=0, description="how often a job may put itself back into the queue")
+    restarts: int = Field(100, ge=0, description="how often a job may requeue itself")
 
     @field_validator("options")
     @classmethod
     def _options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for option in value:
             if not re.fullmatch(OPTION, option):
-                raise ValueError(f"{show(option)} is no option of sbatch; write it as --name or --name=value")
+                raise ValueError(f"{show(option)} is not an option of sbatch; write it as --name or --name=value")
         return value
 
     @field_validator("environment")
@@ -71,22 +75,22 @@ class Site(BaseModel, frozen=True, extra="forbid", strict=True):
     def _environment(cls, value: dict[str, str]) -> dict[str, str]:
         for name, text in value.items():
             if not _NAME.fullmatch(name):
-                raise ValueError(f"{show(name)} is no name of a variable")
+                raise ValueError(f"{show(name)} is not a valid name of a variable; use letters, digits and _")
             if _SECRET.search(name) or has_secret(text):
                 raise ValueError(
-                    f"{name} looks like a secret, which would stand in every batch script; "
+                    f"{name} looks like a secret, and would be written to every batch script; "
                     f"use ~/.aws/credentials, or export it before treering submit"
                 )
         return value
 
 
 def read_site() -> Site:
-    """The site file, or the defaults if there is none. Raises RecipeError."""
+    """Read the site file; the defaults if there is none. Raises RecipeError."""
     named = os.environ.get("TREERING_SITE")
     path = Path(named) if named else Path.home() / ".config" / "treering" / "site.yaml"
     if not path.is_file():
         if named:
-            raise RecipeError(f"$TREERING_SITE names {show(named, 200)}, which is no file; correct or unset it")
+            raise RecipeError(f"$TREERING_SITE names {show(named, 200)}, which is not a file; correct or unset it")
         return Site()
     try:
         tree, _ = read_yaml(path.read_text(encoding="utf-8"))

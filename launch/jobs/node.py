@@ -1,10 +1,10 @@
-"""What one node of a job runs: a look at the node, then torchrun's elastic agent with the node's processes.
+"""What one node of a job runs: checks of the node, then torchrun's elastic agent with the node's processes.
 
     python -m treering.launch.jobs.node DIR --nodes N --processes P --head HOST:PORT --id NAME
 
-Started once on each node, by srun or anything like it; or once for each process, which then counts as a node. SIGTERM
-and SIGUSR1 go on to the processes, any number of times: they commit at their next step edge, all at the same one, and
-end. What went wrong is left in `DIR/job/failures/` for whoever decides what comes next.
+Started once per node, by srun or a similar launcher; or once per process, which then counts as a node. SIGTERM and
+SIGUSR1 are forwarded to the processes, any number of times: they commit after the same next step, and end. Errors are
+written to `DIR/job/failures/`, from which `attempts` decides what follows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .attempts import ATTEMPT, BAD_NODE, FOLLOWING, UNFIT, fit_folder, lost
 
 
 def main() -> None:
-    """Entry of the node."""
+    """Entry point of a node."""
     parser = argparse.ArgumentParser(prog="treering.launch.jobs.node")
     parser.add_argument("run", type=Path)
     parser.add_argument("--nodes", type=int, required=True)
@@ -37,12 +37,12 @@ def main() -> None:
     run: Path = options.run
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     os.environ[ATTEMPT] = options.id
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a node that dies, the others would print stacks in C++
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the others print C++ stacks when a node dies
     forward_signals()
     try:
         if reason := lost(run):
             raise RunError(reason, STOPPED)
-        _look_around(run, name, options.processes)
+        _check_node(run, name, options.processes)
         from ..run import launch_workers
 
         share_cores(options.processes)
@@ -53,35 +53,35 @@ def main() -> None:
             options.head,
             options.id,
             address=socket.gethostname(),
-            leads=_leads(options.head),
+            is_head=_is_head(options.head),
             signals="SIGINT",
         )
     except RunError as error:
-        _leave_word(run, name, error)
+        _report_failure(run, name, error)
         sys.exit(error.code)
     except Exception as error:
         kind = type(error).__name__
-        _leave_word(run, name, RunError(user_message(error) or f"{kind}: {error}", 1, kind))
+        _report_failure(run, name, RunError(user_message(error) or f"{kind}: {error}", 1, kind))
         if kind not in FOLLOWING and user_message(error) is None:
             raise
         sys.exit(1)
 
 
-def _look_around(run: Path, name: str, processes: int) -> None:
-    """Whether this node can train, told to whoever decides. Raises RunError or StoreError if it cannot."""
+def _check_node(run: Path, name: str, processes: int) -> None:
+    """Check that this node can train, and record that it can. Raises RunError or StoreError if it cannot."""
     from .preflight import check_store_from_node, examine_node
 
     wrong = examine_node(run, processes)
     if wrong:
         raise RunError(f"{UNFIT}: {'; '.join(wrong)}", BAD_NODE)
-    if os.environ.get("SLURM_LOCALID", "0") == "0":  # the others of the node would hear the same
+    if os.environ.get("SLURM_LOCALID", "0") == "0":  # once per node
         check_store_from_node(run)
     fit_folder(run).mkdir(parents=True, exist_ok=True)
     (fit_folder(run) / name).touch()
 
 
-def _leads(head: str) -> bool:
-    """Whether this is the node where all meet: the first task of the job, or the one that `head` names (host names may
+def _is_head(head: str) -> bool:
+    """Whether this node hosts the rendezvous: the first task of the job, or the host that `head` names (host names may
     be short or full)."""
     task = os.environ.get("SLURM_PROCID")
     if task is not None:
@@ -90,7 +90,7 @@ def _leads(head: str) -> bool:
 
 
 def forward_signals() -> None:
-    """From now on a signal to stop goes to the workers; before there are any it ends this process."""
+    """Forward signals to stop to the workers from now on; before there are any, they end this process."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         workers = children()
@@ -104,7 +104,7 @@ def forward_signals() -> None:
 
 
 def children() -> list[int]:
-    """The worker processes that this process has started."""
+    """Process ids of the workers that this process started."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -116,9 +116,9 @@ def children() -> list[int]:
     return found
 
 
-def _leave_word(run: Path, host: str, error: RunError) -> None:
-    """Say it in the log, and leave it where the decision is taken; the folder may be what is missing, or another
-    attempt's by now."""
+def _report_failure(run: Path, host: str, error: RunError) -> None:
+    """Print the error, and write it to the run folder for `attempts`, unless another attempt owns the run by now. The
+    folder may be missing: that is often the error."""
     print(f"{host}: {error}", file=sys.stderr, flush=True)
     if error.code == STOPPED or lost(run):
         return

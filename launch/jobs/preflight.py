@@ -1,8 +1,8 @@
-"""What each node is asked before a run starts on it; one that gives a wrong answer is named, and left out.
+"""Checks of each node before a run starts on it; a node that fails is named in the log and excluded.
 
-A node that lacks a GPU, memory, the shared folder, the store or a fast network would otherwise show as a hang of the
-whole job, or as one that is slow for no reason. The processes look at the network, as they alone have it: they add up
-some megabytes, and if that is slower than the site says it must be, each node sends to the next in turn.
+A node that lacks a GPU, memory, the shared folder, the store or a fast network would otherwise appear as a hang of the
+whole job, or slow it down without an error. The network is checked by the processes, which time an all-reduce; if its
+bandwidth is below the site's minimum, each node sends to the next one in turn, which identifies the slow nodes.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from ...training.world import World
 
 SKEW_SECONDS = 60
-LEAST_MEMORY = 1 << 30
-"""bytes for a process"""
-LEAST_BANDWIDTH = "TREERING_BANDWIDTH"
-"""environment variable with the least all-reduce bandwidth between nodes, in GB/s; without it the network is measured
-and told, and never found wanting"""
+MIN_MEMORY = 1 << 30
+"""bytes per process"""
+MIN_BANDWIDTH = "TREERING_MIN_BANDWIDTH"
+"""environment variable with the minimum all-reduce bandwidth between nodes, in GB/s; without it the bandwidth is
+measured and printed, and any is accepted"""
 _CPU_BYTES, _GPU_BYTES = 2 << 20, 64 << 20
-_SPEAKS_FIRST = 5.0
-"""seconds that a node waits for a worse one to say so, before it ends as well"""
+_HEAD_START = 5.0
+"""seconds that a healthy node waits, so that the slow ones report their failure first"""
 
 
 def examine_node(run: Path, processes: int) -> list[str]:
-    """What is wrong with this node for `processes` processes of the run in `run`, as sentences; empty if nothing."""
+    """What prevents this node from training `processes` processes of `run`, as sentences; empty if nothing does."""
     if not (run / "recipe.yaml").is_file():
-        return [f"it does not see the run folder {run}; put --out on a disk that all nodes share"]
+        return [f"it cannot see the run folder {run}; put --out on a disk that all nodes share"]
     return [wrong for wrong in (_clock(run), _memory(processes), _devices(processes)) if wrong]
 
 
 def _clock(run: Path) -> str | None:
-    """Its clock against that of the shared disk, which is one for all nodes."""
+    """Compare the node's clock with that of the shared disk, which is the same for all nodes."""
     probe = run / "job" / f".clock-{secrets.token_hex(8)}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -65,23 +65,23 @@ def _memory(processes: int) -> str | None:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-            if free < processes * LEAST_MEMORY:
-                return f"{free / 2**30:.1f} GiB of memory are free for {processes} processes; something else runs there"
+            if free < processes * MIN_MEMORY:
+                return f"{free / 2**30:.1f} GiB of memory free for {processes} processes; other programs use the rest"
     return None
 
 
 def _devices(processes: int) -> str | None:
-    """As many GPUs as processes, where the job asked for GPUs."""
+    """Check that there is a GPU per process, if the job requested GPUs."""
     if not os.environ.get("TREERING_GPUS"):
         return None
     import torch
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return None if found >= processes else f"{found} GPUs can be used and {processes} are wanted; have it looked at"
+    return None if found >= processes else f"{found} GPUs are usable and {processes} are needed; have the node checked"
 
 
 def check_store_from_node(run: Path) -> None:
-    """The store of the recipe takes an object and gives it back. Raises StoreError."""
+    """Write an object to the recipe's store and read it back. Raises StoreError."""
     from ...training.checkpoint.store import Store
     from ..recipe.load import read_recipe
 
@@ -89,9 +89,9 @@ def check_store_from_node(run: Path) -> None:
 
 
 def check_network() -> None:
-    """Measure an all-reduce across all processes; the first one prints it. Every process of the job calls this.
+    """Time an all-reduce across all processes; rank 0 prints the bandwidth. Collective: every process calls this.
 
-    Raises RunError in the processes of a node whose network is too slow, and a while later in those of the others.
+    If it is too slow, raises RunError in the processes of the slow nodes, and some seconds later in all others.
     """
     from ...training.world import World
 
@@ -99,26 +99,27 @@ def check_network() -> None:
     hosts = world.hosts()
     if len(hosts) == 1:
         return
-    seconds = _seconds(world, lambda data: _add_up(world, data))
+    seconds = _seconds(world, lambda data: _all_reduce(world, data))
     size = _bytes(world)
     bandwidth = 2 * (world.size - 1) / world.size * size / seconds / 1e9
     if world.is_first:
         print(f"all-reduce of {size >> 20} MiB across {len(hosts)} nodes: {bandwidth:.3g} GB/s", flush=True)
-    least = float(os.environ.get(LEAST_BANDWIDTH, "0"))
+    least = float(os.environ.get(MIN_BANDWIDTH, "0"))
     if bandwidth >= least:
         return
     slow = _slow_nodes(world, hosts)
     names = ", ".join(slow)
     if socket.gethostname() in slow:
         raise RunError(
-            f"{UNFIT}: all-reduce at {bandwidth:.3g} GB/s, the site wants {least:g}; slow: {names}", BAD_NODE
+            f"{UNFIT}: all-reduce at {bandwidth:.3g} GB/s, the site requires {least:g}; slow: {names}", BAD_NODE
         )
-    time.sleep(_SPEAKS_FIRST)
+    time.sleep(_HEAD_START)
     raise RunError(f"the network of {names} is too slow", STOPPED)
 
 
 def _slow_nodes(world: World, hosts: list[str]) -> list[str]:
-    """The nodes with a slow way to both neighbours in a ring; of two nodes both, as nobody can tell."""
+    """The nodes with slow links to both neighbours in a ring; with two nodes both, as one link cannot tell them
+    apart."""
     import torch.distributed as dist
 
     homes = world.objects(socket.gethostname())
@@ -141,7 +142,7 @@ def _slow_nodes(world: World, hosts: list[str]) -> list[str]:
 
 
 def _seconds(world: World, transfer: Callable[[Tensor], None]) -> float:
-    """What the transfer of some megabytes takes, the second time, as the slowest process sees it."""
+    """Seconds of the second of two transfers, the maximum over all processes (the first sets up connections)."""
     import torch
 
     data = torch.zeros(_bytes(world) // 4, device=world.device)
@@ -155,7 +156,7 @@ def _seconds(world: World, transfer: Callable[[Tensor], None]) -> float:
     return float(world.max(taken))
 
 
-def _add_up(world: World, data: Tensor) -> None:
+def _all_reduce(world: World, data: Tensor) -> None:
     import torch.distributed as dist
 
     dist.all_reduce(data, group=world.group)

@@ -1,7 +1,7 @@
-"""Whether anything answers where a store is said to be, told in seconds.
+"""Checks within seconds that a server answers at the address of a store.
 
-A store's client is patient, as a run should be; a person who mistyped an address should not have to be. So the address
-is asked for from the client's own settings and one connection is tried. Nothing is sent.
+The store's client retries for minutes, which is right for a run but not for a mistyped address. So the address is read
+from the client's own settings, and one connection is tried. Nothing is sent.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ SECONDS = 2
 
 
 def refuse_unreachable(url: str) -> None:
-    """Raise RecipeError if no server takes a connection for the store `url`, which is judged if it is of s3 or gs."""
+    """Raise RecipeError if no server accepts a connection for the store `url`; checked for s3 and gs URLs only."""
     address = endpoint(url)
     if address is None:
         return
     parts = urlsplit(address)
     host = parts.hostname or ""
     if parts.scheme in getproxies() and not proxy_bypass(host):
-        return  # only the proxy can tell
+        return  # only the proxy can reach it
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((host, port), SECONDS).close()
@@ -37,7 +37,7 @@ def refuse_unreachable(url: str) -> None:
 
 
 def endpoint(url: str) -> str | None:
-    """The server that the client of `url` will speak to; None where there is none, or it is not known."""
+    """The server that the client of `url` connects to; None if there is none, or it is not known."""
     kind = urlsplit(url).scheme
     if kind in ("gs", "gcs"):
         emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")
@@ -53,5 +53,5 @@ def endpoint(url: str) -> str | None:
         session = botocore.session.Session()
         client = session.create_client("s3", aws_access_key_id="none", aws_secret_access_key="none")
     except (botocore.exceptions.BotoCoreError, ValueError):
-        return None  # the store's own check will say what is wrong with the settings
+        return None  # the store's own check reports what is wrong with the settings
     return str(client.meta.endpoint_url)

@@ -1,4 +1,4 @@
-"""`treering stop`: a run commits at its next step edge and ends, under Slurm or on this machine."""
+"""`treering stop`: a run commits after its next step and ends, under Slurm or on this machine."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .submit import FINISHED, job_of
 
 
 def stop_run(run: Path) -> str:
-    """Ask the run in `run` to stop, and say what was asked. Raises RecipeError if nothing of it can be stopped here."""
+    """Ask the run in `run` to stop; returns a sentence about it. Raises RecipeError if nothing can be stopped here."""
     about = job_of(run)
     if about and about.get("state") and not FINISHED.match(about["state"]):
         if about["state"] == "PENDING":
             subprocess.run(["scancel", about["name"]], check=True, timeout=30)
-            return f"job {about['name']} was waiting and is cancelled"
-        (run / "job" / "stop").touch()  # the batch script sees it and does not go back into the queue
+            return f"job {about['name']} was queued and is cancelled"
+        (run / "job" / "stop").touch()  # makes the batch script end instead of requeueing
         subprocess.run(["scancel", "--batch", "--signal=USR1", about["name"]], check=True, timeout=30)
-        return f"job {about['name']} commits at its next step and ends"
+        return f"job {about['name']} commits after its next step and ends"
     beats = [beat for beat in read_heartbeats(run) if time.time() - beat["time"] < 30 and beat["phase"] != "end"]
     here = [beat["pid"] for beat in beats if beat["host"] == socket.gethostname()]
     if not here:
         where = f"; its last processes were on {beats[0]['host']}" if beats else ""
-        raise RecipeError(f"nothing of the run in {show(str(run), 200)} is running{where}")
+        raise RecipeError(f"no process of the run in {show(str(run), 200)} is running here{where}")
     for process in here:
         if b"treering" in Path(f"/proc/{process}/cmdline").read_bytes():
             os.kill(process, signal.SIGUSR1)
-    return "the run commits at its next step and ends"
+    return "the run commits after its next step and ends"

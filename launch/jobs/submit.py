@@ -1,9 +1,9 @@
-"""`treering submit`: one command from a recipe to a job that survives its cluster.
+"""`treering submit`: one command from a recipe to a job that survives preemption, crashes and lost nodes.
 
-All that can be known is looked at before anything is written or queued, the cheapest first: recipe, site file, Slurm's
-own opinion of the job, store, sources. The batch script is slurm/pretrain.sbatch with two places filled in. Headers are
-words that passed a pattern; everything else (paths, above all) stands in quoted assignments, so that no name of the
-user's is ever read by a shell. Overrides do not reach the script at all: the run folder has the resolved recipe.
+Everything that can be checked is checked before anything is written or queued, the cheapest first: recipe, site file,
+`sbatch --test-only`, store, sources. The batch script is slurm/pretrain.sbatch with two marked places filled in.
+Headers must match a pattern; everything else (paths, above all) is a quoted assignment, so that no user-chosen name is
+ever evaluated by a shell. Overrides never reach the script: the run folder has the resolved recipe.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from .reachable import refuse_unreachable
 TEMPLATE = Path(__file__).parents[2] / "slurm" / "pretrain.sbatch"
 STORE_SECONDS = 20
 LONGEST_NOTICE = 65535
-"""seconds, of Slurm's --signal"""
+"""seconds, the most that Slurm's --signal takes"""
 FINISHED = re.compile(r"COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|BOOT_FAIL|DEADLINE|OUT_OF_MEMORY")
 _LOCAL_DISKS = {"ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs"}
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the person asks of the cluster; None: as the site file says."""
+class JobRequest:
+    """The resources requested for a job; None: as in the site file."""
 
     nodes: str
     processes: int | None = None
@@ -58,9 +58,9 @@ class Wish:
         for name, pattern in (("partition", WORD), ("account", WORD), ("qos", WORD), ("constraint", WORD)):
             value = getattr(self, name)
             if value is not None and not re.fullmatch(pattern, value):
-                raise RecipeError(f"--{name} {show(value)} is no name Slurm could have; see `sinfo`")
+                raise RecipeError(f"--{name} {show(value)} is not a valid name in Slurm; see `sinfo`")
         if self.time is not None and not re.fullmatch(TIME, self.time):
-            raise RecipeError(f"--time {show(self.time)} is no time; write minutes, 2:00:00 or 1-00:00:00")
+            raise RecipeError(f"--time {show(self.time)} is not a valid time; write minutes, 2:00:00 or 1-00:00:00")
 
 
 @dataclass(frozen=True)
@@ -74,29 +74,30 @@ class Job:
     notes: tuple[str, ...]
 
 
-def prepare_job(runs: list[tuple[Path, ResolvedRecipe]], wish: Wish, site: Site) -> Job:
-    """Check everything and render the batch script; nothing is written. Raises RecipeError, StoreError or DataError."""
+def prepare_job(runs: list[tuple[Path, ResolvedRecipe]], request: JobRequest, site: Site) -> Job:
+    """Check everything and render the batch script, without writing anything. Raises RecipeError, StoreError or
+    DataError."""
     if shutil.which("sbatch") is None:
-        raise RecipeError("there is no sbatch here; submit on a login node of the cluster, or use treering train")
-    least, most = _node_range(wish.nodes)
-    gpus = wish.gpus if wish.gpus is not None else site.gpus_per_node
-    processes = wish.processes or gpus or 1
+        raise RecipeError("sbatch was not found; submit on a login node of the cluster, or use treering train")
+    least, most = _node_range(request.nodes)
+    gpus = request.gpus if request.gpus is not None else site.gpus_per_node
+    processes = request.processes or gpus or 1
     recipes = [resolved.recipe for _, resolved in runs]
-    counts = _fitting(recipes, least, most, processes)
+    counts = _usable_counts(recipes, least, most, processes)
     for out, _ in runs:
         _refuse_second_job(out)
-    script = render_script([out for out, _ in runs], recipes[0].name, counts, processes, gpus, wish, site)
-    _ask_partition(wish.partition or site.partition, wish.time or site.time, counts[0])
-    _ask_slurm(script)
+    script = render_script([out for out, _ in runs], recipes[0].name, counts, processes, gpus, request, site)
+    _check_partition(request.partition or site.partition, request.time or site.time, counts[0])
+    _test_submission(script)
     for out, resolved in runs:
-        _within(STORE_SECONDS, resolved.recipe, out)
+        _check_store(STORE_SECONDS, resolved.recipe, out)
     for recipe in recipes:
         check_sources(recipe)
     return Job(tuple(runs), script, counts, processes, _notes([out for out, _ in runs], least, most, counts, processes))
 
 
 def submit(job: Job) -> int:
-    """Write the run folders and put the job into the queue; its number. Raises RecipeError if Slurm refuses it."""
+    """Write the run folders and queue the job; returns its number. Raises RecipeError if Slurm refuses it."""
     for out, resolved in job.runs:
         (out / "job").mkdir(parents=True, exist_ok=True)
         atomic_write(out / RECIPE_FILE, resolved.text, durable=True)
@@ -104,7 +105,7 @@ def submit(job: Job) -> int:
         (out / "job" / "stop").unlink(missing_ok=True)
     done = _slurm(["sbatch", "--parsable", str(job.runs[0][0].absolute() / "job" / TEMPLATE.name)])
     if done.returncode:
-        raise RecipeError(f"Slurm refused the job: {_said(done)}")
+        raise RecipeError(f"Slurm refused the job: {_slurm_error(done)}")
     number = int(done.stdout.split(";")[0])
     for place, (out, _) in enumerate(job.runs):
         about = {"job": number, "task": place if len(job.runs) > 1 else None, "time": time.time(), "nodes": job.nodes}
@@ -113,38 +114,44 @@ def submit(job: Job) -> int:
 
 
 def render_script(
-    outs: list[Path], name: str, counts: tuple[int, ...], processes: int, gpus: int | None, wish: Wish, site: Site
+    outs: list[Path],
+    name: str,
+    counts: tuple[int, ...],
+    processes: int,
+    gpus: int | None,
+    request: JobRequest,
+    site: Site,
 ) -> str:
-    """The batch script."""
-    notice = max(site.notice, *(_grace(out) for out in outs))
+    """The batch script of a job; `outs` are its run folders, `counts` the usable numbers of nodes, largest first."""
+    notice = max(site.notice, *(_seconds_to_stop(out) for out in outs))
     nodes = f"{counts[-1]}-{counts[0]}" if len(counts) > 1 else str(counts[0])
     tasks = processes if site.tasks == "gpu" else 1
     binding = ["--cpu-bind=none"] if site.tasks == "node" else ["--gpus-per-task=1"] if gpus else []
-    headers = {  # no --ntasks-per-node: of a range, Slurm would give the nodes that the fewest tasks need
+    headers = {  # no --ntasks-per-node: with it Slurm allocates only the minimum of a range of nodes
         "job-name": name,
         "nodes": nodes,
-        "partition": wish.partition or site.partition,
-        "account": wish.account or site.account,
-        "qos": wish.qos or site.qos,
-        "time": wish.time or site.time,
-        "constraint": wish.constraint or site.constraint,
+        "partition": request.partition or site.partition,
+        "account": request.account or site.account,
+        "qos": request.qos or site.qos,
+        "time": request.time or site.time,
+        "constraint": request.constraint or site.constraint,
         "gpus-per-node": str(gpus) if gpus else None,
-        "dependency": f"afterany:{wish.after}" if wish.after else None,
+        "dependency": f"afterany:{request.after}" if request.after else None,
         "array": f"0-{len(outs) - 1}" if len(outs) > 1 else None,
         "signal": f"B:USR1@{notice}",
     }
     lines = [f"#SBATCH --{key}={value}" for key, value in headers.items() if value is not None]
     lines += [f"#SBATCH {option}" for option in site.options]
     settings = [
-        f"RUNS=({_words(str(out.absolute()) for out in outs)})",
+        f"RUNS=({_quoted(str(out.absolute()) for out in outs)})",
         f"PYTHON={shlex.quote(site.python or sys.executable)}",
         f"TASKS={tasks} PROCESSES={processes // tasks} NODE_COUNTS='{' '.join(map(str, counts))}'",
         f"RESTARTS={site.restarts} EXPAND={site.expand} DRAIN={'yes' if site.drain else 'no'}",
-        f"SRUN=({_words([*binding, *site.srun])}) INSIDE=({_words(site.inside)})",
+        f"SRUN=({_quoted([*binding, *site.srun])}) INSIDE=({_quoted(site.inside)})",
         *(f"export {key}={shlex.quote(value)}" for key, value in sorted(site.environment.items())),
         f"export {NOTICE}={notice}",
         *(["export TREERING_GPUS=1"] if gpus else []),
-        *([f"export TREERING_BANDWIDTH={site.bandwidth:g}"] if site.bandwidth else []),
+        *([f"export TREERING_MIN_BANDWIDTH={site.min_bandwidth:g}"] if site.min_bandwidth else []),
         "setup() {",
         *(f"    {line}" for line in (*site.setup, "true")),
         "}",
@@ -154,17 +161,17 @@ def render_script(
     return text.replace("# treering: settings\n", "\n".join(settings) + "\n")
 
 
-def _grace(out: Path) -> int:
-    """Seconds that a run needs to end, as measured by its own commits: twice the longest of the last ten, and a start.
+def _seconds_to_stop(out: Path) -> int:
+    """Seconds that a run needs to stop, from its own records: twice the longest of the last ten commits, and 30 s.
 
-    0 if it has made none.
+    0 if it has no commits.
     """
     commits = [row["seconds"] for row in read_rows(out / "metrics.jsonl") if row.get("event") == "commit"]
     return min(LONGEST_NOTICE, math.ceil(2 * max(commits[-10:]) + 30)) if commits else 0
 
 
 def job_of(out: Path) -> dict[str, Any] | None:
-    """The job that was last submitted for the run in `out`, with its state as far as Slurm remembers it."""
+    """The job last submitted for the run in `out`, with its state if Slurm still has it; None if there is none."""
     try:
         about: dict[str, Any] = json.loads((out / "job" / "job.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -180,12 +187,12 @@ def job_of(out: Path) -> dict[str, Any] | None:
 def _node_range(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text)
     if not match or not 0 < int(match[1]) <= int(match[2] or match[1]):
-        raise RecipeError(f"--nodes {show(text)} is no number of nodes; write 4, or 2-8 for as many as there are")
+        raise RecipeError(f"--nodes {show(text)} is not a number of nodes; write 4, or 2-8 for as many as are free")
     return int(match[1]), int(match[2] or match[1])
 
 
-def _fitting(recipes: list[Recipe], least: int, most: int, processes: int) -> tuple[int, ...]:
-    """Numbers of nodes, largest first, whose processes can share every recipe's batch."""
+def _usable_counts(recipes: list[Recipe], least: int, most: int, processes: int) -> tuple[int, ...]:
+    """Numbers of nodes, largest first, whose processes can divide every recipe's batch evenly."""
     counts, reason = [], ""
     for count in range(most, least - 1, -1):
         try:
@@ -210,12 +217,14 @@ def _refuse_second_job(out: Path) -> None:
         )
 
 
-def _ask_partition(partition: str | None, limit: str | None, nodes: int) -> None:
-    """Limits of the partition, which sbatch --test-only does not mind everywhere."""
+def _check_partition(partition: str | None, limit: str | None, nodes: int) -> None:
+    """Check the partition's limits, which `sbatch --test-only` does not enforce on every cluster."""
     done = _slurm(["scontrol", "-o", "show", "partition", *([partition] if partition else [])])
     if done.returncode:
         known = sorted({name.rstrip("*") for name in _slurm(["sinfo", "-h", "-o", "%P"]).stdout.split()})
-        wrong = f"there is no partition {show(partition)}" if known else f"Slurm does not answer: {_said(done)}"
+        wrong = (
+            f"partition {show(partition)} does not exist" if known else f"Slurm does not answer: {_slurm_error(done)}"
+        )
         raise RecipeError(f"{wrong}; known here: {', '.join(known)}" if known else wrong)
     for line in done.stdout.splitlines():
         fields = dict(part.split("=", 1) for part in line.split() if "=" in part)
@@ -223,16 +232,18 @@ def _ask_partition(partition: str | None, limit: str | None, nodes: int) -> None
             continue
         longest, name = fields.get("MaxTime", "UNLIMITED"), fields.get("PartitionName")
         if limit and longest != "UNLIMITED" and _minutes(limit) > _minutes(longest):
-            raise RecipeError(f"--time {limit} is more than partition {name} allows, {longest}; ask for that or less")
+            raise RecipeError(f"--time {limit} exceeds the limit of partition {name}, {longest}; request that or less")
         largest = fields.get("MaxNodes", "UNLIMITED")
         if largest != "UNLIMITED" and nodes > int(largest):
-            raise RecipeError(f"--nodes {nodes} is more than partition {name} gives a job, {largest}; ask for fewer")
+            raise RecipeError(
+                f"--nodes {nodes} exceeds the limit of partition {name} for a job, {largest}; request fewer"
+            )
         if nodes > int(fields.get("TotalNodes", nodes)):
-            raise RecipeError(f"--nodes {nodes}: partition {name} has {fields['TotalNodes']} nodes; ask for fewer")
+            raise RecipeError(f"--nodes {nodes}: partition {name} has {fields['TotalNodes']} nodes; request fewer")
 
 
 def _minutes(text: str) -> float:
-    """A time as Slurm writes it, in minutes."""
+    """A time in Slurm's notation, in minutes."""
     days, _, rest = text.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if days:
@@ -244,34 +255,34 @@ def _minutes(text: str) -> float:
     return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def _ask_slurm(script: str) -> None:
-    """Whether Slurm could ever run the job; nothing is queued."""
+def _test_submission(script: str) -> None:
+    """Check that Slurm could run the job; nothing is queued."""
     done = _slurm(["sbatch", "--test-only"], script)
     if done.returncode:
         raise RecipeError(
-            f"Slurm would refuse the job: {_said(done)}; see `sinfo` for partitions and nodes, and the site file"
+            f"Slurm would refuse the job: {_slurm_error(done)}; see `sinfo` for partitions and nodes, and the site file"
         )
 
 
-def _within(seconds: float, recipe: Recipe, out: Path) -> None:
-    """Check the store, and do not wait for one that does not answer."""
+def _check_store(seconds: float, recipe: Recipe, out: Path) -> None:
+    """Check the store, giving up after `seconds`."""
     place = Path(recipe.commits_url(out))
-    if "://" not in str(recipe.checkpoint.to or "") and not place.exists():  # looking into it would make it
+    if "://" not in str(recipe.checkpoint.to or "") and not place.exists():  # the store's check would create it
         existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
         if not os.access(existing, os.W_OK):
-            raise RecipeError(f"{show(str(existing), 200)} cannot be written; give another --out or checkpoint.to")
+            raise RecipeError(f"{show(str(existing), 200)} is not writable; give another --out or checkpoint.to")
         return
     refuse_unreachable(str(recipe.checkpoint.to or ""))
     found: list[Exception | None] = []
 
-    def look() -> None:
+    def check() -> None:
         try:
             check_store(recipe, out)
             found.append(None)
         except Exception as error:
             found.append(error)
 
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=check, daemon=True).start()
     end = time.monotonic() + seconds
     while not found and time.monotonic() < end:
         time.sleep(0.02)
@@ -285,11 +296,13 @@ def _within(seconds: float, recipe: Recipe, out: Path) -> None:
 
 
 def _notes(outs: list[Path], least: int, most: int, counts: tuple[int, ...], processes: int) -> tuple[str, ...]:
-    """What a person should know and nothing forbids."""
+    """Notes for the user about what is allowed but may surprise."""
     notes = []
     left = [str(n) for n in range(least, most + 1) if n not in counts]
     if left:
-        notes.append(f"{', '.join(left)} nodes of {processes} processes cannot share the batch; fewer will be used")
+        notes.append(
+            f"{', '.join(left)} nodes of {processes} processes cannot divide the batch evenly; fewer will be used"
+        )
     place = outs[0].absolute()
     mounts = (
         [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()] if sys.platform == "linux" else []
@@ -297,12 +310,12 @@ def _notes(outs: list[Path], least: int, most: int, counts: tuple[int, ...], pro
     under = [(len(point), kind) for point, kind in mounts if place.is_relative_to(point)]
     if under and max(under)[1] in _LOCAL_DISKS:
         notes.append(
-            f"{place} lies on a disk of kind {max(under)[1]}; each node looks whether it sees it before it trains"
+            f"{place} lies on a disk of type {max(under)[1]}; each node checks that it can see it before it trains"
         )
     return tuple(notes)
 
 
-def _words(words: Any) -> str:
+def _quoted(words: Any) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
@@ -315,9 +328,9 @@ def _slurm(command: list[str], text: str | None = None) -> subprocess.CompletedP
             command, input=text, env=environment, capture_output=True, text=True, timeout=20, check=False
         )
     except subprocess.TimeoutExpired:
-        raise RecipeError(f"{command[0]} does not answer; is the controller up? `scontrol ping` tells") from None
+        raise RecipeError(f"{command[0]} does not answer; check the controller with `scontrol ping`") from None
 
 
-def _said(done: subprocess.CompletedProcess[str]) -> str:
+def _slurm_error(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line.split("error: ")[-1] for line in done.stderr.splitlines() if line.strip()]
     return safe_text("; ".join(dict.fromkeys(lines)))[:400] or f"exit code {done.returncode}"

@@ -1,6 +1,6 @@
 """Sweeps: `--sweep lr=1e-3,5e-4 --sweep data.batch=256,512` as runs, each with its folder and its overrides.
 
-sweep.json in the folder above them is all that makes them one: the report and `treering status` begin with it.
+They are one sweep by the file sweep.json in the folder above them, which the report and `treering status` read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GridPoint:
 
     @property
     def overrides(self) -> list[str]:
-        """What makes the recipe that of this run."""
+        """The overrides that turn the recipe into that of this run."""
         words = [f"{key}={value}" for key, value in self.values.items()]
         return words + ([f"checkpoint.to={json.dumps(self.store)}"] if self.store else [])
 
@@ -38,7 +38,7 @@ class GridPoint:
 def grid_points(sweeps: list[str], store: str | None) -> list[GridPoint]:
     """The points of the grid; without a sweep a single one whose name is empty.
 
-    `store` is the recipe's checkpoint.to, in which each run of a sweep gets a place of its own. Raises RecipeError.
+    `store` is the recipe's checkpoint.to, below which each run of a sweep gets a separate folder. Raises RecipeError.
     """
     if not sweeps:
         return [GridPoint("", {}, None)]
@@ -52,12 +52,14 @@ def grid_points(sweeps: list[str], store: str | None) -> list[GridPoint]:
             raise RecipeError(f"--sweep {show(text)} names a value twice")
         path = _path(key)
         if path == "checkpoint.to" or any(path == known for axis in axes for _, known, _ in axis[:1]):
-            wrong = "is given twice" if path != "checkpoint.to" else "is where each run gets a place of its own already"
-            raise RecipeError(f"--sweep {show(text)}: {path} {wrong}; leave it out")
+            wrong = (
+                "is given twice" if path != "checkpoint.to" else "is set by the sweep already, a folder for each run"
+            )
+            raise RecipeError(f"--sweep {show(text)}: {path} {wrong}; remove it")
         axes.append([(f"{key.rpartition('.')[2]}={value}", path, value) for value in choices])
     grid = list(itertools.product(*axes))
     if len(grid) > MOST:
-        raise RecipeError(f"the sweep has {len(grid):,} runs; at most {MOST:,} fit into one job array")
+        raise RecipeError(f"the sweep has {len(grid):,} runs; at most {MOST:,} are allowed in one job array")
     names = ["_".join(re.sub(r"[^A-Za-z0-9.=+-]", "-", name) for name, _, _ in point) for point in grid]
     if len(set(names)) < len(names):
         raise RecipeError("two runs of the sweep would share a folder; write values that differ in letters and digits")
@@ -68,7 +70,7 @@ def grid_points(sweeps: list[str], store: str | None) -> list[GridPoint]:
 
 
 def write_sweep(folder: Path, points: list[GridPoint]) -> None:
-    """Write sweep.json; the runs of a sweep that was submitted here before stay in it. Raises RecipeError."""
+    """Write sweep.json; runs of a sweep submitted to this folder earlier are kept. Raises RecipeError."""
     known = {member.name: member.values for member in _read(folder)} if is_sweep(folder) else {}
     folder.mkdir(parents=True, exist_ok=True)
     runs = known | {point.name: point.values for point in points}
@@ -93,9 +95,9 @@ def _read(folder: Path) -> list[Member]:
 
 
 def _path(key: str) -> str:
-    """The whole path of a key that is given by its last part, as lr for optimizer.lr.
+    """The full path of a key given by its last part, such as lr for optimizer.lr.
 
-    A sweep is over how runs train: batch is data.batch, not eval.batch.
+    Keys of training are preferred: batch is data.batch, not eval.batch.
     """
     paths = all_paths()
     if "." in key or key in paths:
@@ -104,5 +106,5 @@ def _path(key: str) -> str:
     training = [path for path in found if not path.startswith("eval.")]
     if len(training) == 1:
         return training[0]
-    known = f"it could be {' or '.join(found[:4])}" if found else "there is none; see treering explain"
-    raise RecipeError(f"--sweep {show(key)}: write the whole path of the key; {known}")
+    known = f"it could be {' or '.join(found[:4])}" if found else "no key has this name; see treering explain"
+    raise RecipeError(f"--sweep {show(key)}: write the full path of the key; {known}")

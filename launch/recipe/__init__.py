@@ -1,1 +1,1 @@
-"""From a YAML file and overrides to a checked recipe, with a sentence for every mistake."""
+"""Reads recipes: from a YAML file and overrides to a checked recipe, with a sentence for every mistake."""

@@ -1,8 +1,8 @@
 """Reads recipes: YAML and overrides in, a checked `Recipe` out, with the origin of every value.
 
-The one idea: overrides change the *tree* that was read, and only the result is checked, so that a recipe with
-overrides and the same recipe written out are the same thing. A value's origin is the recipe line or the override that
-set it; what neither sets is a default.
+The one idea: overrides change the *tree* that was read, and only the result is checked, so a recipe with overrides is
+equivalent to the same recipe written out. A value's origin is the recipe line or the override that set it, or else a
+default.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ...training.recipe import Recipe
 from ..errors import RecipeError as RecipeError
 from ..errors import has_secret, safe_text, show
-from .messages import complaints
+from .messages import error_messages
 from .overrides import apply_override, dotted, parse_override, secret_found
 from .yaml_lines import Path, read_yaml, write_scalar, write_yaml
 
@@ -27,7 +27,7 @@ LARGEST = 1 << 20
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value comes from; `line` (from 1) only for those from a recipe."""
+    """Where a value comes from; `line` (from 1) is set for kind recipe only."""
 
     kind: Literal["default", "recipe", "override"]
     line: int | None = None
@@ -49,11 +49,11 @@ class ResolvedRecipe:
 
     @property
     def text(self) -> str:
-        """The recipe with every value, as YAML that reads back equal."""
+        """The recipe with all values, as YAML that reads back equal."""
         return dump_recipe(self.recipe)
 
     def headline(self) -> str:
-        """The run in a line, as a comment."""
+        """One comment line: name, stages, samples and steps."""
         recipe = self.recipe
         stages = f"{len(recipe.stages)} stage{'s' if len(recipe.stages) > 1 else ''}"
         return (
@@ -62,7 +62,7 @@ class ResolvedRecipe:
         )
 
     def annotated(self) -> str:
-        """The same, a value a line with its origin as a comment; a recipe itself."""
+        """The recipe with all values, one per line with its origin as a comment; a valid recipe."""
         lines = list(_lines(self.recipe.model_dump(mode="json"), (), ""))
         width = min(72, max(len(line) for line, _ in lines))
         return "\n".join(
@@ -71,14 +71,14 @@ class ResolvedRecipe:
 
 
 def bundled_names() -> list[str]:
-    """The recipes that come with the package."""
+    """Names of the recipes in the package."""
     return sorted(path.stem for path in BUNDLED.glob("*.yaml"))
 
 
 def read_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> ResolvedRecipe:
     """Read a bundled recipe by its name, or any by its path, and apply `key=value` overrides.
 
-    Raises RecipeError with all that is wrong, on one screen.
+    Raises RecipeError, which lists everything that is wrong, on one screen.
     """
     parsed = [parse_override(text) for text in overrides]
     file, text = _open(name_or_path)
@@ -99,12 +99,12 @@ def read_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe with every value, as YAML that reads back equal."""
+    """The recipe with all values, as YAML that reads back equal."""
     return write_yaml(recipe.model_dump(mode="json"))
 
 
 def _open(name_or_path: str) -> tuple[FilePath, str]:
-    """The file a name or path means, and its text."""
+    """The file of a bundled name or a path, and its text."""
     names = bundled_names()
     file = BUNDLED / f"{name_or_path}.yaml" if name_or_path in names else FilePath(name_or_path)
     remedy = f"give the path of a YAML file, or one of the bundled recipes: {', '.join(names)}"
@@ -112,7 +112,7 @@ def _open(name_or_path: str) -> tuple[FilePath, str]:
         if file.is_dir():
             raise RecipeError(f"{show(name_or_path, 200)} is a folder; {remedy}")
         if not file.exists():
-            raise RecipeError(f"there is no recipe {show(name_or_path, 200)}; {remedy}")
+            raise RecipeError(f"the recipe {show(name_or_path, 200)} does not exist; {remedy}")
         if not file.is_file():
             raise RecipeError(f"{show(name_or_path, 200)} is not a regular file; {remedy}")
         with file.open("rb") as stream:
@@ -125,7 +125,7 @@ def _open(name_or_path: str) -> tuple[FilePath, str]:
             f"the recipe {show(name_or_path, 200)} cannot be read ({safe_text(str(reason))}); {remedy}"
         ) from None
     if len(content) > LARGEST:
-        raise RecipeError(f"{show(name_or_path, 200)} is larger than 1 MiB, which no recipe is; {remedy}")
+        raise RecipeError(f"{show(name_or_path, 200)} is larger than 1 MiB, the limit for a recipe; {remedy}")
     try:
         return file, content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -134,7 +134,7 @@ def _open(name_or_path: str) -> tuple[FilePath, str]:
 
 
 def _note(origins: dict[Path, Origin], path: Path, value: Any) -> None:
-    """Record that an override set `value` at `path`; whatever stood there is gone."""
+    """Record that an override set `value` at `path`, replacing the origins below it."""
     for old in [p for p in origins if p[: len(path)] == path]:
         del origins[old]
     for inside in _paths(value, path):
@@ -142,7 +142,7 @@ def _note(origins: dict[Path, Origin], path: Path, value: Any) -> None:
 
 
 def _paths(value: Any, path: Path) -> Iterator[Path]:
-    """The path of `value` and of everything in it."""
+    """The path of `value` and of everything inside it."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
@@ -164,7 +164,7 @@ def _check(tree: Any, origins: dict[Path, Origin]) -> Recipe:
         recipe = Recipe.model_validate(tree)
         recipe.check_tokenizer()
     except ValidationError as error:
-        wrong = complaints(error, tree, {path: str(origin) for path, origin in origins.items()})
+        wrong = error_messages(error, tree, {path: str(origin) for path, origin in origins.items()})
         raise RecipeError(wrong if "\n" not in wrong else "cannot run\n  " + wrong.replace("\n", "\n  ")) from None
     except ValueError as error:
         raise RecipeError(safe_text(str(error))) from None
@@ -174,8 +174,8 @@ def _check(tree: Any, origins: dict[Path, Origin]) -> Recipe:
 def _leaf_origins(recipe: Recipe, tree: Any, origins: dict[Path, Origin]) -> dict[str, Origin]:
     """The origin of every value of the checked recipe.
 
-    A value may stand deeper in the recipe than in the tree: `every: 2min` becomes a list of one. Its origin is then
-    that of the value it was made from, but a block's line says nothing about what is left out of it.
+    A value may be nested deeper in the recipe than in the tree: `every: 2min` becomes a list of one. Its origin is then
+    that of the value it came from; but fields that a block does not set are defaults.
     """
     blocks = {path[:-1] for path in origins if path}
 
@@ -191,13 +191,13 @@ def _leaf_origins(recipe: Recipe, tree: Any, origins: dict[Path, Origin]) -> dic
 
 
 def _lines(value: Any, path: Path, indent: str) -> Iterator[tuple[str, Path | None]]:
-    """`value` in block style, a line at a time; with the path where a line ends in a value."""
+    """The lines of `value` in YAML block style, each with the path of the value it ends in, or None."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         head = f"{indent}-" if isinstance(key, int) else f"{indent}{write_scalar(key)}:"
         here = (*path, key)
         if not (isinstance(item, dict | list) and item):
             yield f"{head} {write_scalar(item)}", here
-        elif isinstance(key, int):  # the first line of an item goes beside its dash
+        elif isinstance(key, int):  # the first line of an item follows its dash
             (first, at), *others = _lines(item, here, indent + "  ")
             yield f"{head} {first.lstrip()}", at
             yield from others

@@ -1,6 +1,7 @@
-"""What is wrong with a recipe, in sentences: path, value, where it stands, what is wrong, remedy.
+"""Sentences about what is wrong with a recipe: path, value, line, what is wrong, remedy.
 
-Turns pydantic's errors, which speak of types and unions, into what a person can act on, and keeps them to one screen.
+Turns pydantic's errors, which speak of types and unions, into messages a user can act on, and limits them to one
+screen.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ _KINDS = {
 _NAMED_VALUE = re.compile(r"([\w.]+) = (\S+?)(?=[\s;,:]|$)")
 
 
-def complaints(error: ValidationError, tree: Any, places: Mapping[Path, str]) -> str:
-    """All that is wrong, a line each. `places` says where each value of `tree` stands."""
+def error_messages(error: ValidationError, tree: Any, places: Mapping[Path, str]) -> str:
+    """Everything that is wrong, one line each. `places` has the origin of each value of `tree`."""
     grouped: dict[Path, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         grouped.setdefault(_path(detail), []).append(detail)
-    lines = [_complaint(path, details, tree, places) for path, details in grouped.items()]
+    lines = [_message(path, details, tree, places) for path, details in grouped.items()]
     more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
     return "\n".join(lines[:MOST] + more)
 
 
 def _path(detail: ErrorDetails) -> Path:
-    """Where the error is, without the names of union members; unknown and missing keys stay at the end."""
+    """The path of the error, without the names of union members; unknown and missing keys stay at its end."""
     path: Path = detail["loc"]
     if detail["type"] in ("extra_forbidden", "missing"):
         return (*schema.known_part(path[:-1]), path[-1])
@@ -52,7 +53,7 @@ def _path(detail: ErrorDetails) -> Path:
     return (*known, "kind") if detail["type"] == "union_tag_invalid" else known
 
 
-def _complaint(path: Path, details: list[ErrorDetails], tree: Any, places: Mapping[Path, str]) -> str:
+def _message(path: Path, details: list[ErrorDetails], tree: Any, places: Mapping[Path, str]) -> str:
     kind = details[0]["type"]
     name = show(dotted(path), 80)[1:-1]
     if kind == "value_error":
@@ -70,7 +71,7 @@ def _complaint(path: Path, details: list[ErrorDetails], tree: Any, places: Mappi
 
 
 def _wrong(value: Any, details: list[ErrorDetails]) -> str:
-    """What is wrong with one value, from all the errors that pydantic has about it."""
+    """What is wrong with one value, from all of pydantic's errors about it."""
     first, context = details[0], details[0].get("ctx", {})
     kinds = dict.fromkeys(_KINDS[d["type"]] for d in details if d["type"] in _KINDS)
     if "a number" in kinds:
@@ -86,7 +87,7 @@ def _wrong(value: Any, details: list[ErrorDetails]) -> str:
         if key in context:
             return f"must be {words} {context[key]}"
     if first["type"] == "string_pattern_mismatch":
-        return "has characters that cannot be here"
+        return "has characters that are not allowed"
     if first["type"] == "string_too_short":
         return "is empty; give a value"
     if first["type"] == "too_short":
@@ -97,18 +98,18 @@ def _wrong(value: Any, details: list[ErrorDetails]) -> str:
 
 
 def _rewritten(value: Any, kinds: list[str]) -> str:
-    """How to write the same value right, where that can be told."""
+    """How to write the same value correctly, if that is clear; else empty."""
     if isinstance(value, float) and value.is_integer() and kinds == ["a whole number"]:
         return f"; write {int(value)}"
     if isinstance(value, str) and kinds == ["true or false"] and value.lower() in ("yes", "no", "on", "off"):
         return f"; write {'true' if value.lower() in ('yes', 'on') else 'false'}"
     if isinstance(value, str) and "text" not in kinds and re.fullmatch(r"[-+]?[\d_.]+(e[-+]?\d+)?", value):
-        return "; take the quotes off"
+        return "; remove the quotes"
     return ""
 
 
 def _from_validator(path: Path, message: str, tree: Any, places: Mapping[Path, str]) -> str:
-    """A config's own sentence, which names field, value and remedy; adds the block and where the field stands."""
+    """The sentence of a config's validator, which has field, value and remedy, with the block and the line added."""
     message = safe_text(message)
     for named, value in _NAMED_VALUE.findall(message):
         for place in places:
@@ -123,7 +124,7 @@ def _from_validator(path: Path, message: str, tree: Any, places: Mapping[Path, s
 
 
 def _where(path: Path, places: Mapping[Path, str]) -> str:
-    """Where the value stands, or the innermost block around it that stands somewhere."""
+    """The origin of the value, or of the innermost enclosing block that has one."""
     for length in range(len(path), -1, -1):
         if path[:length] in places:
             return places[path[:length]]

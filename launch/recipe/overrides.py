@@ -1,7 +1,7 @@
 """`key=value` on the command line: sets one value, or a whole block, in the recipe's tree before it is checked.
 
-A key is a dotted path; items of a list go by their number, from 0 (`stages.0.samples=320`). A value is YAML, as in the
-recipe (`stages=[{samples: 40000}]`, `model.captioner=null`). Later overrides see what earlier ones have set.
+A key is a dotted path, with list items by index from 0 (`stages.0.samples=320`). A value is YAML, as in the recipe
+(`stages=[{samples: 40000}]`, `model.captioner=null`). Overrides are applied in order.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def parse_override(text: str) -> Override:
 
 
 def secret_found(where: str) -> str:
-    """What to tell a person who wrote credentials into a recipe; never repeats them."""
+    """The message for credentials in a recipe, without repeating them."""
     return (
-        f"{where} holds credentials inside a URL. A recipe is kept in the run folder and in every commit; take them "
-        f"out and give them by environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) or by the "
-        f"credentials file (~/.aws/credentials)"
+        f"{where} holds credentials inside a URL. A recipe is stored in the run folder and in every commit; remove "
+        f"them, and set environment variables (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) or the "
+        f"credentials file (~/.aws/credentials) instead"
     )
 
 
 def apply_override(tree: Any, override: Override) -> Path:
-    """Set the value in `tree` (changed in place) and return its path. Raises RecipeError if there is no such place."""
+    """Set the value in `tree` (changed in place) and return its path. Raises RecipeError if that path cannot exist."""
     parts = override.key.split(".")
     branch: Any = tree
     slot: Any = Recipe
@@ -72,20 +72,20 @@ def _next_key(branch: Any, slot: Any, parts: list[str], path: Path, override: Ov
             raise _refused(
                 override,
                 f"{dotted(path)} is a list and has no item {show(parts[0])} (items: {last}); "
-                f"give an item's number, or the whole list as {dotted(path)}=[...]",
+                f"give the index of an item, or the whole list as {dotted(path)}=[...]",
             )
         return number, 1
-    for used in range(len(parts), 1, -1):  # the keys of a table may hold dots, as in grow: {image.depth: 8}
+    for used in range(len(parts), 1, -1):  # keys of a table may contain dots, as in grow: {image.depth: 8}
         if ".".join(parts[:used]) in branch:
             return ".".join(parts[:used]), used
-    blocks = bool(schema.blocks(schema.part(slot, parts[0])))  # named blocks: what follows the name is a field
+    blocks = bool(schema.blocks(schema.part(slot, parts[0])))  # a table of blocks: after the name comes a field
     if schema.is_free_table(slot) and not blocks and parts[0] not in branch:
         return ".".join(parts), len(parts)
     return parts[0], 1
 
 
 def _enter(branch: Any, key: str | int, slot: Any, path: Path, override: Override) -> Any:
-    """The mapping or list at `key` of `branch`; a mapping is made where there is none yet."""
+    """The mapping or list at `key` of `branch`; a missing mapping is created."""
     inside = branch[key] if isinstance(key, int) else branch.get(key)
     if inside is None:
         if schema.is_list(slot):
@@ -103,5 +103,5 @@ def _refused(override: Override, why: str) -> RecipeError:
 
 
 def dotted(path: Path) -> str:
-    """`path` as a person writes it."""
+    """`path` with dots, safe to print."""
     return safe_text(".".join(str(key) for key in path))

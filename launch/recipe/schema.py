@@ -1,6 +1,6 @@
-"""The keys a recipe may have, read off the config classes; for overrides and for "did you mean".
+"""The valid keys of a recipe, derived from the config classes; for overrides and for "did you mean".
 
-A *slot* is the annotation of a field, with Optional and Annotated taken off. Three kinds of slot have parts: a config
+A *slot* is the annotation of a field, without Optional and Annotated. Three kinds of slot have parts: a config
 block (its fields; of a union of blocks, such as the engines, the fields of all), a list (`tuple[X, ...]`) and a table
 of free keys (`dict[str, X]`). Everything else is a value.
 """
@@ -20,7 +20,7 @@ from .yaml_lines import Path
 
 
 def blocks(slot: Any) -> tuple[type[BaseModel], ...]:
-    """The config classes of a slot that is a block: one, or several of which the key `kind` chooses; else none."""
+    """The config classes of a block: one, or several among which the key `kind` selects; empty for other slots."""
     slot = _bare(slot)
     members = get_args(slot) if get_origin(slot) in (Union, types.UnionType) else (slot,)
     bare = [_bare(member) for member in members]
@@ -28,8 +28,8 @@ def blocks(slot: Any) -> tuple[type[BaseModel], ...]:
 
 
 def fields(slot: Any, key: str = "") -> dict[str, FieldInfo]:
-    """The fields of a block; of several blocks those of all. A block whose fields other packages may add to has a
-    function `recipe_fields`, which looks for `key` there."""
+    """The fields of a block, or of all blocks of a union. A block to which other packages may add fields has a function
+    `recipe_fields`, which also looks for `key` in those packages."""
     found: dict[str, FieldInfo] = {}
     for config in reversed(blocks(slot)):
         of = getattr(config, "recipe_fields", None)
@@ -48,7 +48,7 @@ def is_free_table(slot: Any) -> bool:
 
 
 def part(slot: Any, key: str | int) -> Any | None:
-    """The slot of one part of `slot`; None if there is no such part."""
+    """The slot of one part of `slot`; None if it does not exist."""
     slot = _bare(slot)
     if blocks(slot):
         field = fields(slot, str(key)).get(str(key))
@@ -71,7 +71,7 @@ def slot_at(path: Path) -> Any | None:
 
 
 def known_part(path: Path) -> Path:
-    """The longest start of `path` that a recipe can have, without the names of union members that pydantic inserts."""
+    """The longest valid prefix of `path`, without the names of union members that pydantic inserts."""
     slot: Any = Recipe
     known: Path = ()
     for key in path:
@@ -85,18 +85,18 @@ def known_part(path: Path) -> Path:
 
 
 def _kinds(slot: Any) -> dict[str, type[BaseModel]]:
-    """Of a union of blocks, which block each value of `kind` chooses."""
+    """The blocks of a union by the value of `kind` that selects each."""
     return {get_args(config.model_fields["kind"].annotation)[0]: config for config in blocks(slot)}
 
 
 def field_purpose(path: Path) -> str:
-    """What the field at `path` is for, in the words of its config; empty if it does not say."""
+    """The description of the field at `path`; empty if it has none."""
     field = fields(slot_at(path[:-1])).get(str(path[-1])) if path else None
     return (field.description or "") if field else ""
 
 
 def all_paths() -> list[str]:
-    """Every key of a recipe, dotted, with N for the place in a list."""
+    """Every key of a recipe as a dotted path, with N for the index in a list."""
 
     def walk(slot: Any, prefix: str) -> Iterator[str]:
         if blocks(slot):
@@ -110,11 +110,11 @@ def all_paths() -> list[str]:
 
 
 def unknown(path: Path) -> str:
-    """What is wrong with the unknown key at the end of `path`, and what to write instead."""
+    """The message about the unknown key at the end of `path`: what is wrong, and what to write instead."""
     key, level = str(path[-1]), path[:-1]
     if kinds := [kind for kind, config in _kinds_of(level).items() if key in config.model_fields]:
         block = ".".join(map(str, level))
-        return f"only for {block}.kind = {' or '.join(kinds)}; set that, or leave {key} out"
+        return f"only for {block}.kind = {' or '.join(kinds)}; set that, or remove {key}"
     return f"no such key; {_suggestion(key, level)}"
 
 
@@ -124,7 +124,7 @@ def _kinds_of(level: Path) -> dict[str, type[BaseModel]]:
 
 
 def _suggestion(key: str, level: Path) -> str:
-    """What to write instead of a key that the block at `level` does not have."""
+    """What to write instead of an unknown key of the block at `level`."""
     known = list(fields(slot_at(level)))
     everywhere = all_paths()
     if "." in key and slot_at((*level, *key.split("."))) is not None:

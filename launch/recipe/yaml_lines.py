@@ -1,11 +1,11 @@
-"""YAML in which every value knows its line.
+"""Reads YAML with the line number of every value.
 
-Why not tyro, jsonargparse, Hydra or ruamel.yaml: the first three do not say at which line of which file a wrong value
-stands; ruamel.yaml does, and reads the rest of YAML too, which is refused here.
+Why not tyro, jsonargparse, Hydra or ruamel.yaml: the first three do not report the file and line of a wrong value;
+ruamel.yaml does, but also accepts the rest of YAML, which is refused here.
 
-A subset of YAML 1.2, so that nothing a person writes turns into something else: numbers may be written 1e-3 and 20_000;
-only `true` and `false` are booleans (`no` is Norway, 1:30 is not ninety); a key stands once; there are no anchors, tags
-or infinities. Nothing but mappings, lists, text, numbers, booleans and null can come out.
+It is a subset of YAML 1.2 in which no value is silently converted: numbers may be written 1e-3 and 20_000; only `true`
+and `false` are booleans (`no` is text, and so is 1:30); duplicate keys, anchors, tags and infinities are refused. The
+result consists of mappings, lists, text, numbers, booleans and null only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SCALARS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars above, without anchors, and with a bound on nesting."""
+    """SafeLoader with the scalars above, without anchors, and with limited nesting."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012
     depth = 0
@@ -39,9 +39,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise RecipeError(f"line {_line(event)}: anchors (&) and aliases (*) are not read; write the value out")
+            raise RecipeError(f"line {_line(event)}: anchors (&) and aliases (*) are not allowed; write the value out")
         if getattr(event, "tag", None):
-            raise RecipeError(f"line {_line(event)}: the tag {show(event.tag)} is not read; write the plain value")
+            raise RecipeError(f"line {_line(event)}: the tag {show(event.tag)} is not allowed; write the plain value")
         if self.depth >= DEEPEST:
             raise RecipeError(f"line {_line(event)}: nested more than {DEEPEST} deep; a recipe needs no more than 5")
         self.depth += 1
@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text in quotes wherever the loader would read something else, and every value out."""
+    """Quotes text that the loader would read as another type, and writes no aliases."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012
 
@@ -65,7 +65,7 @@ for _kind in (_Loader, _Dumper):
 
 
 def read_yaml(text: str) -> tuple[Any, dict[Path, int]]:
-    """The value written in `text`, and the line (from 1) of every value in it by its path.
+    """The value of `text`, and the line (from 1) of every value in it by path.
 
     Raises RecipeError with the line of the mistake.
     """
@@ -77,13 +77,11 @@ def read_yaml(text: str) -> tuple[Any, dict[Path, int]]:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = safe_text(", ".join(part for part in (error.context, error.problem) if part))
-        raise RecipeError(
-            f"{where}this is not YAML: {problem}; check colons, brackets, quotes and indentation"
-        ) from None
+        raise RecipeError(f"{where}not valid YAML: {problem}; check colons, brackets, quotes and indentation") from None
     except yaml.reader.ReaderError as error:
         raise RecipeError(f"character {error.position} is {show(chr(int(error.character)))}; remove it") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"this is not YAML: {safe_text(str(error))}") from None
+        raise RecipeError(f"not valid YAML: {safe_text(str(error))}") from None
 
 
 def write_yaml(value: object) -> str:
@@ -118,7 +116,7 @@ def _plain(node: yaml.Node, path: Path, lines: dict[Path, int]) -> Any:
         key = key_node.value
         if key in mapping:
             first = lines[(*path, key)]
-            raise RecipeError(f"line {_line(key_node)}: {show(key)} stands twice (first on line {first}); keep one")
+            raise RecipeError(f"line {_line(key_node)}: duplicate key {show(key)} (first on line {first}); keep one")
         mapping[key] = _plain(value_node, (*path, key), lines)
         lines[(*path, key)] = _line(key_node)
     return mapping
@@ -138,5 +136,5 @@ def _scalar(node: yaml.Node) -> str | int | float | bool | None:
     except ValueError:  # more digits than Python converts
         number = float("inf")
     if len(digits) > LONGEST_NUMBER or abs(number) == float("inf"):
-        raise RecipeError(f"line {_line(node)}: {show(text)} is no number that can be used; write a smaller one")
+        raise RecipeError(f"line {_line(node)}: {show(text)} is too large for a number; write a smaller one")
     return number

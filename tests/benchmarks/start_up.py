@@ -110,13 +110,13 @@ def make_source(folder: Path, shards: int, tar: Path) -> dict[str, str]:
 def sum_up(urls: dict[str, str]) -> float:
     """Makes the summaries of a source. Seconds of the first opening, where every shard has an index already."""
     from treering.data.shards.listing import list_shards
-    from treering.data.shards.opening import summed_up
+    from treering.data.shards.opening import summarize_shards
     from treering.data.shards.summary import write_summary
 
     found = list_shards(urls["glob"])
     begun = time.perf_counter()
     with one_key_in_many_shards():
-        summary = summed_up(urls["glob"], found)
+        summary = summarize_shards(urls["glob"], found)
     seconds = time.perf_counter() - begun
     write_summary(urls["braces"], summary)
     return seconds

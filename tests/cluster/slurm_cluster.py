@@ -11,7 +11,7 @@ cut off. There is no way from the machine into it: commands go in by `enter`.
 
     python tests/cluster/slurm_cluster.py enter DIR sinfo   a command as on the login node
     python tests/cluster/slurm_cluster.py cut DIR n2        pull the node's network cable
-    python tests/cluster/slurm_cluster.py mend DIR n2
+    python tests/cluster/slurm_cluster.py reconnect DIR n2
 
 A node is a slurmd in namespaces of its own (mount, host name, processes), held by one process: killing that one ends
 everything on the node at once. Disk, memory and cores are the machine's and shared. Every time-out is far
@@ -179,14 +179,14 @@ class Cluster:
         assert self.network, "only a cluster that was started with a network of its own has cables"
         self.network.link(name, up=False)
 
-    def mend(self, name: str) -> None:
-        """Join it again; returns when it can be used."""
+    def reconnect(self, name: str) -> None:
+        """Reconnect it; returns when Slurm can use it."""
         assert self.network
         self.network.link(name, up=True)
         self.wait_for_nodes()
 
     def wait_for_nodes(self) -> None:
-        """Until all nodes are up."""
+        """Wait until all nodes are up."""
         up = ("idle", "mixed", "allocated", "completing")
 
         def ready() -> bool:
@@ -367,7 +367,7 @@ def main() -> None:
     if verb == "install":
         install()
         return
-    verbs = ("start", "stop", "status", "kill-node", "start-node", "enter", "cut", "mend")
+    verbs = ("start", "stop", "status", "kill-node", "start-node", "enter", "cut", "reconnect")
     if verb not in verbs or not rest:
         raise SystemExit(__doc__)
     if reason := lacking():
@@ -384,9 +384,12 @@ def main() -> None:
         command = cluster.on_login_node(*rest[1:])
         os.execvpe(command[0], command, cluster.environment)
     else:
-        {"kill-node": cluster.kill_node, "start-node": cluster.start_node, "cut": cluster.cut, "mend": cluster.mend}[
-            verb
-        ](rest[1])
+        {
+            "kill-node": cluster.kill_node,
+            "start-node": cluster.start_node,
+            "cut": cluster.cut,
+            "reconnect": cluster.reconnect,
+        }[verb](rest[1])
 
 
 if __name__ == "__main__":

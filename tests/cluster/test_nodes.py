@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(300)
 def test_three_nodes_then_two_then_three(
     bench: Bench, recipe: Path, uninterrupted: list[tuple[int, float]], tmp_path: Path
 ) -> None:
-    """A node dies and comes back: the run goes on with two, and takes the third up again by itself."""
+    """A node dies and comes back: the run continues with two nodes, and uses the third again without a command."""
     cluster, run = bench.cluster, tmp_path / "run"
     bench.pause(0.3)
     job = bench.submit(str(recipe), "--nodes", "2-3", "--out", str(run), **bench.site("expand: 4\n"))
@@ -31,7 +31,7 @@ def test_three_nodes_then_two_then_three(
     bench.pause(0)
     until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(run)}", 120)
     hosts = [attempt["hosts"] for attempt in attempts(run)]
-    # Slurm may end the step once more, when its word to the dead node at last arrives: the run goes on as it was.
+    # Slurm may end the step once more, when its message to the dead node arrives late: the run continues unchanged.
     assert [host for host, _ in itertools.groupby(hosts)] == [["n1", "n2", "n3"], ["n1", "n2"], ["n1", "n2", "n3"]]
     as_if_nothing_had_happened(run, uninterrupted, 1e-5)
     ends = [row["reason"] for row in read_rows(attempts_file(run)) if row["event"] == "end"]
@@ -68,7 +68,7 @@ def test_the_first_node_does_not_see_where_it_would_write(bench: Bench, recipe: 
     """The batch script runs there, and can but ask for another node."""
     job = bench.submit(str(recipe), "--nodes", "1", "--out", str(blind), "stages.0.samples=180")
     until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(blind)}", 150)
-    assert "leaves out n1" in log(blind)
+    assert "excludes n1" in log(blind)
     assert [attempt["hosts"] for attempt in attempts(blind)] == [["n2"]]
     assert step(blind) == 15
 
@@ -78,7 +78,7 @@ def test_an_unfit_node_is_named_and_others_are_asked_for(bench: Bench, recipe: P
     until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(blind)}", 150)
     assert "n2: this node cannot train: it does not see the run folder" in log(blind)
     assert "asking Slurm for others" in log(blind)
-    assert "leaves out n2" in log(blind)
+    assert "excludes n2" in log(blind)
     assert [attempt["hosts"] for attempt in attempts(blind)] == [["n1", "n3"]]
     assert "ExcNodeList=n2" in bench.cluster.run("scontrol", "-o", "show", "job", job).stdout
     assert bench.cluster.run("sinfo", "-h", "-N", "-n", "n2", "-p", "main", "-o", "%T").stdout == "idle\n"
@@ -86,11 +86,11 @@ def test_an_unfit_node_is_named_and_others_are_asked_for(bench: Bench, recipe: P
 
 
 def test_an_unfit_node_is_drained_where_the_site_says_so(bench: Bench, recipe: Path, blind: Path) -> None:
-    """Here the job may use fewer nodes, so it goes on at once."""
+    """Here the job may use fewer nodes, so it continues at once."""
     words = [str(recipe), "--nodes", "1-2", "--out", str(blind), "stages.0.samples=180"]
     job = bench.submit(*words, **bench.site("drain: true\n"))
     until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(blind)}", 150)
-    assert "goes on without n2" in log(blind)
+    assert "continues without n2" in log(blind)
     assert [attempt["hosts"] for attempt in attempts(blind)] == [["n1"]]
     node = bench.cluster.run("scontrol", "show", "node", "n2").stdout
     assert "DRAIN" in node

@@ -1,4 +1,4 @@
-"""A node that is cut off from the others but not from the disk: the run goes on elsewhere, and only there.
+"""A node that is cut off from the others but not from the disk: the run continues elsewhere, and only there.
 
 This is the worst that a network can do: Slurm takes the node for dead and starts the job on another one, while
 everything on it still runs and still reaches the run folder and the store.
@@ -67,14 +67,14 @@ def test_a_node_that_is_cut_off(
         until(lambda: apart.state(job) == "COMPLETED", lambda: f"{apart.state(job)}\n{log(run)}", 120)
         left = _modified(run)
     finally:
-        cluster.mend(cut)
+        cluster.reconnect(cut)
     first, second = attempts(run)
     assert cut not in second["hosts"]
     assert (first["attempt"], second["attempt"]) == (1, 2)
     _written_by_one_at_a_time(run)
-    told = read_rows(attempts_file(run))
-    assert [row["event"] for row in told] == ["begin", "end", "begin", "end"]
-    assert [row["kind"] for row in told if row["event"] == "end"][-1] == "finished"
+    recorded = read_rows(attempts_file(run))
+    assert [row["event"] for row in recorded] == ["begin", "end", "begin", "end"]
+    assert [row["kind"] for row in recorded if row["event"] == "end"][-1] == "finished"
     conftest.as_if_nothing_had_happened(run, uninterrupted, 1e-5)
     time.sleep(2)
     assert apart.state(job) == "COMPLETED"
@@ -89,8 +89,8 @@ def _written_by_one_at_a_time(run: Path) -> None:
     assert after == rows(run)[resumed + 1 :]
     assert [row["step"] for row in rows(run) if row["event"] == "step"] == sorted({at for at, _ in losses(run)})
     text = (run / "job.log").read_text()
-    assert text.count("begins on") == 2
-    last = text.rpartition("begins on")[2]
+    assert text.count("starts on") == 2
+    last = text.rpartition("starts on")[2]
     assert last.count("srun ended with code") == last.count("srun ended with code 0") == 1
     beats = [json.loads(path.read_text()) for path in (run / "heartbeats").glob("rank-*.json")]
     assert {beat["host"] for beat in beats} == set(attempts(run)[1]["hosts"])
@@ -123,14 +123,14 @@ def test_a_node_with_a_slow_network_is_left_out(apart: Bench, recipe: Path, tmp_
     if shutil.which("tc") is None or _shape(cluster, *shape):
         pytest.skip("this machine cannot make a network slow (tc, tbf)")
     try:
-        site = apart.site("max_bandwidth: 0.02\nexpand: 0\n")
+        site = apart.site("min_bandwidth: 0.02\nexpand: 0\n")
         words = [str(recipe), "--nodes", "2-3", "--out", str(run), "stages.0.samples=180"]
         job = apart.submit(*words, **site)
         until(lambda: apart.state(job) == "COMPLETED", lambda: f"{apart.state(job)}\n{log(run)}", 150)
     finally:
         _shape(cluster, "qdisc", "delete", "dev", "eth0", "root")
     assert "n2: this node cannot train: all-reduce at 0.0" in log(run)
-    assert "goes on without n2" in log(run)
+    assert "continues without n2" in log(run)
     assert [start["hosts"] for start in attempts(run)] == [["n1", "n3"]]
     assert losses(run)[-1][0] == 15
 

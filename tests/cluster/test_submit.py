@@ -17,28 +17,34 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
-        (["--nodes", "1", "--partition", "nowhere"], "there is no partition 'nowhere'; known here: high, main, short"),
+        (
+            ["--nodes", "1", "--partition", "nowhere"],
+            "partition 'nowhere' does not exist; known here: high, main, short",
+        ),
         (["--nodes", "6"], "partition main has 3 nodes"),
-        (["--nodes", "3", "--partition", "short"], "more than partition short gives a job, 2"),
-        (["--nodes", "1", "--partition", "short", "--time", "2:00:00"], "more than partition short allows, 01:00:00"),
+        (["--nodes", "3", "--partition", "short"], "exceeds the limit of partition short for a job, 2"),
+        (
+            ["--nodes", "1", "--partition", "short", "--time", "2:00:00"],
+            "exceeds the limit of partition short, 01:00:00",
+        ),
         (["--nodes", "1", "--gpus-per-node", "12"], "Slurm would refuse the job"),
         (["--nodes", "2", "--processes-per-node", "5"], "cannot share data.batch = 12 evenly"),
         (["--nodes", "1", "optimizer.lr=fast"], "optimizer.lr"),
-        (["--nodes", "1", "--partition", "main; touch x"], "is no name Slurm could have"),
-        (["--nodes", "two"], "is no number of nodes"),
+        (["--nodes", "1", "--partition", "main; touch x"], "is not a valid name in Slurm"),
+        (["--nodes", "two"], "is not a number of nodes"),
     ],
 )
 def test_a_bad_submission_is_refused_and_leaves_nothing(
-    words: list[str], told: str, bench: Bench, recipe: Path, tmp_path: Path
+    words: list[str], message: str, bench: Bench, recipe: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     begun = time.monotonic()
     done = bench.treering("submit", str(recipe), "--out", str(out), *words)
     print(f"refused in {time.monotonic() - begun:.1f} s")
     assert done.returncode == 2
-    assert told in done.stderr.replace("\n", " ")
+    assert message in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
     assert not out.exists()
     assert not bench.cluster.run("squeue", "-h").stdout
@@ -85,7 +91,7 @@ def test_two_nodes_two_processes_and_a_bucket(bench: Bench, recipe: Path, tmp_pa
         assert status["nodes"] == ["n1", "n2"]
         assert status["step"] == FEW
         assert status["commit_age"] < 600
-    assert "begins on 2 nodes" in bench.treering("logs", str(run)).stdout
+    assert "starts on 2 nodes" in bench.treering("logs", str(run)).stdout
     assert bench.treering("logs", str(run), "--rank", "3").returncode == 0
 
 

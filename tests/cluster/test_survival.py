@@ -66,9 +66,9 @@ class Patient:
         print(f"{name}: {first - before:.1f} s", flush=True)
 
     def _parts(self, name: str, before: float, first: float) -> Happened:
-        told = [row for row in read_rows(attempts_file(self.run)) if row["time"] > before]
-        begun = [row for row in told if row["event"] == "begin"][-1]
-        ended = next((row["time"] for row in told if row["event"] == "end" and row["kind"] != "outside"), before)
+        recorded = [row for row in read_rows(attempts_file(self.run)) if row["time"] > before]
+        begun = [row for row in recorded if row["event"] == "begin"][-1]
+        ended = next((row["time"] for row in recorded if row["event"] == "end" and row["kind"] != "outside"), before)
         return Happened(name, first - before, ended - before, begun["time"] - ended, first - begun["time"])
 
     def _attempts(self) -> int:
@@ -134,7 +134,9 @@ def test_everything_happens_to_one_run(
     cluster.start()
     as_if_nothing_had_happened(run, uninterrupted)
     ends = [row["reason"] for row in read_rows(attempts_file(run)) if row["event"] == "end"]
-    for number, words in enumerate(("killed by SIGKILL", "waited in vain", "", "announced an end", "announced an end")):
+    for number, words in enumerate(
+        ("killed by SIGKILL", "waited without progress", "", "announced an end", "announced an end")
+    ):
         assert words in ends[number], ends
     assert ends[-1] == "the run came to its end"
     lineage = json.loads((run / "lineage.json").read_text())

@@ -278,7 +278,7 @@ def test_spares_of_a_lane_come_from_its_window_first(step: int, slot: int) -> No
     each = Order(2, [[9] * 12], [Mixture(0, (1.0,))], 4, shuffle=24, lanes=4)
     place = list(each.places(step))[slot]
     start, size = each.sources[0].window(place.draw)
-    near = {each.sources[0].at(place.draw, start + i) for i in range(size)}
+    near = {each.sources[0].number_at(place.draw, start + i) for i in range(size)}
     assert place.number in near
     assert 1 <= size <= 6
     assert {each.spare(place, attempt) for attempt in range(size - 1)} == near - {place.number}

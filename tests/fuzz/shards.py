@@ -40,7 +40,7 @@ from treering.data.order import stream
 from treering.data.samples.clip_tokenizer import clean_text
 from treering.data.samples.decode import captions_and_labels, picture, random_crop
 from treering.data.tools.contact_sheet import Section, cards, write_sheet
-from treering.data.tools.inspect import drawn, inspect, look
+from treering.data.tools.inspect import inspect, inspect_sample, sample_numbers
 from treering.data.tools.lint import lint, write_ledger
 from treering.data.tools.pack import pack
 from treering.tests.fuzz import hostile
@@ -81,8 +81,8 @@ def exercise(folder: Path, random: Random, counts: Counter[str]) -> None:
             named = {(entry.shard, entry.key) for entry in found.bad}
             if not found.faults:
                 assert {(source.shard(n), source.key(n)) for n in bad} == named, "lint and source disagree"
-            inspect(source, drawn(source, 9))
-            seen = [Section("", cards(source, drawn(source, 9)))]
+            inspect(source, sample_numbers(source, 9))
+            seen = [Section("", cards(source, sample_numbers(source, 9)))]
             for name in ("sheet.html", "sheet.png"):
                 write_sheet(folder / "out" / name, url, "", seen)
         with _refusals(counts, "loader"):
@@ -117,7 +117,7 @@ def _readable(source: Any, number: int, counts: Counter[str]) -> bool:
         assert 2 <= len(ids) <= 77
         tokenizer.decode(ids)
         clean_text(caption)
-    look(source, number, tokenizer)
+    inspect_sample(source, number, tokenizer)
     counts["usable"] += 1
     return True
 

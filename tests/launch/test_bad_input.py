@@ -70,9 +70,9 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) < 24
-    told = " ".join(done.stderr.split())
+    shown = " ".join(done.stderr.split())
     for word in words:
-        assert word in told, done.stderr
+        assert word in shown, done.stderr
 
 
 def test_missing_shards(tmp_path: Path) -> None:

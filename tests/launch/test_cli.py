@@ -123,7 +123,7 @@ def test_data_pack(treering: Command, refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "table.tsv").write_text("a.png\tanother\n")
     assert "shards/red holds shards packed from another" in refused(*again)
     assert "must be i/n" in refused(*again, "--part", "8/8")
-    assert "nothing is there" in refused("data", "pack", str(tmp_path / "none.tsv"), "shards/none")
+    assert "not found" in refused("data", "pack", str(tmp_path / "none.tsv"), "shards/none")
 
 
 def test_doctor(treering: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_doctor_says_what_is_lacking(treering: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "emojy"], ["no recipe 'emojy'", "emoji, photos"]),
+        (["train", "emojy"], ["the recipe 'emojy' does not exist", "emoji, photos"]),
         (["explain", "emoji", "model.image.dpeth=1"], ["did you mean depth"]),
         (["train", "emoji", "data.batch=[1"], ["data.batch", "YAML"]),
         (["train", "emoji", "[red]x[/red]=1"], ["[red]x[/red]"]),
@@ -184,18 +184,18 @@ def test_doctor_says_what_is_lacking(treering: Command, tmp_path: Path) -> None:
         (["report", "nowhere"], ["nowhere", "no run folder"]),
         (["eval", "nowhere"], ["nowhere", "no commit"]),
         (["eval", "nowhere", "--suite", "foo"], ["'foo'", "retrieval"]),
-        (["data", "batch", "emoji", "--step", "999999999"], ["after the run's end"]),
+        (["data", "batch", "emoji", "--step", "999999999"], ["beyond the end of the run"]),
         (["data", "batch", "emoji", "--world", "7"], ["7 processes"]),
     ],
 )  # fmt: skip
-def test_a_persons_mistake_is_one_short_message(refused: Refused, arguments: list[str], words: list[str]) -> None:
+def test_a_users_mistake_is_one_short_message(refused: Refused, arguments: list[str], words: list[str]) -> None:
     message = refused(*arguments)
     assert all(word in message for word in words), message
     assert "hunter2" not in message
     assert "\x1b" not in message
 
 
-def test_the_command_in_a_process_of_its_own_refuses_alike(process: Command, refused: Refused, here: Path) -> None:
+def test_the_command_in_a_separate_process_refuses_alike(process: Command, refused: Refused, here: Path) -> None:
     for arguments in (["train", "emoji", "sed=1"], ["eval", "nowhere"]):
         done = process(*arguments)
         assert (done.returncode, done.stdout) == (2, "")
@@ -209,7 +209,7 @@ def test_a_full_disk_is_found_before_anything_starts(refused: Refused) -> None:
     assert "checkpoint.keep" in message
 
 
-def test_our_own_mistake_keeps_its_traceback(tmp_path: Path) -> None:
+def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     script = (
         "import treering.launch.commands.status as status, sys\n"
         "def broken(folder): raise ZeroDivisionError('ours')\n"
@@ -288,7 +288,7 @@ def test_nothing_is_left_running(tiny: Path, tmp_path: Path, number: signal.Sign
     """Whatever ends the launcher ends its workers too; SIGTERM and SIGINT reach them first."""
     body = (
         "    open(f'worker-{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\n"
-        "    def note(*_): open(f'told-{os.environ[\"RANK\"]}', 'w'); sys.exit(0)\n"
+        "    def note(*_): open(f'signalled-{os.environ[\"RANK\"]}', 'w'); sys.exit(0)\n"
         "    for each in (signal.SIGTERM, signal.SIGINT): signal.signal(each, note)\n"
         "    time.sleep(600)\n"
     )
@@ -308,7 +308,7 @@ def test_nothing_is_left_running(tiny: Path, tmp_path: Path, number: signal.Sign
         assert launcher.returncode == 130, errors
         assert f"stopped by {number.name}" in errors
         assert "Traceback" not in errors
-        assert (tmp_path / "told-0").exists()
+        assert (tmp_path / "signalled-0").exists()
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -350,11 +350,11 @@ def alive(pid: int) -> bool:
 
 def test_a_commit_is_grown_offline_and_trained_on(treering: Command, refused: Refused, tiny: Path) -> None:
     assert treering("train", str(tiny), "--out", "small").returncode == 0
-    assert "say how long the next one is" in refused("grow", "small", "--out", "large", "--to", "image.depth=2")
+    assert "give the length of the next one" in refused("grow", "small", "--out", "large", "--to", "image.depth=2")
     done = treering("grow", "small", "--out", "large", "samples=16", "--to", "image.depth=2,text.width=24")
     assert done.returncode == 0, done.stderr
     assert "image.depth 1 to 2" in done.stdout
-    assert "computes what it computed before" in done.stdout
+    assert "same function as before" in done.stdout
     assert done.stdout.splitlines()[-1].split(maxsplit=1)[1] == "treering train large/recipe.yaml --out large"
     done = treering("train", "large/recipe.yaml", "--out", "large")
     assert done.returncode == 0, done.stderr

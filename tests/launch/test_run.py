@@ -26,7 +26,7 @@ SAID = {"message": "shard 7 is cut short", "code": 2, "time": 100.7}
         ({0: failed(-15, 99), 1: failed(-9, 100)}, "process 1 was killed by SIGKILL", 1),
         ({0: failed(-15, 100)}, "process 0 was killed by SIGTERM", 1),
         ({0: failed(2, 100, SAID), 1: failed(2, 100, SAID | {"message": "earlier", "time": 100.2})}, "earlier", 2),
-        ({0: failed(75, 100)}, "process 0 waited in vain: nothing from rank 3; stacks in", 1),
+        ({0: failed(75, 100)}, "process 0 waited without progress: nothing from rank 3; stacks in", 1),
     ],
 )
 def test_the_failure_that_came_first_is_shown(failures: dict[int, Any], words: str, code: int, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_limit_too_small_for_the_windows_is_told(
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path))
     s3fs.S3FileSystem().put([str(path) for path in sorted(folder.iterdir())], f"{s3.removeprefix('s3://')}/")
     assert rows(f"{s3}/*.tar", 0, 1, "1MB", steps=2) == rows(str(folder / "*.tar"), 0, 1, "1MB", steps=2)
-    assert "data.cache.limit = 1MB has no room for the 0.0 GB" in caplog.text
+    assert "data.cache.limit = 1MB is less than the 0.0 GB" in caplog.text
     assert not list((tmp_path / "blocks").iterdir() if (tmp_path / "blocks").exists() else [])
 
 
@@ -118,13 +118,13 @@ def test_the_reader_ahead_stays_within_its_bounds_and_ends_with_its_rank(
     from treering.data.loading import prefetch
 
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path))
-    monkeypatch.setattr(prefetch, "_MOST_BYTES", 2_000_000)
+    monkeypatch.setattr(prefetch, "_MAX_BYTES", 2_000_000)
     s3fs.S3FileSystem().put([str(path) for path in sorted(folder.iterdir())], f"{s3.removeprefix('s3://')}/")
     config = DataConfig.model_validate({"train": [{"source": f"{s3}/*.tar"}], "cache": {"limit": "1GB"}, **OPTIONS})
     loader = Loader(config, 24, 16, 3)
     for path in (tmp_path / "blocks").iterdir():  # left there by the walk
         path.unlink()
-    reader = prefetch.Ahead(loader.order, loader.sources, loader.cache, 0, 1, 0)
+    reader = prefetch.Prefetcher(loader.order, loader.sources, loader.cache, 0, 1, 0)
     sizes = [0]
     for step in (0, 10, 20):
         reader.reached(step)
@@ -133,7 +133,7 @@ def test_the_reader_ahead_stays_within_its_bounds_and_ends_with_its_rank(
     reader.close()
     pid = os.fork()
     if pid == 0:  # a rank that is killed
-        reader = prefetch.Ahead(loader.order, loader.sources, loader.cache, 0, 1, 0)
+        reader = prefetch.Prefetcher(loader.order, loader.sources, loader.cache, 0, 1, 0)
         (tmp_path / "reader").write_text(str(multiprocessing.active_children()[0].pid))
         os.kill(os.getpid(), 9)
     os.waitpid(pid, 0)

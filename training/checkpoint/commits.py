@@ -4,11 +4,11 @@ Why not torch's distributed checkpoints (DCP, async_save): they have no place fo
 ZeRO holds, no seal that makes a set visible at once in a store, no checksums, and nothing that keeps a second writer
 out.
 
-A commit is a set of objects under `step-N-attempt-L/`: parts with the tensors, a manifest that lists them with sizes
-and checksums, and last of all a small COMMIT object that holds the manifest's checksum. Readers only look at sets that
-have both, so a writer killed anywhere leaves nothing a reader could see; and what is removed loses its manifest first,
-so that a slow writer's COMMIT that comes after completes nothing. Of two runs in one place the later one has it:
-whoever claimed an attempt before is refused at its next commit. Nothing in a commit is code.
+A commit is a set of objects under `step-N-attempt-M/`: parts with the tensors, a manifest that lists them with sizes
+and checksums, and last a small COMMIT object with the manifest's checksum. Readers only see sets that have both, so a
+writer killed at any moment leaves nothing visible. Removal deletes the manifest first, so that the COMMIT of a slow
+writer cannot complete the set afterwards. If two runs use one place, the later one wins: the attempt that claimed it
+before is refused at its next commit. Nothing in a commit is code.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Commits:
     def claim_attempt(self, who: str) -> int:
         """The number of a new attempt, one more than any before it, taken by at most one run.
 
-        Names of commits hold it, so two attempts never write the same objects. Raises StoreError if another run took
-        it.
+        It is part of the names of commits, so two attempts never write the same objects. Raises StoreError if another
+        run took the number.
         """
         taken = [int(match[1]) for path in self.store.sizes() if (match := _ATTEMPT.match(path))]
         attempt = max([*taken, *(_attempt(name) for name in self._sets())], default=0) + 1
@@ -118,14 +118,14 @@ class Commits:
             )
 
     def begin(self, snapshot: Snapshot, world: World, policy: CheckpointConfig | None = None) -> CommitUpload:
-        """Begin a commit of a snapshot as it is now; every rank calls this, and then leads its upload to the end.
+        """Begin a commit of a snapshot as it is now; every rank calls this, and then drives its upload to the end.
 
-        Of what several ranks hold alike each writes a part. What `policy` does not keep is removed once this commit is
-        complete.
+        Tensors that several ranks hold are divided among them. Commits that `policy` does not keep are removed once
+        this one is complete.
         """
         layout, name, attempt = snapshot.layout or {}, snapshot.name, snapshot.state.attempt
         copies = snapshot.copies or (World(0, 1, world.device) if snapshot.layout else world)
-        starts = {path: stretch.start for path, stretch in layout.items()}
+        starts = {path: flat.start for path, flat in layout.items()}
 
         def complete(parts: Sequence[CommitPart]) -> None:
             manifest = Manifest(
@@ -134,7 +134,7 @@ class Commits:
                 recipe=dict(snapshot.recipe),
                 reason=snapshot.reason,
                 scores=dict(snapshot.scores),
-                shapes={path: stretch.shape for path, stretch in layout.items()},
+                shapes={path: flat.shape for path, flat in layout.items()},
                 parts=tuple(parts),
             )
             self.seal(name, manifest)
@@ -142,7 +142,7 @@ class Commits:
                 self.retain(policy, attempt)
                 self.sweep_uploads(attempt)
 
-        own, discard = _share(snapshot.tensors, copies), partial(self._discard, name)
+        own, discard = _own_part(snapshot.tensors, copies), partial(self._discard, name)
         return CommitUpload(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
 
     def write(self, snapshot: Snapshot, world: World) -> str:
@@ -185,9 +185,9 @@ class Commits:
         )
 
     def retain(self, policy: CheckpointConfig, attempt: int) -> None:
-        """Remove the commits that `policy` does not keep, and what `attempt` and those before it left unfinished.
+        """Remove commits that `policy` does not keep, and unfinished ones of `attempt` and earlier attempts.
 
-        None of this attempt may be under way.
+        No commit of this attempt may be in progress.
         """
         sets = self._sets()
         complete = sorted((name for name, files in sets.items() if _complete(files)), key=_order)
@@ -199,8 +199,7 @@ class Commits:
                 self._manifests.pop(name, None)
 
     def sweep_uploads(self, attempt: int) -> None:
-        """Abort multipart uploads that a kill left half way: those of attempts before `attempt`, and those of a day
-        ago."""
+        """Abort multipart uploads that a kill left unfinished: of earlier attempts, and any older than a day."""
         limit = datetime.now(UTC) - _STALE
         for (path, upload), begun in self.store.uploads().items():
             name = path.partition("/")[0]
@@ -208,7 +207,7 @@ class Commits:
                 self.store.abort(path, upload)
 
     def _kept(self, complete: Sequence[str], policy: CheckpointConfig) -> set[str]:
-        """Which complete commits, oldest first, stay. Whatever was removed before, the answer is the same."""
+        """The complete commits (given oldest first) to keep; the result does not depend on what was removed before."""
         known = {name: manifest for name in complete if (manifest := self._manifest(name))}
         kept = {*complete[-policy.keep :], *(name for name, manifest in known.items() if manifest.reason == "growth")}
         if policy.keep_every:
@@ -222,7 +221,7 @@ class Commits:
         return kept
 
     def _manifest(self, name: str) -> Manifest | None:
-        """A commit's manifest, read once; None if it is damaged: there is nothing in it to keep."""
+        """A commit's manifest, read once; None if it is damaged."""
         if name not in self._manifests:
             try:
                 self._manifests[name] = self.open(name).manifest
@@ -236,7 +235,7 @@ class Commits:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        """Remove a set, its manifest first: from then on no reader sees it, and no writer can complete it."""
+        """Remove a set, its manifest first: after that no reader sees it and no writer can complete it."""
         files = sorted(self._sets().get(name, ()), key=lambda file: (file != "manifest.json", file != "COMMIT"))
         self.store.delete(f"{name}/{file}" for file in files)
         self.store.prune(name)
@@ -261,7 +260,7 @@ def _complete(files: Collection[str]) -> bool:
 
 
 def _seal(digest: str) -> bytes:
-    """The COMMIT object for a manifest; it has a checksum of its own, so that a damaged one is told from the other."""
+    """The COMMIT object for a manifest, with a checksum of its own, so that damage to it is recognised."""
     return json.dumps({"manifest_sha256": digest, "check": hashlib.sha256(digest.encode()).hexdigest()[:16]}).encode()
 
 
@@ -286,8 +285,8 @@ def _attempt(name: str) -> int:
     return int(match[2])
 
 
-def _share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """The tensors this rank writes: each goes to the rank with the least so far, largest first."""
+def _own_part(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """The tensors this rank writes: largest first, each goes to the rank with the fewest bytes so far."""
     loads = [0] * world.size
     mine: dict[str, Tensor] = {}
     for name in sorted(tensors, key=lambda n: (-tensors[n].nbytes, n)):

@@ -1,4 +1,4 @@
-"""The recipe's words on commits: where they go, how often they are taken, which stay, and which a run begins with."""
+"""What a recipe's `checkpoint:` and `init_from:` blocks say."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ...data.units import duration
 class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Where, how often and how long commits are kept. A run always commits before growth and at its end."""
 
-    to: str | None = Field(None, description="any fsspec URL; left out: the folder commits/ of the run")
+    to: str | None = Field(None, description="any fsspec URL; default: the folder commits/ of the run")
     every: tuple[int | str, ...] = Field(
         ("2min",), strict=False, description="2min, 30s, 1h, a number of samples such as 10_000, or a list of these"
     )
     keep: int = Field(3, gt=0, description="newest commits to keep; those before a growth are kept as well")
-    keep_every: int | None = Field(None, gt=0, description="samples; keep the first commit of every so many as well")
+    keep_every: int | None = Field(
+        None, gt=0, description="samples; also keep the first commit in every interval of this length"
+    )
     keep_best: str | None = Field(
-        None, description="a score such as retrieval/image_to_text@1; keep the commit that has the best as well"
+        None, description="a score such as retrieval/image_to_text@1; also keep the commit with the best value"
     )
-    max_bandwidth: float | None = Field(
-        None, gt=0, description="most megabytes a second that each process uploads; left out: all it can"
-    )
+    max_bandwidth: float | None = Field(None, gt=0, description="upload limit of each process in MB/s; default: none")
     staging: str | None = Field(
         None,
         description="a folder on the node's own disk where a snapshot waits for its upload, for stores so slow that it "
-        "would fill the memory; left out: in memory",
+        "would fill the memory; default: it waits in memory",
     )
 
     @field_validator("every", mode="before")
@@ -42,7 +42,7 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             fits = item > 0 if isinstance(item, int) else duration(item) is not None
             if not fits:
                 raise ValueError(
-                    f"{item!r} is no interval; write a time such as 30s, 2min or 1h, or samples such as 10_000"
+                    f"{item!r} is not a valid interval; write a time such as 30s, 2min or 1h, or samples such as 10_000"
                 )
         return value
 
@@ -64,5 +64,6 @@ class InitFromConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     commit: str = Field(description="a commit's URL, or the newest one of a run folder")
     load: Literal["weights", "all"] = Field(
         "weights",
-        description="weights: the first step, with these weights; all: the commit's next step, with its optimizer too",
+        description="weights: start at step 0 with these weights; all: continue at the commit's step, with its "
+        "optimizer state",
     )

@@ -1,7 +1,7 @@
-"""One commit: its manifest, and the way from its parts back to tensors.
+"""One commit: its manifest, and how its parts become tensors again.
 
-The manifest lists every part with its size and checksum. Tensors lie in the parts by logical name, whole or in
-stretches as their engine held them, and are put together whole or in any other stretches.
+The manifest lists every part with its size and checksum. The parts hold tensors by logical name: whole, or in flat
+ranges as the engine's ranks held them. Reading assembles them whole or in any other ranges.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ...models.spec import ModelSpec
-from ..engines.layout import Layout, Stretch
+from ..engines.layout import FlatRange, Layout
 from ..state import RunState
 from .store import Store, StoreError
 from .writer import CommitPart
 
 FORMAT = 2
-"""of commits: what is in them and what it is called. 1 was before the names of release 0.2."""
+"""version of the commit format; 1 was before release 0.2"""
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -37,9 +37,9 @@ class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
     recipe: dict[str, Any]
     reason: str = "interval"
     scores: dict[str, float] = Field(default_factory=dict)
-    """of an evaluation at this very step"""
+    """of an evaluation at this step"""
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-    """of parameters that lie here in stretches: the shape of the whole"""
+    """the whole shape of parameters that are stored in ranges"""
     parts: tuple[CommitPart, ...] = Field(strict=False)
 
 
@@ -57,17 +57,17 @@ class Commit:
 
     @property
     def url(self) -> str:
-        """Where it lies."""
+        """Its URL."""
         return f"{self.store.url}/{self.name}"
 
     def written(self) -> float | None:
-        """Unix time at which it was sealed, if the store tells."""
+        """Unix time at which it was sealed; None if the store does not record it."""
         return self.store.modified(f"{self.name}/COMMIT")
 
     def tensors(self, kind: str | None = None, layout: Layout | None = None) -> dict[str, Tensor]:
-        """All tensors by `kind/name`, or those of one kind; of each what `layout` names, flat, or the whole.
+        """All tensors by `kind/name`, or those of one kind: whole, or the flat ranges that `layout` names.
 
-        Holds one part beside what it returns. Raises DamagedCommit naming the file.
+        Holds at most one part in memory in addition to the result. Raises DamagedCommit naming the file.
         """
         found = _Assembly(self.manifest.shapes, layout)
         for part in self.manifest.parts:
@@ -75,47 +75,49 @@ class Commit:
                 try:
                     found.add(part, self.pieces(part))
                 except (KeyError, RuntimeError) as error:
-                    raise DamagedCommit(f"{self.url}/{part.file} does not hold what it should: {error}") from None
+                    raise DamagedCommit(
+                        f"{self.url}/{part.file} does not hold the tensors of the manifest: {error}"
+                    ) from None
         if missing := found.missing():
             raise DamagedCommit(f"{self.url}: its parts do not hold all of {missing}; use another commit")
         return found.tensors()
 
     def pieces(self, part: CommitPart) -> dict[str, Tensor]:
-        """The tensors, or stretches of them, that lie in one part, by name. Raises DamagedCommit naming the file."""
+        """The tensors, or ranges of tensors, in one part, by name. Raises DamagedCommit naming the file."""
         data = read_verified(self.store, f"{self.name}/{part.file}", part.sha256)
         try:
             return load(data)
         except SafetensorError as error:
-            raise DamagedCommit(f"{self.url}/{part.file} holds no tensors: {error}") from None
+            raise DamagedCommit(f"{self.url}/{part.file} is not a safetensors file: {error}") from None
 
 
 class _Assembly:
-    """Stretches put together from the pieces that lie in parts."""
+    """Assembles tensors or flat ranges from the pieces in parts."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], layout: Layout | None) -> None:
         self._shapes, self._layout = shapes, layout
         self._found: dict[str, Tensor] = {}
         self._filled: dict[str, int] = {}
         self._complete: dict[str, int] = {}
-        """how many elements a tensor should have in the end, by its path"""
+        """number of elements each tensor must have in the end, by path"""
 
-    def _wanted(self, name: str, shape: tuple[int, ...]) -> Stretch:
-        return Stretch(shape, 0, prod(shape)) if self._layout is None else self._layout[name]
+    def _wanted(self, name: str, shape: tuple[int, ...]) -> FlatRange:
+        return FlatRange(shape, 0, prod(shape)) if self._layout is None else self._layout[name]
 
     def needs(self, part: CommitPart) -> bool:
-        """Whether a part may hold anything that is wanted: all wholes may."""
-        needed = len(part.stretches) < part.tensors
-        for name, (start, length) in part.stretches.items():
+        """Whether a part may hold anything that is wanted; a part with whole tensors always may."""
+        needed = len(part.ranges) < part.tensors
+        for name, (start, length) in part.ranges.items():
             wanted = self._wanted(name, self._shapes.get(name, ()))
             needed |= start < wanted.start + wanted.length and wanted.start < start + length
             self._complete[f"{part.kind}/{name}"] = wanted.length
         return needed
 
     def add(self, part: CommitPart, pieces: Mapping[str, Tensor]) -> None:
-        """Take what is wanted out of a part. Raises KeyError or RuntimeError if it does not fit the manifest."""
+        """Copy what is wanted out of a part. Raises KeyError or RuntimeError if it does not match the manifest."""
         for name, piece in pieces.items():
-            path, start = f"{part.kind}/{name}", part.stretches.get(name, (0, 0))[0]
-            shape = self._shapes[name] if name in part.stretches else tuple(piece.shape)
+            path, start = f"{part.kind}/{name}", part.ranges.get(name, (0, 0))[0]
+            shape = self._shapes[name] if name in part.ranges else tuple(piece.shape)
             if start < 0 or start + piece.numel() > prod(shape):
                 raise KeyError(f"{name} reaches beyond its shape {shape}")
             wanted = self._wanted(name, shape)
@@ -130,11 +132,11 @@ class _Assembly:
                 self._filled[path] = self._filled.get(path, 0) + end - first
 
     def missing(self) -> str | None:
-        """A tensor that is not complete, if there is one."""
+        """The path of an incomplete tensor, or None."""
         return next((path for path, size in self._complete.items() if self._filled.get(path, 0) != size), None)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was found, by `kind/name`."""
+        """The assembled tensors, by `kind/name`."""
         if self._layout is not None:
             return {path: torch.empty(0) for path in self._complete} | self._found
         names = {path: path.partition("/")[2] for path in self._found}
@@ -142,7 +144,7 @@ class _Assembly:
 
 
 def read_verified(store: Store, name: str, sha256: str) -> bytes:
-    """An object whose checksum is known. Raises DamagedCommit naming it."""
+    """Read an object and verify its checksum. Raises DamagedCommit naming it."""
     try:
         data = store.get(name)
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""Packing: tensors into the bytes of one safetensors file, each copied once, straight to its place.
+"""Serialises tensors into the bytes of one safetensors file, copying each tensor once, straight to its place.
 
-`safetensors.torch.save` copies every tensor twice more. A commit's snapshot is a copy anyway, so it is taken in the
-form in which it is uploaded. The format: 8 bytes with the length of a JSON header, the header (dtype, shape and place
-of each tensor), the tensors without gaps. https://huggingface.co/docs/safetensors#format
+`safetensors.torch.save` was tried: it copies every tensor twice more. A snapshot is a copy anyway, so it is taken in
+the form in which it is uploaded. The format: 8 bytes with the length of a JSON header, the header (dtype, shape and
+place of each tensor), the tensors without gaps. https://huggingface.co/docs/safetensors#format
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _NAMES = {
 
 _uninitialised = ctypes.pythonapi.PyByteArray_FromStringAndSize
 _uninitialised.restype, _uninitialised.argtypes = ctypes.py_object, [ctypes.c_char_p, ctypes.c_ssize_t]
-"""`bytearray(n)` would fill with zeros first, and take as long again: memory that is new costs more than the copy."""
+"""An uninitialised bytearray: `bytearray(n)` would touch new memory twice, which takes as long as the copy itself. It
+has to be a bytearray, since the S3 client accepts only bytes, bytearray, str or a file."""
 
 
 class SerializedPart:
-    """One file in host memory, pinned if its tensors come from a device: their copies are complete after a
-    `torch.cuda.synchronize`."""
+    """One file in host memory; pinned if its tensors are on a GPU, and then complete after `torch.cuda.synchronize`."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        # Wide numbers first: whatever is mixed, each tensor begins at a multiple of its numbers' size.
+        # Wide dtypes first, so that each tensor is aligned to its element size whatever dtypes are mixed.
         names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
         places, end = {}, 0
         for name in names:
@@ -52,7 +52,7 @@ class SerializedPart:
         head = text + b" " * (-len(text) % 8)
         start = 8 + len(head)
         self.size = start + end
-        """bytes of the file"""
+        """size of the file in bytes"""
         self._pinned: Tensor | None = None
         if any(t.is_cuda for t in tensors.values()):
             self._pinned = whole = torch.empty(self.size, dtype=torch.uint8, pin_memory=True)

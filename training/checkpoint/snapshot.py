@@ -23,11 +23,11 @@ class Snapshot:
     recipe: Mapping[str, Any]
     """the whole recipe as plain data"""
     tensors: Mapping[str, Tensor]
-    """by `kind/name`, what this rank holds, alive"""
+    """the live tensors that this rank holds, by `kind/name`"""
     layout: Layout | None = None
-    """which part of each whole tensor that is; None: all of it"""
+    """the flat range of each whole tensor that this rank holds; None: all of it"""
     copies: World | None = None
-    """the ranks that hold the same; None: all without a layout, else none"""
+    """the ranks that hold the same tensors; None: all ranks if there is no layout, otherwise only this one"""
     reason: str = "interval"
     """why the commit is made: interval, growth, signal, end or import"""
     scores: Mapping[str, float] = field(default_factory=dict)

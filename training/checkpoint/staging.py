@@ -1,8 +1,8 @@
-"""Staging: where the files of a snapshot wait for their upload on the node's own disk instead of in memory.
+"""Staging: the files of a snapshot wait for their upload on the node's own disk instead of in memory.
 
-A snapshot that a slow store takes minutes to swallow would hold that much memory all the while. Files lie in a folder
-of their own, named after the place of the run, the commit and the rank; it goes when the upload ends, and what a killed
-attempt left there goes with the next one's first commit. A disk that refuses a file costs nothing but memory.
+With a slow store an upload takes minutes, and the snapshot would occupy memory all that time. The files are in a folder
+named after the run's store, the commit and the rank. It is removed when the upload ends; what a killed attempt left is
+removed at the next attempt's first commit. A file that the disk refuses stays in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...data.order import stable_hash
 
 
 class File(Protocol):
-    """One file to be, wherever its bytes wait."""
+    """A file that waits to be uploaded."""
 
     def data(self) -> bytes | bytearray:
         """The bytes of the file."""
@@ -29,14 +29,14 @@ class Staged:
         self._path = path
 
     def data(self) -> bytes:
-        """The bytes of the file, which the disk then need not hold any longer."""
+        """The bytes of the file, which is removed from the disk."""
         data = self._path.read_bytes()
         self._path.unlink()
         return data
 
 
 class Staging:
-    """The folder of one commit and rank, for as long as the context is open."""
+    """The staging folder of one commit and rank; it exists while the context is open."""
 
     def __init__(self, place: str, url: str, commit: str, rank: int) -> None:
         """`place` is the folder that the recipe names, `url` the store's."""
@@ -55,7 +55,7 @@ class Staging:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def keep(self, name: str, file: File) -> File:
-        """The file, under `name` on disk if it could be written there."""
+        """Move the file to disk under `name`; returns the file unchanged if it cannot be written there."""
         path = self._folder / name
         try:
             path.write_bytes(file.data())

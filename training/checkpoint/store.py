@@ -1,8 +1,8 @@
 """The store: a folder of named byte objects behind any fsspec URL, local disk and object storage alike.
 
-It promises little, so that every backend can keep it: an object appears whole or not at all, and `put_new` lets exactly
-one writer win. What a commit is, is built on that in `commits.py`. Failures that pass by themselves are waited for, a
-minute or two; others are one sentence.
+It promises little, so that every backend can keep the promise: an object appears whole or not at all, and exactly one
+writer wins `put_new`. Commits are built on that in `commits.py`. Transient failures are retried for a minute or two;
+others raise StoreError with one sentence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ...data.storage.atomic_write import atomic_write
 from ...data.storage.failures import Failure, failure_of
 from ...data.storage.files import single_try_filesystem
-from ...data.storage.retries import OutOfTries, http_status, persist
+from ...data.storage.retries import RetriesExhausted, http_status, retry
 
 T = TypeVar("T")
 _GOOGLE = ("gs://", "gcs://")
@@ -57,10 +57,10 @@ class Store:
         return f"{self._root}/{name}" if name else self._root
 
     def _tried(self, doing: str, attempt: Callable[[], T]) -> T:
-        """What `attempt` returns, made again while the store fails in a way that passes. Raises StoreError."""
+        """Call `attempt`, retried while the store fails transiently; returns its result. Raises StoreError."""
         try:
-            return persist(f"the store {self.url}", attempt, doing="reach")
-        except OutOfTries as error:
+            return retry(f"the store {self.url}", attempt, doing="reach")
+        except RetriesExhausted as error:
             raise StoreError(f"{error} ({doing})") from None
         except Exception as error:
             raise self._explained(error, doing) from error
@@ -77,7 +77,7 @@ class Store:
         self._tried(f"writing {name}", attempt)
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Write an object if there is none of this name; whether this writer won."""
+        """Write an object unless one of this name exists; returns whether this writer won."""
 
         def attempt() -> bool:
             try:
@@ -94,7 +94,7 @@ class Store:
                 return False
             return True
 
-        # A retry after a lost answer meets its own object: that is a win too.
+        # A retry after a lost answer finds its own object: that is a win too.
         return self._tried(f"writing {name}", attempt) or self.get(name) == data
 
     def _put_local(self, name: str, data: bytes | bytearray, exclusive: bool) -> None:
@@ -133,7 +133,7 @@ class Store:
         return {p[start:]: info["size"] for p, info in found.items() if info["type"] == "file" and len(p) > start}
 
     def modified(self, name: str) -> float | None:
-        """Unix time at which an object was written, if the store tells."""
+        """Unix time at which an object was written; None if the store does not record it."""
         try:
             moment = self._fs.modified(self._path(name))
         except FileNotFoundError:
@@ -145,7 +145,7 @@ class Store:
         return float(moment.timestamp())
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove objects; one that is already gone is no error."""
+        """Remove objects; objects that do not exist are ignored."""
         for name in names:
 
             def attempt(path: str = self._path(name)) -> None:
@@ -155,8 +155,7 @@ class Store:
             self._tried(f"deleting {name}", attempt)
 
     def uploads(self) -> dict[tuple[str, str], datetime]:
-        """Multipart uploads below here that were begun and are neither complete nor aborted, as only S3 has them: the
-        object's name and the upload's id, and when it was begun."""
+        """Unfinished multipart uploads below here (S3 only): the time each was begun, by object name and upload id."""
         if "s3" not in self._fs.protocol:
             return {}
         bucket, _, prefix = self._root.partition("/")
@@ -166,7 +165,7 @@ class Store:
         return {(each["Key"][start:], each["UploadId"]): each["Initiated"] for each in found}
 
     def abort(self, name: str, upload: str) -> None:
-        """Abort a multipart upload of the object `name`, which frees what it takes; one that is gone is no error."""
+        """Abort a multipart upload of the object `name`, which frees its parts; a missing upload is ignored."""
         bucket, _, key = self._path(name).partition("/")
 
         def attempt() -> None:
@@ -178,7 +177,7 @@ class Store:
     def prune(self, prefix: str) -> None:
         """Remove the empty folder that deleted objects leave on a local disk."""
         if isinstance(self._fs, LocalFileSystem) and os.path.isdir(self._path(prefix)):
-            with contextlib.suppress(OSError):  # not empty: somebody else's file, not ours to remove
+            with contextlib.suppress(OSError):  # not empty: the rest is not ours to remove
                 os.rmdir(self._path(prefix))
 
     def check(self) -> None:

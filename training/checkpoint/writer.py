@@ -1,9 +1,9 @@
-"""A commit on its way to the store while training goes on.
+"""Uploads a commit while training continues.
 
-The snapshot is a copy of this rank's share in host memory, taken at once and in the form of the files to be; threads
-upload them, a few at a time, and each is let go of when it is written. Processes only talk to each other on their main
-threads, at step edges: once to hand over what they have written, so that the first rank's thread can complete the
-commit, and once to learn how that went.
+The snapshot is a copy of this rank's part of the state in host memory, already in the form of the files to upload.
+Threads upload a few files at a time and free each one after it is written. Processes communicate only on their main
+threads, at step edges: once to report what they have written, so that the first rank's thread can complete the commit,
+and once to agree on the outcome.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .staging import File, Staging
 from .store import Store, StoreError
 
 PART_BYTES = 64 << 20
-"""largest part, unless one tensor is larger: what a writer or reader holds beside the tensors themselves"""
+"""largest part, unless a single tensor is larger: the extra memory of a writer or reader"""
 _FEW_BYTES, _PARTS = 1 << 20, 64
-"""a share of more than the first is cut into this many parts or more: what sending one takes is a 64th"""
+"""above the first size a rank's data is split into at least this many parts, so one part is at most 1/64 of it"""
 CONNECTIONS = 3
-"""most parts that are on their way at a time; clients copy what they send, so no more than make a tenth of the share"""
+"""most parts in flight; the client copies each part it sends, so parts in flight are limited to 10% of the snapshot"""
 
 
 class CommitPart(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -42,23 +42,24 @@ class CommitPart(BaseModel, frozen=True, extra="forbid", strict=True):
     bytes: int
     sha256: str
     tensors: int
-    stretches: dict[str, tuple[int, int]] = Field(default_factory=dict)
-    """of tensors that are no wholes: the first element's place in the whole, laid out flat, and how many there are"""
+    ranges: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """of tensors stored in flat ranges: the index of the first element in the whole tensor, and the number of
+    elements"""
 
 
 def taken(store: Store, name: str) -> StoreError:
-    """The error of a writer that comes second."""
+    """The error for a writer that comes second."""
     return StoreError(f"{store.url}/{name} was committed by another run; give each run its own checkpoint.to")
 
 
 class Pace:
-    """Spreads what several threads send over time: on average no more than `rate` bytes a second."""
+    """Limits what several threads send together to `rate` bytes per second on average."""
 
     def __init__(self, rate: float) -> None:
         self._rate, self._lock, self._free = rate, threading.Lock(), 0.0
 
     def wait(self, size: int) -> None:
-        """Until `size` more bytes may be sent."""
+        """Sleep until `size` more bytes may be sent."""
         with self._lock:
             begin = max(time.monotonic(), self._free)
             self._free = begin + size / self._rate
@@ -66,9 +67,9 @@ class Pace:
 
 
 class CommitUpload:
-    """One commit from its snapshot to its completion. All ranks have one at the same time, and lead it together.
+    """One commit from its snapshot to its completion. All ranks have one at the same time, and drive it together.
 
-    `advance` as soon as no rank is `busy` any more, until `done`; or `finish`, which waits.
+    Call `advance` whenever no rank is `busy`, until `done`; or `finish`, which waits.
     """
 
     def __init__(
@@ -82,11 +83,11 @@ class CommitUpload:
         discard: Callable[[], None],
         policy: CheckpointConfig = CheckpointConfig(),  # noqa: B008  frozen
     ) -> None:
-        """Copy `tensors` (by `kind/name`; stretches begin at `starts`, by name) and start to upload them, as fast and
-        from where `policy` says.
+        """Copy `tensors` (by `kind/name`; ranges begin at `starts`, by name) and start to upload them, with the
+        bandwidth and staging of `policy`.
 
-        With the parts of all ranks the first one's thread calls `complete`; if the store failed anybody, the first rank
-        calls `discard`.
+        The first rank's thread calls `complete` with the parts of all ranks; if any rank's upload failed, the first
+        rank calls `discard`.
         """
         self.name, self.done = name, False
         self.bytes = 0
@@ -103,7 +104,7 @@ class CommitUpload:
         self._start(self._upload)
 
     def _copied(self, tensors: Mapping[str, Tensor]) -> list[tuple[CommitPart, File]]:
-        """The files of this rank, kind by kind, their checksums still missing."""
+        """The files of this rank, kind by kind, without checksums."""
         snapshot: list[tuple[CommitPart, File]] = []
         for (kind, number), paths in _chunks(tensors).items():
             pieces = {path.partition("/")[2]: tensors[path] for path in paths}
@@ -114,7 +115,7 @@ class CommitUpload:
                 bytes=packed.size,
                 sha256="",
                 tensors=len(pieces),
-                stretches={name: (self._starts[name], p.numel()) for name, p in pieces.items() if name in self._starts},
+                ranges={name: (self._starts[name], p.numel()) for name, p in pieces.items() if name in self._starts},
             )
             snapshot.append((part, packed))
         if any(t.is_cuda for t in tensors.values()):
@@ -123,7 +124,7 @@ class CommitUpload:
 
     @property
     def busy(self) -> bool:
-        """Whether this rank's thread has something left to do."""
+        """Whether this rank's thread is still working."""
         return self._thread.is_alive()
 
     def _start(self, work: Callable[[], None]) -> None:
@@ -137,7 +138,7 @@ class CommitUpload:
         self._thread.start()
 
     def _upload(self) -> None:
-        """Write this rank's parts, kind by kind; what is written is let go of."""
+        """Write this rank's parts, kind by kind; each is freed after it is written."""
         try:
             self._store.get(f"{self.name}/COMMIT")
         except FileNotFoundError:
@@ -156,7 +157,7 @@ class CommitUpload:
         self._parts.sort(key=lambda part: part.file)
 
     def _send(self) -> CommitPart | None:
-        """Write the next part, and let go of it. After a failure, or once given up, nothing more is sent."""
+        """Write the next part and free it. After a failure or `give_up` nothing more is sent."""
         if self._given_up:
             return None
         part, packed = self._snapshot.pop(0)
@@ -171,7 +172,7 @@ class CommitUpload:
             raise
 
     def advance(self) -> None:
-        """The next of the two meetings; all ranks call it when none is busy.
+        """The next of the two exchanges; all ranks call it when none is busy.
 
         Raises on every rank if one of them failed: what was written is then removed, and was never visible.
         """
@@ -195,12 +196,13 @@ class CommitUpload:
             self.advance()
 
     def give_up(self) -> None:
-        """Upload no further and wait for what is under way: the run ends in an error, and nothing becomes visible."""
+        """Stop uploading and wait for requests in flight: the run ends in an error, and nothing becomes visible."""
         self._given_up = True
         self._thread.join()
 
     def _agree(self) -> None:
-        """Raise on every rank what failed on one; an error that is nobody's to mend is raised as it is where it was."""
+        """Raise on every rank what failed on one; an error that is not a StoreError is re-raised unchanged where it
+        happened."""
         error = self._error
         said = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
         failures = [failure for failure in self._world.objects(said if error else None) if failure]
@@ -208,13 +210,13 @@ class CommitUpload:
             raise error
         if failures:
             if self._world.is_first:
-                with contextlib.suppress(StoreError):  # the next attempt sweeps what is left
+                with contextlib.suppress(StoreError):  # the next attempt removes what is left
                     self._discard()
             raise StoreError(failures[0])
 
 
 def _chunks(tensors: Mapping[str, Tensor]) -> dict[tuple[str, int], list[str]]:
-    """Paths of tensors of one kind together, in chunks of a limited size (or one tensor)."""
+    """Paths of tensors, grouped by kind into chunks of a limited size (or one tensor)."""
     chunks: dict[tuple[str, int], list[str]] = {}
     limit = min(PART_BYTES, max(_FEW_BYTES, sum(t.nbytes for t in tensors.values()) // _PARTS))
     filled: dict[str, list[int]] = {}

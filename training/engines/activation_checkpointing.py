@@ -8,7 +8,7 @@ bound holds after a growth, in micro-batches, and for long captions, and a batch
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...models.activations import BlockMemory, block_memory, blocks_to_recompute, peak
 from ...models.flops import parameters
@@ -23,22 +23,20 @@ from ..objectives.base import Inputs
 from ..objectives.caption import CHUNK_LOGITS
 from ..objectives.scores import TILE_BYTES
 from ..world import World
+from .config import EngineConfig
 from .optimizer import OptimizerConfig
-
-if TYPE_CHECKING:
-    from .config import EngineConfig
 
 CUDA_BYTES = 1 << 30
 """context, kernels and communication buffers of a GPU process"""
 USABLE = 0.92
-"""of a device's memory: an allocator leaves holes"""
+"""usable fraction of a device's memory; the rest is lost to fragmentation"""
 
 
 def memory_parts(
     spec: ModelSpec, engine: EngineConfig, optimizer: OptimizerConfig, world: int, pairs: float
 ) -> dict[str, float]:
-    """Bytes beside activations that one of `world` processes holds at its fullest moment, by part; `pairs` are its own
-    of a batch."""
+    """Peak bytes per process in addition to activations, by part, for one of `world` processes with `pairs` pairs of a
+    batch."""
     count, caption, shards = parameters(spec), 0, engine.shards(world)
     state = commit_bytes(spec, optimizer) - (0 if engine.keeps_masters else 4 * count)
     copies = 2 * count if engine.precision == "bf16" and engine.casts_copies else 0
@@ -56,13 +54,13 @@ def memory_parts(
 
 
 def commit_bytes(spec: ModelSpec, optimizer: OptimizerConfig) -> int:
-    """Bytes of the tensors of a commit: weights, moments (Muon has one), the average of the weights if it is kept."""
+    """Bytes of the tensors of a commit: weights, moments (Muon has one), and the weight average if there is one."""
     kinds, named = ("model", *optimizer.kinds), empty(spec).named_parameters()
     return sum(4 * p.numel() for name, p in named for kind in kinds if optimizer.keeps(kind, name))
 
 
 def budget(engine: EngineConfig, found: dict[str, BlockMemory], room: float) -> float:
-    """The bytes that blocks may hold, of `room` bytes that activations can have at all."""
+    """The bytes that blocks may keep, when `room` bytes are available for activations."""
     given = engine.activation_budget
     if given is None:
         return float("inf")
@@ -75,7 +73,7 @@ def budget(engine: EngineConfig, found: dict[str, BlockMemory], room: float) -> 
 
 
 class Recomputing:
-    """Decides before every forward pass of a model which blocks are made again."""
+    """Decides before every forward pass which blocks are recomputed in its backward pass."""
 
     def __init__(
         self, model: Model, config: EngineConfig, optimizer: OptimizerConfig, world: World, padded: bool
@@ -84,16 +82,16 @@ class Recomputing:
         self._room: float | None = None
         self._said = False
         self.pieces = config.pieces or 1
-        """in which a batch comes"""
+        """micro-batches that a batch is cut into"""
         self.checkpointed: dict[str, int] = {}
-        """of the latest forward pass: blocks that are recomputed in the backward pass, by part of the model"""
+        """leading blocks recomputed for the latest forward pass, by part of the model"""
         self.bytes = 0.0
-        """of the latest forward pass: what blocks held at most"""
+        """peak bytes kept by blocks in the latest forward pass"""
         self.allowed = float("inf")
-        """the bound that there was for it"""
+        """the budget for it in bytes"""
 
     def decide(self, inputs: Inputs, extras: Extras) -> None:
-        """For a forward pass with a graph of these inputs, on the host."""
+        """Choose the blocks for a forward pass with a graph of these inputs; runs on the host alone."""
         if self._config.activation_budget is None:
             return
         assert extras.longest is not None
@@ -101,7 +99,7 @@ class Recomputing:
         pairs, total, longest = len(inputs.lengths), len(inputs.tokens), extras.longest
         spec = self._model.spec
         if self._config.recomputes_together:
-            # Weights are fetched for a block that is made again, by all ranks or none: so count what none exceeds.
+            # Ranks fetch a recomputed block's weights together, so all must choose alike: count the worst case.
             longest, total = spec.text.context, pairs * spec.text.context
         places = pairs * longest if self._padded else total
         half = self._config.precision == "bf16"
@@ -113,11 +111,11 @@ class Recomputing:
             transformer.checkpointed_blocks = self.checkpointed[name]
 
     def figures(self) -> dict[str, Any]:
-        """For a step line: the blocks of each part of the model that are made again, and the bytes that blocks hold."""
+        """For a log line: recomputed blocks by part of the model, and the bytes that blocks keep."""
         return {"recomputed": self.checkpointed, "activations": self.bytes} if self.checkpointed else {}
 
     def shortage(self) -> str | None:
-        """The bound where it cannot be kept, as a sentence with a remedy; said once."""
+        """A sentence with a remedy if the budget cannot be met; returned once."""
         if self._said or self.bytes <= self.allowed:
             return None
         self._said = True
@@ -128,7 +126,7 @@ class Recomputing:
         )
 
     def _left(self, pairs: int) -> float:
-        """What the device has for activations; said once, as it is what all batches have to do with."""
+        """The bytes that the device has for activations; computed once, and the same for all batches."""
         if self._room is None:
             device, world = self._world.device, self._world.size
             others = memory_parts(self._model.spec, self._config, self._optimizer, world, pairs * self.pieces)

@@ -35,8 +35,7 @@ def fewest_pieces(engine: Engine, inputs: Inputs, longest: int) -> int:
         pieces = max(pieces + 1, pieces * 5 // 4) if pieces < pairs else 0
         return -(-pairs // pieces) if pieces else 0
 
-    @find_executable_batch_size(starting_batch_size=pairs, reduce_batch_size_fn=fewer_pairs)
-    def found(size: int) -> int:
+    def attempt(size: int) -> int:
         try:
             _try(engine, fullest, min(pieces, pairs))
         except RuntimeError as error:
@@ -44,6 +43,8 @@ def fewest_pieces(engine: Engine, inputs: Inputs, longest: int) -> int:
             raise error.with_traceback(None) from None
         return min(pieces, pairs)
 
+    # Not as a decorator: some versions of accelerate drop its argument there (seen: 1.7 to 1.12).
+    found = find_executable_batch_size(attempt, starting_batch_size=pairs, reduce_batch_size_fn=fewer_pairs)
     with _unchanged(engine), _usable_memory(engine.world.device):
         # What the first optimizer step allocates is held meanwhile: moments that are not there yet.
         moments = engine.logical_state()

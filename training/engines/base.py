@@ -29,7 +29,7 @@ from .optimizer import OptimizerConfig
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured, as tensors on the device: reading them waits for it."""
+    """What a step measured, as tensors on the device: reading them synchronises with it."""
 
     losses: dict[str, Tensor]
     """this rank's part of each objective, before weighting"""
@@ -144,19 +144,19 @@ class Engine(ABC):
         return contextlib.nullcontext()
 
     def gradient_norms(self, inputs: Inputs) -> dict[str, float]:
-        """The norm of each objective's gradient on this batch, before weighting; all ranks call it, and it waits for
-        the device. Only where `config.measures_objectives`."""
+        """The norm of each objective's gradient on this batch, before weighting; all ranks call it, and it synchronises
+        with the device. Only where `config.measures_objectives`."""
         raise AssertionError("the recipe refuses log.gradient_norms under this engine")
 
     @property
     @abstractmethod
     def applied(self) -> int:
-        """Optimizer steps applied; reading it waits for the device."""
+        """Optimizer steps applied; reading it synchronises with the device."""
 
     @property
     @abstractmethod
     def skipped(self) -> int:
-        """Steps whose gradient was not finite; reading it waits for the device."""
+        """Steps whose gradient was not finite; reading it synchronises with the device."""
 
     @property
     @abstractmethod

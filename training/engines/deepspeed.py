@@ -102,7 +102,7 @@ class DeepSpeedEngine(Engine):
 
     @property
     def parameters(self) -> int:
-        return sum(torch.Size(stretch.shape).numel() for stretch in self._partitions.layout.values())
+        return sum(torch.Size(flat.shape).numel() for flat in self._partitions.layout.values())
 
     def scale(self) -> float:
         held = self._partitions.view("model", "logit_scale")

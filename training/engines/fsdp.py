@@ -1,4 +1,4 @@
-"""The FSDP2 engine: torch's `fully_shard` around every block, and the optimizer on what this rank holds.
+"""The FSDP2 engine: torch's `fully_shard` around every block, and the optimizer on this rank's rows.
 
 A rank holds some rows of every parameter and of its moments; weights are gathered block by block while they are
 needed, gradients are summed into the rows of their owners. The optimizer sees plain tensors that share the memory of
@@ -24,7 +24,7 @@ from ...models.transformer import TransformerBlock
 from ..world import World
 from .config import FsdpConfig
 from .kernels import prepare_kernels
-from .layout import Stretch, gathered, shard_rows
+from .layout import FlatRange, gathered, shard_rows
 from .optimizer import Optimizer
 from .torch_engine import TorchEngine
 
@@ -32,12 +32,13 @@ from .torch_engine import TorchEngine
 class FsdpEngine(TorchEngine):
     """Fully sharded data parallelism over all processes of the run; there are at least two."""
 
-    layout: dict[str, Stretch]
+    layout: dict[str, FlatRange]
 
     config: FsdpConfig
 
     def _build(self, spec: ModelSpec, seed: int) -> None:
-        """Nowhere is there ever a whole model: it gets memory when it is sharded, and values one tensor at a time."""
+        """No process ever holds the whole model: memory is allocated after sharding, and values are set tensor by
+        tensor."""
         world, config = self.world, self.config
         self.model = empty(spec)
         self.attention = prepare_kernels(self.model, config, world.device)
@@ -69,7 +70,7 @@ class FsdpEngine(TorchEngine):
         )
 
     def _one_by_one(self) -> Iterator[tuple[str, Tensor]]:
-        """A whole tensor for each parameter to be filled by the caller; this rank's rows are then taken from it."""
+        """Yields a whole tensor for each parameter; the caller fills it, and this rank's rows are copied from it."""
         for name, parameter in self.model.named_parameters():
             whole = torch.empty(parameter.shape)
             yield name, whole

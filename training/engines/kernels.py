@@ -1,6 +1,6 @@
-"""How the blocks of a model are run on a device: by which kernels, compiled or not. Nothing of it changes a model.
+"""Chooses the kernels that run a model's blocks on a device, compiled or not. The function of the model is unchanged.
 
-Shapes decide which kernels there are, so a model is prepared whenever one is built, also after a growth.
+Available kernels depend on shapes, so kernels are prepared whenever a model is built, also after a growth.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,19 +16,17 @@ from ...models.mlp import Experts
 from ...models.model import Model
 from ...models.transformer import Attention, TransformerBlock, kernel
 from ..state import TrainingError
-
-if TYPE_CHECKING:
-    from .config import EngineConfig
+from .config import EngineConfig
 
 _SHAPES = 64
-"""of blocks in one model: towers, with and without a graph, the last block of captions"""
+"""distinct block shapes in one model: towers, with and without a graph, the last block of captions"""
 
 
 def prepare_kernels(model: Model, config: EngineConfig, device: torch.device) -> dict[str, str]:
-    """Switch a model's blocks to how the config wants them run on a device; names and weights stay.
+    """Set up a model's blocks for a device as the config says; names and weights stay.
 
-    The answer says by which kernel `pictures` and `captions` attend; captions by `varlen`, without padding, or by
-    another one in a padded grid, and why. Raises TrainingError if blocks cannot be compiled here.
+    Returns the attention kernel of `pictures` and of `captions`: captions use `varlen`, without padding, or another one
+    in a padded grid, with the reason. Raises TrainingError if blocks cannot be compiled here.
     """
     half = config.precision == "bf16" and device.type == "cuda"
     refused = None if half else f"{config.precision} on {device.type}"
@@ -56,7 +53,7 @@ def prepare_kernels(model: Model, config: EngineConfig, device: torch.device) ->
 
 
 def check_compiler(device: torch.device) -> None:
-    """TrainingError where torch.compile lacks what it makes code with, or makes wrong code."""
+    """Raise TrainingError if torch.compile lacks its compiler or is known to compute wrong gradients."""
     # Seen with 2.11: the gradients of the captions' position embeddings are wrong, silently.
     if torch.__version__ < "2.13":  # a TorchVersion, which compares as versions do
         raise TrainingError(
@@ -68,16 +65,16 @@ def check_compiler(device: torch.device) -> None:
         lacks = "no triton"
     if lacks:
         raise TrainingError(
-            f"engine.compile = true cannot be here: there is {lacks}, which torch.compile makes code with; install it, "
-            f"or leave engine.compile out"
+            f"engine.compile = true does not work here: there is {lacks}, which torch.compile needs; install it, or "
+            f"leave engine.compile out"
         )
 
 
 def forget_compiled() -> None:
-    """Make room for the code of a new model's blocks.
+    """Drop the compiled code of earlier models and raise the limit for the next.
 
-    torch keeps one piece of code for each shape of a block, for all blocks that have it, however deep the model is. Of
-    one function it keeps eight pieces at most and then silently compiles no more: too few for towers that grow twice.
+    torch compiles one piece of code per block shape, shared by all blocks of that shape. By default it keeps eight per
+    function and then silently stops compiling: too few for towers that grow twice.
     """
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = _SHAPES

@@ -1,8 +1,8 @@
-"""Shards: the part of each logical tensor that one process holds.
+"""Layout: the part of each logical tensor that one process holds.
 
-However an engine spreads its state, what a rank has of a tensor is one stretch of it laid out flat: all of it under
-DDP, whole rows under FSDP2, any run of elements under ZeRO. So a name, a shape and where the stretch begins say all
-there is to say, and commits, resumes and growth work for every engine and every world alike.
+However an engine shards its state, a rank holds one contiguous range of the flattened tensor: all of it under DDP,
+whole rows under FSDP2, any range of elements under ZeRO. So a shape and the start of the range describe it completely,
+and commits, resumes and growth work the same for every engine and world size.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from ..world import World
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Elements `start` to `start + length` of a logical tensor of this shape, laid out flat."""
+class FlatRange:
+    """Elements `start` to `start + length` of a logical tensor of this shape, flattened."""
 
     shape: tuple[int, ...]
     start: int
     length: int
 
     def cut(self, whole: Tensor) -> Tensor:
-        """The stretch of the whole tensor: flat, and a copy, so that the whole may go."""
+        """This range of the whole tensor, as a 1-D copy, so that the whole can be freed."""
         assert tuple(whole.shape) == self.shape
         return whole.reshape(-1)[self.start : self.start + self.length].clone()
 
 
-Layout = Mapping[str, Stretch]
-"""The stretch of each tensor that this rank holds, by the parameter's name: the same for its weight and moments."""
+Layout = Mapping[str, FlatRange]
+"""The range of each parameter that this rank holds, by name; the same for its weight and its moments."""
 
 
-def shard_rows(shape: tuple[int, ...], rank: int, ranks: int) -> Stretch:
-    """The rows that FSDP2 gives to one of `ranks` processes: equal numbers of them, and fewer on the last."""
+def shard_rows(shape: tuple[int, ...], rank: int, ranks: int) -> FlatRange:
+    """The rows that FSDP2 assigns to one of `ranks` processes: equal numbers, and fewer on the last."""
     chunk = -(-shape[0] // ranks)
     first, end = min(rank * chunk, shape[0]), min((rank + 1) * chunk, shape[0])
     width = prod(shape[1:])
-    return Stretch(shape, first * width, (end - first) * width)
+    return FlatRange(shape, first * width, (end - first) * width)
 
 
-def gathered(own: Tensor, stretch: Stretch, world: World) -> Tensor:
-    """The whole tensor from the stretches of all ranks, on every rank; all call it together.
+def gathered(own: Tensor, flat: FlatRange, world: World) -> Tensor:
+    """The whole tensor from the ranges of all ranks; every rank calls this and gets it.
 
-    The stretches of the ranks must be disjoint and cover the tensor. Exact to the bit: added up as integers.
+    The ranges of the ranks must be disjoint and cover the tensor. Exact to the bit: the ranges are summed as integers.
     """
-    whole = torch.zeros(prod(stretch.shape), dtype=own.dtype, device=own.device)
-    whole[stretch.start : stretch.start + stretch.length] = own.detach().reshape(-1)
+    whole = torch.zeros(prod(flat.shape), dtype=own.dtype, device=own.device)
+    whole[flat.start : flat.start + flat.length] = own.detach().reshape(-1)
     bits = whole.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.element_size()])
-    return world.sum(bits).view(whole.dtype).view(stretch.shape)
+    return world.sum(bits).view(whole.dtype).view(flat.shape)

@@ -24,7 +24,7 @@ from ..world import World
 PieceOutput = tuple[ModelOutput, Tensor]
 """a model's output and its token table"""
 _TABLE = Merge("equal")
-"""the token table, which is no output of the model"""
+"""the token table, a parameter that objectives read beside the outputs"""
 
 
 def backward(

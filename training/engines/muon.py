@@ -47,10 +47,10 @@ class Muon:
     """The optimizer of the hidden matrices, by name."""
 
     def __init__(
-        self, matrices: Mapping[str, nn.Parameter], decay: float, spread: tuple[World, Layout] | None = None
+        self, matrices: Mapping[str, nn.Parameter], decay: float, sharding: tuple[World, Layout] | None = None
     ) -> None:
-        """`spread`: the processes that each hold some rows of every matrix, and which of them this one does."""
-        self.matrices, self._decay, self._spread = matrices, decay, spread
+        """`sharding`: the processes that each hold some rows of every matrix, and the ranges of this one."""
+        self.matrices, self._decay, self._sharding = matrices, decay, sharding
         self.momenta = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class Muon:
         Decay is of `lr` alone, as factors on the rate divide it. Across processes all call this together.
         """
         names = iter([name for name, matrix in self.matrices.items() if matrix.grad is not None])
-        while some := list(islice(names, 1 if self._spread is None else self._spread[0].size)):
+        while some := list(islice(names, 1 if self._sharding is None else self._sharding[0].size)):
             directions = {name: self._direction(name, applies) for name in some}
             for name, move in self._moves(directions):
                 matrix, factor = self.matrices[name], factors.get(name, 1.0)
@@ -76,10 +76,10 @@ class Muon:
 
     def _moves(self, directions: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """What this process has of the moves along `directions`, of which it has as much."""
-        if self._spread is None:
+        if self._sharding is None:
             yield from ((name, orthogonal(direction)) for name, direction in directions.items())
             return
-        world, layout = self._spread
+        world, layout = self._sharding
         shapes = [layout[name].shape for name in directions]
         lengths = [[shard_rows(shape, rank, world.size).length for rank in range(world.size)] for shape in shapes]
         lengths += [[0] * world.size] * (world.size - len(shapes))  # the last ranks may have no matrix

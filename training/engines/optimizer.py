@@ -1,4 +1,4 @@
-"""AdamW, or Muon with AdamW for what Muon is not for, addressed by logical names.
+"""AdamW, or Muon with AdamW for the parameters that Muon does not handle, addressed by logical names.
 
 Matrices decay; biases, norms, embeddings and learned scalars do not. The state is read and written as
 `{kind: {parameter name: tensor}}`, which is what commits store and growth maps. Growth leaves multipliers: a parameter
@@ -26,31 +26,31 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101), and Muon if asked for."""
 
     kind: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: the matrices inside of blocks by Muon, the rest by AdamW, at one learning rate"
+        "adamw", description="muon: Muon for the matrices inside blocks, AdamW for the rest, at one learning rate"
     )
     lr: float = Field(1.0e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices, multiplied by the learning rate")
     betas: tuple[float, float] = Field((0.9, 0.98), strict=False, description="decay of the two moments")
-    eps: float = Field(1.0e-6, gt=0)
-    grad_clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    eps: float = Field(1.0e-6, gt=0, description="added to the root of the second moment")
+    grad_clip: float = Field(1.0, gt=0, description="the gradient is scaled down to this global norm")
     ema: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="share of a running average of the weights that a step keeps; it is then evaluated",
+        description="decay of a moving average of the weights, such as 0.999; the average is then evaluated",
     )
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is kept of parameters beside their weights."""
+        """State kept for parameters in addition to their weights."""
         return (*MOMENTS, "ema") if self.ema else MOMENTS
 
     def muon(self, name: str) -> bool:
-        """Whether Muon steps the parameter of this name."""
+        """Whether Muon updates the parameter of this name."""
         return self.kind == "muon" and hidden(name)
 
     def keeps(self, kind: str, name: str) -> bool:
-        """Whether this kind of state is kept of the parameter of this name; Muon has no second moment."""
+        """Whether this kind of state is kept for the parameter of this name; Muon has no second moment."""
         return kind == "model" or (kind in self.kinds and not (kind == "exp_avg_sq" and self.muon(name)))
 
 
@@ -60,8 +60,8 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def pace(adam: torch.optim.Optimizer, lr: float, fade: float) -> None:
-    """Set the coming step's rates: `lr` and the decay by each group's multiplier raised to the power `fade`, which
-    leaves multipliers at 1 and makes them 1 at 0."""
+    """Set the learning rate and weight decay of the coming step, scaled by each group's multiplier ** `fade` (1: as
+    they are; 0: no multipliers)."""
     for group in adam.param_groups:
         factor = group["multiplier"] ** fade
         group["lr"], group["weight_decay"] = lr * factor, group["decay"] / factor
@@ -73,7 +73,7 @@ def adamw(
     config: OptimizerConfig,
     multipliers: Mapping[str, float],
 ) -> torch.optim.AdamW:
-    """A new AdamW with one group for each multiplier, of those `decayed` and of the others."""
+    """A new AdamW with one parameter group for each multiplier, with and without weight decay."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         groups.setdefault((name in decayed, multipliers.get(name, 1.0)), []).append(parameter)
@@ -90,24 +90,24 @@ def adamw(
 
 
 class Optimizer:
-    """torch's fused AdamW over a module's named parameters, but for those that Muon steps."""
+    """torch's fused AdamW over a module's named parameters, except those that Muon updates."""
 
     def __init__(
         self,
         parameters: Iterable[tuple[str, nn.Parameter]],
         config: OptimizerConfig,
-        spread: tuple[World, Layout] | None = None,
+        sharding: tuple[World, Layout] | None = None,
     ) -> None:
-        """`spread`: the processes that each hold a part of every parameter, and this one's; left out where each holds
-        all of it."""
+        """`sharding`: the processes that each hold a range of every parameter, and the ranges of this one; None if each
+        holds all of them."""
         self.config = config
-        self._spread = spread
+        self._sharding = sharding
         self.parameters = dict(parameters)
         self.multipliers: dict[str, float] = {}
         """factor on the learning rate, by parameter name, where it is not 1; weight decay is divided by it"""
         self._adam = self._group()
         matrices = {name: p for name, p in self.parameters.items() if config.muon(name)}
-        self._muon = Muon(matrices, config.weight_decay, spread)
+        self._muon = Muon(matrices, config.weight_decay, sharding)
         self._skipped = torch.zeros(())
         self._applies = torch.ones(())
         """1 if the coming step will be applied, else 0"""
@@ -121,15 +121,16 @@ class Optimizer:
     def clip(self) -> Tensor:
         """Scale the gradients down to the configured norm; returns their norm before, as a tensor.
 
-        A norm that is not finite marks the coming step to be skipped; the mark stays on the device, nobody waits.
+        A norm that is not finite marks the coming step to be skipped; the mark stays on the device, without a host
+        synchronisation.
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self._spread is not None:
-            norm = self._spread[0].sum(norm.square()).sqrt()
+        if self._sharding is not None:
+            norm = self._sharding[0].sum(norm.square()).sqrt()
         torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
         broken = (~norm.isfinite()).float()
-        # The fused kernel reads this to leave weights, moments and step counts untouched: the door AMP's scaler uses.
+        # The fused kernel reads this to leave weights, moments and step counts untouched, as for AMP's GradScaler.
         self._adam.found_inf = broken  # type: ignore[attr-defined]
         self._skipped = self._skipped.to(broken.device) + broken
         self._applies = 1 - broken
@@ -149,17 +150,17 @@ class Optimizer:
 
     @property
     def skipped(self) -> int:
-        """Steps left out because the gradient was not finite; reading it waits for the device."""
+        """Steps skipped because the gradient was not finite; reading it synchronises with the device."""
         return int(self._skipped)
 
     @property
     def steps(self) -> int:
-        """Steps applied; reading it waits for the device."""
+        """Steps applied; reading it synchronises with the device."""
         first = self._adam.param_groups[0]["params"][0]
         return int(self._adam.state[first]["step"]) if first in self._adam.state else 0
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Moments, and averages if there are any, by kind and parameter name, alive; moments are zero at first."""
+        """The live moments and averages, by kind and parameter name; moments are zero at first."""
         keeps = self.config.keeps
         return {
             kind: {name: self._held(kind, name) for name in self.parameters if keeps(kind, name)}
@@ -182,7 +183,7 @@ class Optimizer:
         skipped: int,
         multipliers: Mapping[str, float],
     ) -> None:
-        """Set moments and averages (copied), the steps they have seen, those skipped, and the multipliers."""
+        """Copy in moments and averages; set the counts of applied and skipped steps, and the multipliers."""
         self.multipliers = dict(multipliers)
         self._adam = self._group()
         self._skipped = torch.tensor(float(skipped))

@@ -1,7 +1,7 @@
 """What DeepSpeed's ZeRO optimizers hold, as views of their own flat buffers: the one place that knows their insides.
 
 Stages 1 and 2 lay the parameters of a group end to end and give every rank an equal cut of that line; stage 3 cuts
-every parameter by itself. Either way a rank has one stretch of a parameter, of its fp32 master and of its moments.
+every parameter by itself. Either way a rank has one flat of a parameter, of its fp32 master and of its moments.
 
 The state is read here because DeepSpeed offers no other way to it. Its checkpoints load at the world size that wrote
 them (issues 2898, 3810; the universal format of 2921 is a conversion between two runs), and loading weights after
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from ..state import TrainingError
 from ..world import World
-from .layout import Stretch
+from .layout import FlatRange
 from .optimizer import MOMENTS
 
 _FIRST, _BELOW = (0, 19, 8), (0, 20)
@@ -103,21 +103,21 @@ class Partitions:
         """by parameter, the number of its flat buffer here, and where in that it begins"""
         self.layout = {name: cut(name, shape, world.rank) for name, shape in shapes.items()}
 
-    def _cut_of_line(self, name: str, shape: tuple[int, ...], rank: int) -> Stretch:
+    def _cut_of_line(self, name: str, shape: tuple[int, ...], rank: int) -> FlatRange:
         mapping = self._parameters[name]._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:  # it lies on other ranks
             self._places[name] = (0, 0)
-            return Stretch(shape, 0, 0)
+            return FlatRange(shape, 0, 0)
         self._places[name] = (mapping.param_group_index, mapping.hp_fragment_address.start)
-        return Stretch(shape, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+        return FlatRange(shape, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
 
-    def _cut_of_parameter(self, name: str, shape: tuple[int, ...], rank: int) -> Stretch:
+    def _cut_of_parameter(self, name: str, shape: tuple[int, ...], rank: int) -> FlatRange:
         parameter, total = self._parameters[name], prod(shape)
         buffer, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
         self._places[name] = (buffer, offset)
         length = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         start = min(rank * length, total)  # the last parts are padded to equal lengths
-        return Stretch(shape, start, min(length, total - start))
+        return FlatRange(shape, start, min(length, total - start))
 
     @property
     def _flats(self) -> list[Tensor]:

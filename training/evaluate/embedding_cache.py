@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ...data.shards.table_file import write_whole
+from ...data.shards.table_file import write_cache_file
 from ...data.storage.files import cache_folder
 from ..world import World
 
@@ -43,7 +43,7 @@ class EmbeddingCache:
         tensors, rest = make()
         if self.world.is_first:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            write_whole(path, save(contiguous, {_FIELD: json.dumps(rest)}))
+            write_cache_file(path, save(contiguous, {_FIELD: json.dumps(rest)}))
         self.world.barrier()  # a later look-up finds it on all ranks or on none
         return tensors, rest
 

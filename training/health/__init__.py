@@ -1,1 +1,1 @@
-"""What ends a run or takes it back: hangs, signals, divergence."""
+"""Ends a run, or takes it back: hangs, signals, divergence."""

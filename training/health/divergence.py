@@ -1,8 +1,8 @@
-"""Health: whether a run's gradients are finite and its loss where it was, and when it should rather go back.
+"""Divergence: whether gradients are finite and the loss is stable, and when the run must go back.
 
-Single steps whose gradient is not finite are skipped by the engine. What is judged here, at log lines, is whether it
-stays that way: after some steps in a row the run returns to its last good commit and passes over the samples since.
-What is known of the past is part of the run's state, so a resumed run judges as the uninterrupted one does.
+The engine skips single steps whose gradient is not finite. Log lines decide whether that persists: after some
+consecutive bad steps the run returns to its last good commit and skips the samples since. The history is part of the
+run's state, so a resumed run decides as the uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from statistics import median
 from pydantic import BaseModel, Field
 
 _LINES, _FEWEST = 20, 10
-"""log lines whose losses are remembered, and those that are needed to call a loss high"""
+"""log lines whose losses are kept, and the number needed before a loss can be called a spike"""
 
 
 class RecoveryConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """When a run goes back to its last commit by itself."""
+    """When a run goes back to its last good commit automatically."""
 
     bad_steps: int = Field(
         10,
@@ -36,23 +36,24 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class Health(BaseModel, frozen=True, extra="forbid", strict=True):
-    """What the log lines of a stage said up to now."""
+    """The health of a run, from the log lines of the current stage."""
 
     losses: tuple[float, ...] = Field((), strict=False)
-    """of the latest lines that were well"""
-    ill: int = 0
-    """steps since the last line that was well, if the latest is not"""
-    leapt: bool = False
-    """whether any line since then had a loss that leapt: the weights may be spoilt, which skipped steps do not do"""
-    well: int = 0
-    """the step of the last line that was well"""
+    """losses of the latest healthy log lines"""
+    bad_steps: int = 0
+    """consecutive bad steps up to now"""
+    spiked: bool = False
+    """whether a loss spiked since then: the weights may be damaged, which skipped steps cannot do"""
+    healthy_step: int = 0
+    """the step of the last healthy log line"""
 
     def after_line(self, config: RecoveryConfig, step: int, steps: int, skipped: int, loss: float) -> Health:
-        """After a log line at `step` about the last `steps` steps, of which `skipped` had no finite gradient."""
+        """The health after a log line at `step` over the last `steps` steps, of which `skipped` had no finite
+        gradient."""
         usual = median(self.losses) if len(self.losses) >= _FEWEST else None
         factor = config.spike_factor
-        leapt = usual is not None and factor is not None and isfinite(loss) and loss > factor * usual > 0
-        if leapt or skipped == steps:
-            return self.model_copy(update={"ill": self.ill + steps, "leapt": self.leapt or leapt})
+        spiked = usual is not None and factor is not None and isfinite(loss) and loss > factor * usual > 0
+        if spiked or skipped == steps:
+            return self.model_copy(update={"bad_steps": self.bad_steps + steps, "spiked": self.spiked or spiked})
         losses = (*self.losses, loss)[-_LINES:] if isfinite(loss) else self.losses
-        return Health(losses=losses, well=step)
+        return Health(losses=losses, healthy_step=step)

@@ -10,11 +10,11 @@ from typing import Any, Self
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 NOTICE = "TREERING_NOTICE"
-"""environment variable with the seconds that whoever started the run leaves between the signal and the end"""
+"""environment variable: seconds between the signal and the end of the run"""
 
 
 def short_notice(commit_seconds: float) -> str | None:
-    """What to say of a notice that is too short for a commit that takes so long; None if it will do, or is not known.
+    """A warning if the notice before the end is shorter than a commit takes; None if it suffices or is not known.
 
     Twice the time is asked for: a commit may be under way already, and is waited for first.
     """
@@ -22,13 +22,13 @@ def short_notice(commit_seconds: float) -> str | None:
     if 2 * commit_seconds <= notice:
         return None
     return (
-        f"a commit took {commit_seconds:.0f} s, and the run is told {notice:.0f} s before it has to end; "
+        f"a commit took {commit_seconds:.0f} s, and the run gets notice only {notice:.0f} s before its end; "
         f"submit it again, or set notice: {2 * commit_seconds + 30:.0f} in the site file"
     )
 
 
 class StopRequest:
-    """Whether one of the STOP signals has come. A second Ctrl-C acts as if this were not here; of the others, which
+    """Whether one of the stop signals was received. A second Ctrl-C acts as if this were not here; of the others, which
     schedulers send to every process two or three times, any number may come."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The watchdog: every process says where it is, and a run that goes nowhere ends itself and says which process hangs.
+"""The watchdog: every process reports its phase; a run without progress ends itself and names the hanging process.
 
 A thread beside the training writes this process's phase and step into `DIR/heartbeats/` every few seconds. A process
 that stays in one phase for too long asks the others for the stacks of their threads, brings them together in
@@ -31,11 +31,11 @@ from ...data.units import duration
 from ..world import World
 
 HUNG = 75
-"""exit code of a process that gave up waiting"""
+"""exit code of a process that made no progress"""
 LOST = 76
 """exit code of a process whose run another attempt has taken over"""
 SLOW_FACTOR = 6
-"""how much longer than a step the other phases may take: start, evaluation, commit, growth"""
+"""factor on the step limit for the other phases: start, evaluation, commit, growth"""
 _STEP_PHASES = ("data", "step")
 
 
@@ -43,14 +43,16 @@ class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """When a run that makes no progress is ended."""
 
     limit: str = Field(
-        "10min", description="30s, 10min, 1h: the longest a step may take; evaluations, commits and growth six times it"
+        "10min",
+        description="longest time for a step, such as 30s, 10min or 1h; evaluations, commits and growth may take "
+        "six times as long",
     )
 
     @field_validator("limit")
     @classmethod
     def _readable(cls, value: str) -> str:
         if duration(value) is None:
-            raise ValueError(f"{value!r} is no time; write one such as 30s, 10min or 1h")
+            raise ValueError(f"{value!r} is not a valid time; write one such as 30s, 10min or 1h")
         return value
 
     @property
@@ -62,12 +64,12 @@ class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class Watchdog:
-    """Watches this process from a thread of its own for as long as the context is open."""
+    """Watches this process from a separate thread while the context is open."""
 
     def __init__(
         self, config: WatchdogConfig, folder: Path, world: World, lost: Callable[[], str | None] = lambda: None
     ) -> None:
-        """`lost` says why this process must end at once; None while it need not."""
+        """`lost()` returns why this process must end at once (another attempt owns the run), or None."""
         self._lost = lost
         self.folder, self.world, self.limit = folder, world, config.seconds
         self.pause = min(5.0, self.limit / 10)
@@ -90,8 +92,8 @@ class Watchdog:
         self._thread.join()
 
     def at(self, phase: str, step: int, keys: Sequence[str] | None = None) -> None:
-        """This process begins a phase (start, data, step, evaluate, commit, grow, end) after `step` steps; `keys` are
-        the samples it now has, left out: those it had."""
+        """Record that this process begins a phase (start, data, step, evaluate, commit, grow, end) after `step` steps;
+        `keys` are its samples (default: unchanged)."""
         self._keys = self._keys if keys is None else keys
         self._now = (phase, step, time.monotonic())
 
@@ -113,21 +115,21 @@ class Watchdog:
                 self._leave_stacks()
 
     def _question(self) -> int | None:
-        """When a process last asked all for their stacks, by the clock of the disk."""
+        """When a process last requested the stacks of all, by the clock of the file system."""
         try:
             return (self.folder / "stacks" / "asked").stat().st_mtime_ns
         except OSError:
             return None
 
     def _leave_stacks(self) -> None:
-        """Write the stacks of all threads for who asked."""
+        """Write the stacks of all threads of this process."""
         path = self.folder / "stacks" / f"rank-{self.world.rank:05d}.txt"
         path.parent.mkdir(exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _beat(self) -> None:
-        """Write where this process is. A disk that is full for a while is no reason to end a run."""
+        """Write the heartbeat of this process. A full disk does not end a run."""
         phase, step, since = self._now
         beat = {
             "rank": self.world.rank,
@@ -144,7 +146,7 @@ class Watchdog:
             atomic_write(_path(self.folder, self.world.rank), json.dumps(beat))
 
     def _give_up(self, phase: str, step: int, seconds: float) -> None:
-        """Say all there is to say, give the others the time to do the same, and end."""
+        """Report everything known, give the other ranks time to do the same, and exit."""
         silent = [beat for beat in read_heartbeats(self.folder) if time.time() - beat["time"] > 4 * self.pause + 1]
         message = f"no progress for {seconds:.0f} s in phase {phase!r} after step {step}"
         if silent:
@@ -166,19 +168,19 @@ class Watchdog:
         os._exit(HUNG)
 
     def _bring_together(self, message: str, asked: float) -> None:
-        """Write what every rank answered, and of the silent ones what is known, into one file."""
-        told = [message]
+        """Collect the stacks of all ranks, and the last heartbeat of silent ones, in one file."""
+        report = [message]
         for beat in read_heartbeats(self.folder):
             path = self.folder / "stacks" / f"rank-{beat['rank']:05d}.txt"
             answered = path.exists() and path.stat().st_mtime > asked - 2 * self.pause
-            told += [
+            report += [
                 "",
                 f"rank {beat['rank']} on {beat['host']}, process {beat['pid']}: for {beat['seconds']:.0f} s in phase "
                 f"{beat['phase']!r} after step {beat['step']}",
                 f"samples: {json.dumps(beat['keys'])}",
-                path.read_text(encoding="utf-8", errors="replace") if answered else "no stacks: it does not answer",
+                path.read_text(encoding="utf-8", errors="replace") if answered else "no stacks: it does not respond",
             ]
-        atomic_write(self.folder / "hang.txt", "\n".join(told))
+        atomic_write(self.folder / "hang.txt", "\n".join(report))
 
 
 def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
@@ -200,7 +202,7 @@ def _path(folder: Path, rank: int) -> Path:
 
 
 def _kill_beside(beat: dict[str, Any]) -> None:
-    """End a silent process of this very run and machine, which may be stopped and not end by itself."""
+    """Kill a silent process of this run on this machine, which may be stopped and unable to exit."""
     if beat["host"] != socket.gethostname() or beat["pid"] == os.getpid():
         return
     try:

@@ -1,4 +1,4 @@
-"""The first engine of a process and the state it has: of the newest intact commit, of another run, or fresh."""
+"""The first engine and state of a process: from the newest intact commit, from another run, or fresh."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .resume import check_same_run, newest_intact
 
 @dataclass(frozen=True)
 class Begun:
-    """What a process goes on with."""
+    """The engine and state that a process starts with."""
 
     engine: Engine
     state: RunState
@@ -31,11 +31,11 @@ class Begun:
     changes: list[str]
     """what the recipe changes of the run's future"""
     seconds: dict[str, float]
-    """how long it took to find, read and build"""
+    """seconds spent on finding, reading and building"""
 
 
 class _Builder:
-    """Builds the engine for a commit of this very run; the last one built is `engine`."""
+    """Builds the engine for a commit of this run; `engine` is the last one built."""
 
     def __init__(self, recipe: Recipe, build: Callable[[ModelSpec], Engine]) -> None:
         self._recipe, self._build = recipe, build
@@ -44,7 +44,7 @@ class _Builder:
         self.seconds = 0.0
 
     def __call__(self, commit: Commit) -> Layout | None:
-        """What of the commit's tensors the engine for it holds here. Raises StoreError for another run's commit."""
+        """Build the engine for a commit; returns its layout. Raises StoreError for another run's commit."""
         begun = time.monotonic()
         self.changes = check_same_run(self._recipe, commit)
         state = commit.manifest.state

@@ -1,4 +1,4 @@
-"""Weights of others as a commit: what a run begins with, and what an evaluation takes, like any commit of our own.
+"""Foreign weights as a commit, from which a run can start and which can be evaluated like any other commit.
 
 The recipe in the manifest is one that could train the model on; the lineage says where the weights came from, and keeps
 what only open_clip needs to know, for the way back.
@@ -25,11 +25,11 @@ from ..state import Event, RunState
 from ..world import World
 
 BATCH, SAMPLES, WARMUP, RATE = 256, 1_000_000, 20_000, 1e-5
-"""of the recipe that goes with imported weights: a start, to be set by who trains on"""
+"""defaults of the recipe written with imported weights; to be adapted by the user"""
 
 
 def checked_tokenizer(weights: Weights, name: str | None) -> TextTokenizer:
-    """The tokenizer that imported weights are used with, `name` as in data.tokenizer, left out for CLIP's.
+    """The tokenizer for imported weights; `name` as in data.tokenizer, None for CLIP's.
 
     Raises InterchangeError if it is not that of the weights as far as that can be seen, DataError if it cannot be read.
     """
@@ -57,7 +57,7 @@ def checked_tokenizer(weights: Weights, name: str | None) -> TextTokenizer:
 
 
 def notes(weights: Weights) -> list[str]:
-    """What a person should know of how pictures and texts are made for these weights."""
+    """Notes for the user on how pictures and texts are preprocessed for these weights."""
     image, found = weights.spec.image, []
     if image.resize == "squash":
         found.append("evaluation squashes pictures, as these weights were trained; training crops them")
@@ -73,7 +73,8 @@ def notes(weights: Weights) -> list[str]:
 def import_commit(
     weights: Weights, out: str, data: str | None = None, tokenizer: str | None = None
 ) -> tuple[str, Recipe]:
-    """Write `weights` as the first commit of a new store at URL `out`; its URL, and a recipe that trains it on.
+    """Write `weights` as the first commit of a new store at URL `out`; returns its URL and a recipe to train it
+    further.
 
     `data` is what the recipe trains on. Raises InterchangeError, DataError, StoreError.
     """
@@ -114,7 +115,7 @@ def recipe_for(weights: Weights, data: str, tokenizer: str) -> Recipe:
 
 
 def tokenizer_of(state: RunState) -> dict[str, Any]:
-    """What the lineage keeps for open_clip of weights that were once imported; empty if they were not."""
+    """What the lineage keeps for an export to open_clip; empty if the weights were not imported."""
     found: dict[str, Any] = {}
 
     def look(events: Any) -> None:

@@ -1,4 +1,4 @@
-"""Origin: the commit of another run that a new one begins with, its weights alone or its whole state."""
+"""Starts a run from a commit of another run: from its weights alone, or from its whole state."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_origin(recipe: Recipe) -> Commit:
 
 
 def _check_all(recipe: Recipe, commit: Commit) -> None:
-    """Raise StoreError if the recipe cannot go on with the whole state of a commit."""
+    """Raise StoreError if the recipe cannot continue with the whole state of a commit."""
     state, batch = commit.manifest.state, recipe.data.batch
     remedy = "change the recipe, or load only the weights"
     if state.samples != state.step * batch:
@@ -44,12 +44,12 @@ def _check_all(recipe: Recipe, commit: Commit) -> None:
         ends.append(ends[-1] + stage.steps(batch))
     if state.stage >= len(recipe.stages) or not ends[state.stage] <= state.step <= ends[state.stage + 1]:
         raise StoreError(
-            f"{commit.url} is at step {state.step} of stage {state.stage}, where no such stage is; {remedy}"
+            f"{commit.url} is at step {state.step} of stage {state.stage}, which is not in the recipe; {remedy}"
         )
     kinds = {part.kind for part in commit.manifest.parts}
     lacking = sorted(set(recipe.optimizer.kinds) - kinds)
     if lacking:
-        raise StoreError(f"{commit.url} holds no {lacking[0]}, which the recipe's optimizer keeps; {remedy}")
+        raise StoreError(f"{commit.url} has no {lacking[0]}, which the recipe's optimizer needs; {remedy}")
     theirs = OptimizerConfig.model_validate(commit.manifest.recipe["optimizer"]).kind
     if theirs == "muon" != recipe.optimizer.kind:
         raise StoreError(
@@ -59,7 +59,7 @@ def _check_all(recipe: Recipe, commit: Commit) -> None:
 
 
 def begin_with(recipe: Recipe, commit: Commit, engine: Engine) -> RunState:
-    """Load what the recipe takes from `commit` into a fresh engine of the same shape; the state to begin with.
+    """Load what the recipe takes from `commit` into a fresh engine of the same shape; returns the initial state.
 
     The lineage says where it came from: what came before stands in it (all), or in its first event (weights). All ranks
     call this. Raises DamagedCommit.

@@ -1,8 +1,8 @@
-"""Where a run begins: at the newest intact commit of its store, or at the first step.
+"""Resume: the newest intact commit of a run's store, checked against the recipe.
 
-A damaged commit is named and the one before it is taken. A commit of another experiment is refused: a resume continues
-the very run, or says what differs. What the run has not come to yet may be another: stages that have not begun, and
-sources that only they read, for data that arrives while it trains.
+A damaged commit is reported and the one before it is used. A commit of another run is refused with the differences.
+What the run has not reached yet may change: stages that have not begun, and sources that only they read, for data that
+arrives during training.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ def newest_intact(
     warn: Callable[[str], None],
     world: World,
 ) -> tuple[Commit, dict[str, Tensor]] | None:
-    """The newest of the commits `names` whose every byte verifies, and this rank's part of its tensors; None of none.
+    """The newest commit of `names` whose checksums all verify, and this rank's part of its tensors; None if there is
+    none.
 
-    `prepare` makes what the tensors will go into, and says which part of them that is. Damaged commits are told to
-    `warn`; all ranks agree on the one that is taken. Raises StoreError if all are damaged.
+    `prepare` makes what the tensors will go into, and says which part of them that is. `warn` is called for
+    damaged commits; all ranks agree on the one that is taken. Raises StoreError if all are damaged.
     """
 
     def attempt(read: Callable[[], _T]) -> _T | None:
@@ -80,7 +81,7 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
         before = Recipe.model_validate({key: value for key, value in commit.manifest.recipe.items() if key != "engine"})
     except ValidationError as error:
         raise StoreError(
-            f"{commit.url} was written by another release, whose recipe says what this one does not know "
+            f"{commit.url} was written by another release, whose recipe has keys that this one does not know "
             f"({'.'.join(map(str, error.errors()[0]['loc']))}); continue it with that release"
         ) from None
     different = differences(_past(recipe, state), _past(before, state))
@@ -92,14 +93,14 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
     cooling = before.total_samples * (1 - before.schedule.cooldown)
     if recipe.total_samples != before.total_samples and state.samples > cooling:
         raise StoreError(
-            f"{commit.url} is of a run whose learning rate is falling since sample {cooling:,.0f}: its stages are "
-            f"settled; leave them as they were, continue from an earlier commit, or start a new run"
+            f"{commit.url} is of a run whose learning rate has been falling since sample {cooling:,.0f}: its "
+            f"stages are settled; leave them as they were, continue from an earlier commit, or start a new run"
         )
     return differences(*(each.model_dump(mode="json", include={"data", "stages"}) for each in (recipe, before)))
 
 
 def _past(recipe: Recipe, state: RunState) -> dict[str, Any]:
-    """What of a recipe decides what was computed up to a state: stages that have begun, sources that were read."""
+    """The part of a recipe that determined a state: stages that have begun, sources that were read."""
     past = recipe.model_dump(mode="json", include=set(CONTINUES))
     mixtures = [mixture for mixture in recipe.settled(state.decisions).mixtures() if mixture.step < max(state.step, 1)]
     for i, source in enumerate(past["data"]["train"]):
@@ -111,7 +112,7 @@ def _past(recipe: Recipe, state: RunState) -> dict[str, Any]:
 
 
 def differences(ours: Any, theirs: Any) -> list[str]:
-    """Where two trees of a recipe's values differ, as sentences."""
+    """Differences between two recipes, as sentences."""
     ours, theirs = _flat(ours), _flat(theirs)
     return [
         f"{path}: {theirs.get(path)!r} there, {ours.get(path)!r} here"

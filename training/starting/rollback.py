@@ -1,4 +1,4 @@
-"""Going back: from a step where training has gone wrong to the last commit of when things were well.
+"""Rollback: from a step where training has diverged to the last good commit.
 
 The way back is an exception, so that whatever is in between (the loader, its processes, the engine) is closed on it.
 """
@@ -14,17 +14,16 @@ from ..world import World
 
 
 def roll_back(recipe: Recipe, state: RunState, commits: Commits, world: World) -> NoReturn:
-    """Leave for the last good commit, by RolledBack; later ones are removed. No commit may be under way.
+    """Remove commits after the last good one and raise RolledBack. No commit may be in progress.
 
     Raises TrainingError if that is of no use: there is none, or it was tried as often as the recipe allows.
     """
     health = state.health
-    what = (
-        f"the loss leapt to {recipe.recovery.spike_factor} times what it was" if health.leapt else "no finite gradient"
-    )
-    reason = f"{what} in the last {health.ill} steps up to step {state.step}"
+    spike = f"the loss rose above {recipe.recovery.spike_factor} times its median"
+    what = spike if health.spiked else "no finite gradient"
+    reason = f"{what} in the last {health.bad_steps} steps up to step {state.step}"
     last = next((e for e in reversed(state.lineage) if e.event == "rollback"), None)
-    times = last.detail["times"] if last and health.well <= last.step else 0  # since then nothing was well
+    times = last.detail["times"] if last and health.healthy_step <= last.step else 0  # no healthy step since then
     good = world.objects(_last_good(state, commits) if world.is_first else None)[0]
     if good is None or times >= recipe.recovery.max_rollbacks:
         why = f"again after {times} rollbacks" if times else "there is no commit to go back to"
@@ -38,9 +37,9 @@ def roll_back(recipe: Recipe, state: RunState, commits: Commits, world: World) -
 
 
 def _last_good(state: RunState, commits: Commits) -> int | None:
-    """The step of the newest commit from before the trouble; where only steps were skipped, one from within it will
-    do: they leave the weights as they were."""
-    found = commits.newest_until(state.health.well)
-    if found is None and not state.health.leapt:
+    """The step of the newest commit before the bad steps; if steps were only skipped, a later one is good as well,
+    since they leave the weights unchanged."""
+    found = commits.newest_until(state.health.healthy_step)
+    if found is None and not state.health.spiked:
         found = commits.newest_until(state.step)
     return found

@@ -43,7 +43,7 @@ def test_a_set_of_another_package(tmp_path: Path, install: Install, write_source
     assert len(open_source("samples://birds/held_out")) == 2 * 11
     assert attribution("samples://birds") == "Photos: the birds' owners, CC BY 4.0"
     with pytest.raises(
-        DataError, match="fish is unknown; there are samples://birds, samples://emoji; a package offers"
+        DataError, match="fish is unknown; available are samples://birds, samples://emoji; a package adds"
     ):
         open_source("samples://fish")
 
@@ -59,10 +59,10 @@ def test_what_is_no_set_is_refused(tmp_path: Path, install: Install) -> None:
     install("odd-five", "emoji = odd_sets:BARE")
     for name, reason in (
         ("odd", "odd_sets:ODD is int, not a SampleSet"),
-        ("gone", "cannot be loaded from odd_sets:GONE: .*mend that package"),
+        ("gone", "cannot be loaded from odd_sets:GONE: .*repair that package"),
         ("far", "cannot be loaded from nowhere_to_be_found:SET: No module named"),
-        ("bare/held_out", "has no samples kept apart"),
-        ("emoji", "is offered by .*emoji:SAMPLES and by odd_sets:BARE; uninstall all but one"),
+        ("bare/held_out", "has no held-out samples"),
+        ("emoji", "is registered by .*emoji:SAMPLES and by odd_sets:BARE; uninstall all but one"),
     ):
         with pytest.raises(DataError, match=reason):
             open_source(f"samples://{name}")

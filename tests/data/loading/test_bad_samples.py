@@ -113,18 +113,18 @@ BROKEN: list[tuple[dict[str, bytes | None], str]] = [
     (said(boxes=[{"box": [1, 2, 3], "text": "t"}]), "boxes are wrong: each must be {box: [x0, y0, x1, y1], text}"),
     (
         said(boxes=[{"box": [0.5, 0, 0.2, 1], "text": "t"}]),
-        "boxes are wrong: [0.5, 0, 0.2, 1] does not go from left to right and down",
+        "boxes are wrong: [0.5, 0, 0.2, 1] must have left < right and top < bottom",
     ),
     (said(boxes=[{"box": [0, 0, 1, 1], "text": " "}]), "a box's text is empty"),
-    ({"teacher.npy": None}, "no column teacher: there is no .teacher.npy or .npy"),
-    ({"teacher.npy": b"\x80\x04c__builtin__\n"}, FORM + "it has no header of an .npy file"),
+    ({"teacher.npy": None}, "no column teacher: the sample has no .teacher.npy or .npy"),
+    ({"teacher.npy": b"\x80\x04c__builtin__\n"}, FORM + "it has no valid .npy header"),
     (
         {"teacher.npy": npy(np.array([None]), allow_pickle=True)},
         FORM + "its numbers are object instead of float16, float32, float64",
     ),
     ({"teacher.npy": npy(np.zeros((1, 5), "f4"))}, FORM + "float32 [1, 5] instead of float32 [5], as in '000'"),
     ({"teacher.npy": npy(np.zeros(4, "f4"))}, FORM + "float32 [4] instead of float32 [5], as in '000'"),
-    ({"teacher.npy": npy(np.full(5, np.inf, "f4"))}, FORM + "it holds infinity, or what is no number"),
+    ({"teacher.npy": npy(np.full(5, np.inf, "f4"))}, FORM + "it holds infinity or NaN"),
 ]
 SAMPLES = 2 * len(BROKEN) + 32  # every second one is broken, as far as they go; the first is whole
 

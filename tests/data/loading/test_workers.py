@@ -23,7 +23,7 @@ import torch
 
 from treering.data import DataConfig, DataError, Loader
 from treering.data.loading import loader as loader_module
-from treering.data.loading.workers import Note, _joined
+from treering.data.loading.workers import Note, _concatenate
 
 WriteSource = Callable[..., str]
 
@@ -100,7 +100,7 @@ def test_batches_that_are_held_stay_as_they_are(url: str) -> None:
 
 def test_a_slow_reader_does_not_make_processes_run_ahead(url: str, tmp_path: Path) -> None:
     each = loader(url)
-    log, decode = tmp_path / "decoded", each._items._decoded
+    log, decode = tmp_path / "decoded", each._samples._decoded
     log.touch()
 
     def decoded(*arguments: Any) -> Any:
@@ -108,7 +108,7 @@ def test_a_slow_reader_does_not_make_processes_run_ahead(url: str, tmp_path: Pat
             file.write("x")
         return decode(*arguments)
 
-    each._items._decoded = decoded  # type: ignore[method-assign]
+    each._samples._decoded = decoded  # type: ignore[method-assign]
     with closing(each.batches(0)) as batches:
         next(batches)
         time.sleep(0.5)
@@ -158,6 +158,6 @@ def test_a_note_is_read_by_others() -> None:
 
 def test_joining_goes_field_by_field() -> None:
     parts = [{"a": torch.arange(n), "b": (n, "x"), "c": None} for n in (2, 3)]
-    joined = _joined(parts)
+    joined = _concatenate(parts)
     assert np.array_equal(joined["a"].numpy(), [0, 1, 0, 1, 2])
     assert (joined["b"], joined["c"]) == ((2, "x", 3, "x"), None)

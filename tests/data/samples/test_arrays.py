@@ -66,16 +66,16 @@ class Trap:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "no header of an .npy file"),
-        (b"\x93NUMPY\x01", "no header"),
-        (b"\x80\x04" + pickle.dumps(Trap()), "no header"),
-        (npy(np.zeros(3))[:40], "no header"),
-        (b"\x93NUMPY\x03\x00" + npy(np.zeros(3))[8:], "no header"),
-        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), 'x': 1}"), "no header"),
-        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)" + " " * 9000 + "}"), "no header"),
-        (with_header("(" * 900), "no header"),
-        (with_header("__import__('os').abort()"), "no header"),
-        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", bytes(12), (2, 0))[:20], "no header"),
+        (b"", "no valid .npy header"),
+        (b"\x93NUMPY\x01", "no valid .npy header"),
+        (b"\x80\x04" + pickle.dumps(Trap()), "no valid .npy header"),
+        (npy(np.zeros(3))[:40], "no valid .npy header"),
+        (b"\x93NUMPY\x03\x00" + npy(np.zeros(3))[8:], "no valid .npy header"),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), 'x': 1}"), "no valid .npy header"),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)" + " " * 9000 + "}"), "no valid .npy header"),
+        (with_header("(" * 900), "no valid .npy header"),
+        (with_header("__import__('os').abort()"), "no valid .npy header"),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", bytes(12), (2, 0))[:20], "no valid .npy header"),
         (npy(np.array([Trap()], object), allow_pickle=True), "its numbers are object instead of float16, float32"),
         (npy(np.zeros(3, np.int64)), "its numbers are int64"),
         (npy(np.zeros(3, "f4,f4")), "its numbers are void64"),
@@ -83,20 +83,20 @@ class Trap:
         (npy(np.array(["a" * 99])), "its numbers are str"),
         (npy(np.zeros((1, 3, 2))), "its shape is (1, 3, 2) instead of that of a vector or a matrix"),
         (npy(np.zeros((3, 0))), "its shape is (3, 0)"),
-        (npy(np.zeros((3, 2)))[:-8], "its header speaks of 6 numbers of 8 bytes, but 40 bytes follow"),
+        (npy(np.zeros((3, 2)))[:-8], "its header declares 6 numbers of 8 bytes, but 40 follow"),
         (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -3)}", bytes(24)), "its shape is (-2"),
         (npy(np.zeros(())), "its shape is ()"),
         (npy(np.zeros(0)), "its shape is (0,)"),
         (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-3,)}", bytes(12)), "its shape is (-3,)"),
         (
             with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (1152921504606846976,)}"),
-            "its header speaks of 1152921504606846976 numbers of 4 bytes, but 0 bytes follow",
+            "its header declares 1152921504606846976 numbers of 4 bytes, but 0 follow",
         ),
         (
             with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 800 + ",)}", bytes(8)),
-            "its header speaks of 9999",
+            "its header declares 9999",
         ),
-        (npy(np.zeros(3))[:-1], "its header speaks of 3 numbers of 8 bytes, but 23 bytes follow"),
+        (npy(np.zeros(3))[:-1], "its header declares 3 numbers of 8 bytes, but 23 follow"),
         (npy(np.zeros(3)) + b"x", "but 25 bytes follow"),
     ],
 )  # fmt: skip
@@ -221,11 +221,11 @@ def test_nothing_is_read_that_is_not_asked_for(
 def test_odd_ones_are_bad_samples(tmp_path: Path, write_tar: WriteTar, picture: Callable[..., bytes]) -> None:
     wrong, like = "column teacher is wrong:", "instead of float32 [6], as in '01'"
     odd: dict[int, tuple[dict[str, bytes], str]] = {
-        2: ({}, "no column teacher: there is no .teacher.npy or .npy"),
+        2: ({}, "no column teacher: the sample has no .teacher.npy or .npy"),
         5: ({"npy": npy(vector(5, length=7))}, f"{wrong} float32 [7] {like}"),
         6: ({"npy": npy(vector(6, "<f2"))}, f"{wrong} float16 [6] {like}"),
-        8: ({"npy": npy(np.array([np.nan] * 6, "<f4"))}, f"{wrong} it holds infinity, or what is no number"),
-        0: ({"npy": b"?"}, f"{wrong} it has no header of an .npy file"),
+        8: ({"npy": npy(np.array([np.nan] * 6, "<f4"))}, f"{wrong} it holds infinity or NaN"),
+        0: ({"npy": b"?"}, f"{wrong} it has no valid .npy header"),
     }  # fmt: skip
     rows = [odd[n][0] if n in odd else {"npy": npy(vector(n))} for n in range(16)]
     url = url_of(tmp_path / "0.tar", write_tar, picture, rows)
@@ -240,7 +240,7 @@ def test_doubles_beyond_floats(tmp_path: Path, write_tar: WriteTar, picture: Cal
     rows = [{"npy": npy(np.full(2, 1e300 if n == 3 else 1.0))} for n in range(8)]
     url = url_of(tmp_path / "0.tar", write_tar, picture, rows)
     bad = [entry for batch in read(loader(url, columns={"t": "npy"}), 2) for entry in batch.bad]
-    assert {entry.reason for entry in bad} == {"column t is wrong: it holds infinity, or what is no number"}
+    assert {entry.reason for entry in bad} == {"column t is wrong: it holds infinity or NaN"}
 
 
 def test_refused_before_a_run(tmp_path: Path, write_tar: WriteTar, picture: Callable[..., bytes]) -> None:
@@ -248,11 +248,11 @@ def test_refused_before_a_run(tmp_path: Path, write_tar: WriteTar, picture: Call
     with pytest.raises(DataError) as error:
         loader(none, columns={"teacher": "npy"})
     assert str(error.value) == (
-        f"{none}: columns.teacher asks for .teacher.npy or .npy, but of 9 samples looked at none has an array there; "
+        f"{none}: columns.teacher needs .teacher.npy or .npy, but none of 9 inspected samples has a valid one; "
         f"found .png, .txt, .gif"
     )
     broken = url_of(tmp_path / "broken.tar", write_tar, picture, [{"npy": b"x"} for _ in range(9)])
-    with pytest.raises(DataError, match=r"found .*; the first that is there: column t is wrong: it has no header"):
+    with pytest.raises(DataError, match=r"found .*; the first one found: column t is wrong: it has no valid"):
         loader(broken, columns={"t": "npy"})
     six, seven = (
         url_of(tmp_path / f"{n}.tar", write_tar, picture, [{"t.npy": npy(vector(0, length=n))} for _ in range(9)])
@@ -264,8 +264,8 @@ def test_refused_before_a_run(tmp_path: Path, write_tar: WriteTar, picture: Call
         loader(six, seven, columns={"t": "npy"})
     # One .npy cannot be two columns.
     url = url_of(tmp_path / "one.tar", write_tar, picture, [{"a.npy": npy(vector(0)), "npy": npy(vector(1))}] * 9)
-    with pytest.raises(DataError, match=r"columns\.b asks for \.b\.npy, but of 9 samples looked at none"):
+    with pytest.raises(DataError, match=r"columns\.b needs \.b\.npy, but none of 9 inspected"):
         loader(url, columns={"a": "npy", "b": "npy"})
-    with pytest.raises(ValidationError, match="'a/b' is no name"):
+    with pytest.raises(ValidationError, match="'a/b' is not a valid name"):
         loader(six, columns={"a/b": "npy"})
     assert open_source(six).kinds(0) == ("png", "txt", "t.npy")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from treering.data import Batch, DataConfig, Loader, Tokenizer
 from treering.data.errors import BadSample
-from treering.data.samples.boxes import SampleBoxes, read_boxes, seen_boxes
+from treering.data.samples.boxes import SampleBoxes, crop_boxes, read_boxes
 from treering.data.samples.decode import Crop
 
 WriteTar = Callable[..., Path]
@@ -55,13 +55,13 @@ ONE = {"box": [0, 0, 1, 1], "text": "t"}
         ([{"box": [0, 0, 1, float("nan")], "text": "t"}], "each must be {box"),
         ([{"box": [0, 0, 1, float("inf")], "text": "t"}], "each must be {box"),
         ([{"box": [0, 0, 1, 10**400], "text": "t"}], "each must be {box"),
-        ([{"box": [1, 0, 1, 1], "text": "t"}], "[1, 0, 1, 1] does not go from left to right and down"),
-        ([{"box": [0, 2, 1, 1], "text": "t"}], "[0, 2, 1, 1] does not go from left"),
+        ([{"box": [1, 0, 1, 1], "text": "t"}], "[1, 0, 1, 1] must have left < right and top < bottom"),
+        ([{"box": [0, 2, 1, 1], "text": "t"}], "[0, 2, 1, 1] must have left < right"),
         ([{"box": [0, 0, 1, 1]}], "each must have a text of at most 10,000 characters"),
         ([{"box": [0, 0, 1, 1], "text": "t" * 10_001}], "each must have a text"),
         ([{"box": [0, 0, 1, 1], "text": " \n"}], "a box's text is empty"),
         ([{"box": [0, 0, 1, 1], "text": "\ud800"}], "a box's text is not Unicode"),
-        ([ONE, {"box": [10, 10, 60, 30], "text": "t"}], "the recipe says that they are relative, but one goes beyond"),
+        ([ONE, {"box": [10, 10, 60, 30], "text": "t"}], "the recipe says relative, but one exceeds"),
     ],
 )
 def test_what_is_wrong(found: Any, reason: str) -> None:
@@ -74,8 +74,8 @@ def test_what_is_wrong(found: Any, reason: str) -> None:
 def test_a_whole_picture_changes_nothing() -> None:
     given_ = read_boxes(boxes([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]), "relative", 40, 80)
     for least in (0.0, 0.5, 1.0):
-        assert np.array_equal(seen_boxes(given_, WHOLE, 40, 80, least).corners, given_.corners)
-    mirrored = seen_boxes(given_, WHOLE._replace(mirrored=True), 40, 80, 0.5).corners
+        assert np.array_equal(crop_boxes(given_, WHOLE, 40, 80, least).corners, given_.corners)
+    mirrored = crop_boxes(given_, WHOLE._replace(mirrored=True), 40, 80, 0.5).corners
     assert np.allclose(mirrored, [[0.7, 0.2, 0.9, 0.4], [0, 0, 1, 1]], atol=1e-15)
 
 
@@ -96,7 +96,7 @@ def test_against_counted_pixels(data: st.DataObject, mirrored: bool, least: floa
     mask[y0:y1, x0:x1] = True
     part = mask[top:bottom, left:right]
     part = part[:, ::-1] if mirrored else part
-    found = seen_boxes(
+    found = crop_boxes(
         read_boxes(boxes([x0, y0, x1, y1]), "pixels", height, width),
         Crop(top, left, bottom - top, right - left, mirrored),
         height,
@@ -113,7 +113,7 @@ def test_against_counted_pixels(data: st.DataObject, mirrored: bool, least: floa
 
 def test_a_box_outside_its_picture_is_dropped() -> None:
     outside = read_boxes(boxes([100, 100, 200, 200], [-9, -9, -1, -1], [0, 0, 80, 40]), "pixels", 40, 80)
-    assert seen_boxes(outside, WHOLE, 40, 80, 0.0).corners.tolist() == [[0, 0, 1, 1]]
+    assert crop_boxes(outside, WHOLE, 40, 80, 0.0).corners.tolist() == [[0, 0, 1, 1]]
 
 
 # In a run

@@ -24,7 +24,7 @@ from treering.data.config import UNTAGGED, SourceConfig
 from treering.data.errors import BadSample
 from treering.data.loading.loader import check_tags
 from treering.data.order import stream
-from treering.data.samples.captions import Caption, drawn_caption, looks, read_texts
+from treering.data.samples.captions import Caption, draw_caption, probe_numbers, read_texts
 
 WriteTar = Callable[..., Path]
 
@@ -90,8 +90,8 @@ def test_drawn_in_the_promised_shares(shares: dict[str, float]) -> None:
     ]  # fmt: skip
     config = SourceConfig(source="x", caption_weights=shares)
     count = 20_000
-    found = Counter(drawn_caption(captions, config.caption_shares, stream(3, "caption", n)) for n in range(count))
-    for caption, chance in expected_shares(captions, config.caption_shares).items():
+    found = Counter(draw_caption(captions, config.tag_weights, stream(3, "caption", n)) for n in range(count))
+    for caption, chance in expected_shares(captions, config.tag_weights).items():
         spread = 4.5 * (count * float(chance * (1 - chance))) ** 0.5
         assert abs(found[caption] - count * float(chance)) <= spread, caption
 
@@ -99,41 +99,41 @@ def test_drawn_in_the_promised_shares(shares: dict[str, float]) -> None:
 def test_the_draw_by_hand() -> None:
     """Whole numbers below the sum of the weights, divided by what they share: 1, 3 and then 2, 6 -> 1, 3."""
     captions = [Caption("a", "alt"), Caption("b", "blip", 2 * 10**6), Caption("c", "blip", 6 * 10**6)]
-    shares = SourceConfig(source="x", caption_weights={"blip": 3, "alt": 1}).caption_shares
+    shares = SourceConfig(source="x", caption_weights={"blip": 3, "alt": 1}).tag_weights
     assert list(shares) == ["alt", "blip"]  # by name, whatever the recipe's order
     for n in range(200):
         random = stream(0, "caption", n)
         expected = "a" if random.integers(4) < 1 else "bccc"[random.integers(4)]
-        assert drawn_caption(captions, shares, stream(0, "caption", n)).text == expected
+        assert draw_caption(captions, shares, stream(0, "caption", n)).text == expected
 
 
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=9), st.integers(0, 2**32))
 def test_plain_captions_are_drawn_alike(plain: list[str], seed: int) -> None:
     index = int(np.random.default_rng(seed).integers(len(plain)))
-    assert drawn_caption([Caption(t) for t in plain], {}, np.random.default_rng(seed)).text == plain[index]
+    assert draw_caption([Caption(t) for t in plain], {}, np.random.default_rng(seed)).text == plain[index]
 
 
 def test_nothing_to_draw() -> None:
     captions = [Caption("a", "alt"), Caption("b", "blip", 0), Caption("c", "\x1b[2J")]
     random = np.random.default_rng(0)
     with pytest.raises(BadSample, match=r"^no caption from 'blip', 'x': found '\\x1b\[2J', 'alt', 'blip'$"):
-        drawn_caption(captions, {"blip": 1, "x": 1}, random)
+        draw_caption(captions, {"blip": 1, "x": 1}, random)
     with pytest.raises(BadSample, match="no caption to draw: all have the weight 0"):
-        drawn_caption([captions[1]], {}, random)
+        draw_caption([captions[1]], {}, random)
 
 
 def test_looks_are_spread_and_distinct() -> None:
-    assert looks(1) == [0]
-    assert sorted(looks(100)) == list(range(100))
-    many = looks(1_000_000)
+    assert probe_numbers(1) == [0]
+    assert sorted(probe_numbers(100)) == list(range(100))
+    many = probe_numbers(1_000_000)
     assert len(many) == len(set(many)) == 256
     assert many[:3] == [0, 62_500, 125_000]
-    assert max(looks(300)) < 300
+    assert max(probe_numbers(300)) < 300
 
 
 def test_weights_of_tags_are_checked() -> None:
     for weight in (0, -1, float("nan"), float("inf"), 1e-9):
-        with pytest.raises(ValidationError, match=r"captions\.alt = .* must be a weight from 0\.000001"):
+        with pytest.raises(ValidationError, match=r"caption_weights\.alt = .* must be from 0\.000001"):
             SourceConfig(source="x", caption_weights={"alt": weight})
 
 
@@ -193,8 +193,8 @@ def test_unknown_tags_are_refused_before_a_run(tagged_url: str, monkeypatch: pyt
     with pytest.raises(DataError) as error:
         batches(tagged_url, 1, caption_weights={"alt": 1, "recaptoin": 3})
     assert str(error.value) == (
-        f"{tagged_url}: captions asks for 'recaptoin', but of 24 samples looked at none has it; "
-        f"found 'alt' (24 samples), 'recaption' (20 samples); correct the tag or leave it out"
+        f"{tagged_url}: caption_weights names 'recaptoin', but none of 24 inspected samples has it; "
+        f"found 'alt' (24 samples), 'recaption' (20 samples); correct the tag or remove it"
     )
     source = open_source(tagged_url)
     read, record = [], source.record

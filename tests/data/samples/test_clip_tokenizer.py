@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treering.data.samples.clip_tokenizer import END, START, Tokenizer, clean_text, fitted
+from treering.data.samples.clip_tokenizer import END, START, Tokenizer, clean_text, encode_truncated
 
 OURS = Tokenizer()
 TRICKY = [
@@ -95,6 +95,6 @@ def test_decode_every_id_as_open_clip(theirs) -> None:
 @given(st.text(max_size=60), st.integers(2, 12))
 @settings(deadline=None)
 def test_a_caption_that_does_not_fit_is_told_from_one_that_does(text: str, context: int) -> None:
-    ids, cut = fitted(OURS, text, context)
+    ids, cut = encode_truncated(OURS, text, context)
     assert ids == OURS.encode(text, context)
     assert cut == (len(OURS.encode(text, 1000)) > context)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from treering.data import Batch, DataConfig, Loader
 from treering.data.config import JitterConfig
-from treering.data.samples.color_jitter import contrasted, jittered, lit, saturated, turned
+from treering.data.samples.color_jitter import brightened, contrasted, hue_shifted, jittered, saturated
 from treering.tests.support.needs import missing
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
@@ -44,7 +44,7 @@ def formula(name: str, factor: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("change", "name", "pillow"),
     [
-        (lit, "brightness", ImageEnhance.Brightness),
+        (brightened, "brightness", ImageEnhance.Brightness),
         (contrasted, "contrast", ImageEnhance.Contrast),
         (saturated, "saturation", ImageEnhance.Color),
     ],
@@ -62,7 +62,7 @@ def test_light_contrast_and_saturation(change: Change, name: str, pillow: Any, m
 
 @pytest.mark.parametrize("turn", TURNS)
 def test_hue(turn: float) -> None:
-    ours = turned(IMAGE, turn).astype(int)
+    ours = hue_shifted(IMAGE, turn).astype(int)
     for pixel, was in zip(ours.reshape(-1, 3), IMAGE.reshape(-1, 3), strict=True):
         h, s, v = colorsys.rgb_to_hsv(*(was / 255))
         assert np.abs(pixel - 255 * np.array(colorsys.hsv_to_rgb((h + turn) % 1, s, v))).max() <= 0.51
@@ -74,10 +74,10 @@ def test_hue(turn: float) -> None:
 @pytest.mark.parametrize(
     ("change", "name", "mores"),
     [
-        (lit, "brightness", MORE),
+        (brightened, "brightness", MORE),
         (contrasted, "contrast", MORE),
         (saturated, "saturation", MORE),
-        (turned, "hue", TURNS),
+        (hue_shifted, "hue", TURNS),
     ],
 )
 def test_as_torchvision(change: Change, name: str, mores: list[float]) -> None:
@@ -99,7 +99,7 @@ def test_as_torchvision(change: Change, name: str, mores: list[float]) -> None:
 
 
 def test_no_change_is_exactly_none() -> None:
-    for change in (lit, contrasted, saturated, turned):
+    for change in (brightened, contrasted, saturated, hue_shifted):
         assert np.array_equal(change(IMAGE, 0.0), IMAGE)
     assert jittered(IMAGE, JitterConfig(probability=1.0), np.random.default_rng(0)) is IMAGE
     assert jittered(IMAGE, ALL.model_copy(update={"probability": 0.0}), np.random.default_rng(0)) is IMAGE
@@ -127,14 +127,14 @@ def test_each_change_by_hand() -> None:
         order = random.permutation(4).tolist()
         for change in order:
             expected = [
-                lambda i: lit(i, 0.4 * light),  # noqa: B023
+                lambda i: brightened(i, 0.4 * light),  # noqa: B023
                 lambda i: contrasted(i, 0.4 * contrast),  # noqa: B023
                 lambda i: saturated(i, 0.4 * colour),  # noqa: B023
-                lambda i: turned(i, 0.1 * hue),  # noqa: B023
+                lambda i: hue_shifted(i, 0.1 * hue),  # noqa: B023
             ][change](expected)
         assert np.array_equal(jittered(IMAGE, ALL, np.random.default_rng(n)), expected)
         alone = jittered(IMAGE, JitterConfig(hue=0.1, probability=1.0), np.random.default_rng(n))
-        assert np.array_equal(alone, turned(IMAGE, 0.1 * hue))  # what is drawn does not depend on the others
+        assert np.array_equal(alone, hue_shifted(IMAGE, 0.1 * hue))  # what is drawn does not depend on the others
         orders.add(tuple(order))
     assert len(orders) > 15
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as Theirs
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from treering.data import DataConfig, DataError, EvaluationSet, Loader, Tokenizer
-from treering.data.samples.clip_tokenizer import fitted
+from treering.data.samples.clip_tokenizer import encode_truncated
 from treering.data.samples.tokenizer import FileTokenizer, open_tokenizer, vocabulary_size
 from treering.launch.commands.eval import evaluate_commit
 from treering.launch.errors import RecipeError
@@ -120,12 +120,15 @@ def test_any_text(files: dict[str, tuple[str, Theirs]], text: str, context: int)
     for path, theirs in files.values():
         check(open_tokenizer(path), theirs, text, context)
         whole = open_tokenizer(path).encode(text, 10_000)
-        assert fitted(open_tokenizer(path), text, context) == (
+        assert encode_truncated(open_tokenizer(path), text, context) == (
             whole if len(whole) <= context else [*whole[: context - 1], whole[-1]],
             len(whole) > context,
         )
     clip = open_tokenizer()
-    assert fitted(clip, text, context) == (clip.encode(text, context), len(clip.encode(text, 10_000)) > context)
+    assert encode_truncated(clip, text, context) == (
+        clip.encode(text, context),
+        len(clip.encode(text, 10_000)) > context,
+    )
 
 
 def opened(tmp_path: Path, tokenizer: Theirs) -> FileTokenizer:
@@ -172,7 +175,9 @@ def test_an_unknown_letter_a(tmp_path: Path) -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.tokenizer: .* has no token that ends a text; give it a post-processor"):
+    with pytest.raises(
+        DataError, match=r"data\.tokenizer: .* has no token that ends a text; add one with its post-processor"
+    ):
         opened(tmp_path, bpe(["<s>"], template("<s> $A")))
     with pytest.raises(DataError, match=r"more than one token before or after a text \('<s>', '<s>', .*'</s>'\)"):
         opened(tmp_path, bpe(["<s>", "</s>"], template("<s> <s> $A </s>")))
@@ -181,9 +186,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for data in (b"", b"{}", b"not json", b"\xff\xfe", b"[" * 100_000, json.dumps({"model": {"type": "No"}}).encode()):
         (tmp_path / "x.json").write_bytes(data)
         open_tokenizer.cache_clear()
-        with pytest.raises(DataError, match=r"is no Hugging Face tokenizer \(.*\); name a tokenizer\.json$"):
+        with pytest.raises(DataError, match=r"is not a Hugging Face tokenizer \(.*\); name a tokenizer\.json$"):
             open_tokenizer(str(tmp_path / "x.json"))
-    with pytest.raises(DataError, match="nothing is there"):
+    with pytest.raises(DataError, match="not found"):
         open_tokenizer(str(tmp_path / "none.json"))
     with pytest.raises(DataError, match="cannot read"):
         open_tokenizer(str(tmp_path))
@@ -272,7 +277,7 @@ def test_a_commit_whose_tokenizer_is_gone(files: dict[str, tuple[str, Theirs]], 
     assert found["sizes"] == {"retrieval": 12}
     copy.unlink()
     open_tokenizer.cache_clear()
-    with pytest.raises(DataError, match=r"tokenizer\.json: nothing is there; check the path"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: not found; check the path"):
         evaluate_commit(str(tmp_path / "run"), ["retrieval"], str(tmp_path / "0.tar"))
 
 
@@ -290,5 +295,5 @@ def test_the_recipe_checks_it(files: dict[str, tuple[str, Theirs]], tmp_path: Pa
     ) in " ".join(str(error.value).split())
     with pytest.raises(RecipeError, match=r"data\.tokenizer = clip; *set model\.text\.vocabulary: 49408 or more"):
         read_recipe("emoji", ["model.text.vocabulary=400"])
-    with pytest.raises(RecipeError, match="nothing is there"):
+    with pytest.raises(RecipeError, match="not found"):
         read_recipe("emoji", [f"data.tokenizer={tmp_path / 'none.json'}"])

@@ -77,7 +77,7 @@ BROKEN: dict[str, tuple[bytes, str, int]] = {
     "size beyond the end": (resized(SECOND, b"77777777777\0"), "cut short", len(WHOLE)),
     "huge header": (special(LONG_NAME, "x", b"a" * (2 << 20)), "header of 2,097,152 bytes at byte 512", 512),
     "bad extended header": (special(EXTENDED, "x", b"99999 path=x\n"), "damaged at byte 512 (bad extended", 512),
-    "sparse": (special(tarfile.GNUTYPE_SPARSE, "x", b""), "holds a sparse file at byte 0; pack the shard again", 0),
+    "sparse": (special(tarfile.GNUTYPE_SPARSE, "x", b""), "holds a sparse file at byte 0; repack the shard", 0),
     "endless size": (special(EXTENDED, "x", b"5013 size=" + b"9" * 5002 + b"\n"), "", -1),
 }  # fmt: skip
 assert len(BROKEN) > 15
@@ -118,7 +118,9 @@ def test_a_shard_that_shrinks_while_it_is_indexed_has_changed(
 
     monkeypatch.setattr(listing, "open_content", shrinking)
     for option in ("refuse", "skip"):  # it is not known to be damaged: never left out
-        with pytest.raises(DataError, match=r"part-000.tar changed while it was read: bytes 0 to \d+ .*; start again"):
+        with pytest.raises(
+            DataError, match=r"part-000.tar changed while it was read: some of bytes 0 to \d+ .*; start again"
+        ):
             open_source(url, bad_shards=option)  # type: ignore[arg-type]
         write_source(tmp_path, 1, 5)
 
@@ -192,7 +194,7 @@ def test_a_shard_left_out_is_told_once_and_is_no_bad_sample(url: str) -> None:
 def test_a_run_does_not_continue_when_a_shard_it_left_out_was_mended(url: str, tmp_path: Path) -> None:
     _, ledger = rows([loader(url)], 0, 1)
     (tmp_path / "good" / "part-001-03.tar").write_bytes(WHOLE)
-    with pytest.raises(DataError, match=r"part-001-03\.tar was damaged and left out when the run began"):
+    with pytest.raises(DataError, match=r"part-001-03\.tar was damaged and skipped when the run began"):
         loader(url).check_bad(ledger)
     (tmp_path / "good" / "part-001-03.tar").write_bytes(b"damaged in another way")
     loader(url).check_bad(ledger)
@@ -200,7 +202,7 @@ def test_a_run_does_not_continue_when_a_shard_it_left_out_was_mended(url: str, t
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(WHOLE[:900])
-    with pytest.raises(DataError, match=r"nothing is left of it, all shards with samples are damaged; .*cut short"):
+    with pytest.raises(DataError, match=r"all its shards with samples are damaged; .*cut short"):
         open_source(str(tmp_path / "*.tar"), bad_shards="skip")
 
 
@@ -210,7 +212,7 @@ def test_only_damage_leaves_a_shard_out(url: str, tmp_path: Path) -> None:
     if os.access(tmp_path / "good" / "part-000.tar", os.R_OK):
         (tmp_path / "good" / "part-000.tar").unlink()  # root reads everything
         (tmp_path / "good" / "part-000.tar").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"part-000\.tar|nothing is there|access refused") as error:
+    with pytest.raises(DataError, match=r"part-000\.tar|not found|access refused") as error:
         open_source(url, bad_shards="skip")
     assert not isinstance(error.value, DamagedShard)
 

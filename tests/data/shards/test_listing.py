@@ -230,7 +230,7 @@ def test_braces() -> None:
     with pytest.raises(DataError, match=r"runs backwards; write \{1\.\.3\}"):
         expand_braces("{3..1}.tar")
     for url in ("a{b.tar", "a{1..2}}.tar", "a}b{1..2}", f"{{1..{'9' * 5000}}}"):
-        with pytest.raises(DataError, match="the braces do not match"):
+        with pytest.raises(DataError, match="the braces are not balanced"):
             expand_braces(url)
 
 
@@ -248,7 +248,7 @@ def test_braces_are_those_of_bash_and_counted_beforehand(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["{0..99999999999999}", "{a,b{0..99999999}}", "{0..1}" * 24, "{0..8{0..99999999}}"])
 def test_no_more_names_than_anyone_has_shards(url: str) -> None:
-    with pytest.raises(DataError, match=r"names [0-9,]+ shards; 10,000,000 are the most"):
+    with pytest.raises(DataError, match=r"names [0-9,]+ shards; at most 10,000,000 are allowed"):
         expand_braces(url)
 
 
@@ -303,7 +303,7 @@ def test_shard_that_shrinks_while_it_is_read(tmp_path: Path, write_source: Calla
     with pytest.raises(DataError, match="changed while it was read"):
         source.record(4)
     os.remove(other.shard(0))
-    with pytest.raises(DataError, match="nothing is there"):
+    with pytest.raises(DataError, match="not found"):
         other.record(0)
 
 
@@ -314,7 +314,7 @@ def test_store_without_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match="no credentials; set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(DataError, match="no credentials found; set AWS_ACCESS_KEY_ID"):
         open_source("s3://bucket-of-nobody/{0..1}.tar")
 
 

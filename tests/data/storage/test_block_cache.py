@@ -154,7 +154,7 @@ def test_limits_are_written_as_sizes() -> None:
         5 * 10**8,
     ]
     for wrong in ("50", "GB", "-1GB", "1 GB", "50GiB"):
-        with pytest.raises(ValueError, match="is no size; write one such as 500MB"):
+        with pytest.raises(ValueError, match="is not a valid size; write one such as 500MB"):
             CacheConfig(limit=wrong)
 
 
@@ -263,5 +263,5 @@ def test_a_full_disk_is_one_warning(store: Store, small_disk: Path, caplog: pyte
         for start in range(0, len(DATA), 10_000):
             assert each.read(SHARD, start, start + 1) == DATA[start : start + 1]
     assert len(caplog.records) == 1
-    assert "reading goes on without: free some space" in caplog.text
+    assert "reading continues without the cache: free some space" in caplog.text
     assert list((small_disk / "blocks").iterdir()) == []

@@ -47,5 +47,5 @@ def test_kinds(error: Exception, kind: Failure | None) -> None:
 
 @pytest.mark.parametrize("name", ["AccessDenied.tar", "ExpiredToken", "NoSpace left"])
 def test_a_file_name_is_no_code(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing is there"), readable_errors(str(tmp_path / name)):
+    with pytest.raises(DataError, match="not found"), readable_errors(str(tmp_path / name)):
         open(tmp_path / name)  # noqa: SIM115  it raises

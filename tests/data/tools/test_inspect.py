@@ -20,8 +20,8 @@ from PIL import Image
 
 from treering.data import DataError, LedgerEntry, Source, open_source
 from treering.data.ledger import read_ledger
-from treering.data.tools.contact_sheet import Section, cards, noted, printable, write_sheet
-from treering.data.tools.inspect import drawn, in_order, inspect, met, opened, script
+from treering.data.tools.contact_sheet import Section, cards, printable, with_notes, write_sheet
+from treering.data.tools.inspect import inspect, locate_entries, open_indexed, sample_numbers, script, sorted_numbers
 from treering.data.tools.statistics import Alike, Copies, Values, difference_hash
 
 WriteTar = Callable[..., Path]
@@ -82,8 +82,8 @@ def captions(n: int) -> list[str]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_statistics(url: str, workers: int, open_clip_tokenizer: ModuleType) -> None:
-    source = opened(url, workers)
-    found = inspect(source, in_order(source, 1000), workers)
+    source = open_indexed(url, workers)
+    found = inspect(source, sorted_numbers(source, 1000), workers)
     widths, heights = np.array([SIZES[30 if 30 <= n < 34 else n] for n in range(40)]).T
     expected = {
         "width": widths,
@@ -130,7 +130,7 @@ def test_statistics(url: str, workers: int, open_clip_tokenizer: ModuleType) -> 
     assert sum(found["captions"]["scripts"].values()) == len(texts)
     assert found["bad"] == {"picture does not decode": 2}
     shards = [Path(shard) for shard in {source.shard(n) for n in range(len(source))}]
-    assert (found["shards"], found["samples"], found["looked_at"]) == (3, 42, 42)
+    assert (found["shards"], found["samples"], found["inspected"]) == (3, 42, 42)
     assert found["bytes"] == sum(shard.stat().st_size for shard in shards)
     json.dumps(found)
 
@@ -279,9 +279,9 @@ def test_script(text: str, expected: str) -> None:
 
 def test_drawn_is_a_sample_without_replacement(url: str) -> None:
     source = open_source(url)
-    assert sorted(drawn(source, 99)) == list(range(42))
-    assert drawn(source, 10) == drawn(source, 20)[:10] == drawn(open_source(url), 10)
-    assert drawn(source, 42) != list(range(42))
+    assert sorted(sample_numbers(source, 99)) == list(range(42))
+    assert sample_numbers(source, 10) == sample_numbers(source, 20)[:10] == sample_numbers(open_source(url), 10)
+    assert sample_numbers(source, 42) != list(range(42))
 
 
 # The ledger
@@ -306,11 +306,13 @@ def test_a_ledger_leads_back_to_its_samples(url: str, tmp_path: Path) -> None:
     rows = [json.dumps({"step": 1, **asdict(each)}) for each in entries]
     path.write_text("\n".join(rows) + '\n{"step": 2, "sou')  # the last line is being written
     assert read_ledger(path) == entries
-    found = met(source, read_ledger(path))
+    found = locate_entries(source, read_ledger(path))
     assert found.notes == {5: ["was bad: once"], bad: ["picture does not decode: x (met 2 times)"]}
     assert list(found.notes) == [5, bad]
     assert (found.gone, found.elsewhere) == (1, 1)
-    one, two = (noted(card, notes) for card, notes in zip(cards(source, [5, bad]), found.notes.values(), strict=True))
+    one, two = (
+        with_notes(card, notes) for card, notes in zip(cards(source, [5, bad]), found.notes.values(), strict=True)
+    )
     assert (one.key, one.fault, one.notes, bool(one.thumbnail)) == (source.key(5), "", ("was bad: once",), True)
     assert two.fault.startswith("picture does not decode")
     assert (two.key, two.captions, two.thumbnail) == ("bad1", ("y",), None)
@@ -359,7 +361,7 @@ def hostile(tmp_path: Path, write_tar: WriteTar) -> Source:
 
 
 def test_nothing_gets_out_of_the_sheet(hostile: Source, tmp_path: Path) -> None:
-    shown = [noted(card, HOSTILE) for card in cards(hostile, range(len(hostile)))]
+    shown = [with_notes(card, HOSTILE) for card in cards(hostile, range(len(hostile)))]
     write_sheet(tmp_path / "new" / "sheet.html", HOSTILE[1], HOSTILE[0], [Section(HOSTILE[2], shown)])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.html"]
     text = (tmp_path / "new" / "sheet.html").read_text(encoding="utf-8")
@@ -415,7 +417,7 @@ def test_thumbnails_show_the_picture(tmp_path: Path, write_tar: WriteTar) -> Non
 
 
 def test_a_sheet_as_a_picture(hostile: Source, tmp_path: Path) -> None:
-    shown = [noted(card, ["a note " * 20]) for card in cards(hostile, range(len(hostile)))]
+    shown = [with_notes(card, ["a note " * 20]) for card in cards(hostile, range(len(hostile)))]
     write_sheet(
         tmp_path / "sheet.png", "t", "l", [Section("", shown), Section("more", shown[:1] * 9), Section("x", [])]
     )
@@ -433,6 +435,6 @@ def test_a_sheet_as_a_picture(hostile: Source, tmp_path: Path) -> None:
 def test_a_sheet_that_cannot_be_written_leaves_nothing(hostile: Source, tmp_path: Path) -> None:
     (tmp_path / "sheet.html").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match=r"cannot write .*directory; choose another place"):
+    with pytest.raises(DataError, match=r"cannot write .*directory; choose another path"):
         write_sheet(tmp_path / "sheet.html", "t", "l", [])
     assert sorted(tmp_path.rglob("*")) == before

@@ -98,8 +98,8 @@ def broken_url(tmp_path_factory: pytest.TempPathFactory, write_tar: WriteTar) ->
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_broken_sample_is_found_with_its_reason(broken_url: str, workers: int) -> None:
-    told: list[tuple[int, int]] = []
-    found = lint(broken_url, workers, lambda done, total: told.append((done, total)))
+    calls: list[tuple[int, int]] = []
+    found = lint(broken_url, workers, lambda done, total: calls.append((done, total)))
     assert not found.clean
     assert not found.faults
     assert (found.samples, found.shards) == (2 * len(BROKEN), 3)
@@ -108,7 +108,7 @@ def test_every_broken_sample_is_found_with_its_reason(broken_url: str, workers: 
         assert entry.reason.startswith(BROKEN[entry.key][1])
     assert sum(found.kinds.values()) == len(BROKEN)
     assert found.kinds["picture does not decode"] == 6
-    assert told[-1] == (2 * len(BROKEN), 2 * len(BROKEN))
+    assert calls[-1] == (2 * len(BROKEN), 2 * len(BROKEN))
 
 
 def test_training_and_evaluation_meet_the_same(broken_url: str) -> None:
@@ -180,7 +180,7 @@ def test_clean_and_empty(tmp_path: Path, write_source: Callable[..., str], write
     found = lint(str(tmp_path / "empty" / "*.tar"))
     assert not found.clean
     assert "is empty" in found.faults[0].reason
-    with pytest.raises(DataError, match="nothing is there"):
+    with pytest.raises(DataError, match="not found"):
         lint(str(tmp_path / "none" / "*.tar"))
 
 
@@ -223,17 +223,17 @@ def test_what_is_known_of_a_shard_is_not_read_again(
         write_tar(tmp_path / f"{shard}.tar", [*good(f"a{shard}"), *bad, *good(f"b{shard}")])
     url, first = str(tmp_path / "*.tar"), lint(str(tmp_path / "0.tar"))
     (tmp_path / "3.tar").rename(tmp_path / "3")
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
 
     def stop(done: int, total: int) -> None:
-        told.append((done, total))
-        if workers == 1 and len(told) == 2:
+        calls.append((done, total))
+        if workers == 1 and len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("treering.data.shards.parallel._TOGETHER", 3)
+    monkeypatch.setattr("treering.data.shards.parallel._SAMPLES_PER_TASK", 3)
     with contextlib.suppress(KeyboardInterrupt):
         lint(url, workers, stop)
-    assert told[0] == (6, 9)  # the first shard was known
+    assert calls[0] == (6, 9)  # the first shard was known
     (tmp_path / "3").rename(tmp_path / "3.tar")
     read = tmp_path / "read"
     read.mkdir()
@@ -272,7 +272,7 @@ def test_a_ledger_of_what_lint_finds(broken_url: str, tmp_path: Path) -> None:
     found = lint(broken_url)
     write_ledger(tmp_path / "new" / "bad.jsonl", found.bad)
     assert read_ledger(tmp_path / "new" / "bad.jsonl") == list(found.bad)
-    with pytest.raises(DataError, match=r"cannot write .*; choose another place"):
+    with pytest.raises(DataError, match=r"cannot write .*; choose another path"):
         write_ledger(tmp_path / "new", found.bad)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["bad.jsonl"]
 
@@ -316,14 +316,14 @@ def test_index_goes_on_where_it_was_cut_off(
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_sweep_keeps_the_order(workers: int) -> None:
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     assert list(sweep(lambda n: (n * n, os.getpid()), range(0), workers)) == []
     assert list(sweep(abs, range(-300, 0), workers)) == [*range(300, 0, -1)]  # more than is handed out ahead
     numbers = [*range(100), 3, 3]
-    results = list(sweep_samples(lambda n: (n * n, os.getpid()), numbers, workers, lambda *count: told.append(count)))
+    results = list(sweep_samples(lambda n: (n * n, os.getpid()), numbers, workers, lambda *count: calls.append(count)))
     assert [square for square, _ in results] == [n * n for n in numbers]
     assert (os.getpid() in {pid for _, pid in results}) == (workers == 1)
-    assert told == [(32, 102), (64, 102), (96, 102), (102, 102)]
+    assert calls == [(32, 102), (64, 102), (96, 102), (102, 102)]
 
 
 @pytest.mark.timeout(60)

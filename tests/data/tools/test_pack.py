@@ -139,13 +139,13 @@ def test_columns(tmp_path: Path, table: Path) -> None:
         ("t.jsonl", '{"path": "p0.jpg"', "line 1: not JSON"),
         ("t.jsonl", "[" * 100_000, "line 1: not JSON"),
         ("t.jsonl", "\n[1]", "line 2: not an object"),
-        ("t.jsonl", '{"caption": "x"}', "line 1: no path of a picture; name it path"),
+        ("t.jsonl", '{"caption": "x"}', "line 1: no path of a picture; put it under the key path"),
         ("t.jsonl", '{"path": "p0.jpg", "captions": "x"}', "line 1: captions must be a list"),
         ("t.jsonl", '{"path": "p0.jpg", "captions": [3]}', "line 1: metadata is wrong: captions must"),
         ("t.jsonl", '{"path": "p0.jpg"}', "line 1: no caption"),
         ("t.jsonl", '{"path": "p0.jpg", "caption": "\\ud800"}', "line 1: caption is not Unicode"),
-        ("t.jsonl", '{"path": "%s.jpg", "caption": "x"}' % ("a" * 300), "line 1: .* is no path"),
-        ("t.jsonl", '{"path": "\\ud800.jpg", "caption": "x"}', "line 1: .* is no path"),
+        ("t.jsonl", '{"path": "%s.jpg", "caption": "x"}' % ("a" * 300), "line 1: .* is not a valid path"),
+        ("t.jsonl", '{"path": "\\ud800.jpg", "caption": "x"}', "line 1: .* is not a valid path"),
     ],
 )
 def test_bad_tables(tmp_path: Path, table: Path, name: str, text: str, match: str) -> None:
@@ -173,7 +173,7 @@ def test_to_a_store(table: Path) -> None:
 def test_refuses_what_it_has_not_packed(tmp_path: Path, table: Path, name: str) -> None:
     (tmp_path / "out" / name).parent.mkdir(parents=True)
     (tmp_path / "out" / name).write_text("x")
-    refused(tmp_path, table, "is there already; remove it or choose another name")
+    refused(tmp_path, table, "already exists; remove it or choose another name")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_refuses_what_it_has_not_packed(tmp_path: Path, table: Path, name: str) 
         ("p9.jpg\tx", r"line 13: the picture 'p9\.jpg' is missing from"),
         ("../secret.jpg\tx", r"line 13: '\.\./secret\.jpg' lies outside"),
         ("/etc/passwd\tx", r"line 13: '/etc/passwd' lies outside"),
-        ("p0\x00.jpg\tx", "is no path"),
+        ("p0\x00.jpg\tx", "is not a valid path"),
         ("p0.jpg\t", "line 13: the caption is empty"),
         ("p0.jpg\tx\ty", "line 13: 3 columns instead of 2"),
         ("p0.jpg", "line 13: 1 columns instead of 2"),
@@ -243,7 +243,7 @@ def test_empty_and_missing_tables(tmp_path: Path) -> None:
     refused(tmp_path, tmp_path / "t.tsv", "is empty")
     (tmp_path / "t.xlsx").write_text("", encoding="utf-8")
     refused(tmp_path, tmp_path / "t.xlsx", "must end in .tsv, .csv or .jsonl")
-    refused(tmp_path, tmp_path / "nowhere", "nothing is there")
+    refused(tmp_path, tmp_path / "nowhere", "not found")
 
 
 def test_full_disk(tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +357,7 @@ def test_parts_at_the_same_time(tmp_path: Path, many: Path) -> None:
 def test_a_killed_pack_goes_on(tmp_path: Path, many: Path) -> None:
     pack(many, str(tmp_path / "0" / "set"), "100kB")
     expected, folder = contents(tmp_path / "0" / "set"), tmp_path / "1" / "set"
-    kwargs = {"told": lambda done, total: time.sleep(0.2)}
+    kwargs = {"progress": lambda done, total: time.sleep(0.2)}
     killed = multiprocessing.get_context("fork").Process(
         target=pack, args=(many, str(folder), "100kB"), kwargs=kwargs
     )  # fmt: skip
@@ -415,7 +415,7 @@ def test_bad_samples_are_left_out_and_listed(tmp_path: Path, many: Path, workers
     bad = {"007": b"no picture", "013": (many / "013.jpg").read_bytes()[:300], "050": b""}
     for key, data in bad.items():
         (tmp_path / "in" / f"{key}.jpg").write_bytes(data)
-    with pytest.raises(DataError, match=r"0(07|13|50)\.jpg: picture does not decode.*or leave out bad samples"):
+    with pytest.raises(DataError, match=r"0(07|13|50)\.jpg: picture does not decode.*or skip bad samples"):
         pack(tmp_path / "in", str(tmp_path / "set"), "100kB", workers=workers)
     packed = pack(tmp_path / "in", str(tmp_path / "set"), "100kB", skip_bad=True, workers=workers)
     assert (packed.samples, packed.bad) == (60, 3)
@@ -429,7 +429,7 @@ def test_bad_samples_are_left_out_and_listed(tmp_path: Path, many: Path, workers
     again = pack(tmp_path / "in", str(tmp_path / "set"), "100kB", skip_bad=True, workers=workers)
     assert (again.written, again.bad) == (0, 3)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()} == before
-    with pytest.raises(DataError, match=r"set-00000\d\.bad\.jsonl names samples that were left out"):
+    with pytest.raises(DataError, match=r"set-00000\d\.bad\.jsonl lists samples that were skipped"):
         pack(tmp_path / "in", str(tmp_path / "set"), "100kB")
 
 
@@ -475,7 +475,9 @@ def test_hostile_keys(tmp_path: Path, write_tar: Callable[..., Path], picture: P
     own += [(f"kind.{kind}", data) for kind, data in (("png", picture(1)), ("txt", b"x"), ("../../y", b""))]
     url = str(write_tar(tmp_path / "in.tar", [*own, ("b.png", picture(2)), ("b.txt", b"x"), ("b.\x1b", b"")]))
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match=r"in\.tar at byte \d+: key is unsafe: [^\x00-\x1f]*; mend the shard, or leave"):
+    with pytest.raises(
+        DataError, match=r"in\.tar at byte \d+: key is unsafe: [^\x00-\x1f]*; repair the shard, or skip"
+    ):
         pack(url, str(tmp_path / "set"))
     assert set(tmp_path.rglob("*")) == before
     packed = pack(url, str(tmp_path / "set"), skip_bad=True)

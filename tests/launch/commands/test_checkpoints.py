@@ -94,8 +94,8 @@ def test_all_that_is_carried_is_what_an_uninterrupted_run_has(treering: Run, tin
             ["--load", "all", "data.batch=4"],
             "trained in batches other than data.batch = 4; change the recipe, or load",
         ),
-        (["--load", "all", "optimizer.ema=0.9"], "holds no ema, which the recipe's optimizer keeps"),
-        (["--load", "all", "stages.0.samples=16"], "is at step 4 of stage 0, where no such stage is"),
+        (["--load", "all", "optimizer.ema=0.9"], "has no ema, which the recipe's optimizer needs"),
+        (["--load", "all", "stages.0.samples=16"], "is at step 4 of stage 0, which is not in the recipe"),
         (["--load", "moments"], "init_from.load"),
     ],
 )
@@ -109,9 +109,9 @@ def test_what_cannot_begin_is_refused_before_it_starts(
 
 def test_exports_that_are_refused(treering: Run, refused: Callable[..., str], tiny: Path, here: Path) -> None:
     assert treering("train", str(tiny), "--out", "half", "eval.suites=[]").returncode == 0
-    assert "holds no average of the weights" in refused(
+    assert "has no average of the weights" in refused(
         "export", "half", "--to", "safetensors", "--out", "new", "--weights", "ema"
     )
-    assert "is no format" in refused("export", "half", "--to", "pickle", "--out", "new")
+    assert "is not a known format" in refused("export", "half", "--to", "pickle", "--out", "new")
     assert "exists; give a new folder" in refused("export", "half", "--to", "safetensors", "--out", "half")
     assert "there is no commit" in refused("export", "nowhere", "--to", "safetensors", "--out", "new")

@@ -110,7 +110,7 @@ def test_lint(treering: Command, clean: str, here: Path) -> None:
     done = treering("data", "lint", clean)
     assert done.returncode == 2
     assert done.stderr.startswith("error: 3 faults in 6 shards\n")
-    for words in ("two members for key '91'", "cut short", "both hold 1 of their keys, '0'"):
+    for words in ("two members for key '91'", "cut short", "have 1 keys in common, such as '0'"):
         assert words in done.stderr
     safe(done)
     found = json.loads(treering("data", "lint", clean, "--json").stdout)
@@ -126,7 +126,7 @@ def test_inspect(treering: Command, clean: str, here: Path) -> None:
     done = treering("data", "inspect", clean, "--out", "pages/sheet.html", "--workers", "2")
     assert (done.returncode, done.stderr) == (0, "")
     for words in (
-        "14 samples in 4 shards", "all looked at", "width over height", "1.333", "scripts: Latin 16",
+        "14 samples in 4 shards", "all inspected", "width over height", "1.333", "scripts: Latin 16",
         "pictures that are copies: 1", "captions that are copies: 2", "contact sheet: pages/sheet.html",
     ):  # fmt: skip
         assert words in done.stdout, done.stdout
@@ -136,7 +136,7 @@ def test_inspect(treering: Command, clean: str, here: Path) -> None:
     assert "<b>" not in page
     assert not any(c in page for c in "\x1b\x07\u202e")
     found = json.loads(treering("data", "inspect", clean, "--samples", "5", "--json").stdout)
-    assert (found["samples"], found["looked_at"]) == (14, 5)
+    assert (found["samples"], found["inspected"]) == (14, 5)
     assert found["pictures"]["width"]["mean"] == 40
     assert list((here / "pages").iterdir()) == [here / "pages" / "sheet.html"]
 
@@ -155,7 +155,7 @@ def test_inspect_a_ledger(treering: Command, clean: str, here: Path) -> None:
     log.ledger.append(*({"step": 1, **asdict(entry)} for entry in entries))
     done = treering("data", "inspect", clean, "--ledger", "run/ledger.jsonl", "--out", "sheet.html")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "2 samples named by" in done.stdout
+    assert "2 samples listed in" in done.stdout
     assert "caption is not UTF-8: byte 0xff at 0" in done.stdout
     assert "picture does not decode: neither" in done.stdout
     assert "picture 9" not in done.stdout

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from treering.data import open_source
-from treering.launch.commands.data_index import told_of
+from treering.launch.commands.data_index import source_notes
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -60,10 +60,13 @@ def test_filter_and_beside(treering: Command, shards: Path) -> None:
 @pytest.mark.parametrize(
     ("filter", "sentence"),
     [
-        ("similarty > 0.25", "did you mean similarity? There are the columns similarity, x\\x1b[2J"),
-        ("similarity > 7", "accepts 0 of 12 samples; its columns hold\n  similarity: 12 numbers from 0 to 1.1"),
-        ("open('x')", "cannot hold a call"),
-        ("similarity >\x1b[2J", "is no expression"),
+        ("similarty > 0.25", "did you mean similarity? Available are the columns similarity, x\\x1b[2J"),
+        (
+            "similarity > 7",
+            "accepts 0 of 12 samples; the values of its columns are\n  similarity: 12 numbers from 0 to 1.1",
+        ),
+        ("open('x')", "cannot contain a call"),
+        ("similarity >\x1b[2J", "is not a valid expression"),
     ],
 )
 def test_a_filter_that_cannot_be(treering: Command, shards: Path, filter: str, sentence: str) -> None:
@@ -95,15 +98,17 @@ def test_batches_of_a_recipe_with_a_filter_and_a_damaged_shard(treering: Command
     wrong = treering("data", "batch", "emoji", "data.train=[{source: x, filter: a b}]")
     assert wrong.returncode == 2
     assert "data.train.0.filter" in wrong.stderr
-    assert "the filter 'a b' is no expression; write one such as similarity > 0.28 and not nsfw" in wrong.stderr
+    assert (
+        "the filter 'a b' is not a valid expression; write one such as similarity > 0.28 and not nsfw" in wrong.stderr
+    )
 
 
-def test_what_a_run_tells_of_its_sources(shards: Path) -> None:
+def test_notes_on_the_sources_of_a_run(shards: Path) -> None:
     (shards / "bad.tar").write_bytes(b"x" * 2048)
     url = f"{shards}/*.tar"
     source = open_source(url, filter="similarity > 0.25", bad_shards="skip")
-    assert told_of(source, "similarity > 0.25") == [
+    assert source_notes(source, "similarity > 0.25") == [
         f"{url}: the filter 'similarity > 0.25' accepts 9 of 12 samples (75.0%)",
-        f"{url}: 1 damaged shard is left out; see ledger.jsonl",
+        f"{url}: 1 damaged shard is skipped; see ledger.jsonl",
     ]
-    assert told_of(open_source(f"{shards}/[012].tar"), None) == []
+    assert source_notes(open_source(f"{shards}/[012].tar"), None) == []

@@ -60,4 +60,4 @@ def test_what_a_person_reads(open_clip: ModuleType, treering: Run, refused: Call
     assert "next         treering train runs/coca/recipe.yaml --out runs/coca-trained" in done.stdout
     assert "has commits already" in refused("import", "open_clip:local-dir:coca", "--to", "runs/coca")
     assert "its image tower is a ResNet" in refused("import", "open_clip:RN50/openai", "--to", "runs/rn")
-    assert "there is safetensors, open_clip" in refused("export", "runs/coca", "--to", "onnx", "--out", "out")
+    assert "give safetensors or open_clip" in refused("export", "runs/coca", "--to", "onnx", "--out", "out")

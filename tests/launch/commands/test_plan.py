@@ -114,7 +114,7 @@ def test_engines_spread_what_they_spread(engine: str, shares: tuple[int, ...]) -
     assert found == pytest.approx(shares)
 
 
-def test_what_does_not_fit_is_told(refused: Callable[..., str]) -> None:
+def test_what_does_not_fit_is_a_warning(refused: Callable[..., str]) -> None:
     recipe = read_recipe("emoji", [*SMALL, "data.batch=8192", "model.image.width=4096", "model.image.heads=128"]).recipe
     found = plan(recipe, 1, 1, "l40s", 0.4, None)
     assert any("a device needs about" in said for said in found["warnings"])

@@ -1,4 +1,4 @@
-"""What comes after an attempt: pure decisions from the record, one case after another."""
+"""What follows an attempt: decisions from the record alone, case by case."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def ends(run: Path) -> list[tuple[str, str]]:
         (1, "USR1", "requeue"),
         (143, "TERM", "halt"),
         (130, "ROOM", "requeue"),
-        (1, "none", "again 1"),
+        (1, "none", "retry 1"),
     ],
 )
 def test_one_attempt(code: int, signal: str, answer: str, tmp_path: Path) -> None:
@@ -60,14 +60,14 @@ def test_one_attempt(code: int, signal: str, answer: str, tmp_path: Path) -> Non
     assert end(tmp_path, code, signal) == answer
 
 
-def test_crashes_at_one_step_are_paused_for_longer_and_then_given_up(tmp_path: Path) -> None:
+def test_crashes_at_one_step_are_retried_after_longer_pauses_and_then_end_the_job(tmp_path: Path) -> None:
     answers = []
     for _ in range(3):
         begin(tmp_path)
         came_to(tmp_path, 12)
         failed(tmp_path, "n2", "it burns")
         answers.append(end(tmp_path, 1))
-    assert answers == ["again 1", "again 2", "halt"]
+    assert answers == ["retry 1", "retry 2", "halt"]
     assert attempts.last_end(tmp_path) == "n2: it burns (on n[1-2])"
 
 
@@ -75,19 +75,19 @@ def test_progress_between_crashes_starts_the_count_over(tmp_path: Path) -> None:
     for step in range(1, 10):
         begin(tmp_path)
         came_to(tmp_path, step)
-        assert end(tmp_path, 1) == "again 1"
+        assert end(tmp_path, 1) == "retry 1"
 
 
-def test_a_store_that_is_away_is_waited_for_longer(tmp_path: Path) -> None:
+def test_a_store_that_does_not_answer_is_retried_for_longer(tmp_path: Path) -> None:
     for number in range(1, attempts.OUTAGES + 1):
         begin(tmp_path)
         failed(tmp_path, "n1", "store s3://b: the server does not answer", "StoreError")
         answer = end(tmp_path, 1)
         pause = min(attempts.LONGEST_PAUSE, attempts.FIRST_PAUSE * 2 ** (number - 1))
-        assert answer == (f"again {pause}" if number < attempts.OUTAGES else "halt")
+        assert answer == (f"retry {pause}" if number < attempts.OUTAGES else "halt")
 
 
-def test_the_cause_is_told_and_not_what_follows_from_it(tmp_path: Path) -> None:
+def test_the_cause_is_reported_and_not_its_consequences(tmp_path: Path) -> None:
     begin(tmp_path)
     failed(tmp_path, "n1", "Read error: Connection reset by peer", "RuntimeError")
     failed(tmp_path, "n2", "process 1 was killed by SIGKILL", seconds=1)
@@ -103,7 +103,7 @@ def test_requeues_are_bounded(tmp_path: Path) -> None:
     assert end(tmp_path, 1, "USR1", 5, "7.5.0") == "halt"
 
 
-def test_a_stop_that_was_asked_for_is_an_end_and_an_old_one_is_not(tmp_path: Path) -> None:
+def test_a_requested_stop_ends_the_job_and_an_old_request_does_not(tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "stop").touch()
     os.utime(tmp_path / "job" / "stop", (1, 1))
@@ -115,7 +115,7 @@ def test_a_stop_that_was_asked_for_is_an_end_and_an_old_one_is_not(tmp_path: Pat
     assert end(tmp_path, 130, "USR1") == "done"
 
 
-def test_a_attempt_that_left_no_end_gets_one(tmp_path: Path) -> None:
+def test_an_attempt_without_a_recorded_end_gets_one(tmp_path: Path) -> None:
     begin(tmp_path)
     came_to(tmp_path, 3)
     begin(tmp_path)
@@ -123,35 +123,35 @@ def test_a_attempt_that_left_no_end_gets_one(tmp_path: Path) -> None:
     assert [(row["kind"], row["step"], row["nodes"]) for row in ended] == [("outside", 3, "n[1-2]")]
 
 
-def test_the_later_of_two_attempts_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job whose node was cut off starts elsewhere, and what is left of it gives way; it cannot take the run back."""
+def test_the_later_of_two_attempts_owns_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job whose node was cut off starts elsewhere; what still runs of it ends, and cannot take the run back."""
     assert begin(tmp_path)
     monkeypatch.setenv(attempts.ATTEMPT, "7.0.0")
     assert attempts.lost(tmp_path) is None
     assert begin(tmp_path, restart=1, used="n3")
-    assert "attempt 7.0.0 ends: attempt 7.1.0 of this run has begun" in str(attempts.lost(tmp_path))
+    assert "attempt 7.0.0 ends: attempt 7.1.0 of this run has started" in str(attempts.lost(tmp_path))
     before = attempts.attempts_file(tmp_path).read_text()
     assert end(tmp_path, 76) == "halt"
     assert not begin(tmp_path, attempt=1)
     assert attempts.attempts_file(tmp_path).read_text() == before
     monkeypatch.setenv(attempts.ATTEMPT, "7.1.0")
     assert attempts.lost(tmp_path) is None
-    assert end(tmp_path, 1, attempt="7.1.0") == "again 1"
+    assert end(tmp_path, 1, attempt="7.1.0") == "retry 1"
     assert begin(tmp_path, restart=1, attempt=1)
-    assert attempts.lost(tmp_path)  # processes of the try before give way too
+    assert attempts.lost(tmp_path)  # processes of the previous try end too
     assert begin(tmp_path, restart=2)
     monkeypatch.delenv(attempts.ATTEMPT)
     assert attempts.lost(tmp_path) is None
 
 
-def test_an_unfit_node_is_left_out_by_its_own_word(tmp_path: Path) -> None:
-    """It may be that it sees no folder to leave a word in but the log, where earlier attempts have spoken too."""
+def test_a_node_that_reports_itself_unfit_is_excluded(tmp_path: Path) -> None:
+    """The log may be the only file that it can write, and has lines of earlier attempts too."""
     said(tmp_path, "n1: this node cannot train: long ago")
     begin(tmp_path)
-    said(tmp_path, "n9: this node cannot train: nobody asked it")
+    said(tmp_path, "n9: this node cannot train: not one of ours")
     said(tmp_path, "n2: this node cannot train: it does not see the run folder")
     failed(tmp_path, "n1", "got 0 bytes", "DistNetworkError")
-    assert end(tmp_path, 130) == "without n2"
+    assert end(tmp_path, 130) == "exclude n2"
     assert ends(tmp_path) == [("unfit", "n2: this node cannot train: it does not see the run folder")]
     begin(tmp_path, attempt=1, used="n1")
     assert end(tmp_path, 0, attempt="7.0.1") == "done"
@@ -164,7 +164,7 @@ def test_nodes_that_are_all_unfit_end_the_job(tmp_path: Path) -> None:
         for name in ("n1", "n2"):
             said(tmp_path, f"{name}: this node cannot train: 0 GPUs can be used and 8 are wanted")
         answers.append(end(tmp_path, 3, attempt=f"7.0.{attempt}"))
-    assert answers == ["again 1", "again 2", "halt"]
+    assert answers == ["retry 1", "retry 2", "halt"]
 
 
 def test_a_node_that_alone_cannot_reach_the_store_is_unfit(tmp_path: Path) -> None:
@@ -172,23 +172,23 @@ def test_a_node_that_alone_cannot_reach_the_store_is_unfit(tmp_path: Path) -> No
     (tmp_path / "job" / "fit").mkdir()
     (tmp_path / "job" / "fit" / "n1").touch()
     failed(tmp_path, "n2", "store s3://b: the server does not answer", "StoreError")
-    assert end(tmp_path, 1) == "without n2"
+    assert end(tmp_path, 1) == "exclude n2"
     begin(tmp_path, attempt=1)
     failed(tmp_path, "n2", "store s3://b: the server does not answer", "StoreError")
-    assert end(tmp_path, 1, attempt="7.0.1") == "again 1"  # nobody has reached it in this attempt
+    assert end(tmp_path, 1, attempt="7.0.1") == "retry 1"  # no node has reached it in this attempt
     begin(tmp_path, attempt=2)
     for name in ("n1", "n2"):
         (tmp_path / "job" / "fit" / name).touch()
     failed(tmp_path, "n1", "store s3://b: the server does not answer", "StoreError")
-    assert end(tmp_path, 1, attempt="7.0.2") == "again 2"  # both had reached it when they began
+    assert end(tmp_path, 1, attempt="7.0.2") == "retry 2"  # both had reached it when they began
 
 
-def test_looks_for_free_nodes_grow_rare_when_they_bring_none(tmp_path: Path) -> None:
+def test_looks_for_idle_nodes_become_rarer_when_they_bring_none(tmp_path: Path) -> None:
     waits = []
     for restart, used in enumerate(("n1 n2", "n1 n2", "n1 n2", "n1 n2 n3", "n1 n2", "n1 n2")):
         begin(tmp_path, restart, used=used)
-        waits.append(attempts.next_look(attempts.read_rows(attempts.attempts_file(tmp_path)), 600))
+        waits.append(attempts.look_interval(attempts.read_rows(attempts.attempts_file(tmp_path)), 600))
         assert end(tmp_path, 130, "ROOM", attempt=f"7.{restart}.0") == "requeue"
     assert waits == [600, 1200, 2400, 600, 1200, 2400]
     begin(tmp_path, 9)
-    assert attempts.next_look(attempts.read_rows(attempts.attempts_file(tmp_path)), 0) == 0
+    assert attempts.look_interval(attempts.read_rows(attempts.attempts_file(tmp_path)), 0) == 0

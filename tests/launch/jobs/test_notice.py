@@ -1,4 +1,4 @@
-"""How long before its end a job is told of it: by the site file, or as its own commits have shown it to need."""
+"""How long before its end a job is warned: as the site file says, or as long as its own commits took."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from treering.launch.jobs.cluster_config import Site
-from treering.launch.jobs.submit import Wish, render_script
+from treering.launch.jobs.submit import JobRequest, render_script
 from treering.launch.recipe.load import read_recipe
 from treering.tests.support.tiny_runs import SIZES
 from treering.training.health.signals import NOTICE, short_notice
@@ -16,7 +16,7 @@ from treering.training.loop import train
 
 
 def signal_of(*outs: Path) -> str:
-    script = render_script(list(outs), "tiny", (1,), 1, None, Wish("1"), Site())
+    script = render_script(list(outs), "tiny", (1,), 1, None, JobRequest("1"), Site())
     (line,) = [line for line in script.splitlines() if line.startswith("#SBATCH --signal=")]
     assert f"export {NOTICE}={line.rpartition('@')[2]}" in script
     return line
@@ -33,7 +33,7 @@ def test_commits_that_take_long_ask_for_more_time(tmp_path: Path) -> None:
     assert signal_of(new, slow) == "#SBATCH --signal=B:USR1@330"  # the 900 s are eleven commits ago
 
 
-def test_a_run_that_was_told_too_late_says_so_once(
+def test_a_run_that_was_warned_too_late_logs_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = read_recipe(
@@ -44,10 +44,10 @@ def test_a_run_that_was_told_too_late_says_so_once(
     monkeypatch.setenv(NOTICE, "0")
     train(recipe, tmp_path / "late")
     said = capsys.readouterr()
-    assert (said.out + said.err).count("before it has to end; submit it again") == 1
+    assert (said.out + said.err).count("before its end; submit it again") == 1
     monkeypatch.setenv(NOTICE, "600")
     train(recipe, tmp_path / "early")
     said = capsys.readouterr()
-    assert "before it has to end" not in said.out + said.err
+    assert "before its end" not in said.out + said.err
     monkeypatch.delenv(NOTICE)
     assert short_notice(1e6) is None

@@ -30,7 +30,7 @@ def test_a_good_node_finds_nothing_and_leaves_nothing(run: Path) -> None:
 
 def test_a_node_without_the_folder(tmp_path: Path) -> None:
     (wrong,) = preflight.examine_node(tmp_path / "elsewhere", 1)
-    assert "does not see the run folder" in wrong
+    assert "cannot see the run folder" in wrong
 
 
 @pytest.mark.parametrize("skew", [-90, 90])
@@ -43,25 +43,25 @@ def test_a_clock_that_is_off(skew: int, run: Path, monkeypatch: pytest.MonkeyPat
 
 def test_too_little_memory(run: Path) -> None:
     (wrong,) = preflight.examine_node(run, 10**6)
-    assert "are free for 1000000 processes" in wrong
+    assert "free for 1000000 processes" in wrong
 
 
 def test_gpus_that_are_missing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREERING_GPUS", "1")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    monkeypatch.setattr("treering.launch.jobs.preflight.LEAST_MEMORY", 0)
+    monkeypatch.setattr("treering.launch.jobs.preflight.MIN_MEMORY", 0)
     (wrong,) = preflight.examine_node(run, there + 1)
-    assert f"{there} GPUs can be used and {there + 1} are wanted" in wrong
+    assert f"{there} GPUs are usable and {there + 1} are needed" in wrong
 
 
 @pytest.mark.parametrize("slow", ["n1", "n2", None])
 def test_the_slow_one_of_three_nodes_is_named(slow: str | None, on_ranks: Callable[..., list[Any]]) -> None:
-    """Every transfer that the slow node takes part in is made slow, and the site wants what only the others reach."""
+    """Every transfer of the slow node is delayed, and the site requires a bandwidth that only the others reach."""
 
     def look(world: Any, slow: str | None) -> tuple[int, str]:
         preflight.socket.gethostname = lambda: f"n{world.rank + 1}"  # type: ignore[attr-defined]
-        os.environ[preflight.LEAST_BANDWIDTH] = "0.02" if slow else "0.00001"
-        preflight._SPEAKS_FIRST = 0.1
+        os.environ[preflight.MIN_BANDWIDTH] = "0.02" if slow else "0.00001"
+        preflight._HEAD_START = 0.1
         send = torch.distributed.send
 
         def slowly(*words: Any, **more: Any) -> Any:
@@ -69,13 +69,13 @@ def test_the_slow_one_of_three_nodes_is_named(slow: str | None, on_ranks: Callab
             return send(*words, **more)
 
         torch.distributed.send = slowly
-        add_up = preflight._add_up
+        all_reduce = preflight._all_reduce
 
-        def slow_add_up(*words: Any) -> None:
+        def slow_all_reduce(*words: Any) -> None:
             time.sleep(0.3 if slow == f"n{world.rank + 1}" else 0)
-            add_up(*words)
+            all_reduce(*words)
 
-        preflight._add_up = slow_add_up
+        preflight._all_reduce = slow_all_reduce
         try:
             preflight.check_network()
         except RunError as error:

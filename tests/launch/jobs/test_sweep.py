@@ -38,21 +38,21 @@ def test_every_point_of_the_grid_has_a_folder_values_and_a_store() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sweeps", "told"),
+    ("sweeps", "message"),
     [
         (["lr"], "write a key and its values"),
         (["lr=1e-3,"], "write a key and its values"),
         (["lr=1e-3,1e-3"], "names a value twice"),
         (["lr=1e-3", "optimizer.lr=5e-4"], "is given twice"),
-        (["checkpoint.to=a,b"], "gets a place of its own already"),
-        (["nothing=1,2"], "there is none"),
-        (["samples=1,2"], "write the whole path"),
+        (["checkpoint.to=a,b"], "is set by the sweep already"),
+        (["nothing=1,2"], "no key has this name"),
+        (["samples=1,2"], "write the full path"),
         (["name=a/b,a?b"], "would share a folder"),
         (["seed=" + ",".join(map(str, range(1001)))], "at most 1,000"),
     ],
 )
-def test_what_is_no_sweep_is_refused(sweeps: list[str], told: str) -> None:
-    with pytest.raises(RecipeError, match=re.escape(told)):
+def test_an_invalid_sweep_is_refused(sweeps: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
         grid_points(sweeps, None)
 
 
@@ -83,7 +83,7 @@ def write_run(folder: Path, scores: dict[str, float] | None, loss: float = 1.0, 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Four points: two that were evaluated, one that still trains, one that has not begun."""
+    """Four points: two that were evaluated, one that still trains, one that has not started."""
     folder = tmp_path / "sweep"
     points = grid_points(["lr=1e-3,5e-4", "batch=256,512"], None)
     write_sweep(folder, [*points[:3], GridPoint(points[3].name, points[3].values | {"name": HOSTILE}, None)])
@@ -153,10 +153,10 @@ def test_status_has_a_row_for_each_run(sweep: Path) -> None:
     assert [row.split()[0] for row in rows[1:5]] == [m.name for m in read_sweep(sweep)]
     assert "finished" in rows[1]
     assert "60.0%" in rows[2]
-    assert "not begun" in rows[4]
+    assert "not started" in rows[4]
     found = json.loads(CliRunner().invoke(app, ["status", str(sweep), "--json"]).stdout)
     assert not found["finished"]
     assert found["runs"]["lr=1e-3_batch=256"]["finished"]
     stopped = CliRunner().invoke(app, ["stop", str(sweep)])
     assert stopped.exit_code != 0
-    assert stopped.output.count("nothing of the run") == 4
+    assert stopped.output.count("no process of the run") == 4

@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md, made from the fields: `python -m tests.launch.recipe.recipe_page`."""
+"""The tables of docs/recipes.md, generated from the config fields: `python -m tests.launch.recipe.recipe_page`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from treering.training.recipe import Recipe
 
 
 def tables() -> str:
-    """A heading and a table for each block, in the order of the recipe; blocks inside of blocks follow them."""
+    """A heading and a table for each block, in the order of the recipe; nested blocks follow their parent."""
     return "\n\n".join(_tables("", Recipe)) + "\n"
 
 
@@ -29,28 +29,28 @@ def _tables(path: str, block: type[BaseModel]) -> Iterator[str]:
     if path and typing.get_origin(kind := fields["kind"].annotation if "kind" in fields else None) is Literal:
         kinds = typing.get_args(kind)
         title += f", `kind: {kinds[0]}`" if len(kinds) == 1 else ""
-    said = " ".join((block.__doc__ or "").split())
-    yield "\n".join([title, "", said, "", "| key | default | what |", "|---|---|---|", *rows])
+    purpose = " ".join((block.__doc__ or "").split())
+    yield "\n".join([title, "", purpose, "", "| key | default | meaning |", "|---|---|---|", *rows])
     for name, field in fields.items():
         for inner in _blocks(field.annotation):
             yield from _tables(f"{path}.{name}".lstrip("."), inner)
 
 
 def _ours(field: FieldInfo) -> bool:
-    """Whether the field is of this package; installed ones may add objectives."""
+    """Whether the field belongs to this package; other installed packages may add objectives."""
     return all(block.__module__.startswith("treering.") for block in _blocks(field.annotation))
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    said = field.description or ("; ".join(f"see `{name}`" for _ in _blocks(field.annotation)[:1]) or "")
+    description = field.description or ("; ".join(f"see `{name}`" for _ in _blocks(field.annotation)[:1]) or "")
     words = _words(field.annotation)
-    what = " ".join(said.split()).replace("|", "\\|")
+    what = " ".join(description.split()).replace("|", "\\|")
     return f"| `{name}` | {_default(field)} | {what}{f' ({words})' if words else ''} |"
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "needed"
+        return "required"
     value = field.default if field.default is not PydanticUndefined else field.default_factory()  # type: ignore[misc, call-arg]
     if isinstance(value, BaseModel):
         return ""
@@ -58,7 +58,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any) -> str:
-    """The choices of a Literal."""
+    """The choices of a Literal, as text."""
     if typing.get_origin(annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(annotation))
     inner = [each for each in typing.get_args(annotation) if typing.get_origin(each) is Literal]
@@ -66,7 +66,7 @@ def _words(annotation: Any) -> str:
 
 
 def _blocks(annotation: Any) -> list[type[BaseModel]]:
-    """The blocks that a field holds, alone, in a list, by name, or perhaps."""
+    """The config classes in a field's annotation: directly, optional, in a list or in a table."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return list(dict.fromkeys(b for each in typing.get_args(annotation) for b in _blocks(each)))

@@ -17,7 +17,7 @@ def test_the_tables_are_those_of_the_code() -> None:
 
 
 def test_the_example_is_a_recipe(tmp_path: Path) -> None:
-    block = PAGE[PAGE.index("    name: small") : PAGE.index("What follows")]
+    block = PAGE[PAGE.index("    name: small") : PAGE.index("All fields follow")]
     (tmp_path / "small.yaml").write_text(textwrap.dedent(block))
     recipe = read_recipe(str(tmp_path / "small.yaml"), []).recipe
     assert [spec.image.depth for spec in recipe.specs()] == [2, 4]

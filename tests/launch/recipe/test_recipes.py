@@ -1,4 +1,4 @@
-"""Recipes: overrides, origins, suggestions, and every complaint; nothing starts a run here."""
+"""Recipes: overrides, origins, suggestions, and every message; nothing starts a run here."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_an_override_may_reach_where_the_recipe_is_silent() -> None:
         (["data.batch=many"], ["data.batch = 'many'", "override", "whole number", "pairs in a global batch"]),
         (["seed=1.0"], ["seed = 1.0", "whole number", "write 1"]),
         (["data.batch=true"], ["data.batch = true", "whole number"]),
-        (["optimizer.lr='1e-3'"], ["optimizer.lr = '1e-3'", "number", "quotes off"]),
+        (["optimizer.lr='1e-3'"], ["optimizer.lr = '1e-3'", "number", "remove the quotes"]),
         (["optimizer.lr=.inf"], ["optimizer.lr", "number"]),
         (["optimizer.lr=0"], ["optimizer.lr = 0", "above 0"]),
         (["data.augment.flip=yes"], ["true or false", "write true"]),
@@ -185,21 +185,21 @@ def test_an_override_may_reach_where_the_recipe_is_silent() -> None:
         (["=3"], ["key=value"]),
         (["a..b=3"], ["key=value"]),
         (["seed=1e999"], ["smaller"]),
-        (["seed={a: 1, a: 2}"], ["twice"]),
+        (["seed={a: 1, a: 2}"], ["duplicate key"]),
     ],
 )  # fmt: skip
-def test_every_complaint_names_place_value_and_remedy(overrides: list[str], words: list[str]) -> None:
+def test_every_message_has_place_value_and_remedy(overrides: list[str], words: list[str]) -> None:
     text = message(*overrides)
     assert all(word in text for word in words), text
     assert "pydantic" not in text
 
 
-def test_several_complaints_stand_in_lines_and_stay_on_one_screen() -> None:
+def test_several_messages_have_a_line_each_and_fit_one_screen() -> None:
     text = message(*[f"unknown_{n}=1" for n in range(30)], "seed=x")
     assert "and 23 more" in text
 
 
-def test_complaints_name_the_line(tmp_path: Path, tiny: Path) -> None:
+def test_messages_name_the_line(tmp_path: Path, tiny: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text(
         tiny.read_text().replace("heads: 2, patch: 16", "haeds: 2, patch: 16").replace("batch: 8", "batch: eight")
@@ -218,14 +218,14 @@ def test_complaints_name_the_line(tmp_path: Path, tiny: Path) -> None:
         (b"# only a comment\n", ["is empty"]),
         (b"- a\n- b\n", ["a recipe has the keys"]),
         (b"just text", ["a recipe has the keys"]),
-        (b"name: x\nname: y\n", ["line 2", "twice"]),
+        (b"name: x\nname: y\n", ["line 2", "duplicate key"]),
         (b"name: [\n", ["YAML"]),
         (b"name: \xff\xfe\n", ["line 1", "UTF-8"]),
         (b"name: a\x00b", ["remove"]),
         (b"x" * (1 << 21), ["1 MiB"]),
     ],
 )  # fmt: skip
-def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, words: list[str]) -> None:
+def test_files_that_are_not_recipes(tmp_path: Path, content: bytes, words: list[str]) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(content)
     text = message(recipe=str(path))
@@ -233,7 +233,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, words: list[st
     assert all(word in text for word in words), text
 
 
-def test_names_and_paths_that_are_no_recipe(tmp_path: Path) -> None:
+def test_names_and_paths_that_are_not_recipes(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name in (
         "emojy",
@@ -250,7 +250,7 @@ def test_names_and_paths_that_are_no_recipe(tmp_path: Path) -> None:
         assert "bundled recipes: emoji" in text
         assert text.isprintable(), name
         assert len(text) < 400
-    assert message(recipe="../recipes/emoji").count("no recipe")
+    assert message(recipe="../recipes/emoji").count("does not exist")
 
 
 @pytest.mark.parametrize(

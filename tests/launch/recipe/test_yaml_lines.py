@@ -116,8 +116,8 @@ def test_agrees_with_the_line_numbers_of_pyyaml(tree: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: 1\nb: 2\na: 3", ["line 3", "'a'", "twice", "line 1"]),
-        ("a: {b: 1, b: 2}", ["line 1", "twice"]),
+        ("a: 1\nb: 2\na: 3", ["line 3", "'a'", "duplicate key", "line 1"]),
+        ("a: {b: 1, b: 2}", ["line 1", "duplicate key"]),
         ("a: [1, 2", ["YAML", "line 1"]),
         ("a: 1\n b: 2", ["YAML", "line 2"]),
         ("a: &x 1\nb: *x", ["line 1", "anchors"]),
@@ -134,7 +134,7 @@ def test_agrees_with_the_line_numbers_of_pyyaml(tree: Any) -> None:
         ("\tname: x", ["YAML", "line 1"]),
     ],
 )  # fmt: skip
-def test_what_is_no_recipe_is_refused_in_a_sentence(text: str, words: list[str]) -> None:
+def test_what_is_not_a_recipe_is_refused_in_a_sentence(text: str, words: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
         read_yaml(text)
     message = str(caught.value)

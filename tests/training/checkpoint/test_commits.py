@@ -1,4 +1,4 @@
-"""Commits on their way: in stretches from many ranks, in the background, and when the store fails somebody."""
+"""Commits on their way: in ranges from many ranks, in the background, and when the store fails somebody."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from treering.training.checkpoint.manifest import DamagedCommit
 from treering.training.checkpoint.serialize import SerializedPart
 from treering.training.checkpoint.snapshot import Snapshot
 from treering.training.checkpoint.store import Store, StoreError
-from treering.training.engines.layout import Stretch, gathered, shard_rows
+from treering.training.engines.layout import FlatRange, gathered, shard_rows
 from treering.training.state import RunState
 from treering.training.world import World
 
@@ -51,12 +51,12 @@ def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALO
     return commits.begin(Snapshot(SPEC, state, {}, tensors, **more), world, policy)
 
 
-def row_layout(world: World) -> dict[str, Stretch]:
+def row_layout(world: World) -> dict[str, FlatRange]:
     return {name: shard_rows(shape, world.rank, world.size) for name, shape in SHAPES.items()}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_stretches_of_many_ranks_are_read_whole_and_in_any_other_stretches(
+def test_stretches_of_many_ranks_are_read_whole_and_in_any_other_ranges(
     ranks: int, tmp_path: Path, on_ranks: Callable[..., list[Any]]
 ) -> None:
     commits = Commits(Store(str(tmp_path)))
@@ -81,11 +81,11 @@ def test_stretches_of_many_ranks_are_read_whole_and_in_any_other_stretches(
         for name, shape in SHAPES.items():
             total = torch.Size(shape).numel()
             start = data.draw(st.integers(0, total))
-            layout[name] = Stretch(shape, start, data.draw(st.integers(0, total - start)))
+            layout[name] = FlatRange(shape, start, data.draw(st.integers(0, total - start)))
         read = commit.tensors(layout=layout)
         for kind in ("model", "exp_avg"):
-            for name, stretch in layout.items():
-                assert torch.equal(read[f"{kind}/{name}"], stretch.cut(truth(kind)[name]))
+            for name, flat in layout.items():
+                assert torch.equal(read[f"{kind}/{name}"], flat.cut(truth(kind)[name]))
 
     any_stretch()
 
@@ -94,23 +94,23 @@ def test_a_rank_reads_only_the_parts_it_needs(tmp_path: Path, monkeypatch: pytes
     """Two halves in two parts, as two ranks leave them; who wants the second half of everything opens one file."""
     monkeypatch.setattr(writer, "PART_BYTES", 1)
     commits = Commits(Store(str(tmp_path)))
-    layout = {"a.weight": Stretch((5, 3), 0, 15), "c.bias": Stretch((7,), 0, 7)}
+    layout = {"a.weight": FlatRange((5, 3), 0, 15), "c.bias": FlatRange((7,), 0, 7)}
     begin(commits, {f"model/{name}": truth()[name] for name in layout}, layout=layout).finish()
     opened, get = [], Store.get
     monkeypatch.setattr(Store, "get", lambda self, name: opened.append(name) or get(self, name))
     commit = commits.open(commits.names()[-1])
-    commit.tensors(layout={"a.weight": Stretch((5, 3), 3, 6), "c.bias": Stretch((7,), 0, 0)})
+    commit.tensors(layout={"a.weight": FlatRange((5, 3), 3, 6), "c.bias": FlatRange((7,), 0, 0)})
     assert [name for name in opened if "safetensors" in name] == [f"{commit.name}/model-00000-00000.safetensors"]
 
 
 def test_a_missing_stretch_and_one_out_of_bounds_are_damage(tmp_path: Path) -> None:
     commits = Commits(Store(str(tmp_path)))
-    begin(commits, {"model/c.bias": torch.zeros(3)}, layout={"c.bias": Stretch((7,), 0, 3)}).finish()
+    begin(commits, {"model/c.bias": torch.zeros(3)}, layout={"c.bias": FlatRange((7,), 0, 3)}).finish()
     with pytest.raises(DamagedCommit, match=r"do not hold all of model/c.bias"):
         commits.open(commits.names()[-1]).tensors()
     with pytest.raises(DamagedCommit, match=r"do not hold all of model/c.bias"):
-        commits.open(commits.names()[-1]).tensors(layout={"c.bias": Stretch((7,), 4, 2)})
-    begin(commits, {"model/c.bias": torch.zeros(3)}, layout={"c.bias": Stretch((7,), 5, 3)}, step=2).finish()
+        commits.open(commits.names()[-1]).tensors(layout={"c.bias": FlatRange((7,), 4, 2)})
+    begin(commits, {"model/c.bias": torch.zeros(3)}, layout={"c.bias": FlatRange((7,), 5, 3)}, step=2).finish()
     with pytest.raises(DamagedCommit, match="beyond its shape"):
         commits.open(commits.names()[-1]).tensors()
 
@@ -339,7 +339,7 @@ def test_what_cannot_be_staged_stays_in_memory(tmp_path: Path) -> None:
 
 
 def test_sends_are_spread_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of our own: whatever is asked when, no stretch of time gets more than the rate allows beside one
+    """By a clock of our own: whatever is asked when, no flat of time gets more than the rate allows beside one
     send."""
     now, sent = [100.0], []
     monkeypatch.setattr(writer.time, "monotonic", lambda: now[0])

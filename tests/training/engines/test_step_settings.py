@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
@@ -32,6 +33,8 @@ SPEC = ModelSpec(
     captioner=CaptionerSpec(depth=1),
 )
 PLAIN = SPEC.model_copy(update={"captioner": None})
+
+COMPILES = pytest.mark.skipif(torch.__version__ < "2.13", reason="engine.compile is refused before torch 2.13")
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -103,6 +106,7 @@ def test_every_patch_is_kept_as_often() -> None:
     assert training_flops(PLAIN, 9.0, 4) < 0.6 * training_flops(PLAIN, 9.0)
 
 
+@COMPILES
 def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the tracer of torch.compile; the code generator behind it is torch's affair."""
     calls: list[dict[str, Any]] = []
@@ -120,6 +124,7 @@ def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(found[1][name], gradient, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@COMPILES
 def test_compiling_does_not_grow_with_depth_and_goes_on_after_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many pieces of code for five blocks as for two, none for other captions, and new ones for each new width,
     also beyond the number that torch keeps of one function."""
@@ -153,9 +158,17 @@ def test_compiling_does_not_grow_with_depth_and_goes_on_after_growth(monkeypatch
     assert min(pieces(width, 2, 1) for width in (24, 32)) >= 3
 
 
+def test_before_torch_2_13_compiling_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cu130"))
+    with pytest.raises(TrainingError, match=r"needs torch 2\.13 or newer, and 2\.12\.1\+cu130 is installed"):
+        prepare_kernels(build(PLAIN, 3), DdpConfig(compile=True), torch.device("cpu"))
+    prepare_kernels(build(PLAIN, 3), DdpConfig(), torch.device("cpu"))
+
+
+@COMPILES
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(TrainingError, match=r"engine\.compile = true cannot be here: there is no C\+\+ compiler"):
+    with pytest.raises(TrainingError, match=r"engine\.compile = true does not work here: there is no C\+\+ compiler"):
         prepare_kernels(build(PLAIN, 3), DdpConfig(compile=True), torch.device("cpu"))
     prepare_kernels(build(PLAIN, 3), DdpConfig(), torch.device("cpu"))
 

@@ -309,7 +309,7 @@ def test_embeddings_are_kept_by_commit_and_data(folder: Path, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("data", "protocol", "words"),
     [
-        ("nowhere", "zero_shot", "nothing is there"),
+        ("nowhere", "zero_shot", "not found"),
         ("kinds", {"kind": "zero_shot", "classes": "nowhere.txt"}, "nowhere.txt cannot be read"),
         ("kinds", {"kind": "zero_shot", "classes": "three.txt"}, "6 class folders, and .* names 3"),
         ("high.csv", {"kind": "zero_shot", "classes": "three.txt"}, r"label 5, and .* names 3 classes, 0 to 2"),

@@ -55,7 +55,7 @@ def test_a_hang_leaves_stacks_and_names_and_kills_the_process_that_is_stopped(tm
     assert told.startswith("rank 0: no progress for")
     first, second = told.split("\nrank ")[1:]
     assert '["sample-0-19"]' in first
-    assert re.search(r'^1 on .*after step (\d+)\nsamples: \["sample-1-\1"\]\nno stacks: it does not answer$', second)
+    assert re.search(r'^1 on .*after step (\d+)\nsamples: \["sample-1-\1"\]\nno stacks: it does not respond$', second)
     (row,) = [json.loads(line) for line in (tmp_path / "hangs.jsonl").read_text().splitlines()]
     assert f"process {stopped.pid}" in row["message"]
     assert "rank 1 on" in row["message"]
@@ -98,7 +98,7 @@ def test_heartbeats_of_a_larger_world_before_are_not_this_one(tmp_path: Path) ->
 
 @pytest.mark.parametrize("limit", ["10", "soon", "-1s", ""])
 def test_a_limit_is_a_time(limit: str) -> None:
-    with pytest.raises(ValidationError, match="is no time"):
+    with pytest.raises(ValidationError, match="is not a valid time"):
         WatchdogConfig(limit=limit)
 
 

@@ -161,7 +161,7 @@ def test_where_things_lie_after_a_rollback() -> None:
     )
     state = RunState(step=33, lineage=events)
     assert state.cursor == 40
-    assert [state.passed(before=step) for step in (0, 20, 21, 30, 31, 99)] == [0, 0, 2, 2, 7, 7]
+    assert [state.skipped_batches(before=step) for step in (0, 20, 21, 30, 31, 99)] == [0, 0, 2, 2, 7, 7]
 
 
 def test_what_is_well() -> None:
@@ -169,11 +169,11 @@ def test_what_is_well() -> None:
     health = Health()
     for step, loss in enumerate([9.0, 1.0] * 5, start=1):  # no leap is seen before ten lines are known
         health = health.after_line(config, step, 1, 0, loss)
-    assert (health.ill, health.well, len(health.losses)) == (0, 10, 10)
-    assert health.after_line(config, 11, 1, 0, 15.0).ill == 0  # the median is 5
-    leapt = health.after_line(config, 12, 2, 0, 15.1)
-    assert (leapt.ill, leapt.leapt, leapt.well, leapt.losses) == (2, True, 10, health.losses)
-    skipped = leapt.after_line(config, 15, 3, 3, float("nan"))
-    assert (skipped.ill, skipped.leapt) == (5, True)
-    assert skipped.after_line(config, 17, 2, 1, float("nan")) == Health(losses=health.losses, well=17)
-    assert not health.after_line(RecoveryConfig(spike_factor=None), 11, 1, 0, 1e9).ill
+    assert (health.bad_steps, health.healthy_step, len(health.losses)) == (0, 10, 10)
+    assert health.after_line(config, 11, 1, 0, 15.0).bad_steps == 0  # the median is 5
+    spiked = health.after_line(config, 12, 2, 0, 15.1)
+    assert (spiked.bad_steps, spiked.spiked, spiked.healthy_step, spiked.losses) == (2, True, 10, health.losses)
+    skipped = spiked.after_line(config, 15, 3, 3, float("nan"))
+    assert (skipped.bad_steps, skipped.spiked) == (5, True)
+    assert skipped.after_line(config, 17, 2, 1, float("nan")) == Health(losses=health.losses, healthy_step=17)
+    assert not health.after_line(RecoveryConfig(spike_factor=None), 11, 1, 0, 1e9).bad_steps
