@@ -181,7 +181,7 @@ class OldState(Mapping[str, Tensor]):
         part = self._commit.manifest.parts[number]
         self._part = {}  # release it before reading the next one
         found = {f"{part.kind}/{name}": tensor for name, tensor in self._commit.pieces(part).items()}
-        if part.stretches:
+        if part.ranges:
             # An engine that shards its state writes flat ranges: read all tensors of the kind at once.
             found = self._commit.tensors(part.kind)
         self._part = found
