@@ -23,6 +23,7 @@ from treering.data import Batch, DataConfig, DataError, EvaluationSet, Loader, S
 from treering.data.samples.arrays import read_array
 
 WriteTar = Callable[..., Path]
+NO_HEADER = "no valid .npy header"
 
 
 def npy(array: np.ndarray, **options: Any) -> bytes:
@@ -66,16 +67,16 @@ class Trap:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "no valid .npy header"),
-        (b"\x93NUMPY\x01", "no valid .npy header"),
-        (b"\x80\x04" + pickle.dumps(Trap()), "no valid .npy header"),
-        (npy(np.zeros(3))[:40], "no valid .npy header"),
-        (b"\x93NUMPY\x03\x00" + npy(np.zeros(3))[8:], "no valid .npy header"),
-        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), 'x': 1}"), "no valid .npy header"),
-        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)" + " " * 9000 + "}"), "no valid .npy header"),
-        (with_header("(" * 900), "no valid .npy header"),
-        (with_header("__import__('os').abort()"), "no valid .npy header"),
-        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", bytes(12), (2, 0))[:20], "no valid .npy header"),
+        (b"", NO_HEADER),
+        (b"\x93NUMPY\x01", NO_HEADER),
+        (b"\x80\x04" + pickle.dumps(Trap()), NO_HEADER),
+        (npy(np.zeros(3))[:40], NO_HEADER),
+        (b"\x93NUMPY\x03\x00" + npy(np.zeros(3))[8:], NO_HEADER),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), 'x': 1}"), NO_HEADER),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)" + " " * 9000 + "}"), NO_HEADER),
+        (with_header("(" * 900), NO_HEADER),
+        (with_header("__import__('os').abort()"), NO_HEADER),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", bytes(12), (2, 0))[:20], NO_HEADER),
         (npy(np.array([Trap()], object), allow_pickle=True), "its numbers are object instead of float16, float32"),
         (npy(np.zeros(3, np.int64)), "its numbers are int64"),
         (npy(np.zeros(3, "f4,f4")), "its numbers are void64"),
@@ -97,7 +98,7 @@ class Trap:
             "its header declares 9999",
         ),
         (npy(np.zeros(3))[:-1], "its header declares 3 numbers of 8 bytes, but 23 follow"),
-        (npy(np.zeros(3)) + b"x", "but 25 bytes follow"),
+        (npy(np.zeros(3)) + b"x", "but 25 follow"),
     ],
 )  # fmt: skip
 def test_refused(data: bytes, reason: str) -> None:
