@@ -77,7 +77,7 @@ class Loaded:
         """A picture as the model sees it, uint8 [3, resolution, resolution]; normalising is left to the model.
 
         Takes a PIL picture, a path, the bytes of a JPEG, PNG or WebP file, or uint8 [H, W, 3]. Raises BadSample for
-        bytes that are no picture, ValueError for an array of another kind.
+        bytes that are not pictures, ValueError for an array of another kind.
         """
         if isinstance(picture, str | Path):
             picture = Path(picture).read_bytes()

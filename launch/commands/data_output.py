@@ -170,10 +170,10 @@ def _alike_line(alike: Mapping[str, Any]) -> str:
     return f"pictures that look like an earlier one: {alike['copies']:,}" + (f" (as {groups})" if groups else "")
 
 
-def _column_line(name: str, column: Mapping[str, Any], looked: int) -> str:
+def _column_line(name: str, column: Mapping[str, Any], total: int) -> str:
     texts = f": {_counts(column['texts'])}" if column["texts"] else ""
     more = f" ({column['different']:,} different)" if column["different"] > _MOST_ROWS else ""
-    return f"column {_quoted(name, 40)}: {'/'.join(column['types'])} in {column['samples'] / looked:.0%}{texts}{more}"
+    return f"column {_quoted(name, 40)}: {'/'.join(column['types'])} in {column['samples'] / total:.0%}{texts}{more}"
 
 
 def _quoted(text: str, most: int = 60) -> str:

@@ -183,8 +183,8 @@ def compatibility_table(compared: Mapping[str, Any]) -> Table:
     for name in compared["scores"]["old"]:
         table.add_row(Text(name), *(f"{scores[name]:.1%}" for scores in compared["scores"].values()))
     for name, flips in compared["flips"].items():
-        said = f"{flips['negative_flips']:.1%} lost, {flips['positive_flips']:.1%} won, p = {flips['p_value']:.2g}"
-        table.add_row(Text(f"{name}@1"), Text(said))
+        changes = f"{flips['negative_flips']:.1%} lost, {flips['positive_flips']:.1%} won, p = {flips['p_value']:.2g}"
+        table.add_row(Text(f"{name}@1"), Text(changes))
     return table
 
 

@@ -162,29 +162,29 @@ def measure(recipe: Recipe) -> tuple[Data, list[int]]:
 
 def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
     """What will fail or be slow, as sentences with a remedy."""
-    said = []
+    messages = []
     needed, there = found["memory_per_device"], found["memory_of_device"]
     if needed > 0.92 * there:
-        said.append(
+        messages.append(
             f"a device needs about {needed / 1e9:.0f} GB and has {there / 1e9:.0f} GB; "
             f"use more devices, engine.activation_budget=auto, engine.micro_batches, or engine.precision=bf16"
         )
     cores = found["loader_cores_per_node"]
     workers = recipe.data.workers * per_node
     if found["device"] != "cpu" and cores > max(workers, 1):
-        said.append(
+        messages.append(
             f"decoding needs {cores:.0f} cores per node and data.workers gives {workers}; "
             f"set data.workers={int(cores / per_node) + 1}"
         )
     every = recipe.checkpoint.every_seconds
     if every and found["commit_seconds_at_1_GB_per_second"] > every / 10:
-        said.append("a commit takes more than a tenth of the time between commits; set a longer checkpoint.every")
+        messages.append("a commit takes more than a tenth of the time between commits; set a longer checkpoint.every")
     pairs = recipe.data.batch // found["devices"]
     if pairs < 8:
-        said.append(f"each device has {pairs} pairs of a batch; fewer devices would be better utilised")
+        messages.append(f"each device has {pairs} pairs of a batch; fewer devices would be better utilised")
     if found["device"] in DEVICES and recipe.engine.precision == "fp32":
-        said.append("engine.precision=fp32 does not reach the peak of this device; set engine.precision=bf16")
-    return said
+        messages.append("engine.precision=fp32 does not reach the peak of this device; set engine.precision=bf16")
+    return messages
 
 
 def as_table(found: dict[str, Any]) -> Any:
@@ -223,7 +223,7 @@ def as_table(found: dict[str, Any]) -> Any:
     about = Table(box=None, show_header=False, pad_edge=False)
     for name, value in rows.items():
         about.add_row(Text(name), Text(value))
-    return Group(table, about, *(Text(f"warning: {said}") for said in found["warnings"]))
+    return Group(table, about, *(Text(f"warning: {message}") for message in found["warnings"]))
 
 
 def _blocks(recomputed: dict[str, int]) -> str:

@@ -74,8 +74,8 @@ def begin(run: Path, job: dict[str, str]) -> bool:
     the job may take the run over. An earlier attempt without a recorded end gets one of kind "outside".
     """
     owner = _owner(run)
-    start, attempt = job["attempt"].rsplit(".", 1)
-    if owner is not None and attempt != "0" and owner["attempt"].rsplit(".", 1)[0] != start:
+    start, number = job["attempt"].rsplit(".", 1)
+    if owner is not None and number != "0" and owner["attempt"].rsplit(".", 1)[0] != start:
         return False
     rows = read_rows(attempts_file(run))
     if rows and rows[-1]["event"] == "begin":
@@ -105,7 +105,7 @@ def end(run: Path, attempt: str, code: int, signal: str, most_restarts: int) -> 
     kind, reason, error = _why(run, code, signal, begun)
     row = {**begun, "event": "end", "kind": kind, "reason": reason, "step": step, "code": code}
     _write(run, row)
-    if kind in ("finished", "asked", "ending"):
+    if kind in ("finished", "requested", "ending"):
         return "halt" if kind == "ending" else "done"
     if int(begun["restart"]) >= most_restarts:
         print(f"requeued {most_restarts} times already; submit again to continue", file=sys.stderr)
@@ -146,9 +146,9 @@ def _why(run: Path, code: int, signal: str, begun: dict[str, Any]) -> tuple[str,
     """The kind of an end, its reason as a sentence, and the class of the error, if known, or the unfit nodes."""
     if code == 0:
         return "finished", "the run finished", ""
-    asked = run / "job" / "stop"
-    if asked.exists() and asked.stat().st_mtime > begun["time"]:
-        return "asked", "stopped by treering stop", ""
+    request = run / "job" / "stop"
+    if request.exists() and request.stat().st_mtime > begun["time"]:
+        return "requested", "stopped by treering stop", ""
     if signal == "TERM":
         return "ending", "Slurm ended it: cancelled, requeued by hand, preempted, or a node was lost", ""
     if signal == "USR1":
@@ -179,10 +179,10 @@ def _unfit(run: Path, begun: dict[str, Any], failures: list[dict[str, Any]]) -> 
     try:
         with (run / "job.log").open("rb") as file:
             file.seek(begun["log"])
-            said = file.read(1 << 20).decode(errors="replace")
+            log = file.read(1 << 20).decode(errors="replace")
     except OSError:
-        said = ""
-    unfit = dict(re.findall(rf"^(\S+): {UNFIT}: (.*)$", said, re.MULTILINE))
+        log = ""
+    unfit = dict(re.findall(rf"^(\S+): {UNFIT}: (.*)$", log, re.MULTILINE))
     fit = {path.name for path in fit_folder(run).glob("*")}
     if fit:
         unfit |= {f["host"]: f["message"] for f in failures if f["kind"] == "StoreError" and f["host"] not in fit}

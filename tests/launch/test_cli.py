@@ -350,7 +350,7 @@ def alive(pid: int) -> bool:
 
 def test_a_commit_is_grown_offline_and_trained_on(treering: Command, refused: Refused, tiny: Path) -> None:
     assert treering("train", str(tiny), "--out", "small").returncode == 0
-    assert "say how long the next one is" in refused("grow", "small", "--out", "large", "--to", "image.depth=2")
+    assert "give the length of the next one" in refused("grow", "small", "--out", "large", "--to", "image.depth=2")
     done = treering("grow", "small", "--out", "large", "samples=16", "--to", "image.depth=2,text.width=24")
     assert done.returncode == 0, done.stderr
     assert "image.depth 1 to 2" in done.stdout

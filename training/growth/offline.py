@@ -216,9 +216,7 @@ def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[C
     kind, size, number = "", 0, 0
     for path in state:
         other, _, tensor_name = path.partition("/")
-        tensor = state[path].clone(
-            memory_format=torch.contiguous_format
-        )  # the operators may return views of one tensor
+        tensor = state[path].clone(memory_format=torch.contiguous_format)  # operators may return views
         if chunk and (other != kind or size + tensor.nbytes > PART_BYTES):
             yield _put(store, name, kind, number, chunk)
             number = number + 1 if other == kind else 0

@@ -1,1 +1,1 @@
-"""What a run records and shows: metrics.jsonl, TensorBoard, the terminal, profiles."""
+"""The records and displays of a run: metrics.jsonl, TensorBoard, the terminal, profiles."""

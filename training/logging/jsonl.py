@@ -1,8 +1,8 @@
-"""The run folder's text records: metrics.jsonl and ledger.jsonl, one JSON object a line.
+"""The run folder's text records: metrics.jsonl and ledger.jsonl, one JSON object per line.
 
-After a kill they are cut back to the commit the run continues from, so that they read as the log of one run that was
-never interrupted, with a line that says where it was. The file is then a new one under the old name: an attempt that
-was taken for dead and still runs holds the file that was, and whatever it writes there is seen by nobody.
+After a kill they are truncated to the commit that the run continues from, so that they read like the log of an
+uninterrupted run, with a line that marks the resume. Truncation writes a new file under the old name. An earlier
+attempt that was presumed dead but still runs keeps the old file open, and its writes do not reach the new one.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from ...data.storage.atomic_write import atomic_write, partial_path, remove_part
 from ..state import TrainingError
 
 _AFTER_A_COMMIT = ("search", "grow", "resume", "rollback", "end")
-"""events that follow the commit of their step"""
+"""events that happen after the commit of the same step"""
 
 
 class JsonLines:
-    """An append-only file of JSON objects, which one attempt of a run writes at a time."""
+    """An append-only file of JSON objects, written by one attempt of a run at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: TextIO | None = None
 
     def append(self, *rows: dict[str, Any]) -> None:
-        """Add rows; they are in the file when this returns. Raises TrainingError if a later attempt has the file."""
-        if self._file is None or not self.path.exists():  # a person may have removed it
+        """Append rows and flush. Raises TrainingError if a later attempt has taken the file over."""
+        if self._file is None or not self.path.exists():  # the user may have removed it
             self.close()
             self._file = self.path.open("a", encoding="utf-8")
         self._file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
         self._file.flush()
-        if not _is_still(self.path, self._file):
-            raise TrainingError(f"{self.path} was taken over by a later attempt of this run, and this one ends")
+        if not _is_same_file(self.path, self._file):
+            raise TrainingError(f"{self.path} was taken over by a later attempt of this run; this attempt ends")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every complete row; a line torn by a kill is left out."""
+        """All complete rows; a line cut off by a kill is skipped."""
         if not self.path.exists():
             return []
         rows = []
@@ -52,9 +52,9 @@ class JsonLines:
         return rows
 
     def cut(self, keep: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
-        """Take the file over: from now on it holds the rows that `keep` returns of all rows, and is this attempt's."""
+        """Take the file over for this attempt, with only the rows that `keep` returns for all rows."""
         self.close()
-        partial = partial_path(self.path)  # not `atomic_file`: the file that is renamed stays open, as this attempt's
+        partial = partial_path(self.path)  # not `atomic_write`: the renamed file stays open for this attempt
         self._file = partial.open("w", encoding="utf-8")
         self._file.writelines(json.dumps(row) + "\n" for row in keep(self.rows()))
         self._file.flush()
@@ -62,14 +62,14 @@ class JsonLines:
         os.replace(partial, self.path)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file:
             self._file.close()
             self._file = None
 
 
-def _is_still(path: Path, file: TextIO) -> bool:
-    """Whether the open `file` is the one of this name."""
+def _is_same_file(path: Path, file: TextIO) -> bool:
+    """Whether `path` still names the open `file`."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def _is_still(path: Path, file: TextIO) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: null stands for them."""
+    """`value` with NaN and infinity replaced by None, because JSON has neither."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -86,7 +86,7 @@ def _finite(value: Any) -> Any:
 
 
 class RunRecords:
-    """What rank 0 writes into the run folder."""
+    """The records that rank 0 writes into the run folder."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class RunRecords:
             remove_partials(place)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self.metrics.close()
         self.ledger.close()
 
@@ -108,7 +108,7 @@ class RunRecords:
         return row
 
     def evaluation_before(self, event: str) -> dict[str, Any] | None:
-        """The last evaluation before the last event of this kind, as its file has it; None if there is none."""
+        """The file content of the last evaluation before the last event of this kind; None if there is none."""
         rows = self.metrics.rows()
         last = max((i for i, row in enumerate(rows) if row["event"] == event), default=0)
         steps = [row["step"] for row in rows[:last] if row["event"] == "eval"]
@@ -119,13 +119,16 @@ class RunRecords:
         return found if "bits" in found else None
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file of the run folder, whole or not at all."""
+        """Write a JSON file in the run folder atomically."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(value))
 
     def cut_back(self, step: int) -> None:
-        """Drop what happened after the commit of `step`. Its own line may stand anywhere: it is written in the end."""
+        """Remove the records after the commit of `step`.
+
+        The commit's line may come after later steps, because it is written when the upload ends.
+        """
 
         def before(row: dict[str, Any]) -> bool:
             return row["step"] < step or (row["step"] == step and row["event"] not in _AFTER_A_COMMIT)
@@ -137,7 +140,7 @@ class RunRecords:
                 path.unlink()
 
     def clear(self) -> None:
-        """Start over: an earlier attempt left no commit, so nothing it wrote happened."""
+        """Remove all records: an earlier attempt left no commit, so the run starts from the beginning."""
         self.metrics.cut(lambda rows: [])
         self.ledger.cut(lambda rows: [])
         for path in self.folder.glob("evaluations/step-*.json"):

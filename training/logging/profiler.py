@@ -1,4 +1,4 @@
-"""A trace of a few steps that a browser opens (chrome://tracing, ui.perfetto.dev): where the time of a step goes."""
+"""Traces a few steps with torch.profiler; open the file in chrome://tracing or ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SKIPPED, _WARM_UP, _STEPS = 3, 1, 4
 
 
 class Profile:
-    """Traces this process's steps 5 to 8 after the start into `out`/trace-rank-N.json.gz; without `out`, nothing."""
+    """Traces steps 5 to 8 of this process into `out`/trace-rank-N.json.gz; a no-op if `out` is None."""
 
     def __init__(self, out: Path | None, rank: int, device: torch.device) -> None:
         self._profile = None
@@ -27,12 +27,12 @@ class Profile:
         self._profile.start()
 
     def step(self) -> None:
-        """The end of a step."""
+        """Mark the end of a step."""
         if self._profile is not None:
             self._profile.step()
 
     def close(self) -> None:
-        """The end of the run; what was traced up to now is written."""
+        """Stop at the end of the run; writes what was traced so far."""
         if self._profile is not None:
             self._profile.stop()
             self._profile = None

@@ -1,8 +1,7 @@
-"""What a person watches while a run trains: a progress bar on a terminal, plain lines everywhere else.
+"""Progress display of a run: a progress bar on a terminal, plain lines everywhere else.
 
-Rank 0 alone shows it, on stderr, so that stdout stays free for results. The bar is drawn only when it is told
-something: it has no thread of its own, because a thread that holds a lock while loader workers are forked can hang
-them.
+Only rank 0 shows it, on stderr, so that stdout stays free for results. The bar is drawn only on updates. It has no
+refresh thread, because a thread that holds a lock while loader workers are forked can make them hang.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from rich.text import Text
 
 from ..report import readable
 
-_SMOOTHING = 0.3  # share of the newest rate in the one that the time left is told by
+_SMOOTHING = 0.3  # weight of the newest rate in the moving average that gives the remaining time
 
 
 class Progress:
     """Shows samples done, loss, speed, time left, stage and model size; use as a context manager.
 
-    `total_samples`: of the whole run. `stages`: how many. `stream`: where to (stderr); a bar if it is a terminal,
-    else a line every `interval` seconds and at events. `clock` gives seconds.
+    `total_samples`: samples of the run. `stages`: number of stages. `stream`: output (default: stderr); a bar if it is
+    a terminal, else one line every `interval` seconds and at events. `clock` returns seconds.
     """
 
     def __init__(
@@ -54,9 +53,9 @@ class Progress:
             self._bar.start()
 
     def update(self, samples: int, loss: float | None, samples_per_second: float, stage: int, parameters: int) -> None:
-        """Tell where the run stands after a step: `stage` counts from 0; a `loss` of None was not finite."""
+        """Show the state after a step. `stage` counts from 0; `loss` None: not finite."""
         if samples_per_second > 0 and math.isfinite(samples_per_second):
-            fresh = self._rate is None or self._shape != (stage, parameters)  # a grown model has a speed of its own
+            fresh = self._rate is None or self._shape != (stage, parameters)  # a grown model runs at another speed
             old = samples_per_second if fresh or self._rate is None else self._rate
             self._rate = (1 - _SMOOTHING) * old + _SMOOTHING * samples_per_second
         changed = self._shape != (stage, parameters)
@@ -66,13 +65,13 @@ class Progress:
             self._bar.update(self._task, completed=samples, text=text)
             self._bar.refresh()
             return
-        share = f"{100 * samples / self._total:.0f}%" if self._total else ""
-        self._pending = f"{share:>4} · {text}"
+        done = f"{100 * samples / self._total:.0f}%" if self._total else ""
+        self._pending = f"{done:>4} · {text}"
         if changed or samples >= self._total or self._clock() - self._shown >= self._interval:
             self._flush()
 
     def note(self, message: str) -> None:
-        """Print one line about an event, such as a commit, above the bar. Safe for text that comes from data."""
+        """Print one line about an event, such as a commit, above the bar. Safe for untrusted text."""
         line = " ".join(readable.printable(message).split())
         if self._bar:
             self._bar.console.print(Text(line))
@@ -81,7 +80,7 @@ class Progress:
             self._write(line)
 
     def close(self) -> None:
-        """Leave the last state on the screen and give the terminal back; may be called twice."""
+        """Leave the last state on the screen and stop the bar; may be called twice."""
         if self._bar:
             self._bar.refresh()
             self._bar.stop()

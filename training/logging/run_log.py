@@ -1,6 +1,6 @@
-"""Everything a run shows, behind one object: the run folder's records, TensorBoard, the terminal, the report.
+"""One object for all output of a run: the run folder's records, TensorBoard, the terminal, the report.
 
-Only rank 0 has any of it; on the others every method does nothing, so the loop never asks which rank it is.
+Only rank 0 writes; on other ranks every method is a no-op, so the loop does not check its rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .tensorboard import TensorBoardLog
 
 
 class RunLog:
-    """What rank 0 writes and shows."""
+    """All output of a run, on rank 0."""
 
     def __init__(self, recipe: Recipe, out: Path, world: World) -> None:
         self.recipe, self.out = recipe, out
@@ -34,7 +34,7 @@ class RunLog:
             self._bad = 0
 
     def begin(self, state: RunState, commit: str | None) -> None:
-        """Make the records read as if nothing had happened after `commit`; without one, as if nothing ever had."""
+        """Truncate the records to `commit`, or clear them if it is None."""
         if not self.on:
             return
         if commit is None:
@@ -46,22 +46,22 @@ class RunLog:
         self._purge = state.samples + 1
 
     def resumed(self, seconds: Mapping[str, float]) -> None:
-        """Say how long each part of a resume took."""
+        """Show how long each part of a resume took, in seconds."""
         if self.on:
             parts = ", ".join(f"{part} {spent:.1f}" for part, spent in seconds.items())
             self.progress.note(f"continued in {sum(seconds.values()):.1f} s: {parts}")
 
     def known_bad(self) -> list[dict[str, Any]]:
-        """The ledger so far."""
+        """The ledger's rows so far."""
         return self.records.ledger.rows() if self.on else []
 
     def warn(self, message: str) -> None:
-        """Say something that a person should know."""
+        """Show a warning to the user."""
         if self.on:
             self.progress.note(f"warning: {message}")
 
     def event(self, event: str, state: RunState, **detail: Any) -> None:
-        """An event line, and a note of it where a person wants one."""
+        """Write an event line, and show a note for the events that a user wants to see."""
         if not self.on:
             return
         row = self.records.event(event, state.step, state.samples, **detail)
@@ -72,25 +72,25 @@ class RunLog:
             sizes = ", ".join(f"{path} {row['from'][path]} -> {size}" for path, size in row["to"].items())
             before, after = row["parameters_before"] / 1e6, row["parameters_after"] / 1e6
             difference = row["logit_difference"]
-            moved = "on other inputs" if difference is None else f"logits moved by {difference:.1e}"
-            self.progress.note(f"grew {sizes}: {before:.1f} M -> {after:.1f} M parameters, {moved}")
+            moved = "not compared (other inputs)" if difference is None else f"moved by {difference:.1e}"
+            self.progress.note(f"grew {sizes}: {before:.1f} M -> {after:.1f} M parameters, logits {moved}")
         elif event == "rollback":
-            self.warn(f"{row['reason']}; went back to {row['commit']} and passes over {row['batches']} batches")
+            self.warn(f"{row['reason']}; went back to {row['commit']}; skipping {row['batches']} batches")
         elif event == "search":
             chosen = ", ".join(f"{path} {size}" for path, size in row["chosen"].items()) or "no growth"
             self.progress.note(f"tried {len(row['candidates'])} candidates for {row['flops']:.1e} FLOPs: {chosen}")
         elif event == "micro_batches":
-            self.progress.note(f"micro-batches: {row['pieces']} of {row['pairs']} pairs fit the memory")
+            self.progress.note(f"micro-batches: {row['pieces']} of {row['pairs']} pairs fit in memory")
         elif event == "plateau":
-            said = "the stage ends" if row["ended"] else "the stage goes on"
-            self.progress.note(f"loss per FLOP falls by {row['slope']:.1e}, expected {row['expected']:.1e}: {said}")
-        elif event == "end" and self._board:  # a finished run that is started again has nothing new
+            outcome = "the stage ends" if row["ended"] else "the stage continues"
+            self.progress.note(f"loss per FLOP falls by {row['slope']:.1e}, expected {row['expected']:.1e}: {outcome}")
+        elif event == "end" and self._board:  # None if a finished run was started again: nothing new to write
             self._board.end(self.recipe.model_dump(mode="json"), self.scores(state)[0])
         elif event == "commit":
             self.progress.note(f"committed {row['url']} ({row['bytes'] / 1e6:.0f} MB in {row['seconds']:.1f} s)")
 
     def step(self, state: RunState, **measured: Any) -> None:
-        """A step line."""
+        """Write a step line."""
         if not self.on:
             return
         row = self.records.event(
@@ -101,15 +101,15 @@ class RunLog:
         self.progress.update(state.samples, measured["loss"], rate, state.stage, parameters)
 
     def evaluation(self, state: RunState, found: Evaluation, seconds: float) -> None:
-        """Scores and examples."""
+        """Write the scores and examples of an evaluation, and update the report."""
         if not self.on:
             return
         if found.bad:
-            self.warn(f"{len(found.bad)} evaluation samples cannot be used, first {found.bad[0]['reason']}")
-        whole = {"step": state.step, "samples": state.samples, **found.json(), "bits": bits(found)}
+            self.warn(f"{len(found.bad)} evaluation samples cannot be used; the first: {found.bad[0]['reason']}")
+        record = {"step": state.step, "samples": state.samples, **found.json(), "bits": bits(found)}
         since = self.records.evaluation_before("grow")
-        changed = {"flips": flips(since["bits"], whole["bits"]), "since": since["samples"]} if since else {}
-        self.records.write_json(f"evaluations/step-{state.step:09d}.json", whole)
+        changed = {"flips": flips(since["bits"], record["bits"]), "since": since["samples"]} if since else {}
+        self.records.write_json(f"evaluations/step-{state.step:09d}.json", record)
         self.records.event(
             "eval",
             state.step,
@@ -121,36 +121,36 @@ class RunLog:
             seconds=seconds,
             **changed,
         )
-        self._open_board().evaluation(whole)
-        if found.points and state.samples == self.recipe.total_samples:  # megabytes of text: once is enough
+        self._open_board().evaluation(record)
+        if found.points and state.samples == self.recipe.total_samples:  # megabytes of text: only at the end
             self._open_board().points(*found.points, state.samples)
         best = [(k, v) for k, v in found.scores.items() if k.endswith("@1") or k.startswith("zero_shot")]
         self.progress.note("scores: " + ", ".join(f"{k} {v:.1%} (chance {found.chance[k]:.1%})" for k, v in best))
         self.report()
 
     def scores(self, state: RunState) -> tuple[dict[str, float], dict[str, float]]:
-        """Scores and chance levels already written down for this step; empty if there are none."""
+        """Scores and chance levels already recorded for this step; empty if there are none."""
         rows = self.records.metrics.rows() if self.on else []
         found = [row for row in rows if row["event"] == "eval" and row["step"] == state.step]
         return (found[-1]["scores"], found[-1]["chance"]) if found else ({}, {})
 
     def bad(self, entries: list[dict[str, Any]]) -> None:
-        """Samples that could not be used."""
+        """Add ledger entries of samples that could not be used."""
         if self.on:
             self.records.ledger.append(*entries)
             self._bad += len(entries)
 
     def lineage(self, state: RunState) -> None:
-        """The lineage so far."""
+        """Write the lineage so far."""
         if self.on:
             self.records.write_json("lineage.json", [event.model_dump() for event in state.lineage])
 
     def report(self) -> Path:
-        """Write the report page as things stand."""
+        """Write the report page and return its path."""
         return write_report(self.out) if self.on else self.out / "report.html"
 
     def close(self) -> None:
-        """Give the terminal back and flush TensorBoard."""
+        """Stop the progress display and close all files."""
         if self.on:
             self.progress.close()
             self.records.close()
@@ -158,7 +158,7 @@ class RunLog:
                 self._board.close()
 
     def _open_board(self) -> TensorBoardLog:
-        """TensorBoard takes a second to import, so it waits until there is something to write."""
+        """The TensorBoard log, opened at first use because the import takes a second."""
         if self._board is None:
             self._board = TensorBoardLog(self.out / "tensorboard", purge_step=self._purge)
         return self._board

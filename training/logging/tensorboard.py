@@ -1,7 +1,8 @@
-"""The TensorBoard side of a run: the figures of metrics.jsonl, pictures with their captions, and generated captions.
+"""TensorBoard output of a run: the figures of metrics.jsonl, pictures with their captions, and generated captions.
 
-The x axis is samples seen, so that runs with different batches lie on each other. Scalars are grouped as a person looks
-for them: loss, optimizer, speed, model, eval. Everything here is also in metrics.jsonl; nothing reads these files back.
+The x axis is samples seen, so that runs with different batch sizes are comparable. Scalars are grouped by topic: loss,
+optimizer, speed, model, data, eval. Everything here is also in the run folder's records; these files are never read
+back.
 """
 
 from __future__ import annotations
@@ -39,13 +40,12 @@ _GROUPS = {
     "bad_samples": "data/bad_samples",
 }
 _COMPARED = ("seed", "model", "objectives", "optimizer", "schedule", "engine", "stages")
-_PICTURE = 96  # px, the side of a picture in a strip
-_STRIP = 480  # px, its width with the captions
+_PICTURE = 96  # px, side of a picture in a strip
+_STRIP = 480  # px, width of a strip: picture and captions
 
 
 class TensorBoardLog:
-    """Writes to `folder`. `purge_step`: the samples seen at a resume; later figures of the attempt before are
-    hidden."""
+    """Writes to `folder`. `purge_step`: samples seen at a resume; later figures of the previous attempt are hidden."""
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -53,7 +53,7 @@ class TensorBoardLog:
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def scalars(self, line: Mapping[str, Any]) -> None:
-        """Write one `step` line of metrics.jsonl; figures that are null are left out."""
+        """Write one `step` line of metrics.jsonl; figures that are null are skipped."""
         named = {_GROUPS[key]: value for key, value in line.items() if key in _GROUPS}
         named |= {f"loss/{name}": value for name, value in (line.get("losses") or {}).items()}
         named |= {f"gradient/{name}": value for name, value in (line.get("gradient_norms") or {}).items()}
@@ -61,7 +61,7 @@ class TensorBoardLog:
         self._add(named, line["samples"])
 
     def growth(self, line: Mapping[str, Any]) -> None:
-        """Write one `grow` line: the number of parameters makes a step, and a text says what grew."""
+        """Write one `grow` line: a step in the number of parameters, and a text with the sizes that changed."""
         samples = line["samples"]
         self._add({"model/parameters": line.get("parameters_before")}, samples)
         self._add({"model/parameters": line.get("parameters_after")}, samples)
@@ -70,7 +70,8 @@ class TensorBoardLog:
         self._writer.add_text("model/growth", _plain(", ".join(changes)), samples)
 
     def evaluation(self, evaluation: Mapping[str, Any]) -> None:
-        """Write an evaluation as `evaluations/step-N.json` holds it: scores, retrieval strips, generated captions."""
+        """Write an evaluation in the form of `evaluations/step-N.json`: scores, retrieval strips, generated
+        captions."""
         samples = evaluation["samples"]
         self._add({f"eval/{key}": value for key, value in (evaluation.get("scores") or {}).items()}, samples)
         examples = evaluation.get("examples") or {}
@@ -78,25 +79,28 @@ class TensorBoardLog:
             self._picture(f"retrieval/{number:02d}", example, _nearest(example), samples)
         captions = examples.get("captions") or []
         for number, example in enumerate(captions):
-            lines = [f"says: {example.get('generated', '')}", *(f"true: {text}" for text in example.get("true") or [])]
+            lines = [
+                f"generated: {example.get('generated', '')}",
+                *(f"true: {text}" for text in example.get("true") or []),
+            ]
             self._picture(f"captions/{number:02d}", example, lines, samples)
         if captions:
             self._writer.add_text("captions", _table(captions), samples)
         self._writer.flush()
 
     def points(self, rows: Tensor, names: Iterable[str], samples: int) -> None:
-        """Write unit embeddings [k, e] for the projector, which may be told to measure by cosine."""
-        said = [" ".join(printable(name).split()) for name in names]
-        self._writer.add_embedding(rows, metadata=said, global_step=samples, tag="pairs")
+        """Write unit embeddings [k, e] for the projector; set its distance to cosine."""
+        labels = [" ".join(printable(name).split()) for name in names]
+        self._writer.add_embedding(rows, metadata=labels, global_step=samples, tag="pairs")
 
     def end(self, recipe: Mapping[str, Any], scores: Mapping[str, float]) -> None:
-        """Write what runs are compared by: the recipe's blocks that decide what is computed, and the last scores."""
+        """Write the hyperparameters (recipe blocks that affect the result) and the last scores, to compare runs by."""
         blocks = {name: recipe.get(name) for name in _COMPARED}
         values = {path: value for path, value in _leaves(blocks) if isinstance(value, bool | int | float | str)}
         self._writer.add_hparams(values, {f"eval/{key}": value for key, value in scores.items()}, run_name=".")
 
     def close(self) -> None:
-        """Write what is left and close the file."""
+        """Flush and close the file."""
         self._writer.close()
 
     def _add(self, named: Mapping[str, Any], samples: int) -> None:
@@ -111,7 +115,7 @@ class TensorBoardLog:
 
 
 def _nearest(example: Mapping[str, Any]) -> Iterator[str]:
-    """The lines beside a retrieval picture: the true caption and the nearest ones, the right one marked."""
+    """The text lines next to a retrieval picture: the true caption and the nearest ones, with the right one marked."""
     yield f"true: {example.get('caption', '')}"
     for near in example.get("nearest") or []:
         mark = "=> " if near.get("correct") else "     "
@@ -119,7 +123,8 @@ def _nearest(example: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _strip(url: object, lines: Iterable[str]) -> NDArray[np.uint8] | None:
-    """A picture from a `data:` URL with text beside it, uint8 [height, 480, 3]; None if it is no such picture."""
+    """A picture from a `data:` URL with text next to it, uint8 [height, 480, 3]; None if the URL is not such a
+    picture."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
@@ -159,6 +164,6 @@ def _table(captions: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _plain(text: object) -> str:
-    """`text` so that neither Markdown nor HTML sees a sign in it: all but letters, digits and spaces as entities."""
+    """`text` escaped for Markdown and HTML: all but letters, digits and spaces as entities."""
     folded = " ".join(printable(text).split())
     return "".join(c if c.isalnum() or c == " " or ord(c) > 127 else f"&#{ord(c)};" for c in folded)

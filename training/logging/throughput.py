@@ -1,4 +1,4 @@
-"""What is measured between two log lines: time, waiting, FLOPs, captions. Time that is not training is left out."""
+"""Measurements between two log lines: time, data wait, FLOPs, captions. Time that is not training is excluded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..world import World
 
 
 class ThroughputMeter:
-    """Runs from one log line to the next."""
+    """Measures from one log line to the next."""
 
     def __init__(self, state: RunState, world: World) -> None:
         self._world = world
@@ -24,30 +24,31 @@ class ThroughputMeter:
         self._begun = time.monotonic()
         self._step, self._flops, self._skipped = state.step, state.flops, state.skipped
         self._waited = 0.0
-        self._captions = torch.zeros(3, dtype=torch.int64)  # how many, their tokens, those cut
+        self._captions = torch.zeros(3, dtype=torch.int64)  # captions, their tokens, truncated captions
 
-    def pause(self, seconds: float) -> None:
-        """Leave out time that just passed: an evaluation, a commit."""
+    def exclude_time(self, seconds: float) -> None:
+        """Exclude the last `seconds`, which were not training: an evaluation, a commit."""
         self._begun += seconds
 
-    def aside(self, flops: float) -> None:
-        """Leave out FLOPs that were spent on something else than steps."""
+    def exclude_flops(self, flops: float) -> None:
+        """Exclude FLOPs that were not spent on training steps."""
         self._flops += flops
 
-    def waited(self, seconds: float) -> None:
-        """Count time that a step waited for its batch."""
+    def add_wait(self, seconds: float) -> None:
+        """Add time in which a step waited for its batch."""
         self._waited += seconds
 
-    def saw(self, batch: Batch) -> None:
+    def add_captions(self, batch: Batch) -> None:
         """Count the captions of this rank's part of a batch."""
         self._captions += torch.tensor([len(batch.lengths), len(batch.tokens), int(batch.cut.sum())])
 
     def since(self, state: RunState, skipped: int) -> tuple[int, int]:
-        """Steps since the last line, and how many of them were skipped of `skipped` in all."""
+        """Steps since the last line, and how many of them were skipped; `skipped` is the run's total so far."""
         return state.step - self._step, skipped - self._skipped
 
     def line(self, state: RunState, pairs: int) -> dict[str, Any]:
-        """The figures of a step line at `state`, with `pairs` in a global batch; then start over. All ranks call it."""
+        """The figures of a step line at `state`, with `pairs` per global batch; then start over. All ranks call it
+        together."""
         world = self._world
         captions, tokens, cut = world.sum(self._captions.to(world.device)).tolist()
         elapsed = max(time.monotonic() - self._begun, 1e-9)

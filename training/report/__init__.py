@@ -1,8 +1,9 @@
-"""The report of a run: one self-contained HTML page that a person reads.
+"""The report of a run: one self-contained HTML page.
 
-`reading` turns a run folder into a `Run`; `sections` and `history` say what each part of the page shows; `charts` and
-`drawings` draw it as SVG; `page` sets it into page.html. `comparison` is the page of several models, with the plots of
-`forest`; `sweep` that of the runs of a sweep. Nothing here needs torch, and the pages need no network.
+`reading` reads a run folder into a `RecordedRun`; `sections` and `history` compute the content of each part of the
+page;
+`charts` and `drawings` draw SVG; `page` renders page.html. `comparison_page` is the page that compares models, with the
+plots of `forest`; `sweep_page` is that of a sweep. Nothing here imports torch, and the pages need no network.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from ...data.storage.atomic_write import atomic_write
 def write_report(folder: Path) -> Path:
     """Write `report.html` for the run or the sweep in `folder` and return its path.
 
-    Works at any time of a run; the page is replaced in one piece. The page of the sweep that a run belongs to is
-    written anew with its own. Raises ValueError if `folder` is neither.
+    Works at any time during a run; the page is replaced atomically. If the run belongs to a sweep, the sweep's page is
+    updated too. Raises ValueError if `folder` is neither a run nor a sweep.
     """
     from .page import render
     from .reading import read_run
@@ -27,7 +28,7 @@ def write_report(folder: Path) -> Path:
         return _write(folder, render_sweep(folder.resolve().name, read_sweep(folder)))
     page = _write(folder, render(read_run(folder)))
     if (folder.absolute().parent / SWEEP_FILE).is_file():
-        with contextlib.suppress(OSError, ValueError):  # what is wrong there is no fault of this run
+        with contextlib.suppress(OSError, ValueError):  # a problem with the sweep's folder must not fail this run
             write_report(folder.absolute().parent)
     return page
 

@@ -1,11 +1,11 @@
-"""Line charts as SVG, drawn by hand: axes, ticks, a legend, and marks where the model grew or the run resumed.
+"""Line charts as SVG: axes, ticks, a legend, and markers where the model grew or the run resumed.
 
 Why not matplotlib, Vega-Lite or Plotly: a report is one file of about 60 KB that opens anywhere without a network, and
-their charts bring fonts, a library of megabytes, or no words for those who cannot see them.
+their charts need fonts or a library of megabytes, or have no text alternative.
 
-The one idea: a chart is data (`LineChart`) and is drawn for a given width, so that its writing stays readable on a desk
-and on a phone. Colours are classes that page.css fills from variables; lines also differ in their dashes, and every
-chart says its content in words for those who cannot see it.
+A chart is data (`LineChart`) and is drawn for a given width, so that its text stays readable on wide and narrow
+screens. Colours are CSS classes defined in page.css; lines also differ in their dashes, and every chart has a text
+alternative for screen readers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from markupsafe import Markup
 from .readable import compact, decimal, exact
 
 MAX_POINTS = 400
-FONT = 12  # px of the writing; page.css sets the same
+FONT = 12  # px; page.css sets the same size
 
 ChartPoint = tuple[float, float | None]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: (x, y) with rising x; a y of None leaves a gap. `chance` draws a level to compare with."""
+    """One line: (x, y) points with increasing x; y None: a gap. `chance`: a reference level to draw."""
 
     name: str
     points: Sequence[ChartPoint]
@@ -35,6 +35,7 @@ class Series:
 
     @property
     def values(self) -> list[float]:
+        """All y that are not None."""
         return [y for _, y in self.points if y is not None]
 
 
@@ -49,7 +50,7 @@ class Marker:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Everything one chart shows. `x_end` is where the run will end, to show what an unfinished one lacks."""
+    """The data of one chart. `x_end` is where the run will end, to show how far an unfinished run is."""
 
     title: str
     series: Sequence[Series]
@@ -61,12 +62,12 @@ class LineChart:
 
     @property
     def latest(self) -> str:
-        """The last value of a chart of one line, for its heading; empty for several."""
+        """The last value of a chart with one line, for its heading; empty for several lines."""
         return self.y_format(self.series[0].values[-1]) if len(self.series) == 1 and self.series[0].values else ""
 
     @property
     def description(self) -> str:
-        """The chart in words."""
+        """The chart in words, for screen readers."""
         parts = []
         for series in self.series:
             seen = [(x, y) for x, y in series.points if y is not None]
@@ -92,7 +93,7 @@ class LineChart:
 def downsample(points: Sequence[ChartPoint], limit: int = MAX_POINTS) -> list[ChartPoint]:
     """At most `limit` points that keep the extremes: the lowest and highest of each bucket, and both ends.
 
-    A mean would hide a loss spike; this cannot. A bucket without any value stays a gap.
+    A mean would hide a loss spike; this does not. A bucket without any value stays a gap.
     """
     if len(points) <= limit:
         return list(points)
@@ -122,17 +123,17 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def text_width(text: str, font: float = FONT) -> float:
-    """Rough width of `text` in px, on the generous side."""
+    """Estimated width of `text` in px, rather too large than too small."""
     return 0.61 * font * len(text)
 
 
 def _short(tick: str) -> str:
-    """A tick's text without idle zeros: 10.0 k is 10 k."""
+    """A tick's text without trailing zeros: 10.0 k becomes 10 k."""
     return re.sub(r"\.(?!\d)", "", re.sub(r"(\.\d*?)0+(?!\d)", r"\1", tick))
 
 
 class _Drawing:
-    """Places one chart: from data to px, and px to markup."""
+    """The layout of one chart: from data to px, and from px to markup."""
 
     def __init__(self, chart: LineChart, width: int, height: int) -> None:
         self.chart, self.width, self.height = chart, width, height
@@ -266,7 +267,7 @@ class _Drawing:
         return line + labels
 
     def _legend(self) -> tuple[Markup, int]:
-        """The legend with each line's last value, wrapped to the width, and its number of rows; one line needs none."""
+        """The legend with each line's last value, wrapped to the width, and its number of rows; empty for one line."""
         if len(self.chart.series) == 1 and self.chart.series[0].chance is None:
             return Markup(""), 0
         x, row, parts = 0.0, 0, []

@@ -1,7 +1,7 @@
-"""The page of a comparison: models side by side, in the dress of a run's report and as self-contained.
+"""The page of a comparison: models side by side, in the style of a run's report and equally self-contained.
 
-What it shows is the plain object that `treering compare --json` prints, and nothing else but the curves of the runs
-that were named. The first model is the one the others are compared with.
+It shows the object that `treering compare --json` prints, and the curves of the runs that were named. The first model
+is the baseline that the others are compared with.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from .charts import LineChart, Series
 from .drawings import rings
 from .forest import Forest, Mark
 from .page import environment
-from .readable import is_share, lower_is_better, number, printable, score
+from .readable import is_fraction, lower_is_better, number, printable, score
 from .reading import RecordedRun, read_run, without_credentials
 from .sections import score_title
 
 LEVEL = 0.05
-"""of the p-value, adjusted for all tasks, below which a difference is called one"""
+"""significance level for the adjusted p-value"""
 _CURVES = 12
 
 ComparisonView = dict[str, Any]
 
 
 def render_comparison(found: Mapping[str, Any]) -> str:
-    """The whole page as HTML text; `found` is what training/evaluate/comparing.py calls a comparison."""
+    """The page as HTML text; `found` is a `comparison` of training/evaluate/comparing.py."""
     models = [_model(each) for each in found["models"]]
     names = [model["name"] for model in models]
     return (
@@ -49,13 +49,13 @@ def render_comparison(found: Mapping[str, Any]) -> str:
 
 
 def signed(key: str, value: float) -> str:
-    """A difference of scores with its sign; of shares in percentage points."""
-    size = f"{100 * abs(value):.1f} pp" if is_share(key) else readable.decimal(abs(value), 3)
+    """A signed difference of scores, in percentage points if the scores are fractions."""
+    size = f"{100 * abs(value):.1f} pp" if is_fraction(key) else readable.decimal(abs(value), 3)
     return f"{'+' if value > 0 else '−' if value < 0 else '±'}{size}"
 
 
 def verdict(key: str, change: Mapping[str, Any]) -> str:
-    """better, worse, or nothing where the difference may be luck."""
+    """ "better" or "worse", or an empty text if the difference is not significant."""
     lower = lower_is_better(key)
     if lower is None or change["adjusted"] is None or change["adjusted"] >= LEVEL:
         return ""
@@ -72,21 +72,21 @@ def _model(model: Mapping[str, Any]) -> ComparisonView:
 
 
 def _verdicts(tasks: Sequence[Mapping[str, Any]], model: int, name: str) -> ComparisonView:
-    said = [verdict(task["key"], task["changes"][model]) for task in tasks]
-    better, worse = said.count("better"), said.count("worse")
-    return {"name": name, "better": better, "worse": worse, "even": len(said) - better - worse}
+    results = [verdict(task["key"], task["changes"][model]) for task in tasks]
+    better, worse = results.count("better"), results.count("worse")
+    return {"name": name, "better": better, "worse": worse, "even": len(results) - better - worse}
 
 
 def _forest(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> ComparisonView | None:
-    """Differences of scores that are shares, in points."""
+    """Differences of scores that are fractions, in percentage points."""
     rows = []
     for task in tasks:
-        if is_share(task["key"]) and any(change["low"] is not None for change in task["changes"]):
+        if is_fraction(task["key"]) and any(change["low"] is not None for change in task["changes"]):
             marks = [_mark(task["key"], c, n) for c, n in zip(task["changes"], names[1:], strict=True)]
             rows.append((score_title(task["key"]), marks))
     if not rows:
         return None
-    plot = Forest(f"Difference from {names[0]}, in points, with 95% intervals", names[1:], rows)
+    plot = Forest(f"Difference from {names[0]}, in percentage points, with 95% intervals", names[1:], rows)
     return {"wide": plot.svg(960, "forest-wide"), "narrow": plot.svg(380, "forest-narrow")}
 
 
@@ -94,15 +94,15 @@ def _mark(key: str, change: Mapping[str, Any], name: str) -> Mark | None:
     if change["low"] is None:
         return None
     low, high = signed(key, change["low"]), signed(key, change["high"])
-    said = verdict(key, change) or "may be luck"
-    text = f"{name} {signed(key, change['value'])} ({low} to {high}), {said}"
-    return Mark(100 * change["value"], 100 * change["low"], 100 * change["high"], said != "may be luck", text)
+    result = verdict(key, change) or "not significant"
+    text = f"{name} {signed(key, change['value'])} ({low} to {high}), {result}"
+    return Mark(100 * change["value"], 100 * change["low"], 100 * change["high"], result != "not significant", text)
 
 
 def _table(tasks: Sequence[Mapping[str, Any]], model: int, name: str) -> ComparisonView:
     rows = []
     for task in tasks:
-        key, change, said = task["key"], task["changes"][model], verdict(task["key"], task["changes"][model])
+        key, change, result = task["key"], task["changes"][model], verdict(task["key"], task["changes"][model])
         within = f"{signed(key, change['low'])} to {signed(key, change['high'])}" if change["low"] is not None else ""
         rows.append(
             {
@@ -116,15 +116,15 @@ def _table(tasks: Sequence[Mapping[str, Any]], model: int, name: str) -> Compari
                 "lost": readable.exact(change["lost"]) if change["lost"] is not None else readable.MISSING,
                 "won": readable.exact(change["won"]) if change["won"] is not None else readable.MISSING,
                 "p": readable.decimal(change["adjusted"], 2),
-                "verdict": said,
-                "mark": {"better": "▲", "worse": "▼"}.get(said, ""),
+                "verdict": result,
+                "mark": {"better": "▲", "worse": "▼"}.get(result, ""),
             }
         )
     return {"name": name, "rows": rows}
 
 
 def _flips(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[ComparisonView]:
-    """The first queries of each task that another model loses."""
+    """The first queries of each task that another model gets wrong and the baseline right."""
     return [
         {
             "task": score_title(task["key"]),
@@ -134,7 +134,7 @@ def _flips(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Com
         }
         for task in tasks
         for name, change in zip(names[1:], task["changes"], strict=True)
-        if change["flips"] and task["key"].partition("@")[2] in ("", "1")  # @5 and @10 lose some of the same
+        if change["flips"] and task["key"].partition("@")[2] in ("", "1")  # @5 and @10 lose some of the same queries
     ]
 
 
@@ -143,7 +143,7 @@ def _runs(models: Sequence[Mapping[str, Any]]) -> list[tuple[str, RecordedRun]]:
 
 
 def curves_of(runs: Sequence[tuple[str, RecordedRun]]) -> list[LineChart]:
-    """Loss of several runs, by their names, over samples, and the scores that two of them or more have."""
+    """Charts over samples of several named runs: the loss, and the scores that at least two of them have."""
     if len(runs) < 2:
         return []
     loss = [Series(n, [(s["samples"], number(s.get("loss"))) for s in run.events("step")]) for n, run in runs]
@@ -155,6 +155,6 @@ def curves_of(runs: Sequence[tuple[str, RecordedRun]]) -> list[LineChart]:
             for name, run in runs
         ]
         if sum(bool(line.values) for line in lines) > 1:
-            form = readable.percent if is_share(key) else readable.decimal
+            form = readable.percent if is_fraction(key) else readable.decimal
             charts.append(LineChart(score_title(key), lines, y_format=form, dots=True, labelled=False))
     return [chart for chart in charts if chart.series][:_CURVES]

@@ -1,4 +1,7 @@
-"""The page's other pictures: the timeline, the towers before and after growth, the rings by the name, small bars."""
+"""Other SVG drawings of the page: the timeline, the towers in each stage, the rings next to the name, small bars.
+
+`charts` explains why no plotting library is used.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from .readable import duration_text
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of time, in seconds since the run began: from when to when, what was done, and for how long of it.
+    """A period of one kind of work; times in seconds since the run began.
 
-    A stretch of training may hold an evaluation or a commit, which are drawn over it: `seconds` is without them.
-    `data_wait` is the share of `seconds` spent waiting for data.
+    A period of training may contain an evaluation or a commit, which are drawn over it and not counted in `seconds`.
+    `data_wait` is the fraction of `seconds` spent waiting for data.
     """
 
     start: float
@@ -27,9 +30,10 @@ class Span:
 
 
 def timeline(spans: Sequence[Span], breaks: Sequence[float], total: float, width: int, identity: str) -> Markup:
-    """One bar over the run's time: a block a span, the part of training spent waiting for data from below.
+    """One bar over the run's time, with a block per span; waiting for data fills a training block from below.
 
-    `breaks` are the moments between two attempts. Times in seconds. Short spans keep 2 px, to be seen at all.
+    `breaks` are the times between two attempts, in seconds, like `total`. Short spans are at least 2 px wide, so that
+    they stay visible.
     """
     height, top = 40, 4
     spans = _merged(spans, total / 300)
@@ -66,7 +70,7 @@ def timeline(spans: Sequence[Span], breaks: Sequence[float], total: float, width
 
 
 def _merged(spans: Sequence[Span], least: float) -> list[Span]:
-    """The spans, neighbouring stretches of training put together until they last `least` seconds: few blocks."""
+    """The spans, with neighbouring training spans merged until they last `least` seconds, to limit the blocks."""
     merged: list[Span] = []
     for span in spans:
         last = merged[-1] if merged else None
@@ -87,10 +91,10 @@ def _block(kind: str, x: float, y: float, width: float, height: float, title: st
 
 
 def towers(shapes: Sequence[Mapping[str, float]], names: Sequence[str], identity: str) -> Markup:
-    """The model in each stage as stacks of blocks, `width` channels wide; blocks of the last growth are filled.
+    """The model in each stage as stacks of blocks, as wide as their channels; blocks from the last growth are filled.
 
     `shapes` gives `image.depth`, `image.width`, `text.depth`, ... of each stage. If a stack has more than 24 blocks,
-    one drawn stands for several.
+    one drawn block stands for several.
     """
     kinds = list(dict.fromkeys(path.removesuffix(".depth") for s in shapes for path in s if path.endswith(".depth")))
     deepest = max((s.get(f"{k}.depth", 0) for s in shapes for k in kinds), default=1)
@@ -139,12 +143,12 @@ def towers(shapes: Sequence[Mapping[str, float]], names: Sequence[str], identity
     )
 
 
-def rings(shares: Sequence[float]) -> Markup:
-    """A cut through a trunk: a ring for each stage, as thick as its share of the samples. An ornament."""
+def rings(samples: Sequence[float]) -> Markup:
+    """A decoration: a cut through a trunk, with a ring per stage as thick as the stage's part of `samples`."""
     done, circles = 0.0, Markup("")
-    total = sum(shares) or 1.0
-    for n, share in enumerate(shares):
-        done += share
+    total = sum(samples) or 1.0
+    for n, count in enumerate(samples):
+        done += count
         circles = (
             Markup('<circle class="ring r{}" cx="24" cy="24" r="{}"/>').format(n % 2, round(5 + 17 * done / total, 1))
             + circles
@@ -155,7 +159,7 @@ def rings(shares: Sequence[float]) -> Markup:
 
 
 def bar(fraction: float, mark: float | None = None) -> Markup:
-    """A share of 0..1 as a bar, with a tick at `mark`; the number stands beside it."""
+    """A fraction between 0 and 1 as a bar, with a tick at `mark`; the page shows the number next to it."""
     tick = (
         Markup('<rect class="bar-mark" x="{}" y="0" width="0.8" height="10"/>').format(round(100 * mark, 2))
         if mark is not None

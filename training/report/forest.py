@@ -1,7 +1,8 @@
-"""A forest plot as SVG: differences with their intervals, a row a task, around the line of no difference.
+"""A forest plot as SVG: differences with their intervals, one row per task, around the line of no difference.
 
-Like a line chart it is data, drawn for a given width: on a phone the name of a row stands above it. A model is told by
-colour, by its place in the row, and by the shape of its mark, which is hollow where the difference may be luck.
+`charts` explains why no plotting library is used. Like a line chart this is data, drawn for a given width: on a narrow
+screen the name of a row stands above it. Models differ in colour and in their place within the row. A mark is hollow
+where the difference is not significant.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from .charts import nice_ticks, text_width
 from .readable import decimal
 
 _PITCH = 16  # px from one mark of a row to the next
-_BESIDE = 640  # px of width from which names stand beside their rows
+_BESIDE = 640  # px of width from which names stand left of their rows
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One difference: its value and the ends of its interval, in points; whether it is more than luck; in words."""
+    """One difference: its value and the ends of its interval, in percentage points; significance; a description."""
 
     value: float
     low: float
     high: float
-    told: bool
+    significant: bool
     text: str
 
 
 @dataclass(frozen=True)
 class Forest:
-    """Everything one plot shows: `rows` are names with a mark for each of `series` (None: no figure)."""
+    """The data of one plot: `rows` are names with one mark for each of `series` (None: no value)."""
 
     title: str
     series: Sequence[str]
@@ -39,7 +40,7 @@ class Forest:
 
     @property
     def description(self) -> str:
-        """The plot in words."""
+        """The plot in words, for screen readers."""
         return " ".join(
             f"{name}: " + "; ".join(mark.text for mark in marks if mark is not None) + "." for name, marks in self.rows
         )
@@ -50,7 +51,7 @@ class Forest:
 
 
 class _Drawing:
-    """Places one plot: from points to px, and px to markup."""
+    """The layout of one plot: from percentage points to px, and from px to markup."""
 
     def __init__(self, plot: Forest, width: int) -> None:
         self.plot, self.width = plot, width
@@ -132,7 +133,7 @@ class _Drawing:
             round(y, 1),
             round(y, 1),
             series,
-            "" if mark.told else " hollow",
+            "" if mark.significant else " hollow",
             self.x(mark.value),
             round(y, 1),
         )

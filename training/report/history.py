@@ -1,4 +1,4 @@
-"""What the page tells of a run's course: where its time went, how its model grew, and all that happened to it."""
+"""The history sections of the page: where the time went, how the model grew, and the lineage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .reading import LogLine, RecordedRun, seconds_of, without_credentials
 
 HistoryView = dict[str, Any]
 _HOSTS = 16
-"""names of machines shown at once"""
+"""host names shown at most"""
 
 TIME_KINDS = {
     "startup": "Start-up",
@@ -24,12 +24,12 @@ TIME_KINDS = {
     "commit": "Commits",
     "grow": "Growth",
     "search": "Search for the next size",
-    "rest": "Everything else",
+    "rest": "Other",
 }
 
 
 def time(run: RecordedRun, width: int = 960) -> HistoryView | None:
-    """The timeline and the sums behind it."""
+    """The timeline and the total time of each kind of work."""
     attempts = run.attempts
     if not attempts:
         return None
@@ -50,7 +50,7 @@ def time(run: RecordedRun, width: int = 960) -> HistoryView | None:
             "kind": k,
             "name": TIME_KINDS[k],
             "seconds": readable.duration_text(v),
-            "share": readable.percent(v / total),
+            "fraction": readable.percent(v / total),
             "bar": bar(v / total),
         }
         for k, v in sums.items()
@@ -66,7 +66,7 @@ def time(run: RecordedRun, width: int = 960) -> HistoryView | None:
 
 
 def growth(run: RecordedRun) -> HistoryView | None:
-    """The model of each stage reached, and what each growth did."""
+    """The model's sizes in each stage reached, and the record of each growth."""
     model = run.recipe.get("model")
     grown = run.events("grow")
     if not isinstance(model, Mapping):
@@ -110,7 +110,7 @@ def growth(run: RecordedRun) -> HistoryView | None:
 
 
 def _flips(run: RecordedRun) -> HistoryView | None:
-    """Which queries the newest evaluation lost and won since the one before the last growth."""
+    """The queries lost and won in the newest evaluation, compared with the last one before the last growth."""
     line = next((each for each in reversed(run.events("eval")) if isinstance(each.get("flips"), Mapping)), None)
     if line is None or not line["flips"]:
         return None
@@ -129,7 +129,7 @@ def _flips(run: RecordedRun) -> HistoryView | None:
 
 
 def lineage(run: RecordedRun) -> list[HistoryView]:
-    """Every start, resume, growth, change of world, commit and end, oldest first; long rows of commits are folded."""
+    """Every start, resume, growth, change of world size, commit and end, oldest first; runs of commits are folded."""
     lines = run.events("start", "resume", "rollback", "plateau", "search", "grow", "micro_batches", "commit", "end")
     known = {(line["event"], line.get("step")) for line in lines}
     older = [
@@ -170,7 +170,7 @@ def lineage(run: RecordedRun) -> list[HistoryView]:
 
 
 def markers(run: RecordedRun) -> list[Marker]:
-    """Where the model grew and the run resumed."""
+    """Chart markers of growths and resumes."""
     grown = [
         Marker(
             line["samples"],
@@ -186,7 +186,7 @@ def markers(run: RecordedRun) -> list[Marker]:
 
 
 def device(line: Mapping[str, Any]) -> str | None:
-    """Where an attempt ran, of its start line: "2 processes on node-1 (CPU)"."""
+    """Where an attempt ran, from its start line: "2 processes on node-1 (CPU)"; None if the line does not say."""
     world = line.get("world")
     if world is None:
         return None
@@ -199,7 +199,7 @@ def device(line: Mapping[str, Any]) -> str | None:
 
 
 def parameters_reached(run: RecordedRun) -> list[float]:
-    """Parameters of each model shape reached."""
+    """Number of parameters of each model shape reached."""
     grown = [
         g for g in run.events("grow") if is_number(g.get("parameters_before")) and is_number(g.get("parameters_after"))
     ]
@@ -209,9 +209,9 @@ def parameters_reached(run: RecordedRun) -> list[float]:
 
 
 def _spans(lines: Iterable[LogLine], shift: float) -> list[Span]:
-    """The spans of one attempt; `shift` turns unix time into seconds since the run began, pauses left out."""
+    """The spans of one attempt; `shift` converts unix time to seconds since the run began, excluding pauses."""
     spans: list[Span] = []
-    before, between = -math.inf, 0.0  # the end of the last training, and what was done since that is not training
+    before, between = -math.inf, 0.0  # the end of the last training span, and the time of other work since then
     for line in lines:
         end, length, event = line["time"] + shift, seconds_of(line), line["event"]
         if event in ("start", "resume", "rollback"):
@@ -249,9 +249,9 @@ def _lineage_text(line: LogLine) -> str:
         slopes = (
             f"slope {readable.general(line.get('slope'))} per FLOP, expected {readable.general(line.get('expected'))}"
         )
-        return f"{slopes}: the stage {'goes on' if line.get('ended') is False else 'ends'}"
+        return f"{slopes}: the stage {'continues' if line.get('ended') is False else 'ends'}"
     if event == "micro_batches":
-        return f"{readable.exact(line.get('pieces'))} of {readable.exact(line.get('pairs'))} pairs fit the memory"
+        return f"{readable.exact(line.get('pieces'))} of {readable.exact(line.get('pairs'))} pairs fit in memory"
     if event == "search":
         return _search_text(line)
     if event == "commit":
@@ -262,27 +262,27 @@ def _lineage_text(line: LogLine) -> str:
         ]
         return " · ".join([*parts, *([f"reason: {printable(line['reason'])}"] if line.get("reason") else [])])
     if event == "rollback":
-        back = f"back to {line.get('commit')}, {line.get('batches')} batches passed over: {line.get('reason')}"
+        back = f"back to {line.get('commit')}, {line.get('batches')} batches skipped: {line.get('reason')}"
         return printable(without_credentials(back))
     if event == "from":
         return f"{printable(str(line.get('load')))} of {printable(without_credentials(str(line.get('commit'))))}"
-    return "the run came to its end" if event == "end" else ""
+    return "the run finished" if event == "end" else ""
 
 
 def _search_text(line: LogLine) -> str:
-    """All candidates, what they reached and what they cost."""
+    """All candidates with their losses, scores and cost."""
 
-    def named(sizes: Any) -> str:
+    def described(sizes: Any) -> str:
         pairs = sizes.items() if isinstance(sizes, Mapping) else ()
         return ", ".join(f"{printable(k)} {readable.general(v)}" for k, v in pairs) or "no growth"
 
     rows = [row for row in line.get("candidates") or [] if isinstance(row, Mapping)]
     tried = "; ".join(
-        f"{named(row.get('sizes'))}: loss {readable.general(row.get('loss'))}, "
+        f"{described(row.get('sizes'))}: loss {readable.general(row.get('loss'))}, "
         f"score {readable.general(row.get('score'))}"
         for row in rows
     )
-    return f"chose {named(line.get('chosen'))} for {readable.general(line.get('flops'))} FLOPs of trials ({tried})"
+    return f"chose {described(line.get('chosen'))} for {readable.general(line.get('flops'))} FLOPs of trials ({tried})"
 
 
 def _sizes(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:

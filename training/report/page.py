@@ -1,7 +1,7 @@
-"""Sets a `RecordedRun` into page.html: one document, everything in it, nothing fetched.
+"""Renders a `RecordedRun` with page.html: one self-contained document that fetches nothing.
 
-The page forbids itself every request by its content security policy, so that hostile captions cannot make one even if
-an escape were forgotten.
+The page's content security policy forbids all requests, so hostile captions could not cause one even if an escape were
+missing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def render(run: RecordedRun) -> str:
-    """The whole page as HTML text."""
+    """The page as HTML text."""
     return (
         environment()
         .get_template("page.html")
@@ -40,7 +40,7 @@ def render(run: RecordedRun) -> str:
 
 
 def environment() -> Environment:
-    """Where templates come from, and what all of them use; whatever is set into one is escaped."""
+    """The jinja2 environment of the templates, with the functions they use; values are escaped."""
     found = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -49,13 +49,13 @@ def environment() -> Environment:
 
 
 def bare(text: str) -> Markup:
-    """A name from a file, which may be written from right to left, kept from turning what stands around it."""
+    """A name from a file, isolated so that right-to-left text does not affect the text around it."""
     return Markup("<bdi>{}</bdi>").format(text)
 
 
 def figure(chart: LineChart, identity: str, size: str) -> Markup:
-    """A chart: "small" serves desk and phone alike, "large" is drawn for each and the style sheet shows one."""
+    """A chart: "small" fits any screen; "large" is drawn wide and narrow, and the style sheet shows one of them."""
     if size == "small":
-        return chart.svg(320, 210 + 20 * max(0, len(chart.series) - 2), identity)  # the legend may take a row a line
+        return chart.svg(320, 210 + 20 * max(0, len(chart.series) - 2), identity)  # the legend may need a row per line
     wide, narrow = chart.svg(960, 340, f"{identity}-wide"), chart.svg(380, 300, f"{identity}-narrow")
     return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(wide, narrow)

@@ -1,4 +1,4 @@
-"""Numbers and names as people read them, for the report page and the terminal."""
+"""Formats numbers and names for the report page and the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FLOPS = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1
 
 
 def is_number(value: object) -> bool:
-    """True for a finite int or float (bool is none)."""
+    """Whether `value` is a finite int or float (bool does not count)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -26,12 +26,12 @@ def number(value: Any) -> float | None:
 
 
 def plain(name: str) -> str:
-    """A name from a file as words: underscores become spaces."""
+    """A name from a file in plain words: underscores become spaces."""
     return printable(name).replace("_", " ")
 
 
 def general(value: object) -> str:
-    """A size of a model: 8, 0.5."""
+    """A model size: 8, 0.5."""
     return f"{value:g}" if is_number(value) else MISSING
 
 
@@ -44,12 +44,12 @@ def decimal(value: float | None, digits: int = 4) -> str:
 
 
 def exact(value: float | None) -> str:
-    """A whole number with its thousands set apart: 60,160."""
+    """An integer with thousands separators: 60,160."""
     return MISSING if value is None else f"{round(value):,}"
 
 
 def compact(value: float | None) -> str:
-    """Three figures and a magnitude: 834, 340 k, 14.1 M, 1.24 B."""
+    """Three significant figures and a unit prefix: 834, 340 k, 14.1 M, 1.24 B."""
     return _scaled(value, _LARGE)
 
 
@@ -64,7 +64,7 @@ def flops(value: float | None) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """61.3% of 0.613; small shares keep two figures: 0.42%."""
+    """A fraction as a percentage: 61.3% for 0.613; small ones keep two significant figures: 0.42%."""
     if fraction is None or not math.isfinite(fraction):
         return MISSING
     value = fraction * 100
@@ -74,22 +74,22 @@ def percent(fraction: float | None) -> str:
 
 
 def measure_text(key: str) -> str:
-    """What a score measures, from its key: accuracy of pets/accuracy@1, image_to_text of retrieval/image_to_text@5."""
+    """The measure in a score's key: accuracy for pets/accuracy@1, image_to_text for retrieval/image_to_text@5."""
     return key.rpartition("/")[2].partition("@")[0]
 
 
-def is_share(key: str) -> bool:
-    """Whether a score is a share of 0 to 1."""
+def is_fraction(key: str) -> bool:
+    """Whether a score is a fraction between 0 and 1."""
     return measure_text(key) not in _NUMBERS
 
 
 def score(key: str, value: float | None) -> str:
-    """A score as it is read: a share as 61.3%, what is no share as a number."""
-    return percent(value) if is_share(key) else decimal(value)
+    """A score as text: a fraction as 61.3%, any other score as a number."""
+    return percent(value) if is_fraction(key) else decimal(value)
 
 
 def lower_is_better(key: str) -> bool | None:
-    """Whether a score is better when it is lower; None if it is neither good nor bad."""
+    """Whether a lower score is better; None if neither direction is better."""
     name = measure_text(key)
     return None if name == "modality_gap" else name in _LOWER
 
@@ -124,17 +124,17 @@ def moment(unix: float | None) -> str:
 
 
 def times(value: float, other: float) -> str:
-    """How often `other` goes into `value`: 7.4 ×."""
+    """The ratio of `value` to `other`: 7.4 ×."""
     return f"{decimal(value / other, 2 if value < 100 * other else 3)} ×" if other > 0 else MISSING
 
 
 def printable(text: object) -> str:
-    """`text` without characters that move a cursor, ring a bell or turn the writing direction; each becomes �."""
+    """`text` with control characters (cursor, bell, writing direction) replaced by �; safe for terminals and pages."""
     return "".join("�" if unicodedata.category(c) in _UNSAFE and c not in _JOINERS else c for c in str(text))
 
 
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-_JOINERS = "\n\t\u200d\u200c"  # white space, and what joins the parts of an emoji or of a Persian word
+_JOINERS = "\n\t\u200d\u200c"  # white space, and the joiners in emoji and in Persian words
 
 
 def _scaled(value: float | None, units: tuple[tuple[float, str], ...], smallest: str = "") -> str:

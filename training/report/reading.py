@@ -1,7 +1,7 @@
-"""Reads a run folder, whatever state it is in, into one plain `RecordedRun`.
+"""Reads a run folder in any state into one plain `RecordedRun`.
 
-The one idea: metrics.jsonl is the truth and everything else adds to it. A run that still writes, was killed in the
-middle of a line, or never evaluated anything is as readable as a finished one; what cannot be read is counted.
+metrics.jsonl is the source of truth, and everything else adds to it. A run that is still writing, was killed in the
+middle of a line, or was never evaluated is as readable as a finished one; unreadable lines are counted.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ LogLine = dict[str, Any]
 
 @dataclass(frozen=True)
 class Attempt:
-    """One process attempt of a run: from a start or resume to the next one."""
+    """One attempt of a run: the lines from a start or resume to the next one."""
 
     lines: tuple[LogLine, ...]
 
     @property
     def began(self) -> float:
-        """Unix time at which the command was given: the first line comes after the start-up."""
+        """Unix time at which the command started; the first line is written after the start-up."""
         return float(self.lines[0]["time"]) - seconds_of(self.lines[0])
 
     @property
@@ -39,7 +39,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a run folder says."""
+    """The content of a run folder."""
 
     folder: Path
     recipe: Mapping[str, Any]
@@ -51,7 +51,7 @@ class RecordedRun:
     unreadable: int
 
     def events(self, *names: str) -> list[LogLine]:
-        """The lines of these kinds, in order."""
+        """The lines of these events, in order."""
         return [line for line in self.lines if line["event"] in names]
 
     @property
@@ -67,7 +67,7 @@ class RecordedRun:
 
     @property
     def total_samples(self) -> int | None:
-        """Samples of the whole run: each stage rounded up to whole batches."""
+        """Samples of the complete run, each stage rounded up to full batches; None if the recipe does not say."""
         batch = (self.recipe.get("data") or {}).get("batch")
         stages = [s.get("samples") for s in self.recipe.get("stages") or []]
         if not is_number(batch) or not stages or not all(is_number(s) for s in stages):
@@ -81,13 +81,13 @@ class RecordedRun:
 
     @property
     def finished(self) -> bool:
-        """True if the last attempt came to the end of the run."""
+        """Whether the last attempt reached the end of the run."""
         ends = [line["event"] for line in self.lines if line["event"] in ("start", "resume", "end")]
         return bool(ends) and ends[-1] == "end"
 
     @property
     def attempts(self) -> list[Attempt]:
-        """The process attempts, oldest first."""
+        """The attempts, oldest first."""
         attempts: list[list[LogLine]] = []
         for line in self.lines:
             if line["event"] in ("start", "resume") or not attempts:
@@ -100,7 +100,7 @@ def read_run(folder: Path) -> RecordedRun:
     """Read a run folder. Raises ValueError if `folder` holds neither a recipe nor metrics."""
     if not (folder / "metrics.jsonl").is_file() and not (folder / "recipe.yaml").is_file():
         raise ValueError(
-            f"{folder} is no run folder: it has neither metrics.jsonl nor recipe.yaml; "
+            f"{folder} is not a run folder: it has neither metrics.jsonl nor recipe.yaml; "
             f"give the folder that `treering train RECIPE --out DIR` wrote"
         )
     lines, torn = _lines(folder / "metrics.jsonl")
@@ -127,9 +127,10 @@ def read_run(folder: Path) -> RecordedRun:
 
 
 def seconds_of(line: LogLine) -> float:
-    """Seconds of the run's time that a line accounts for, whether it gives one figure or one for each part.
+    """Seconds of the run's time that a line accounts for, whether it has one figure or one per part.
 
-    Of a commit, which is uploaded while training goes on, those for which training stood still."""
+    For a commit, which is uploaded while training continues, only the time for which training was stopped.
+    """
     seconds = line.get("stall", line.get("seconds"))
     if isinstance(seconds, Mapping):
         return float(sum(v for v in seconds.values() if is_number(v)))
@@ -137,13 +138,13 @@ def seconds_of(line: LogLine) -> float:
 
 
 def without_credentials(text: str) -> str:
-    """`text` with the user part of every URL, and the signature of a signed one, blotted out."""
+    """`text` with the user part of every URL and the signature of signed URLs replaced by ***."""
     text = re.sub(r"(://)[^/\s@\"']+@", r"\1***@", text)
     return re.sub(r"(?i)([?&](?:x-amz-[\w-]+|sig|signature|token|[\w-]*key[\w-]*)=)[^&\s\"']+", r"\1***", text)
 
 
 def _lines(path: Path) -> tuple[list[LogLine], int]:
-    """Every readable line of a file, and how many were not; a torn last one, the mark of a kill, is not counted."""
+    """All readable lines of a file, and the number of unreadable ones; a last line cut off by a kill is not counted."""
     if not path.is_file():
         return [], 0
     lines, unreadable = [], 0
@@ -167,7 +168,7 @@ def _json(path: Path) -> Any:
 
 
 def _recipe(path: Path) -> tuple[Mapping[str, Any], str]:
-    """The recipe as plain data and as text. Read leniently: a page must open for runs of older versions too."""
+    """The recipe as plain data and as text. Not validated, so that runs of older versions can be read too."""
     if not path.is_file():
         return {}, ""
     text = path.read_text(encoding="utf-8", errors="replace")

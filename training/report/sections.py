@@ -1,6 +1,7 @@
-"""What each section of the page says: from a `RecordedRun` to words, numbers and charts, ready to be set.
+"""The content of each section of the page: from a `RecordedRun` to texts, numbers and charts for the template.
 
-A function a section, in the order of the page. A section that has nothing to say returns nothing and page.html says so.
+One function per section, in the order of the page. A section without data returns None or an empty list, and page.html
+shows a note instead.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from .history import HistoryView, device, markers, parameters_reached
 from .readable import is_number, number, printable
 from .reading import LogLine, RecordedRun, without_credentials
 
-IMAGE_BYTES = 1_200_000  # of pictures on the page; the rest of the page is small
+IMAGE_BYTES = 1_200_000  # limit for all pictures on the page; the rest of the page is small
 
 
 def headline(run: RecordedRun) -> HistoryView:
-    """Name, state, and the figures a person asks for first."""
+    """Name, state, and the most important figures."""
     steps, attempts = run.events("step"), run.attempts
     last = steps[-1] if steps else {}
     spent = sum(attempt.ended - attempt.began for attempt in attempts)
@@ -76,12 +77,12 @@ def headline(run: RecordedRun) -> HistoryView:
 
 
 def credits(run: RecordedRun) -> list[str]:
-    """What the licences of the data sets in the recipe, evaluation included, ask to stand beside their pictures."""
+    """The credits that the licences of the recipe's data sets, including evaluation data, require next to pictures."""
     return list(dict.fromkeys(credit for text in _texts(run.recipe) if (credit := attribution(text))))
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a value read from YAML."""
+    """All strings in a value read from YAML."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -93,7 +94,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def scores(run: RecordedRun) -> HistoryView | None:
-    """The last evaluation's scores beside chance, in groups."""
+    """The last evaluation's scores with their chance levels, in groups."""
     evaluations = run.events("eval")
     if not evaluations:
         return None
@@ -108,7 +109,7 @@ def scores(run: RecordedRun) -> HistoryView | None:
         level = chance.get(key) if is_number(chance.get(key)) else None
         size = sizes.get(key, sizes.get(key.split("/")[0]))
         kind = "classes" if key in sizes else "candidates" if "_to_" in key else "samples"
-        share = readable.is_share(key)
+        fraction = readable.is_fraction(key)
         view["rows"].append(
             {
                 "name": name,
@@ -118,7 +119,7 @@ def scores(run: RecordedRun) -> HistoryView | None:
                 "chance": readable.percent(level),
                 "times": readable.times(value, level) if level else readable.MISSING,
                 "size": f"{readable.exact(size)} {kind}" if is_number(size) else "",
-                "bar": bar(value, level) if share else "",
+                "bar": bar(value, level) if fraction else "",
             }
         )
     return {
@@ -130,7 +131,7 @@ def scores(run: RecordedRun) -> HistoryView | None:
 
 
 def curves(run: RecordedRun) -> HistoryView | None:
-    """Loss, scores, and the small charts, over samples."""
+    """Charts over samples: loss, scores, and small charts of training dynamics."""
     steps = run.events("step")
     if not steps:
         return None
@@ -154,7 +155,7 @@ def curves(run: RecordedRun) -> HistoryView | None:
             ("Throughput", "samples / s", "samples_per_second", readable.compact),
             ("Gradient norm", "gradient norm", "grad_norm", readable.decimal),
             ("Logit scale", "logit scale", "logit_scale", readable.decimal),
-            ("Waiting for data", "share of time", "data_wait", readable.percent),
+            ("Waiting for data", "fraction of time", "data_wait", readable.percent),
         )
         if any(number(s.get(key)) is not None for s in steps)
     ]
@@ -168,7 +169,7 @@ def curves(run: RecordedRun) -> HistoryView | None:
 
 
 def retrieval(run: RecordedRun) -> list[HistoryView]:
-    """Pictures with the captions that the model finds nearest, of the last evaluation that has any."""
+    """Pictures with their nearest captions, from the last evaluation that has any."""
     budget = _Budget(IMAGE_BYTES * 2 // 3)
     cards = []
     for example in _examples(run, "retrieval"):
@@ -179,7 +180,7 @@ def retrieval(run: RecordedRun) -> list[HistoryView]:
                 "image": budget.image(example.get("image")),
                 "caption": printable(example.get("caption", "")),
                 "rank": rank,
-                "looked_at": len(nearest),
+                "shown": len(nearest),
                 "nearest": [
                     {
                         "caption": printable(n.get("caption", "")),
@@ -194,7 +195,7 @@ def retrieval(run: RecordedRun) -> list[HistoryView]:
 
 
 def captions(run: RecordedRun) -> list[HistoryView]:
-    """Pictures with the generated caption, the true ones, and what earlier evaluations generated for them."""
+    """Pictures with the generated caption, the true ones, and captions generated in earlier evaluations."""
     budget = _Budget(IMAGE_BYTES // 3)
     cards = []
     for example in _examples(run, "captions"):
@@ -219,7 +220,7 @@ def captions(run: RecordedRun) -> list[HistoryView]:
 
 
 def bad_samples(run: RecordedRun) -> HistoryView:
-    """How many samples could not be used, and why."""
+    """Number of samples that could not be used, by reason."""
     counts = Counter(printable(entry.get("reason", "unknown")) for entry in run.ledger)
     first = {printable(e.get("reason", "unknown")): e for e in reversed(run.ledger)}
     rows = [
@@ -236,14 +237,14 @@ def bad_samples(run: RecordedRun) -> HistoryView:
     return {
         "count": len(run.ledger),
         "distinct": readable.exact(distinct),
-        "share": readable.percent(len(run.ledger) / max(run.samples, 1)),
+        "fraction": readable.percent(len(run.ledger) / max(run.samples, 1)),
         "rows": rows,
         "rest": readable.exact(rest) if rest else "",
     }
 
 
 def score_names(key: str) -> tuple[str, str]:
-    """The group and the name of a score as a person says them: ("Image → text", "R@5")."""
+    """The group and the name of a score for display: ("Image → text", "R@5")."""
     recall = re.fullmatch(r"(.+)/(\w+?)_to_(\w+)@(\d+)", key)
     if recall:
         suite = "" if recall[1] == "retrieval" else f"{printable(recall[1])}: "
@@ -256,13 +257,13 @@ def score_names(key: str) -> tuple[str, str]:
 
 
 def score_title(key: str) -> str:
-    """A score as a person says it: Image → text: R@5."""
+    """A score's name for display: Image → text: R@5."""
     group, name = score_names(printable(key))
     return f"{group}: {name}"
 
 
 def interval_text(key: str, ends: object) -> str:
-    """The interval of a score in words, if there is one."""
+    """The interval of a score as text; empty if there is none."""
     if not isinstance(ends, list | tuple) or len(ends) != 2 or not all(map(is_number, ends)):
         return ""
     return " to ".join(readable.score(key, end) for end in ends)
@@ -275,13 +276,13 @@ def _score_charts(run: RecordedRun, marks: list[Marker], end: float) -> list[Lin
         group, name = score_names(key)
         points = [(e["samples"], number((e.get("scores") or {}).get(key))) for e in evaluations]
         chance = number((evaluations[-1].get("chance") or {}).get(key))
-        form = readable.percent if readable.is_share(key) else readable.decimal
+        form = readable.percent if readable.is_fraction(key) else readable.decimal
         groups.setdefault((group, form), []).append(Series(name, points, chance))
     return [LineChart(g, s, marks, end, form, dots=True, labelled=False) for (g, form), s in groups.items()]
 
 
 def _figures(steps: list[LogLine], names: list[str]) -> HistoryView:
-    """At most 20 log lines as a table: the curves for those who cannot see them."""
+    """At most 20 log lines as a table, an accessible form of the curves."""
     columns = [("samples", "samples", readable.exact), ("loss", "loss", readable.decimal)]
     tail = [
         ("learning rate", "lr", readable.decimal),
@@ -300,6 +301,7 @@ def _figures(steps: list[LogLine], names: list[str]) -> HistoryView:
 
 
 def state(run: RecordedRun) -> str:
+    """Whether the run has finished, and how far it is."""
     if run.finished:
         return "Finished"
     total = run.total_samples
@@ -319,7 +321,7 @@ def _examples(run: RecordedRun, kind: str) -> list[Mapping[str, Any]]:
 
 
 class _Budget:
-    """Lets embedded pictures through while they fit; anything else would be a request, and is dropped."""
+    """Passes embedded pictures until the size limit is reached; any other URL would be a request and is dropped."""
 
     _EMBEDDED = re.compile(r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+=*")
 

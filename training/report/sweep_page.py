@@ -1,7 +1,8 @@
-"""The page of a sweep: its runs side by side, what each was given, and which of them is ahead.
+"""The page of a sweep: its runs side by side, their recipe values, and the run that is ahead.
 
-sweep.json, which `treering submit --sweep` leaves beside the run folders, names the runs and what each was given; the
-rest is read from their folders, so that the page can be made at any time. A run that ends makes it anew.
+sweep.json, which `treering submit --sweep` writes next to the run folders, lists the runs and their values. Everything
+else is read from the run folders, so the page can be written at any time. Each run updates it when it writes its
+report.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from .reading import LogLine, RecordedRun, read_run
 from .sections import interval_text, score_title, state
 
 SWEEP_FILE = "sweep.json"
-_LINES = 10  # as sweep.html says
-"""step lines whose losses are averaged, as the loss of one batch says little"""
+_LINES = 10  # sweep.html states this number
+"""step lines whose losses are averaged, because the loss of one batch is noisy"""
 _DRAWN = 6
 
 SweepView = dict[str, Any]
@@ -32,29 +33,29 @@ SweepView = dict[str, Any]
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a sweep: the name of its folder, its values by keys of the recipe, and what it wrote so far."""
+    """One run of a sweep: its folder name, its values by recipe key, and its records so far (None: no run folder)."""
 
     name: str
     values: Mapping[str, str]
     run: RecordedRun | None
 
     def events(self, name: str) -> list[LogLine]:
-        """The run's lines of this kind, in order."""
+        """The run's lines of the event `name`, in order."""
         return self.run.events(name) if self.run else []
 
     @property
     def loss(self) -> float | None:
-        """Mean of the last losses."""
+        """Mean loss of the last step lines; None if there are none."""
         losses = [line["loss"] for line in self.events("step") if is_number(line.get("loss"))]
         return fmean(losses[-_LINES:]) if losses else None
 
     @property
     def scores(self) -> dict[str, float]:
-        """Those of the newest evaluation."""
+        """The scores of the newest evaluation."""
         return {key: value for key, value in self._evaluated("scores").items() if is_number(value)}
 
     def interval(self, key: str) -> str:
-        """The 95% interval of a score in words, if there is one."""
+        """The 95% interval of a score as text; empty if there is none."""
         return interval_text(key, self._evaluated("intervals").get(key))
 
     def _evaluated(self, part: str) -> Mapping[str, Any]:
@@ -66,17 +67,19 @@ class Member:
 def read_sweep(folder: Path) -> list[Member]:
     """The runs of the sweep in `folder`, in its order. Raises ValueError if its sweep.json cannot be read."""
     try:
-        told = json.loads((folder / SWEEP_FILE).read_bytes())["runs"]
-        named = {name: {str(k): str(v) for k, v in values.items()} for name, values in told.items()}
+        runs = json.loads((folder / SWEEP_FILE).read_bytes())["runs"]
+        named = {name: {str(k): str(v) for k, v in values.items()} for name, values in runs.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder / SWEEP_FILE} cannot be read; submit the sweep again to write it anew") from None
+        raise ValueError(f"{folder / SWEEP_FILE} cannot be read; submit the sweep again to rewrite it") from None
     if wrong := [name for name in named if Path(name).name != name]:
-        raise ValueError(f"{folder / SWEEP_FILE} names {wrong[0]!r}, which is no folder beside it")
+        raise ValueError(
+            f"{folder / SWEEP_FILE} lists the run {wrong[0]!r}, which is not a folder name; submit the sweep again"
+        )
     return [Member(name, values, _run(folder / name)) for name, values in named.items()]
 
 
 def render_sweep(name: str, members: Sequence[Member]) -> str:
-    """The whole page as HTML text."""
+    """The page as HTML text."""
     keys = list(dict.fromkeys(key for member in members for key in member.values))
     scores = list(dict.fromkeys(key for member in members for key in member.scores))
     order = ranking(members)
@@ -102,10 +105,10 @@ def render_sweep(name: str, members: Sequence[Member]) -> str:
 
 
 def ranking(members: Sequence[Member]) -> list[tuple[Member, float]]:
-    """The members that have something to show, the best first, each with its mean rank over the scores (1: best).
+    """The members with results, best first, each with its mean rank over the scores (1: best).
 
-    Runs that tie share the mean of their places. A run without a score that others have comes last in it. If nothing
-    was evaluated, the rank is that of the loss.
+    Tied runs get the mean of their ranks. A run that lacks a score ranks last in it. If nothing was evaluated, the rank
+    is by loss.
     """
     shown = [m for m in members if m.scores] or [m for m in members if m.loss is not None]
     keys = list(dict.fromkeys(key for m in shown for key in m.scores if lower_is_better(key) is not None))
@@ -119,7 +122,7 @@ def ranking(members: Sequence[Member]) -> list[tuple[Member, float]]:
 
 
 def _value(value: float | None, lower: bool) -> float:
-    """A number that is less the better the value is."""
+    """A sort key that is smaller for a better value; infinity for None."""
     return float("inf") if value is None else value if lower else -value
 
 
@@ -143,7 +146,7 @@ def _row(member: Member, keys: Sequence[str], scores: Sequence[str], members: Se
         "name": printable(member.name),
         "report": quote(f"{member.name}/report.html") if member.run and member.run.lines else "",
         "values": [printable(member.values.get(key, readable.MISSING)) for key in keys],
-        "state": "Not begun" if not (member.run and member.run.lines) else state(member.run).partition(":")[0],
+        "state": "Not started" if not (member.run and member.run.lines) else state(member.run).partition(":")[0],
         "samples": readable.exact(member.run.samples) if member.run else readable.MISSING,
         "total": readable.exact(member.run.total_samples) if member.run and not member.run.finished else "",
         "loss": readable.decimal(member.loss),

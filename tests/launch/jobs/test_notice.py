@@ -44,10 +44,10 @@ def test_a_run_that_was_warned_too_late_logs_so_once(
     monkeypatch.setenv(NOTICE, "0")
     train(recipe, tmp_path / "late")
     said = capsys.readouterr()
-    assert (said.out + said.err).count("before it has to end; submit it again") == 1
+    assert (said.out + said.err).count("before its end; submit it again") == 1
     monkeypatch.setenv(NOTICE, "600")
     train(recipe, tmp_path / "early")
     said = capsys.readouterr()
-    assert "before it has to end" not in said.out + said.err
+    assert "before its end" not in said.out + said.err
     monkeypatch.delenv(NOTICE)
     assert short_notice(1e6) is None

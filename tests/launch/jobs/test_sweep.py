@@ -98,7 +98,7 @@ def test_the_page_says_which_run_is_ahead(sweep: Path) -> None:
     page = write_report(sweep).read_text()
     assert "2 of 4 runs finished" in page
     assert "<strong><bdi>lr=1e-3_batch=512</bdi></strong> is ahead: mean rank 1 of 2 by 2 scores" in page
-    for text in ("60.0%<small>54.0% to 66.0%</small>", "Not begun", "Not finished", "<small>of 800</small>", "5e-4"):
+    for text in ("60.0%<small>54.0% to 66.0%</small>", "Not started", "Not finished", "<small>of 800</small>", "5e-4"):
         assert text in page, text
     assert len(re.findall(r'<td class="number changed">', page)) == 2 + 3  # the best scores; three losses are one
     assert "<img" not in page
@@ -118,9 +118,9 @@ def test_a_run_that_ends_writes_the_page_and_what_is_wrong_there_stops_no_run(sw
     (sweep / "sweep.json").write_text('{"runs": {"../other": {}}}')
     (run / "report.html").unlink()
     assert write_report(run).is_file()
-    with pytest.raises(ValueError, match=r"'../other', which is no folder"):
+    with pytest.raises(ValueError, match=r"'../other', which is not a folder name"):
         read_sweep(sweep)
-    with pytest.raises(RecipeError, match=r"'../other', which is no folder"):
+    with pytest.raises(RecipeError, match=r"'../other', which is not a folder name"):
         write_sweep(sweep, grid_points(["seed=7,8"], None))
 
 

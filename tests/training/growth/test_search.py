@@ -125,12 +125,12 @@ def test_a_kill_repeats_the_search_to_the_same_choice(
     at: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = itertools.count()
-    real_tried, real_step, real_grow = search.tried, loop.Run.step, loop.grow
+    real_run_trial, real_step, real_grow = search.run_trial, loop.Run.step, loop.grow
 
-    def tried(*arguments: Any) -> Any:
+    def run_trial(*arguments: Any) -> Any:
         if at == "in the second trial" and next(calls) == 1:
             raise Died
-        return real_tried(*arguments)
+        return real_run_trial(*arguments)
 
     def grow(*arguments: Any) -> Any:
         if at == "after the search":
@@ -142,7 +142,7 @@ def test_a_kill_repeats_the_search_to_the_same_choice(
             raise Died
         real_step(run, batch)
 
-    monkeypatch.setattr(search, "tried", tried)
+    monkeypatch.setattr(search, "run_trial", run_trial)
     monkeypatch.setattr(loop, "grow", grow)
     monkeypatch.setattr(loop.Run, "step", step)
     with pytest.raises(Died):
@@ -185,7 +185,7 @@ def test_trials_read_the_newest_sources_and_a_stage_replays_the_old(whole: Path)
     assert [m.weights for m in given.mixtures()] == [(1.0, 0.0), (0.25, 0.75)]
     passes = [row["passes"] for row in lines(whole, "step")]
     assert passes[2]["new"] == 0 < passes[3]["new"]
-    # A quarter of the second stage's 36 samples beside the 36 of the first.
+    # A quarter of the second stage's 36 samples in addition to the 36 of the first.
     assert passes[-1]["old"] / passes[2]["old"] == pytest.approx((36 + 9) / 36)
 
 

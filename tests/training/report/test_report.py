@@ -124,7 +124,7 @@ def test_numbers_are_those_of_the_metrics(whole: Path) -> None:
         "160",
     ]
     assert "2 processes on node-1 (CPU)" in page.text
-    assert "Began 22 November 2026, 16:00 UTC" in page.text
+    assert "Started 22 November 2026, 16:00 UTC" in page.text
 
 
 def test_growth_and_resume_are_marked(whole: Path) -> None:
@@ -208,7 +208,7 @@ def test_bad_samples_are_counted_by_reason(whole: Path) -> None:
     page = page_of(whole)
     assert page.row("the picture does not decode") == "the picture does not decode 2 01 in emoji-00001.tar"
     assert page.row("the caption is not UTF-8") == "the caption is not UTF-8 1 03 in emoji-00001.tar"
-    assert "3 times a sample could not be used" in page.text
+    assert "Bad samples were replaced 3 times" in page.text
 
 
 def test_lineage_tells_attempts_worlds_growth_and_folds_commits(whole: Path) -> None:
@@ -286,7 +286,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert "\x1b" not in page.source
     assert "\u202e" not in page.source
     assert page.text.count("<script>alert('x')</script>") > 20
-    assert page.source.count("picture left out") == 3
+    assert page.source.count("picture not shown") == 3
 
 
 def test_unfinished_run_with_a_torn_last_line(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_unfinished_run_with_a_torn_last_line(tmp_path: Path) -> None:
     assert_self_contained(page)
     assert f"Not finished: {readable.percent(lines[-1]['samples'] / 60416)} of the samples" in page.text
     assert "This run has not been evaluated yet." in page.text
-    assert "The model has kept its size so far." in page.text
+    assert "The model has not changed its size so far." in page.text
     assert "0 bad samples" in page.text
     assert "unreadable" not in page.text
 
@@ -328,7 +328,7 @@ def test_losses_that_are_not_numbers_leave_a_gap(tmp_path: Path) -> None:
 
 
 def test_no_run_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no run folder: .* `treering train"):
+    with pytest.raises(ValueError, match=r"is not a run folder: .* `treering train"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
