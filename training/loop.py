@@ -251,7 +251,7 @@ class Run:
         spent, seconds = self.state.flops + choice.spent, time.monotonic() - begun
         self._decide(Decision(stage=stage, grow=choice.sizes), "search", choice.json(), flops=spent)
         self.display.event("search", self.state, **choice.json(), seconds=seconds)
-        self.meter.pause(seconds)
+        self.meter.exclude_time(seconds)
         self.meter.exclude_flops(choice.spent)
 
     def _decide(self, made: Decision, event: str, detail: dict[str, Any], **changes: Any) -> None:
@@ -268,7 +268,7 @@ class Run:
                 self.watch.at("data", self.state.step)
                 begun = time.monotonic()
                 batch = next(batches)
-                self.meter.waited(time.monotonic() - begun)
+                self.meter.add_wait(time.monotonic() - begun)
                 self._settle_pieces(batch)
                 yield batch
 
@@ -287,7 +287,7 @@ class Run:
             detail = {"stage": stage, "device": device, "pieces": pieces, "pairs": -(-len(batch.lengths) // pieces)}
             self._remember("micro_batches", detail)
             self.display.event("micro_batches", self.state, **detail, seconds=time.monotonic() - begun)
-            self.meter.pause(time.monotonic() - begun)
+            self.meter.exclude_time(time.monotonic() - begun)
         self._pieces = pieces
         self.engine.take_pieces(pieces)
 
@@ -310,7 +310,7 @@ class Run:
         self.tally.add(shares.sum(), len(batch.tokens))
         self.state = state.model_copy(update={"step": state.step + 1, "samples": state.samples + size})
         self._bad += [{"step": self.state.step, **asdict(entry)} for entry in batch.bad]
-        self.meter.saw(batch)
+        self.meter.add_captions(batch)
         if self._resumed:
             self._say_resumed(*self._resumed)
 
@@ -354,7 +354,7 @@ class Run:
         asked = (self.stop.requested, due and world.is_first, bool(self._bad), self.uploads.busy)
         self.stopping, self._clock_due, bad, busy = world.any(*asked)
         if not busy:
-            self.meter.pause(self.uploads.advance())
+            self.meter.exclude_time(self.uploads.advance())
         if bad:
             entries = [entry for rank in world.objects(self._bad) for entry in rank]
             self._bad = []
@@ -420,7 +420,7 @@ class Run:
         if best and best not in found.scores:
             raise TrainingError(f"checkpoint.keep_best = {best!r} is not a score; there are {', '.join(found.scores)}")
         self.display.evaluation(self.state, found, time.monotonic() - begun)
-        self.meter.pause(time.monotonic() - begun)
+        self.meter.exclude_time(time.monotonic() - begun)
 
     def commit(self) -> None:
         """Commit if it is due: at the end, before a growth, after a signal, or by the interval."""
@@ -459,7 +459,7 @@ class Run:
         if reason != "interval":
             self.uploads.finish()
         self._commit_time = time.monotonic()
-        self.meter.pause(self._commit_time - begun)
+        self.meter.exclude_time(self._commit_time - begun)
 
     # The end
 

@@ -175,7 +175,7 @@ def _folder_item(name: str, members: dict[str, Path]) -> FileItem:
     picture = next((members[kind] for kind in IMAGE_KINDS if kind in members), None)
     if picture is None:
         raise DataError(
-            f"{next(iter(members.values()))}: the folder has no picture with that name; add one or remove the file"
+            f"{next(iter(members.values()))}: no picture with that name in the folder; add one or remove the file"
         )
     texts = {kind: members[kind] for kind in ("txt", "json") if kind in members}
     where = " and ".join(str(path) for path in texts.values()) or f"{picture}"

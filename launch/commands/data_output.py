@@ -173,9 +173,7 @@ def _alike_line(alike: Mapping[str, Any]) -> str:
 def _column_line(name: str, column: Mapping[str, Any], total: int) -> str:
     texts = f": {_counts(column['texts'])}" if column["texts"] else ""
     more = f" ({column['different']:,} different)" if column["different"] > _MOST_ROWS else ""
-    return (
-        f"column {_quoted(name, 40)}: {'/'.join(column['types'])} in {column['samples'] / total:.0%}{texts}{more}"
-    )
+    return f"column {_quoted(name, 40)}: {'/'.join(column['types'])} in {column['samples'] / total:.0%}{texts}{more}"
 
 
 def _quoted(text: str, most: int = 60) -> str:

@@ -47,7 +47,7 @@ def error_messages(error: ValidationError, tree: Any, places: Mapping[Path, str]
 def _path(detail: ErrorDetails) -> Path:
     """The path of the error, without the names of union members; unknown and missing keys stay at its end."""
     path: Path = detail["loc"]
-    if detail["type"] in ("extra_forbidden", "missing"):
+    if detail["type"] in ("extra_forbidden", "missing", "unknown_objective"):
         return (*schema.known_part(path[:-1]), path[-1])
     known = schema.known_part(path)
     return (*known, "kind") if detail["type"] == "union_tag_invalid" else known
@@ -58,6 +58,8 @@ def _message(path: Path, details: list[ErrorDetails], tree: Any, places: Mapping
     name = show(dotted(path), 80)[1:-1]
     if kind == "value_error":
         return _from_validator(path, str(details[0]["msg"]).removeprefix("Value error, "), tree, places)
+    if kind == "unknown_objective":
+        return f"{name} ({_where(path, places)}): {details[0]['msg']}"
     if kind == "extra_forbidden":
         return f"{name} ({_where(path, places)}): {schema.unknown(path)}"
     if kind == "missing":
@@ -125,6 +127,10 @@ def _from_validator(path: Path, message: str, tree: Any, places: Mapping[Path, s
 
 def _where(path: Path, places: Mapping[Path, str]) -> str:
     """The origin of the value, or of the innermost enclosing block that has one."""
+    # An override of a value inside a block that the recipe does not have sets no place for the block itself.
+    inside = next((place for at, place in places.items() if path and at[: len(path)] == path), None)
+    if path not in places and inside:
+        return inside
     for length in range(len(path), -1, -1):
         if path[:length] in places:
             return places[path[:length]]

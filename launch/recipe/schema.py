@@ -134,6 +134,8 @@ def _suggestion(key: str, level: Path) -> str:
         return f"{key} belongs to {' or '.join(elsewhere[:3])}"
     if near := get_close_matches(key, known, n=1, cutoff=0.6):
         return f"did you mean {near[0]}?"
+    if longer := next((name for name in known if name.startswith(f"{key}_")), None):
+        return f"did you mean {longer}?"
     names = {p.rpartition(".")[2]: p for p in reversed(everywhere)}
     if near := get_close_matches(key, names, n=1, cutoff=0.75):
         return f"did you mean {names[near[0]]}?"

@@ -79,7 +79,10 @@ class TensorBoardLog:
             self._picture(f"retrieval/{number:02d}", example, _nearest(example), samples)
         captions = examples.get("captions") or []
         for number, example in enumerate(captions):
-            lines = [f"says: {example.get('generated', '')}", *(f"true: {text}" for text in example.get("true") or [])]
+            lines = [
+                f"generated: {example.get('generated', '')}",
+                *(f"true: {text}" for text in example.get("true") or []),
+            ]
             self._picture(f"captions/{number:02d}", example, lines, samples)
         if captions:
             self._writer.add_text("captions", _table(captions), samples)

@@ -26,7 +26,7 @@ class ThroughputMeter:
         self._waited = 0.0
         self._captions = torch.zeros(3, dtype=torch.int64)  # captions, their tokens, truncated captions
 
-    def pause(self, seconds: float) -> None:
+    def exclude_time(self, seconds: float) -> None:
         """Exclude the last `seconds`, which were not training: an evaluation, a commit."""
         self._begun += seconds
 
@@ -34,11 +34,11 @@ class ThroughputMeter:
         """Exclude FLOPs that were not spent on training steps."""
         self._flops += flops
 
-    def waited(self, seconds: float) -> None:
+    def add_wait(self, seconds: float) -> None:
         """Add time in which a step waited for its batch."""
         self._waited += seconds
 
-    def saw(self, batch: Batch) -> None:
+    def add_captions(self, batch: Batch) -> None:
         """Count the captions of this rank's part of a batch."""
         self._captions += torch.tensor([len(batch.lengths), len(batch.tokens), int(batch.cut.sum())])
 

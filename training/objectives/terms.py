@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, SerializeAsAny, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import InitErrorDetails
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ...models.spec import ModelSpec
 from . import balance as _third  # noqa: F401
@@ -37,7 +37,13 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="allow"):
             if term is None:
                 continue
             try:
-                terms[name] = registered(str(name)).validate(term)
+                objective = registered(str(name))
+            except ValueError as error:
+                unknown = PydanticCustomError("unknown_objective", "{reason}", {"reason": str(error)})
+                wrong.append(InitErrorDetails(type=unknown, loc=(name,), input=term))
+                continue
+            try:
+                terms[name] = objective.validate(term)
             except ValidationError as error:  # prefix the error's location with the name of the term
                 wrong += [
                     InitErrorDetails(type=d["type"], loc=(name, *d["loc"]), input=d["input"], ctx=d.get("ctx", {}))

@@ -1,4 +1,7 @@
-"""Other SVG drawings of the page: the timeline, the towers in each stage, the rings next to the name, small bars."""
+"""Other SVG drawings of the page: the timeline, the towers in each stage, the rings next to the name, small bars.
+
+`charts` explains why no plotting library is used.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """A forest plot as SVG: differences with their intervals, one row per task, around the line of no difference.
 
-Like a line chart it is data, drawn for a given width: on a narrow screen the name of a row stands above it. Models
-differ in colour and in their place within the row. A mark is hollow where the difference is not significant.
+`charts` explains why no plotting library is used. Like a line chart this is data, drawn for a given width: on a narrow
+screen the name of a row stands above it. Models differ in colour and in their place within the row. A mark is hollow
+where the difference is not significant.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from treering.data import Batch, DataConfig, DataError, EvaluationSet, Loader, S
 from treering.data.samples.arrays import read_array
 
 WriteTar = Callable[..., Path]
-NO_HEADER = "no valid .npy header"
+HEADER = "no valid .npy header"
 
 
 def npy(array: np.ndarray, **options: Any) -> bytes:
@@ -67,16 +67,16 @@ class Trap:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", NO_HEADER),
-        (b"\x93NUMPY\x01", NO_HEADER),
-        (b"\x80\x04" + pickle.dumps(Trap()), NO_HEADER),
-        (npy(np.zeros(3))[:40], NO_HEADER),
-        (b"\x93NUMPY\x03\x00" + npy(np.zeros(3))[8:], NO_HEADER),
-        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), 'x': 1}"), NO_HEADER),
-        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)" + " " * 9000 + "}"), NO_HEADER),
-        (with_header("(" * 900), NO_HEADER),
-        (with_header("__import__('os').abort()"), NO_HEADER),
-        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", bytes(12), (2, 0))[:20], NO_HEADER),
+        (b"", HEADER),
+        (b"\x93NUMPY\x01", HEADER),
+        (b"\x80\x04" + pickle.dumps(Trap()), HEADER),
+        (npy(np.zeros(3))[:40], HEADER),
+        (b"\x93NUMPY\x03\x00" + npy(np.zeros(3))[8:], HEADER),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,), 'x': 1}"), HEADER),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)" + " " * 9000 + "}"), HEADER),
+        (with_header("(" * 900), HEADER),
+        (with_header("__import__('os').abort()"), HEADER),
+        (with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", bytes(12), (2, 0))[:20], HEADER),
         (npy(np.array([Trap()], object), allow_pickle=True), "its numbers are object instead of float16, float32"),
         (npy(np.zeros(3, np.int64)), "its numbers are int64"),
         (npy(np.zeros(3, "f4,f4")), "its numbers are void64"),

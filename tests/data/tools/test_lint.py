@@ -206,7 +206,7 @@ def test_an_unfinished_pack(tmp_path: Path) -> None:
     for part, missing in {"0/3": 2, "2/3": 1, "1/3": 0}.items():
         pack(tmp_path / "in", str(tmp_path / "set"), 2, part=part)
         faults = lint(str(tmp_path / "set" / "*.tar")).faults
-        assert [f"{3 - missing} of 3 shards are there" in fault.reason for fault in faults] == [True] * (missing > 0)
+        assert [f"{3 - missing} of 3 shards exist" in fault.reason for fault in faults] == [True] * (missing > 0)
 
 
 # Going on

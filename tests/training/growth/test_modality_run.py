@@ -85,7 +85,7 @@ def whole(shard: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_tower_joins_the_run(shard: str, whole: Path) -> None:
-    """Its term of the loss begins with it; it learns; the others' function stays; retrieval is told."""
+    """Its loss term starts with it; it learns; the other towers' outputs stay; retrieval scores are logged."""
     rows = steps(whole)
     assert [sorted(row["losses"]) for row in rows[2:4]] == [["contrastive"], ["contrastive", "contrastive/audio-text"]]
     joined, larger = lines(whole, "grow")

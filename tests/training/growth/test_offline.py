@@ -136,10 +136,10 @@ def test_every_part_is_read_once_for_each_kind_and_one_is_kept(
     [
         ([], [], "nothing to grow; say what, as in --to image.depth=12"),
         (["image.depth=1"], ["samples=24"], "has these sizes already"),
-        (["image.depth=2"], [], "at the end of its stage; say how long the next one is: samples=36"),
+        (["image.depth=2"], [], "at the end of its stage; give the length of the next one: samples=36"),
         (["image.depth=0"], ["samples=24"], "smaller than the model's 1"),
-        (["image.depth=2"], ["sample=24"], "there is no option 'sample' for growth; there are samples, width_init"),
-        (["image.depth=2"], ["samples=no"], "is no budget"),
+        (["image.depth=2"], ["sample=24"], "'sample' is not an option of growth; known are samples, width_init"),
+        (["image.depth=2"], ["samples=no"], "is not a valid budget"),
         (
             ["image.depth=2"],
             ["samples=24", "depth_init=none"],

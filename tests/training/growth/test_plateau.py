@@ -81,7 +81,7 @@ def test_what_is_expected_of_a_size_that_is_no_larger_is_the_law_s_own_slope() -
 
 
 def test_a_loss_that_flattens_ends_where_plain_arithmetic_says() -> None:
-    """A stream of losses that falls exponentially to a floor, looked at once in a window of 20."""
+    """A stream of losses that falls exponentially to a floor, inspected in one window of 20."""
     small, large = recipe().specs()[:2]
     cost = 32 * training_flops(small, 8.0)
     losses = [1 + 3 * 0.98**step for step in range(400)]

@@ -185,7 +185,7 @@ def test_trials_read_the_newest_sources_and_a_stage_replays_the_old(whole: Path)
     assert [m.weights for m in given.mixtures()] == [(1.0, 0.0), (0.25, 0.75)]
     passes = [row["passes"] for row in lines(whole, "step")]
     assert passes[2]["new"] == 0 < passes[3]["new"]
-    # A quarter of the second stage's 36 samples beside the 36 of the first.
+    # A quarter of the second stage's 36 samples in addition to the 36 of the first.
     assert passes[-1]["old"] / passes[2]["old"] == pytest.approx((36 + 9) / 36)
 
 

@@ -12,7 +12,7 @@ from treering.training.logging.progress import Progress
 
 
 class Clock:
-    """Seconds that pass only when told."""
+    """A clock that moves only when the test sets it."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -141,7 +141,7 @@ def test_evaluation_writes_scores_strips_and_captions(tmp_path: Path) -> None:
     events = read(tmp_path)
     assert values(events, "eval/retrieval/image_to_text@1") == [(512, 0.25)]
     assert values(events, "eval/zero_shot/role") == [(512, 0.5)]
-    assert events.Tags()["images"] == ["retrieval/00", "captions/00"]  # the picture that is no embedded one is left out
+    assert events.Tags()["images"] == ["retrieval/00", "captions/00"]  # a picture that is not embedded is skipped
     (image,) = events.Images("retrieval/00")
     pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
     assert (image.step, pixels.shape) == (512, (108, 480, 3))
@@ -183,7 +183,7 @@ def test_what_is_no_picture_is_left_out(tmp_path: Path, url: object) -> None:
 
 
 def test_runs_can_be_compared_by_their_recipes(tmp_path: Path) -> None:
-    """In the one file of the run, as the HParams page reads it; nulls and what is no setting are left out."""
+    """In the one file of the run, as the HParams page reads it; nulls and values that are not settings are skipped."""
     board = TensorBoardLog(tmp_path)
     recipe = {"seed": 3, "name": "x", "optimizer": {"lr": 0.5, "ema": None}, "stages": [{"grow": {"image.depth": 4}}]}
     board.end(recipe, {"zero_shot/role": 0.25})

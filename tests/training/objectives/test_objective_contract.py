@@ -158,7 +158,8 @@ def test_neutral_at_weight_0(name: str, fields: dict[str, Any]) -> None:
 
 
 def test_the_world_does_not_matter(on_ranks: Callable[..., list[Any]]) -> None:
-    """Shares sum to the same term with the same gradients; the mean of the values is the term; ranks agree on state."""
+    """The parts of all ranks sum to the same term with the same gradients; the mean of the values is the term; ranks
+    agree on state."""
 
     def one_rank(group: World) -> list[Any]:
         answers = []

@@ -1,5 +1,5 @@
-"""What is known of images and texts beside their features, against dense fp64 formulas: several captions an image,
-equal labels, weights, hard negatives, softened targets; any tiles, any ranks, dot products and late interaction."""
+"""Ids, labels and weights of images and texts, against dense fp64 formulas: several captions an image,
+equal labels, weights, hard negatives, label smoothing; any tiles, any ranks, dot products and late interaction."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KINDS = ("softmax", "sigmoid", "late")
 
 
 def relations(case: Case, world: int = 1) -> Relations:
-    """Ids put 1 and 6, 2 and 3 apart; labels join 0 and 4, text 5 is nobody's; image 3 and text 2 count 0."""
+    """Ids put 1 and 6, 2 and 3 apart; labels join 0 and 4, text 5 has no image; image 3 and text 2 count 0."""
     image_ids = torch.stack([torch.arange(IMAGES), torch.arange(IMAGES) + 50], 1)
     image_ids[6, 0], image_ids[3, 1] = image_ids[1, 0], image_ids[2, 1]
     per = case.texts // IMAGES

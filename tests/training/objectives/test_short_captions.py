@@ -66,7 +66,7 @@ def test_the_model_sees_the_first_tokens_and_the_end(whole: tuple[Path, list[tup
 
 
 def test_it_is_counted_as_it_is_seen(whole: tuple[Path, list[tuple[Tensor, Tensor]]]) -> None:
-    """FLOPs, lengths and shares of cut captions in the log, and the plan before it."""
+    """FLOPs, lengths and fractions of truncated captions in the log, and the plan before it."""
     out, seen = whole
     made, total = recipe(), 0.0
     [spec, *_] = made.specs()
