@@ -157,7 +157,7 @@ def _state(run: RecordedRun, job: dict[str, Any] | None) -> str:
         return f"running: {slowest['phase']} for {slowest['seconds']:.0f} s{where}" if where else "running"
     if job and queued == "PENDING":
         why = {"BeginTime": "starts soon"}.get(job["waits_for"], job["waits_for"])
-        return f"waits in the queue ({why}; expected start {job['expected']})"
+        return f"queued ({why}; expected start {job['expected']})"
     if queued and not FINISHED.match(queued):
         return f"starting (job {queued.lower()})"
     return "stopped" if run.lines else "not started"

@@ -76,8 +76,8 @@ def test_the_first_node_does_not_see_where_it_would_write(bench: Bench, recipe: 
 def test_an_unfit_node_is_named_and_others_are_asked_for(bench: Bench, recipe: Path, blind: Path) -> None:
     job = bench.submit(str(recipe), "--nodes", "2", "--out", str(blind), "stages.0.samples=180")
     until(lambda: bench.state(job) == "COMPLETED", lambda: f"{bench.state(job)}\n{log(blind)}", 150)
-    assert "n2: this node cannot train: it does not see the run folder" in log(blind)
-    assert "asking Slurm for others" in log(blind)
+    assert "n2: this node cannot train: it cannot see the run folder" in log(blind)
+    assert "requeueing for others" in log(blind)
     assert "excludes n2" in log(blind)
     assert [attempt["hosts"] for attempt in attempts(blind)] == [["n1", "n3"]]
     assert "ExcNodeList=n2" in bench.cluster.run("scontrol", "-o", "show", "job", job).stdout

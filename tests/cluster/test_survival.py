@@ -138,7 +138,7 @@ def test_everything_happens_to_one_run(
         ("killed by SIGKILL", "waited without progress", "", "announced an end", "announced an end")
     ):
         assert words in ends[number], ends
-    assert ends[-1] == "the run came to its end"
+    assert ends[-1] == "the run finished"
     lineage = json.loads((run / "lineage.json").read_text())
     assert len({host for event in lineage for host in event["detail"].get("hosts", [])}) == 3
     assert any("announced an end" in event["detail"].get("before", "") for event in lineage)

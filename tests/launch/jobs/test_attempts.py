@@ -149,10 +149,10 @@ def test_a_node_that_reports_itself_unfit_is_excluded(tmp_path: Path) -> None:
     said(tmp_path, "n1: this node cannot train: long ago")
     begin(tmp_path)
     said(tmp_path, "n9: this node cannot train: not one of ours")
-    said(tmp_path, "n2: this node cannot train: it does not see the run folder")
+    said(tmp_path, "n2: this node cannot train: it cannot see the run folder")
     failed(tmp_path, "n1", "got 0 bytes", "DistNetworkError")
     assert end(tmp_path, 130) == "exclude n2"
-    assert ends(tmp_path) == [("unfit", "n2: this node cannot train: it does not see the run folder")]
+    assert ends(tmp_path) == [("unfit", "n2: this node cannot train: it cannot see the run folder")]
     begin(tmp_path, attempt=1, used="n1")
     assert end(tmp_path, 0, attempt="7.0.1") == "done"
 
