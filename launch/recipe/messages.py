@@ -28,8 +28,8 @@ _KINDS = {
     "dict_type": "a mapping, as in {key: value}",
     "tuple_type": "a list, as in [a, b]",
     "list_type": "a list, as in [a, b]",
-    "model_type": "a block of keys",
-    "model_attributes_type": "a block of keys",
+    "model_type": "a block of keys, as in {key: value}",
+    "model_attributes_type": "a block of keys, as in {key: value}",
 }
 _NAMED_VALUE = re.compile(r"([\w.]+) = (\S+?)(?=[\s;,:]|$)")
 
@@ -37,7 +37,11 @@ _NAMED_VALUE = re.compile(r"([\w.]+) = (\S+?)(?=[\s;,:]|$)")
 def error_messages(error: ValidationError, tree: Any, places: Mapping[Path, str]) -> str:
     """Everything that is wrong, one line each. `places` has the origin of each value of `tree`."""
     grouped: dict[Path, list[ErrorDetails]] = {}
-    for detail in error.errors(include_url=False):
+    errors = error.errors(include_url=False)
+    inside = {detail["loc"][:-n] for detail in errors for n in range(1, len(detail["loc"]) + 1)}
+    for detail in errors:
+        if detail["type"] == "too_short" and detail["loc"] in inside:
+            continue  # pydantic counts only the valid items of a list
         grouped.setdefault(_path(detail), []).append(detail)
     lines = [_message(path, details, tree, places) for path, details in grouped.items()]
     more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []

@@ -227,6 +227,8 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / name).rename(tmp_path / "step-000000000003-life-0001")
     with pytest.raises(StoreError, match="holds commits of format 1, from before release"):
         commits.names()
+    newer = write(commits, 4)
+    assert commits.names() == [newer], "beside a commit that can be read it is a foreign object"
 
 
 def test_attempt_ten_thousand_is_the_newest(tmp_path: Path) -> None:

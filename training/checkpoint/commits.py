@@ -50,19 +50,20 @@ class Commits:
         """Objects of every set, complete or not, by set name."""
         sets: dict[str, set[str]] = {}
         for path in self.store.sizes():
-            if _FORMAT_1.match(path):
-                raise StoreError(
-                    f"{self.store.url} holds commits of format 1, from before release 0.2, and this release reads "
-                    f"format {FORMAT}; continue them with that release, or give a new run another place"
-                )
             name, _, file = path.partition("/")
             if _SET.match(name) and file:
                 sets.setdefault(name, set()).add(file)
         return sets
 
     def names(self) -> list[str]:
-        """Complete commits, oldest first. Raises StoreError if the place holds commits of an older format."""
-        return sorted((name for name, files in self._sets().items() if _complete(files)), key=_order)
+        """Complete commits, oldest first. Raises StoreError if there are only commits of format 1."""
+        found = sorted((name for name, files in self._sets().items() if _complete(files)), key=_order)
+        if not found and any(_FORMAT_1.match(path) for path in self.store.sizes()):
+            raise StoreError(
+                f"{self.store.url} holds commits of format 1, from before release 0.2, and this release reads format "
+                f"{FORMAT}; continue them with that release, or give a new run another place"
+            )
+        return found
 
     def remove_after(self, step: int) -> None:
         """Remove complete commits of later steps, the newest first."""

@@ -285,3 +285,11 @@ def test_what_is_shown_is_one_printable_line(text: str) -> None:
     assert len(show(text)) <= 60
     assert safe_text(text).replace("\n", "").isprintable()
     safe_text(text).encode("utf-8")
+
+
+def test_an_invalid_item_is_not_a_missing_one() -> None:
+    """pydantic counts only the valid items of a list, and would also call this one empty."""
+    with pytest.raises(RecipeError) as error:
+        read_recipe("emoji", ["stages=[{samples: 64, patches: 0.5}]"])
+    assert "did you mean patch_keep?" in str(error.value)
+    assert "items" not in str(error.value)
