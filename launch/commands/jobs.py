@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.text import Text
 
 from ..arguments import AsJson, Overrides, RecipeName, print_json
 from ..errors import RecipeError, RunError, safe_text
+
+if TYPE_CHECKING:
+    from ..jobs.submit import Job
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 RunOrSweep = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a sweep.")]
@@ -75,7 +78,11 @@ def submit(
         return
     if sweep:
         write_sweep(base, points)
-    number = submitting.submit(job)
+    _show_submitted(submitting.submit(job), job, base, as_json)
+
+
+def _show_submitted(number: int, job: Job, base: Path, as_json: bool) -> None:
+    """Print the number of a submitted job, and the commands that follow it."""
     folders = [str(folder) for folder, _ in job.runs]
     if as_json:
         print_json({"job": number, "runs": folders, "nodes": job.nodes, "processes": job.processes})

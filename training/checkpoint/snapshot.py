@@ -14,6 +14,11 @@ from ..state import RunState
 from ..world import World
 
 
+def commit_name(step: int, attempt: int) -> str:
+    """What the commit of an attempt at a step is called."""
+    return f"step-{step:012d}-attempt-{attempt:04d}"
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What this rank has of a run's state."""
@@ -36,4 +41,4 @@ class Snapshot:
     @property
     def name(self) -> str:
         """What the commit is called: unique by step and attempt."""
-        return f"step-{self.state.step:012d}-attempt-{self.state.attempt:04d}"
+        return commit_name(self.state.step, self.state.attempt)

@@ -25,6 +25,7 @@ from ..checkpoint.commits import Commits, find_commit
 from ..checkpoint.config import InitFromConfig
 from ..checkpoint.manifest import Commit, Manifest
 from ..checkpoint.serialize import SerializedPart
+from ..checkpoint.snapshot import commit_name
 from ..checkpoint.store import Store, StoreError
 from ..checkpoint.writer import PART_BYTES, CommitPart
 from ..recipe import Recipe
@@ -71,14 +72,13 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     if commits.names():
         raise StoreError(f"{out} has commits already; give an empty folder or prefix")
     attempt = commits.claim_attempt(f"grown from {commit.url}")
-    name = f"step-{state.step:012d}-attempt-{attempt:04d}"
+    name = commit_name(state.step, attempt)
     keeps = recipe.optimizer.keeps
     grown = GrownState(operators, old_state, (f"{k}/{n}" for k in old_state.kinds for n in names if keeps(k, n)))
     parts = tuple(_written(commits.store, name, grown))
-    changed = changes(old, new)
     detail = {
-        "from": {path: sizes[0] for path, sizes in changed.items()},
-        "to": {path: sizes[1] for path, sizes in changed.items()},
+        "from": {path: sizes[0] for path, sizes in changes(old, new).items()},
+        "to": {path: sizes[1] for path, sizes in changes(old, new).items()},
         "operators": described(operators),
         "parameters_before": parameters(old),
         "parameters_after": parameters(new),
@@ -99,9 +99,8 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
             "lineage": (*state.lineage, event),
         }
     )
-    commits.seal(
-        name, Manifest(spec=new, state=following, recipe=recipe.model_dump(mode="json"), reason="growth", parts=parts)
-    )
+    written = recipe.model_dump(mode="json")
+    commits.seal(name, Manifest(spec=new, state=following, recipe=written, reason="growth", parts=parts))
     url = f"{commits.store.url}/{name}"
     # A commit at step 0 belongs to no run, so nothing can be resumed: start from its weights instead.
     start = {} if state.step else {"init_from": InitFromConfig(commit=url)}
