@@ -99,7 +99,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[tu
         ("model-00000-00000:2", 1),  # in the middle of a commit, parts being written
         ("COMMIT:3", 1),  # a commit complete but for its mark
         (".lineage.json:2", 1),  # the model grown, nothing of it written yet
-        ("evaluations/step-000000006:1", 1),  # an evaluation done, not written
+        ("evaluations/.step-000000006:1", 1),  # an evaluation done, not written
         ("report.html:99", 1),  # not reached: the hook alone changes nothing
         ("line:11", 2),  # two processes, in the second stage
     ],

@@ -36,7 +36,7 @@ def checked_tokenizer(weights: Weights, name: str | None) -> TextTokenizer:
     theirs = weights.tokenizer.get("hf_tokenizer_name")
     if theirs and name in (None, "clip"):
         raise InterchangeError(
-            f"{weights.name} reads the tokens of {theirs}; get the tokenizer.json of that model and name it: "
+            f"{weights.name} uses the tokenizer {theirs}; get the tokenizer.json of that model and name it: "
             f"--tokenizer FILE"
         )
     if not theirs and name not in (None, "clip"):

@@ -287,7 +287,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
         ("open_clip:ViT-B-32=/nowhere.pt", "/nowhere.pt does not exist"),
         ("open_clip:local-dir:/nowhere", "its open_clip_config.json cannot be read"),
-        ("ViT-B-32", "is nothing to import; write open_clip:ARCHITECTURE/TAG"),
+        ("ViT-B-32", "cannot be imported; write open_clip:ARCHITECTURE/TAG"),
     ],
 )
 def test_sources_that_cannot_be_read(source: str, message: str, tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_weights_with_another_tokenizer(open_clip: ModuleType, tmp_path: Path, m
     """CLIPA: texts of BERT's tokens without their end, filled, seen from both sides; the names go back to open_clip."""
     where = folder(open_clip, tmp_path / "clipa", "ViT-L-14-CLIPA")
     source, out = f"open_clip:local-dir:{where}", str(tmp_path / "out")
-    with pytest.raises(InterchangeError, match=r"reads the tokens of bert-base-uncased; get the tokenizer\.json"):
+    with pytest.raises(InterchangeError, match=r"uses the tokenizer bert-base-uncased; get the tokenizer\.json"):
         import_weights(source, out, None, None)
     sep, pad = tokenizer_file(tmp_path / "sep.json", "[SEP]"), tokenizer_file(tmp_path / "pad.json", "[PAD]")
     with pytest.raises(InterchangeError, match="ends a text with id 2, and clipa was trained with 0 there"):
@@ -460,7 +460,7 @@ def test_weights_with_another_tokenizer_are_to_be_imported_first(open_clip: Modu
     tree = json.loads((where / "open_clip_config.json").read_text())
     tree["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "bert-base-uncased"
     (where / "open_clip_config.json").write_text(json.dumps(tree))
-    with pytest.raises(RecipeError, match=r"reads the tokens of bert-base-uncased; import it with its tokenizer\.json"):
+    with pytest.raises(RecipeError, match=r"uses the tokenizer bert-base-uncased; import it with its tokenizer\.json"):
         evaluate_commit(f"open_clip:local-dir:{where}", ["retrieval"], None)
 
 
