@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 
 class ScheduleConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """Shape of the learning rate over a run."""
+    """Shape of the learning rate over a run: warm-up, stable, decay (WSD)."""
 
     kind: Literal["wsd"] = "wsd"
     warmup: int = Field(0, ge=0, description="samples over which the rate rises linearly from zero")
