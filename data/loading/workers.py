@@ -7,7 +7,8 @@ batch keeps only some processes busy.
 The one idea: anonymous memory shared since the fork. Pictures are written into it and used in place, so that only small
 messages go through the pipes; and each process records in it which sample it is processing, so that the sample is named
 when a process dies or hangs. As the memory is anonymous, /dev/shm does not fill up, nothing is left behind, and two
-runs cannot interfere. It uses no locks: a worker that dies cannot block another.
+runs cannot interfere. It uses no locks: a worker that dies cannot block another. Messages are pickled, but only between
+these processes, through anonymous pipes made before the fork: nothing from a file, a store or a user is unpickled.
 
 A batch is split into parts. Each goes to the least busy process; parts return in any order, batches in sequence.
 """

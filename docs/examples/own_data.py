@@ -74,6 +74,7 @@ def samples(pairs: list[tuple[str, str]], count: int, seed: int) -> Iterator[dic
 
 
 def write_shards(folder: Path) -> None:
+    """Write this example's samples as shards into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     seen = [pair for pair in pairs if pair not in HELD_OUT]
@@ -84,6 +85,7 @@ def write_shards(folder: Path) -> None:
 
 
 def main(overrides: list[str]) -> None:
+    """Write the shards, then train on them; `overrides` are recipe values such as `seed=1`."""
     folder = Path("shapes")
     write_shards(folder)
     recipe = folder / "recipe.yaml"

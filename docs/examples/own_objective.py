@@ -62,6 +62,7 @@ def build(config: CentredConfig, seed: int) -> Objective:
 
 
 def main(overrides: list[str]) -> None:
+    """Train with this objective; `overrides` are recipe values such as `seed=1`."""
     shorter = ["data.batch=64", "stages=[{samples: 640}]", "schedule.warmup=128", "eval.every=null"]
     term = "objectives.centred={weight: 0.1, momentum: 0.8}"
     treering.train("emoji", [term, *shorter, *overrides], out="runs/own_objective", processes=1)

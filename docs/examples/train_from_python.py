@@ -14,6 +14,7 @@ SHORTER = ["data.batch=64", "stages=[{samples: 3200}]", "schedule.warmup=640", "
 
 
 def main(overrides: list[str]) -> None:
+    """Train a recipe from Python; `overrides` are recipe values such as `seed=1`."""
     folder = treering.train("emoji", [*SHORTER, *overrides], out="runs/from_python")
     model = treering.load(str(folder), device="cpu")  # the weights of the run's newest commit
 

@@ -81,7 +81,7 @@ def index(
     url: DataUrl,
     beside: Annotated[
         bool,
-        typer.Option("--beside", help="Also write the indexes to .treering beside the shards, for other machines."),
+        typer.Option("--beside", help="Also write the indexes to .treering next to the shards, for other machines."),
     ] = False,
     filter: Annotated[
         str | None, typer.Option("--filter", metavar="EXPR", help="Count the samples it accepts, and cache the result.")

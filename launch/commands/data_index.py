@@ -1,4 +1,4 @@
-"""`treering data index`: indexes all shards of a source in parallel, and can write the indexes beside the shards.
+"""`treering data index`: indexes all shards of a source in parallel, and can write the indexes next to the shards.
 
 Every index is saved as soon as it exists, so after an interruption the same command continues.
 """
@@ -27,7 +27,7 @@ def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -
     """Index all shards of a URL; returns their counts, the faults of damaged shards, and how many samples pass a
     filter.
 
-    With `beside`, indexes and summary are also written beside the shards, so that other nodes need not scan them.
+    With `beside`, indexes and summary are also written next to the shards, so that other nodes need not scan them.
     Raises DataError.
     """
     wanted = _read(filter)
@@ -84,7 +84,7 @@ def as_text(found: dict[str, Any], filter: str | None) -> str:
     if "accepted" in found:
         lines.append(accepts(filter or "", found["accepted"], found["samples"]))
     if "beside" in found:
-        lines.append(f"{found['beside']:,} indexes and their summary are in .treering beside the shards")
+        lines.append(f"{found['beside']:,} indexes and their summary are in .treering next to the shards")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Indexes in a real bucket: found by listing, put beside the shards, and used by a node that never saw them."""
+"""Indexes in a real bucket: found by listing, put next to the shards, and used by a node that never saw them."""
 
 from __future__ import annotations
 
