@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from treering.tests.support.made_up_shards import Members, shard
+
 TINY = [
     "data.batch=4",
     "model.embed_dim=16",
@@ -25,7 +27,6 @@ TINY = [
     "stages=[{samples: 16}]",
     "eval.suites=[]",
 ]
-Members = list[tuple[str, bytes]]
 
 
 def treering(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -39,8 +40,8 @@ def treering(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-def train(source: str, out: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    where = [f"data.train=[{{source: {json.dumps(source)}}}]", "--out", str(out)]
+def train(source: Path | str, out: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    where = [f"data.train=[{{source: {json.dumps(str(source))}}}]", "--out", str(out)]
     return treering("train", "emoji", *TINY, *where, *overrides, **environment)
 
 
@@ -53,16 +54,6 @@ def picture(kind: str = "JPEG", seed: int = 0) -> bytes:
 def good(samples: int = 8) -> Members:
     pairs = [[(f"{i}.jpg", picture(seed=i)), (f"{i}.txt", f"picture {i}".encode())] for i in range(samples)]
     return [member for pair in pairs for member in pair]
-
-
-def shard(path: Path, members: Members) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -95,7 +86,7 @@ def test_a_source_in_which_nothing_fits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", ["inside a picture", "between two members"])
 def test_a_truncated_tar(cut: str, tmp_path: Path) -> None:
-    path = Path(shard(tmp_path / "a.tar", good()))
+    path = shard(tmp_path / "a.tar", good())
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-2]
     path.write_bytes(path.read_bytes()[: last.offset if cut == "between two members" else last.offset_data + 50])
@@ -167,7 +158,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "none", str(place)], check=False).returncode:
         pytest.skip("this machine lets nobody mount a small disk")
-    where = [f"data.train=[{{source: {json.dumps(source)}}}]", "--out", str(tmp_path / "run")]
+    where = [f"data.train=[{{source: {json.dumps(str(source))}}}]", "--out", str(tmp_path / "run")]
     often = ["stages=[{samples: 400}]", "checkpoint.every=4", f"checkpoint.to={place}/commits"]
     command = [sys.executable, "-P", "-m", "treering.launch", "train", "emoji", *TINY, *where, *often]
     run = subprocess.Popen(

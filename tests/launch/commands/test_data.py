@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from treering.tests.support.made_up_shards import Members, shard
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
-Members = list[tuple[str, bytes]]
 HOSTILE = "x\x1b[2J\x07\u202e<b>[red]y"
 
 
@@ -37,16 +38,6 @@ def photo(colour: int) -> bytes:
 def good(*numbers: int) -> Members:
     members = [[(f"{n}.jpg", photo(n)), (f"{n}.txt", f"picture {n}".encode())] for n in numbers]
     return [member for pair in members for member in pair]
-
-
-def shard(path: Path, members: Members) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 @pytest.fixture
