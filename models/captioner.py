@@ -6,11 +6,11 @@ token table, unless the spec asks for one of its own, as open_clip's CoCa has it
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from .output import TowerOutput
 from .spec import ModelSpec
-from .transformer import TokenStream, Transformer
+from .transformer import BlockOutput, TokenStream, Transformer
 
 
 class Captioner(nn.Module):
@@ -24,9 +24,8 @@ class Captioner(nn.Module):
         own = not spec.captioner.tied_embeddings
         self.output = nn.Linear(spec.text.width, spec.text.vocabulary, bias=False) if own else None
 
-    def forward(self, image: TowerOutput, text: TowerOutput) -> Tensor:
+    def forward(self, image: TowerOutput, text: TowerOutput) -> BlockOutput:
         """States [t, d] in the text tower's layout; multiplied with the output table they are next-token logits."""
-        states_td: Tensor = self.transformer(
-            TokenStream(text.tokens, text.layout), TokenStream(image.tokens, image.layout)
-        )
-        return states_td
+        stream, memory = TokenStream(text.tokens, text.layout), TokenStream(image.tokens, image.layout)
+        states: BlockOutput = self.transformer(stream, memory)
+        return states

@@ -94,7 +94,7 @@ class Decoder:
         x_bd = x_bd + block.scaled("attention", _attended(block.attention, normed_bd, own, self.written + 1, seen_bn))
         if block in self._image and not block.after:
             x_bd = x_bd + block.scaled("cross", self._crossed(block, x_bd))
-        out_bd: Tensor = x_bd + block.scaled("mlp", block.mlp(block.mlp_norm(x_bd)))
+        out_bd: Tensor = x_bd + block.scaled("mlp", block.mixed(block.mlp_norm(x_bd)).x_td)
         if block in self._image and block.after:
             out_bd = out_bd + block.scaled("cross", self._crossed(block, out_bd))
             out_bd = out_bd + block.scaled("cross_mlp", block.cross_mlp(block.cross_mlp_norm(out_bd)))

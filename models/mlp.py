@@ -11,6 +11,7 @@ channels of a map's input and output.
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,17 +50,25 @@ def _gelu(kind: str, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
+class Routing(NamedTuple):
+    """Where a mixture of experts sent the tokens of one pass."""
+
+    counts_e: Tensor
+    """int64 [e]: tokens of each expert"""
+    gates_e: Tensor
+    """[e]: the gate of each expert, summed over the tokens"""
+
+    def plus(self, other: Routing) -> Routing:
+        """The routing of two passes through one mixture."""
+        return Routing(self.counts_e + other.counts_e, self.gates_e + other.gates_e)
+
+
 class Experts(nn.Module):
     """A mixture of MLPs: each token goes through the `experts_per_token` experts with the largest gates.
 
     Their outputs are averaged with these gates. Gates are a softmax over all experts, of which the chosen ones are
     rescaled to sum to one (Mixtral, arXiv 2401.04088), so that equal experts together compute what one of them does.
     """
-
-    counts_e: Tensor
-    """of the latest forward pass: tokens of each expert"""
-    gates_e: Tensor
-    """of the latest forward pass: the gate of each expert, summed over the tokens"""
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
@@ -69,33 +78,32 @@ class Experts(nn.Module):
         self.grouped = False
         """whether one kernel computes all experts, in 16 bits"""
 
-    def forward(self, x_td: Tensor) -> Tensor:
-        """[t, d] -> [t, d]."""
+    def forward(self, x_td: Tensor) -> tuple[Tensor, Routing]:
+        """[t, d] -> [t, d], and where the tokens went."""
         scores_te = self.router(x_td).softmax(-1)
         gates_tk, chosen_tk = scores_te.topk(self.experts_per_token, dim=-1)
         gates_tk = gates_tk / gates_tk.sum(-1, keepdim=True)
         chosen = chosen_tk.flatten()
         counts_e = chosen.new_zeros(len(self.experts)).scatter_add(0, chosen, torch.ones_like(chosen))
-        self.gates_e, self.counts_e = scores_te.sum(0), counts_e
         # Rows sorted by expert: one for each token and chosen expert. Sorting back restores [t, k].
         order_r = chosen.argsort(stable=True)
         rows_rd = x_td[order_r // self.experts_per_token]
         if self.grouped and x_td.dtype.itemsize == 2:
-            made_rd = self._together(rows_rd, chosen[order_r])
+            made_rd = self._together(rows_rd, chosen[order_r], counts_e)
         else:
-            made_rd = self._one_by_one(rows_rd)
+            made_rd = self._one_by_one(rows_rd, counts_e)
         made_tkd = made_rd[order_r.argsort()].unflatten(0, (-1, self.experts_per_token))
-        return (made_tkd * gates_tk[..., None]).sum(1)
+        return (made_tkd * gates_tk[..., None]).sum(1), Routing(counts_e, scores_te.sum(0))
 
-    def _one_by_one(self, rows_rd: Tensor) -> Tensor:
+    def _one_by_one(self, rows_rd: Tensor, counts_e: Tensor) -> Tensor:
         """Each expert on its rows; reading how many these are waits for the device."""
-        pieces = rows_rd.split(self.counts_e.tolist())
+        pieces = rows_rd.split(counts_e.tolist())
         # An expert without tokens still runs, on no rows, so that every parameter has a gradient in every step.
         return torch.cat([expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)])
 
-    def _together(self, rows_rd: Tensor, of_r: Tensor) -> Tensor:
+    def _together(self, rows_rd: Tensor, of_r: Tensor, counts_e: Tensor) -> Tensor:
         """All experts by one kernel; `of_r` is the expert of each row."""
-        ends_e = self.counts_e.cumsum(0).int()
+        ends_e = counts_e.cumsum(0).int()
 
         def mapped(name: str, x_ri: Tensor) -> Tensor:
             maps: list[nn.Linear] = [getattr(expert, name) for expert in self.experts]
@@ -124,7 +132,7 @@ def grouped_refusal(spec: TowerSpec, device: torch.device) -> str | None:
     def results(grouped: bool) -> list[Tensor]:
         mixture.grouped = grouped
         leaf_td = x_td.clone().requires_grad_()
-        made_td = mixture(leaf_td)
+        made_td, _ = mixture(leaf_td)
         weights = [parameter for name, parameter in mixture.named_parameters() if name.startswith("experts")]
         return [made_td.detach(), *torch.autograd.grad(made_td, [leaf_td, *weights], gradient_td)]
 

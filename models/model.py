@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .captioner import Captioner
-from .mlp import Experts
+from .mlp import Routing
 from .output import Extras, ModelOutput, TowerOutput
 from .parts import is_table, part_of, parts
 from .shared import Shared
@@ -72,15 +72,15 @@ class Model(nn.Module):
         image = self.embed_images(images, extras.patches_bk, pooled_only)
         shared = self.shared.text if self.shared else None
         text = self.text(tokens_t, lengths_b, pooled_only, shared, extras.longest)
-        caption = None
+        caption, of_captions = None, ()
         if self.captioner is not None:
             masked_b = extras.parallel_b
             read = text if masked_b is None else self.text.masked(text, lengths_b, masked_b, shared)
-            caption = self.captioner(image, read)
+            caption, of_captions = self.captioner(image, read)
         modalities = {name: self.modalities[name](samples) for name, samples in extras.modalities.items()}
-        ran = (self.image, self.text, self.shared, self.captioner, *(self.modalities[name] for name in modalities))
-        mlps = (mlp for part in ran if part is not None for mlp in part.modules() if isinstance(mlp, Experts))
-        routing = tuple((mlp.counts_e, mlp.gates_e) for mlp in mlps)
+        both = tuple(map(Routing.plus, image.shared_routing, text.shared_routing))
+        routing = (*image.routing, *text.routing, *both, *of_captions)
+        routing += tuple(one for tower in modalities.values() for one in tower.routing)
         output = ModelOutput(image, text, self.scale(), self.logit_bias, caption, routing, modalities=modalities)
         if extras.tokens:
             tokens_bpe = self.image.project(image.tokens).unflatten(0, (len(images), -1))

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 from torch import Tensor
 
+from .mlp import Routing
 from .transformer import DenseLayout, TokenLayout
 
 Need = Literal["embeddings", "tokens", "caption", "bias", "routing"]
@@ -48,6 +49,10 @@ class TowerOutput(NamedTuple):
     """which tokens form a sample"""
     scale: Annotated[Tensor | None, Merge("equal")] = None
     """[1]: factor on cosine similarities of another modality; None: the model's own"""
+    routing: tuple[Routing, ...] = ()
+    """of the tower's mixtures of experts, which `ModelOutput.routing` passes on to objectives"""
+    shared_routing: tuple[Routing, ...] = ()
+    """of the mixtures in shared blocks, for the tokens of this tower"""
 
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -79,8 +84,8 @@ class ModelOutput(NamedTuple):
     """[1]: added to scaled similarities by a sigmoid loss, or None if the model has none"""
     caption: Annotated[Tensor | None, Merge("concatenate", "caption")]
     """[t, d]: states of the captioner in the layout of the text, or None without a captioner"""
-    routing: Annotated[tuple[tuple[Tensor, Tensor], ...], Merge("sum", "routing")] = ()
-    """of every mixture of experts: the tokens of each expert [e], and its gates summed over the tokens [e]"""
+    routing: Annotated[tuple[Routing, ...], Merge("sum", "routing")] = ()
+    """of every mixture of experts, over all tokens of pictures, captions and other modalities that went through it"""
     image_tokens: Annotated[Tensor | None, Merge("concatenate", "tokens")] = None
     """[b, p, e] in the joint space, if asked for"""
     text_tokens: Annotated[Tensor | None, Merge("concatenate", "tokens")] = None

@@ -8,10 +8,10 @@ of the modalities; its design is not public, and this is a reconstruction.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .spec import ModelSpec
-from .transformer import TokenStream, Transformer
+from .transformer import BlockOutput, TokenStream, Transformer
 
 
 class Shared(nn.Module):
@@ -26,12 +26,12 @@ class Shared(nn.Module):
         self.transformer = Transformer(spec.shared, spec.shared.depth)
         self.image_gate, self.text_gate = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
 
-    def image(self, stream: TokenStream) -> Tensor:
+    def image(self, stream: TokenStream) -> BlockOutput:
         """Image tokens [t, d] -> [t, d]."""
-        mixed_td = self.transformer(stream._replace(x_td=self.image_in(stream.x_td)))
-        return stream.x_td + self.image_gate * self.image_out(mixed_td)
+        mixed_td, routing = self.transformer(stream._replace(x_td=self.image_in(stream.x_td)))
+        return BlockOutput(stream.x_td + self.image_gate * self.image_out(mixed_td), routing)
 
-    def text(self, stream: TokenStream) -> Tensor:
+    def text(self, stream: TokenStream) -> BlockOutput:
         """Text tokens [t, d] -> [t, d]."""
-        mixed_td = self.transformer(stream._replace(x_td=self.text_in(stream.x_td)))
-        return stream.x_td + self.text_gate * self.text_out(mixed_td)
+        mixed_td, routing = self.transformer(stream._replace(x_td=self.text_in(stream.x_td)))
+        return BlockOutput(stream.x_td + self.text_gate * self.text_out(mixed_td), routing)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from .output import TowerOutput
 from .spec import ImageSpec, ModalitySpec, TextSpec, TowerSpec
-from .transformer import Attention, DenseLayout, PackedLayout, TokenStream, Transformer
+from .transformer import Attention, BlockOutput, DenseLayout, PackedLayout, TokenStream, Transformer
 
 MAX_LOG_SCALE = math.log(100.0)
-SharedBlocks = Callable[[TokenStream], Tensor]
+SharedBlocks = Callable[[TokenStream], BlockOutput]
 """the blocks that both towers share, on the tokens of one: [t, d] -> [t, d]"""
 
 
@@ -89,11 +89,11 @@ class ImageTower(nn.Module):
         layout = DenseLayout(b, x_bpd.shape[1])
         if pooled_only and self.reads_first and self.pool is None:
             rows_b = torch.arange(b, device=x_bpd.device) * layout.length
-            x_bd = self.transformer(TokenStream(x_bpd.flatten(0, 1), layout), rows_b=rows_b)
-            return TowerOutput(self.project(x_bd), x_bd[:0], DenseLayout(b, layout.length - 1))
-        x_td = self.transformer(TokenStream(x_bpd.flatten(0, 1), layout))
-        x_td = shared(TokenStream(x_td, layout)) if shared else x_td
-        return self._pooled(x_td, layout)
+            x_bd, routing = self.transformer(TokenStream(x_bpd.flatten(0, 1), layout), rows_b=rows_b)
+            return TowerOutput(self.project(x_bd), x_bd[:0], DenseLayout(b, layout.length - 1), routing=routing)
+        x_td, routing = self.transformer(TokenStream(x_bpd.flatten(0, 1), layout))
+        x_td, through = shared(TokenStream(x_td, layout)) if shared else BlockOutput(x_td)
+        return self._pooled(x_td, layout)._replace(routing=routing, shared_routing=through)
 
     def _pooled(self, x_td: Tensor, layout: DenseLayout) -> TowerOutput:
         """The embedding, and the tokens without the one it is read from."""
@@ -151,11 +151,11 @@ class TextTower(nn.Module):
         x_td = self.token_embedding(tokens_t) + self.position_embedding[layout.positions_t]
         last_b = lengths_b.cumsum(0) - (lengths_b if self.pool == "first" else 1)
         if pooled_only:
-            x_bd = self.transformer(TokenStream(x_td, layout), rows_b=last_b)
-            return TowerOutput(self.project(x_bd), x_bd[:0], layout)
-        x_td = self.transformer(TokenStream(x_td, layout))
-        x_td = shared(TokenStream(x_td, layout)) if shared else x_td
-        return TowerOutput(self.project(x_td[last_b]), x_td, layout)
+            x_bd, routing = self.transformer(TokenStream(x_td, layout), rows_b=last_b)
+            return TowerOutput(self.project(x_bd), x_bd[:0], layout, routing=routing)
+        x_td, routing = self.transformer(TokenStream(x_td, layout))
+        x_td, through = shared(TokenStream(x_td, layout)) if shared else BlockOutput(x_td)
+        return TowerOutput(self.project(x_td[last_b]), x_td, layout, routing=routing, shared_routing=through)
 
     def _forward_padded(self, tokens_t: Tensor, lengths_b: Tensor, longest: int | None) -> TowerOutput:
         """Texts padded to the context with token 0, which attention treats like any other token."""
@@ -164,10 +164,10 @@ class TextTower(nn.Module):
         cells_t = own.cells_t // own.longest * n + own.positions_t
         ids = tokens_t.new_zeros(b * n).index_copy(0, cells_t, tokens_t)
         x_bnd = self.token_embedding(ids).unflatten(0, (b, n)) + self.position_embedding
-        x_td = self.transformer(TokenStream(x_bnd.flatten(0, 1), DenseLayout(b, n, self.causal)))
+        x_td, routing = self.transformer(TokenStream(x_bnd.flatten(0, 1), DenseLayout(b, n, self.causal)))
         starts_b = torch.arange(b, device=x_td.device) * n
         within_b = {"first": 0, "last": n - 1}.get(self.pool, lengths_b - 1)
-        return TowerOutput(self.project(x_td[starts_b + within_b]), x_td[cells_t], own)
+        return TowerOutput(self.project(x_td[starts_b + within_b]), x_td[cells_t], own, routing=routing)
 
     def _forward_with_class_token(
         self, tokens_t: Tensor, lengths_b: Tensor, pooled_only: bool, longest: int | None
@@ -196,10 +196,10 @@ class TextTower(nn.Module):
         seen_t = seen_t.index_copy(0, last_b - 1, ended_b & ~full_b).index_copy(0, last_b, ended_b & full_b)
         layout = replace(layout, seen_bn=layout.grid(seen_t.view(-1, 1, 1))[:, 0, :, 0])
         if pooled_only:
-            x_bd = self.transformer(TokenStream(x_td, layout), rows_b=last_b)
-            return TowerOutput(self.project(x_bd), x_bd[:0], own)
-        x_td = self.transformer(TokenStream(x_td, layout))
-        return TowerOutput(self.project(x_td[last_b]), x_td[places_t], own)
+            x_bd, routing = self.transformer(TokenStream(x_td, layout), rows_b=last_b)
+            return TowerOutput(self.project(x_bd), x_bd[:0], own, routing=routing)
+        x_td, routing = self.transformer(TokenStream(x_td, layout))
+        return TowerOutput(self.project(x_td[last_b]), x_td[places_t], own, routing=routing)
 
     def project(self, x_nd: Tensor) -> Tensor:
         """Tokens or pooled tokens in the joint space: [n, d] -> [n, e]."""
@@ -211,14 +211,15 @@ class TextTower(nn.Module):
     ) -> TowerOutput:
         """`text` with the streams of some captions, bool [b], replaced by those of masked inputs: positions alone.
 
-        Masked inputs are the same for all captions, so one stream of the longest length serves all of them.
+        Masked inputs are the same for all captions, so one stream of the longest length serves all of them. Its
+        routing is no caption's, and is left out.
         """
         layout = text.layout
         assert isinstance(layout, PackedLayout)
         longest = torch.full((1,), layout.longest, device=lengths_b.device)
         masks = PackedLayout.of(longest, layout.longest, layout.longest)
-        masks_nd = self.transformer(TokenStream(self.position_embedding[: layout.longest], masks))
-        masks_nd = shared(TokenStream(masks_nd, masks)) if shared else masks_nd
+        masks_nd, _ = self.transformer(TokenStream(self.position_embedding[: layout.longest], masks))
+        masks_nd, _ = shared(TokenStream(masks_nd, masks)) if shared else BlockOutput(masks_nd)
         masked_t = torch.repeat_interleave(masked_b, lengths_b, output_size=len(text.tokens))
         return text._replace(tokens=torch.where(masked_t[:, None], masks_nd[layout.positions_t], text.tokens))
 
@@ -244,9 +245,9 @@ class ModalityTower(nn.Module):
         b = len(samples)
         x_bfd = self.frames(samples.view(b, *self.shape)) + self.position_embedding
         layout = DenseLayout(b, x_bfd.shape[1])
-        x_td = self.transformer(TokenStream(x_bfd.flatten(0, 1), layout))
+        x_td, routing = self.transformer(TokenStream(x_bfd.flatten(0, 1), layout))
         scale = self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
-        return TowerOutput(self.projection(x_td.unflatten(0, (b, -1)).mean(1)), x_td, layout, scale)
+        return TowerOutput(self.projection(x_td.unflatten(0, (b, -1)).mean(1)), x_td, layout, scale, routing)
 
 
 class ModalityTowers(nn.Module):

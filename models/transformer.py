@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from . import varlen
-from .mlp import Experts, Mlp
+from .mlp import Experts, Mlp, Routing
 from .spec import TowerSpec
 
 
@@ -171,6 +171,14 @@ class TokenStream(NamedTuple):
     layout: TokenLayout
 
 
+class BlockOutput(NamedTuple):
+    """What one or several blocks return."""
+
+    x_td: Tensor
+    routing: tuple[Routing, ...] = ()
+    """of every mixture of experts that the tokens went through"""
+
+
 class Attention(nn.Module):
     """Multi-head attention of a stream to itself, or to another stream of `memory_width` channels."""
 
@@ -279,7 +287,16 @@ class TransformerBlock(nn.Module):
         gain = getattr(self, f"{part}_scale", None)
         return written_td if gain is None else written_td * gain
 
-    def forward(self, stream: TokenStream, memory: TokenStream | None = None, rows_b: Tensor | None = None) -> Tensor:
+    def mixed(self, x_td: Tensor) -> BlockOutput:
+        """What the MLP or the mixture of MLPs makes of tokens [t, d]."""
+        if isinstance(self.mlp, Experts):
+            made_td, routing = self.mlp(x_td)
+            return BlockOutput(made_td, (routing,))
+        return BlockOutput(self.mlp(x_td))
+
+    def forward(
+        self, stream: TokenStream, memory: TokenStream | None = None, rows_b: Tensor | None = None
+    ) -> BlockOutput:
         """[t, d] -> [t, d]; with `rows_b`, and without memory, only these tokens: [b, d]."""
         x_td, layout = stream
         normed_td = _cast(self.attention_norm(x_td))
@@ -288,12 +305,13 @@ class TransformerBlock(nn.Module):
         x_td = x_td + self.scaled("attention", self.attention(TokenStream(normed_td, layout), rows_b=rows_b))
         if memory is not None and not self.after:
             x_td = x_td + self.scaled("cross", self.cross(TokenStream(self.cross_norm(x_td), layout), memory))
-        x_td = x_td + self.scaled("mlp", self.mlp(_cast(self.mlp_norm(x_td))))
+        made_td, routing = self.mixed(_cast(self.mlp_norm(x_td)))
+        x_td = x_td + self.scaled("mlp", made_td)
         if memory is None or not self.after:
-            return x_td
+            return BlockOutput(x_td, routing)
         memory = memory._replace(x_td=_cast(self.memory_norm(memory.x_td)))
         x_td = x_td + self.scaled("cross", self.cross(TokenStream(self.cross_norm(x_td), layout), memory))
-        return x_td + self.scaled("cross_mlp", self.cross_mlp(self.cross_mlp_norm(x_td)))
+        return BlockOutput(x_td + self.scaled("cross_mlp", self.cross_mlp(self.cross_mlp_norm(x_td))), routing)
 
 
 class Transformer(nn.Module):
@@ -308,29 +326,35 @@ class Transformer(nn.Module):
         self.checkpointed_blocks = 0
         """number of leading blocks that use activation checkpointing"""
 
-    def forward(self, stream: TokenStream, memory: TokenStream | None = None, rows_b: Tensor | None = None) -> Tensor:
+    def forward(
+        self, stream: TokenStream, memory: TokenStream | None = None, rows_b: Tensor | None = None
+    ) -> BlockOutput:
         """[t, d] -> [t, d]; with `rows_b` the last block computes only these tokens, and they are returned, [b, d]."""
         x_td, layout = stream
+        routing: tuple[Routing, ...] = ()
         for number, block in enumerate(self.blocks):
             wanted_b = rows_b if number == len(self.blocks) - 1 else None
             stream = TokenStream(x_td, layout)
             if number < self.checkpointed_blocks and torch.is_grad_enabled():
-                x_td = _checkpointed(block, stream, memory, wanted_b)
+                x_td, own = _checkpointed(block, stream, memory, wanted_b)
             else:
-                x_td = block(stream, memory, wanted_b)
-        return self.norm(x_td)
+                x_td, own = block(stream, memory, wanted_b)
+            routing += own
+        return BlockOutput(self.norm(x_td), routing)
 
 
-def _checkpointed(block: nn.Module, stream: TokenStream, memory: TokenStream | None, rows_b: Tensor | None) -> Tensor:
+def _checkpointed(
+    block: nn.Module, stream: TokenStream, memory: TokenStream | None, rows_b: Tensor | None
+) -> BlockOutput:
     """A block that keeps its inputs alone and is recomputed in the backward pass."""
 
-    def run(x_td: Tensor, memory_td: Tensor | None) -> Tensor:
+    def run(x_td: Tensor, memory_td: Tensor | None) -> BlockOutput:
         other = None if memory is None or memory_td is None else TokenStream(memory_td, memory.layout)
-        result: Tensor = block(TokenStream(x_td, stream.layout), other, rows_b)
+        result: BlockOutput = block(TokenStream(x_td, stream.layout), other, rows_b)
         return result
 
     # Autograd keeps tensors that are arguments themselves, so hooks on saved tensors see them. Blocks draw no random
     # numbers, so the state of the generators need not be restored.
     inputs = stream.x_td, memory and memory.x_td
-    kept: Tensor = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+    kept: BlockOutput = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
     return kept

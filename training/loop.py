@@ -29,7 +29,7 @@ from .engines.device_prefetch import Feed
 from .engines.micro_batches import cut
 from .evaluate.suites import evaluate
 from .growth.grow import grow
-from .growth.plateau import Tally, slopes
+from .growth.plateau import slopes
 from .growth.search import search
 from .health.divergence import Health
 from .health.signals import StopRequest
@@ -44,7 +44,8 @@ from .run_plan import RunPlan
 from .stages import faded, rewarmed
 from .starting.begin import Begun, begin
 from .starting.rollback import roll_back
-from .state import Decision, Event, RolledBack, TrainingError
+from .state import Decision, Event, RolledBack
+from .tally import Tally, fold
 from .uploads import Uploads
 from .world import World
 
@@ -128,7 +129,7 @@ class Run:
         self.commits = Commits(Store(recipe.commits_url(out)))
         self.display = RunLog(recipe, out, world)
         self.uploads = Uploads(self.commits, world, self.display)
-        self.stopping = self._clock_due = False
+        self.stopping = self._clock_due = self._is_best = False
         self.scores: dict[str, float] = {}
         self.chance: dict[str, float] = {}
         self._bad: list[dict[str, Any]] = []
@@ -306,8 +307,7 @@ class Run:
         self.inputs = self._inputs(batch)
         self.result = self.engine.step(self.inputs, self.lr, faded(stages, *place))
         self.profile.step()
-        shares = torch.stack([o.weight * self.result.losses[o.name] for o in self.engine.objectives])
-        self.tally.add(shares.sum(), len(batch.tokens))
+        self.tally.add(self.result, {o.name: o.weight for o in self.engine.objectives}, len(batch.tokens))
         self.state = state.model_copy(update={"step": state.step + 1, "samples": state.samples + size})
         self._bad += [{"step": self.state.step, **asdict(entry)} for entry in batch.bad]
         self.meter.add_captions(batch)
@@ -327,7 +327,7 @@ class Run:
         """Count what the steps since the last call took and gave."""
         reads_tokens = any("tokens" in objective.needs for objective in self.engine.objectives)
         patches = None if self.inputs is None or self.inputs.patches is None else self.inputs.patches.shape[1]
-        self.state = self.tally.fold(self.state, self.plan, patches, reads_tokens)
+        self.state = fold(self.tally.take(), self.state, self.plan, patches, reads_tokens)
 
     def decide(self) -> None:
         """End the stage here if its plateau rule says so; the rule is applied once per window."""
@@ -380,8 +380,7 @@ class Run:
         skipped = self.engine.skipped
         steps, new = self.meter.since(state, skipped)
         loss = sum(o.weight * losses[o.name] for o in self.engine.objectives)
-        health = state.health.after_line(recipe.recovery, state.step, steps, new, loss)
-        self.state = state.model_copy(update={"skipped": skipped, "health": health})
+        self.state = state.model_copy(update={"skipped": skipped})
         if short := self.engine.recomputing.shortage():
             self.display.warn(short)
         if new:
@@ -416,14 +415,14 @@ class Run:
         with self.engine.whole_model() as model:
             found = evaluate(model, recipe.eval, recipe.evaluation_source, self.world, data.cache, data.tokenizer)
         self.scores, self.chance, self._scored = found.scores, found.chance, self.state.step
-        best = recipe.checkpoint.keep_best
-        if best and best not in found.scores:
-            raise TrainingError(f"checkpoint.keep_best = {best!r} is not a score; there are {', '.join(found.scores)}")
+        best = recipe.checkpoint.best_of(found.scores)
+        if best is not None and (self.state.best is None or best > self.state.best):
+            self.state, self._is_best = self.state.model_copy(update={"best": best}), True
         self.display.evaluation(self.state, found, time.monotonic() - begun)
         self.meter.exclude_time(time.monotonic() - begun)
 
     def commit(self) -> None:
-        """Commit if it is due: at the end, before a growth, after a signal, or by the interval."""
+        """Commit if it is due: at the end, before a growth, after a signal, with the best score, or by the interval."""
         state, checkpoint = self.state, self.recipe.checkpoint
         every = checkpoint.every_samples
         stage_done = state.step == self.plan.ends[state.stage]
@@ -433,6 +432,8 @@ class Run:
             reason = "growth"
         elif self.stopping:
             reason = "signal"
+        elif self._is_best:
+            reason = "best"
         elif self._clock_due or (every and state.samples // every > (state.samples - self.recipe.data.batch) // every):
             reason = "interval"
         else:
@@ -440,7 +441,7 @@ class Run:
         self._commit(reason)
 
     def _commit(self, reason: str) -> None:
-        """Take a snapshot and begin to upload it; all but interval commits are waited for."""
+        """Take a snapshot and begin to upload it; it is waited for where training does not just go on."""
         self.watch.at("commit", self.state.step)
         begun = time.monotonic()
         self.uploads.finish()  # at most one is in progress
@@ -456,8 +457,9 @@ class Run:
         )
         scores = self.scores if self._scored == self.state.step else None
         self.uploads.begin(self.engine, self.state, self.recipe, reason, scores)
-        if reason != "interval":
+        if reason not in ("interval", "best"):
             self.uploads.finish()
+        self._is_best = False
         self._commit_time = time.monotonic()
         self.meter.exclude_time(self._commit_time - begun)
 

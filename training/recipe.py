@@ -85,6 +85,17 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
         return self
 
     @model_validator(mode="after")
+    def _the_best_is_scored(self) -> Self:
+        name = self.checkpoint.keep_best
+        suites = [*self.eval.built_in, *(suite.name for suite in self.eval.own)]
+        if name is not None and name.partition("/")[0] not in suites:
+            raise ValueError(
+                f"checkpoint.keep_best = {name} is a score of no suite in eval.suites, which has "
+                f"{', '.join(suites) or 'none'}; name one of theirs, such as retrieval/image_to_text@1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _objectives_have_their_parts(self) -> Self:
         check_needs(self.objectives, self.specs()[-1])
         return self

@@ -22,8 +22,7 @@ class RolledBack(Exception):
     """Raised to restart a run from the last good commit; passed to the restarted run."""
 
     def __init__(self, cursor: int, times: int, reason: str) -> None:
-        """`cursor` is the position at which the data continues; `times` counts rollbacks without a good step
-        between."""
+        """`cursor` is the position at which the data continues; `times` counts the rollbacks of the run."""
         super().__init__(reason)
         self.cursor, self.times, self.reason = cursor, times, reason
 
@@ -77,7 +76,9 @@ class RunState(BaseModel, frozen=True, extra="forbid", strict=True):
     attempt: int = 0
     """how many times the run was started or resumed"""
     health: Health = Health()
-    """health of the run, from the log lines of this stage"""
+    """health of the run, from the steps of this stage"""
+    best: float | None = None
+    """the best value so far of the score that `checkpoint.keep_best` names"""
     lineage: tuple[Event, ...] = Field((), strict=False)
     """every start, resume, rollback and growth since the first step"""
 

@@ -17,7 +17,8 @@ from treering.models.growth.operator import Operator, grown, grown_rate
 from treering.models.growth.plan import plan_growth
 from treering.models.mlp import Experts
 from treering.models.model import Model, build
-from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, SpecError, TextSpec
+from treering.models.output import Extras
+from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, SharedSpec, SpecError, TextSpec
 from treering.training.objectives.balance import Balance
 from treering.training.world import World
 
@@ -32,14 +33,14 @@ def test_a_mixture_is_a_loop_over_tokens() -> None:
     torch.manual_seed(0)
     mixture = Experts(SPEC.image).double()
     x = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
-    made = mixture(x)
+    made, routing = mixture(x)
     for token in range(7):
         gates = mixture.router(x[token]).softmax(0)
         best = gates.argsort(descending=True)[:2].tolist()
         expected = sum(gates[e] * mixture.experts[e](x[token]) for e in best) / gates[best].sum()
         assert torch.allclose(made[token], expected, atol=1e-12)
-    assert mixture.counts_e.sum() == 14
-    assert mixture.gates_e.sum().item() == pytest.approx(7)
+    assert routing.counts_e.sum() == 14
+    assert routing.gates_e.sum().item() == pytest.approx(7)
     made.sum().backward()
     assert all(p.grad is not None for p in mixture.parameters())
 
@@ -49,9 +50,53 @@ def test_an_expert_that_nobody_chose_has_a_gradient_of_zero() -> None:
     with torch.no_grad():
         mixture.router.weight.zero_()
         mixture.router.weight[:2, 0] = 100
-    mixture(torch.ones(5, 8)).sum().backward()
-    assert mixture.counts_e.tolist() == [5, 5, 0, 0]
+    made, routing = mixture(torch.ones(5, 8))
+    made.sum().backward()
+    assert routing.counts_e.tolist() == [5, 5, 0, 0]
     assert mixture.experts[3].up.weight.grad.abs().max() == 0
+
+
+def chosen(model: Model, **extras: Any) -> list[int]:
+    """How many choices each mixture made, for captions of 9, 7, 5 and 3 tokens and four pictures of 4 patches."""
+    lengths = torch.tensor([9, 7, 5, 3])
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    output = model(images, torch.arange(1, 25), lengths, Extras(**extras))
+    return [int(routing.counts_e.sum()) for routing in output.routing]
+
+
+def test_choices_are_those_of_every_token_that_is_somebodys() -> None:
+    """Two experts for each of 16 patches, one for each of 24 tokens, in two text blocks and in one of the captioner:
+    however many passes a mixture makes in a step. The inputs that CapPa masks are no caption's tokens."""
+    captions = build(SPEC.grown({"captioner.depth": 1}), 0)
+    masked = torch.tensor([True, False, True, False])
+    assert chosen(captions) == [32, 24, 24, 24]
+    assert chosen(captions, parallel_b=masked) == [32, 24, 24, 24]
+    both = SharedSpec(width=8, depth=2, heads=2, experts=4)
+    assert chosen(build(SPEC.model_copy(update={"shared": both}), 0)) == [32, 24, 24, 2 * (16 + 24), 2 * (16 + 24)]
+
+
+@pytest.mark.parametrize("checkpointed", [0, 2])
+def test_the_balance_of_shared_experts_pulls_at_both_modalities(checkpointed: int) -> None:
+    """Against the formula over all tokens of a pass over pictures and one over captions; also recomputed."""
+    spec = SPEC.model_copy(update={"shared": SharedSpec(width=8, depth=1, heads=2, experts=4)})
+    model = build(spec, 0).double()
+    for transformer in model.transformers().values():
+        transformer.checkpointed_blocks = checkpointed
+    scores: list[Tensor] = []
+    mixture = model.shared.transformer.blocks[0].mlp  # type: ignore[union-attr]
+    mixture.router.register_forward_hook(lambda module, inputs, output: scores.append(output.softmax(-1)))
+    images = torch.randint(0, 256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    output = model(images, torch.arange(1, 25), torch.tensor([9, 7, 5, 3]), Extras())
+    gates_te = torch.cat(scores)
+    assert gates_te.shape == (16 + 24, 4)
+    choices_e = torch.zeros(4).scatter_add(0, gates_te.topk(2).indices.flatten(), torch.ones(80)).double()
+    truth = 4 * (choices_e / choices_e.sum() * gates_te.mean(0)).sum()
+    shared = output._replace(routing=output.routing[-1:])
+    found = Balance(1.0).partial_loss(shared, None, None, World(0, 1, torch.device("cpu")))  # type: ignore[arg-type]
+    weight = mixture.router.weight
+    slopes = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (found, truth)]
+    torch.testing.assert_close(found, truth)
+    torch.testing.assert_close(*slopes)
 
 
 def test_mixtures_are_counted() -> None:

@@ -140,7 +140,7 @@ class Commits:
             )
             self.seal(name, manifest)
             if policy is not None:
-                self.retain(policy, attempt)
+                self.retain(policy, attempt, snapshot.state.health.healthy_step)
                 self.sweep_uploads(attempt)
 
         own, discard = _own_part(snapshot.tensors, copies), partial(self._discard, name)
@@ -185,14 +185,16 @@ class Commits:
             f"stop it, or give each run its own checkpoint.to"
         )
 
-    def retain(self, policy: CheckpointConfig, attempt: int) -> None:
+    def retain(self, policy: CheckpointConfig, attempt: int, healthy: int = 0) -> None:
         """Remove commits that `policy` does not keep, and unfinished ones of `attempt` and earlier attempts.
+
+        The newest commit up to the step `healthy` is kept: it is what a rollback needs.
 
         No commit of this attempt may be in progress.
         """
         sets = self._sets()
         complete = sorted((name for name, files in sets.items() if _complete(files)), key=_order)
-        kept = self._kept(complete, policy)
+        kept = {*self._kept(complete, policy), *[name for name in complete if _step(name) <= healthy][-1:]}
         for name in sets:
             unfinished = name not in complete and _attempt(name) <= attempt
             if unfinished or (name in complete and name not in kept):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import isfinite, nan
 from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator
@@ -16,12 +18,15 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     every: tuple[int | str, ...] = Field(
         ("2min",), strict=False, description="2min, 30s, 1h, a number of samples such as 10_000, or a list of these"
     )
-    keep: int = Field(3, gt=0, description="newest commits to keep; those before a growth are kept as well")
+    keep: int = Field(
+        3, gt=0, description="newest commits to keep; those before a growth and the last healthy one are kept as well"
+    )
     keep_every: int | None = Field(
         None, gt=0, description="samples; also keep the first commit in every interval of this length"
     )
     keep_best: str | None = Field(
-        None, description="a score such as retrieval/image_to_text@1; also keep the commit with the best value"
+        None,
+        description="a score such as retrieval/image_to_text@1; also commit and keep the model with the best value",
     )
     max_bandwidth: float | None = Field(None, gt=0, description="upload limit of each process in MB/s; default: none")
     staging: str | None = Field(
@@ -45,6 +50,18 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                     f"{item!r} is not a valid interval; write a time such as 30s, 2min or 1h, or samples such as 10_000"
                 )
         return value
+
+    def best_of(self, scores: Mapping[str, float]) -> float | None:
+        """The value of the score that `keep_best` names; None if it names none, if its suite did not run (captioning,
+        before the model has a captioner), or if it is not finite. Raises ValueError if its suite has no such score."""
+        name = self.keep_best
+        if name is None:
+            return None
+        suite = name.partition("/")[0]
+        if name not in scores and (there := [each for each in scores if each.partition("/")[0] == suite]):
+            raise ValueError(f"checkpoint.keep_best = {name!r} is not a score of {suite}; there are {', '.join(there)}")
+        value = scores.get(name, nan)
+        return value if isfinite(value) else None
 
     @property
     def every_samples(self) -> int | None:

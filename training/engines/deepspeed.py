@@ -86,7 +86,8 @@ class DeepSpeedEngine(Engine):
         self._steps, self._skips = self._steps + (not overflowed), self._skips + overflowed
         if self.optimizer_config.ema and not overflowed:
             self._partitions.average(self.optimizer_config.ema)
-        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+        norm = float("nan") if overflowed else self._engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32)
 
     @property
     def applied(self) -> int:

@@ -8,7 +8,7 @@ optimal at r^2 C, and until then the loss falls by
 
     expected = loss (1 - r^(-2 exponent)) / (C (r^2 - 1))   per FLOP.
 
-All figures are sums over ranks in rank order, so the decision is the same at any world size and after any resume.
+The figures are those of `training.tally`, so the decision is the same at any world size and after any resume.
 """
 
 from __future__ import annotations
@@ -18,15 +18,8 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from math import expm1, fsum, log
 
-import torch
-from torch import Tensor
-
 from ...models.flops import training_flops
 from ...models.spec import ModelSpec
-from ..run_plan import RunPlan
-from ..stages import steady_from
-from ..state import RunState
-from ..world import World
 
 
 @dataclass(frozen=True)
@@ -80,50 +73,3 @@ def expected(loss: float, spent: float, ratio: float, exponent: float) -> float:
     """
     growth = log(max(ratio, 1 + 1e-9))
     return -expm1(-2 * exponent * growth) / expm1(2 * growth) * loss / spent
-
-
-class Tally:
-    """Losses and token counts of the steps since the last `take`, which synchronises with the device and all ranks."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._losses: list[Tensor] = []
-        self._tokens: list[int] = []
-
-    def __len__(self) -> int:
-        """Number of steps since the last `take`."""
-        return len(self._losses)
-
-    def add(self, loss: Tensor, tokens: int) -> None:
-        """Record this rank's part of a step's loss and the number of tokens of its captions."""
-        self._losses.append(loss.detach())
-        self._tokens.append(tokens)
-
-    def fold(self, state: RunState, plan: RunPlan, patches: int | None, reads_tokens: bool) -> RunState:
-        """The state with the FLOPs of these steps added, and their losses added to the window of a plateau rule.
-
-        `patches` of each picture were read (None: all); `reads_tokens`: whether an objective reads token features. All
-        ranks call it together.
-        """
-        size, spec, stage = plan.recipe.data.batch, plan.specs[state.stage], plan.stages[state.stage]
-        flops, window, samples = state.flops, list(state.window), state.samples - len(self) * size
-        steady = steady_from(plan.stages, state.stage, size, plan.recipe.schedule.warmup)
-        for loss, tokens in self.take():
-            flops += size * training_flops(spec, tokens / size, patches, reads_tokens)
-            if stage.plateau and samples >= steady:
-                window.append((loss, tokens / size))
-            samples += size
-        return state.model_copy(update={"flops": flops, "window": tuple(window)})
-
-    def take(self) -> list[tuple[float, int]]:
-        """The loss of each step and the tokens of its global batch, the same on all ranks; then start over."""
-        if not self._losses:
-            return []
-        losses_s = torch.stack(self._losses).double()
-        own = torch.stack([losses_s, torch.tensor(self._tokens, dtype=torch.float64, device=losses_s.device)])
-        ranks = self._world.gather(own[None]).tolist()
-        self._losses, self._tokens = [], []
-        losses, tokens = zip(*ranks, strict=True)
-        return [
-            (fsum(a), int(fsum(b))) for a, b in zip(zip(*losses, strict=True), zip(*tokens, strict=True), strict=True)
-        ]

@@ -17,8 +17,6 @@ from itertools import islice
 from math import exp, fsum, inf, isfinite, log
 from typing import Any
 
-import torch
-
 from ...data.loading.loader import Loader
 from ...data.order import stable_hash
 from ...data.samples.sample import Batch
@@ -29,8 +27,8 @@ from ..objectives.base import Inputs
 from ..recipe import Recipe
 from ..stages import GrowthConfig, faded
 from ..state import Decision, RunState
+from ..tally import Tally
 from .grow import enlarged
-from .plateau import Tally
 
 
 @dataclass(frozen=True)
@@ -131,13 +129,12 @@ def run_trial(
     larger, _ = enlarged(engine, build, spec, seed, how, fade)
     tally = Tally(engine.world)
     for inputs in batches:
-        losses = larger.step(inputs, lr).losses
-        tally.add(torch.stack([o.weight * losses[o.name] for o in larger.objectives]).sum(), len(inputs.tokens))
+        tally.add(larger.step(inputs, lr), {o.name: o.weight for o in larger.objectives}, len(inputs.tokens))
     parameters = larger.parameters
     larger.close()
     steps = tally.take()
-    spent = [size * training_flops(spec, tokens / size) for _, tokens in steps]
-    scored = [loss for loss, _ in steps[len(steps) // 2 :]]
+    spent = [size * training_flops(spec, step.tokens / size) for step in steps]
+    scored = [step.loss for step in steps[len(steps) // 2 :]]
     loss = fsum(scored) / len(scored) if all(map(isfinite, scored)) else inf
     return Trial(sizes, parameters, fsum(spent) / (size * len(spent)), loss, fsum(spent))
 

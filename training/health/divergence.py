@@ -1,19 +1,21 @@
 """Divergence: whether gradients are finite and the loss is stable, and when the run must go back.
 
-The engine skips single steps whose gradient is not finite. Log lines decide whether that persists: after some
-consecutive bad steps the run returns to its last good commit and skips the samples since. The history is part of the
+The engine skips single steps whose gradient is not finite. If that persists, or the loss spikes for as long, the run
+returns at its next log line to its last good commit and skips the samples since. Each step is judged by itself, by the
+objectives' own losses at the weights of that step, so a schedule of weights is not a spike. The history is part of the
 run's state, so a resumed run decides as the uninterrupted one does.
 """
 
 from __future__ import annotations
 
-from math import isfinite
+from collections.abc import Mapping
+from math import fsum
 from statistics import median
 
 from pydantic import BaseModel, Field
 
-_LINES, _FEWEST = 20, 10
-"""log lines whose losses are kept, and the number needed before a loss can be called a spike"""
+_STEPS, _FEWEST = 100, 10
+"""healthy steps whose losses are kept, and the number needed before a loss can be called a spike"""
 
 
 class RecoveryConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -28,32 +30,40 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     spike_factor: float | None = Field(
         3.0,
         gt=1,
-        description="a loss above this multiple of the median of the last 20 log lines is a spike; null: none is",
+        description="a loss above this multiple of the median of the last 100 healthy steps is a spike; null: none is",
     )
-    max_rollbacks: int = Field(
-        3, ge=0, description="rollbacks without a good step in between, after which the run gives up"
-    )
+    max_rollbacks: int = Field(10, ge=0, description="rollbacks in the whole run, after which it gives up")
 
 
 class Health(BaseModel, frozen=True, extra="forbid", strict=True):
-    """The health of a run, from the log lines of the current stage."""
+    """The health of a run, from the steps of the current stage."""
 
-    losses: tuple[float, ...] = Field((), strict=False)
-    """losses of the latest healthy log lines"""
+    losses: dict[str, tuple[float, ...]] = Field(default_factory=dict, strict=False)
+    """of each objective, before weighting: those of the latest healthy steps"""
     bad_steps: int = 0
-    """consecutive bad steps up to now"""
+    """consecutive bad steps up to now; once there are too many, the run is ill until it goes back"""
     spiked: bool = False
     """whether a loss spiked since then: the weights may be damaged, which skipped steps cannot do"""
     healthy_step: int = 0
-    """the step of the last healthy log line"""
+    """the last healthy step"""
 
-    def after_line(self, config: RecoveryConfig, step: int, steps: int, skipped: int, loss: float) -> Health:
-        """The health after a log line at `step` over the last `steps` steps, of which `skipped` had no finite
-        gradient."""
-        usual = median(self.losses) if len(self.losses) >= _FEWEST else None
-        factor = config.spike_factor
-        spiked = usual is not None and factor is not None and isfinite(loss) and loss > factor * usual > 0
-        if spiked or skipped == steps:
-            return self.model_copy(update={"bad_steps": self.bad_steps + steps, "spiked": self.spiked or spiked})
-        losses = (*self.losses, loss)[-_LINES:] if isfinite(loss) else self.losses
-        return Health(losses=losses, healthy_step=step)
+    def after_step(
+        self,
+        config: RecoveryConfig,
+        step: int,
+        losses: Mapping[str, float],
+        weights: Mapping[str, float],
+        finite: bool,
+    ) -> Health:
+        """The health after a step with these losses, before weighting, and whether its gradient was finite."""
+        spiked = finite and config.spike_factor is not None and self._spiked(config.spike_factor, losses, weights)
+        if not finite or spiked or self.bad_steps >= config.bad_steps:
+            return self.model_copy(update={"bad_steps": self.bad_steps + 1, "spiked": self.spiked or spiked})
+        kept = {name: (*self.losses.get(name, ()), loss)[-_STEPS:] for name, loss in losses.items()}
+        return Health(losses=kept, healthy_step=step)
+
+    def _spiked(self, factor: float, losses: Mapping[str, float], weights: Mapping[str, float]) -> bool:
+        """Whether the loss is `factor` times what it would be with every objective at its median, or more."""
+        known = [name for name in losses if len(self.losses.get(name, ())) >= _FEWEST]
+        usual = fsum(weights[name] * median(self.losses[name]) for name in known)
+        return fsum(weights[name] * losses[name] for name in known) > factor * usual > 0

@@ -22,8 +22,7 @@ def roll_back(recipe: Recipe, state: RunState, commits: Commits, world: World) -
     spike = f"the loss rose above {recipe.recovery.spike_factor} times its median"
     what = spike if health.spiked else "no finite gradient"
     reason = f"{what} in the last {health.bad_steps} steps up to step {state.step}"
-    last = next((e for e in reversed(state.lineage) if e.event == "rollback"), None)
-    times = last.detail["times"] if last and health.healthy_step <= last.step else 0  # no healthy step since then
+    times = next((event.detail["times"] for event in reversed(state.lineage) if event.event == "rollback"), 0)
     good = world.objects(_last_good(state, commits) if world.is_first else None)[0]
     if good is None or times >= recipe.recovery.max_rollbacks:
         why = f"again after {times} rollbacks" if times else "there is no commit to go back to"

@@ -16,11 +16,13 @@ from treering.models.flops import training_flops
 from treering.tests.support.tiny_runs import SIZES, dies, lines
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store, StoreError
-from treering.training.growth.plateau import Tally, expected, slopes
+from treering.training.engines.base import StepResult
+from treering.training.growth.plateau import expected, slopes
 from treering.training.loop import train
 from treering.training.recipe import Recipe
 from treering.training.stages import StageConfig, steady_from
 from treering.training.state import Decision
+from treering.training.tally import Tally
 from treering.training.world import World
 
 TINY = [
@@ -158,7 +160,9 @@ def test_a_tally_adds_up_ranks(on_ranks: Callable[..., list[Any]]) -> None:
         tally = Tally(group)
         assert tally.take() == []
         for step in range(3):
-            tally.add(torch.tensor(0.1 * step + group.rank), 10 * step + group.rank)
+            losses = {"a": torch.tensor(0.1 * step + group.rank), "b": torch.tensor(1.0)}
+            norm = float("nan") if (step, group.rank) == (1, 0) else 1.0
+            tally.add(StepResult(losses, torch.tensor(norm)), {"b": 0.5 * step, "a": 2.0}, 10 * step + group.rank)
         assert len(tally) == 3
         taken = tally.take()
         assert len(tally) == 0
@@ -166,8 +170,10 @@ def test_a_tally_adds_up_ranks(on_ranks: Callable[..., list[Any]]) -> None:
 
     first, second = on_ranks(2, one_rank)
     assert first == second
-    assert [loss for loss, _ in first] == pytest.approx([1.0, 1.2, 1.4])
-    assert [tokens for _, tokens in first] == [1, 21, 41]
+    assert [step.losses["a"] for step in first] == pytest.approx([1.0, 1.2, 1.4])
+    assert [step.loss for step in first] == pytest.approx([2.0, 2.4 + 1.0, 2.8 + 2.0])
+    assert [step.tokens for step in first] == [1, 21, 41]
+    assert [step.finite for step in first] == [True, False, True]
 
 
 def test_settled_keeps_the_whole_budget() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from treering.launch.errors import RecipeError
 from treering.launch.recipe.load import read_recipe
 from treering.training import loop
 from treering.training.checkpoint.commits import Commits, find_commit
@@ -165,15 +167,120 @@ def test_where_things_lie_after_a_rollback() -> None:
 
 
 def test_what_is_well() -> None:
-    config = RecoveryConfig(bad_steps=10, spike_factor=3.0)
+    config, weights = RecoveryConfig(bad_steps=3, spike_factor=3.0), {"a": 1.0, "b": 2.0}
     health = Health()
-    for step, loss in enumerate([9.0, 1.0] * 5, start=1):  # no leap is seen before ten lines are known
-        health = health.after_line(config, step, 1, 0, loss)
-    assert (health.bad_steps, health.healthy_step, len(health.losses)) == (0, 10, 10)
-    assert health.after_line(config, 11, 1, 0, 15.0).bad_steps == 0  # the median is 5
-    spiked = health.after_line(config, 12, 2, 0, 15.1)
-    assert (spiked.bad_steps, spiked.spiked, spiked.healthy_step, spiked.losses) == (2, True, 10, health.losses)
-    skipped = spiked.after_line(config, 15, 3, 3, float("nan"))
-    assert (skipped.bad_steps, skipped.spiked) == (5, True)
-    assert skipped.after_line(config, 17, 2, 1, float("nan")) == Health(losses=health.losses, healthy_step=17)
-    assert not health.after_line(RecoveryConfig(spike_factor=None), 11, 1, 0, 1e9).bad_steps
+    for step, loss in enumerate([9.0, 1.0] * 5, start=1):  # no spike is seen before ten steps are known
+        health = health.after_step(config, step, {"a": loss, "b": 1.0}, weights, True)
+    assert (health.bad_steps, health.healthy_step, len(health.losses["a"])) == (0, 10, 10)
+    usual = 5.0 + 2 * 1.0  # medians
+    assert health.after_step(config, 11, {"a": 3 * usual - 2, "b": 1.0}, weights, True).bad_steps == 0
+    spiked = health.after_step(config, 11, {"a": 3 * usual - 1.9, "b": 1.0}, weights, True)
+    assert (spiked.bad_steps, spiked.spiked, spiked.healthy_step, spiked.losses) == (1, True, 10, health.losses)
+    skipped = spiked.after_step(config, 12, {"a": float("nan"), "b": 1.0}, weights, False)
+    assert (skipped.bad_steps, skipped.spiked) == (2, True)
+    again = skipped.after_step(config, 13, {"a": 5.0, "b": 1.0}, weights, True)
+    assert (again.bad_steps, again.spiked, again.healthy_step) == (0, False, 13)
+    ill = skipped.after_step(config, 13, {"a": 99.0, "b": 1.0}, weights, True)
+    assert ill.after_step(config, 14, {"a": 5.0, "b": 1.0}, weights, True).bad_steps == 4  # until it goes back
+    assert not health.after_step(RecoveryConfig(spike_factor=None), 11, {"a": 1e9, "b": 1.0}, weights, True).bad_steps
+
+
+def test_an_objective_that_is_weighed_more_is_no_spike() -> None:
+    """A hundred times the weighted sum, since the weight of the larger loss rose from nothing."""
+    config, health, losses = RecoveryConfig(), Health(), {"a": 1.0, "b": 100.0}
+    for step in range(1, 60):
+        health = health.after_step(config, step, losses, {"a": 1.0, "b": 0.0 if step < 50 else 1.0}, True)
+    assert (health.bad_steps, health.healthy_step) == (0, 59)
+
+
+def test_a_schedule_of_weights_is_no_spike(tmp_path: Path) -> None:
+    terms = "objectives={contrastive: {weight: 1.0}, caption: {weight: 9.0, schedule: [[0.5, 0.0], [0.55, 1.0]]}}"
+    run(tmp_path, "stages=[{samples: 160}]", terms, "recovery.bad_steps=3")
+    seen = [row["loss"] for row in rows(tmp_path, "step")]
+    assert seen[-1] > 10 * seen[15]
+    assert not rollbacks(tmp_path)
+
+
+def test_one_bad_step_is_one_bad_step(tmp_path: Path) -> None:
+    """However many steps lie between two log lines: a spike at a line's own step, and one between two lines."""
+    with pytest.MonkeyPatch.context() as patch:
+        Trouble(patch, leap=(29, 33))
+        run(tmp_path, "stages=[{samples: 160}]", "log.every=10")
+    assert not rollbacks(tmp_path)
+
+
+def test_bad_steps_between_two_log_lines_are_seen(tmp_path: Path) -> None:
+    """Ten spikes up to step 31: all is well again at the line of step 36, and the weights are spoilt."""
+    with pytest.MonkeyPatch.context() as patch:
+        Trouble(patch, leap=range(21, 31))
+        run(tmp_path, "stages=[{samples: 160}]", "log.every=18")
+    assert rollbacks(tmp_path) == [(20, 16, 1)]
+
+
+def test_a_resumed_run_judges_as_the_whole_one(tmp_path: Path) -> None:
+    """Five steps without a finite gradient behind the commit of step 15, where the run dies; a line every ten steps."""
+    more = ("stages=[{samples: 160}]", "log.every=10", "recovery.bad_steps=6")
+    for name, dies_at in (("whole", None), ("dies", 16)):
+        with pytest.MonkeyPatch.context() as patch:
+            Trouble(patch, nan=range(15, 20), dies_at=dies_at)
+            with contextlib.suppress(KeyboardInterrupt):
+                run(tmp_path / name, *more)
+    with pytest.MonkeyPatch.context() as patch:
+        Trouble(patch, nan=range(15, 20))
+        run(tmp_path / "dies", *more)
+    assert losses(tmp_path / "dies") == losses(tmp_path / "whole")
+    assert rollbacks(tmp_path / "dies") == rollbacks(tmp_path / "whole") == []
+    whole, dies = (find_commit(str(tmp_path / name)).manifest.state.health for name in ("whole", "dies"))
+    assert whole == dies
+
+
+def test_the_last_healthy_commit_is_kept(tmp_path: Path) -> None:
+    """Commits every second step, of which one is to be kept: that of step 20, before the first spike, is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        Trouble(patch, leap=range(21, 31))
+        run(tmp_path, "stages=[{samples: 160}]", "checkpoint={every: 8, keep: 1}")
+    assert rollbacks(tmp_path) == [(20, 11, 1)]
+
+
+def test_rollbacks_are_bounded_over_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three bad steps in every eight, all of them followed by good ones."""
+    trouble = Trouble(monkeypatch, nan=[cursor for cursor in range(12, 400) if cursor % 8 < 3])
+    with pytest.raises(TrainingError, match="again after 3 rollbacks"):
+        run(tmp_path, "recovery={bad_steps: 3, max_rollbacks: 3}")
+    assert len(trouble.cursors) < 60
+    assert [times for _, _, times in rollbacks(tmp_path)] == [1, 2, 3]
+
+
+def test_the_best_model_is_committed(tmp_path: Path) -> None:
+    """By the clock alone no commit would fall on the step of an evaluation."""
+    score = "retrieval/image_to_text@1"
+    more = ("stages=[{samples: 240}]", "eval={suites: [retrieval], every: 40, examples: 0}", "optimizer.lr=1e-3")
+    run(tmp_path, *more, f"checkpoint={{every: 1h, keep: 1, keep_best: {score}}}")
+    seen = {row["step"]: row["scores"][score] for row in rows(tmp_path, "eval")}
+    best = max(seen.values())
+    commits = Commits(Store(str(tmp_path / "commits")))
+    held = {int(name[5:17]): commits.open(name).manifest.scores.get(score) for name in commits.names()}
+    assert best in held.values()
+    assert held == {step: seen[step] for step in held}
+    assert len(seen) == 6
+    reasons = [row["reason"] for row in rows(tmp_path, "commit")]
+    highest, rises = -1.0, 0
+    for step in sorted(seen)[:-1]:
+        rises += seen[step] > highest
+        highest = max(highest, seen[step])
+    assert reasons == ["best"] * rises + ["end"]
+    assert find_commit(str(tmp_path)).manifest.state.best == best
+
+
+def test_a_best_score_that_only_a_later_stage_has(tmp_path: Path) -> None:
+    more = (
+        "stages=[{samples: 20}, {samples: 20, grow: {captioner.depth: 1}}]",
+        "model.captioner=null",
+        "eval={suites: [retrieval, captioning], every: 20, examples: 0}",
+    )
+    run(tmp_path, *more, "checkpoint={every: 1h, keep_best: captioning/bleu}")
+    assert find_commit(str(tmp_path)).manifest.state.best is not None
+    with pytest.raises(ValueError, match=r"'captioning/blue' is not a score of captioning; there are captioning/"):
+        run(tmp_path / "blue", *more, "checkpoint.keep_best=captioning/blue")
+    with pytest.raises(RecipeError, match=r"a score of no suite in eval.suites, which has retrieval, captioning"):
+        run(tmp_path / "other", *more, "checkpoint.keep_best=zero_shot/role")
