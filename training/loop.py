@@ -248,7 +248,7 @@ class Run:
     def _search(self, stage: int) -> None:
         """Choose what a stage grows into, by short trials from here."""
         begun = time.monotonic()
-        choice = search(self.engine, self._build, self.recipe, self.state, stage, self._inputs)
+        choice = search(self.engine, self._build, self.recipe, self.state, stage, self._feed)
         spent, seconds = self.state.flops + choice.spent, time.monotonic() - begun
         self._decide(Decision(stage=stage, grow=choice.sizes), "search", choice.json(), flops=spent)
         self.display.event("search", self.state, **choice.json(), seconds=seconds)

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ...models.model import Model, build
 from ...models.output import ModelOutput
 from ...models.spec import ModelSpec
-from ..objectives.base import Inputs, extras_of, gradient_norms, load_states, states
+from ..objectives.base import Inputs, extras_of, load_states, states
+from . import micro_batches
 from .base import Forward, assembled
 from .kernels import prepare_kernels
 from .optimizer import Optimizer
@@ -44,12 +45,15 @@ class DdpEngine(TorchEngine):
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
     def gradient_norms(self, inputs: Inputs) -> dict[str, float]:
-        kept = states(self.objectives)
-        partial_losses = Forward(self.model, self.objectives, self.world, self.config.precision, self.recomputing)(
-            inputs
-        )
+        kept, parameters = states(self.objectives), list(self.model.parameters())
+        whole = Forward(self.model, self.objectives, self.world, self.config.precision, self.recomputing)
+
+        def forward(piece: Inputs) -> micro_batches.PieceOutput:
+            return whole(piece, losses=False), self.model.output_table
+
+        found = micro_batches.gradient_norms(forward, self.objectives, inputs, self.pieces, self.world, parameters)
         load_states(self.objectives, kept)  # looking at a batch must not count as training on it
-        return gradient_norms(self.objectives, partial_losses, list(self.model.parameters()), self.world)
+        return found
 
     @torch.no_grad()
     def output(self, inputs: Inputs) -> ModelOutput:

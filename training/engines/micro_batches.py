@@ -42,34 +42,93 @@ def backward(
     ranks, so the world's size makes them the sum. `hold` is entered for the backward pass of all pieces but the last,
     so that an engine does not exchange gradients before they are complete (DDP's `no_sync`).
     """
-    needs = {need for objective in objectives for need in objective.needs}
-
-    def run(piece: Inputs) -> tuple[ModelOutput, dict[str, Leaf]]:
-        output, table = forward(piece)
-        return output, leaves(output, needs) | {"table": Leaf(table, _TABLE)}
-
-    pieces = cut(inputs, parts)
-    kept, generators = [], []
-    with torch.no_grad():
-        for piece in pieces:
-            generators.append(_generators(world.device))
-            output, found = run(piece)
-            kept.append(found)
-    # The whole batch's outputs become leaves of a graph of their own, whose backward pass ends in their gradients.
-    whole = {name: _merged([one[name] for one in kept]) for name in kept[0]}
-    output = with_leaves(output, whole)
-    partial_losses = {o.name: o.partial_loss(output, inputs, whole["table"], world) for o in objectives}
-    loss = torch.stack([o.weight * partial_losses[o.name] for o in objectives]).sum()
+    batch = _Batch(forward, objectives, inputs, parts, world)
+    loss = torch.stack([o.weight * batch.partial_losses[o.name] for o in objectives]).sum()
     (loss * world.size).backward()
-    gradients = [_of_pieces(leaf.grad, [one[name] for one in kept]) for name, leaf in whole.items()]
-    for number, (piece, states) in enumerate(zip(pieces, generators, strict=True)):
-        _set_generators(world.device, states)
-        with contextlib.nullcontext() if number == len(pieces) - 1 else hold():
-            _, found = run(piece)
-            ends = [(leaf.tensor, of[number]) for leaf, of in zip(found.values(), gradients, strict=True)]
-            ends = [(tensor, gradient) for tensor, gradient in ends if gradient is not None and tensor.requires_grad]
-            torch.autograd.backward([tensor for tensor, _ in ends], [gradient for _, gradient in ends])
-    return {name: loss.detach() for name, loss in partial_losses.items()}
+    gradients = batch.of_pieces([leaf.grad for leaf in batch.whole.values()])
+    for number, gradient in enumerate(gradients):
+        with contextlib.nullcontext() if number == len(gradients) - 1 else hold():
+            torch.autograd.backward(*_ends(batch.again(number), gradient))
+    return {name: loss.detach() for name, loss in batch.partial_losses.items()}
+
+
+def gradient_norms(
+    forward: Callable[[Inputs], PieceOutput],
+    objectives: Sequence[Objective],
+    inputs: Inputs,
+    parts: int,
+    world: World,
+    parameters: Sequence[Tensor],
+) -> dict[str, float]:
+    """The norm of each objective's gradient over the global batch, before weighting; one backward pass each.
+
+    Arguments as for `backward`; `forward` must be that of the unwrapped model (not of an engine's wrapper). All ranks
+    call it together. No gradient is added to that of the parameters.
+    """
+    batch = _Batch(forward, objectives, inputs, parts, world)
+    leaves = list(batch.whole.values())
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
+    wanted, totals = {}, {o.name: [torch.zeros_like(p) for p in parameters] for o in objectives}
+    for name, loss in batch.partial_losses.items():
+        slopes = iter(torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True))
+        wanted[name] = batch.of_pieces([next(slopes) if leaf.requires_grad else None for leaf in leaves])
+    for number in range(len(batch.pieces)):
+        found = batch.again(number)
+        for name, gradients in wanted.items():
+            tensors, ends = _ends(found, gradients[number])
+            if tensors:
+                through = torch.autograd.grad(tensors, parameters, ends, retain_graph=True, allow_unused=True)
+                for total, slope in zip(totals[name], through, strict=True):
+                    total += 0 if slope is None else slope
+    squares = {name: [world.sum(one).double().square().sum() for one in total] for name, total in totals.items()}
+    return {name: torch.stack(each).sum().sqrt().item() for name, each in squares.items()}
+
+
+class _Batch:
+    """The first pass over a batch: its outputs as leaves of a graph of their own, and the objectives on them."""
+
+    def __init__(
+        self,
+        forward: Callable[[Inputs], PieceOutput],
+        objectives: Sequence[Objective],
+        inputs: Inputs,
+        parts: int,
+        world: World,
+    ) -> None:
+        self._forward, self._device = forward, world.device
+        self._needs = {need for objective in objectives for need in objective.needs}
+        self.pieces = cut(inputs, parts)
+        self._kept, self._generators = [], []
+        with torch.no_grad():
+            for piece in self.pieces:
+                self._generators.append(_generators(self._device))
+                output, found = self._run(piece)
+                self._kept.append(found)
+        self.whole = {name: _merged([one[name] for one in self._kept]) for name in self._kept[0]}
+        """the outputs of the whole batch, by name"""
+        output = with_leaves(output, self.whole)
+        self.partial_losses = {o.name: o.partial_loss(output, inputs, self.whole["table"], world) for o in objectives}
+
+    def _run(self, piece: Inputs) -> tuple[ModelOutput, dict[str, Leaf]]:
+        output, table = self._forward(piece)
+        return output, leaves(output, self._needs) | {"table": Leaf(table, _TABLE)}
+
+    def of_pieces(self, gradients: Sequence[Tensor | None]) -> list[list[Tensor | None]]:
+        """The gradients of all outputs of the whole batch as those of each piece."""
+        names = zip(gradients, self.whole, strict=True)
+        split = [_of_pieces(gradient, [one[name] for one in self._kept]) for gradient, name in names]
+        return [[one[number] for one in split] for number in range(len(self.pieces))]
+
+    def again(self, number: int) -> list[Tensor]:
+        """The outputs of a piece once more, with a graph."""
+        _set_generators(self._device, self._generators[number])
+        return [leaf.tensor for leaf in self._run(self.pieces[number])[1].values()]
+
+
+def _ends(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs through which a gradient flows back, and the gradients."""
+    pairs = [(t, g) for t, g in zip(tensors, gradients, strict=True) if g is not None and t.requires_grad]
+    return [tensor for tensor, _ in pairs], [gradient for _, gradient in pairs]
 
 
 def cut(inputs: Inputs, parts: int) -> list[Inputs]:

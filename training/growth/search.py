@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from math import exp, fsum, inf, isfinite, log
 from typing import Any
 
@@ -82,9 +82,12 @@ def search(
     recipe: Recipe,
     state: RunState,
     stage: int,
-    to_device: Callable[[Batch], Inputs],
+    feed: Callable[[Batch, int, float, int], Inputs],
 ) -> Choice:
-    """Try all candidates of `stage`, grown from `engine` at its position in the run. All ranks call it together."""
+    """Try all candidates of `stage`, grown from `engine` at its position in the run. All ranks call it together.
+
+    `feed` makes inputs of a batch, the samples before it, and what a candidate sees of its patches in that stage.
+    """
     plan, world = recipe.settled(state.decisions), engine.world
     how, size = plan.stages[stage], plan.data.batch
     assert how.search
@@ -99,7 +102,8 @@ def search(
         resolution, context = spec.image.resolution, how.longest(spec)
         loader = Loader(plan.data, resolution, context, seed, world.rank, world.size, newest)
         with closing(loader.batches(0)) as batches:
-            inputs = map(to_device, islice(batches, steps))
+            numbered = zip(count(state.samples, size), islice(batches, steps))
+            inputs = (feed(batch, samples, how.patch_keep, spec.image.grid**2) for samples, batch in numbered)
             trials.append(run_trial(engine, build, (sizes, spec), inputs, size, lr, plan.seed, how, fade))
     return choose(trials)
 
@@ -128,12 +132,14 @@ def run_trial(
     sizes, spec = candidate
     larger, _ = enlarged(engine, build, spec, seed, how, fade)
     tally = Tally(engine.world)
+    patches = None
     for inputs in batches:
+        patches = None if inputs.patches is None else inputs.patches.shape[1]
         tally.add(larger.step(inputs, lr), {o.name: o.weight for o in larger.objectives}, len(inputs.tokens))
     parameters = larger.parameters
     larger.close()
     steps = tally.take()
-    spent = [size * training_flops(spec, step.tokens / size) for step in steps]
+    spent = [size * training_flops(spec, step.tokens / size, patches) for step in steps]
     scored = [step.loss for step in steps[len(steps) // 2 :]]
     loss = fsum(scored) / len(scored) if all(map(isfinite, scored)) else inf
     return Trial(sizes, parameters, fsum(spent) / (size * len(spent)), loss, fsum(spent))

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ...models.output import Extras, ModelOutput, Need
@@ -128,27 +127,3 @@ def load_states(objectives: Iterable[Objective], states: dict[str, dict[str, Any
     for objective in objectives:
         if objective.name in states:
             objective.load(states[objective.name])
-
-
-def gradient_norms(
-    objectives: Sequence[Objective],
-    partial_losses: dict[str, Tensor],
-    parameters: Sequence[Tensor],
-    world: World,
-) -> dict[str, float]:
-    """The norm of each objective's gradient over the global batch, before weighting; one backward pass each.
-
-    `partial_losses` must come from a forward pass of the unwrapped model (not of an engine's wrapper); its graph is
-    kept. All ranks call it together.
-    """
-    norms = {}
-    for objective in objectives:
-        gradients = torch.autograd.grad(
-            partial_losses[objective.name], parameters, retain_graph=True, allow_unused=True
-        )
-        squares = [
-            world.sum(torch.zeros_like(p) if g is None else g).double().square().sum()
-            for p, g in zip(parameters, gradients, strict=True)
-        ]
-        norms[objective.name] = torch.stack(squares).sum().sqrt().item()
-    return norms

@@ -208,7 +208,7 @@ def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert row["gradient_norms"].keys() == {"contrastive", "caption"}
         assert all(norm > 0 for norm in row["gradient_norms"].values())
         assert row["loss"] == pytest.approx(row["losses"]["contrastive"] + weight * row["losses"]["caption"], rel=1e-5)
-    assert seen[:40] == [(2, 2)] * 20 + [None] * 20  # ten steps of two pieces, twice each
+    assert seen[:80] == [(2, 2)] * 40 + [None] * 40  # ten steps of two pieces, twice each, and as often for the norms
     with gzip.open(tmp_path / "trace-rank-0.json.gz") as file:
         trace = json.loads(file.read())
     assert any(event.get("name") == "aten::addmm" for event in trace["traceEvents"])

@@ -79,6 +79,30 @@ def test_a_trial_that_broke_is_not_chosen_and_two_costs_are_no_fit() -> None:
     assert (found.exponent, found.chosen) == (0.0, 1)
 
 
+def test_a_candidate_sees_what_its_stage_will_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a stage with half of the patches: another grid, in a stage that sees all of it or not."""
+    seen: set[tuple[int, int | None, int]] = set()
+    real = search.run_trial
+
+    def run_trial(engine: Any, build: Any, candidate: Any, batches: Any, *rest: Any) -> Trial:
+        def watched() -> Any:
+            for inputs in batches:
+                patches = inputs.patches
+                last = -1 if patches is None else int(patches.max())
+                seen.add((candidate[1].image.grid ** 2, None if patches is None else patches.shape[1], last))
+                yield inputs
+
+        return real(engine, build, candidate, watched(), *rest)
+
+    monkeypatch.setattr(search, "run_trial", run_trial)
+    space = "search: {space: {image.resolution: [48]}, max_flops: 9, samples: 60}"
+    for name, keep in (("all", 1.0), ("some", 0.75)):
+        stages = f"stages=[{{samples: 36, patch_keep: 0.5}}, {{samples: 36, {space}, patch_keep: {keep}}}]"
+        train(recipe(stages, "data.train=[{source: samples://emoji}]"), tmp_path / name)
+    # Of 4 and of 16 patches: all, then three quarters, drawn from the whole grid.
+    assert seen == {(4, None, -1), (16, None, -1), (4, 3, 3), (16, 12, 15)}
+
+
 def test_the_growth_space_is_every_combination_under_the_bound() -> None:
     given = recipe()
     found = given.stages[1].candidates(given.model)

@@ -26,7 +26,6 @@ from treering.training.objectives.base import (
     Inputs,
     Objective,
     extras_of,
-    gradient_norms,
     load_states,
     scheduled,
     states,
@@ -218,13 +217,21 @@ def test_it_reads_no_more_than_it_needs(name: str, fields: dict[str, Any]) -> No
     assert torch.equal(whole, parts)
 
 
-def test_gradient_norms() -> None:
-    """Of each objective alone, against a backward pass by hand."""
+@pytest.mark.parametrize("parts", [1, 3])
+def test_gradient_norms(parts: int) -> None:
+    """Of each objective alone, against a backward pass by hand; no piece with a graph is larger than it should be."""
     objectives = [made("contrastive", {}), made("caption", {"weight": 3.0})]
     net, inputs = model(), batch()
-    output, table = run(objectives, net, inputs)
-    partial_losses = {o.name: o.partial_loss(output, inputs, table, ALONE) for o in objectives}
-    norms = gradient_norms(objectives, partial_losses, list(net.parameters()), ALONE)
+    graphs: list[int] = []
+
+    def forward(piece: Inputs) -> tuple[ModelOutput, Tensor]:
+        graphs.append(len(piece.lengths) if torch.is_grad_enabled() else 0)
+        return run(objectives, net, piece)
+
+    norms = micro_batches.gradient_norms(forward, objectives, inputs, parts, ALONE, list(net.parameters()))
+    assert sum(graphs) == len(inputs.lengths)
+    assert max(graphs) == -(-len(inputs.lengths) // parts)
+    assert all(p.grad is None for p in net.parameters())
     for objective in objectives:
         alone = model()
         partial_loss(objective, alone, inputs).backward()
