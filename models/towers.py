@@ -212,7 +212,7 @@ class TextTower(nn.Module):
         """`text` with the streams of some captions, bool [b], replaced by those of masked inputs: positions alone.
 
         Masked inputs are the same for all captions, so one stream of the longest length serves all of them. Its
-        routing is no caption's, and is left out.
+        routing is left out, as it has no tokens of captions.
         """
         layout = text.layout
         assert isinstance(layout, PackedLayout)

@@ -146,7 +146,7 @@ class Run:
         begun = time.monotonic()
         # The claim comes first: an attempt before this one that still runs commits no more once this one has looked.
         who = f"{device_name(world.device)} x {world.size}"
-        attempt = world.objects(self.commits.claim_attempt(who) if world.is_first else 0)[0]
+        attempt = world.first(self.commits.claim_attempt(who) if world.is_first else 0)
         found = begin(recipe, self.commits, world, self._build, self.display.warn)
         self.engine, self.state = found.engine, found.state
         self.plan = RunPlan.of(recipe, self.state.decisions)
@@ -208,7 +208,7 @@ class Run:
         sees, mixtures = self.plan.sees(self.state.stage), self.plan.mixtures(self.state)
         loader = Loader(recipe.data, *sees, recipe.seed, world.rank, world.size, mixtures)
         self.plan.specs[-1].check_samples(loader.columns)
-        loader.check_bad(_entries(world.objects(self.display.known_bad())[0]))
+        loader.check_bad(_entries(world.first(self.display.known_bad())))
         return loader
 
     def _remember(self, event: str, detail: dict[str, Any], **changes: Any) -> None:
@@ -472,7 +472,7 @@ class Run:
     def finish(self) -> Summary:
         """Finish a run that has used its whole budget. Started again, it only writes the report."""
         if self.recipe.eval.suites and not self.scores:
-            self.scores, self.chance = self.world.objects(self.display.scores(self.state))[0]
+            self.scores, self.chance = self.world.first(self.display.scores(self.state))
         if self.recipe.eval.suites and not self.scores:  # a new run folder for an existing commit
             self._evaluate()
         self.display.event("end", self.state, seconds=self._seconds())

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 _LET_GLOO_FINISH = 0.2
 """seconds"""
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
@@ -161,14 +162,38 @@ class World:
         """A small JSON-like object from every rank, on every rank, in rank order."""
         if self.size == 1:
             return [own]
-        # As JSON: torch's own object collectives use pickle.
-        data = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
+        data, lengths = self._packed(own)
+        padded = [torch.empty(len(data), dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(padded, data, self.group)
+        return [_unpacked(each, length) for each, length in zip(padded, lengths, strict=True)]
+
+    def objects_to_first(self, own: Any) -> list[Any]:
+        """A JSON-like object from every rank, in rank order, on the first rank alone; the others get an empty list."""
+        if self.size == 1:
+            return [own]
+        data, lengths = self._packed(own)
+        padded = [torch.empty_like(data) for _ in range(self.size if self.is_first else 0)]
+        dist.gather(data, padded or None, group=self.group, group_dst=0)
+        return [_unpacked(each, length) for each, length in zip(padded, lengths, strict=False)]
+
+    def first(self, own: T) -> T:
+        """The first rank's JSON-like object on every rank; what the others give is not sent."""
+        if self.size == 1:
+            return own
+        data = _bytes(own) if self.is_first else torch.empty(0, dtype=torch.uint8)
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, group=self.group, group_src=0)
+        data = data if self.is_first else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(data, group=self.group, group_src=0)
+        return own if self.is_first else cast(T, _unpacked(data, len(data)))
+
+    def _packed(self, own: Any) -> tuple[Tensor, list[int]]:
+        """An object as bytes, padded to the longest of all ranks, and how many bytes each rank's are."""
+        data = _bytes(own)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(data)]), self.group)
-        longest = max(int(length) for length in lengths)
-        padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(padded, torch.cat([data, data.new_zeros(longest - len(data))]), self.group)
-        return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(padded, lengths, strict=True)]
+        numbers = [int(length) for length in lengths]
+        return torch.cat([data, data.new_zeros(max(numbers) - len(data))]), numbers
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -178,6 +203,15 @@ class World:
     def hosts(self) -> list[str]:
         """Names of the machines, in rank order without repeats."""
         return list(dict.fromkeys(self.objects(socket.gethostname())))
+
+
+def _bytes(value: Any) -> Tensor:
+    """As JSON: torch's own object collectives use pickle."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _unpacked(data: Tensor, length: int) -> Any:
+    return json.loads(data[:length].numpy().tobytes())
 
 
 class _Gather(torch.autograd.Function):

@@ -2,8 +2,8 @@
 
 The snapshot is a copy of this rank's part of the state in host memory, already in the form of the files to upload.
 Threads upload a few files at a time and free each one after it is written. Processes communicate only on their main
-threads, at step edges: once to report what they have written, so that the first rank's thread can complete the commit,
-and once to agree on the outcome.
+threads, at step edges: once to report to the first rank what they have written, so that its thread can complete the
+commit, and once to agree on the outcome.
 """
 
 from __future__ import annotations
@@ -182,13 +182,15 @@ class CommitUpload:
             self._agree()
             self.done = True
             return
-        reports = world.objects([part.model_dump() for part in self._parts])
-        self._agree()
-        parts = [CommitPart.model_validate(part, strict=False) for report in reports for part in report]
-        self.bytes = sum(part.bytes for part in parts)
+        reports = world.objects_to_first([part.model_dump() for part in self._parts])
+        self.bytes = sum(self._agree())
         self._sealing = True
+
+        def seal() -> None:
+            self._complete([CommitPart.model_validate(part, strict=False) for report in reports for part in report])
+
         if world.is_first:
-            self._start(lambda: self._complete(parts))
+            self._start(seal)
 
     def finish(self) -> None:
         """Wait until the commit is complete. Raises as `advance` does."""
@@ -200,12 +202,14 @@ class CommitUpload:
         self._given_up = True
         self._thread.join()
 
-    def _agree(self) -> None:
-        """Raise on every rank what failed on one; an error that is not a StoreError is re-raised unchanged where it
-        happened."""
+    def _agree(self) -> list[int]:
+        """The bytes that each rank has written. Raises on every rank what failed on one; an error that is not a
+        StoreError is re-raised unchanged where it happened."""
         error = self._error
         said = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
-        failures = [failure for failure in self._world.objects(said if error else None) if failure]
+        written = sum(part.bytes for part in self._parts)
+        answers = self._world.objects(said if error else written)
+        failures = [answer for answer in answers if isinstance(answer, str)]
         if error is not None and not isinstance(error, StoreError):
             raise error
         if failures:
@@ -213,6 +217,7 @@ class CommitUpload:
                 with contextlib.suppress(StoreError):  # the next attempt removes what is left
                     self._discard()
             raise StoreError(failures[0])
+        return answers
 
 
 def _chunks(tensors: Mapping[str, Tensor]) -> dict[tuple[str, int], list[str]]:

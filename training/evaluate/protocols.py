@@ -247,7 +247,7 @@ def _add_probe(
         else:
             near = (protocol.neighbours, protocol.temperature)
             predicted = probes.nearest_neighbours(train.images, label_n, test.images, *near).tolist()
-    predicted = bench.world.objects(predicted)[0]
+    predicted = bench.world.first(predicted)
     right_n = torch.tensor(predicted) == torch.tensor([number[label] for label in test_labels])
     found.add(f"{suite.name}/accuracy@1", right_n, test.keys, 1 / len(names))
 

@@ -51,15 +51,17 @@ class JsonLines:
                 continue
         return rows
 
-    def cut(self, keep: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
-        """Take the file over for this attempt, with only the rows that `keep` returns for all rows."""
+    def cut(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Take the file over for this attempt, with only the rows that `keep` accepts; returns them."""
+        kept = [row for row in self.rows() if keep(row)]
         self.close()
         partial = partial_path(self.path)  # not `atomic_write`: the renamed file stays open for this attempt
         self._file = partial.open("w", encoding="utf-8")
-        self._file.writelines(json.dumps(row) + "\n" for row in keep(self.rows()))
+        self._file.writelines(json.dumps(row) + "\n" for row in kept)
         self._file.flush()
         os.fsync(self._file.fileno())
         os.replace(partial, self.path)
+        return kept
 
     def close(self) -> None:
         """Close the file."""
@@ -93,6 +95,10 @@ class RunRecords:
         self.folder = folder
         self.metrics = JsonLines(folder / "metrics.jsonl")
         self.ledger = JsonLines(folder / "ledger.jsonl")
+        self._evaluated: int | None = None
+        """the step of the last evaluation"""
+        self._compared: int | None = None
+        """that of the last evaluation before the last growth"""
         for place in (folder, folder / "evaluations"):
             remove_partials(place)
 
@@ -105,15 +111,22 @@ class RunRecords:
         """Write a line of metrics.jsonl and return it."""
         row = {"event": event, "step": step, "samples": samples, "time": time.time(), **detail}
         self.metrics.append(row)
+        self._note(row)
         return row
 
-    def evaluation_before(self, event: str) -> dict[str, Any] | None:
-        """The file content of the last evaluation before the last event of this kind; None if there is none."""
-        rows = self.metrics.rows()
-        last = max((i for i, row in enumerate(rows) if row["event"] == event), default=0)
-        steps = [row["step"] for row in rows[:last] if row["event"] == "eval"]
-        path = self.folder / "evaluations" / f"step-{steps[-1]:09d}.json" if steps else None
-        if path is None or not path.exists():
+    def _note(self, row: dict[str, Any]) -> None:
+        """Remember which evaluation was the last one before the last growth."""
+        if row["event"] == "grow":
+            self._compared = self._evaluated
+        elif row["event"] == "eval":
+            self._evaluated = row["step"]
+
+    def evaluation_before_growth(self) -> dict[str, Any] | None:
+        """The file content of the last evaluation before the last growth; None if there is none."""
+        if self._compared is None:
+            return None
+        path = self.folder / "evaluations" / f"step-{self._compared:09d}.json"
+        if not path.exists():
             return None
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found if "bits" in found else None
@@ -133,15 +146,17 @@ class RunRecords:
         def before(row: dict[str, Any]) -> bool:
             return row["step"] < step or (row["step"] == step and row["event"] not in _AFTER_A_COMMIT)
 
-        self.metrics.cut(lambda rows: [row for row in rows if before(row)])
-        self.ledger.cut(lambda rows: [row for row in rows if row["step"] <= step])
+        self._evaluated = self._compared = None
+        for row in self.metrics.cut(before):
+            self._note(row)
+        self.ledger.cut(lambda row: bool(row["step"] <= step))
         for path in self.folder.glob("evaluations/step-*.json"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
 
     def clear(self) -> None:
         """Remove all records: an earlier attempt left no commit, so the run starts from the beginning."""
-        self.metrics.cut(lambda rows: [])
-        self.ledger.cut(lambda rows: [])
+        self.metrics.cut(lambda row: False)
+        self.ledger.cut(lambda row: False)
         for path in self.folder.glob("evaluations/step-*.json"):
             path.unlink()

@@ -5,6 +5,7 @@ Only rank 0 writes; on other ranks every method is a no-op, so the loop does not
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from .jsonl import RunRecords
 from .progress import Progress
 from .tensorboard import TensorBoardLog
 
+_REPORTING = 0.01
+"""most of a run's time that is spent on updating its report"""
+
 
 class RunLog:
     """All output of a run, on rank 0."""
@@ -32,6 +36,7 @@ class RunLog:
             self._board: TensorBoardLog | None = None
             self._purge = 0
             self._bad = 0
+            self._report_due = 0.0
 
     def begin(self, state: RunState, commit: str | None) -> None:
         """Truncate the records to `commit`, or clear them if it is None."""
@@ -107,7 +112,7 @@ class RunLog:
         if found.bad:
             self.warn(f"{len(found.bad)} evaluation samples cannot be used; the first: {found.bad[0]['reason']}")
         record = {"step": state.step, "samples": state.samples, **found.json(), "bits": bits(found)}
-        since = self.records.evaluation_before("grow")
+        since = self.records.evaluation_before_growth()
         changed = {"flips": flips(since["bits"], record["bits"]), "since": since["samples"]} if since else {}
         self.records.write_json(f"evaluations/step-{state.step:09d}.json", record)
         self.records.event(
@@ -126,7 +131,7 @@ class RunLog:
             self._open_board().points(*found.points, state.samples)
         best = [(k, v) for k, v in found.scores.items() if k.endswith("@1") or k.startswith("zero_shot")]
         self.progress.note("scores: " + ", ".join(f"{k} {v:.1%} (chance {found.chance[k]:.1%})" for k, v in best))
-        self.report()
+        self._report_if_cheap()
 
     def scores(self, state: RunState) -> tuple[dict[str, float], dict[str, float]]:
         """Scores and chance levels already recorded for this step; empty if there are none."""
@@ -148,6 +153,14 @@ class RunLog:
     def report(self) -> Path:
         """Write the report page and return its path."""
         return write_report(self.out) if self.on else self.out / "report.html"
+
+    def _report_if_cheap(self) -> None:
+        """Update the report, unless that would take more than a hundredth of the run's time: it reads all records."""
+        begun = time.monotonic()
+        if begun < self._report_due:
+            return
+        self.report()
+        self._report_due = time.monotonic() + (time.monotonic() - begun) / _REPORTING
 
     def close(self) -> None:
         """Stop the progress display and close all files."""

@@ -69,7 +69,7 @@ def begin(
     StoreError.
     """
     clock = [time.monotonic()]
-    names = world.objects(commits.names() if world.is_first else [])[0]
+    names = world.first(commits.names() if world.is_first else [])
     clock.append(time.monotonic())
     builder = _Builder(recipe, build)
     found = newest_intact(commits, names, builder, warn, world)

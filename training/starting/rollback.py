@@ -23,7 +23,7 @@ def roll_back(recipe: Recipe, state: RunState, commits: Commits, world: World) -
     what = spike if health.spiked else "no finite gradient"
     reason = f"{what} in the last {health.bad_steps} steps up to step {state.step}"
     times = next((event.detail["times"] for event in reversed(state.lineage) if event.event == "rollback"), 0)
-    good = world.objects(_last_good(state, commits) if world.is_first else None)[0]
+    good = world.first(_last_good(state, commits) if world.is_first else None)
     if good is None or times >= recipe.recovery.max_rollbacks:
         why = f"again after {times} rollbacks" if times else "there is no commit to go back to"
         raise TrainingError(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from treering.training.logging.jsonl import RunRecords
 from treering.training.state import TrainingError
@@ -36,3 +39,33 @@ def test_records_that_a_person_removed_begin_again(tmp_path: Path) -> None:
     log.metrics.path.unlink()
     log.event("step", 2, 2)
     assert [row["step"] for row in log.metrics.rows()] == [2]
+
+
+@given(st.lists(st.sampled_from(["step", "eval", "grow"]), max_size=30), st.integers(0, 30))
+def test_the_evaluation_before_the_last_growth(events: list[str], cut: int) -> None:
+    """Against a search through all rows; also after a resume from some step, on records that were read anew."""
+    with TemporaryDirectory() as folder:
+        records = RunRecords(Path(folder))
+        for step, event in enumerate(events):
+            records.event(event, step, 4 * step)
+            if event == "eval":
+                records.write_json(f"evaluations/step-{step:09d}.json", {"step": step, "bits": {}})
+            assert _compared(records) == _truth(events[: step + 1])
+        records.close()
+        again = RunRecords(Path(folder))
+        again.cut_back(cut)
+        kept = [event for step, event in enumerate(events) if step < cut or (step == cut and event != "grow")]
+        assert _compared(again) == _truth(kept)
+        again.close()
+
+
+def _compared(records: RunRecords) -> int | None:
+    found = records.evaluation_before_growth()
+    return found["step"] if found else None
+
+
+def _truth(events: list[str]) -> int | None:
+    if "grow" not in events:
+        return None
+    last = len(events) - 1 - events[::-1].index("grow")
+    return max((step for step in range(last) if events[step] == "eval"), default=None)
