@@ -239,9 +239,10 @@ class Run:
             load_states(self.engine.objectives, learned)
             self._remember("grow", growth.json())
             self.display.event("grow", self.state, **growth.json())
-        self.state = self.state.model_copy(
-            update={"stage": stage, "window": (), "health": Health(healthy_step=self.state.step)}
-        )
+        health = self.state.health
+        if not health.bad_steps:  # in the middle of a spike the usual losses are still those before it
+            health = Health(healthy_step=self.state.step)
+        self.state = self.state.model_copy(update={"stage": stage, "window": (), "health": health})
         if self.plan.sees(stage) != seen:
             self.loader = self._loader()
 

@@ -113,14 +113,11 @@ def find_all(urls: Sequence[str]) -> list[ShardInfo]:
 
 def _listed(folder: str, urls: Sequence[str]) -> list[ShardInfo]:
     """The files of one folder of a store that `urls` name."""
-    first, last = min(urls), max(urls)  # a common prefix of these two is one of all names
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    prefix = first[len(folder) + 1 : length]
     with readable_errors(folder):
         system, path = single_try_filesystem(folder)
         matches = retry(
             shown_url(folder),
-            lambda: system.find(path, maxdepth=1, prefix=prefix, detail=True),
+            lambda: system.find(path, maxdepth=1, detail=True),  # with a prefix too, s3fs before 2026 refuses it
             seconds=_START_SECONDS,
         )
     there = {_with_protocol(folder, name): match for name, match in matches.items() if match["type"] == "file"}

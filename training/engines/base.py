@@ -106,8 +106,10 @@ class Engine(ABC):
         """One optimizer step on this rank's part of a global batch, at learning rate `lr`; `fade` is the power that
         growth's multipliers are raised to.
 
-        A gradient that is not finite leaves weights and moments as they are; `skipped` counts it.
+        A gradient that is not finite leaves weights, moments and the objectives' states as they are; `skipped` counts
+        it.
         """
+        before = [objective.state() for objective in self.objectives]
         if self.pieces > 1:
             partial_losses = micro_batches.backward(
                 self._output, self.objectives, inputs, self.pieces, self.world, self._hold
@@ -118,6 +120,10 @@ class Engine(ABC):
             # The parts of all ranks sum to the global loss, but engines average gradients: undo their division.
             self._backward(loss * self.world.size)
         norm = self._update(lr, fade)
+        changed = [(o, state) for o, state in zip(self.objectives, before, strict=True) if o.state() != state]
+        if changed and not norm.isfinite():  # only where an objective has a state does this wait for the device
+            for objective, state in changed:
+                objective.load(state)
         return StepResult({name: loss.detach() for name, loss in partial_losses.items()}, norm)
 
     def take_pieces(self, pieces: int) -> None:

@@ -1,9 +1,9 @@
 """Compares models task by task on the same queries; also one model before and after a growth.
 
 The first model is the baseline that the others are compared with. If a score is a mean over queries, its difference has
-a paired bootstrap interval. If each query is right or wrong, flips are counted and tested with McNemar's exact test;
-otherwise the p-value is the bootstrap's. With many tasks some differences appear by chance, so p-values are adjusted
-with Holm's method over all tasks of a pair of models.
+a paired bootstrap interval. If each query is right or wrong, flips are counted, and tested with McNemar's exact test if
+the queries are independent; else the p-value is the bootstrap's, which draws captions of one picture together. With
+many tasks some differences appear by chance, so p-values are adjusted with Holm's method over all tasks of a pair.
 
 A run also compares its model with the one before its last growth. A model that is better on average can still get
 queries wrong that it had right (negative flips: Yan et al., arXiv 2011.09161), so the records of a run store one bit
@@ -111,15 +111,15 @@ def _change(key: str, first: Evaluation, other: Evaluation, names: tuple[str, st
             "be used by only one of them; see the ledger of the evaluation set"
         )
     before, after = first.queries[key], other.queries[key]
-    drawn = difference(before, after)
+    groups = first.groups.get(key)
+    drawn = difference(before, after, group_n=groups)
     change = Change(value, drawn.low, drawn.high, p_value=drawn.p_value)
     if not _right_or_wrong(before, after):
         return change
     lost = before & ~after
     flips = tuple(first.names[key][i] for i in lost.nonzero()[:_SHOWN, 0].tolist())
-    tested = compare(before, after)
-    won = int((~before & after).sum())
-    return replace(change, lost=int(lost.sum()), won=won, p_value=tested.p_value, flips=flips)
+    won, p_value = int((~before & after).sum()), drawn.p_value if groups is not None else compare(before, after).p_value
+    return replace(change, lost=int(lost.sum()), won=won, p_value=p_value, flips=flips)
 
 
 def _right_or_wrong(*values: Tensor) -> bool:
@@ -145,6 +145,7 @@ def bits(found: Evaluation) -> dict[str, dict[str, Any]]:
             "right": np.packbits(right.numpy()).tobytes().hex(),
             "queries": len(right),
             "query_hash": stable_hash(*found.names[key]),
+            "independent": key not in found.groups,
         }
         for key, right in found.queries.items()
         if right.dtype == torch.bool and not key.endswith(("@5", "@10"))
@@ -152,7 +153,8 @@ def bits(found: Evaluation) -> dict[str, dict[str, Any]]:
 
 
 def flips(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By score: `lost`, `won`, the number of `queries`, and McNemar's `p_value`; `before` and `after` are from `bits`.
+    """By score: `lost`, `won`, the number of `queries`, and McNemar's `p_value` (None for queries that are not
+    independent); `before` and `after` are from `bits`.
 
     Scores whose queries differ are skipped.
     """
@@ -163,7 +165,8 @@ def flips(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict
             compared = compare(_right(old), _right(new))
             count = old["queries"]
             lost, won = round(compared.negative_flips * count), round(compared.positive_flips * count)
-            found[key] = {"lost": lost, "won": won, "queries": count, "p_value": compared.p_value}
+            p_value = compared.p_value if new["independent"] else None
+            found[key] = {"lost": lost, "won": won, "queries": count, "p_value": p_value}
     return dict(sorted(found.items()))
 
 

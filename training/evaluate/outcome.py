@@ -24,7 +24,7 @@ class Evaluation:
     sizes: dict[str, int] = field(default_factory=dict)
     """number of captions (retrieval), classes (built-in zero-shot task) or samples (other suites)"""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """95% bootstrap intervals, for scores that have one"""
+    """95% intervals, for scores that have one"""
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     bad: list[dict[str, Any]] = field(default_factory=list)
     """ledger entries of evaluation samples that could not be used"""
@@ -32,12 +32,23 @@ class Evaluation:
     """for scores that are means: the value of each query, bool or float [n]"""
     names: dict[str, Sequence[str]] = field(default_factory=dict)
     """for the same scores: the name of each query"""
+    groups: dict[str, Tensor] = field(default_factory=dict)
+    """for those whose queries are not independent (several captions of one picture): the group of each query, int64"""
     points: tuple[Tensor, list[str]] | None = None
     """float [2 k, e], unit rows: the pictures of k pairs, then their first captions; and a description of each row"""
 
-    def add(self, name: str, value_n: Tensor, names: Sequence[str], chance: float | None = None) -> None:
-        """Add a score that is the mean of its queries' values."""
-        self.put(name, value_n.double().mean().item(), interval(value_n), chance)
+    def add(
+        self,
+        name: str,
+        value_n: Tensor,
+        names: Sequence[str],
+        chance: float | None = None,
+        group_n: Tensor | None = None,
+    ) -> None:
+        """Add a score that is the mean of its queries' values; those of equal `group_n` are not independent."""
+        if group_n is not None and len(group_n.unique()) < len(group_n):
+            self.groups[name] = group_n
+        self.put(name, value_n.double().mean().item(), interval(value_n, group_n=self.groups.get(name)), chance)
         self.queries[name], self.names[name] = value_n, names
 
     def put(

@@ -175,7 +175,8 @@ def add_retrieval(name: str, data: Embedded, found: Evaluation) -> None:
         of_rows, of_texts = retrieval.ranks(rows, data.texts, data.owners)
         for k in retrieval.CUTS:
             found.add(f"{name}/{what}_to_text@{k}", of_rows < k, data.keys, chance[f"image_to_text@{k}"])
-            found.add(f"{name}/text_to_{what}@{k}", of_texts < k, data.captions, chance[f"text_to_image@{k}"])
+            key, by_chance = f"{name}/text_to_{what}@{k}", chance[f"text_to_image@{k}"]
+            found.add(key, of_texts < k, data.captions, by_chance, data.owners)
 
 
 def add_geometry(name: str, data: Embedded, found: Evaluation) -> None:
@@ -184,7 +185,7 @@ def add_geometry(name: str, data: Embedded, found: Evaluation) -> None:
     near_m = (data.images[data.owners].double() - data.texts.double()).square().sum(1)
     for key, value in figures.items():
         if key == "alignment":
-            found.add(f"{name}/{key}", near_m, data.captions)
+            found.add(f"{name}/{key}", near_m, data.captions, group_n=data.owners)
         else:
             found.put(f"{name}/{key}", value)
 

@@ -8,43 +8,65 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import sqrt
+from statistics import NormalDist
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...data.order import stream
 
 _DRAWS = 1000
 _BINS = 15
-_AT_ONCE = 1 << 22  # resampled values in memory at a time
+
+Floats = NDArray[np.float64]
 
 
-def interval(value_n: Tensor, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean (Efron 1979): the middle `level` of the means of 1,000 resamples.
+def interval(value_n: Tensor, level: float = 0.95, seed: int = 0, group_n: Tensor | None = None) -> tuple[float, float]:
+    """An interval of a mean.
 
-    If all values are 0 or 1 the interval is exact, because the sum of a resample is binomial. NaN for no values.
+    Of shares (all values 0 or 1) Wilson's (1927), which is not empty at 0 and 1 either; of other values the percentile
+    bootstrap (Efron 1979): the middle `level` of the means of 1,000 resamples. Values with equal `group_n` belong
+    together (captions of one picture) and are drawn together. NaN for no values.
     """
-    from scipy import stats  # imported here: it takes half a second, and only an evaluation needs it
-
-    values = value_n.double().numpy()
-    if len(values) == 0:
+    values, of_g, total_g = _grouped(value_n, group_n)
+    if len(of_g) == 0:
         return float("nan"), float("nan")
-    if np.isin(values, (0.0, 1.0)).all():
-        low, high = stats.binom.ppf([(1 - level) / 2, (1 + level) / 2], len(values), values.mean()) / len(values)
-        return float(low), float(high)
-    if len(values) == 1:
-        return float(values[0]), float(values[0])
-    found = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=_DRAWS,
-        batch=max(1, _AT_ONCE // len(values)),
-        confidence_level=level,
-        method="percentile",
-        rng=stream(seed, "bootstrap", len(values)),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    shares = np.isin(values, (0.0, 1.0)).all()
+    if shares and (len(of_g) == len(values) or values.min() == values.max()):
+        return _wilson(float(values.mean()), len(of_g), level)
+    if len(of_g) == 1:
+        return float(values.mean()), float(values.mean())
+    means = _resampled_means(of_g, total_g, stream(seed, "bootstrap", len(values)))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _wilson(share: float, count: int, level: float) -> tuple[float, float]:
+    """Wilson's score interval of a share of `count` draws; it ends at 0 and 1 where the share does."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    centre, reach = share + z * z / (2 * count), z * sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    low, high = (centre - reach) / (1 + z * z / count), (centre + reach) / (1 + z * z / count)
+    return 0.0 if share == 0 else low, 1.0 if share == 1 else high
+
+
+def _grouped(value_n: Tensor, group_n: Tensor | None) -> tuple[Floats, Floats, Floats]:
+    """The values, float64, and of each group their number and sum; without groups every value is one."""
+    values: Floats = value_n.double().numpy()
+    if group_n is None:
+        return values, np.ones(len(values)), values
+    place_n = torch.unique(group_n, return_inverse=True)[1].numpy()
+    of_g: Floats = np.bincount(place_n).astype(np.float64)
+    total_g: Floats = np.bincount(place_n, weights=values).astype(np.float64)
+    return values, of_g, total_g
+
+
+def _resampled_means(of_g: Floats, total_g: Floats, random: np.random.Generator) -> Floats:
+    """The mean of each of 1,000 resamples of groups."""
+    drawn = (random.integers(0, len(of_g), len(of_g)) for _ in range(_DRAWS))
+    return np.array([total_g[rows].sum() / of_g[rows].sum() for rows in drawn])
 
 
 def calibration_error(probability_nc: Tensor, label_n: Tensor, bins: int = _BINS) -> float:
@@ -120,17 +142,21 @@ class Difference:
     """two-sided: twice the fraction of bootstrap differences on the other side of zero"""
 
 
-def difference(before_n: Tensor, after_n: Tensor, level: float = 0.95, seed: int = 0) -> Difference:
-    """The paired bootstrap of the mean difference of the samples' values (Efron and Tibshirani 1993)."""
+def difference(
+    before_n: Tensor, after_n: Tensor, level: float = 0.95, seed: int = 0, group_n: Tensor | None = None
+) -> Difference:
+    """The paired bootstrap of the mean difference of the samples' values (Efron and Tibshirani 1993); values of one
+    group are drawn together."""
     assert before_n.shape == after_n.shape
-    value_n = (after_n.double() - before_n.double()).numpy()
+    value_n, of_g, total_g = _grouped(after_n.double() - before_n.double(), group_n)
     random = stream(seed, "bootstrap", len(value_n))
-    if np.isin(value_n, (-1.0, 0.0, 1.0)).all():  # a resample of losses, ties and wins is a multinomial draw
+    if len(of_g) == len(value_n) and np.isin(value_n, (-1.0, 0.0, 1.0)).all():
+        # A resample of losses, ties and wins is a multinomial draw.
         fractions = [(value_n == each).mean() for each in (-1.0, 0.0, 1.0)]
         counts = random.multinomial(len(value_n), fractions, _DRAWS)
         means = (counts[:, 2] - counts[:, 0]) / len(value_n)
     else:
-        means = np.array([value_n[random.integers(0, len(value_n), len(value_n))].mean() for _ in range(_DRAWS)])
+        means = _resampled_means(of_g, total_g, random)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     beyond = min((means <= 0).mean(), (means >= 0).mean())
     p_value = min(1.0, 2 * max(beyond, 1 / _DRAWS)) if value_n.any() else 1.0

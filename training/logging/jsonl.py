@@ -137,10 +137,11 @@ class RunRecords:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(value))
 
-    def cut_back(self, step: int) -> None:
-        """Remove the records after the commit of `step`.
+    def cut_back(self, step: int, position: int) -> None:
+        """Remove the records after the commit of `step`, from which the data continues at `position` of the stream.
 
-        The commit's line may come after later steps, because it is written when the upload ends.
+        The commit's line may come after later steps, because it is written when the upload ends. Bad samples that a
+        rollback passes over stay in the ledger: they are not read again.
         """
 
         def before(row: dict[str, Any]) -> bool:
@@ -149,7 +150,7 @@ class RunRecords:
         self._evaluated = self._compared = None
         for row in self.metrics.cut(before):
             self._note(row)
-        self.ledger.cut(lambda row: bool(row["step"] <= step))
+        self.ledger.cut(lambda row: row["position"] < position if row.get("position", -1) >= 0 else row["step"] <= step)
         for path in self.folder.glob("evaluations/step-*.json"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()

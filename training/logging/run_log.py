@@ -45,7 +45,7 @@ class RunLog:
         if commit is None:
             self.records.clear()
         else:
-            self.records.cut_back(state.step)
+            self.records.cut_back(state.step, state.cursor * self.recipe.data.batch)
             self.progress.note(f"continuing from {commit} at {state.samples:,} samples")
         self._bad = len(self.known_bad())
         self._purge = state.samples + 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from treering.data.order import stream
 from treering.training.evaluate.geometry import geometry
 from treering.training.evaluate.probes import linear, nearest_neighbours
-from treering.training.evaluate.reliability import calibration_error, compare, interval
+from treering.training.evaluate.reliability import calibration_error, compare, difference, interval
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,6 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
             covered += low <= 0.7 <= high
         assert 0.91 < covered / 200 < 0.99
     assert interval(torch.tensor([True, False, True])) == interval(torch.tensor([True, False, True]))
-    assert interval(torch.ones(5)) == (1.0, 1.0)
 
 
 def test_calibration_against_a_loop() -> None:
@@ -136,13 +135,44 @@ def test_an_interval_is_that_of_a_plain_bootstrap() -> None:
     assert found == pytest.approx(tuple(np.quantile(means, [0.05, 0.95])), rel=1e-12)
 
 
-@pytest.mark.parametrize(("right", "of"), [(3, 10), (37, 40), (1200, 4000)])
-def test_an_interval_of_rights_and_wrongs_is_that_of_all_resamples(right: int, of: int) -> None:
-    chances = [comb(of, k) * Fraction(right, of) ** k * Fraction(of - right, of) ** (of - k) for k in range(of + 1)]
-    sums, low, high = Fraction(0), None, None
-    for k, chance in enumerate(chances):
-        sums += chance
-        low = k if low is None and sums >= Fraction(25, 1000) else low
-        high = k if high is None and sums >= Fraction(975, 1000) else high
-    assert interval(torch.arange(of) < right) == (low / of, high / of)  # type: ignore[operator]
+@pytest.mark.parametrize(("right", "of"), [(0, 1), (0, 12), (3, 3), (3, 10), (37, 40), (1200, 4000)])
+def test_an_interval_of_shares_is_wilsons(right: int, of: int) -> None:
+    """Every end is a share from which the seen one is 1.96 standard deviations away; it is never empty."""
+    low, high = interval(torch.arange(of) < right)
+    assert 0 <= low < high <= 1
+    for end in (low, high):
+        if 0 < end < 1:
+            assert abs(right / of - end) / (end * (1 - end) / of) ** 0.5 == pytest.approx(1.959964, rel=1e-6)
+    assert (low == 0) == (right == 0)
+    assert (high == 1) == (right == of)
     assert interval(torch.tensor([0.3])) == (pytest.approx(0.3), pytest.approx(0.3))
+
+
+def test_captions_of_one_picture_are_drawn_together() -> None:
+    """Five captions each that stand or fall with their picture are as sure as one: the interval covers as often as it
+    says, and drawn one by one they would not."""
+    random, covered, alone, groups = np.random.default_rng(5), 0, 0, torch.arange(80).repeat_interleave(5)
+    for _ in range(200):
+        difficulty = random.random(80).repeat(5)
+        values = torch.from_numpy(random.random(400) * 0.2 + difficulty < 0.6)
+        low, high = interval(values, group_n=groups)
+        covered += low <= 0.5 <= high
+        low, high = interval(values)
+        alone += low <= 0.5 <= high
+    assert 0.9 < covered / 200 < 0.99
+    assert alone / 200 < 0.8
+    low, high = interval(torch.ones(400), group_n=groups)
+    assert (low, high) == interval(torch.ones(80))
+    shuffled = torch.from_numpy(random.permutation(400))
+    assert interval(values[shuffled], group_n=groups[shuffled]) == pytest.approx(interval(values, group_n=groups))
+
+
+def test_a_difference_of_captions_of_one_picture() -> None:
+    """Every picture five times changes nothing."""
+    random = np.random.default_rng(6)
+    before, after = (torch.from_numpy(random.random(60) < share) for share in (0.5, 0.6))
+    once = difference(before, after)
+    five = difference(before.repeat(5), after.repeat(5), group_n=torch.arange(60).repeat(5))
+    assert five.value == once.value
+    assert (five.low, five.high) == pytest.approx((once.low, once.high), abs=0.05)
+    assert five.p_value > difference(before.repeat(5), after.repeat(5)).p_value

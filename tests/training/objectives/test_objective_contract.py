@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from treering.models.model import Model, build
 from treering.models.output import ModelOutput, leaves, with_leaves
 from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, TextSpec
 from treering.training.engines import micro_batches
+from treering.training.engines.build import build_engine
+from treering.training.engines.config import DdpConfig
+from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.loop import train
 from treering.training.objectives import registry, terms
 from treering.training.objectives.base import (
@@ -237,6 +241,26 @@ def test_gradient_norms(parts: int) -> None:
         partial_loss(objective, alone, inputs).backward()
         squares = sum(p.grad.square().sum() for p in alone.parameters() if p.grad is not None)
         assert norms[objective.name] == pytest.approx(squares.sqrt().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_skipped_step_leaves_the_states_of_objectives(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All objectives at once, in a step whose gradient is not finite, between two whose gradient is."""
+    monkeypatch.undo()  # an engine's losses are in fp32
+    objectives = [made(name, VARIANTS.get(name, [{}])[0]) for name in sorted(registry.names())]
+    config = DdpConfig(micro_batches=pieces)
+    engine = build_engine(SPEC, objectives, config, OptimizerConfig(), ALONE, seed=1)
+    inputs = batch()
+    inputs = replace(inputs, columns={name: column.to(torch.float32) for name, column in inputs.columns.items()})
+    engine.step(inputs, 1e-3)
+    learned, norm = states(objectives), torch.nn.utils.get_total_norm
+    assert learned
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: norm(gradients) * float("nan"))
+    engine.step(inputs, 1e-3)
+    assert states(objectives) == learned
+    monkeypatch.undo()
+    engine.step(inputs, 1e-3)
+    assert states(objectives) != learned
 
 
 def test_schedules() -> None:

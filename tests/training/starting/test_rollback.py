@@ -155,6 +155,14 @@ def test_back_over_a_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [e.event for e in lineage].count("grow") == 1
 
 
+def test_a_growth_in_the_middle_of_a_spike(tmp_path: Path) -> None:
+    """From step 16 on, growth at step 20: it goes back to the commit of step 15, before all of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        Trouble(patch, leap=range(16, 29))
+        run(tmp_path, "stages=[{samples: 80}, {grow: {image.depth: 2}, samples: 80}]")
+    assert rollbacks(tmp_path) == [(15, 11, 1)]
+
+
 def test_where_things_lie_after_a_rollback() -> None:
     events = (
         Event(event="start", step=0, samples=0),
