@@ -46,13 +46,19 @@ def device_name(device: torch.device) -> str:
     return f"CPU {names[0]}" if names else f"CPU {platform.machine()}"
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak, or None if it is not in the table (no CPU is)."""
+def model_name(device: torch.device) -> str | None:
+    """The device's name in the table, or None if it is not there (no CPU is)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()
     longest_first = sorted(DEVICES, key=len, reverse=True)  # a GH200 is not an H200
-    return next((DEVICES[key].peak for key in longest_first if key in name), None)
+    return next((key for key in longest_first if key in name), None)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, or None if it is not in the table."""
+    name = model_name(device)
+    return DEVICES[name].peak if name else None
 
 
 def peak_memory(device: torch.device) -> int:

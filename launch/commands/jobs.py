@@ -146,7 +146,10 @@ def plan(
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option("--nodes", metavar="N", min=1)] = 1,
     per_node: Annotated[int, typer.Option("--gpus-per-node", metavar="G", min=1)] = 1,
-    device: Annotated[str, typer.Option("--device", metavar="D", help="a100, b200, h100, h200, l40s or cpu.")] = "h100",
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="D", help="a100, b200, h100, h200, l40s or cpu; default: this machine's."),
+    ] = None,
     mfu: Annotated[
         float, typer.Option("--mfu", metavar="F", help="Model FLOPs utilisation: the fraction of the peak reached.")
     ] = 0.4,
@@ -164,7 +167,8 @@ def plan(
     if as_json:
         print_json(found)
     else:
-        Console().print(planning.as_table(found))
+        screen = Console()
+        screen.print(planning.as_table(found, screen.width))
 
 
 def add_to(app: typer.Typer) -> None:

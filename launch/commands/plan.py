@@ -22,10 +22,16 @@ from ...training.device import DEVICES
 from ...training.engines import activation_checkpointing
 from ...training.objectives.terms import build_objectives
 from ...training.recipe import Recipe
+from ...training.report.readable import bytes_text, compact, counted, decimal, duration_text
+from ...training.report.readable import flops as readable_flops
 from ..errors import RecipeError, show
 
 SAMPLES = 2048
 """samples read to measure captions and pictures"""
+_TOY = 300
+"""seconds of a run that is too short to be worth an advice about its loader"""
+_COLUMN = 12
+"""characters of a stage's column at least"""
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,15 @@ class Data:
     """per sample, in its shard"""
 
 
-def plan(recipe: Recipe, nodes: int, per_node: int, device: str, mfu: float, price: float | None) -> dict[str, Any]:
+def plan(
+    recipe: Recipe, nodes: int, per_node: int, device: str | None, mfu: float, price: float | None
+) -> dict[str, Any]:
     """Estimates for the run on `nodes` times `per_node` devices, as one object. Raises RecipeError or DataError.
 
-    `mfu` is the fraction of the peak FLOPs that is reached, `price` that of a device hour.
+    `device` None is that of this machine; `mfu` is the fraction of the peak FLOPs that is reached, `price` that of a
+    device hour.
     """
+    device = device or _of_this_machine()
     if device != "cpu" and device not in DEVICES:
         raise RecipeError(f"--device {show(device)} is not known; known are cpu, {', '.join(DEVICES)}")
     if not 0 < mfu <= 1:
@@ -166,12 +176,12 @@ def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
     needed, there = found["memory_per_device"], found["memory_of_device"]
     if needed > 0.92 * there:
         messages.append(
-            f"a device needs about {needed / 1e9:.0f} GB and has {there / 1e9:.0f} GB; "
+            f"a device needs about {bytes_text(needed)} and has {bytes_text(there)}; "
             f"use more devices, engine.activation_budget=auto, engine.micro_batches, or engine.precision=bf16"
         )
     cores = found["loader_cores_per_node"]
     workers = recipe.data.workers * per_node
-    if found["device"] != "cpu" and cores > max(workers, 1):
+    if found["device"] != "cpu" and cores > max(workers, 1) and found["seconds"] > _TOY:
         messages.append(
             f"decoding needs {cores:.0f} cores per node and data.workers gives {workers}; "
             f"set data.workers={int(cores / per_node) + 1}"
@@ -187,48 +197,84 @@ def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
     return messages
 
 
-def as_table(found: dict[str, Any]) -> Any:
-    """The plan as a rich group of tables."""
+def as_table(found: dict[str, Any], width: int) -> Any:
+    """The plan as a rich group of tables for a terminal of `width` characters: a row for each quantity, a column for
+    each stage."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    from ...training.report.readable import bytes_text, compact, duration_text
+    columns, stages = max(1, (width - 16) // (_COLUMN + 1)), found["stages"]
+    tables = [_stage_table(stages[at : at + columns]) for at in range(0, len(stages), columns)]
+    about = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in _about(found).items():
+        about.add_row(Text(name), Text(value))
+    return Group(*tables, about, *(Text(f"warning: {message}") for message in found["warnings"]))
 
-    parts = list(found["stages"][0]["memory"])
-    table = Table(
-        "stage", "samples", "tokens", "patches", "parameters", "FLOPs", "time", *parts, box=None, pad_edge=False
-    )
-    for stage in found["stages"]:
-        cells = [compact(stage["samples"]), f"{stage['tokens']:.1f}", f"{stage['patches']}"]
-        cells += [compact(stage["parameters"]), f"{stage['flops']:.2e}"]
-        table.add_row(
-            str(stage["stage"] + 1),
-            *cells,
-            duration_text(stage["seconds"]),
-            *(bytes_text(stage["memory"][p]) for p in parts),
-        )
+
+def _stage_table(stages: list[dict[str, Any]]) -> Any:
+    """The figures of each stage, then its memory on a device, part by part."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for stage in stages:
+        table.add_column(f"stage {stage['stage'] + 1}", justify="right", min_width=_COLUMN, no_wrap=True)
+    rows: dict[str, list[str]] = {
+        "samples": [compact(stage["samples"]) for stage in stages],
+        "caption tokens": [f"{stage['tokens']:.1f}" for stage in stages],
+        "patches": [f"{stage['patches']}" for stage in stages],
+        "parameters": [compact(stage["parameters"]) for stage in stages],
+        "compute": [readable_flops(stage["flops"]) for stage in stages],
+        "time": [duration_text(stage["seconds"]) for stage in stages],
+        "memory": [bytes_text(stage["memory"]["total"]) for stage in stages],
+    }
+    for part in stages[0]["memory"]:
+        if part != "total":
+            rows[f"  {part}"] = [bytes_text(stage["memory"][part]) for stage in stages]
+    for name, cells in rows.items():
+        table.add_row(Text(name), *cells)
+    return table
+
+
+def _about(found: dict[str, Any]) -> dict[str, str]:
+    """What holds for the whole run."""
     cost, tokens = found["cost"], found["data"]["tokens"]
-    rows = {
-        "devices": f"{found['devices']} {found['device']} on {found['nodes']} nodes, {found['mfu']:.0%} of the peak",
+    recomputed = {stage["stage"] + 1: _blocks(stage["recomputed"]) for stage in found["stages"]}
+    devices = f"{found['devices']} {found['device']} on {counted(found['nodes'], 'node')}"
+    return {
+        "devices": f"{devices}, {found['mfu']:.0%} of the peak",
         "time": f"{duration_text(found['seconds'])}, {found['samples_per_second']:,.0f} samples/s",
-        "device hours": f"{found['device_hours']:,.1f}" + (f", costing {cost:,.2f}" if cost else ""),
+        "device hours": decimal(found["device_hours"], 3) + (f", costing {cost:,.2f}" if cost else ""),
         "memory": f"{bytes_text(found['memory_per_device'])} of {bytes_text(found['memory_of_device'])} on a device",
         "loader": f"{found['loader_cores_per_node']:.1f} cores per node, captions of {tokens:.1f} tokens",
         "shards": f"{bytes_text(found['shards_bytes_per_second_and_node'])}/s per node",
         "gradients": f"{bytes_text(found['gradient_bytes_per_step_and_device'])} sent per device and step",
-        "recomputed": "; ".join(f"stage {s['stage'] + 1}: {_blocks(s['recomputed'])}" for s in found["stages"]),
+        "recomputed": "; ".join(f"stage {number}: {blocks}" for number, blocks in recomputed.items() if blocks)
+        or "no block",
         "commit": f"{bytes_text(found['commit_bytes'])}, {bytes_text(found['commits_kept_bytes'])} kept",
     }
-    about = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in rows.items():
-        about.add_row(Text(name), Text(value))
-    return Group(table, about, *(Text(f"warning: {message}") for message in found["warnings"]))
 
 
 def _blocks(recomputed: dict[str, int]) -> str:
-    """The number of recomputed blocks by part, as text."""
-    return ", ".join(f"{name} {count}" for name, count in recomputed.items() if count) or "no block"
+    """The number of recomputed blocks by part, as text; empty if there is none."""
+    return ", ".join(f"{name} {count}" for name, count in recomputed.items() if count)
+
+
+def _of_this_machine() -> str:
+    """The device to plan for where none is named. Raises RecipeError for a GPU that is not in the table."""
+    import torch
+
+    from ...training.device import device_name, model_name
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    device = torch.device("cuda", 0)
+    name = model_name(device)
+    if name is None:
+        raise RecipeError(f"the figures of {device_name(device)} are not known; name a similar one with --device")
+    return name
 
 
 def _device(name: str) -> tuple[float, float]:

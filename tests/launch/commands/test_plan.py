@@ -8,12 +8,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from rich.console import Console
 
-from treering.launch.commands.plan import DEVICES, plan
+from treering.launch.commands.plan import DEVICES, as_table, plan
 from treering.launch.recipe.load import read_recipe
 from treering.models.flops import parameters
 from treering.models.model import empty
 from treering.training.engines import activation_checkpointing
+from treering.training.report.readable import bytes_text, compact
 
 SMALL = ["data.batch=32", "stages=[{samples: 96}, {grow: {image.depth: 6}, samples: 96}]", "schedule.warmup=32"]
 REST = ["eval.suites=[]", "log.every=1"]
@@ -139,3 +141,31 @@ def test_weights_gradients_and_moments_are_those_of_accelerates_estimate(open_cl
     # In bf16 they count autocast's copies with the gradients, and we with the weights.
     assert ours["weights"] + ours["gradients"] == theirs["model"] + theirs["gradients"]
     assert (ours["weights"] == theirs["model"]) is (precision == "fp32")
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_table_fits_its_terminal_and_cuts_nothing(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every quantity of every stage in full, for nine stages: no ellipsis, no line that is broken within a number."""
+    stages = "{samples: 96}" + "".join(f", {{grow: {{image.depth: {depth}}}, samples: 96}}" for depth in range(4, 12))
+    found = plan(read_recipe("emoji", [SMALL[0], f"stages=[{stages}]", SMALL[2]]).recipe, 1, 1, None, 0.4, None)
+    assert found["device"] == "cpu"
+    console = Console(width=width)
+    console.print(as_table(found, width))
+    said = capsys.readouterr().out
+    assert "…" not in said
+    assert all(len(line.rstrip()) <= width for line in said.splitlines())
+    for stage in found["stages"]:
+        assert compact(stage["parameters"]) in said
+        assert bytes_text(stage["memory"]["activations"]) in said
+    assert "1 node," in said
+
+
+def test_a_short_run_needs_no_advice_about_its_loader() -> None:
+    quick, long = (
+        plan(
+            read_recipe("emoji", [*SMALL[:1], f"stages=[{{samples: {n}}}]", *SMALL[2:]]).recipe, 1, 1, "h100", 0.4, None
+        )
+        for n in (96, 100_000_000_000)
+    )
+    assert not any("data.workers" in said for said in quick["warnings"])
+    assert any("set data.workers=" in said for said in long["warnings"])
