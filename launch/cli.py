@@ -140,7 +140,8 @@ def evaluate(
 ) -> None:
     """Evaluate a commit and print every score with its 95% interval and its chance level.
 
-    Embeddings are cached, so repeating a commit on the same data is quick. Under torchrun or srun all ranks take part.
+    Embeddings are cached, so repeating a commit on the same data is quick.
+    Under torchrun or srun all ranks take part.
 
         treering eval runs/emoji --suite retrieval
         treering eval s3://BUCKET/emoji --suite pets.yaml,flickr.yaml,retrieval
@@ -186,10 +187,13 @@ def compare(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Show where models differ significantly: every score, and the examples each lost and won, as a table and a page.
+    """Show where models differ significantly.
 
-    treering compare runs/emoji runs/other
-    treering compare runs/emoji s3://BUCKET/emoji/step-000000000562-attempt-0001 --suite pets.yaml,retrieval
+    The table and the page have every score, with the difference and its interval;
+    the page also shows the examples that each model lost and won.
+
+        treering compare runs/emoji runs/other
+        treering compare runs/emoji s3://BUCKET/emoji/step-000000000562-attempt-0001 --suite pets.yaml,retrieval
     """
     from ..data.storage.atomic_write import atomic_write
     from ..training.report.comparison_page import render_comparison

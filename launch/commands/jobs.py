@@ -156,9 +156,12 @@ def plan(
     price: Annotated[float | None, typer.Option("--price", metavar="P", help="Price of a device hour.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate what a run needs before it starts: memory, time, loader, network, store, cost; with warnings.
+    """Estimate what a run needs before it starts.
 
-    treering plan photos --nodes 4 --gpus-per-node 8 --device h100 --price 2.5
+    That is memory, time, loader, network, store and cost.
+    Warnings say what will fail or be slow.
+
+        treering plan photos --nodes 4 --gpus-per-node 8 --device h100 --price 2.5
     """
     from ..recipe.load import read_recipe
     from . import plan as planning

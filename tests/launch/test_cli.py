@@ -11,11 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
 from treering import __version__
+from treering.launch import cli
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Refused = Callable[..., str]
@@ -362,3 +366,22 @@ def test_a_commit_is_grown_offline_and_trained_on(treering: Command, refused: Re
     assert (status["finished"], status["samples"]) == (True, 48)
     found = treering("grow", "large", "--out", "small2", "samples=16", "--shrink", "image.depth=1", "--json")
     assert [step["operator"] for step in json.loads(found.stdout)["operators"]] == ["drop"]
+
+
+def commands() -> list[tuple[str, Any]]:
+    """Every command with its words, those of groups too."""
+    whole = typer.main.get_command(cli.app)
+    found: list[tuple[str, Any]] = []
+    for name, command in whole.commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", {})
+        found += [(f"{name} {child}", each) for child, each in inner.items()] or [(name, command)]
+    return found
+
+
+@pytest.mark.parametrize(("words", "command"), commands(), ids=[words for words, _ in commands()])
+def test_every_example_of_a_help_page_is_a_line(words: str, command: Any) -> None:
+    """typer joins the lines of an example unless prose of two lines comes before it."""
+    examples = [line.strip() for line in command.help.splitlines() if line.strip().startswith(f"treering {words} ")]
+    page = CliRunner().invoke(cli.app, [*words.split(), "--help"], env={"COLUMNS": "240", "NO_COLOR": "1"}).output
+    lines = [line.strip() for line in page.splitlines()]
+    assert [line for line in examples if line not in lines] == []
