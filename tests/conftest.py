@@ -75,6 +75,11 @@ def on_ranks() -> Callable[..., list[Any]]:
 
     Ranks are forked, so the function may be a local one; what it returns must be plain data (tensors as numpy arrays).
     """
+    return ranks_runner()
+
+
+def ranks_runner() -> Callable[..., list[Any]]:
+    """`on_ranks`, for what is not a test."""
     import multiprocessing
 
     context = multiprocessing.get_context("fork")
