@@ -164,25 +164,26 @@ class Order:
             self._spans.append(_Span(step * batch, weights, self.counts(step) if step else [0] * len(weights)))
 
     def places(self, step: int, rank: int = 0, world: int = 1) -> Places:
-        """The part of global batch `step` that rank `rank` of `world` reads."""
+        """The part of global batch `step` that rank `rank` of `world` reads.
+
+        The batch is sorted by lane, so that a rank's slice keeps the same lanes step after step. Which samples they are
+        is computed for this slice alone.
+        """
         assert self.batch % world == 0
         assert 0 <= rank < world
-        per_rank = self.batch // world
-        return self._global_batch(step)[rank * per_rank : (rank + 1) * per_rank]
-
-    def _global_batch(self, step: int) -> Places:
-        """Global batch `step`, sorted by lane, so that a rank's slice keeps the same lanes step after step."""
-        start = step * self.batch
+        start, per_rank = step * self.batch, self.batch // world
         source, draw = self._span(start).draw_sources(start, self.batch)
-        number = np.empty_like(draw)
         line_position = np.arange(self.batch) / self.batch  # relative position on its source's line, 0 to 1
+        for i, line in enumerate(self.sources):
+            if line.lanes:
+                (rows,) = np.nonzero(source == i)
+                line_position[rows] = line.lane(draw[rows]) / line.lanes
+        own = np.argsort(line_position, kind="stable")[rank * per_rank : (rank + 1) * per_rank]
+        source, draw, number = source[own], draw[own], np.empty(per_rank, np.int64)
         for i, line in enumerate(self.sources):
             (rows,) = np.nonzero(source == i)
             number[rows] = line.numbers(draw[rows])
-            if line.lanes:
-                line_position[rows] = line.lane(draw[rows]) / line.lanes
-        position = np.arange(start, start + self.batch, dtype=np.int64)
-        return Places(position, source, number, draw)[np.argsort(line_position, kind="stable")]
+        return Places(start + own, source, number, draw)
 
     def _span(self, position: int) -> _Span:
         return next(span for span in reversed(self._spans) if span.start <= position)
