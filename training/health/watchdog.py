@@ -6,6 +6,9 @@ that stays in one phase for too long asks the others for the stacks of their thr
 of its own: whoever started the run starts it again. A stopped process cannot do any of that; the others see its
 heartbeat grow old and name it. A process whose run another attempt has begun elsewhere, since this one was taken for
 dead, ends too.
+
+The clock and the files have a thread each: a disk that is full, read-only or does not answer may cost the report of a
+hang, but not its end.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ LOST = 76
 SLOW_FACTOR = 6
 """factor on the step limit for the other phases: start, evaluation, commit, growth"""
 _STEP_PHASES = ("data", "step")
+_REPORT_SECONDS = 30.0
+"""longest time for the report of a hang beyond what the others need to answer; then the process ends without it"""
 
 
 class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -76,12 +81,16 @@ class Watchdog:
         self._now: tuple[str, int, float] = ("start", 0, time.monotonic())
         self._keys: Sequence[str] = ()
         self._asked = self._question()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._closed, self._told = threading.Event(), threading.Event()
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for work, name in ((self._time, "watchdog"), (self._report, "heartbeat"))
+        ]
 
     def __enter__(self) -> Self:
         (self.folder / "heartbeats").mkdir(parents=True, exist_ok=True)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -89,7 +98,8 @@ class Watchdog:
     ) -> None:
         self._now = ("end" if error is None else "failed", self._now[1], time.monotonic())
         self._closed.set()
-        self._thread.join()
+        self._threads[0].join()
+        self._threads[1].join(_REPORT_SECONDS)  # the disk may not answer
 
     def at(self, phase: str, step: int, keys: Sequence[str] | None = None) -> None:
         """Record that this process begins a phase (start, data, step, evaluate, commit, grow, end) after `step` steps;
@@ -97,22 +107,29 @@ class Watchdog:
         self._keys = self._keys if keys is None else keys
         self._now = (phase, step, time.monotonic())
 
-    def _watch(self) -> None:
-        while True:
-            closed = self._closed.wait(self.pause)
-            if reason := self._lost():
-                print(reason, file=sys.stderr, flush=True)
-                os._exit(LOST)
-            self._beat()
-            if closed:
-                return
+    def _time(self) -> None:
+        """End the process when it stays in a phase for too long. Touches no file, so no disk can delay it."""
+        while not self._closed.wait(self.pause):
             phase, step, since = self._now
             limit = self.limit * (1 if phase in _STEP_PHASES else SLOW_FACTOR)
-            if time.monotonic() - since > limit:
-                self._give_up(phase, step, time.monotonic() - since)
-            if self._question() != self._asked:
-                self._asked = self._question()
-                self._leave_stacks()
+            if (spent := time.monotonic() - since) > limit:
+                self._give_up(f"no progress for {spent:.0f} s in phase {phase!r} after step {step}")
+
+    def _report(self) -> None:
+        """Write heartbeats, answer other processes, and end this one if another attempt owns the run."""
+        while True:
+            closed = self._closed.wait(self.pause)
+            with contextlib.suppress(OSError):  # a full disk does not end a run
+                if reason := self._lost():
+                    _say(reason)
+                    os._exit(LOST)
+                self._beat()
+            if closed:
+                return
+            with contextlib.suppress(OSError):
+                if self._question() != self._asked:
+                    self._asked = self._question()
+                    self._leave_stacks()
 
     def _question(self) -> int | None:
         """When a process last requested the stacks of all, by the clock of the file system."""
@@ -129,7 +146,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _beat(self) -> None:
-        """Write the heartbeat of this process. A full disk does not end a run."""
+        """Write the heartbeat of this process. Raises OSError."""
         phase, step, since = self._now
         beat = {
             "rank": self.world.rank,
@@ -142,30 +159,45 @@ class Watchdog:
             "time": time.time(),
             "keys": list(self._keys),
         }
-        with contextlib.suppress(OSError):
-            atomic_write(_path(self.folder, self.world.rank), json.dumps(beat))
+        atomic_write(_path(self.folder, self.world.rank), json.dumps(beat))
 
-    def _give_up(self, phase: str, step: int, seconds: float) -> None:
-        """Report everything known, give the other ranks time to do the same, and exit."""
-        silent = [beat for beat in read_heartbeats(self.folder) if time.time() - beat["time"] > 4 * self.pause + 1]
-        message = f"no progress for {seconds:.0f} s in phase {phase!r} after step {step}"
-        if silent:
-            message += "; without a heartbeat: " + ", ".join(
-                f"rank {beat['rank']} on {beat['host']} (process {beat['pid']}, last in {beat['phase']!r})"
-                for beat in silent
-            )
+    def _give_up(self, message: str) -> None:
+        """Report everything known, give the other ranks time to do the same, and exit: also if nothing can be
+        written."""
+        threading.Thread(target=self._tell, args=(message,), name="hang report", daemon=True).start()
+        self._told.wait(2 * self.pause + _REPORT_SECONDS)
+        os._exit(HUNG)
+
+    def _tell(self, message: str) -> None:
+        """Leave the report of a hang in the run folder, and kill silent processes of the run on this machine."""
+        silent = []
+        try:
+            with contextlib.suppress(OSError):
+                silent = [b for b in read_heartbeats(self.folder) if time.time() - b["time"] > 4 * self.pause + 1]
+            if silent:
+                message += "; without a heartbeat: " + ", ".join(
+                    f"rank {beat['rank']} on {beat['host']} (process {beat['pid']}, last in {beat['phase']!r})"
+                    for beat in silent
+                )
+            _say(f"{message}; stacks in {self.folder / 'hang.txt'}")
+            asked = time.time()
+            with contextlib.suppress(OSError):
+                self._ask(message)
+            time.sleep(2 * self.pause)
+            with contextlib.suppress(OSError):
+                self._bring_together(f"rank {self.world.rank}: {message}", asked)
+            for beat in silent:
+                _kill_beside(beat)
+        finally:
+            self._told.set()
+
+    def _ask(self, message: str) -> None:
+        """Write the hang down, and ask every process for its stacks."""
         self._leave_stacks()
         (self.folder / "stacks" / "asked").write_text(message, encoding="utf-8")
         row = {"time": time.time(), "rank": self.world.rank, "host": socket.gethostname(), "message": message}
         with (self.folder / "hangs.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
-        print(f"{message}; stacks in {self.folder / 'hang.txt'}", file=sys.stderr, flush=True)
-        asked = time.time()
-        time.sleep(2 * self.pause)
-        self._bring_together(f"rank {self.world.rank}: {message}", asked)
-        for beat in silent:
-            _kill_beside(beat)
-        os._exit(HUNG)
 
     def _bring_together(self, message: str, asked: float) -> None:
         """Collect the stacks of all ranks, and the last heartbeat of silent ones, in one file."""
@@ -186,7 +218,7 @@ class Watchdog:
 def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
     """The last heartbeat of every rank of the newest attempt of the run in `folder`, in rank order."""
     beats = []
-    for path in sorted((folder / "heartbeats").glob("rank-*.json")):
+    for path in (folder / "heartbeats").glob("rank-*.json"):
         try:
             beats.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
@@ -194,7 +226,24 @@ def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
     if not beats:
         return []
     world = max(beats, key=lambda beat: beat["time"])["world"]
-    return [beat for beat in beats if beat["rank"] < world]
+    return sorted((beat for beat in beats if beat["rank"] < world), key=lambda beat: beat["rank"])
+
+
+def is_ours(beat: dict[str, Any]) -> bool:
+    """Whether the process of a heartbeat runs on this machine and is one of Treering's; the number of one that has
+    ended may be another's by now."""
+    if beat["host"] != socket.gethostname():
+        return False
+    try:
+        return b"treering" in Path(f"/proc/{beat['pid']}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _say(message: str) -> None:
+    """Print a last line, if there is still somewhere to print it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def _path(folder: Path, rank: int) -> Path:

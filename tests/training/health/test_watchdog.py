@@ -75,6 +75,37 @@ def test_one_file_has_the_stacks_of_all(tmp_path: Path) -> None:
     goes_on.wait()
 
 
+NOWHERE_TO_WRITE = """
+import os, sys, time, pathlib, torch
+from treering.training.health import watchdog
+from treering.training.world import World
+folder, how = pathlib.Path(sys.argv[1]), sys.argv[2]
+watchdog._REPORT_SECONDS = 1.0
+with watchdog.Watchdog(watchdog.WatchdogConfig(limit="1s"), folder, World(0, 1, torch.device("cpu"))) as watch:
+    if how == "a file":  # stands in for a folder that cannot be written to
+        (folder / "stacks").write_text("")
+    elif how == "no folder":
+        os.rename(folder, str(folder) + ".gone")
+    elif how == "no terminal":
+        os.close(2)
+    else:  # a disk that does not answer
+        watchdog.atomic_write = watchdog.read_heartbeats = lambda *a, **k: time.sleep(600)
+    watch.at("step", 1)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["a file", "no folder", "no terminal", "no answer"])
+def test_a_hang_ends_whatever_the_disk_does(how: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NOWHERE_TO_WRITE, str(tmp_path / "run"), how], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == HUNG, done.stderr
+    assert "Traceback" not in done.stderr
+    if how in ("a file", "no folder"):
+        assert "no progress for 1 s in phase 'step' after step 1" in done.stderr
+
+
 def test_what_goes_on_is_left_alone_and_its_heartbeat_says_so(tmp_path: Path) -> None:
     with Watchdog(WatchdogConfig(limit="1s"), tmp_path, World(0, 1, torch.device("cpu"))) as watch:
         for step in range(8):
@@ -94,6 +125,14 @@ def test_heartbeats_of_a_larger_world_before_are_not_this_one(tmp_path: Path) ->
         with Watchdog(WatchdogConfig(), tmp_path, World(rank, world, torch.device("cpu"))):
             pass
     assert [beat["rank"] for beat in read_heartbeats(tmp_path)] == [0, 1]
+
+
+def test_heartbeats_are_in_the_order_of_ranks_however_many(tmp_path: Path) -> None:
+    (tmp_path / "heartbeats").mkdir()
+    for rank in (100_000, 99_999, 7):
+        beat = {"rank": rank, "world": 100_001, "time": 1.0}
+        (tmp_path / "heartbeats" / f"rank-{rank:05d}.json").write_text(json.dumps(beat))
+    assert [beat["rank"] for beat in read_heartbeats(tmp_path)] == [7, 99_999, 100_000]
 
 
 @pytest.mark.parametrize("limit", ["10", "soon", "-1s", ""])
