@@ -44,7 +44,7 @@ from .run_plan import RunPlan
 from .stages import faded, rewarmed
 from .starting.begin import Begun, begin
 from .starting.rollback import roll_back
-from .state import Decision, Event, RolledBack
+from .state import Decision, Event, RolledBack, Trial
 from .tally import Tally, fold
 from .uploads import Uploads
 from .world import World
@@ -102,6 +102,8 @@ def _attempt(
         try:
             for stage in range(run.state.stage, len(recipe.stages)):
                 run.enter(stage)
+                if run.stopping:
+                    return run.summary(finished=False)
                 for batch in run.batches():
                     run.step(batch)
                     run.decide()
@@ -135,8 +137,8 @@ class Run:
         self._bad: list[dict[str, Any]] = []
         self._pieces, self._settled = recipe.engine.pieces or 1, -1
         """pieces of a batch, and the stage they were found for"""
-        self._scored = -1
-        """the step of the latest evaluation"""
+        self._scored = self._committed = -1
+        """the steps of the latest evaluation and commit of this attempt"""
         self._feed = Feed(world, recipe.seed)
         self.profile = Profile(out if recipe.log.profile else None, world.rank, world.device)
         self.lr = 0.0
@@ -145,8 +147,7 @@ class Run:
         """inputs and result of the latest step"""
         begun = time.monotonic()
         # The claim comes first: an attempt before this one that still runs commits no more once this one has looked.
-        who = f"{device_name(world.device)} x {world.size}"
-        attempt = world.first(self.commits.claim_attempt(who) if world.is_first else 0)
+        attempt = self._claim()
         found = begin(recipe, self.commits, world, self._build, self.display.warn)
         self.engine, self.state = found.engine, found.state
         self.plan = RunPlan.of(recipe, self.state.decisions)
@@ -195,6 +196,11 @@ class Run:
             **detail,
         )
 
+    def _claim(self) -> int:
+        """The number of a new attempt, which names its commits."""
+        who = f"{device_name(self.world.device)} x {self.world.size}"
+        return self.world.first(self.commits.claim_attempt(who) if self.world.is_first else 0)
+
     def _build(self, spec: ModelSpec) -> Engine:
         recipe = self.recipe
         objectives = build_objectives(recipe.objectives, spec, recipe.seed)
@@ -221,13 +227,13 @@ class Run:
     # One step
 
     def enter(self, stage: int) -> None:
-        """Enter a stage, growing the model if it changes."""
+        """Enter a stage, growing the model if it changes; stops before it if asked to during its search."""
         if stage == self.state.stage:
             return
         self._fold()
         seen = self.plan.sees(self.state.stage)
-        if self.plan.stages[stage].search:
-            self._search(stage)
+        if self.plan.stages[stage].search and not self._search(stage):
+            return
         if self.plan.specs[stage] != self.engine.model.spec:
             self.watch.at("grow", self.state.step)
             with contextlib.closing(self.loader.batches(self.state.cursor)) as batches:
@@ -242,19 +248,35 @@ class Run:
         health = self.state.health
         if not health.bad_steps:  # in the middle of a spike the usual losses are still those before it
             health = Health(healthy_step=self.state.step)
-        self.state = self.state.model_copy(update={"stage": stage, "window": (), "health": health})
+        self.state = self.state.model_copy(update={"stage": stage, "window": (), "trials": (), "health": health})
         if self.plan.sees(stage) != seen:
             self.loader = self._loader()
 
-    def _search(self, stage: int) -> None:
-        """Choose what a stage grows into, by short trials from here."""
+    def _search(self, stage: int) -> bool:
+        """Choose what a stage grows into, by short trials from here; returns False if the run stops before it has."""
         begun = time.monotonic()
-        choice = search(self.engine, self._build, self.recipe, self.state, stage, self._feed)
+        choice = search(
+            self.engine, self._build, self.recipe, self.state, stage, self._feed, self._searching, self._tried
+        )
+        if choice is None:
+            return False
         spent, seconds = self.state.flops + choice.spent, time.monotonic() - begun
         self._decide(Decision(stage=stage, grow=choice.sizes), "search", choice.json(), flops=spent)
         self.display.event("search", self.state, **choice.json(), seconds=seconds)
         self.meter.exclude_time(seconds)
         self.meter.exclude_flops(choice.spent)
+        return True
+
+    def _searching(self) -> None:
+        self.watch.at("search", self.state.step)
+
+    def _tried(self, trial: Trial) -> bool:
+        """Keep a finished trial, and commit if it is time to; returns whether the search goes on."""
+        self.state = self.state.model_copy(update={"trials": (*self.state.trials, trial)})
+        self.agree()
+        if self.stopping or self._clock_due:
+            self._commit("signal" if self.stopping else "interval")
+        return not self.stopping
 
     def _decide(self, made: Decision, event: str, detail: dict[str, Any], **changes: Any) -> None:
         """Record a decision and continue by it."""
@@ -447,6 +469,9 @@ class Run:
         begun = time.monotonic()
         self.uploads.finish()  # at most one is in progress
         self._fold()
+        if self._committed == self.state.step:  # in a search: an attempt makes one commit a step
+            self.state = self.state.model_copy(update={"attempt": self._claim()})
+        self._committed = self.state.step
         self.state = self.state.model_copy(
             update={
                 "applied": self.engine.applied,

@@ -37,6 +37,21 @@ class Decision(BaseModel, frozen=True, extra="forbid", strict=True):
     """sizes that a search chose for it"""
 
 
+class Trial(BaseModel, frozen=True, extra="forbid", strict=True):
+    """One candidate of a search and its result."""
+
+    sizes: dict[str, int | float]
+    """the sizes that change"""
+    parameters: int
+    flops_per_sample: float
+    loss: float | None
+    """None if a loss was not finite"""
+    spent: float
+    """FLOPs of the trial"""
+    steps: int
+    """steps that it was trained for"""
+
+
 class Event(BaseModel, frozen=True, extra="forbid", strict=True):
     """One line of the lineage."""
 
@@ -71,6 +86,8 @@ class RunState(BaseModel, frozen=True, extra="forbid", strict=True):
     """wall-clock time of all attempts so far"""
     decisions: tuple[Decision, ...] = Field((), strict=False)
     """what the run has decided so far where the recipe leaves it open"""
+    trials: tuple[Trial, ...] = Field((), strict=False)
+    """finished trials of the search that the run is in the middle of"""
     window: tuple[tuple[float, float], ...] = Field((), strict=False)
     """loss and mean caption length of each step since the stage's rule last measured a slope"""
     attempt: int = 0

@@ -4,15 +4,16 @@ After GrowCLIP (Deng et al., ICCV 2023), whose code is not public, with the sele
 2022): over all candidates the loss l is fitted as a power T^-w of the FLOPs per sample T, and the candidate with the
 smallest l T^w wins, the one furthest below the loss expected at its cost. The current size is a candidate too. Each
 candidate grows from the current state and trains on the same samples at the current learning rate. Its loss is the mean
-over the second half of the samples, each batch scored before it is trained on. Only the record of the trials remains: a
-run that is killed during a search repeats it from the last commit, with the same choice.
+over the second half of the samples, each batch scored before it is trained on. Only the record of the trials remains. A
+finished trial belongs to the state of the run, which may commit and stop after each: a resumed run makes the others,
+and chooses as if nothing had happened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count, islice
 from math import exp, fsum, inf, isfinite, log
 from typing import Any
@@ -26,23 +27,9 @@ from ..engines.base import Engine
 from ..objectives.base import Inputs
 from ..recipe import Recipe
 from ..stages import GrowthConfig, faded
-from ..state import Decision, RunState
+from ..state import Decision, RunState, Trial
 from ..tally import Tally
 from .grow import enlarged
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One candidate and its result."""
-
-    sizes: dict[str, int | float]
-    """the sizes that change"""
-    parameters: int
-    flops_per_sample: float
-    loss: float
-    """infinity if a loss was not finite"""
-    spent: float
-    """FLOPs of the trial"""
 
 
 @dataclass(frozen=True)
@@ -70,8 +57,8 @@ class Choice:
         """The record for metrics.jsonl and the lineage."""
         scored = zip(self.trials, self.scores, strict=True)
         rows = [
-            {key: value if not isinstance(value, float) or isfinite(value) else None for key, value in row.items()}
-            for row in (asdict(trial) | {"score": score} for trial, score in scored)
+            trial.model_dump(exclude={"steps"}) | {"score": score if isfinite(score) else None}
+            for trial, score in scored
         ]
         return {"candidates": rows, "chosen": self.sizes, "exponent": self.exponent, "flops": self.spent}
 
@@ -83,10 +70,14 @@ def search(
     state: RunState,
     stage: int,
     feed: Callable[[Batch, int, float, int], Inputs],
-) -> Choice:
+    alive: Callable[[], None],
+    goes_on: Callable[[Trial], bool],
+) -> Choice | None:
     """Try all candidates of `stage`, grown from `engine` at its position in the run. All ranks call it together.
 
     `feed` makes inputs of a batch, the samples before it, and what a candidate sees of its patches in that stage.
+    Trials in `state` are not made again. `alive` is called before every step. `goes_on` is given each new trial and
+    says whether to go on; None is returned if not.
     """
     plan, world = recipe.settled(state.decisions), engine.world
     how, size = plan.stages[stage], plan.data.batch
@@ -99,13 +90,27 @@ def search(
     for sizes, spec in how.candidates(engine.model.spec):
         if not _allows_later_stages(recipe, (*state.decisions, Decision(stage=stage, grow=sizes))):
             continue
+        if made := [trial for trial in state.trials if trial.sizes == sizes and trial.steps == steps]:
+            trials.append(made[0])
+            continue
+        alive()
         resolution, context = spec.image.resolution, how.longest(spec)
         loader = Loader(plan.data, resolution, context, seed, world.rank, world.size, newest)
         with closing(loader.batches(0)) as batches:
-            numbered = zip(count(state.samples, size), islice(batches, steps))
+            numbered = zip(count(state.samples, size), _watched(islice(batches, steps), alive))
             inputs = (feed(batch, samples, how.patch_keep, spec.image.grid**2) for samples, batch in numbered)
             trials.append(run_trial(engine, build, (sizes, spec), inputs, size, lr, plan.seed, how, fade))
+        if not goes_on(trials[-1]):
+            return None
     return choose(trials)
+
+
+def _watched(batches: Iterator[Batch], alive: Callable[[], None]) -> Iterator[Batch]:
+    """The batches, with a sign of life before each is read and before it is trained on."""
+    for batch in batches:
+        alive()
+        yield batch
+        alive()
 
 
 def _allows_later_stages(recipe: Recipe, decisions: Sequence[Decision]) -> bool:
@@ -141,18 +146,26 @@ def run_trial(
     steps = tally.take()
     spent = [size * training_flops(spec, step.tokens / size, patches) for step in steps]
     scored = [step.loss for step in steps[len(steps) // 2 :]]
-    loss = fsum(scored) / len(scored) if all(map(isfinite, scored)) else inf
-    return Trial(sizes, parameters, fsum(spent) / (size * len(spent)), loss, fsum(spent))
+    return Trial(
+        sizes=sizes,
+        parameters=parameters,
+        flops_per_sample=fsum(spent) / (size * len(spent)),
+        loss=fsum(scored) / len(scored) if all(map(isfinite, scored)) else None,
+        spent=fsum(spent),
+        steps=len(steps),
+    )
 
 
 def choose(trials: Sequence[Trial]) -> Choice:
     """The best trial. With fewer than three different costs nothing can be fitted, and the lowest loss wins."""
-    known = [trial for trial in trials if trial.loss < inf]
+    known = [(trial.flops_per_sample, trial.loss) for trial in trials if trial.loss is not None]
     exponent = 0.0
-    if len({trial.flops_per_sample for trial in known}) >= 3:
-        costs, losses = [log(t.flops_per_sample) for t in known], [log(t.loss) for t in known]
+    if len({cost for cost, _ in known}) >= 3:
+        costs, losses = [log(cost) for cost, _ in known], [log(loss) for _, loss in known]
         mean, centre = fsum(losses) / len(known), fsum(costs) / len(known)
         rise = fsum((x - centre) * (y - mean) for x, y in zip(costs, losses, strict=True))
         exponent = max(0.0, -rise / fsum((x - centre) ** 2 for x in costs))
-    scores = [trial.loss * exp(exponent * log(trial.flops_per_sample)) for trial in trials]
+    scores = [
+        inf if trial.loss is None else trial.loss * exp(exponent * log(trial.flops_per_sample)) for trial in trials
+    ]
     return Choice(tuple(trials), tuple(scores), exponent, min(range(len(scores)), key=scores.__getitem__))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from treering.tests.support.tiny_runs import SIZES, Died, lines
 from treering.training import loop
 from treering.training.checkpoint.commits import find_commit
 from treering.training.growth import search
-from treering.training.growth.search import Trial, choose
+from treering.training.growth.search import choose
+from treering.training.health.watchdog import Watchdog
 from treering.training.loop import train
 from treering.training.recipe import Recipe
-from treering.training.state import Decision
+from treering.training.state import Decision, Trial
 from treering.training.world import World
 
 TINY = [
@@ -55,8 +55,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def trial(cost: float, loss: float) -> Trial:
-    return Trial({}, 1, cost, loss, 1.0)
+def trial(cost: float, loss: float | None) -> Trial:
+    return Trial(sizes={}, parameters=1, flops_per_sample=cost, loss=loss, spent=1.0, steps=2)
 
 
 def test_the_rule_is_autoprog_s() -> None:
@@ -72,7 +72,7 @@ def test_the_rule_is_autoprog_s() -> None:
 
 
 def test_a_trial_that_broke_is_not_chosen_and_two_costs_are_no_fit() -> None:
-    found = choose([trial(1e6, 3.0), trial(2e6, inf), trial(3e6, 2.0), trial(4e6, 1.9), trial(5e6, 1.95)])
+    found = choose([trial(1e6, 3.0), trial(2e6, None), trial(3e6, 2.0), trial(4e6, 1.9), trial(5e6, 1.95)])
     assert found.chosen in (2, 3, 4)
     assert found.json()["candidates"][1]["loss"] is None
     found = choose([trial(1e6, 3.0), trial(2e6, 2.9)])
@@ -180,6 +180,52 @@ def test_a_kill_repeats_the_search_to_the_same_choice(
     mine, other = ours.tensors(), theirs.tensors()
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+@pytest.mark.parametrize("every", ["12", "1h"], ids=["a commit at this step before", "none"])
+def test_a_stop_between_trials_keeps_the_finished_ones(
+    every: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the first trial and after the third: none is made twice, and the end is the same."""
+    tried, real = itertools.count(1), loop.Run._tried
+    made: list[dict[str, Any]] = []
+
+    def asked_to_stop(run: loop.Run, trial: Trial) -> bool:
+        made.append(trial.sizes)
+        run.stop.requested = next(tried) in (1, 3)
+        return real(run, trial)
+
+    monkeypatch.setattr(loop.Run, "_tried", asked_to_stop)
+    given = recipe(f"checkpoint.every={every}")
+    for finished in (1, 3):
+        assert not train(given, tmp_path).finished
+        state = find_commit(str(tmp_path)).manifest.state
+        assert (state.step, state.stage) == (3, 0)
+        assert [trial.sizes for trial in state.trials] == made == made[:finished]
+    assert train(given, tmp_path).finished
+    assert made == [row["sizes"] for row in searched(whole)["candidates"]]
+    assert searched(tmp_path) == searched(whole)
+    ours, theirs = find_commit(str(tmp_path)), find_commit(str(whole))
+    assert ours.manifest.state.decisions == theirs.manifest.state.decisions
+    assert ours.manifest.state.trials == ()
+    assert ours.manifest.state.flops == theirs.manifest.state.flops
+    mine, other = ours.tensors(), theirs.tensors()
+    assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+def test_a_search_beats_before_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it may take any time: the watchdog's limit is that of a step."""
+    phases: list[str] = []
+    real = Watchdog.at
+
+    def at(watch: Watchdog, phase: str, *arguments: Any) -> None:
+        phases.append(phase)
+        real(watch, phase, *arguments)
+
+    monkeypatch.setattr(Watchdog, "at", at)
+    assert train(recipe(), tmp_path).finished
+    trials = len(searched(tmp_path)["candidates"])
+    assert phases.count("search") >= trials * 4  # 48 samples in batches of 12
 
 
 @pytest.mark.parametrize(
