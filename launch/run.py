@@ -22,6 +22,7 @@ from rich.text import Text
 
 from ..data.storage.atomic_write import atomic_write
 from ..models.flops import parameters
+from ..training.health.signals import is_ignored
 from ..training.health.watchdog import HUNG, LOST
 from ..training.recipe import Recipe
 from .errors import RecipeError, RunError, show
@@ -87,11 +88,13 @@ def check(recipe: Recipe, out: Path, processes: int) -> None:
 
 
 def _check_disk(recipe: Recipe, out: Path) -> None:
+    from ..training.checkpoint.store import Store
+
     url = recipe.commits_url(out)
     local = "://" not in url or url.startswith("file://")
     place = Path(url.removeprefix("file://")) if local else out
     commit = 12 * max(parameters(spec) for spec in recipe.specs())  # fp32: weight and two moments
-    there = sum(file.stat().st_size for file in place.rglob("*") if file.is_file()) if local else 0
+    there = sum(Store(url).beginning("step-").values()) if local else 0
     existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     needed = _RESERVE + (max(0, (recipe.checkpoint.keep + 1) * commit - there) if local else 0)
@@ -176,7 +179,7 @@ def launch_workers(
         rdzv_configs={"timeout": RENDEZVOUS_SECONDS} | ({"is_host": is_head} if nodes > 1 else {}),
         local_addr=address,
         max_restarts=0,
-        signals_to_handle=signals,
+        signals_to_handle=",".join(name for name in signals.split(",") if not is_ignored(signal.Signals[name])),
         **shutdown,
     )
     os.environ[LAUNCHER] = str(os.getpid())

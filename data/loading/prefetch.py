@@ -86,12 +86,8 @@ class _UpcomingBlocks:
 
 
 def _run(upcoming: _UpcomingBlocks, reached: Any, parent: int) -> None:
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGUSR1,
-    ):  # handled by the training process; drop the inherited handlers
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # the training process handles them; drop the inherited handlers
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     step = reached.value
     fetched: deque[tuple[int, int]] = deque()  # step, bytes

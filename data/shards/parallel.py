@@ -121,7 +121,8 @@ def _init_worker(work: Callable[[Any], Any]) -> None:
     """Initialises a worker: sets its work, leaves Ctrl-C to the parent, and ends with the parent."""
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None

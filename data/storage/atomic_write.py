@@ -5,6 +5,7 @@ Only the standard library is imported, so that the batch script's helper starts 
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -58,10 +59,24 @@ def remove_partials(folder: Path) -> None:
         left.unlink(missing_ok=True)
 
 
+def durable_folder(folder: Path) -> None:
+    """Create a folder and its missing parents, so that they survive a power cut. Raises OSError."""
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        sync_folder(each.parent)
+
+
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that they survive a power cut."""
+    """Flush a folder's entries to disk, so that they survive a power cut, where the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network disks flush files only
+            raise
     finally:
         os.close(handle)

@@ -7,14 +7,48 @@ store's error text is never shown: it may hold secrets.
 from __future__ import annotations
 
 import errno
+import os
 from typing import Literal
 
 from .retries import error_chain, http_status
 
-Failure = Literal["full", "expired", "credentials", "denied", "missing", "unreachable", "unsupported", "other"]
+Failure = Literal[
+    "full",
+    "expired",
+    "clock",
+    "profile",
+    "endpoint",
+    "credentials",
+    "denied",
+    "missing",
+    "unreachable",
+    "unsupported",
+    "other",
+]
 
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
+_EXPIRED = ("ExpiredToken", "TokenRefreshRequired", "token has expired", "UnauthorizedSSOToken", "SSOTokenLoadError")
+_CLOCK = ("RequestTimeTooSkewed", "RequestInTheFuture", "RequestExpired", "Signature not yet current", "too skewed")
+_NO_CREDENTIALS = (
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "Unable to locate credentials",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+)
 _CLIENTS = ("botocore", "aiohttp", "aiobotocore", "gcsfs", "google")
+
+
+def settings_remedy(failure: Failure) -> str | None:
+    """What is wrong with the settings of this machine, and the remedy; None for failures of another kind."""
+    return {
+        "expired": "the credentials have expired; renew them, then the same command continues",
+        "clock": "the clock of this machine is wrong: the server's differs by too much; set it (timedatectl), then the "
+        "same command continues",
+        "profile": f"the profile {os.environ.get('AWS_PROFILE', 'default')!r} does not exist; correct AWS_PROFILE, or "
+        "add it to ~/.aws/config",
+        "endpoint": "the endpoint is not a URL; set AWS_ENDPOINT_URL with http:// or https:// before the host",
+    }.get(failure)
 
 
 def failure_of(error: Exception) -> Failure | None:
@@ -27,10 +61,16 @@ def failure_of(error: Exception) -> Failure | None:
         return "full"
     if any(code in text for code in ("NoSpace", "QuotaExceeded")):
         return "full"
-    if any(code in text for code in ("ExpiredToken", "TokenRefreshRequired", "token has expired")):
-        return "expired"
-    if any(code in text for code in (*_NO_CREDENTIALS, "Unable to locate credentials", "InvalidAccessKeyId")):
-        return "credentials"
+    by_text: dict[Failure, tuple[str, ...]] = {
+        "expired": _EXPIRED,
+        "clock": _CLOCK,
+        "profile": ("ProfileNotFound",),
+        "endpoint": ("Invalid endpoint",),
+        "credentials": _NO_CREDENTIALS,
+    }
+    for kind, codes in by_text.items():
+        if any(code in text for code in codes):
+            return kind
     if isinstance(error, FileNotFoundError) or "NoSuchBucket" in text:
         return "missing"
     denied = ("AccessDenied", "Forbidden", "SignatureDoesNotMatch")
@@ -38,8 +78,8 @@ def failure_of(error: Exception) -> Failure | None:
         return "denied"
     if isinstance(error, ImportError | ValueError):  # fsspec: unknown protocol, or its package is missing
         return "unsupported"
-    kind = type(error).__name__
-    if "Endpoint" in kind or "Connect" in kind or isinstance(error, TimeoutError | ConnectionError):
+    name = type(error).__name__
+    if "Endpoint" in name or "Connect" in name or isinstance(error, TimeoutError | ConnectionError):
         return "unreachable"
     from_client = any(type(each).__module__.partition(".")[0] in _CLIENTS for each in error_chain(error))
     return "other" if isinstance(error, OSError) or from_client else None

@@ -27,12 +27,14 @@ import fsspec.core
 from fsspec.utils import glob_translate
 
 from ..errors import DataError
-from .failures import Failure, failure_of
+from .failures import Failure, failure_of, settings_remedy
 from .retries import http_status, reason, retry
 
 _GLOB = frozenset("*?[")
 _MAGIC = re.compile(r"[*?\[]")
 _LISTED = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs"))  # stores that list the names with a prefix
+_S3 = ("s3://", "s3a://")
+_IDENTITY = {"anon", "key", "secret", "token", "profile", "session"}  # settings of fsspec that say who is asking
 _LIST_FROM = 16  # from this many names in a folder it is listed; concurrent requests if it cannot be
 SIDECAR_FOLDER = ".treering"
 """the sidecar folder next to shards, which holds their indexes"""
@@ -83,6 +85,11 @@ def is_remote(url: str) -> bool:
     return bool(separator) and protocol not in _LOCAL
 
 
+def lists_by_prefix(url: str) -> bool:
+    """Whether the store of a URL lists the names with a prefix, without looking at others."""
+    return url.partition("://")[0] in _LISTED
+
+
 def find_all(urls: Sequence[str]) -> list[ShardInfo]:
     """The files behind URLs without braces. Many names in one folder of a store are looked up by listing the folder:
     separate requests for tens of thousands would take minutes. Raises as `find` does."""
@@ -95,7 +102,7 @@ def find_all(urls: Sequence[str]) -> list[ShardInfo]:
             local.append(url)
         elif _GLOB & set(url):
             found += find(url)
-        elif url.partition("://")[0] in _LISTED:
+        elif lists_by_prefix(url):
             folders.setdefault(url.rpartition("/")[0], []).append(url)
         else:
             single.append(url)
@@ -204,6 +211,8 @@ def _info(system: Any, path: str) -> dict[str, Any] | None:
         if http_status(error) not in (None, 404, 410):  # fsspec's http reports any failure as FileNotFoundError
             raise
         return None
+    except OSError as error:
+        raise with_code(system, path, error) from None
 
 
 def _with_protocol(url: str, name: str) -> str:
@@ -231,8 +240,10 @@ def single_try_filesystem(url: str) -> tuple[Any, str]:
     S3 clients retry in two layers, neither of which can continue a partly received range. Listings are not cached,
     since a cached one would hide newer files."""
     options: dict[str, Any] = {"use_listings_cache": False}
-    is_s3 = url.startswith(("s3://", "s3a://"))
+    is_s3 = url.startswith(_S3)
     if is_s3:
+        if is_anonymous(url):
+            options["anon"] = True
         configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {**configured, "retries": {"max_attempts": 0}}
     system, path = fsspec.core.url_to_fs(url, **options)
@@ -240,6 +251,46 @@ def single_try_filesystem(url: str) -> tuple[Any, str]:
         system.retries = 1
     _OPENED[id(system)] = system
     return system, path
+
+
+def is_anonymous(url: str) -> bool:
+    """Whether a URL of S3 is read without credentials, as there are none: public buckets can be read so."""
+    if not url.startswith(_S3) or fsspec.config.conf.get("s3", {}).keys() & _IDENTITY:
+        return False
+    settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_") or name == "HOME"}
+    return _without_credentials(tuple(sorted(settings.items())))
+
+
+@lru_cache(maxsize=4)
+def _without_credentials(settings: tuple[tuple[str, str], ...]) -> bool:
+    """Whether the client of S3 finds no credentials with these environment variables."""
+    try:
+        import botocore.exceptions
+        import botocore.session
+    except ImportError:
+        return False
+    try:
+        return botocore.session.Session().get_credentials() is None
+    except botocore.exceptions.BotoCoreError:
+        return False  # a profile that does not exist, say: the client reports it
+
+
+def with_code(system: Any, path: str, error: Exception) -> Exception:
+    """An error that says why a request was refused: S3 answers HEAD without a body, so a listing is asked for the
+    code."""
+    if "s3" in system.protocol and (isinstance(error, PermissionError) or http_status(error) in (400, 403)):
+        bucket, _, prefix = path.partition("/")
+        try:
+            system.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        except Exception as why:
+            return why
+    return error
+
+
+def failure_at(url: str, error: Exception) -> Failure | None:
+    """The kind of failure behind an error of the file system of `url`; None if it is not one."""
+    failure = failure_of(error)
+    return "credentials" if failure == "denied" and is_anonymous(url) else failure
 
 
 def read_range(shard: ShardInfo, start: int, end: int) -> bytes:
@@ -384,7 +435,7 @@ def readable_errors(url: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        failure = failure_of(error)
+        failure = failure_at(url, error)
         if failure is None:
             raise
         raise DataError(_sentence(failure, error, name, "://" in url)) from None
@@ -397,8 +448,8 @@ def _sentence(failure: Failure, error: Exception, name: str, remote: bool) -> st
     if failure == "denied":
         remedy = "check that the credentials in use may read it" if remote else "check the file's permissions"
         return f"{name}: access refused; {remedy}"
-    if failure == "expired":
-        return f"{name}: the credentials have expired; renew them and try again"
+    if settings := settings_remedy(failure):
+        return f"{name}: {settings}"
     if failure == "credentials":
         return (
             f"{name}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "

@@ -9,21 +9,26 @@ and checksums, and last a small COMMIT object with the manifest's checksum. Read
 writer killed at any moment leaves nothing visible. Removal deletes the manifest first, so that the COMMIT of a slow
 writer cannot complete the set afterwards. If two runs use one place, the later one wins: the attempt that claimed it
 before is refused at its next commit. Nothing in a commit is code.
+
+What decides which commits are kept stands in an index beside them, so that a commit costs as much in a run of ten
+thousand as in one of ten; what the index lacks is read from the commits themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch import Tensor
 
 from ..world import World
@@ -37,6 +42,23 @@ _SET = re.compile(r"^step-(\d{12,})-attempt-(\d{4,})$")
 _ATTEMPT = re.compile(r"^attempt-(\d{4,})\.json$")
 _FORMAT_1 = re.compile(r"^step-\d{12}-life-\d{4}/COMMIT$")
 _STALE = timedelta(days=1)
+_INDEX = "commits.json"
+_READERS = 16  # manifests that are read concurrently where the index lacks them
+
+
+class _Facts(BaseModel, frozen=True, extra="forbid", strict=True):
+    """What decides whether a commit is kept."""
+
+    reason: str
+    samples: int
+    scores: dict[str, float]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> _Facts:
+        return cls(reason=manifest.reason, samples=manifest.state.samples, scores=manifest.scores)
+
+
+_FACTS = TypeAdapter(dict[str, _Facts])
 
 
 class Commits:
@@ -44,12 +66,13 @@ class Commits:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._manifests: dict[str, Manifest | None] = {}
+        self._facts: dict[str, _Facts] | None = None
+        """of complete commits, by name; None: the index was not read yet"""
 
     def _sets(self) -> dict[str, set[str]]:
         """Objects of every set, complete or not, by set name."""
         sets: dict[str, set[str]] = {}
-        for path in self.store.sizes():
+        for path in self.store.beginning("step-"):
             name, _, file = path.partition("/")
             if _SET.match(name) and file:
                 sets.setdefault(name, set()).add(file)
@@ -58,7 +81,7 @@ class Commits:
     def names(self) -> list[str]:
         """Complete commits, oldest first. Raises StoreError if there are only commits of format 1."""
         found = sorted((name for name, files in self._sets().items() if _complete(files)), key=_order)
-        if not found and any(_FORMAT_1.match(path) for path in self.store.sizes()):
+        if not found and any(_FORMAT_1.match(path) for path in self.store.beginning("step-")):
             raise StoreError(
                 f"{self.store.url} holds commits of format 1, from before release 0.2, and this release reads format "
                 f"{FORMAT}; continue them with that release, or give a new run another place"
@@ -67,9 +90,10 @@ class Commits:
 
     def remove_after(self, step: int) -> None:
         """Remove complete commits of later steps, the newest first."""
-        for name in reversed(self.names()):
+        sets = self._sets()
+        for name in sorted(filter(lambda name: _complete(sets[name]), sets), key=_order, reverse=True):
             if _step(name) > step:
-                self._remove(name)
+                self._remove(name, sets[name])
 
     def newest_until(self, step: int) -> int | None:
         """The step of the newest complete commit up to this step."""
@@ -81,7 +105,7 @@ class Commits:
         It is part of the names of commits, so two attempts never write the same objects. Raises StoreError if another
         run took the number.
         """
-        taken = [int(match[1]) for path in self.store.sizes() if (match := _ATTEMPT.match(path))]
+        taken = [int(match[1]) for path in self.store.beginning("attempt-") if (match := _ATTEMPT.match(path))]
         attempt = max([*taken, *(_attempt(name) for name in self._sets())], default=0) + 1
         claim = json.dumps({"who": who, "time": time.time(), "token": secrets.token_hex(8)}).encode()
         if not self.store.put_new(_claim(attempt), claim):
@@ -142,6 +166,7 @@ class Commits:
             if policy is not None:
                 self.retain(policy, attempt, snapshot.state.health.healthy_step)
                 self.sweep_uploads(attempt)
+            self._write_index()
 
         own, discard = _own_part(snapshot.tensors, copies), partial(self._discard, name)
         return CommitUpload(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
@@ -169,6 +194,7 @@ class Commits:
             )
         if not self.store.put_new(f"{name}/COMMIT", _seal(hashlib.sha256(data).hexdigest())):
             raise taken(self.store, name)
+        self._known()[name] = _Facts.of(manifest)
 
     def _check_attempt(self, attempt: int) -> None:
         """Raise StoreError if a later run has claimed this place: attempts have no gaps."""
@@ -195,52 +221,75 @@ class Commits:
         sets = self._sets()
         complete = sorted((name for name, files in sets.items() if _complete(files)), key=_order)
         kept = {*self._kept(complete, policy), *[name for name in complete if _step(name) <= healthy][-1:]}
-        for name in sets:
+        for name, files in sets.items():
             unfinished = name not in complete and _attempt(name) <= attempt
             if unfinished or (name in complete and name not in kept):
-                self._remove(name)
-                self._manifests.pop(name, None)
+                self._remove(name, files)
+        self._facts = {name: facts for name, facts in self._known().items() if name in kept}
 
     def sweep_uploads(self, attempt: int) -> None:
         """Abort multipart uploads that a kill left unfinished: of earlier attempts, and any older than a day."""
         limit = datetime.now(UTC) - _STALE
-        for (path, upload), begun in self.store.uploads().items():
+        for (path, upload), begun in self.store.uploads("step-").items():
             name = path.partition("/")[0]
             if _SET.match(name) and (_attempt(name) < attempt or begun < limit):
                 self.store.abort(path, upload)
 
     def _kept(self, complete: Sequence[str], policy: CheckpointConfig) -> set[str]:
         """The complete commits (given oldest first) to keep; the result does not depend on what was removed before."""
-        known = {name: manifest for name in complete if (manifest := self._manifest(name))}
-        kept = {*complete[-policy.keep :], *(name for name, manifest in known.items() if manifest.reason == "growth")}
+        known = self._facts_of(complete)
+        kept = {*complete[-policy.keep :], *(name for name, facts in known.items() if facts.reason == "growth")}
         if policy.keep_every:
             first: dict[int, str] = {}
-            for name, manifest in known.items():
-                first.setdefault(manifest.state.samples // policy.keep_every, name)
+            for name, facts in known.items():
+                first.setdefault(facts.samples // policy.keep_every, name)
             kept |= {name for number, name in first.items() if number > 0}
-        scored = [name for name, manifest in known.items() if policy.keep_best in manifest.scores]
+        scored = [name for name, facts in known.items() if policy.keep_best in facts.scores]
         if policy.keep_best and scored:
-            kept.add(max(scored, key=lambda name: (known[name].scores[str(policy.keep_best)], name)))
+            kept.add(max(scored, key=lambda name: (known[name].scores[str(policy.keep_best)], _order(name))))
         return kept
 
-    def _manifest(self, name: str) -> Manifest | None:
-        """A commit's manifest, read once; None if it is damaged."""
-        if name not in self._manifests:
+    def _facts_of(self, complete: Sequence[str]) -> dict[str, _Facts]:
+        """Facts of complete commits, in their order and without damaged ones: from the index, else their manifests."""
+        known = self._known()
+        lacking = [name for name in complete if name not in known]
+        if lacking:
+            with ThreadPoolExecutor(_READERS, "manifest") as readers:
+                found = zip(lacking, readers.map(self._read_facts, lacking), strict=True)
+                known.update({name: facts for name, facts in found if facts})
+        return {name: known[name] for name in complete if name in known}
+
+    def _read_facts(self, name: str) -> _Facts | None:
+        try:
+            return _Facts.of(self.open(name).manifest)
+        except DamagedCommit:
+            return None
+
+    def _known(self) -> dict[str, _Facts]:
+        """The index, read once; a missing or damaged one is empty."""
+        if self._facts is None:
             try:
-                self._manifests[name] = self.open(name).manifest
-            except DamagedCommit:
-                self._manifests[name] = None
-        return self._manifests[name]
+                self._facts = _FACTS.validate_json(self.store.get(_INDEX))
+            except (FileNotFoundError, ValidationError):
+                self._facts = {}
+        return self._facts
+
+    def _write_index(self) -> None:
+        """Write the index. A commit is complete without it, so that the store refuses it is no failure."""
+        with contextlib.suppress(StoreError):
+            self.store.put(_INDEX, _FACTS.dump_json(self._known()))
 
     def _discard(self, name: str) -> None:
         """Remove a set unless it is complete."""
-        if not _complete(self._sets().get(name, ())):
-            self._remove(name)
+        files = {path.rpartition("/")[2] for path in self.store.sizes(name)}
+        if not _complete(files):
+            self._remove(name, files)
 
-    def _remove(self, name: str) -> None:
-        """Remove a set, its manifest first: after that no reader sees it and no writer can complete it."""
-        files = sorted(self._sets().get(name, ()), key=lambda file: (file != "manifest.json", file != "COMMIT"))
-        self.store.delete(f"{name}/{file}" for file in files)
+    def _remove(self, name: str, files: Collection[str]) -> None:
+        """Remove a set of these objects, its manifest first: after that no reader sees it and no writer can complete
+        it, also after a power cut."""
+        for some in (("manifest.json",), ("COMMIT",), sorted({*files} - {"manifest.json", "COMMIT"})):
+            self.store.delete(f"{name}/{file}" for file in some if file in files)
         self.store.prune(name)
 
 

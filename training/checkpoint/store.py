@@ -1,8 +1,9 @@
 """The store: a folder of named byte objects behind any fsspec URL, local disk and object storage alike.
 
-It promises little, so that every backend can keep the promise: an object appears whole or not at all, and exactly one
-writer wins `put_new`. Commits are built on that in `commits.py`. Transient failures are retried for a minute or two;
-others raise StoreError with one sentence.
+It promises little, so that every backend can keep the promise: an object appears whole or not at all, exactly one
+writer wins `put_new`, and what was written survives a power cut, in the order in which it was written. Commits are
+built on that in `commits.py`. Transient failures are retried for a minute or two; others raise StoreError with one
+sentence.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from urllib.parse import urlsplit
 
 from fsspec.implementations.local import LocalFileSystem
 
-from ...data.storage.atomic_write import atomic_write
-from ...data.storage.failures import Failure, failure_of
-from ...data.storage.files import single_try_filesystem
-from ...data.storage.retries import RetriesExhausted, http_status, retry
+from ...data.storage.atomic_write import atomic_write, durable_folder, sync_folder
+from ...data.storage.failures import Failure, settings_remedy
+from ...data.storage.files import failure_at, lists_by_prefix, single_try_filesystem, with_code
+from ...data.storage.retries import RetriesExhausted, retry
 
 T = TypeVar("T")
 _GOOGLE = ("gs://", "gcs://")
@@ -98,9 +99,11 @@ class Store:
         return self._tried(f"writing {name}", attempt) or self.get(name) == data
 
     def _put_local(self, name: str, data: bytes | bytearray, exclusive: bool) -> None:
-        path = self._path(name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        atomic_write(Path(path), data, exclusive=exclusive)
+        path, root = Path(self._path(name)), Path(self._root)
+        durable_folder(path.parent)
+        if exclusive and path.parent != root:  # whatever this object completes is on the disk before it
+            sync_folder(root)
+        atomic_write(path, data, durable=True, exclusive=exclusive)
 
     def get(self, name: str) -> bytes:
         """An object's bytes. Raises FileNotFoundError if there is none, StoreError if it cannot be read."""
@@ -127,9 +130,30 @@ class Store:
             except FileNotFoundError:
                 return {}
 
-        found = self._tried("listing", attempt)
+        return self._named(self._tried("listing", attempt))
+
+    def beginning(self, start: str) -> dict[str, int]:
+        """Every object whose name begins with `start`, with its size in bytes.
+
+        What else lies here is not listed: on stores that list by prefix it costs nothing, in a folder a line each.
+        """
+
+        def attempt() -> dict[str, dict[str, Any]]:
+            try:
+                if lists_by_prefix(self.url):
+                    found: dict[str, dict[str, Any]] = self._fs.find(self._root, prefix=start, detail=True)
+                    return found
+                each = self._fs.ls(self._root, detail=False)
+                ours = (path for path in each if path.rpartition("/")[2].startswith(start))
+                return {path: info for one in ours for path, info in self._fs.find(one, detail=True).items()}
+            except FileNotFoundError:
+                return {}
+
+        return self._named(self._tried("listing", attempt))
+
+    def _named(self, found: dict[str, dict[str, Any]]) -> dict[str, int]:
+        """Sizes by name; servers may list an emptied folder as an object of its own: only files with a name count."""
         start = len(self._root) + 1
-        # Servers may list an emptied folder as an object of its own: only files with a name count.
         return {p[start:]: info["size"] for p, info in found.items() if info["type"] == "file" and len(p) > start}
 
     def modified(self, name: str) -> float | None:
@@ -145,7 +169,8 @@ class Store:
         return float(moment.timestamp())
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove objects; objects that do not exist are ignored."""
+        """Remove objects in this order; objects that do not exist are ignored."""
+        folders = set()
         for name in names:
 
             def attempt(path: str = self._path(name)) -> None:
@@ -153,16 +178,22 @@ class Store:
                     self._fs.rm_file(path)
 
             self._tried(f"deleting {name}", attempt)
+            folders.add(os.path.dirname(self._path(name)))
+        if isinstance(self._fs, LocalFileSystem):
+            for folder in folders:
+                with contextlib.suppress(FileNotFoundError):
+                    sync_folder(Path(folder))
 
-    def uploads(self) -> dict[tuple[str, str], datetime]:
-        """Unfinished multipart uploads below here (S3 only): the time each was begun, by object name and upload id."""
+    def uploads(self, start: str = "") -> dict[tuple[str, str], datetime]:
+        """Unfinished multipart uploads of objects whose names begin with `start` (S3 only): the time each was begun, by
+        object name and upload id."""
         if "s3" not in self._fs.protocol:
             return {}
         bucket, _, prefix = self._root.partition("/")
-        place = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
+        below = f"{prefix}/" if prefix else ""
+        place = {"Bucket": bucket, "Prefix": below + start}
         found = self._tried("listing", lambda: self._fs.call_s3("list_multipart_uploads", **place)).get("Uploads") or []
-        start = len(place["Prefix"])
-        return {(each["Key"][start:], each["UploadId"]): each["Initiated"] for each in found}
+        return {(each["Key"][len(below) :], each["UploadId"]): each["Initiated"] for each in found}
 
     def abort(self, name: str, upload: str) -> None:
         """Abort a multipart upload of the object `name`, which frees its parts; a missing upload is ignored."""
@@ -181,34 +212,30 @@ class Store:
                 os.rmdir(self._path(prefix))
 
     def check(self) -> None:
-        """Raise StoreError unless an object can be written, read back and removed here."""
-        name, data = f"check-{secrets.token_hex(8)}", secrets.token_bytes(64)
+        """Raise StoreError unless an object can be written, read back, listed and removed here."""
+        folder, data = f"check-{secrets.token_hex(8)}", secrets.token_bytes(64)
+        name = f"{folder}/object"
         self.put(name, data)
         try:
             if self.get(name) != data:
                 raise StoreError(
                     f"store {self.url}: an object read back differs from what was written; check the server"
                 )
+            if name not in self.beginning(folder):
+                folds = "//" in self._root
+                raise StoreError(
+                    f"store {self.url}: an object is not listed under the name it was written to"
+                    + ("; this server folds double slashes: write the URL with single ones" if folds else "")
+                )
         finally:
             self.delete([name])
-
-    def _with_a_code(self, error: Exception) -> Exception:
-        """An error that says why a request was bad: S3 answers HEAD without a body, so a listing is asked for the
-        code."""
-        if "s3" in self._fs.protocol and http_status(error) == 400:
-            bucket, _, prefix = self._root.partition("/")
-            try:
-                self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
-            except Exception as why:
-                return why
-        return error
+            self.prune(folder)
 
     def _explained(self, error: Exception, doing: str) -> StoreError:
         """The sentence for a failure, without anything the credentials could be in."""
         google = self.url.startswith(_GOOGLE)
         remedies: dict[Failure, str] = {
             "full": "it is full; free some space, keep fewer commits (checkpoint.keep), or set checkpoint.to elsewhere",
-            "expired": "the credentials have expired; renew them, then the same command continues",
             "credentials": "no valid credentials; "
             + (
                 "set GOOGLE_APPLICATION_CREDENTIALS, or use `gcloud auth application-default login`"
@@ -219,8 +246,8 @@ class Store:
             "missing": "there is no such place; create the bucket or folder, or correct checkpoint.to",
             "unreachable": "the server does not answer; check AWS_ENDPOINT_URL_S3 and the network",
         }
-        kind = failure_of(self._with_a_code(error))
-        remedy = remedies.get(kind) if kind else None
+        kind = failure_at(self.url, with_code(self._fs, self._root, error))
+        remedy = (settings_remedy(kind) or remedies.get(kind)) if kind else None
         return StoreError(
             f"store {self.url}: {doing} failed: {remedy or f'{type(error).__name__}: {str(error)[:200]}'}"
         )

@@ -37,7 +37,7 @@ class CommitPart(BaseModel, frozen=True, extra="forbid", strict=True):
     """One object with tensors of one kind."""
 
     # The pattern is a guard: a manifest cannot ask for anything outside its own set.
-    file: str = Field(pattern=r"^[a-z_]{1,32}-\d{5}-\d{5}\.safetensors$")
+    file: str = Field(pattern=r"^[a-z_]{1,32}-\d{5,}-\d{5,}\.safetensors$")
     kind: str
     bytes: int
     sha256: str

@@ -8,7 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 NOTICE = "TREERING_NOTICE"
 """environment variable: seconds between the signal and the end of the run"""
 
@@ -27,6 +27,11 @@ def short_notice(commit_seconds: float) -> str | None:
     )
 
 
+def is_ignored(number: int) -> bool:
+    """Whether whoever started this process wants it to outlive its terminal, as nohup does."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
 class StopRequest:
     """Whether one of the stop signals was received. A second Ctrl-C acts as if this were not here; of the others, which
     schedulers send to every process two or three times, any number may come."""
@@ -38,7 +43,8 @@ class StopRequest:
     def __enter__(self) -> Self:
         # Handlers can only be set from the main thread; elsewhere (tests) the caller keeps its own.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in STOP}
+            heard = [number for number in STOP if not is_ignored(number)]
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(

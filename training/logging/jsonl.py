@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from ...data.storage.atomic_write import atomic_write, partial_path, remove_partials
+from ...data.storage.atomic_write import atomic_write, partial_path, remove_partials, sync_folder
 from ..state import TrainingError
 
 _AFTER_A_COMMIT = ("search", "grow", "resume", "rollback", "end")
@@ -61,6 +61,7 @@ class JsonLines:
         self._file.flush()
         os.fsync(self._file.fileno())
         os.replace(partial, self.path)
+        sync_folder(self.path.parent)
         return kept
 
     def close(self) -> None:
@@ -113,6 +114,10 @@ class RunRecords:
         self.metrics.append(row)
         self._note(row)
         return row
+
+    def last_step(self, first: int) -> int:
+        """The last step with a line, of a run that began at step `first`."""
+        return max((row["step"] for row in self.metrics.rows() if row["event"] == "step"), default=first)
 
     def _note(self, row: dict[str, Any]) -> None:
         """Remember which evaluation was the last one before the last growth."""

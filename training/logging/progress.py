@@ -1,15 +1,18 @@
 """Progress display of a run: a progress bar on a terminal, plain lines everywhere else.
 
 Only rank 0 shows it, on stderr, so that stdout stays free for results. The bar is drawn only on updates. It has no
-refresh thread, because a thread that holds a lock while loader workers are forked can make them hang.
+refresh thread, because a thread that holds a lock while loader workers are forked can make them hang. A terminal that
+was closed, or a pipe that nobody reads any more, ends the display and not the run.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -62,8 +65,9 @@ class Progress:
         self._shape = (stage, parameters)
         text = self._text(samples, loss, samples_per_second)
         if self._bar:
-            self._bar.update(self._task, completed=samples, text=text)
-            self._bar.refresh()
+            with self._showing():
+                self._bar.update(self._task, completed=samples, text=text)
+                self._bar.refresh()
             return
         done = f"{100 * samples / self._total:.0f}%" if self._total else ""
         self._pending = f"{done:>4} · {text}"
@@ -74,16 +78,18 @@ class Progress:
         """Print one line about an event, such as a commit, above the bar. Safe for untrusted text."""
         line = " ".join(readable.printable(message).split())
         if self._bar:
-            self._bar.console.print(Text(line))
-            self._bar.refresh()
+            with self._showing():
+                self._bar.console.print(Text(line))
+                self._bar.refresh()
         else:
             self._write(line)
 
     def close(self) -> None:
         """Leave the last state on the screen and stop the bar; may be called twice."""
         if self._bar:
-            self._bar.refresh()
-            self._bar.stop()
+            with self._showing():
+                self._bar.refresh()
+                self._bar.stop()
             self._bar = None
         else:
             self._flush()
@@ -116,4 +122,17 @@ class Progress:
 
     def _write(self, line: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        print(line.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
+        with self._showing():
+            print(line.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
+
+    @contextmanager
+    def _showing(self) -> Iterator[None]:
+        """Shows something, unless nobody can see it any more."""
+        try:
+            yield
+        except (OSError, SystemExit):  # rich leaves by SystemExit when a pipe is closed
+            bar, self._bar = self._bar, None
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for good
+            if bar:
+                with suppress(OSError, SystemExit):
+                    bar.stop()  # gives back the standard streams

@@ -47,8 +47,19 @@ class RunLog:
         else:
             self.records.cut_back(state.step, state.cursor * self.recipe.data.batch)
             self.progress.note(f"continuing from {commit} at {state.samples:,} samples")
+            self._say_what_is_lacking(state)
         self._bad = len(self.known_bad())
         self._purge = state.samples + 1
+
+    def _say_what_is_lacking(self, state: RunState) -> None:
+        """Warn if the records end before the step that the run continues from."""
+        begun = [event.step for event in state.lineage if event.event == "from"][-1:] or [0]
+        last, every = self.records.last_step(begun[0]), self.recipe.log.every
+        if last // every < state.step // every:
+            self.warn(
+                f"{self.records.metrics.path} lacks steps {last + 1:,} to {state.step:,}: another run folder has their "
+                f"lines, since a run there committed them to the same store"
+            )
 
     def resumed(self, seconds: Mapping[str, float]) -> None:
         """Show how long each part of a resume took, in seconds."""
