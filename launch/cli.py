@@ -7,6 +7,7 @@ and exit code 2; a bug keeps its traceback.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +17,10 @@ from rich.console import Console
 from rich.text import Text
 
 from .. import __version__
+from ..data.storage.credentials import holds_secret
 from .arguments import AsJson, Overrides, RecipeName, print_json
 from .commands import data, jobs
-from .errors import RecipeError, RunError, user_message
+from .errors import RecipeError, RunError, show, user_message
 from .run_folder import is_first_process
 
 app = typer.Typer(
@@ -389,9 +391,23 @@ def doctor(
 jobs.add_to(app)
 
 
+def _refuse_secrets(words: list[str]) -> None:
+    """Raise RecipeError if a word is a URL with credentials, which would reach files, logs and the list of processes.
+
+    Overrides are checked with the recipe.
+    """
+    for word in words:
+        if not re.match(r"[\w.]+=", word) and holds_secret(word):
+            raise RecipeError(
+                f"{show(word)} held credentials inside a URL; remove them, and set environment variables (such as "
+                "AWS_PROFILE) or a credentials file instead"
+            )
+
+
 def main() -> None:
     """Entry point of the console script."""
     try:
+        _refuse_secrets(sys.argv[1:])
         app()
     except RunError as error:
         code, message = error.code, str(error)

@@ -7,11 +7,9 @@ printed through `show` or `safe_text`.
 from __future__ import annotations
 
 import errno
-import re
 
-_CREDENTIALS = re.compile(r"://[^@\s]*:[^@\s]*@")
-_SECRET_NAMES = r"[\w-]*signature|[\w-]*token|[\w-]*secret|[\w-]*password|sig|api_?key"
-_SIGNED = re.compile(rf"([?&;](?:{_SECRET_NAMES})=)[^&;\s'\"]+", re.IGNORECASE)
+from ..data.storage.credentials import masked, without_user
+
 _SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 _REMEDIES = {
     errno.ENOSPC: "free some space and repeat the command, or choose another place with --out",
@@ -26,14 +24,9 @@ class RecipeError(ValueError):
     """A recipe that cannot be read or run; the message names the field, the value, what is wrong and the remedy."""
 
 
-def has_secret(text: str) -> bool:
-    """Whether `text` contains a URL with credentials: user:password@, or a signed query."""
-    return bool(_CREDENTIALS.search(text) or _SIGNED.search(text))
-
-
 def safe_text(text: str) -> str:
     """`text` safe to print: credentials in URLs masked, control characters and lone surrogates escaped."""
-    text = _SIGNED.sub(r"\1***", _CREDENTIALS.sub("://***:***@", text))
+    text = masked(text)
     return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -42,7 +35,7 @@ def show(value: object, width: int = 60) -> str:
     if isinstance(value, bool) or value is None:
         text = {True: "true", False: "false", None: "null"}[value]
     elif isinstance(value, str):
-        text = repr(safe_text(value))
+        text = repr(safe_text(without_user(value)))
     else:
         text = safe_text(str(value)).replace("\n", " ")
     return text if len(text) <= width else f"{text[: width - 1]}…"

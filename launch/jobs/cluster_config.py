@@ -14,14 +14,14 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from ..errors import RecipeError, has_secret, safe_text, show
+from ...data.storage.credentials import holds_secret, is_secret_name
+from ..errors import RecipeError, safe_text, show
 from ..recipe.yaml_lines import read_yaml
 
 WORD = r"^[A-Za-z0-9_][A-Za-z0-9_.,:/+=@&|*\[\]()-]{0,255}$"
 OPTION = r"^--?[A-Za-z][A-Za-z0-9-]*(=[A-Za-z0-9_.,:/+=@%^~-]{0,1000})?$"
 TIME = r"^(\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2})$"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"secret|token|passw|credential|access_key|api_?key", re.IGNORECASE)
 
 
 class Site(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -70,13 +70,23 @@ class Site(BaseModel, frozen=True, extra="forbid", strict=True):
                 raise ValueError(f"{show(option)} is not an option of sbatch; write it as --name or --name=value")
         return value
 
+    @field_validator("setup", "srun", "inside")
+    @classmethod
+    def _without_credentials(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(map(holds_secret, value)):
+            raise ValueError(
+                "a line holds credentials inside a URL, and would be written to every batch script; use environment "
+                "variables or a credentials file"
+            )
+        return value
+
     @field_validator("environment")
     @classmethod
     def _environment(cls, value: dict[str, str]) -> dict[str, str]:
         for name, text in value.items():
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{show(name)} is not a valid name of a variable; use letters, digits and _")
-            if _SECRET.search(name) or has_secret(text):
+            if is_secret_name(name) or holds_secret(text):
                 raise ValueError(
                     f"{name} looks like a secret, and would be written to every batch script; "
                     f"use ~/.aws/credentials, or export it before treering submit"

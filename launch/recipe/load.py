@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from ...data.storage.credentials import holds_secret
 from ...training.recipe import Recipe
 from ..errors import RecipeError as RecipeError
-from ..errors import has_secret, safe_text, show
+from ..errors import safe_text, show
 from .messages import error_messages
 from .overrides import apply_override, dotted, parse_override, secret_found
 from .yaml_lines import Path, read_yaml, write_scalar, write_yaml
@@ -155,7 +156,7 @@ def _refuse_secrets(tree: Any, origins: dict[Path, Origin]) -> None:
         for key in path:
             value = value[key]
         written = (value if isinstance(value, str) else "", str(path[-1]) if path else "")
-        if any(has_secret(text) for text in written):
+        if any(holds_secret(text) for text in written):
             raise RecipeError(secret_found(f"{dotted(path)} ({origins.get(path, DEFAULT)})"))
 
 

@@ -6,10 +6,12 @@ A key is a dotted path, with list items by index from 0 (`stages.0.samples=320`)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ...data.storage.credentials import holds_secret
 from ...training.recipe import Recipe
-from ..errors import RecipeError, has_secret, safe_text, show
+from ..errors import RecipeError, safe_text, show
 from . import schema
 from .yaml_lines import Path, read_yaml
 
@@ -29,12 +31,28 @@ def parse_override(text: str) -> Override:
         raise RecipeError(
             f"the override {show(text)} is not of the form key=value, as in optimizer.lr=3e-4 or stages.0.samples=320"
         )
-    if has_secret(text):
-        raise RecipeError(secret_found(f"the override {show(key)}"))
     try:
-        return Override(key, read_yaml(value)[0])
+        parsed, wrong = read_yaml(value)[0], None
     except RecipeError as error:
-        raise RecipeError(f"the override {show(key)}: {error}; if it has spaces, quote it for the shell") from None
+        parsed, wrong = None, error
+    if any(map(holds_secret, [key, *(_texts(parsed) if isinstance(parsed, dict | list) else [value])])):
+        raise RecipeError(secret_found(f"the override {show(key)}"))
+    if wrong:
+        raise RecipeError(f"the override {show(key)}: {wrong}; if it has spaces, quote it for the shell") from None
+    return Override(key, parsed)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text and key in a parsed value."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def secret_found(where: str) -> str:

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...data.storage.credentials import masked
 from . import readable
 from .charts import LineChart, Series
 from .drawings import rings
 from .forest import Forest, Mark
 from .page import environment
 from .readable import is_fraction, lower_is_better, number, printable, score
-from .reading import RecordedRun, read_run, without_credentials
+from .reading import RecordedRun, read_run
 from .sections import score_title
 
 LEVEL = 0.05
@@ -42,7 +43,7 @@ def render_comparison(found: Mapping[str, Any]) -> str:
             tables=[_table(found["tasks"], n, name) for n, name in enumerate(names[1:])],
             flips=_flips(found["tasks"], names),
             curves=curves_of(_runs(found["models"])),
-            data=printable(without_credentials(str(found.get("data") or ""))),
+            data=printable(masked(str(found.get("data") or ""))),
             level=readable.percent(LEVEL).replace(".0", ""),
         )
     )
@@ -65,7 +66,7 @@ def verdict(key: str, change: Mapping[str, Any]) -> str:
 def _model(model: Mapping[str, Any]) -> ComparisonView:
     return {
         "name": printable(model["name"]),
-        "commit": printable(without_credentials(str(model["commit"]))),
+        "commit": printable(masked(str(model["commit"]))),
         "parameters": readable.compact(number(model.get("parameters"))),
         "samples": readable.exact(number(model.get("samples"))),
     }

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...data.storage.credentials import masked
 from . import readable
 from .charts import Marker
 from .drawings import Span, bar, timeline, towers
 from .readable import is_number, number, printable
-from .reading import LogLine, RecordedRun, seconds_of, without_credentials
+from .reading import LogLine, RecordedRun, seconds_of
 
 HistoryView = dict[str, Any]
 _HOSTS = 16
@@ -239,7 +240,7 @@ def _lineage_text(line: LogLine) -> str:
     if event in ("start", "resume"):
         text = device(line) or ""
         commit = line.get("commit")
-        return text + (f" from {printable(without_credentials(str(commit)))}" if commit else "")
+        return text + (f" from {printable(masked(str(commit)))}" if commit else "")
     if event == "grow":
         return ", ".join(
             f"{printable(k)} {readable.general((line.get('from') or {}).get(k))} → {readable.general(v)}"
@@ -256,16 +257,16 @@ def _lineage_text(line: LogLine) -> str:
         return _search_text(line)
     if event == "commit":
         parts = [
-            printable(without_credentials(str(line.get("url", "")))),
+            printable(masked(str(line.get("url", "")))),
             readable.bytes_text(line.get("bytes")),
             f"in {readable.duration_text(line.get('seconds'))}",
         ]
         return " · ".join([*parts, *([f"reason: {printable(line['reason'])}"] if line.get("reason") else [])])
     if event == "rollback":
         back = f"back to {line.get('commit')}, {line.get('batches')} batches skipped: {line.get('reason')}"
-        return printable(without_credentials(back))
+        return printable(masked(back))
     if event == "from":
-        return f"{printable(str(line.get('load')))} of {printable(without_credentials(str(line.get('commit'))))}"
+        return f"{printable(str(line.get('load')))} of {printable(masked(str(line.get('commit'))))}"
     return "the run finished" if event == "end" else ""
 
 

@@ -7,7 +7,6 @@ middle of a line, or was never evaluated is as readable as a finished one; unrea
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ...data.storage.credentials import masked
 from .readable import is_number, printable
 
 LogLine = dict[str, Any]
@@ -63,7 +63,7 @@ class RecordedRun:
     def sources(self) -> list[str]:
         """The training sources as the recipe names them."""
         train = (self.recipe.get("data") or {}).get("train") or []
-        return [printable(without_credentials(str(s.get("source")))) for s in train if isinstance(s, Mapping)]
+        return [printable(masked(str(s.get("source")))) for s in train if isinstance(s, Mapping)]
 
     @property
     def total_samples(self) -> int | None:
@@ -137,12 +137,6 @@ def seconds_of(line: LogLine) -> float:
     return float(seconds) if is_number(seconds) and seconds is not None else 0.0
 
 
-def without_credentials(text: str) -> str:
-    """`text` with the user part of every URL and the signature of signed URLs replaced by ***."""
-    text = re.sub(r"(://)[^/\s@\"']+@", r"\1***@", text)
-    return re.sub(r"(?i)([?&](?:x-amz-[\w-]+|sig|signature|token|[\w-]*key[\w-]*)=)[^&\s\"']+", r"\1***", text)
-
-
 def _lines(path: Path) -> tuple[list[LogLine], int]:
     """All readable lines of a file, and the number of unreadable ones; a last line cut off by a kill is not counted."""
     if not path.is_file():
@@ -176,4 +170,4 @@ def _recipe(path: Path) -> tuple[Mapping[str, Any], str]:
         data = yaml.safe_load(text)
     except yaml.YAMLError:
         data = None
-    return (data if isinstance(data, dict) else {}), printable(without_credentials(text))
+    return (data if isinstance(data, dict) else {}), printable(masked(text))

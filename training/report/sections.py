@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ...data.shards.source import attribution
+from ...data.storage.credentials import masked
 from . import readable
 from .charts import LineChart, Marker, Series
 from .drawings import bar, rings
 from .history import HistoryView, device, markers, parameters_reached
 from .readable import is_number, number, printable
-from .reading import LogLine, RecordedRun, without_credentials
+from .reading import LogLine, RecordedRun
 
 IMAGE_BYTES = 1_200_000  # limit for all pictures on the page; the rest of the page is small
 
@@ -228,7 +229,7 @@ def bad_samples(run: RecordedRun) -> HistoryView:
             "reason": reason,
             "count": readable.exact(count),
             "key": printable(first[reason].get("key", "")),
-            "shard": printable(without_credentials(str(first[reason].get("shard", "")))),
+            "shard": printable(masked(str(first[reason].get("shard", "")))),
         }
         for reason, count in counts.most_common(12)
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from treering.data.storage.credentials import masked
 from treering.tests.support.browser import Browser, check_page
 from treering.tests.support.made_up_run import (
     BEGAN,
@@ -22,7 +23,7 @@ from treering.tests.support.made_up_run import (
     write_run,
 )
 from treering.training.report import history, readable, write_report
-from treering.training.report.reading import read_run, without_credentials
+from treering.training.report.reading import read_run
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/p.png onerror=alert(1)>\"&\x1b[31m\u202etxt"
 
@@ -251,8 +252,8 @@ def test_credentials_in_urls_are_blotted_out(whole: Path) -> None:
     assert "SECRET" not in page.source
     assert "ACCESS" not in page.source
     assert "s3://***@bucket/runs" in page.text
-    assert without_credentials("https://h/x?X-Amz-Signature=abc&part=1") == "https://h/x?X-Amz-Signature=***&part=1"
-    assert without_credentials("samples://emoji me@home") == "samples://emoji me@home"
+    assert masked("https://h/x?X-Amz-Signature=abc&part=1") == "https://h/x?X-Amz-Signature=***&part=1"
+    assert masked("samples://emoji me@home") == "samples://emoji me@home"
 
 
 # --------------------------------------------------------------------------------------------- hostile and partial
