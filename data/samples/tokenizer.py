@@ -14,7 +14,8 @@ from functools import lru_cache
 import tokenizers
 
 from ..errors import DataError, shown
-from ..storage.files import filesystem, readable_errors, shown_url
+from ..storage.files import readable_errors, shown_url
+from ..storage.filesystems import filesystem
 from .clip_tokenizer import VOCABULARY, TextTokenizer, Tokenizer
 
 _MOST_BYTES = 1 << 28

@@ -16,8 +16,10 @@ from math import prod
 from braceexpand import braceexpand
 
 from ..errors import DataError, shown
+from ..storage.credentials import holds_secret
 from ..storage.files import Reader, ShardInfo, changed, find_all, read_range, shown_url
 from ..storage.gzip_cache import open_content
+from ..storage.names import refuse_other_syntax, split_braces
 from .columns import LONGEST_JSON, Collector
 from .index import IMAGE_KINDS as IMAGE_KINDS
 from .index import Samples, cached_at, fits, index_bytes
@@ -33,11 +35,19 @@ _RANGE = re.compile(rf"{_NUMBER}\.\.{_NUMBER}(?:\.\.-?(\d{{1,4300}}))?")
 
 
 def list_shards(url: str) -> list[ShardInfo]:
-    """The shards behind a URL, sorted. Braces are ranges {000..012} or lists {a,b}; *, ? and [] are globs.
+    """The shards behind a URL, sorted. Braces are ranges {000..012} or lists {a,b}; *, ? and [] are globs. What
+    exists under exactly this name is that name.
 
     Raises DataError if nothing matches, or a shard named without a glob is missing.
     """
-    found = {shard.url: shard for shard in find_all(expand_braces(url))}
+    if holds_secret(url):
+        raise DataError(
+            f"{shown_url(url)}: the URL holds a user or a secret, which would get into indexes, ledgers and logs; give "
+            "credentials by environment variables or a credentials file"
+        )
+    refuse_other_syntax(url)
+    literal, rest = split_braces(url)
+    found = {shard.url: shard for shard in find_all([literal + each for each in expand_braces(rest)])}
     return [found[name] for name in sorted(found)]
 
 

@@ -13,13 +13,13 @@ from ..errors import DataError
 from ..storage.files import (
     SIDECAR_FOLDER,
     ShardInfo,
-    filesystem,
     find,
     is_remote,
     read_range,
     readable_errors,
     shown_url,
 )
+from ..storage.filesystems import filesystem
 from ..storage.retries import retry
 from .index import cached_at, fits
 from .table_file import DamagedTable, Table, write_cache_file

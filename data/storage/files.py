@@ -3,7 +3,6 @@
 A read from a store is one ranged request, received in chunks: after a transient failure (retries.py) the next request
 continues after the last byte received.
 
-File systems are opened where they are used: fsspec keeps its instances per process, so none is used across a fork.
 A store's refusal becomes a DataError with the remedy; the store's error text is not shown, since it may hold secrets.
 """
 
@@ -19,22 +18,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO, TypeVar, cast
 
-import fsspec.config
-import fsspec.core
 from fsspec.utils import glob_translate
 
 from ..errors import DataError
-from .failures import Failure, failure_of, settings_remedy
+from .credentials import without_user
+from .failures import Failure, settings_remedy
+from .filesystems import failure_at, filesystem, single_try_filesystem, with_code
+from .names import is_local, is_pattern, literal_part, split_local
 from .retries import http_status, reason, retry
 
-_GLOB = frozenset("*?[")
-_MAGIC = re.compile(r"[*?\[]")
+T = TypeVar("T")
 _LISTED = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs"))  # stores that list the names with a prefix
-_S3 = ("s3://", "s3a://")
-_IDENTITY = {"anon", "key", "secret", "token", "profile", "session"}  # settings of fsspec that say who is asking
 _LIST_FROM = 16  # from this many names in a folder it is listed; concurrent requests if it cannot be
 SIDECAR_FOLDER = ".treering"
 """the sidecar folder next to shards, which holds their indexes"""
@@ -42,8 +38,6 @@ _LOCAL = frozenset(("file", "local", "memory"))
 _AHEAD = 8 << 20  # bytes requested at a time by a walk over a remote shard
 _CHUNK = 1 << 18  # bytes read at a time from a response
 _START_SECONDS = 20.0  # a store that does not answer at all is more likely misspelt than restarting
-# Keeps file systems alive in forked children: collecting them there would close the parent's connections.
-_OPENED: dict[int, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +50,8 @@ class ShardInfo:
 
 
 def shown_url(url: str) -> str:
-    """A URL safe to show in a message: without passwords, signatures and control characters."""
-    parts = urlsplit(url) if "://" in url else None
-    if parts and (parts.query or "@" in parts.netloc):
-        url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in url)
+    """A URL safe to show in a message: without users, secrets and control characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in without_user(url))
 
 
 def cache_folder(name: str) -> Path:
@@ -98,11 +89,11 @@ def find_all(urls: Sequence[str]) -> list[ShardInfo]:
     local: list[str] = []
     folders: dict[str, list[str]] = {}
     for url in urls:
-        if _is_local(url):
+        if is_local(url):
             local.append(url)
-        elif _GLOB & set(url):
+        elif is_pattern(url):
             found += find(url)
-        elif lists_by_prefix(url):
+        elif lists_by_prefix(url) and "?" not in url:
             folders.setdefault(url.rpartition("/")[0], []).append(url)
         else:
             single.append(url)
@@ -137,20 +128,14 @@ def _listed(folder: str, urls: Sequence[str]) -> list[ShardInfo]:
     return [ShardInfo(url, int(there[url]["size"]), _stamp(there[url])) for url in urls]
 
 
-def _is_local(url: str) -> bool:
-    return "://" not in url or url.startswith(("file://", "local://"))
-
-
 def _find_local(urls: Sequence[str]) -> list[ShardInfo]:
     """`find` for local paths, with one system call per file. Raises DataError."""
     found = []
     for url in urls:
-        path = url if url[0] == "/" else url.removeprefix("file://").removeprefix("local://")
-        before = url[: len(url) - len(path)]
-        if not path.startswith("/") or "/." in path or "//" in path:
-            path = os.path.abspath(os.path.expanduser(path))
+        before, path = split_local(url)
+        folder, pattern = literal_part(path, os.path.lexists) if is_pattern(path) else (path, "")
         try:
-            stats = _matches(path) if _MAGIC.search(path) else [(path, os.stat(path))]
+            stats = _matches(folder, pattern) if pattern else [(path, os.stat(path))]
         except FileNotFoundError:
             stats = []
         except OSError as error:
@@ -162,7 +147,7 @@ def _find_local(urls: Sequence[str]) -> list[ShardInfo]:
             if S_ISREG(stat.st_mode)
         ]
         if not shards:
-            if stats and S_ISDIR(stats[0][1].st_mode) and not _MAGIC.search(path):
+            if stats and S_ISDIR(stats[0][1].st_mode) and not pattern:
                 where = shown_url(url).rstrip("/")
                 raise DataError(f"{shown_url(url)} is a folder; name the tar files in it, as in {where}/*.tar")
             raise DataError(f"no shards match {shown_url(url)}: not found; check the path")
@@ -170,37 +155,58 @@ def _find_local(urls: Sequence[str]) -> list[ShardInfo]:
     return found
 
 
-def _matches(path: str) -> list[tuple[str, os.stat_result]]:
-    """The paths that a local glob matches, with their stat results."""
-    folder, _, name = path.rpartition("/")
-    if _MAGIC.search(folder) or "**" in name:
-        names = [each for each in filesystem(path)[0].glob(path) if f"/{SIDECAR_FOLDER}/" not in each]
+def _matches(folder: str, pattern: str) -> list[tuple[str, os.stat_result]]:
+    """The paths in a folder that a pattern matches, with their stat results."""
+    if "/" in pattern or "**" in pattern:
+        names = _globbed(filesystem(folder or "/")[0], folder, pattern)
         return [(each, os.stat(each)) for each in names]
-    fits = re.compile(glob_translate(name)).match
+    fits = re.compile(glob_translate(pattern)).match
     with os.scandir(folder or "/") as entries:
         return [(entry.path, entry.stat()) for entry in entries if fits(entry.name)]
 
 
+def _globbed(system: Any, folder: str, pattern: str) -> dict[str, dict[str, Any]]:
+    """What a pattern matches in a folder, by path; the name of the folder is taken as it is."""
+    depth = None if "**" in pattern else pattern.count("/") + 1
+    fits = re.compile(glob_translate(pattern)).match
+    found: dict[str, dict[str, Any]] = system.find(folder or "/", maxdepth=depth, detail=True)
+    return {
+        name: info
+        for name, info in found.items()
+        if fits(name[len(folder) + 1 :]) and f"/{SIDECAR_FOLDER}/" not in name
+    }
+
+
 def find(url: str) -> list[ShardInfo]:
     """The files behind a URL without braces. Raises DataError if there are none or the store does not answer."""
-    if _is_local(url):
+    if is_local(url):
         return _find_local([url])
     with readable_errors(url):
         system, path = single_try_filesystem(url)
-        if _GLOB & set(path):
-            found = retry(shown_url(url), lambda: system.glob(path, detail=True), seconds=_START_SECONDS)
-            matches = [match for name, match in found.items() if f"/{SIDECAR_FOLDER}/" not in name]
+        folder, pattern = path, ""
+        if is_pattern(url):
+            folder, pattern = literal_part(path, lambda name: _tried(url, lambda: system.exists(name)))
+        if pattern:
+            glob = _globbed if is_pattern(folder) else lambda system, folder, pattern: system.glob(path, detail=True)
+            found = _tried(url, lambda: glob(system, folder, pattern))
+            files = [match for match in found.values() if match["type"] == "file"]
+            files = [match for match in files if f"/{SIDECAR_FOLDER}/" not in match["name"]]
+            urls = [_with_protocol(url, match["name"]) for match in files]
         else:
-            match = retry(shown_url(url), lambda: _info(system, path), seconds=_START_SECONDS)
-            matches = [match] if match else []
+            match = _tried(url, lambda: _info(system, path))
             if match and match["type"] == "directory":
                 raise DataError(
                     f"{shown_url(url)} is a folder; name the tar files in it, as in {shown_url(url).rstrip('/')}/*.tar"
                 )
-        files = [match for match in matches if match["type"] == "file"]
+            files, urls = ([match], [url]) if match else ([], [])
         if not files:
-            raise DataError(f"no shards match {shown_url(url)}: not found; check the bucket and the names in it")
-        return [ShardInfo(_with_protocol(url, m["name"]), int(m["size"]), _stamp(m)) for m in files]
+            twice = "; a double slash is a folder without a name, which some servers drop" if "//" in path else ""
+            raise DataError(f"no shards match {shown_url(url)}: not found; check the bucket and the names in it{twice}")
+        return [ShardInfo(each, int(m["size"]), _stamp(m)) for each, m in zip(urls, files, strict=True)]
+
+
+def _tried(url: str, ask: Callable[[], T]) -> T:
+    return retry(shown_url(url), ask, seconds=_START_SECONDS)
 
 
 def _info(system: Any, path: str) -> dict[str, Any] | None:
@@ -225,72 +231,6 @@ def _stamp(info: dict[str, Any]) -> str:
         if info.get(field) is not None:
             return str(info[field])
     return ""
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """The file system of a URL, for use in this process, and the path in it."""
-    system, path = fsspec.core.url_to_fs(url)
-    _OPENED[id(system)] = system
-    return system, path
-
-
-def single_try_filesystem(url: str) -> tuple[Any, str]:
-    """Like `filesystem`, without the client's retries, for callers that use `retry`.
-
-    S3 clients retry in two layers, neither of which can continue a partly received range. Listings are not cached,
-    since a cached one would hide newer files."""
-    options: dict[str, Any] = {"use_listings_cache": False}
-    is_s3 = url.startswith(_S3)
-    if is_s3:
-        if is_anonymous(url):
-            options["anon"] = True
-        configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        options["config_kwargs"] = {**configured, "retries": {"max_attempts": 0}}
-    system, path = fsspec.core.url_to_fs(url, **options)
-    if is_s3:
-        system.retries = 1
-    _OPENED[id(system)] = system
-    return system, path
-
-
-def is_anonymous(url: str) -> bool:
-    """Whether a URL of S3 is read without credentials, as there are none: public buckets can be read so."""
-    if not url.startswith(_S3) or fsspec.config.conf.get("s3", {}).keys() & _IDENTITY:
-        return False
-    settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_") or name == "HOME"}
-    return _without_credentials(tuple(sorted(settings.items())))
-
-
-@lru_cache(maxsize=4)
-def _without_credentials(settings: tuple[tuple[str, str], ...]) -> bool:
-    """Whether the client of S3 finds no credentials with these environment variables."""
-    try:
-        import botocore.exceptions
-        import botocore.session
-    except ImportError:
-        return False
-    try:
-        return botocore.session.Session().get_credentials() is None
-    except botocore.exceptions.BotoCoreError:
-        return False  # a profile that does not exist, say: the client reports it
-
-
-def with_code(system: Any, path: str, error: Exception) -> Exception:
-    """An error that says why a request was refused: S3 answers HEAD without a body, so a listing is asked for the
-    code."""
-    if "s3" in system.protocol and (isinstance(error, PermissionError) or http_status(error) in (400, 403)):
-        bucket, _, prefix = path.partition("/")
-        try:
-            system.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
-        except Exception as why:
-            return why
-    return error
-
-
-def failure_at(url: str, error: Exception) -> Failure | None:
-    """The kind of failure behind an error of the file system of `url`; None if it is not one."""
-    failure = failure_of(error)
-    return "credentials" if failure == "denied" and is_anonymous(url) else failure
 
 
 def read_range(shard: ShardInfo, start: int, end: int) -> bytes:

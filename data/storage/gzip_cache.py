@@ -26,6 +26,7 @@ from ..errors import DataError
 from ..shards.tar_reader import DamagedShard
 from .atomic_write import PARTIAL, atomic_file
 from .files import Reader, ShardInfo, cache_folder, open_shard, read_range, shown_url
+from .names import is_local
 
 _MOST_GROWTH = 200  # expansion factor; deflate reaches 1,032 on zeros, pictures and captions stay below 20
 _ALWAYS_ALLOWED = 10 << 20  # bytes that any shard may unpack to
@@ -37,7 +38,8 @@ _ABANDONED = 3600.0  # seconds after which an unfinished file counts as abandone
 
 def is_gzip(url: str) -> bool:
     """Whether a shard's name says that it is gzip data."""
-    return url.endswith((".tar.gz", ".tgz"))
+    name = url if is_local(url) else url.partition("?")[0]
+    return name.endswith((".tar.gz", ".tgz"))
 
 
 @contextmanager

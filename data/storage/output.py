@@ -19,7 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import DataError
 from .atomic_write import PARTIAL, atomic_file
-from .files import filesystem, readable_errors, shown_url
+from .files import readable_errors, shown_url
+from .filesystems import filesystem
 
 
 class Target:

@@ -275,7 +275,7 @@ class Commits:
         return self._facts
 
     def _write_index(self) -> None:
-        """Write the index. A commit is complete without it, so that the store refuses it is no failure."""
+        """Write the index. A commit is complete without it, so a refusal of the store is passed over."""
         with contextlib.suppress(StoreError):
             self.store.put(_INDEX, _FACTS.dump_json(self._known()))
 

@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from fsspec.implementations.local import LocalFileSystem
 
+from ...data.errors import DataError
 from ...data.storage.atomic_write import atomic_write, durable_folder, sync_folder
+from ...data.storage.credentials import holds_secret, without_user
 from ...data.storage.failures import Failure, settings_remedy
-from ...data.storage.files import failure_at, lists_by_prefix, single_try_filesystem, with_code
+from ...data.storage.files import lists_by_prefix
+from ...data.storage.filesystems import failure_at, single_try_filesystem, with_code
+from ...data.storage.names import refuse_other_syntax
 from ...data.storage.retries import RetriesExhausted, retry
 
 T = TypeVar("T")
@@ -37,13 +40,18 @@ class Store:
     """Objects by name below one URL. Names are our own, never a user's."""
 
     def __init__(self, url: str) -> None:
-        if "@" in urlsplit(url).netloc:
+        if holds_secret(url):
             raise StoreError(
-                "the store's URL holds a user or password; give credentials by environment or credentials file"
+                f"store {without_user(url)}: its URL holds a user or a secret; give credentials by environment or "
+                "credentials file"
             )
+        try:
+            refuse_other_syntax(url)
+        except DataError as error:
+            raise StoreError(f"the store {error}") from None
         self.url = url.rstrip("/")
         try:
-            self._fs, root = single_try_filesystem(self.url)
+            self._fs, root = single_try_filesystem(self.url, public=False)
         except ImportError as error:
             package = "'treering[gcs]'" if url.startswith(_GOOGLE) else "what is missing"
             raise StoreError(f"store {self.url}: {error}; pip install {package}") from None

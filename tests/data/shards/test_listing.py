@@ -20,6 +20,7 @@ from treering.data.errors import DataError
 from treering.data.shards import listing
 from treering.data.shards.listing import expand_braces, index_shard, list_shards, split_name
 from treering.data.storage.files import find, shown_url
+from treering.tests.support.faulty_proxy import FaultyProxy
 
 WriteTar = Callable[..., Path]
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=150)
@@ -313,9 +314,10 @@ def test_store_without_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match="no credentials found; set AWS_ACCESS_KEY_ID"):
-        open_source("s3://bucket-of-nobody/{0..1}.tar")
+    with FaultyProxy(9, lambda _: "403") as refuses:  # as a bucket that is not public does
+        monkeypatch.setenv("AWS_ENDPOINT_URL", refuses.endpoint)
+        with pytest.raises(DataError, match="no credentials found; set AWS_ACCESS_KEY_ID"):
+            open_source("s3://bucket-of-nobody/{0..1}.tar")
 
 
 def test_shown_url_hides_secrets() -> None:
