@@ -15,7 +15,7 @@ from .output import Extras, ModelOutput, TowerOutput
 from .parts import is_table, part_of, parts
 from .shared import Shared
 from .spec import ModelSpec
-from .towers import MAX_LOG_SCALE, ImageTower, ModalityTowers, TextTower
+from .towers import ImageTower, ModalityTowers, TextTower, temperature
 from .transformer import Transformer
 
 
@@ -61,8 +61,8 @@ class Model(nn.Module):
         return {name: module for name, module in found.items() if isinstance(module, Transformer)}
 
     def scale(self) -> Tensor:
-        """The factor on cosine similarities, [1], at most 100."""
-        return self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
+        """The factor on cosine similarities, [1], from 1 to 100."""
+        return temperature(self.logit_scale)
 
     def forward(self, images: Tensor, tokens_t: Tensor, lengths_b: Tensor, extras: Extras | None = None) -> ModelOutput:
         """Both towers, the captioner if there is one, and the towers of modalities that `extras` has samples for."""

@@ -37,6 +37,11 @@ def is_table(name: str) -> bool:
     return name.removesuffix(".weight").endswith("_embedding")
 
 
+def is_temperature(name: str) -> bool:
+    """Whether tensor `name` is the logarithm of a temperature: the model's, or that of a modality's tower."""
+    return name.rpartition(".")[2] == "logit_scale"
+
+
 class BatchShape(NamedTuple):
     """What of a batch decides over the work and the memory it takes."""
 

@@ -17,9 +17,26 @@ from .output import TowerOutput
 from .spec import ImageSpec, ModalitySpec, TextSpec, TowerSpec
 from .transformer import Attention, BlockOutput, DenseLayout, PackedLayout, TokenStream, Transformer
 
-MAX_LOG_SCALE = math.log(100.0)
+MIN_LOG_SCALE, MAX_LOG_SCALE = 0.0, math.log(100.0)
+"""range of the logarithm of a temperature, as in CLIP's training: the factor on cosine similarities is from 1 to 100"""
 SharedBlocks = Callable[[TokenStream], BlockOutput]
 """the blocks that both towers share, on the tokens of one: [t, d] -> [t, d]"""
+
+
+def temperature(log_scale: Tensor) -> Tensor:
+    """The factor on cosine similarities of a learned logarithm, [1] -> [1], from 1 to 100.
+
+    The gradient passes at and beyond the ends as well, so that a logarithm there can return; `keep_in_range` puts it
+    back after every step.
+    """
+    bounded = log_scale.detach().clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)
+    return (bounded + (log_scale - log_scale.detach())).exp()
+
+
+@torch.no_grad()
+def keep_in_range(log_scale: Tensor) -> None:
+    """Put the logarithm of a temperature, or what a process holds of it, back into its range, in place."""
+    log_scale.clamp_(MIN_LOG_SCALE, MAX_LOG_SCALE)
 
 
 class AttentionPool(nn.Module):
@@ -246,7 +263,7 @@ class ModalityTower(nn.Module):
         x_bfd = self.frames(samples.view(b, *self.shape)) + self.position_embedding
         layout = DenseLayout(b, x_bfd.shape[1])
         x_td, routing = self.transformer(TokenStream(x_bfd.flatten(0, 1), layout))
-        scale = self.logit_scale.clamp(max=MAX_LOG_SCALE).exp()
+        scale = temperature(self.logit_scale)
         return TowerOutput(self.projection(x_td.unflatten(0, (b, -1)).mean(1)), x_td, layout, scale, routing)
 
 

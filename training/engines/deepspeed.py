@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...models.model import built_by_module, empty
 from ...models.spec import ModelSpec
-from ...models.towers import MAX_LOG_SCALE
+from ...models.towers import temperature
 from ..world import World
 from .base import Engine
 from .config import DeepSpeedConfig
@@ -84,6 +84,7 @@ class DeepSpeedEngine(Engine):
             not self._engine.was_step_applied()
         )  # it skips a step that is not finite without a word: issue 8415
         self._steps, self._skips = self._steps + (not overflowed), self._skips + overflowed
+        self._partitions.keep_temperatures_in_range()
         if self.optimizer_config.ema and not overflowed:
             self._partitions.average(self.optimizer_config.ema)
         norm = float("nan") if overflowed else self._engine.get_global_grad_norm()
@@ -107,7 +108,7 @@ class DeepSpeedEngine(Engine):
 
     def scale(self) -> float:
         held = self._partitions.view("model", "logit_scale")
-        return self.whole("logit_scale", held).clamp(max=MAX_LOG_SCALE).exp().item()
+        return temperature(self.whole("logit_scale", held)).item()
 
     def whole(self, name: str, own: Tensor) -> Tensor:
         return gathered(own, self._partitions.layout[name], self.world)
@@ -132,6 +133,7 @@ class DeepSpeedEngine(Engine):
         for path, part in state.items():
             kind, _, name = path.partition("/")
             self._partitions.view(kind, name).copy_(part.reshape(-1))
+        self._partitions.keep_temperatures_in_range()
         self._partitions.publish()
         self._steps, self._skips = steps, skipped
 

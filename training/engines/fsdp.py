@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ...models.model import empty, initialise, materialise
 from ...models.spec import ModelSpec
-from ...models.towers import MAX_LOG_SCALE
+from ...models.towers import temperature
 from ...models.transformer import TransformerBlock
 from ..world import World
 from .config import FsdpConfig
@@ -88,7 +88,7 @@ class FsdpEngine(TorchEngine):
     def scale(self) -> float:
         with torch.no_grad():
             held = self.optimizer.parameters["logit_scale"]
-            return self.whole("logit_scale", held).clamp(max=MAX_LOG_SCALE).exp().item()
+            return temperature(self.whole("logit_scale", held)).item()
 
     def whole(self, name: str, own: Tensor) -> Tensor:
         return gathered(own, self.layout[name], self._holders)

@@ -14,7 +14,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from ...models.parts import is_table
+from ...models.parts import is_table, is_temperature
+from ...models.towers import keep_in_range
 from ..world import World
 from .layout import Layout
 from .muon import Muon, hidden
@@ -141,12 +142,18 @@ class Optimizer:
         pace(self._adam, lr, fade)
         self._adam.step()
         self._muon.step(lr, {name: factor**fade for name, factor in self.multipliers.items()}, self._applies)
+        self.keep_temperatures_in_range()
         for parameter in self.parameters.values():
             parameter.grad = None
         if self.config.ema:
             moves = (1 - self.config.ema) * self._applies
             for name, average in self._ema.items():
                 average.lerp_(self.parameters[name].detach(), moves)
+
+    def keep_temperatures_in_range(self) -> None:
+        """Put temperatures that a step, or loaded weights, took out of their range back into it."""
+        for name in filter(is_temperature, self.parameters):
+            keep_in_range(self.parameters[name])
 
     @property
     def skipped(self) -> int:

@@ -51,5 +51,6 @@ class TorchEngine(Engine):
         shaped = {path: part.view(names[path.partition("/")[2]].shape) for path, part in state.items()}
         for name, parameter in names.items():
             parameter.copy_(shaped[f"model/{name}"])
+        self.optimizer.keep_temperatures_in_range()
         moments = {k: {n: shaped[f"{k}/{n}"] for n in names if config.keeps(k, n)} for k in config.kinds}
         self.optimizer.load(moments, steps, skipped, multipliers)

@@ -39,6 +39,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...models.parts import is_temperature
+from ...models.towers import keep_in_range
 from ..state import TrainingError
 from ..world import World
 from .layout import FlatRange
@@ -143,6 +145,16 @@ class Partitions:
         for flat in self._flats:
             moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
             self._zero.optimizer.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **moments}
+
+    @torch.no_grad()
+    def keep_temperatures_in_range(self) -> None:
+        """Put temperatures back into their range, in the masters and in the weights that compute."""
+        for name in filter(is_temperature, self._parameters):
+            parameter = self._parameters[name]
+            keep_in_range(self.view("model", name))
+            keep_in_range(parameter.data)
+            if self._stage == 3:
+                keep_in_range(parameter.ds_tensor)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def average(self, keep: float) -> None:
