@@ -22,6 +22,7 @@ from .architectures import config_named, spec_of
 from .errors import InterchangeError
 from .open_clip_files import PREFIX, Config, fetch, published
 from .weights import from_open_clip
+from .wrapped import flat, unwrapped
 
 _FOLDER = "local-dir:"
 _TOKENIZER_FIELDS = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pool_type", "eos_id")
@@ -41,6 +42,8 @@ class Weights:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     """fields of its text_cfg that name a tokenizer other than CLIP's, for the export"""
     file: str = ""
+    notes: tuple[str, ...] = ()
+    """what the file holds beside the model"""
 
 
 def open_weights(source: str) -> Weights:
@@ -79,7 +82,8 @@ def _weights(source: str, name: str, config: Config, pictures: Mapping[str, Any]
     spec = spec_of(config, **picture_settings(pictures))
     text = config["text_cfg"]
     tokenizer = {key: text[key] for key in _TOKENIZER_FIELDS if key in text} if text.get("hf_tokenizer_name") else {}
-    return Weights(source, name, spec, from_open_clip(spec, read_state(file)), tokenizer, str(file))
+    found = unwrapped(read_state(file))
+    return Weights(source, name, spec, from_open_clip(spec, found.tensors), tokenizer, str(file), found.notes)
 
 
 def picture_settings(pictures: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +125,10 @@ def _preprocessing(name: str, tag: str, config: Config) -> dict[str, Any]:
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file by name; no code in it is run. Raises InterchangeError."""
+    """The tensors of a .safetensors or torch file by name, those in dictionaries too, with the names joined by dots.
+
+    No code in the file is run. Raises InterchangeError.
+    """
     if not file.is_file():
         raise InterchangeError(f"{file} does not exist; give the path of a file of weights")
     try:
@@ -139,10 +146,9 @@ def read_state(file: Path) -> dict[str, Tensor]:
             f"{file} does not hold weights alone ({said}), and nothing else is read; if you trust it, save its "
             f"state dict as .safetensors"
         ) from None
-    found = found["state_dict"] if isinstance(found, dict) and isinstance(found.get("state_dict"), dict) else found
     if not isinstance(found, dict):
         raise InterchangeError(f"{file} does not hold a state dict")
-    state = {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    state = flat(found)
     if not state:
         raise InterchangeError(f"{file} does not hold tensors by name")
     return state

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..model import Model
 from ..spec import ModelSpec, TowerSpec
 from .errors import InterchangeError
+from .wrapped import known_as, unwrapped
 
 Tensors = Mapping[str, Tensor]
 _Map = Callable[..., tuple[Tensor, ...]]
@@ -44,24 +45,26 @@ def _transposed(matrix: Tensor) -> tuple[Tensor, ...]:
 
 
 def from_open_clip(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
-    """Our tensors by name, fp32, from a state dict of open_clip for the architecture of `spec`.
+    """Our tensors by name, fp32, from a state dict of open_clip for the architecture of `spec`, whatever it is wrapped
+    in (`wrapped.py`).
 
-    Raises InterchangeError that names what is missing, unknown, or of another shape.
+    Raises InterchangeError that names what is missing, unknown, of another shape, or not finite.
     """
-    state = _plain(spec, state)
+    given, state = state, _plain(spec, unwrapped(state).tensors)
     pairs = list(_pairs(spec))
     wanted = [name for pair in pairs for name in pair.theirs]
     missing, extra = [n for n in wanted if n not in state], sorted(set(state) - set(wanted))
     if missing or extra:
         lacks = f"lacks {', '.join(missing[:4])}" if missing else f"also has {', '.join(extra[:4])}"
         more = f" and {len(missing or extra) - 4} more" if len(missing or extra) > 4 else ""
-        raise InterchangeError(f"these are not weights of that architecture: the file {lacks}{more}")
+        what = f"; it holds {known}" if (known := known_as(given)) else ""
+        raise InterchangeError(f"these are not weights of that architecture: the file {lacks}{more}{what}")
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Model(spec).named_parameters()}
     found: dict[str, Tensor] = {}
     for pair in pairs:
         try:
-            parts = pair.split(*(state[name].float() for name in pair.theirs))
+            parts = pair.split(*(_numbers(name, state[name]) for name in pair.theirs))
         except (RuntimeError, IndexError):
             parts = ()
         fits = len(parts) == len(pair.ours) and all(
@@ -75,6 +78,21 @@ def from_open_clip(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
     return found
 
 
+def _numbers(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a file as fp32. Raises InterchangeError unless it holds floats that are finite."""
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise InterchangeError(f"{name} holds {kind} instead of floats; give weights that are not quantised")
+    numbers = tensor.float()
+    wrong = int((~numbers.isfinite()).sum())
+    if wrong:
+        raise InterchangeError(
+            f"{name} holds {wrong} numbers of {numbers.numel()} that are NaN or infinite, as a training that diverged "
+            f"or an overflow of half precision leaves them; give a checkpoint from before that"
+        )
+    return numbers
+
+
 def to_open_clip(spec: ModelSpec, tensors: Tensors) -> dict[str, Tensor]:
     """The state dict of open_clip's model of the same architecture; `spec` must have an equivalent there."""
     found: dict[str, Tensor] = {}
@@ -86,9 +104,8 @@ def to_open_clip(spec: ModelSpec, tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _plain(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
-    """Names as open_clip gives them today: without a wrapper's `module.`, and the text tower where the model has it."""
-    found = {name.removeprefix("module."): t for name, t in state.items()}
-    found = {name: t for name, t in found.items() if name.rpartition(".")[2] not in _CONSTANTS}
+    """Names as open_clip gives them today: without constants, and the text tower where the model has it."""
+    found = {name: t for name, t in state.items() if name.rpartition(".")[2] not in _CONSTANTS}
     custom = _text_prefix(spec) == "text."
     top = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "cls_emb")
     if custom and "token_embedding.weight" in found:

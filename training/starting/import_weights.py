@@ -57,8 +57,8 @@ def checked_tokenizer(weights: Weights, name: str | None) -> TextTokenizer:
 
 
 def notes(weights: Weights) -> list[str]:
-    """Notes for the user on how pictures and texts are preprocessed for these weights."""
-    image, found = weights.spec.image, []
+    """Notes for the user on what else was in the file, and how pictures and texts are preprocessed for the weights."""
+    image, found = weights.spec.image, [*weights.notes]
     if image.resize == "squash":
         found.append("evaluation squashes pictures, as these weights were trained; training crops them")
     if image.interpolation != "bicubic":
