@@ -438,7 +438,7 @@ class Run:
         with self.engine.whole_model() as model:
             found = evaluate(model, recipe.eval, recipe.evaluation_source, self.world, data.cache, data.tokenizer)
         self.scores, self.chance, self._scored = found.scores, found.chance, self.state.step
-        best = recipe.checkpoint.best_of(found.scores)
+        best = recipe.checkpoint.best_of(found.scores, found.undefined)
         if best is not None and (self.state.best is None or best > self.state.best):
             self.state, self._is_best = self.state.model_copy(update={"best": best}), True
         self.display.evaluation(self.state, found, time.monotonic() - begun)

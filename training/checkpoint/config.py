@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import isfinite, nan
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator
@@ -51,17 +50,16 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 )
         return value
 
-    def best_of(self, scores: Mapping[str, float]) -> float | None:
+    def best_of(self, scores: Mapping[str, float], undefined: Collection[str]) -> float | None:
         """The value of the score that `keep_best` names; None if it names none, if its suite did not run (captioning,
-        before the model has a captioner), or if it is not finite. Raises ValueError if its suite has no such score."""
+        before the model has a captioner), or if it is `undefined`. Raises ValueError if its suite has no such score."""
         name = self.keep_best
-        if name is None:
+        if name is None or name in undefined:
             return None
         suite = name.partition("/")[0]
         if name not in scores and (there := [each for each in scores if each.partition("/")[0] == suite]):
             raise ValueError(f"checkpoint.keep_best = {name!r} is not a score of {suite}; there are {', '.join(there)}")
-        value = scores.get(name, nan)
-        return value if isfinite(value) else None
+        return scores.get(name)
 
     @property
     def every_samples(self) -> int | None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .embed import Embedded
 from .reliability import compare
-from .retrieval import ranks, recalls
+from .retrieval import distinct, ranks, recalls
 
 _STRENGTHS = tuple(10.0**power for power in range(-6, 3))
 _HELD_OUT = 5  # every fifth text
@@ -68,18 +68,30 @@ def compatibility(old: Embedded, new: Embedded, old_texts_to: Tensor, new_texts_
     """
     if old.numbers != new.numbers or old.captions != new.captions:
         raise ValueError("the two models could not use the same samples of the evaluation set; see its ledger")
-    found = text_map(new_texts_te, old_texts_to)
+    fine_t = new_texts_te.isfinite().all(1) & old_texts_to.isfinite().all(1)
+    if int(fine_t.sum()) <= _HELD_OUT:
+        raise ValueError("nearly all embeddings of the texts are not finite; the weights of a model are damaged")
+    found = text_map(new_texts_te[fine_t], old_texts_to[fine_t])
     mapped = {"new_on_old": (_unit(new.images @ found), _unit(new.texts @ found))}
     if old.images.shape[1] == new.images.shape[1]:
         mapped["unmapped_on_old"] = (new.images, new.texts)
-    scores = {name: recalls(each.images, each.texts, each.owners) for name, each in (("old", old), ("new", new))}
-    right = {"old": _right(old.images, old.texts, old), "new": _right(new.images, new.texts, new)}
+    equal = distinct(old.captions)
+
+    def matched(images: Tensor, texts: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Recalls, and whether each query's first result is right, by direction."""
+        pairs = (texts[equal.first_u], old.owners, equal.number_m)
+        of_images, of_texts = ranks(images, *pairs)
+        return recalls(images, *pairs), {"image_to_text": of_images < 1, "text_to_image": of_texts < 1}
+
+    scores, right = {}, {}
+    for name, each in (("old", old), ("new", new)):
+        scores[name], right[name] = matched(each.images, each.texts)
     for name, (images, texts) in mapped.items():
-        pictures, captions = recalls(images, old.texts, old.owners), recalls(old.images, texts, old.owners)
-        scores[name] = {key: (pictures if key.startswith("image") else captions)[key] for key in pictures}
+        pictures, captions = matched(images, old.texts), matched(old.images, texts)
+        scores[name] = {key: (pictures if key.startswith("image_to") else captions)[0][key] for key in pictures[0]}
         right[name] = {
-            "image_to_text": _right(images, old.texts, old)["image_to_text"],
-            "text_to_image": _right(old.images, texts, old)["text_to_image"],
+            "image_to_text": pictures[1]["image_to_text"],
+            "text_to_image": captions[1]["text_to_image"],
         }
     flips = {
         f"{name}/{way}": compare(right["old"][way], right[name][way]).json()
@@ -87,12 +99,6 @@ def compatibility(old: Embedded, new: Embedded, old_texts_to: Tensor, new_texts_
         for way in right[name]
     }
     return Compatibility(scores, flips)
-
-
-def _right(images: Tensor, texts: Tensor, data: Embedded) -> dict[str, Tensor]:
-    """bool [n] and [m] by direction: whether each query's first result is right."""
-    of_images, of_texts = ranks(images, texts, data.owners)
-    return {"image_to_text": of_images < 1, "text_to_image": of_texts < 1}
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def nucleus(
     written = torch.full((len(images), 1), start, device=images.device)
     done = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     for length in range(1, longest):
-        logits_bv = decoder.next(written[:, -1])
+        logits_bv = _ending_where_broken(decoder.next(written[:, -1]), end)
         chosen_b = _drawn(logits_bv / temperature, mass, draws[:, length]) if mass else logits_bv.argmax(1)
         written = torch.cat([written, chosen_b.masked_fill(done, end)[:, None]], 1)
         done |= chosen_b == end
@@ -87,7 +87,7 @@ def beam(
     scores_bw[:, 0] = 0.0  # all beams are equal at first, so only one of them competes
     lengths, done = torch.zeros(pictures * width, device=device), torch.zeros(pictures * width, device=device).bool()
     for _ in range(1, longest):
-        likely_v = decoder.next(written[:, -1]).float().log_softmax(1)
+        likely_v = _ending_where_broken(decoder.next(written[:, -1]).float(), end).log_softmax(1)
         likely_v[done] = float("-inf")
         likely_v[done, end] = 0.0  # a finished caption can only be extended by `end`, at no cost
         vocabulary = likely_v.shape[1]
@@ -101,6 +101,15 @@ def beam(
             break
     best_b = (scores_bw / lengths.view(pictures, width).clamp(min=1) ** length_power).argmax(1)
     return _captions(written[first_b1[:, 0] + best_b], end)
+
+
+def _ending_where_broken(logits_bv: Tensor, end: int) -> Tensor:
+    """The logits; in rows where one is not finite, such that the caption ends: it says nothing rather than anything."""
+    broken_b1 = ~logits_bv.isfinite().all(1, keepdim=True)
+    only_end_v = torch.full_like(logits_bv[:1], float("-inf")).index_fill(
+        1, torch.tensor([end], device=logits_bv.device), 0.0
+    )
+    return torch.where(broken_b1, only_end_v, logits_bv)
 
 
 def _captions(written: Tensor, end: int) -> list[list[int]]:

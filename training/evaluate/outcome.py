@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,12 @@ class Evaluation:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     """95% intervals, for scores that have one"""
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    undefined: list[str] = field(default_factory=list)
+    """scores that are not finite on this data or with this model; they are not among `scores`"""
+    notes: list[str] = field(default_factory=list)
+    """sentences for the user about what these figures count"""
+    data: dict[str, str] = field(default_factory=dict)
+    """by suite: what it was evaluated on, as it is shown"""
     bad: list[dict[str, Any]] = field(default_factory=list)
     """ledger entries of evaluation samples that could not be used"""
     queries: dict[str, Tensor] = field(default_factory=dict)
@@ -46,15 +53,22 @@ class Evaluation:
         group_n: Tensor | None = None,
     ) -> None:
         """Add a score that is the mean of its queries' values; those of equal `group_n` are not independent."""
-        if group_n is not None and len(group_n.unique()) < len(group_n):
-            self.groups[name] = group_n
-        self.put(name, value_n.double().mean().item(), interval(value_n, group_n=self.groups.get(name)), chance)
-        self.queries[name], self.names[name] = value_n, names
+        score, several = value_n.double().mean().item(), group_n is not None and len(group_n.unique()) < len(group_n)
+        groups = group_n if several else None
+        self.put(name, score, interval(value_n, group_n=groups) if isfinite(score) else None, chance)
+        if name in self.scores:
+            self.queries[name], self.names[name] = value_n, names
+            if groups is not None:
+                self.groups[name] = groups
 
     def put(
         self, name: str, score: float, within: tuple[float, float] | None = None, chance: float | None = None
     ) -> None:
-        """Add a score that is not a mean over queries."""
+        """Add a score that is not a mean over queries. One that is not finite is noted and left out."""
+        if not isfinite(score):
+            self.undefined.append(name)
+            self.notes.append(f"{name} is {score} here and is left out: it has no value on this data with this model")
+            return
         self.scores[name] = score
         if within is not None:
             self.intervals[name] = within
@@ -63,5 +77,5 @@ class Evaluation:
 
     def json(self) -> dict[str, Any]:
         """As a plain object, without the queries."""
-        kept = ("scores", "chance", "sizes", "intervals", "examples", "bad")
+        kept = ("scores", "chance", "sizes", "intervals", "data", "notes", "examples", "bad")
         return {name: getattr(self, name) for name in kept}

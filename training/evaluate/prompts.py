@@ -42,17 +42,12 @@ def numbered(labels: Sequence[str], names: list[str] | None, url: str, file: str
     """The class names, and each sample's class number, int64 [n]. Raises DataError for a label without a class."""
     found = sorted(set(labels))
     if names is None:
-        if all(label.isdigit() for label in found):
+        if all(label.isdecimal() for label in found):
             raise DataError(f"the labels of {url} are numbers; give their class names as protocol.classes")
         return zero_shot.label_numbers(labels)
     if set(found) <= set(names):
         number = {name: i for i, name in enumerate(names)}
-        twice = next((name for name in found if names.count(name) > 1), None)
-        if twice is not None:
-            raise DataError(
-                f"{url} has the label {shown(twice)}, and {file} has two classes of that name; use class numbers"
-            )
-    elif all(label.isdigit() for label in found):
+    elif all(label.isdecimal() for label in found):
         number = {label: int(label) for label in found}
         most = max(number.values())
         if most >= len(names):

@@ -146,6 +146,8 @@ def run(suite: SuiteConfig, bench: Bench, found: Evaluation) -> None:
     """Add the scores of a suite, each called `name/score`. Raises DataError."""
     data = bench.open(suite.data.source, _form(suite))
     protocol = suite.protocol
+    trained = f", trained on {shown_url(suite.data.train)}" if suite.data.train else ""
+    found.data[suite.name] = shown_url(suite.data.source) + trained
     if isinstance(protocol, Captioning):
         rows, bad = bench.captions(data, protocol)
         _refuse_bad(data, bad)
@@ -154,13 +156,13 @@ def run(suite: SuiteConfig, bench: Bench, found: Evaluation) -> None:
         return
     embedded = bench.embedded(data)
     _refuse_bad(data, embedded.bad)
+    note_unfinished(suite.name, embedded, found)
     found.sizes[suite.name] = len(embedded.numbers)
     if isinstance(protocol, ZeroShot):
         _add_zero_shot(suite, protocol, data, embedded, bench, found)
     elif isinstance(protocol, LinearProbe | KnnProbe):
         _add_probe(suite, protocol, embedded, bench, found)
     elif isinstance(protocol, Retrieval):
-        found.sizes[suite.name] = len(embedded.captions)
         add_retrieval(suite.name, embedded, found)
     elif isinstance(protocol, Geometry):
         add_geometry(suite.name, embedded, found)
@@ -168,15 +170,31 @@ def run(suite: SuiteConfig, bench: Bench, found: Evaluation) -> None:
         _add_pairs(suite.name, embedded, found)
 
 
+def note_unfinished(name: str, data: Embedded, found: Evaluation) -> None:
+    """Say how many embeddings of a set are not finite; in every protocol they are wrong."""
+    for what, rows in {"pictures": data.images, "texts": data.texts, **data.modalities}.items():
+        broken = int((~rows.isfinite().all(1)).sum())
+        if broken:
+            found.notes.append(
+                f"{name}: the embeddings of {broken:,} of {len(rows):,} {what} are not finite and count as wrong; "
+                f"the model's weights may be damaged"
+            )
+
+
 def add_retrieval(name: str, data: Embedded, found: Evaluation) -> None:
-    """Add recall in both directions, for pictures and other modalities."""
-    chance = retrieval.chance(len(data.images), data.owners)
+    """Add recall in both directions, for pictures and other modalities. Equal captions are one."""
+    captions = retrieval.distinct(data.captions)
+    found.notes += captions.note(name, "captions")
+    texts, words = data.texts[captions.first_u], [data.captions[i] for i in captions.first_u]
+    pairs = (data.owners, captions.number_m)
+    chance = retrieval.chance(len(data.images), *pairs)
     for what, rows in {"image": data.images, **data.modalities}.items():
-        of_rows, of_texts = retrieval.ranks(rows, data.texts, data.owners)
+        of_rows, of_texts = retrieval.ranks(rows, texts, *pairs)
         for k in retrieval.CUTS:
             found.add(f"{name}/{what}_to_text@{k}", of_rows < k, data.keys, chance[f"image_to_text@{k}"])
             key, by_chance = f"{name}/text_to_{what}@{k}", chance[f"text_to_image@{k}"]
-            found.add(key, of_texts < k, data.captions, by_chance, data.owners)
+            found.add(key, of_texts < k, words, by_chance, data.owners[captions.first_u])
+    found.sizes[name] = len(words)
 
 
 def add_geometry(name: str, data: Embedded, found: Evaluation) -> None:
@@ -205,6 +223,8 @@ def _add_zero_shot(
 ) -> None:
     labels = [label[CLASS] for label in embedded.labels]
     names, label_n = prompts.numbered(labels, prompts.class_names(protocol), suite.data.source, protocol.classes)
+    names, label_n, equal = zero_shot.merged(names, label_n)
+    found.notes += equal.note(suite.name, "class names")
     given = prompts.prompts_of(protocol, names)
     prompt_pe = bench.prompts(data.tokenizer, given.texts)
     class_ce = zero_shot.weighted_embeddings(prompt_pe, given.class_p, given.weight_p, len(names))
@@ -219,15 +239,19 @@ def _add_zero_shot(
     weight_n = len(label_n) / (int((count_c > 0).sum()) * count_c[label_n].double())
     found.add(f"{name}/mean_per_class", right_n * weight_n, keys, 1 / classes)
     probability_nc = (bench.model.scale().detach().cpu() * embedded.images @ class_ce.T).softmax(1)
-    error, within = calibration_error(probability_nc, label_n), calibration_interval(probability_nc, label_n)
-    found.put(f"{name}/calibration_error", error, within)
+    if probability_nc.isfinite().all():
+        error, within = calibration_error(probability_nc, label_n), calibration_interval(probability_nc, label_n)
+        found.put(f"{name}/calibration_error", error, within)
+    else:
+        found.put(f"{name}/calibration_error", float("nan"))
     if protocol.broader is not None:
-        nearest_n = (embedded.images @ class_ce.T).argmax(1)
+        nearest_n = zero_shot.nearest(embedded.images, class_ce)
         for level, broader in enumerate(prompts.levels(protocol.broader, names), 1):
             number = {each: i for i, each in enumerate(sorted(set(broader)))}
             group_c = torch.tensor([number[each] for each in broader])
             guess = torch.bincount(group_c)[group_c[label_n]].double().mean().item() / classes
-            found.add(f"{name}/broader_{level}", group_c[nearest_n] == group_c[label_n], keys, guess)
+            right_n = (group_c[nearest_n] == group_c[label_n]) & (nearest_n >= 0)
+            found.add(f"{name}/broader_{level}", right_n, keys, guess)
 
 
 def _add_probe(
@@ -241,16 +265,28 @@ def _add_probe(
     names = _train_classes(suite, train_labels, test_labels)
     number = {name: i for i, name in enumerate(names)}
     label_n = torch.tensor([number[label] for label in train_labels])
+    note_unfinished(f"{suite.name} (data.train)", train, found)
     predicted: list[int] = []
     if bench.world.is_first:  # fit once: it takes the longest, and fits on two machines may differ in the last bit
-        if isinstance(protocol, LinearProbe):
-            predicted = probes.linear(train.images, label_n, test.images).predicted.tolist()
-        else:
-            near = (protocol.neighbours, protocol.temperature)
-            predicted = probes.nearest_neighbours(train.images, label_n, test.images, *near).tolist()
+        predicted = _predicted(protocol, train.images, label_n, test.images).tolist()
     predicted = bench.world.first(predicted)
     right_n = torch.tensor(predicted) == torch.tensor([number[label] for label in test_labels])
     found.add(f"{suite.name}/accuracy@1", right_n, test.keys, 1 / len(names))
+
+
+def _predicted(protocol: LinearProbe | KnnProbe, train_ne: Tensor, label_n: Tensor, test_qe: Tensor) -> Tensor:
+    """int64 [q]: the class that a probe gives each test picture; -1 for one whose embedding is not finite, and for all
+    if those of fewer than two classes are in the training set."""
+    fine_n, fine_q = train_ne.isfinite().all(1), test_qe.isfinite().all(1)
+    train_ne, label_n = train_ne[fine_n], label_n[fine_n]
+    found_q = torch.full((len(test_qe),), -1)
+    if len(label_n.unique()) > 1 and fine_q.any():
+        if isinstance(protocol, LinearProbe):
+            found_q[fine_q] = probes.linear(train_ne, label_n, test_qe[fine_q]).predicted
+        else:
+            near = (protocol.neighbours, protocol.temperature)
+            found_q[fine_q] = probes.nearest_neighbours(train_ne, label_n, test_qe[fine_q], *near)
+    return found_q
 
 
 def _train_classes(suite: SuiteConfig, train: Sequence[str], test: Sequence[str]) -> list[str]:
@@ -267,6 +303,10 @@ def _train_classes(suite: SuiteConfig, train: Sequence[str], test: Sequence[str]
 
 def _add_pairs(name: str, data: Embedded, found: Evaluation) -> None:
     """Captions are in pairs: the true one, then the swapped one. A tie counts as wrong."""
+    number_m = retrieval.distinct(data.captions).number_m.unflatten(0, (-1, 2))
+    equal = int((number_m[:, 0] == number_m[:, 1]).sum())
+    if equal:
+        found.notes.append(f"{name}: in {equal} of {len(number_m)} pairs both captions are equal, which count as wrong")
     near_m = (data.images[data.owners] * data.texts).sum(1).unflatten(0, (-1, 2))
     names = [f"{true} / {wrong}" for true, wrong in zip(data.captions[::2], data.captions[1::2], strict=True)]
     found.add(f"{name}/accuracy", near_m[:, 0] > near_m[:, 1], names, 0.5)

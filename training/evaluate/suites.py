@@ -18,6 +18,7 @@ from ...data.config import CacheConfig
 from ...data.errors import DataError
 from ...data.loading.loader import EvaluationSet
 from ...data.samples.sample import Sample
+from ...data.storage.files import shown_url
 from ...models.model import Model
 from ..world import World
 from . import zero_shot
@@ -26,7 +27,7 @@ from .embed import Embedded, pixels
 from .embedding_cache import EmbeddingCache
 from .generate import write
 from .outcome import Evaluation as Evaluation
-from .protocols import Bench, add_captioning, add_geometry, add_retrieval, run
+from .protocols import Bench, add_captioning, add_geometry, add_retrieval, note_unfinished, run
 
 _POINTS = 256  # pairs
 
@@ -65,9 +66,10 @@ def _built_in(bench: Bench, config: EvalConfig, samples: EvaluationSet, found: E
     if not data.numbers:
         raise DataError(f"none of the {len(samples)} samples of {samples.url} can be used: {data.bad[0]['reason']}")
     found.bad.extend(data.bad)
+    found.data |= dict.fromkeys(config.built_in, shown_url(samples.url))
+    note_unfinished("the evaluation data", data, found)
     if "retrieval" in config.built_in:
         add_retrieval("retrieval", data, found)
-        found.sizes["retrieval"] = len(data.captions)
     if "zero_shot" in config.built_in:
         _zero_shot(bench, config, samples, data, found)
     if "geometry" in config.built_in:
@@ -103,7 +105,8 @@ def _zero_shot(bench: Bench, config: EvalConfig, samples: EvaluationSet, data: E
         )
     for task in tasks:
         rows = torch.tensor([i for i, labels in enumerate(data.labels) if task in labels])
-        classes, numbers = zero_shot.label_numbers([data.labels[i][task] for i in rows])
+        classes, numbers, equal = zero_shot.merged(*zero_shot.label_numbers([data.labels[i][task] for i in rows]))
+        found.notes += equal.note(f"zero_shot/{task}", "class names")
         texts = zero_shot.prompts(classes, config.templates.get(task, ("{}",)))
         class_ce = zero_shot.class_embeddings(bench.prompts(samples.tokenizer, texts), len(classes))
         right_n = zero_shot.rivals(data.images[rows], class_ce, numbers) == 0
@@ -120,7 +123,7 @@ def _examples(
     pictures = [s for index in chosen if isinstance(s := samples.sample(data.numbers[index]), Sample)]
     shown: dict[str, list[dict[str, Any]]] = {"retrieval": [], "captions": []}
     for index, sample in zip(chosen, pictures, strict=True):
-        near = (data.images[index] @ data.texts.T).topk(min(5, len(data.captions)))
+        near = (data.images[index] @ data.texts.T).nan_to_num(-1.0).topk(min(5, len(data.captions)))
         nearest = [
             {"caption": data.captions[j], "score": score, "correct": int(data.owners[j]) == index}
             for score, j in zip(near.values.tolist(), near.indices.tolist(), strict=True)

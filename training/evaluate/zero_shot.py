@@ -1,5 +1,7 @@
 """Zero-shot classification: the class whose prompts are nearest to the picture.
 
+Classes with equal names are one class. A score that is not finite is never right.
+
 Shape suffixes: n pictures, c classes, p prompts of a class, e channels.
 """
 
@@ -10,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .retrieval import Distinct, distinct, rank_of
 
 
 def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -37,10 +41,24 @@ def accuracy(image_ne: Tensor, class_ce: Tensor, label_n: Tensor) -> float:
 
 
 def rivals(image_ne: Tensor, class_ce: Tensor, label_n: Tensor) -> Tensor:
-    """int64 [n]: for each picture, the number of wrong classes at least as near as the right one."""
+    """int64 [n]: for each picture, the number of wrong classes at least as near as the right one; NEVER as in
+    `rank_of`."""
     score_nc = image_ne @ class_ce.T
-    own_n1 = score_nc.gather(1, label_n[:, None])
-    return (score_nc >= own_n1).sum(1) - 1
+    right_nc = torch.zeros_like(score_nc, dtype=torch.bool).scatter(1, label_n[:, None], True)
+    return rank_of(score_nc, right_nc)
+
+
+def nearest(image_ne: Tensor, class_ce: Tensor) -> Tensor:
+    """int64 [n]: the class that is nearest to each picture; -1 if no score is finite."""
+    score_nc = image_ne @ class_ce.T
+    finite_nc = score_nc.isfinite()
+    return score_nc.masked_fill(~finite_nc, float("-inf")).argmax(1).masked_fill(~finite_nc.any(1), -1)
+
+
+def merged(names: Sequence[str], label_n: Tensor) -> tuple[list[str], Tensor, Distinct]:
+    """The distinct class names, each sample's number among them, and which names are equal."""
+    found = distinct(names)
+    return [names[i] for i in found.first_u], found.number_m[label_n], found
 
 
 def label_numbers(names: Sequence[str]) -> tuple[list[str], Tensor]:

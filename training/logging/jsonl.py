@@ -85,6 +85,8 @@ def _finite(value: Any) -> Any:
         return None
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
     return value
 
 
@@ -140,7 +142,7 @@ class RunRecords:
         """Write a JSON file in the run folder atomically."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(value))
+        atomic_write(path, json.dumps(_finite(value)))
 
     def cut_back(self, step: int, position: int) -> None:
         """Remove the records after the commit of `step`, from which the data continues at `position` of the stream.

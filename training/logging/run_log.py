@@ -122,6 +122,8 @@ class RunLog:
             return
         if found.bad:
             self.warn(f"{len(found.bad)} evaluation samples cannot be used; the first: {found.bad[0]['reason']}")
+        for note in found.notes:
+            self.warn(note)
         record = {"step": state.step, "samples": state.samples, **found.json(), "bits": bits(found)}
         since = self.records.evaluation_before_growth()
         changed = {"flips": flips(since["bits"], record["bits"]), "since": since["samples"]} if since else {}
@@ -134,13 +136,14 @@ class RunLog:
             chance=found.chance,
             sizes=found.sizes,
             intervals=found.intervals,
+            data=found.data,
             seconds=seconds,
             **changed,
         )
         self._open_board().evaluation(record)
         if found.points and state.samples == self.recipe.total_samples:  # megabytes of text: only at the end
             self._open_board().points(*found.points, state.samples)
-        best = [(k, v) for k, v in found.scores.items() if k.endswith("@1") or k.startswith("zero_shot")]
+        best = [(k, v) for k, v in found.scores.items() if k in found.chance and not k.endswith(("@5", "@10"))]
         self.progress.note("scores: " + ", ".join(f"{k} {v:.1%} (chance {found.chance[k]:.1%})" for k, v in best))
         self._report_if_cheap()
 
