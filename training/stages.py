@@ -161,11 +161,11 @@ class StageConfig(GrowthConfig, frozen=True, extra="forbid", strict=True):
         return value
 
     @model_validator(mode="after")
-    def _new_joint_channels_need_momentum(self) -> Self:
+    def _new_joint_channels_grow_fast(self) -> Self:
         if "embed_dim" in self.grow and self.moments != "map":
             raise ValueError(
-                f"moments = {self.moments} would leave new channels of embed_dim at zero: only their momentum moves "
-                f"them; set moments: map, or grow embed_dim in a stage of its own"
+                f"moments = {self.moments} would leave new channels of embed_dim near zero for many steps: it is their "
+                f"momentum that moves them at once; set moments: map, or grow embed_dim in a stage of its own"
             )
         return self
 

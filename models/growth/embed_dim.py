@@ -1,9 +1,9 @@
 """More or fewer channels of the joint embedding space.
 
-All projections get new rows that start at zero, so no cosine similarity changes. But a zero row on all sides has no
-gradient on any (each is multiplied by the other), and copied rows would stay copies, as the loss sees cosines alone. So
-the new rows start with a random momentum of the old rows' size: the function is exactly the old one, and the first
-optimizer step leaves the dead point.
+A row of zeros on all sides has no gradient on any (each is multiplied by the other), and copied rows would stay copies,
+as the loss sees cosines alone. So all projections get new rows that are random and 1e-14 of the old rows' size: less
+than a rounding of any output, and yet a gradient, which grows with every step of an optimizer whose steps do not depend
+on its size. Where moments are mapped, a random momentum of the old rows' size leaves that point with the first step.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from ..model import named_generator
 from .operator import Rule, TensorMap, alike
 
 _PROJECTIONS = (".projection.weight", ".projection.bias")
+_SMALL = 1e-14
+"""size of new rows relative to the old ones"""
 
 
 @dataclass(frozen=True)
@@ -33,21 +35,21 @@ class GrowEmbedDim:
         """Tensors other than the projections are kept; a new row's second moment is the mean of the old rows'."""
         if not name.endswith(_PROJECTIONS):
             return Rule(name)
-        return Rule(name, {"model": self._zeros, "exp_avg": self._momentum(name), "exp_avg_sq": self._mean})
-
-    def _zeros(self, tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor.new_zeros(self.new - self.old, *tensor.shape[1:])])
+        maps = {"model": self._random(f"{name}/weights", _SMALL), "exp_avg": self._random(name)}
+        return Rule(name, {**maps, "exp_avg_sq": self._mean})
 
     def _mean(self, tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor.mean(0, keepdim=True).expand(self.new - self.old, *tensor.shape[1:])])
 
-    def _momentum(self, name: str) -> TensorMap:
-        def momentum(tensor: Tensor) -> Tensor:
+    def _random(self, name: str, size: float = 1.0) -> TensorMap:
+        """New rows that are drawn, `size` times as large as the old ones."""
+
+        def drawn(tensor: Tensor) -> Tensor:
             generator = named_generator(self.seed, f"grow/embed_dim/{self.old}-{self.new}/{name}")
             draws = torch.randn(self.new - self.old, *tensor.shape[1:], generator=generator).to(tensor)
-            return torch.cat([tensor, draws * tensor.square().mean().sqrt()])
+            return torch.cat([tensor, draws * tensor.square().mean().sqrt() * size])
 
-        return momentum
+        return drawn
 
     def describe(self) -> dict[str, Any]:
         """For the lineage."""

@@ -119,9 +119,8 @@ class Upcycle:
         if stream_of(name) != self.tower:
             return Rule(name)
         if name.endswith(_ROUTER):
-            return Rule(
-                name.replace("router.weight", "up.bias"), fresh((self.experts, self.width), lambda: self._draw(name))
-            )
+            maps = fresh((self.experts, self.width), lambda: self._draw(name))
+            return Rule(name.replace("router.weight", "up.bias"), maps, fresh=True)
         if _EXPERT.search(name):
             return Rule(_EXPERT.sub(".mlp.", name), {"exp_avg": self._divided(1), "exp_avg_sq": self._divided(2)})
         return Rule(name)

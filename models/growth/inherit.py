@@ -8,18 +8,20 @@ of) take those of a running average of the weights. So does AutoProg (Li et al.,
 authors; it keeps four averages, and here it is that of `optimizer.ema`.
 
 `Inherit`: the grown model starts from m * inherited + (1 - m) * fresh, with a momentum m < 1, which leaves the small
-model's local minimum and is shrink-and-perturb (Ash and Adams, arXiv 1910.08475). m = 1 inherits everything.
+model's local minimum and is shrink-and-perturb (Ash and Adams, arXiv 1910.08475). m = 1 inherits everything. Fresh
+values are drawn for this growth alone: those that the run itself began with would only shrink what it learned.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..model import initialise
+from ..model import empty, initialise, named_generator
 from ..parts import part_of, parts
 from ..spec import ModelSpec, TowerSpec
 from .axes import uses
@@ -29,8 +31,10 @@ from .operator import Rule, along, block_of, zero
 
 @dataclass(frozen=True)
 class Inherit:
-    """Blend the matrices of a model of `spec` with freshly initialised ones; vectors and scalars stay."""
+    """Blend the matrices of a model of `spec`, grown from `old`, with freshly initialised ones; vectors and scalars
+    stay."""
 
+    old: ModelSpec
     spec: ModelSpec
     momentum: float
     seed: int
@@ -38,15 +42,25 @@ class Inherit:
 
     def rule(self, name: str) -> Rule:
         """Moments stay: they are of the weights' size, which the blend does not change."""
+        if name not in self._matrices:
+            return Rule(name)
 
         def blend(tensor: Tensor) -> Tensor:
-            if tensor.ndim < 2:
-                return tensor
             drawn = torch.empty(tensor.shape)
-            initialise(self.spec, [(name, drawn)], self.seed)
+            initialise(self.spec, [(name, drawn)], self._own_seed)
             return self.momentum * tensor + (1 - self.momentum) * drawn.to(tensor)
 
-        return Rule(name, {"model": blend})
+        return Rule(name, {"model": blend}, fresh=self.momentum == 0)
+
+    @cached_property
+    def _matrices(self) -> frozenset[str]:
+        return frozenset(name for name, p in empty(self.spec).named_parameters() if p.ndim >= 2)
+
+    @cached_property
+    def _own_seed(self) -> int:
+        """That of this growth's draws: the run's first weights have the run's seed and the same names."""
+        growth = f"grow/inherit/{self.old.model_dump_json()}/{self.spec.model_dump_json()}"
+        return named_generator(self.seed, growth).initial_seed()
 
     def describe(self) -> dict[str, Any]:
         """For the lineage."""

@@ -38,7 +38,7 @@ class NewCaptioner:
         source = max(0, self.spec.text.depth - self.spec.captioner.depth + number)
         original = f"text.transformer.blocks.{source}.{rest.replace('cross', 'attention')}"
         if rest in ("cross.key.weight", "cross.value.weight"):
-            return Rule(original, fresh(self._cross_shape, lambda: self._draw(name)))
+            return Rule(original, fresh(self._cross_shape, lambda: self._draw(name)), fresh=True)
         maps = {"exp_avg": zero}
         if OUTPUT_PROJECTIONS.search(name):
             maps["model"] = zero
@@ -49,7 +49,7 @@ class NewCaptioner:
         start = torch.ones_like if name.endswith("weight") else torch.zeros_like
         # With CoCa's class token the text tower's last norm stands behind its pooling.
         norm = "text.norm" if self.spec.text.pool == "class" else "text.transformer.norm"
-        return Rule(name.replace("captioner.transformer.norm", norm), {"model": start, "exp_avg": zero})
+        return Rule(name.replace("captioner.transformer.norm", norm), {"model": start, "exp_avg": zero}, fresh=True)
 
     @property
     def _cross_shape(self) -> tuple[int, int]:

@@ -42,7 +42,7 @@ class NewPart:
             return made
 
         # Any tensor of the old model will do as a source.
-        return Rule("logit_scale", fresh(shape, draw, second_moment="zero"))
+        return Rule("logit_scale", fresh(shape, draw, second_moment="zero"), fresh=True)
 
     @cached_property
     def _shapes(self) -> dict[str, torch.Size]:

@@ -88,6 +88,8 @@ class Rule:
     """factor on the source's learning rate; its weight decay is divided by it"""
     mix: Callable[[Tensor, Tensor], Tensor] | None = None
     """(mapped weights, mapped running average of the weights) -> weights, where both are needed"""
+    fresh: bool = False
+    """whether the weights are drawn anew: they have a learning rate of their own, and not the source's"""
 
     def apply(self, kind: str, tensor: Tensor) -> Tensor:
         """The new tensor of this kind; `ema`, a running average of the weights, is mapped as the weights are."""
@@ -142,7 +144,19 @@ def grown_rate(operators: Sequence[Operator], rates: Mapping[str, float], name: 
     for operator in reversed(operators):
         rule = operator.rule(name)
         factor, name = factor * rule.rate, rule.source
+        if rule.fresh:
+            return factor
     return factor * rates.get(name, 1.0)
+
+
+def is_fresh(operators: Sequence[Operator], name: str) -> bool:
+    """Whether tensor `name` of the grown model was drawn anew, at the last or at an earlier operator."""
+    for operator in reversed(operators):
+        rule = operator.rule(name)
+        if rule.fresh:
+            return True
+        name = rule.source
+    return False
 
 
 class GrownState(Mapping[str, Tensor]):

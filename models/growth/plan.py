@@ -146,7 +146,7 @@ def plan_growth(
     if inherit == "ema":
         operators.append(InheritAverage(old, new, tuple(each for each in operators if isinstance(each, Depth))))
     elif inherit != 1.0:
-        operators.append(Inherit(new, inherit, seed))
+        operators.append(Inherit(old, new, inherit, seed))
     return operators
 
 

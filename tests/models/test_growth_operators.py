@@ -343,6 +343,23 @@ def test_inheriting_with_momentum_blends() -> None:
     assert not torch.equal(none.image.projection.weight, model.image.projection.weight)
 
 
+def test_fresh_values_are_not_those_that_the_run_began_with() -> None:
+    """Nor those of another growth to the same sizes."""
+    first = build(SPEC, 3).double()
+    wide = SPEC.grown({"image.depth": 3})
+    drawn = [resized(first, spec, inherit=0.0) for spec in (wide, SPEC.grown({"image.depth": 4}))]
+    beginnings = {name: p for name, p in first.named_parameters() if p.ndim >= 2}
+    for name, start in beginnings.items():
+        for model in drawn:
+            now = dict(model.named_parameters())[name]
+            assert abs(torch.corrcoef(torch.stack([start.detach().flatten(), now.detach().flatten()]))[0, 1]) < 0.5, (
+                name
+            )
+        one, other = (dict(model.named_parameters())[name] for model in drawn)
+        assert not torch.equal(one, other)
+        assert now.std().item() == pytest.approx(start.std().item(), rel=0.5)
+
+
 def averaged(model: Model) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights, and an average that is another in every number."""
     weights = {name: p.detach() for name, p in model.named_parameters()}

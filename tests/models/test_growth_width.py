@@ -402,8 +402,55 @@ def test_width_comes_before_depth() -> None:
 # Joint space and positions
 
 
+def test_new_joint_channels_without_moments_come_alive() -> None:
+    """As after an import, or from weights alone: rows too small to be seen have a gradient, and grow by its steps."""
+    model = perturbed(TIED)
+    optimizer = Optimizer(model.named_parameters(), OptimizerConfig())
+    larger = grow(model, {"embed_dim": 9})
+    assert difference(model, larger) < 1e-12
+    optimizer = Optimizer(larger.named_parameters(), OptimizerConfig(lr=1e-2))
+    for tower in (larger.image, larger.text):
+        assert 0 < tower.projection.weight[6:].abs().max() < 1e-12
+    train(larger, optimizer, range(40))
+    for tower in (larger.image, larger.text):
+        assert (tower.projection.weight[6:].abs().amax(1) > 1e-4).all()
+
+
+def test_what_is_drawn_anew_has_its_own_learning_rate() -> None:
+    """Routers, maps of a new captioner to the picture, new parts, and with inherit: 0 every matrix; copies have their
+    original's, and so has a blend."""
+    rates = {
+        "text.transformer.blocks.0.attention.key.weight": 0.5,
+        "text.transformer.blocks.0.mlp.up.bias": 0.25,
+        "text.transformer.norm.weight": 0.5,
+        "logit_scale": 0.5,
+    }
+    small = ModelSpec(
+        embed_dim=6,
+        image=ImageSpec(width=8, depth=1, heads=2, patch=4, resolution=8),
+        text=TextSpec(width=8, depth=1, heads=2, context=9),
+    )
+    captioned = plan_growth(small, small.grown({"captioner.depth": 1, "text.experts": 2}))
+    block = "captioner.transformer.blocks.0"
+    assert grown_rate(captioned, rates, f"{block}.cross.key.weight") == 1.0
+    assert grown_rate(captioned, rates, "captioner.transformer.norm.weight") == 1.0
+    assert grown_rate(captioned, rates, f"{block}.cross.query.weight") == 1.0
+    assert grown_rate(captioned, rates, f"{block}.attention.key.weight") == 0.5
+    assert grown_rate(captioned, rates, "text.transformer.blocks.0.mlp.router.weight") == 1.0
+    assert grown_rate(captioned, rates, "text.transformer.blocks.0.mlp.experts.1.up.bias") == 0.25
+    assert grown_rate(captioned, rates, "logit_scale") == 0.5
+    wide = small.grown({"text.width": 16})
+    key = "text.transformer.blocks.0.attention.key.weight"
+    for inherit, rate in ((1.0, 0.25), (0.5, 0.25), (0.0, 1.0)):
+        assert grown_rate(plan_growth(small, wide, inherit=inherit), rates, key) == rate
+    audio = small.grown(
+        {f"modalities.audio.{size}": n for size, n in {"width": 8, "depth": 1, "heads": 2, "features": 3}.items()}
+    )
+    assert grown_rate(plan_growth(small, audio), rates, "modalities.audio.logit_scale") == 1.0
+
+
 def test_new_joint_channels_leave_zero() -> None:
-    """Zero rows on both sides have no gradient; their momentum moves them, and then they have one."""
+    """Rows near zero on both sides have next to no gradient; their momentum moves them, and then they have one."""
     model = perturbed(TIED)
     optimizer = Optimizer(model.named_parameters(), OptimizerConfig())
     train(model, optimizer, range(5))

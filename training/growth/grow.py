@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.growth.inherit import ResetMoments
-from ...models.growth.operator import GrownState, Operator, Read, grown_rate, source_of
+from ...models.growth.operator import GrownState, Operator, Read, grown_rate, is_fresh, source_of
 from ...models.growth.plan import changes, plan_growth
 from ...models.model import empty
 from ...models.spec import ModelSpec
@@ -152,7 +152,7 @@ def grown_rates(
     before, after = tensor_shapes(old), tensor_shapes(new)
     rates = {name: grown_rate(operators, now, name) for name in after}
     for name, source in ((name, source_of(operators, name)) for name in after if optimizer.muon(name)):
-        if optimizer.muon(source):
+        if optimizer.muon(source) and not is_fresh(operators, name):
             rates[name] *= (min(after[name]) / min(before[source])) ** 0.5
     return {name: rate for name, rate in rates.items() if rate != 1.0}
 

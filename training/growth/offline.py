@@ -27,7 +27,9 @@ from ..checkpoint.manifest import Commit, Manifest
 from ..checkpoint.serialize import SerializedPart
 from ..checkpoint.snapshot import commit_name
 from ..checkpoint.store import Store, StoreError
+from ..checkpoint.validation import recipe_of
 from ..checkpoint.writer import PART_BYTES, CommitPart
+from ..health.divergence import Health
 from ..recipe import Recipe
 from ..stages import StageConfig, faded
 from ..state import Event, RunState
@@ -55,7 +57,7 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     """
     begun = time.monotonic()
     commit = find_commit(source)
-    state, before = commit.manifest.state, Recipe.model_validate(commit.manifest.recipe)
+    state, before = commit.manifest.state, recipe_of(commit)
     before = before.settled(state.decisions)
     recipe, number = with_stage(before, state, stage, samples)
     old, new = commit.manifest.spec, recipe.specs()[number]
@@ -95,12 +97,14 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
             "attempt": attempt,
             "multipliers": rates,
             "window": (),
+            "health": Health(healthy_step=state.step),
             "applied": 0 if how.moments == "reset" else state.applied,
             "lineage": (*state.lineage, event),
         }
     )
     written = recipe.model_dump(mode="json")
-    commits.seal(name, Manifest(spec=new, state=following, recipe=written, reason="growth", parts=parts))
+    run = commits.run or ""
+    commits.seal(name, Manifest(spec=new, state=following, recipe=written, reason="growth", parts=parts, run=run))
     url = f"{commits.store.url}/{name}"
     # A commit at step 0 belongs to no run, so nothing can be resumed: start from its weights instead.
     start = {} if state.step else {"init_from": InitFromConfig(commit=url)}
