@@ -140,7 +140,7 @@ def check_store(recipe: Recipe, out: Path) -> None:
     store.check()
     for name in commits.names()[-1:]:
         try:
-            check_same_run(recipe, commits.open(name))
+            check_same_run(recipe, commits.verified(name))
         except DamagedCommit:
             return  # the run reports it and resumes from the one before
 

@@ -207,7 +207,7 @@ def open_model(url: str) -> OpenedModel:
         raise RecipeError(f"the recipe of {safe_text(commit.url)} cannot be used here: {safe_text(reason)}") from None
 
     def weights() -> dict[str, Tensor]:
-        kind = "ema" if recipe.optimizer.ema else "model"
+        kind = "ema" if any(part.kind == "ema" for part in manifest.parts) else "model"
         return {name.removeprefix(f"{kind}/"): tensor for name, tensor in commit.tensors(kind).items()}
 
     def identity() -> str:

@@ -171,11 +171,11 @@ def _last_end(folder: Path) -> str | None:
 def _from_store(place: str) -> dict[str, Any]:
     """The status from the newest commit alone; None for what a commit does not record."""
     from ...training.checkpoint.commits import find_commit
-    from ...training.recipe import Recipe
+    from ...training.checkpoint.validation import recipe_of
 
     commit = find_commit(place)
     state = commit.manifest.state
-    recipe = Recipe.model_validate(commit.manifest.recipe)
+    recipe = recipe_of(commit)
     begun = [event for event in state.lineage if event.event in ("start", "resume")]
     written = commit.written()
     speed = state.samples / state.seconds if state.seconds else None

@@ -21,9 +21,11 @@ import hashlib
 import json
 import re
 import secrets
+import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -36,6 +38,7 @@ from .config import CheckpointConfig
 from .manifest import FORMAT, Commit, DamagedCommit, Manifest, read_verified
 from .snapshot import Snapshot
 from .store import Store, StoreError
+from .validation import checked
 from .writer import CommitPart, CommitUpload, taken
 
 _SET = re.compile(r"^step-(\d{12,})-attempt-(\d{4,})$")
@@ -68,6 +71,7 @@ class Commits:
         self.store = store
         self._facts: dict[str, _Facts] | None = None
         """of complete commits, by name; None: the index was not read yet"""
+        self._run: str | None = None
 
     def _sets(self) -> dict[str, set[str]]:
         """Objects of every set, complete or not, by set name."""
@@ -107,7 +111,11 @@ class Commits:
         """
         taken = [int(match[1]) for path in self.store.beginning("attempt-") if (match := _ATTEMPT.match(path))]
         attempt = max([*taken, *(_attempt(name) for name in self._sets())], default=0) + 1
-        claim = json.dumps({"who": who, "time": time.time(), "token": secrets.token_hex(8)}).encode()
+        token = secrets.token_hex(8)
+        if self.run is None:  # commits without a claim were moved here: their run goes on
+            names = self.names()
+            self._run = self.open(names[-1]).manifest.run if names else token
+        claim = json.dumps({"who": who, "time": time.time(), "token": token, "run": self._run}).encode()
         if not self.store.put_new(_claim(attempt), claim):
             raise StoreError(
                 f"another run started in {self.store.url} at this moment; give each run its own checkpoint.to"
@@ -123,16 +131,52 @@ class Commits:
                 raise DamagedCommit(f"{self.store.url}/{name}/COMMIT is damaged; use another commit")
             data = read_verified(self.store, f"{name}/manifest.json", digest)
             self._check_format(name, json.loads(data).get("format"))
-            return Commit(self.store, name, Manifest.model_validate_json(data))
+            return Commit(self.store, name, Manifest.decoded(data))
         except FileNotFoundError:
             raise StoreError(
                 f"{self.store.url}/{name} is not a complete commit; complete ones: {self.names()[-5:]}"
             ) from None
-        except (ValidationError, ValueError, KeyError, TypeError) as error:
-            file, where = "COMMIT", str(error)
+        except (ValidationError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            file, where = "COMMIT", str(error)[:200]
             if isinstance(error, ValidationError):
                 file, where = "manifest.json", ".".join(map(str, error.errors()[0]["loc"]))
             raise DamagedCommit(f"{self.store.url}/{name}/{file} is damaged ({where!r}); use another commit") from None
+
+    def verified(self, name: str, stored: bool = True) -> Commit:
+        """A commit that fits together (`validation.py`), is of this store's run, and has parts of the right sizes.
+
+        `stored`: whether to look at the store for the last two. Raises DamagedCommit or StoreError.
+        """
+        commit = self.open(name)
+        manifest = commit.manifest
+        try:
+            shapes = checked(name, manifest)
+        except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError, MemoryError) as error:
+            said = str(error)[:300] or type(error).__name__
+            raise DamagedCommit(f"{commit.url} contradicts itself: {said}; use another commit") from None
+        if stored:
+            if self.run is not None and manifest.run != self.run:
+                raise DamagedCommit(
+                    f"{commit.url} was written by another run and copied here; begin a run of its own with it: "
+                    f"--from {commit.url} after moving it to another folder"
+                )
+            there = self.store.sizes(name)
+            short = next((part.file for part in manifest.parts if there.get(f"{name}/{part.file}") != part.bytes), None)
+            if short:
+                raise DamagedCommit(f"{commit.url}/{short} is missing or has another size; use another commit")
+        return replace(commit, shapes=shapes)
+
+    @property
+    def run(self) -> str | None:
+        """The id of the run whose store this is, as its claims say; None if there is none."""
+        if self._run is None:
+            claims = [int(match[1]) for path in self.store.sizes() if (match := _ATTEMPT.match(path))]
+            if claims:
+                try:
+                    self._run = str(json.loads(self.store.get(_claim(max(claims)))).get("run", ""))
+                except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+                    self._run = ""
+        return self._run
 
     def _check_format(self, name: str, found: Any) -> None:
         """Raise StoreError if the commit is of another format, before anything else of it is read."""
@@ -161,6 +205,7 @@ class Commits:
                 scores=dict(snapshot.scores),
                 shapes={path: flat.shape for path, flat in layout.items()},
                 parts=tuple(parts),
+                run=self.run or "",
             )
             self.seal(name, manifest)
             if policy is not None:
@@ -182,7 +227,15 @@ class Commits:
 
     def seal(self, name: str, manifest: Manifest) -> None:
         """Write the manifest and, when every part is there at its size, the COMMIT object."""
-        data = manifest.model_dump_json(indent=1).encode()
+        data = manifest.encoded()
+        try:
+            same = Manifest.decoded(data).encoded() == data
+        except ValidationError:
+            same = False
+        if not same:
+            raise StoreError(
+                f"the manifest of {self.store.url}/{name} would not be read as it is written: please report it"
+            )
         self.store.put(f"{name}/manifest.json", data)
         there = self.store.sizes(name)
         needed = {part.file: part.bytes for part in manifest.parts} | {"manifest.json": len(data)}
@@ -293,15 +346,28 @@ class Commits:
         self.store.prune(name)
 
 
-def find_commit(url: str) -> Commit:
-    """A commit by its own URL, or the newest one of a run folder or of a folder of commits. Raises StoreError."""
+def print_warning(message: str) -> None:
+    """Say on stderr that a commit was passed over."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def find_commit(url: str, warn: Callable[[str], None] = print_warning) -> Commit:
+    """A commit by its own URL, or the newest one of a run folder or of a folder of commits: the newest that is intact
+    and fits together. `warn` is called for those that are not. Raises StoreError."""
     parent, _, last = url.rstrip("/").rpartition("/")
     if _SET.match(last):
-        return Commits(Store(parent or ".")).open(last)
+        return Commits(Store(parent or ".")).verified(last)
     for place in (url.rstrip("/"), f"{url.rstrip('/')}/commits"):
         commits = Commits(Store(place))
-        if names := commits.names():
-            return commits.open(names[-1])
+        damage: DamagedCommit | None = None
+        for name in reversed(commits.names()):
+            try:
+                return commits.verified(name)
+            except DamagedCommit as error:
+                warn(str(error))
+                damage = damage or error
+        if damage is not None:
+            raise damage
     raise StoreError(
         f"there is no commit at {url} nor in its folder commits/; give a commit, or the --out folder of a run"
     )

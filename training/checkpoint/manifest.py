@@ -7,6 +7,7 @@ ranges as the engine's ranks held them. Reading assembles them whole or in any o
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -41,6 +42,17 @@ class Manifest(BaseModel, frozen=True, extra="forbid", strict=True):
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     """the whole shape of parameters that are stored in ranges"""
     parts: tuple[CommitPart, ...] = Field(strict=False)
+    run: str = ""
+    """id of the run, the same in every claim of its store; empty: before runs had one"""
+
+    def encoded(self) -> bytes:
+        """As JSON. Every float comes back as it is, NaN and infinity too, which pydantic would write as null."""
+        return json.dumps(self.model_dump(), indent=1).encode()
+
+    @classmethod
+    def decoded(cls, data: bytes) -> Manifest:
+        """The inverse of `encoded`. Raises ValidationError."""
+        return cls.model_validate_json(data)
 
 
 class DamagedCommit(StoreError):
@@ -54,6 +66,8 @@ class Commit:
     store: Store
     name: str
     manifest: Manifest
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    """of the spec's parameters, by name, which the parts are then compared with; None: they are not"""
 
     @property
     def url(self) -> str:
@@ -86,9 +100,27 @@ class Commit:
         """The tensors, or ranges of tensors, in one part, by name. Raises DamagedCommit naming the file."""
         data = read_verified(self.store, f"{self.name}/{part.file}", part.sha256)
         try:
-            return load(data)
+            found = load(data)
         except SafetensorError as error:
             raise DamagedCommit(f"{self.url}/{part.file} is not a safetensors file: {error}") from None
+        for name, tensor in found.items():
+            if problem := self._problem(part, name, tensor):
+                raise DamagedCommit(f"{self.url}/{part.file}: {part.kind}/{name} {problem}; use another commit")
+        if len(found) != part.tensors:
+            raise DamagedCommit(f"{self.url}/{part.file} holds {len(found)} tensors instead of {part.tensors}")
+        return found
+
+    def _problem(self, part: CommitPart, name: str, tensor: Tensor) -> str | None:
+        """Why a tensor of a part cannot be taken."""
+        if not tensor.is_floating_point():
+            return f"holds {str(tensor.dtype).removeprefix('torch.')} instead of floats"
+        if not tensor.isfinite().all():
+            return "holds numbers that are NaN or infinite"
+        if self.shapes is not None:
+            shape = (part.ranges[name][1],) if name in part.ranges else self.shapes.get(name)
+            if tuple(tensor.shape) != shape:
+                return f"has the shape {list(tensor.shape)}, which is not that of the model"
+        return None
 
 
 class _Assembly:
@@ -121,6 +153,8 @@ class _Assembly:
             if start < 0 or start + piece.numel() > prod(shape):
                 raise KeyError(f"{name} reaches beyond its shape {shape}")
             wanted = self._wanted(name, shape)
+            if name not in part.ranges and path in self._found:
+                raise KeyError(f"{name} is there twice")
             if self._layout is None and piece.shape == shape:
                 self._found[path], self._filled[path] = piece, piece.numel()
                 continue

@@ -80,7 +80,7 @@ def begin(
         load_states(engine.objectives, state.objectives)
     else:
         commit = None
-        origin = open_origin(recipe) if recipe.init_from else None
+        origin = open_origin(recipe, warn) if recipe.init_from else None
         engine = build(origin.manifest.spec if origin else recipe.specs()[0])
         state = begin_with(recipe, origin, engine) if origin else RunState()
     seconds = {

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..checkpoint.commits import find_commit
+from ..checkpoint.commits import find_commit, print_warning
 from ..checkpoint.manifest import Commit
 from ..checkpoint.store import StoreError
+from ..checkpoint.validation import recipe_of
 from ..engines.base import Engine
-from ..engines.optimizer import OptimizerConfig
 from ..recipe import Recipe
 from ..state import Event, RunState
 from .resume import differences
 
 
-def open_origin(recipe: Recipe) -> Commit:
-    """The commit that the recipe's `init_from` names. Raises StoreError if the run cannot begin with it."""
+def open_origin(recipe: Recipe, warn: Callable[[str], None] = print_warning) -> Commit:
+    """The commit that the recipe's `init_from` names; `warn` is called for newer ones that are damaged. Raises
+    StoreError if the run cannot begin with it."""
     assert recipe.init_from
-    commit, load = find_commit(recipe.init_from.commit), recipe.init_from.load
+    commit, load = find_commit(recipe.init_from.commit, warn), recipe.init_from.load
     state = commit.manifest.state
     if load == "all":
         _check_all(recipe, commit)
@@ -50,7 +52,7 @@ def _check_all(recipe: Recipe, commit: Commit) -> None:
     lacking = sorted(set(recipe.optimizer.kinds) - kinds)
     if lacking:
         raise StoreError(f"{commit.url} has no {lacking[0]}, which the recipe's optimizer needs; {remedy}")
-    theirs = OptimizerConfig.model_validate(commit.manifest.recipe["optimizer"]).kind
+    theirs = recipe_of(commit).optimizer.kind
     if theirs == "muon" != recipe.optimizer.kind:
         raise StoreError(
             f"{commit.url} was trained with optimizer.kind = muon, which leaves AdamW no second moment of the matrices "

@@ -55,7 +55,7 @@ def newest_intact(
         return None if damages else found
 
     for name in reversed(names):
-        commit = attempt(partial(commits.open, name))
+        commit = attempt(partial(commits.verified, name, stored=world.is_first))
         if commit is not None:
             layout = prepare(commit)
             tensors = attempt(partial(commit.tensors, layout=layout))
