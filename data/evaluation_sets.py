@@ -25,7 +25,7 @@ from .samples.tokenizer import open_tokenizer
 from .shards.listing import IMAGE_KINDS
 from .shards.source import READ_KINDS, check_sizes, open_source
 from .storage.block_cache import BlockCache
-from .storage.files import shown_url
+from .storage.files import shown_url, version_of
 from .tools.pack_input import FileItem, InputTable, PictureFolder, folder_items, names_shards, table_items
 
 PictureFields = Literal["captions", "class", "swap"]
@@ -127,11 +127,11 @@ class FilePictures:
 
     @cached_property
     def identity(self) -> str:
-        """A hash that identifies the data."""
+        """A hash that identifies the data: texts, and the versions of the files wherever their folder is."""
         digest = sha256()
         for each in self._entries:
             stat = each.path.stat()
-            facts = (str(each.path), stat.st_size, stat.st_mtime_ns, each.captions, each.label)
+            facts = (each.key, stat.st_size, version_of(stat), stat.st_ino, each.captions, each.label)
             digest.update(ascii(facts).encode())
         return digest.hexdigest()
 
@@ -151,7 +151,7 @@ class FilePictures:
         except OSError as error:
             return LedgerEntry(self.url, str(entry.path), entry.key, 0, f"cannot be read: {error.strerror}")
         labels = {} if entry.label is None else {CLASS: entry.label}
-        return _sample(self, entry.key, pixels, entry.captions, labels)
+        return _sample(self.url, entry.key, pixels, entry.captions, labels)
 
 
 class ShardPictures:
@@ -175,7 +175,7 @@ class ShardPictures:
     @property
     def identity(self) -> str:
         """A hash that identifies the data."""
-        return sha256(f"{self.source.identity}{self.form}".encode()).hexdigest()
+        return sha256(f"{self.source.identity.digest}{self.form}".encode()).hexdigest()
 
     def sample(self, number: int) -> Sample | LedgerEntry:
         """Sample `number`, or a ledger entry with the reason why it cannot be used."""
@@ -187,7 +187,7 @@ class ShardPictures:
         except BadSample as error:
             place = (source.shard(number), source.key(number), source.offset(number))
             return LedgerEntry(source.url, *place, str(error))
-        return _sample(self, record.key, pixels, captions, labels)
+        return _sample(record.shard, record.key, pixels, captions, labels)
 
     def _texts(self, fields: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, str]]:
         form = self.form
@@ -209,8 +209,8 @@ class ShardPictures:
             raise BadSample("the class is not UTF-8") from None
 
 
-def _sample(data: Pictures, key: str, pixels: Any, captions: tuple[str, ...], labels: dict[str, str]) -> Sample:
-    return Sample(data.url, key, pixels, captions, captions[0] if captions else "", [], labels)
+def _sample(shard: str, key: str, pixels: Any, captions: tuple[str, ...], labels: dict[str, str]) -> Sample:
+    return Sample(shard, key, pixels, captions, captions[0] if captions else "", [], labels)
 
 
 # Folders

@@ -295,7 +295,7 @@ class _Samples:
         if self.augment.color_jitter.active:
             image = jittered(image, self.augment.color_jitter, stream(self.order.seed, "jitter", place.position))
         return Sample(
-            source=self.sources[place.source].url,
+            shard=record.shard,
             key=record.key,
             image=image,
             captions=tuple(dict.fromkeys(each.text for each in texts.captions)),
@@ -367,7 +367,7 @@ class EvaluationSet:
     @property
     def identity(self) -> str:
         """A hash that identifies the data."""
-        return self.source.identity
+        return self.source.identity.digest
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -385,7 +385,7 @@ class EvaluationSet:
             tokens = self.tokenizer.encode(captions[0], self.context)
         except BadSample as error:
             return _entry(self.source, number, error)
-        return Sample(self.source.url, record.key, image, captions, captions[0], tokens, labels, columns)
+        return Sample(record.shard, record.key, image, captions, captions[0], tokens, labels, columns)
 
 
 def _entry(source: Source, number: int, error: BadSample, position: int = -1) -> LedgerEntry:

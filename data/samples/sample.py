@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Sample:
     """A decoded sample."""
 
-    source: str
+    shard: str  # its URL, or the file's path
     key: str
     image: np.ndarray  # uint8 [H, W, 3]
     captions: tuple[str, ...]
@@ -35,8 +35,8 @@ class Sample:
 
     @property
     def image_id(self) -> int:
-        """A signed 64-bit hash of source and key."""
-        return _signed(stable_hash("image", self.source, self.key))
+        """A signed 64-bit hash of shard and key, which is unique in a shard."""
+        return _signed(stable_hash("image", self.shard, self.key))
 
     @property
     def caption_id(self) -> int:

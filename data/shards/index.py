@@ -4,10 +4,11 @@ It is a table (table_file.py) of about 50 bytes per sample, stored in one of two
 hash of the shard's URL, size and stamp; or, if `treering data index --beside` wrote it, as a sidecar in the folder
 `.treering` next to the shard, possibly in a bucket, so that other nodes need no walk over the shards.
 
-Validity. The table's checksum detects a torn or corrupted index. The shard's size and stamp (etag in a store,
-modification time on a disk) are part of the index and must equal those of the listing: an index of another version of
-the shard is ignored and rebuilt. Copied shards have new stamps, so they must be indexed again at their new place. The
-shard's content is not read again to verify it: if a store has etags, every read requests that exact version.
+Validity. The table's checksum detects a torn or corrupted index. The shard's size and stamp (etag in a store, times
+of modification and change on a disk) are part of the index and must equal those of the listing: an index of another
+version of the shard is ignored and rebuilt. Copied shards have new stamps, so they must be indexed again at their new
+place. Every read then requests that version (read_range) and compares the headers before the bytes (content.py), which
+show an index that is not that of its shard whatever its stamp says. An index also has the digest of the samples.
 
 Reading a sample never loads a whole index: a `ShardIndex` is a handle that opens its table on first use, keeps only the
 table's header (at most `MOST_OPEN` per process) and reads the rows of one sample.
@@ -16,6 +17,7 @@ table's header (at most `MOST_OPEN` per process) and reads the rows of one sampl
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,16 +28,21 @@ from typing import NamedTuple, TypeVar, overload
 import numpy as np
 
 from ..errors import DataError
-from ..storage.files import ShardInfo, cache_folder, shown_url
+from ..storage.files import ShardInfo, cache_folder, changed, shown_url
 from .columns import Collector, Columns
+from .content import BLOCK
 from .table_file import DamagedTable, Table, packed_texts, smallest, table_bytes
 
 T = TypeVar("T")
-FORMAT = 2  # raise it when what is in an index changes
+FORMAT = 3  # raise it when what is in an index changes
 MOST_OPEN = 2048
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 Samples = dict[str, dict[str, tuple[int, int]]]
 """{key: {kind: (offset, size)}}"""
+
+
+Make = Callable[[ShardInfo, bool], Table]
+"""the index of a shard; True: built from the shard, whatever index there is"""
 
 
 class _Open(NamedTuple):
@@ -46,25 +53,21 @@ class _Open(NamedTuple):
 class Indexes:
     """Opens the indexes of shards on demand with `make`, and keeps the last MOST_OPEN of them open."""
 
-    def __init__(self, make: Callable[[ShardInfo], Table]) -> None:
+    def __init__(self, make: Make) -> None:
         self._make = make
         self._open: OrderedDict[ShardInfo, _Open] = OrderedDict()
 
-    def get(self, shard: ShardInfo) -> _Open:
-        """The open index of a shard. Raises as `make` does."""
-        found = self._open.get(shard)
+    def get(self, shard: ShardInfo, anew: bool = False) -> _Open:
+        """The open index of a shard; with `anew` built from the shard. Raises as `make` does."""
+        found = None if anew else self._open.get(shard)
         if found is None:
-            table = self._make(shard)
+            table = self._make(shard, anew)
             found = self._open[shard] = _Open(table, table.texts("kinds"))
             if len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
         else:
             self._open.move_to_end(shard)
         return found
-
-    def drop(self, shard: ShardInfo) -> None:
-        """Closes an index that is damaged or gone; the next `get` rebuilds it."""
-        self._open.pop(shard, None)
 
 
 class ShardIndex:
@@ -112,6 +115,11 @@ class ShardIndex:
         return self._read(lambda found: int(found.table.header["content"]))
 
     @property
+    def digest(self) -> str:
+        """The digest of the samples (content.py)."""
+        return self._read(lambda found: str(found.table.header["digest"]))
+
+    @property
     def usable(self) -> int:
         """The number of samples with a picture and a member that may hold a caption."""
         return self._read(lambda found: int(found.table.header["usable"]))
@@ -127,7 +135,7 @@ class ShardIndex:
     @classmethod
     def of(cls, shard: ShardInfo, table: Table) -> ShardIndex:
         """The index stored in `table`."""
-        return cls(shard, table.count("samples"), Indexes(lambda _: table))
+        return cls(shard, table.count("samples"), Indexes(lambda *_: table))
 
     def __reduce__(self) -> tuple[Callable[..., ShardIndex], tuple[ShardInfo, Table]]:
         return ShardIndex.of, (self.shard, self._indexes.get(self.shard).table)
@@ -135,13 +143,14 @@ class ShardIndex:
     def _read(self, read: Callable[[_Open], T]) -> T:
         """The result of `read` on the open index. An index damaged or removed since it was opened is rebuilt once."""
         for attempt in range(2):
-            found = self._indexes.get(self.shard)
             try:
+                found = self._indexes.get(self.shard, anew=attempt > 0)
                 if found.table.count("samples") != self._count:
+                    if attempt:
+                        raise changed(self.shard, 0, self.size)
                     raise DamagedTable("it has another number of samples")
                 return read(found)
             except (DamagedTable, OSError) as error:
-                self._indexes.drop(self.shard)
                 if attempt:
                     reason = error.strerror if isinstance(error, OSError) else error
                     raise DataError(
@@ -153,9 +162,13 @@ class ShardIndex:
 class Handles(Sequence[ShardIndex]):
     """The indexes of many shards; handles are created on access."""
 
-    def __init__(self, shards: Sequence[ShardInfo], counts: Sequence[int], make: Callable[[ShardInfo], Table]) -> None:
+    def __init__(self, shards: Sequence[ShardInfo], counts: Sequence[int], make: Make) -> None:
         """`counts`: the number of samples of each shard."""
-        self._shards, self._counts, self._indexes = shards, counts, Indexes(make)
+        self._shards, self._counts, self._indexes = list(shards), counts, Indexes(make)
+
+    def replace(self, place: int, shard: ShardInfo) -> None:
+        """Read another version of a shard, with the same samples, from now on."""
+        self._shards[place] = shard
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -170,7 +183,7 @@ class Handles(Sequence[ShardIndex]):
         return ShardIndex(self._shards[place], self._counts[place], self._indexes)
 
 
-def index_bytes(shard: ShardInfo, content: int, samples: Samples, columns: Collector) -> bytes:
+def index_bytes(shard: ShardInfo, content: int, samples: Samples, columns: Collector, digest: str) -> bytes:
     """The bytes of the index of a shard whose (unpacked) tar has `content` bytes."""
     kinds: dict[str, int] = {}
     members = [place for own in samples.values() for place in own.items()]
@@ -189,8 +202,8 @@ def index_bytes(shard: ShardInfo, content: int, samples: Samples, columns: Colle
         "columns": np.frombuffer(columns.table(len(samples)), np.uint8),
     }
     usable = sum(is_usable(own) for own in samples.values())
-    header = {"format": FORMAT, "size": shard.size, "stamp": shard.stamp, "content": content, "usable": usable}
-    return table_bytes(header, arrays)
+    version = {"format": FORMAT, "size": shard.size, "stamp": shard.stamp}
+    return table_bytes({**version, "content": content, "usable": usable, "digest": digest}, arrays)
 
 
 def cached_at(shard: ShardInfo) -> Path:
@@ -205,6 +218,7 @@ def fits(table: Table, shard: ShardInfo) -> bool:
     same = (header.get("format"), header.get("size"), header.get("stamp")) == (FORMAT, shard.size, shard.stamp)
     numbers = all(type(header.get(name)) is int for name in ("content", "usable"))
     numbers = numbers and (header["content"] == shard.size or shard.url.endswith("gz"))
+    numbers = numbers and re.fullmatch(r"[0-9a-f]{32}", str(header.get("digest"))) is not None
     arrays = all(name in table for name in ("keys.ends", "keys.bytes", "kinds.ends", "kinds.bytes", "columns"))
     whole = table.fields("samples") == ("",) and table.fields("members") == ("offset", "size", "kind")
     return same and numbers and arrays and whole and table.count("samples") == table.count("keys.ends")
@@ -220,7 +234,7 @@ def _places(found: _Open, start: int, stop: int) -> list[dict[str, tuple[int, in
     base = ends.pop(0) if start else 0
     members = found.table.rows("members", base, ends[-1] if ends else base).tolist()
     content = found.table.header["content"]
-    if sorted(ends) != ends or any(k >= len(found.kinds) or o + size > content for o, size, k in members):
+    if sorted(ends) != ends or any(k >= len(found.kinds) or o < BLOCK or o + size > content for o, size, k in members):
         raise DamagedTable("its members do not fit its samples")
     return [
         {found.kinds[kind]: (offset, size) for offset, size, kind in members[a - base : b - base]}

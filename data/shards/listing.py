@@ -9,7 +9,6 @@ Names in a tar are untrusted: they are only used as dictionary keys.
 
 from __future__ import annotations
 
-import os
 import re
 from math import prod
 
@@ -17,14 +16,16 @@ from braceexpand import braceexpand
 
 from ..errors import DataError, shown
 from ..storage.credentials import holds_secret
-from ..storage.files import Reader, ShardInfo, changed, find_all, read_range, shown_url
+from ..storage.files import Reader, ShardInfo, changed, find_all, listed_again, read_range, shown_url
 from ..storage.gzip_cache import open_content
 from ..storage.names import refuse_other_syntax, split_braces
 from .columns import LONGEST_JSON, Collector
+from .content import ContentDigest
 from .index import IMAGE_KINDS as IMAGE_KINDS
 from .index import Samples, cached_at, fits, index_bytes
 from .index import ShardIndex as ShardIndex
 from .index import is_usable as is_usable
+from .index_check import check_index
 from .sidecar import fetch_index
 from .table_file import DamagedTable, Table, write_cache_file
 from .tar_reader import DamagedShard, tar_members
@@ -95,29 +96,49 @@ def _names(url: str) -> int:
     return product(left)
 
 
-def index_shard(shard: ShardInfo, read: Reader = read_range) -> ShardIndex:
+def index_shard(shard: ShardInfo, read: Reader = read_range, anew: bool = False) -> ShardIndex:
     """The index of a shard: from the cache folder, from its sidecar, or built from the shard through `read` and cached.
 
-    Raises DamagedShard if the shard is damaged, DataError if it cannot be read."""
-    return ShardIndex.of(shard, index_table(shard, read))
+    With `anew`, or if its stamp could be that of another version, it is built whatever there is. Raises DamagedShard if
+    the shard is damaged, DataError if it cannot be read."""
+    return ShardIndex.of(shard, index_table(shard, read, anew or not shard.is_dated))
 
 
-def index_table(shard: ShardInfo, read: Reader = read_range) -> Table:
-    """Like `index_shard`, but returns the index as a table."""
+def index_table(shard: ShardInfo, read: Reader = read_range, anew: bool = False, digest: str | None = None) -> Table:
+    """Like `index_shard`, but returns the index as a table; with `digest` only an index of these samples is used.
+
+    Raises ShardChanged if the shard itself has other samples."""
     cached = cached_at(shard)
-    try:
-        table = Table.open(cached)
-        if fits(table, shard):
-            return table
-    except (OSError, DamagedTable):  # none yet, or damaged: rebuild it
-        pass
-    data = fetch_index(shard)
+    if not anew:
+        try:
+            table = Table.open(cached)
+            if fits(table, shard) and digest in (None, table.header["digest"]):
+                return table
+        except (OSError, DamagedTable):  # none yet, or damaged: rebuild it
+            pass
+    data = None if anew else _beside(shard, read, digest)
     if data is None:
         data, faults = _walked(shard, read)
         if faults:
             raise faults[0]
     write_cache_file(cached, data)
-    return Table.open(cached)
+    table = Table.open(cached)
+    if digest not in (None, table.header["digest"]):
+        raise changed(shard, 0, shard.size)
+    return table
+
+
+def _beside(shard: ShardInfo, read: Reader, digest: str | None) -> bytes | None:
+    """The bytes of the index beside a shard; None if there is none of this version, or of these samples."""
+    data = fetch_index(shard)
+    try:
+        table = None if data is None else Table.parse(data)
+        if table is None or digest not in (None, table.header["digest"]):
+            return None
+        check_index(table, shard, read, split_name)
+        return data
+    except DamagedTable:
+        return None
 
 
 def walk(shard: ShardInfo, read: Reader = read_range) -> tuple[ShardIndex, list[str]]:
@@ -130,7 +151,7 @@ def _walked(shard: ShardInfo, read: Reader) -> tuple[bytes, list[DataError]]:
     """The bytes of a shard's index, up to the first damage, and all faults found in the shard."""
     samples: Samples = {}
     rows: dict[str, int] = {}
-    columns = Collector()
+    columns, digest = Collector(), ContentDigest()
     faults: list[DataError] = []
     content = shard.size
     try:
@@ -150,11 +171,12 @@ def _walked(shard: ShardInfo, read: Reader) -> tuple[bytes, list[DataError]]:
                 if kind == "json" and size <= LONGEST_JSON:
                     file.seek(offset)
                     columns.add(rows[key], file.read(size))
+                digest.add(file, name, offset, size)
     except DataError as error:
         faults.append(_changed_meanwhile(shard) or error)
         if samples and not is_usable(samples[last := next(reversed(samples))]):
             del samples[last]  # its other members lie beyond the damage
-    return index_bytes(shard, content, samples, columns), faults
+    return index_bytes(shard, content, samples, columns, digest.hex()), faults
 
 
 def _two_members(shard: ShardInfo, key: str, one: str, other: str, offset: int) -> DamagedShard:
@@ -168,8 +190,8 @@ def _two_members(shard: ShardInfo, key: str, one: str, other: str, offset: int) 
 def _changed_meanwhile(shard: ShardInfo) -> DataError | None:
     """The error if a shard looks damaged because it was replaced since it was listed; None if it was not."""
     try:
-        same = "://" in shard.url or os.stat(shard.url).st_size == shard.size
-    except OSError:
+        same = "://" in shard.url or listed_again(shard) == shard
+    except DataError:
         return None
     return None if same else changed(shard, 0, shard.size)
 

@@ -2,7 +2,7 @@
 
 The idea: every result that needs a walk over the shards is cached (a shard's index, the summary of a source, the result
 of a filter), so that opening a source again only lists its shards and reads one file, or two with a filter. Cached
-results of a shard whose size or stamp has changed are not used.
+results of a shard whose size or stamp has changed are not used, nor those of a shard whose stamp cannot tell.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError, shown
-from ..storage.files import Reader, ShardInfo, cache_folder, read_range, shown_url
+from ..storage.files import Reader, ShardInfo, cache_folder, listed_again, read_range, shown_url
 from .filter import Filter, Known
 from .index import ShardIndex
 from .listing import index_shard
@@ -69,7 +69,18 @@ def _summarize(shard: ShardInfo, read: Reader) -> ShardSummary:
         found = index_shard(shard, read)
     except DamagedShard as error:
         return ShardSummary(shard, fault=str(error), offset=error.offset)
-    return ShardSummary(shard, len(found), found.usable, found.content_size)
+    return ShardSummary(shard, len(found), found.usable, found.content_size, found.digest)
+
+
+def summarize_anew(url: str, summary: Sequence[ShardSummary], place: int, read: Reader) -> ShardSummary:
+    """The present entry of shard `place` of a summary, whose index and entry in the cache folder are made anew.
+
+    Raises DataError if the shard cannot be read."""
+    index = index_shard(listed_again(summary[place].shard), read, anew=True)
+    row = ShardSummary(index.shard, len(index), index.usable, index.content_size, index.digest)
+    others = (*summary[:place], *summary[place + 1 :])
+    write_summary(url, [row, *others] if row.shard != summary[place].shard else [row])  # else the summary was wrong
+    return row
 
 
 @contextmanager
@@ -113,12 +124,16 @@ class Accepted:
             raise DamagedTable("it belongs to other shards")
         self._numbers: OrderedDict[int, NDArray[np.int32]] = OrderedDict()
 
+    def bits(self, shard: int) -> bytes:
+        """A bit per sample of shard `shard`, 1 if it is accepted, as np.packbits packs them."""
+        return self._table.rows("bits", self._ends[shard - 1] if shard else 0, self._ends[shard]).tobytes()
+
     def numbers(self, shard: int) -> NDArray[np.int32]:
         """The numbers of the accepted samples within shard `shard`, int32."""
         found = self._numbers.get(shard)
         if found is None:
-            bits = self._table.rows("bits", self._ends[shard - 1] if shard else 0, self._ends[shard])
-            found = np.flatnonzero(np.unpackbits(bits, count=self._samples[shard])).astype(np.int32)
+            bits = np.unpackbits(np.frombuffer(self.bits(shard), np.uint8), count=self._samples[shard])
+            found = np.flatnonzero(bits).astype(np.int32)
             self._numbers[shard] = found
             if len(self._numbers) > _CACHED_SHARDS:
                 self._numbers.popitem(last=False)

@@ -15,7 +15,6 @@ import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from hashlib import sha256
 from itertools import accumulate
 from typing import Literal
 
@@ -24,17 +23,20 @@ from numpy.typing import NDArray
 
 from ..builtin.registry import HELD_OUT, SampleSet, sample_set
 from ..errors import BadSample, DataError, shown
+from ..identity import SourceIdentity
 from ..ledger import LedgerEntry
 from ..storage.block_cache import BlockCache
-from ..storage.files import Reader, ShardInfo, is_remote, read_range, shown_url
+from ..storage.files import Reader, ShardChanged, ShardInfo, changed, is_remote, read_range, shown_url
 from ..storage.gzip_cache import Unpacked, is_gzip
+from .content import BLOCK, is_header_of
 from .filter import Filter
 from .index import IMAGE_KINDS, Handles, ShardIndex
 from .listing import index_table, list_shards
-from .opening import Accepted, apply_filter, gc_paused, summarize_shards
+from .opening import Accepted, apply_filter, gc_paused, summarize_anew, summarize_shards
 from .parallel import Progress, silent
 from .record import Record
 from .summary import ShardSummary
+from .tar_reader import DamagedShard
 
 READ_KINDS = frozenset((*IMAGE_KINDS, "txt", "json"))
 MOST_BYTES = 1 << 28  # of a member; a photo of 64 megapixels takes a tenth of it
@@ -51,15 +53,16 @@ class Source:
         read: Reader | None = None,
         accepted: Accepted | None = None,
         skipped: Sequence[LedgerEntry] = (),
+        summary: Sequence[ShardSummary] = (),
     ) -> None:
         """`read` reads ranges of shards (None: directly, .tar.gz unpacked); `accepted` selects the samples (None: all);
-        `skipped` lists damaged shards."""
+        `skipped` lists damaged shards; `summary` is that of all shards, also of those, under which `url` was opened."""
         whole = [len(shard) for shard in shards]
         lengths = whole if accepted is None else accepted.counts.tolist()
         self.url, self.skipped = url, tuple(skipped)
         self.samples_before_filter = sum(whole)
         self._read, self._accepted = read or Unpacked().read, accepted
-        self._shards = shards
+        self._shards, self._summary = shards, summary
         self._places = [i for i, length in enumerate(lengths) if length]  # indices into `shards` of those with samples
         self._ends = list(accumulate(length for length in lengths if length))
 
@@ -86,12 +89,39 @@ class Source:
         """The raw members of sample `number` of these kinds (default: picture, caption and metadata).
 
         Raises DataError if the shard cannot be read, BadSample if a member is too large."""
+        try:
+            return self._record(number, kinds)
+        except ShardChanged as error:
+            self._check_content(number, error)
+            return self._record(number, kinds)
+
+    def _record(self, number: int, kinds: frozenset[str]) -> Record:
         shard, i = self._place(number)
-        places = shard.places(i)
+        key, places = shard.key(i), shard.places(i)
         wanted = {kind: place for kind, place in places.items() if kind in kinds}
         check_sizes({kind: size for kind, (_, size) in wanted.items()})
-        fields = read_members(self._read, shard.shard, wanted)
-        return Record(shard.key(i), shard.url, _first(places), fields, tuple(places))
+        fields = read_members(self._read, shard.shard, key, wanted)
+        return Record(key, shard.url, _first(places), fields, tuple(places))
+
+    def _check_content(self, number: int, error: ShardChanged) -> None:
+        """After a read that did not find what the index says: makes the index of the shard anew. If the samples are the
+        same (the shard was touched, or written again), reading goes on with that, else `error` is raised."""
+        place = self._places[self._shard_of(number)]
+        shards, was = self._shards, self._shards[place].shard
+        at = next((i for i, each in enumerate(self._summary) if each.shard.url == was.url), None)
+        if at is None or not isinstance(shards, Handles):
+            raise error
+        try:
+            now = summarize_anew(pattern_of(self.url), self._summary, at, read_range)
+        except DamagedShard:  # it is being written
+            raise error from None
+        if now[1:] != self._summary[at][1:]:
+            raise ShardChanged(
+                f"{shown_url(was.url)} is not what it was when it was opened: it has {now.samples:,} samples, of which "
+                f"some or all differ from the {self._summary[at].samples:,} before; start again with the shard as it "
+                f"was, or start a new run with the new one"
+            ) from None
+        shards.replace(place, now.shard)
 
     def kinds(self, number: int) -> tuple[str, ...]:
         """The kinds of all members of sample `number`; reads only the shard's index."""
@@ -99,19 +129,22 @@ class Source:
         return tuple(shard.places(i))
 
     def span(self, number: int) -> tuple[ShardInfo, int, int]:
-        """The shard of sample `number`, and the start and end of the sample in it, in bytes."""
+        """The shard of sample `number`, and the start and end in it of what is read for the sample, in bytes."""
         shard, i = self._place(number)
         places = shard.places(i)
-        return shard.shard, _first(places), max(offset + size for offset, size in places.values())
+        return shard.shard, _first(places) - BLOCK, max(offset + size for offset, size in places.values())
 
     @property
-    def identity(self) -> str:
-        """A hash of the shards' URLs, sizes and stamps, which identifies the data."""
-        digest = sha256()
-        for place in self._places:
-            shard = self._shards[place].shard
-            digest.update(f"{shard.url}\0{shard.size}\0{shard.stamp}\n".encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+    def identity(self) -> SourceIdentity:
+        """What identifies the samples and their order, wherever they are."""
+        rows = {each.shard.url: each for each in self._summary}
+        shards = [rows[self._shards[place].url] for place in self._places]
+        chosen = [b"" if self._accepted is None else self._accepted.bits(place) for place in self._places]
+        return SourceIdentity.of(
+            [each.shard.url for each in shards],
+            [f"{each.samples} {each.digest} {bits.hex()}" for each, bits in zip(shards, chosen, strict=True)],
+            len(self),
+        )
 
     @property
     def is_remote(self) -> bool:
@@ -168,16 +201,23 @@ def check_sizes(sizes: dict[str, int]) -> None:
             raise BadSample(f"member too large: .{shown(kind, 20)[1:-1]} has {size:,} bytes")
 
 
-def read_members(read: Reader, shard: ShardInfo, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
-    """The members at `places` (offset and size by kind), in one read if they are close together."""
+def read_members(read: Reader, shard: ShardInfo, key: str, places: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+    """The members of sample `key` at `places` (offset and size by kind), in one read if they are close together.
+
+    Raises ShardChanged if a header before them is that of another member."""
     if not places:
         return {}
-    start = _first(places)
+    start = _first(places) - BLOCK
     end = max(offset + size for offset, size in places.values())
     if end - start > sum(size for _, size in places.values()) + _GAP:
-        return {kind: read(shard, offset, offset + size) for kind, (offset, size) in places.items()}
-    span = read(shard, start, end)
-    return {kind: span[offset - start : offset - start + size] for kind, (offset, size) in places.items()}
+        parts = {kind: read(shard, offset - BLOCK, offset + size) for kind, (offset, size) in places.items()}
+    else:
+        span = read(shard, start, end)
+        parts = {kind: span[at - BLOCK - start : at + size - start] for kind, (at, size) in places.items()}
+    for kind, part in parts.items():
+        if not is_header_of(part[:BLOCK], key, kind, places[kind][1]):
+            raise changed(shard, places[kind][0] - BLOCK, sum(places[kind]))
+    return {kind: part[BLOCK:] for kind, part in parts.items()}
 
 
 def open_source(
@@ -209,14 +249,17 @@ def open_source(
         for each in summary
         if each.fault
     ]
+    digests = {each.shard.url: each.digest for each in whole}
     shards = Handles(
-        [each.shard for each in whole], [each.samples for each in whole], lambda shard: index_table(shard, read)
+        [each.shard for each in whole],
+        [each.samples for each in whole],
+        lambda shard, anew: index_table(shard, read, anew, digests[shard.url]),
     )
     if not sum(each.usable if captions else each.samples for each in whole):
         raise DataError(_nothing_usable(url, shards, skipped))
     kept = apply_filter(pattern, wanted, whole, shards, workers, progress) if wanted else None
     limit = cache.limit if cache else None
-    return Source(url, shards, _unpacking(url, whole, Unpacked(read, limit)), kept, skipped)
+    return Source(url, shards, _unpacking(url, whole, Unpacked(read, limit)), kept, skipped, summary)
 
 
 def shards_of(url: str) -> list[ShardInfo]:

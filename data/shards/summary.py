@@ -1,9 +1,10 @@
 """The summary of a source: the facts about its shards that opening needs, in one file instead of one per shard.
 
-It lists the shards by name, size and stamp, each with its number of samples, the number of usable ones and the bytes of
-its tar, or with its fault. Opening lists the shards again and uses the summary for unchanged ones; only new ones are
-indexed. It is stored in the cache folder, and next to the shards if `treering data index --beside` wrote it; names in
-it are relative to the folder of the source, so that it stays valid under any name of that folder.
+It lists the shards by name, size and stamp, each with its number of samples, the number of usable ones, the bytes of
+its tar and the digest of its samples, or with its fault. Opening lists the shards again and uses the summary for
+unchanged ones; only new ones are indexed. It is stored in the cache folder, and next to the shards if
+`treering data index --beside` wrote it; names in it are relative to the folder of the source, so that it stays valid
+under any name of that folder.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from typing import NamedTuple
 import numpy as np
 
 from ..storage.files import SIDECAR_FOLDER, ShardInfo, cache_folder, is_remote
+from .content import DIGEST
 from .index import FORMAT
 from .sidecar import fetch_sidecar, put
 from .table_file import DamagedTable, Table, packed_texts, smallest, table_bytes, write_cache_file
 
 
 class ShardSummary(NamedTuple):
-    """One shard: its number of samples, the number with picture and caption, and the bytes of its tar; or its fault and
-    the byte where it was found."""
+    """One shard: its number of samples, the number with picture and caption, the bytes of its tar, and the digest of
+    its samples; or its fault and the byte where it was found."""
 
     shard: ShardInfo
     samples: int = 0
     usable: int = 0
     content: int = 0
+    digest: str = ""
     fault: str = ""
     offset: int = 0
 
@@ -44,7 +47,8 @@ def read_summary(url: str, shards: Sequence[ShardInfo]) -> list[ShardSummary | N
         pass
     data = fetch_sidecar(place.beside)
     try:
-        return [None] * len(shards) if data is None else _parsed(Table.parse(data), place.folder, shards)
+        rows = [None] * len(shards) if data is None else _parsed(Table.parse(data), place.folder, shards)
+        return [None if row is None or row.fault else row for row in rows]  # a fault is believed where it was found
     except DamagedTable:
         return [None] * len(shards)
 
@@ -60,11 +64,10 @@ def write_summary(url: str, shards: Iterable[ShardSummary], beside: bool = False
 
 
 def fingerprint(shards: Sequence[ShardSummary]) -> str:
-    """A hash of the content of a source: equal for equal shards in the same order."""
+    """A hash of the samples of a source: equal for equal samples in the same shards, wherever these are."""
     digest = sha256(str(FORMAT).encode())
     for each in shards:
-        shard = each.shard
-        digest.update(f"{shard.url}\0{shard.size}\0{shard.stamp}\0{each.samples}\n".encode("utf-8", "replace"))
+        digest.update(f"{each.samples} {each.digest}\n".encode())
     return digest.hexdigest()
 
 
@@ -96,6 +99,8 @@ def _packed(shards: list[ShardSummary], folder: str) -> bytes:
     names = [each.shard.url.removeprefix(f"{folder}/") for each in shards]
     faults = [[i, each.offset, each.fault] for i, each in enumerate(shards) if each.fault]
     arrays = {name: smallest(np.array(values, np.int64)) for name, values in numbers.items()}
+    digests = b"".join(bytes.fromhex(each.digest or "00" * DIGEST) for each in shards)
+    arrays["digests"] = np.frombuffer(digests, np.uint8)
     arrays |= packed_texts("names", names) | packed_texts("stamps", [each.shard.stamp for each in shards])
     return table_bytes({"format": FORMAT, "faults": faults}, arrays)
 
@@ -108,16 +113,22 @@ def _parsed(table: Table, folder: str, shards: Sequence[ShardInfo]) -> list[Shar
         names = [name if name[:1] == "/" or "://" in name else f"{folder}/{name}" for name in table.texts("names")]
         sizes, *numbers = (table.rows(name).tolist() for name in ("size", "samples", "usable", "content"))
         stamps, counts = table.texts("stamps"), list(zip(*numbers, strict=True))
+        digests = table.rows("digests").tobytes().hex()
         faults = {int(i): (str(reason), int(offset)) for i, offset, reason in table.header["faults"]}
     except (KeyError, TypeError, ValueError):
         raise DamagedTable("it is not a summary of a source") from None
-    if not len(names) == len(sizes) == len(stamps) == len(counts):
+    if not len(names) == len(sizes) == len(stamps) == len(counts) == len(digests) / (2 * DIGEST):
         raise DamagedTable("its lists differ in length")
     rows = {name: i for i, name in enumerate(names)}
     found: list[ShardSummary | None] = []
     for shard in shards:
         i = rows.get(shard.url, -1)
-        same = i >= 0 and sizes[i] == shard.size and stamps[i] == shard.stamp
-        samples, usable, content = counts[i] if same else (0, 0, 0)
-        found.append(ShardSummary(shard, samples, usable, content, *faults.get(i, ("", 0))) if same else None)
+        if i < 0 or sizes[i] != shard.size or stamps[i] != shard.stamp or not shard.is_dated:
+            found.append(None)
+        elif i in faults:
+            found.append(ShardSummary(shard, fault=faults[i][0], offset=faults[i][1]))
+        else:
+            samples, usable, content = counts[i]
+            digest = digests[2 * DIGEST * i : 2 * DIGEST * (i + 1)]
+            found.append(ShardSummary(shard, samples, usable, content, digest))
     return found

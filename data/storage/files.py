@@ -37,6 +37,8 @@ SIDECAR_FOLDER = ".treering"
 _LOCAL = frozenset(("file", "local", "memory"))
 _AHEAD = 8 << 20  # bytes requested at a time by a walk over a remote shard
 _CHUNK = 1 << 18  # bytes read at a time from a response
+_UNDATED = "?"  # ends a stamp that says nothing
+_EARLIEST = 315_532_800 * 10**9  # 1980: earlier times are those that an archive was made with
 _START_SECONDS = 20.0  # a store that does not answer at all is more likely misspelt than restarting
 
 
@@ -46,7 +48,16 @@ class ShardInfo:
 
     url: str
     size: int  # bytes
-    stamp: str  # modification time or etag
+    stamp: str  # etag, or on a disk the times of the last change
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether another version of the shard would have another size or stamp."""
+        return not self.stamp.endswith(_UNDATED)
+
+
+class ShardChanged(DataError):
+    """A shard that is no longer the version that was listed, or not what its index says."""
 
 
 def shown_url(url: str) -> str:
@@ -141,11 +152,8 @@ def _find_local(urls: Sequence[str]) -> list[ShardInfo]:
         except OSError as error:
             with readable_errors(url):
                 raise error
-        shards = [
-            ShardInfo(before + name, stat.st_size, str(stat.st_mtime_ns))
-            for name, stat in stats
-            if S_ISREG(stat.st_mode)
-        ]
+        regular = [(name, stat) for name, stat in stats if S_ISREG(stat.st_mode)]
+        shards = [ShardInfo(before + name, stat.st_size, version_of(stat)) for name, stat in regular]
         if not shards:
             if stats and S_ISDIR(stats[0][1].st_mode) and not pattern:
                 where = shown_url(url).rstrip("/")
@@ -233,19 +241,41 @@ def _stamp(info: dict[str, Any]) -> str:
     return ""
 
 
-def read_range(shard: ShardInfo, start: int, end: int) -> bytes:
-    """Bytes [start, end) of a shard. Raises DataError if they are missing or the shard has changed."""
+def version_of(stat: os.stat_result) -> str:
+    """The stamp of a file: its times of modification and change. Tools restore the former after a change (rsync -a,
+    touch -r); the latter cannot be set. In images of file systems (squashfs) both may be 0 for every version.
+
+    Why not the inode number: it differs at every mount of a bucket (FUSE), which would index all shards again."""
+    undated = "" if stat.st_ctime_ns >= _EARLIEST else f"-{stat.st_ino}{_UNDATED}"
+    return f"{stat.st_mtime_ns}-{stat.st_ctime_ns}{undated}"
+
+
+def listed_again(shard: ShardInfo) -> ShardInfo:
+    """The present version of a shard. Raises DataError if it is gone."""
     with readable_errors(shard.url):
-        data = _received(shard, start, end) if "://" in shard.url else _read_local(shard, start, end)
+        if is_local(shard.url):
+            stat = os.stat(_local_path(shard.url))
+            return ShardInfo(shard.url, stat.st_size, version_of(stat))
+        system, path = single_try_filesystem(shard.url)
+        match = retry(shown_url(shard.url), lambda: _info(system, path))
+        if match is None:
+            raise FileNotFoundError
+        return ShardInfo(shard.url, int(match["size"]), _stamp(match))
+
+
+def read_range(shard: ShardInfo, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a shard. Raises ShardChanged if it is another version than the listed one, DataError."""
+    with readable_errors(shard.url):
+        data = _read_local(shard, start, end) if is_local(shard.url) else _received(shard, start, end)
     if len(data) != end - start:
         raise changed(shard, start, end)
     return data
 
 
-def changed(shard: ShardInfo, start: int, end: int) -> DataError:
+def changed(shard: ShardInfo, start: int, end: int) -> ShardChanged:
     """The error for a shard that changed since it was listed."""
-    return DataError(
-        f"{shown_url(shard.url)} changed while it was read: some of bytes {start} to {end} are missing; start again"
+    return ShardChanged(
+        f"{shown_url(shard.url)} changed while it was read, at bytes {start} to {end}; start again when it is complete"
     )
 
 
@@ -318,8 +348,14 @@ def _check_range(is_range: bool, url: str) -> None:
 
 @contextmanager
 def open_shard(shard: ShardInfo, read: Reader = read_range) -> Iterator[BinaryIO]:
-    """The shard as a seekable file; a remote one is read in large ranges through `read`."""
+    """The shard as a seekable file; a remote one is read in large ranges through `read`. At the end raises ShardChanged
+    if it is not the listed version."""
     with readable_errors(shard.url):
+        if is_local(shard.url):
+            with open(_local_path(shard.url), "rb") as file:
+                yield file
+                _check_times(file, shard)
+            return
         if is_remote(shard.url):
             yield cast(BinaryIO, io.BufferedReader(_Ranges(shard, read), _AHEAD))
             return
@@ -358,12 +394,25 @@ class _Ranges(io.RawIOBase):
 
 
 def _read_local(shard: ShardInfo, start: int, end: int) -> bytes:
-    return os.pread(_kept_open(shard).fileno(), end - start, start)
+    file = _kept_open(shard)
+    data = os.pread(file.fileno(), end - start, start)
+    _check_times(file, shard)  # after reading: what was written before it has changed the times
+    return data
+
+
+def _check_times(file: BinaryIO | io.FileIO, shard: ShardInfo) -> None:
+    """Raises ShardChanged if an open file is not the listed version of a shard, or no longer."""
+    if shard.stamp and version_of(os.fstat(file.fileno())) != shard.stamp:
+        raise changed(shard, 0, shard.size)
 
 
 @lru_cache(maxsize=64)  # an evicted file is closed
 def _kept_open(shard: ShardInfo) -> io.FileIO:
-    return io.FileIO(shard.url)
+    return io.FileIO(_local_path(shard.url))
+
+
+def _local_path(url: str) -> str:
+    return url.removeprefix("file://").removeprefix("local://")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -25,7 +26,7 @@ from ..config import CacheConfig
 from ..errors import DataError
 from ..shards.tar_reader import DamagedShard
 from .atomic_write import PARTIAL, atomic_file
-from .files import Reader, ShardInfo, cache_folder, open_shard, read_range, shown_url
+from .files import Reader, ShardInfo, cache_folder, changed, open_shard, read_range, shown_url
 from .names import is_local
 
 _MOST_GROWTH = 200  # expansion factor; deflate reaches 1,032 on zeros, pictures and captions stay below 20
@@ -49,7 +50,7 @@ def open_content(shard: ShardInfo, read: Reader) -> Iterator[tuple[BinaryIO, Sha
         with open_shard(shard, read) as file:
             yield file, shard
         return
-    with open(Unpacked(read).path(shard), "rb") as file:
+    with Unpacked(read).open(shard) as file:
         yield cast(BinaryIO, file), replace(shard, size=os.fstat(file.fileno()).st_size)
 
 
@@ -65,24 +66,31 @@ class Unpacked:
         """Bytes [start, end) of a shard's (unpacked) tar. Raises as `read_range` does, or DamagedShard."""
         if not is_gzip(shard.url):
             return self.inner(shard, start, end)
-        path = self.path(shard)
-        return read_range(ShardInfo(str(path), shard.size, ""), start, end)
+        with self.open(shard) as copy:
+            data = os.pread(copy.fileno(), end - start, start)
+        if len(data) != end - start:
+            raise changed(shard, start, end)
+        return data
 
-    def path(self, shard: ShardInfo) -> Path:
-        """The unpacked copy, created if missing. Raises DataError, DamagedShard for damaged data."""
+    def open(self, shard: ShardInfo) -> FileIO:
+        """The unpacked copy as an open file, which stays readable when other processes evict it; made if missing.
+
+        Raises DataError, DamagedShard for damaged data."""
         path = cache_folder("unpacked") / sha256(json.dumps([*asdict(shard).values()]).encode()).hexdigest()
         with suppress(FileNotFoundError):
-            os.utime(path)  # mark as recently used
-            return path
+            copy = FileIO(path)
+            os.utime(copy.fileno())  # mark as recently used
+            return copy
         try:
-            with atomic_file(path) as file:
-                self._unpack(shard, file)
+            with atomic_file(path) as growing:
+                self._unpack(shard, growing)
+                growing.flush()
+                return FileIO(growing.name)
         except OSError as error:
             raise DataError(
                 f"cannot unpack {shown_url(shard.url)} into {path.parent}: {error.strerror}; free some space, "
                 f"set TREERING_CACHE to another folder, or unpack the shards with gunzip"
             ) from None
-        return path
 
     def _unpack(self, shard: ShardInfo, into: BinaryIO) -> None:
         most, written, checked = max(_ALWAYS_ALLOWED, _MOST_GROWTH * shard.size), 0, 0

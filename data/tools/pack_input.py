@@ -64,6 +64,7 @@ class ShardItem:
     """A sample of a shard, with all its members unchanged."""
 
     key: str
+    own_key: str  # in its shard
     shard: ShardInfo
     places: dict[str, tuple[int, int]]  # offset and size by kind
 
@@ -79,7 +80,7 @@ class ShardItem:
 
     def members(self) -> dict[str, bytes]:
         """The bytes of each member, by kind; one read if the members are close together."""
-        return read_members(_read, self.shard, self.places)
+        return read_members(_read, self.shard, self.own_key, self.places)
 
 
 _read = Unpacked().read  # also of .tar.gz
@@ -144,7 +145,7 @@ def shard_items(url: str, workers: int, progress: Progress) -> Iterator[ShardIte
         raise DataError(f"{shown_url(url)} is empty: its shards hold no samples; check how they were written")
     for number, (shard, index) in enumerate(indexes):
         for key, places in zip(index.keys, index.samples, strict=True):
-            yield ShardItem(f"{number:05d}/{key}" if key in several else key, shard, places)
+            yield ShardItem(f"{number:05d}/{key}" if key in several else key, key, shard, places)
 
 
 # Folders

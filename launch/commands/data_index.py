@@ -53,7 +53,11 @@ def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -
         "faults": faults,
     }
     if wanted is not None:
-        handles = Handles([each.shard for each in whole], [each.samples for each in whole], index_table)
+        handles = Handles(
+            [each.shard for each in whole],
+            [each.samples for each in whole],
+            lambda shard, anew: index_table(shard, anew=anew),
+        )
         with progress("shards") as report:
             found["accepted"] = int(apply_filter(pattern, wanted, whole, handles, workers, report).counts.sum())
     if beside:

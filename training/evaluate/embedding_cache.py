@@ -1,7 +1,7 @@
 """A cache of embeddings on disk: a commit and a data set that do not change are embedded once.
 
-A file in the cache folder is named by a hash of its inputs: the commit, the data with their sizes and modification
-times, and the way they are read. A file that cannot be read is recomputed.
+A file in the cache folder is named by a hash of its inputs: the commit, the data (the content of shards, the versions
+of files), and the way they are read. A file that cannot be read is recomputed.
 """
 
 from __future__ import annotations

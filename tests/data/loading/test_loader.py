@@ -28,6 +28,7 @@ from treering.data import (
     open_source,
 )
 from treering.data.samples.sample import caption_id
+from treering.data.shards import opening
 
 WriteSource = Callable[..., str]
 RESOLUTION, CONTEXT = 24, 16
@@ -166,6 +167,29 @@ def test_ids_are_equal_for_equal_things(urls: list[str]) -> None:
     assert len({image_id for key, *_, (image_id, _) in pairs if key == "00000"}) == 2
     assert caption_id("A  Dog&amp;cat\n") == caption_id("a dog&cat")
     assert caption_id("a dog") != caption_id("a dogs")
+
+
+def test_equal_keys_of_two_shards_are_two_pictures(
+    tmp_path: Path, picture: Callable[..., bytes], write_tar: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above a million samples keys are not compared across shards, and writers begin anew in each."""
+    monkeypatch.setattr(opening, "_MAX_COMPARED_KEYS", 0)
+    for n in range(4):
+        members = [(f"{k:06}.{kind}", data) for k in range(8) for kind, data in _pair(picture(8 * n + k), f"{n} {k}")]
+        write_tar(tmp_path / f"{n}.tar", members)
+    config = DataConfig.model_validate(
+        {"train": [{"source": str(tmp_path / "*.tar")}, {"source": str(tmp_path / "0.tar")}], "batch": 128}
+    )
+    with closing(Loader(config, 24, 16, 0).batches(0)) as batches:
+        batch = next(batches)
+    assert len(set(batch.captions)) == 32
+    by_id = dict(zip(batch.image_ids.tolist(), batch.captions, strict=True))
+    assert len(by_id) == 32  # of a shard in two sources, too
+    assert [by_id[i] for i in batch.image_ids.tolist()] == list(batch.captions)
+
+
+def _pair(picture: bytes, caption: str) -> list[tuple[str, bytes]]:
+    return [("png", picture), ("txt", caption.encode())]
 
 
 def test_bad_samples_are_replaced_and_written_down(bad_url: str) -> None:

@@ -8,7 +8,8 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from treering.data import DataConfig, DataError, Loader, Source, open_source
 from treering.data.shards import index, listing, opening, table_file
 from treering.data.shards.index import cached_at, fits
 from treering.data.shards.listing import index_shard, list_shards
+from treering.data.shards.parallel import sweep
 from treering.data.shards.sidecar import fetch_index, put_index
 from treering.data.shards.summary import read_summary, write_summary
 from treering.data.shards.table_file import DamagedTable, Table, packed_texts, table_bytes
+from treering.data.storage import gzip_cache
 from treering.data.storage.block_cache import BlockCache
 from treering.data.storage.files import find, read_range
 from treering.data.storage.gzip_cache import Unpacked
@@ -335,7 +338,8 @@ def test_gzip_of_many_parts_and_padding(tmp_path: Path, write_source: WriteSourc
     for n, written in enumerate((b"".join(parts), b"".join(parts) + bytes(200_000), gzip.compress(data, 0))):
         path = tmp_path / f"{n}.tgz"
         path.write_bytes(written)
-        assert Unpacked().path(find(str(path))[0]).read_bytes() == data
+        with Unpacked().open(find(str(path))[0]) as copy:
+            assert copy.read() == data
 
 
 def test_broken_gzip_is_a_damaged_shard(tmp_path: Path, write_source: WriteSource) -> None:
@@ -381,7 +385,50 @@ def test_unpacked_copies_stay_under_the_limit(
         assert keeper.read(shard, 0, 100) == read_range(find(shard.url.replace("zipped", "plain")[:-3])[0], 0, 100)
         assert sum(path.stat().st_size for path in (own_cache / "unpacked").iterdir()) <= keeper.limit
     with pytest.raises(DataError, match="does not fit in the cache"):
-        Unpacked(limit=100).path(found[0])
+        Unpacked(limit=100).open(found[0])
+
+
+@pytest.mark.parametrize("after", ["made", "found"])
+def test_a_copy_that_is_evicted_while_it_is_read_is_read_on(
+    tmp_path: Path, write_source: WriteSource, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """Other processes make room at any moment: as soon as a copy is written, or when its file was just opened."""
+    tar = Path(write_source(tmp_path / "plain", 1, 4)).parent / "part-000.tar"
+    (shard,) = list_shards(zipped(tmp_path / "zipped", str(tar)))
+    keeper, whole = Unpacked(), gzip_cache.atomic_file
+
+    @contextmanager
+    def evicting(path: Path) -> Iterator[Any]:
+        with whole(path) as file:
+            yield file
+        path.unlink()
+
+    if after == "made":
+        monkeypatch.setattr(gzip_cache, "atomic_file", evicting)
+    for start in (0, 512, 2048):
+        with keeper.open(shard) as copy:
+            for path in (tmp_path / "cache" / "unpacked").iterdir():
+                path.unlink()
+            assert os.pread(copy.fileno(), 100, start) == tar.read_bytes()[start : start + 100]
+        assert keeper.read(shard, start, start + 100) == tar.read_bytes()[start : start + 100]
+
+
+@pytest.mark.slow
+def test_processes_that_evict_each_others_copies_all_read(tmp_path: Path) -> None:
+    shards, contents = [], []
+    for n in range(8):
+        contents.append(np.random.default_rng(n).bytes(1 << 20))
+        (tmp_path / f"{n}.tar.gz").write_bytes(gzip.compress(contents[-1], 1))
+        shards += find(str(tmp_path / f"{n}.tar.gz"))
+
+    def reads(seed: int) -> bool:
+        keeper, random = Unpacked(limit=3 << 20), np.random.default_rng(seed)
+        for number in random.integers(0, 8, 200).tolist():
+            if keeper.read(shards[number], 100, 200) != contents[number][100:200]:
+                return False
+        return True
+
+    assert all(sweep(reads, range(4), 4))
 
 
 # Names
