@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -30,6 +30,10 @@ from .recipe.load import ResolvedRecipe, read_recipe
 from .run_folder import LAUNCHER, RECIPE_FILE, STOPPED, read_rows
 from .threads import share_cores
 from .worker import work
+
+if TYPE_CHECKING:
+    from ..data.identity import SourceIdentity
+    from ..training.checkpoint.manifest import Commit
 
 RENDEZVOUS_SECONDS = 600
 SHUTDOWN_SECONDS = 120  # time for a worker to commit between SIGTERM and SIGKILL
@@ -83,8 +87,8 @@ def check(recipe: Recipe, out: Path, processes: int) -> None:
     if out.exists() and not out.is_dir():
         raise RecipeError(f"--out {show(str(out))} is a file; give a folder")
     _check_disk(recipe, out)
-    check_sources(recipe)
-    check_store(recipe, out)
+    found = check_sources(recipe)
+    check_data(recipe, check_store(recipe, out), found)
 
 
 def _check_disk(recipe: Recipe, out: Path) -> None:
@@ -106,27 +110,30 @@ def _check_disk(recipe: Recipe, out: Path) -> None:
         )
 
 
-def check_sources(recipe: Recipe) -> None:
-    """Open every source once, which lists and indexes its shards (and packs those of samples://)."""
+def check_sources(recipe: Recipe) -> list[SourceIdentity]:
+    """Open every source once, which lists and indexes its shards (and packs those of samples://); returns what
+    identifies the samples of each."""
     from ..data.shards.source import open_source
     from ..data.storage.block_cache import BlockCache
     from .commands.data_index import source_notes
 
-    cache = BlockCache(recipe.data.cache.bytes)
+    cache, found = BlockCache(recipe.data.cache.bytes), []
     for each in recipe.data.train:
         source = open_source(each.source, cache, each.filter, recipe.data.bad_shards)
         for line in source_notes(source, each.filter):
             Console(stderr=True).print(Text(line), soft_wrap=True)
+        found.append(source.identity)
     if recipe.eval.built_in and recipe.evaluation_source not in {each.source for each in recipe.data.train}:
         open_source(recipe.evaluation_source, cache)
     if recipe.eval.suites:
         from ..training.evaluate.protocols import check_suites
 
         check_suites(recipe.eval)
+    return found
 
 
-def check_store(recipe: Recipe, out: Path) -> None:
-    """Check that the store works, and that this recipe can continue the newest commit in it, if any."""
+def check_store(recipe: Recipe, out: Path) -> Commit | None:
+    """Check that the store works, and that this recipe can continue the newest commit in it; returns that, if any."""
     from ..training.checkpoint.commits import Commits
     from ..training.checkpoint.manifest import DamagedCommit
     from ..training.checkpoint.store import Store
@@ -140,9 +147,20 @@ def check_store(recipe: Recipe, out: Path) -> None:
     store.check()
     for name in commits.names()[-1:]:
         try:
-            check_same_run(recipe, commits.verified(name))
+            commit = commits.verified(name)
+            check_same_run(recipe, commit)
+            return commit
         except DamagedCommit:
-            return  # the run reports it and resumes from the one before
+            break  # the run reports it and resumes from the one before
+    return None
+
+
+def check_data(recipe: Recipe, commit: Commit | None, found: Sequence[SourceIdentity]) -> None:
+    """Check that the sources, as `check_sources` found them, are those that the run of a commit has read."""
+    from ..training.starting.same_data import check_same_data
+
+    if commit is not None:
+        check_same_data(recipe, commit.manifest.state, found, commit.store.url)
 
 
 def launch_workers(

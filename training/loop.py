@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from .run_plan import RunPlan
 from .stages import faded, rewarmed
 from .starting.begin import Begun, begin
 from .starting.rollback import roll_back
+from .starting.same_data import check_same_data, open_together
 from .state import Decision, Event, RolledBack, Trial
 from .tally import Tally, fold
 from .uploads import Uploads
@@ -212,7 +214,10 @@ class Run:
         """The loader of the stage, with the samples that are already known to be bad."""
         recipe, world = self.recipe, self.world
         sees, mixtures = self.plan.sees(self.state.stage), self.plan.mixtures(self.state)
-        loader = Loader(recipe.data, *sees, recipe.seed, world.rank, world.size, mixtures)
+        make = partial(Loader, recipe.data, *sees, recipe.seed, world.rank, world.size, mixtures)
+        loader, data = open_together(world, recipe, make)
+        check_same_data(recipe, self.state, data, self.commits.store.url)
+        self.state = self.state.model_copy(update={"data": tuple(data)})
         self.plan.specs[-1].check_samples(loader.columns)
         loader.check_bad(_entries(world.first(self.display.known_bad())))
         return loader
@@ -258,6 +263,7 @@ class Run:
         choice = search(
             self.engine, self._build, self.recipe, self.state, stage, self._feed, self._searching, self._tried
         )
+        self.loader = self._loader()  # it has opened the sources anew: are they the same still?
         if choice is None:
             return False
         spent, seconds = self.state.flops + choice.spent, time.monotonic() - begun

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from ..data.identity import SourceIdentity
 from .health.divergence import Health
 
 
@@ -78,6 +79,8 @@ class RunState(BaseModel, frozen=True, extra="forbid", strict=True):
     """steps whose gradient was not finite"""
     multipliers: dict[str, float] = Field(default_factory=dict)
     """factors on the learning rate that growth left, by parameter name; 1 for the others"""
+    data: tuple[SourceIdentity, ...] = Field((), strict=False)
+    """what identifies the samples of each source of the recipe; empty in commits of earlier releases"""
     objectives: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """states of the objectives that have one, by name"""
     flops: float = 0.0

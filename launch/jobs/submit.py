@@ -20,17 +20,20 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...data.storage.atomic_write import atomic_write
 from ...training.health.signals import NOTICE
 from ...training.recipe import Recipe
 from ..errors import RecipeError, safe_text, show
 from ..recipe.load import ResolvedRecipe
-from ..run import check_sources, check_store
+from ..run import check_data, check_sources, check_store
 from ..run_folder import RECIPE_FILE, read_rows
 from .cluster_config import TIME, WORD, Site
 from .reachable import refuse_unreachable
+
+if TYPE_CHECKING:
+    from ...training.checkpoint.manifest import Commit
 
 TEMPLATE = Path(__file__).parents[2] / "slurm" / "pretrain.sbatch"
 STORE_SECONDS = 20
@@ -89,10 +92,9 @@ def prepare_job(runs: list[tuple[Path, ResolvedRecipe]], request: JobRequest, si
     script = render_script([out for out, _ in runs], recipes[0].name, counts, processes, gpus, request, site)
     _check_partition(request.partition or site.partition, request.time or site.time, counts[0])
     _test_submission(script)
-    for out, resolved in runs:
-        _check_store(STORE_SECONDS, resolved.recipe, out)
-    for recipe in recipes:
-        check_sources(recipe)
+    commits = [_check_store(STORE_SECONDS, resolved.recipe, out) for out, resolved in runs]
+    for recipe, commit in zip(recipes, commits, strict=True):
+        check_data(recipe, commit, check_sources(recipe))
     return Job(tuple(runs), script, counts, processes, _notes([out for out, _ in runs], least, most, counts, processes))
 
 
@@ -264,21 +266,20 @@ def _test_submission(script: str) -> None:
         )
 
 
-def _check_store(seconds: float, recipe: Recipe, out: Path) -> None:
-    """Check the store, giving up after `seconds`."""
+def _check_store(seconds: float, recipe: Recipe, out: Path) -> Commit | None:
+    """Check the store, giving up after `seconds`; returns the newest commit in it, if any."""
     place = Path(recipe.commits_url(out))
     if "://" not in str(recipe.checkpoint.to or "") and not place.exists():  # the store's check would create it
         existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
         if not os.access(existing, os.W_OK):
             raise RecipeError(f"{show(str(existing), 200)} is not writable; give another --out or checkpoint.to")
-        return
+        return None
     refuse_unreachable(str(recipe.checkpoint.to or ""))
-    found: list[Exception | None] = []
+    found: list[Exception | Commit | None] = []
 
     def check() -> None:
         try:
-            check_store(recipe, out)
-            found.append(None)
+            found.append(check_store(recipe, out))
         except Exception as error:
             found.append(error)
 
@@ -291,8 +292,9 @@ def _check_store(seconds: float, recipe: Recipe, out: Path) -> None:
         raise RecipeError(
             f"store {url}: no answer within {seconds:.0f} s; check the network, and that the server works"
         )
-    if found[0] is not None:
+    if isinstance(found[0], Exception):
         raise found[0]
+    return found[0]
 
 
 def _notes(outs: list[Path], least: int, most: int, counts: tuple[int, ...], processes: int) -> tuple[str, ...]:

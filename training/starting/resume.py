@@ -2,7 +2,7 @@
 
 A damaged commit is reported and the one before it is used. A commit of another run is refused with the differences.
 What the run has not reached yet may change: stages that have not begun, and sources that only they read, for data that
-arrives during training.
+arrives during training. So may where the data are: their samples are compared, not their URLs.
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ def _past(recipe: Recipe, state: RunState) -> dict[str, Any]:
     mixtures = [mixture for mixture in recipe.settled(state.decisions).mixtures() if mixture.step < max(state.step, 1)]
     for i, source in enumerate(past["data"]["train"]):
         source["weight"] = {str(mixture.step): mixture.weights[i] for mixture in mixtures}
+        if i < len(state.data):  # its samples are compared (same_data.py): they may be anywhere
+            source["source"] = None
     read = [source for source in past["data"]["train"] if any(source["weight"].values())]
     past["data"]["train"] = {str(past["data"]["train"].index(source)): source for source in read}
     past["stages"] = [{**stage, "mixture": None, "replay": None} for stage in past["stages"][: state.stage + 1]]
