@@ -195,9 +195,11 @@ class ShardPictures:
             return captions_and_labels(fields)
         if form.need == "swap":
             texts = read_texts(fields)
-            return (texts.captions[0].text, _swap_of(texts.metadata, form.swapped)), {}
+            return (texts.captions[0].text, _swap_of(texts.whole_metadata(), form.swapped)), {}
         if form.label is not None:
-            labels = read_texts({"txt": b"-", **fields}).labels  # a class needs no caption
+            texts = read_texts({**fields, "txt": b"-"})  # a class needs no caption
+            texts.whole_metadata()  # raises if it cannot be read
+            labels = texts.labels
             if form.label not in labels:
                 raise BadSample(f"no class: its labels are {', '.join(map(shown, sorted(labels))) or 'none'}")
             return (), {CLASS: labels[form.label]}

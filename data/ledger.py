@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import DataError, shown
@@ -27,6 +27,21 @@ class LedgerEntry:
     offset: int  # bytes into the shard where the sample's first member starts
     reason: str
     position: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class BadSamples:
+    """The different bad samples and skipped shards of one source, whatever number of entries each has."""
+
+    samples: dict[tuple[str, str], LedgerEntry] = field(default_factory=dict)  # by shard and key
+    shards: set[str] = field(default_factory=set)
+
+    def add(self, entry: LedgerEntry) -> None:
+        """Adds the sample or shard of an entry."""
+        if entry.key:
+            self.samples[entry.shard, entry.key] = entry
+        else:
+            self.shards.add(entry.shard)
 
 
 def read_ledger(path: Path) -> list[LedgerEntry]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import count
@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from ..config import CacheConfig, DataConfig
 from ..errors import BadSample, DataError, shown
-from ..ledger import LedgerEntry, reasons_text
+from ..ledger import BadSamples, LedgerEntry, reasons_text
 from ..order import Line, Mixture, Order, Place, Places, stream
 from ..samples.arrays import Vectors, present
 from ..samples.boxes import SampleBoxes, crop_boxes, read_boxes
-from ..samples.captions import Texts, draw_caption, probe_numbers, read_texts, tags_of
+from ..samples.captions import Caption, Texts, draw_caption, probe_numbers, read_texts, tags_of
 from ..samples.clip_tokenizer import encode_truncated
 from ..samples.color_jitter import jittered
 from ..samples.decode import Crop, captions_and_labels, centre_crop, cropped, draw_crop, picture, whole_sides
@@ -73,7 +73,7 @@ class Loader:
         for source, line in zip(self.sources, self.order.sources, strict=True):
             self._cache_windows(source, line)
         self._samples = _Samples(self.sources, self.order, config, resolution, context)
-        self._bad: dict[str, dict[tuple[str, str], LedgerEntry]] = {}
+        self._bad: dict[str, BadSamples] = {}
 
     def _cache_windows(self, source: Source, line: Line) -> None:
         """Uses the cache for a source larger than the cache if the windows read at a time fit."""
@@ -152,7 +152,8 @@ class Loader:
     def _new_skipped_shards(self) -> tuple[LedgerEntry, ...]:
         """The damaged shards not yet in the ledger; their entries are sent with the first batch."""
         every = [entry for source in self.sources for entry in source.skipped]
-        return tuple(entry for entry in every if (entry.shard, entry.key) not in self._bad.get(entry.source, {}))
+        known = {source: bad.shards for source, bad in self._bad.items()}
+        return tuple(entry for entry in every if entry.shard not in known.get(entry.source, ()))
 
     def keys(self, step: int) -> list[str]:
         """The keys of the whole global batch `step`; nothing is read. A bad sample's key is given, not its spare's."""
@@ -174,14 +175,16 @@ class Loader:
         return {source.label: count / length for source, count, length in drawn}
 
     def check_bad(self, entries: Sequence[LedgerEntry]) -> None:
-        """Counts the bad samples found by all ranks (and, after a resume, those in the ledger).
+        """Counts the bad samples found by all ranks (and, after a resume, those in the ledger). The cost is that of the
+        new entries, however many are known.
 
         Raises DataError once more than `max_bad_fraction` of a source's samples (rounded down) are bad."""
         for entry in entries:
-            self._bad.setdefault(entry.source, {})[entry.shard, entry.key] = entry
+            self._bad.setdefault(entry.source, BadSamples()).add(entry)
         for source in self.sources:
-            self._check_skipped(source)
-            bad = {place: entry for place, entry in self._bad.get(source.url, {}).items() if entry.key}
+            new = [entry for entry in entries if entry.source == source.url]
+            self._check_skipped(source, (entry.shard for entry in new if not entry.key))
+            bad = self._bad[source.url].samples if new else {}
             allowed = floor(self.config.max_bad_fraction * len(source))
             if len(bad) > allowed:
                 raise DataError(
@@ -190,11 +193,10 @@ class Loader:
                     f"repair or remove these samples (ledger.jsonl lists them), or raise data.max_bad_fraction"
                 )
 
-    def _check_skipped(self, source: Source) -> None:
-        """DataError if a shard that the ledger lists as skipped is intact now: the order would change."""
-        out = {entry.shard for entry in source.skipped}
-        for shard, key in self._bad.get(source.url, {}):
-            if not key and shard not in out:
+    def _check_skipped(self, source: Source, shards: Iterable[str]) -> None:
+        """DataError if one of `shards`, which the ledger lists as skipped, is intact now: the order would change."""
+        for shard in shards:
+            if all(entry.shard != shard for entry in source.skipped):
                 raise DataError(
                     f"{shown_url(shard)} was damaged and skipped when the run began but is intact now, which would "
                     f"change the order of samples; move it away until the run is done, or start a new run"
@@ -272,7 +274,7 @@ class _Samples:
         try:
             record = self.sources[place.source].record(number, self.kinds)
             texts = read_texts(record.fields)
-            caption = draw_caption(texts.captions, self.tag_weights[place.source], random).text
+            caption = _drawn(texts, self.tag_weights[place.source], random).text
             vectors = self.vectors.read(record)
         except BadSample as error:
             return error
@@ -316,9 +318,17 @@ class _Samples:
             return SampleBoxes.none() if self.any_boxes else None
         sides = whole_sides(read.record.fields) if self.min_side and unit == "pixels" else (height, width)
         boxes = crop_boxes(
-            read_boxes(read.texts.metadata, unit, *sides), crop, height, width, self.augment.min_box_fraction
+            read_boxes(read.texts.whole_metadata(), unit, *sides), crop, height, width, self.augment.min_box_fraction
         )
         return boxes.tokenised(self.tokenizer, self.context)
+
+
+def _drawn(texts: Texts, tag_weights: Mapping[str, int], random: Draws) -> Caption:
+    """A caption of a sample. Raises BadSample without one to draw; if some could not be read, the reason is theirs."""
+    try:
+        return draw_caption(texts.captions, tag_weights, random)
+    except BadSample as error:
+        raise BadSample(texts.faults[0]) if texts.faults else error from None
 
 
 class _Undecoded(NamedTuple):

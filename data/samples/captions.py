@@ -13,12 +13,14 @@ depends only on the seed, the position and the sample.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from math import gcd
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..config import CAPTION_UNIT, UNTAGGED
 from ..errors import BadSample, shown
+from ..shards.columns import LONGEST_JSON
 from .clip_tokenizer import clean_text
 from .draws import Draws
 
@@ -27,10 +29,14 @@ if TYPE_CHECKING:
 
     from .draws import Draws
 
-MOST_TEXT = 1 << 20  # bytes of a caption or its metadata
+T = TypeVar("T")
+MOST_TEXT = 1 << 20  # bytes of a caption
 _MOST_CAPTIONS = 10_000
 _LONGEST_TAG = 100
 _HEAVIEST = 1_000_000
+_METADATA = "metadata"
+_UNREADABLE = tuple(f"{_METADATA} is {what}" for what in ("not ", "too "))  # reasons of a .json that is not read
+_USUAL: dict[str, Any] = {"source": UNTAGGED, "weight": 1}
 _LOOKS = 16  # places in a source that are probed, and samples at each of them
 
 
@@ -47,36 +53,54 @@ class Texts(NamedTuple):
 
     captions: tuple[Caption, ...]  # the one of the .txt first; unique in (text, tag)
     labels: dict[str, str]
-    metadata: dict[str, Any]  # the whole .json
+    metadata: dict[str, Any]  # the whole .json; empty if it cannot be read
+    faults: tuple[str, ...] = ()  # why further captions, labels or the metadata were not read
+
+    def whole_metadata(self) -> dict[str, Any]:
+        """The metadata, for a recipe that needs more of it than captions. Raises BadSample if it cannot be read."""
+        wrong = next((fault for fault in self.faults if fault.startswith(_UNREADABLE)), None)
+        if wrong is not None:
+            raise BadSample(wrong)
+        return self.metadata
 
 
 def read_texts(fields: Mapping[str, bytes]) -> Texts:
-    """The captions, labels and metadata among a record's members. Raises BadSample.
+    """The captions, labels and metadata among a record's members. Raises BadSample if there is no caption among them.
 
-    An untagged caption that also occurs with a tag is dropped. img2dataset's "caption" is used only if there is no
-    other caption.
+    One good caption makes a sample good: empty, foreign or unreadable ones beside it are skipped, and so is
+    metadata that cannot be read (its faults are listed, for whoever needs what is in it). An untagged caption that also
+    occurs with a tag is dropped. img2dataset's "caption" is used only if there is no other caption.
     """
-    metadata = _metadata(fields["json"]) if "json" in fields else {}
-    captions = [Caption(_text(fields["txt"], "caption").strip())] if "txt" in fields else []
-    first = captions[0].text if captions else ""
-    additional = metadata.get("captions", [metadata["caption"]] if metadata.get("caption") and not captions else [])
-    if not isinstance(additional, list) or len(additional) > _MOST_CAPTIONS:
-        raise BadSample("metadata is wrong: captions must be a list of texts or of {text, source, weight}")
-    captions += [_caption(each) for each in additional]
+    faults: list[str] = []
+    metadata = _tried(lambda: _metadata(fields["json"]), faults) if "json" in fields else None
+    metadata = {} if metadata is None else metadata
+    txt = _tried(lambda: _caption(_text(fields["txt"], "caption")), faults) if "txt" in fields else None
+    captions = [txt] if txt else []
+    additional = _tried(lambda: _listed(metadata.get("captions")), faults) or []
+    captions += [caption for item in additional if (caption := _tried(partial(_caption, item), faults))]
+    if not captions and metadata.get("caption"):
+        captions = [caption for caption in [_tried(lambda: _caption(metadata["caption"]), faults)] if caption]
     if not captions:
-        raise BadSample("no caption: neither .txt nor captions in .json")
+        raise BadSample(faults[0] if faults else "no caption: neither .txt nor captions in .json")
+    first = txt.text if txt else ""
     tagged = {caption.text for caption in captions if caption.tag != UNTAGGED}
     if tagged:
         captions = [caption for caption in captions if caption.tag != UNTAGGED or caption.text not in tagged]
         captions.sort(key=lambda caption: caption.text != first)
     unique: dict[tuple[str, str], Caption] = {}
     for caption in captions:
-        check_text(caption.text, "caption")
         unique.setdefault((caption.text, caption.tag), caption)
-    labels = metadata.get("labels", {})
-    if not isinstance(labels, dict) or not all(isinstance(value, str) for value in labels.values()):
-        raise BadSample("metadata is wrong: labels must map names to classes")
-    return Texts(tuple(unique.values()), labels, metadata)
+    labels = _tried(lambda: _labels(metadata.get("labels")), faults) or {}
+    return Texts(tuple(unique.values()), labels, metadata, tuple(faults))
+
+
+def _tried(read: Callable[[], T], faults: list[str]) -> T | None:
+    """The result of `read`; None if it raises BadSample, whose reason is appended to `faults`."""
+    try:
+        return read()
+    except BadSample as error:
+        faults.append(str(error))
+        return None
 
 
 def draw_caption(
@@ -120,17 +144,37 @@ def probe_numbers(length: int) -> list[int]:
     return list(dict.fromkeys(number for number in numbers if number < length))
 
 
+def _listed(items: object) -> list[object]:
+    if items is None:
+        return []
+    if not isinstance(items, list) or len(items) > _MOST_CAPTIONS:
+        raise BadSample("metadata is wrong: captions must be a list of texts or of {text, source, weight}")
+    return items
+
+
 def _caption(item: object) -> Caption:
     if isinstance(item, str):
-        return Caption(item.strip())
+        item = {"text": item}
     if not isinstance(item, dict) or not isinstance(item.get("text"), str):
         raise BadSample("metadata is wrong: captions must be a list of texts or of {text, source, weight}")
-    tag, weight = item.get("source", UNTAGGED), item.get("weight", 1)
+    tag, weight = (item[name] if item.get(name) is not None else usual for name, usual in _USUAL.items())
     if not isinstance(tag, str) or not 0 < len(tag) <= _LONGEST_TAG:
         raise BadSample(f"metadata is wrong: a caption's source must be a name of 1 to {_LONGEST_TAG} characters")
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= _HEAVIEST:
         raise BadSample(f"metadata is wrong: a caption's weight must be a number from 0 to {_HEAVIEST:,}")
+    if len(item["text"]) > MOST_TEXT:
+        raise BadSample(f"caption is too long: {len(item['text']):,} characters")
+    check_text(item["text"], "caption")
     return Caption(item["text"].strip(), tag, round(weight * CAPTION_UNIT))
+
+
+def _labels(labels: object) -> dict[str, str]:
+    """The labels that are texts; others, such as a foreign data set's lists of numbers, are not classes of ours."""
+    if labels is None:
+        return {}
+    if not isinstance(labels, dict):
+        raise BadSample("metadata is wrong: labels must map names to classes")
+    return {name: value for name, value in labels.items() if isinstance(value, str)}
 
 
 def check_text(text: str, what: str) -> None:
@@ -141,8 +185,8 @@ def check_text(text: str, what: str) -> None:
         raise BadSample(f"{what} is not Unicode: it holds half of a surrogate pair")
 
 
-def _text(data: bytes, what: str) -> str:
-    if len(data) > MOST_TEXT:
+def _text(data: bytes, what: str, most: int = MOST_TEXT) -> str:
+    if len(data) > most:
         raise BadSample(f"{what} is too long: {len(data):,} bytes")
     try:
         return data.decode("utf-8-sig")
@@ -152,7 +196,7 @@ def _text(data: bytes, what: str) -> str:
 
 def _metadata(data: bytes) -> dict[str, Any]:
     try:
-        metadata = json.loads(_text(data, "metadata"))
+        metadata = json.loads(_text(data, _METADATA, LONGEST_JSON))
     except (ValueError, RecursionError) as error:
         raise BadSample(f"metadata is not JSON: {ascii(str(error))[1:-1][:100]}") from None
     if not isinstance(metadata, dict):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .table_file import Array, DamagedTable, Table, packed_texts, table_bytes
 
-LONGEST_JSON = 1 << 20  # bytes; larger metadata is not read (training rejects it too)
+LONGEST_JSON = 1 << 22  # bytes; larger metadata is not read, here and in training
 MOST_TEXTS = 255  # distinct texts of a column in one shard
 _LONGEST_TEXT = 100  # characters of a text, or of a name
 _MOST_COLUMNS = 256

@@ -29,6 +29,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..storage.files import ShardInfo, cache_folder, changed, shown_url
+from .account import Account, parsed
 from .columns import Collector, Columns
 from .content import BLOCK
 from .table_file import DamagedTable, Table, packed_texts, smallest, table_bytes
@@ -37,6 +38,7 @@ T = TypeVar("T")
 FORMAT = 3  # raise it when what is in an index changes
 MOST_OPEN = 2048
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+READ_KINDS = frozenset((*IMAGE_KINDS, "txt", "json"))
 Samples = dict[str, dict[str, tuple[int, int]]]
 """{key: {kind: (offset, size)}}"""
 
@@ -120,6 +122,11 @@ class ShardIndex:
         return self._read(lambda found: str(found.table.header["digest"]))
 
     @property
+    def account(self) -> Account:
+        """What all members and bytes of the shard are."""
+        return self._read(lambda found: parsed(found.table.header["account"]) or Account())
+
+    @property
     def usable(self) -> int:
         """The number of samples with a picture and a member that may hold a caption."""
         return self._read(lambda found: int(found.table.header["usable"]))
@@ -183,8 +190,11 @@ class Handles(Sequence[ShardIndex]):
         return ShardIndex(self._shards[place], self._counts[place], self._indexes)
 
 
-def index_bytes(shard: ShardInfo, content: int, samples: Samples, columns: Collector, digest: str) -> bytes:
-    """The bytes of the index of a shard whose (unpacked) tar has `content` bytes."""
+def index_bytes(
+    shard: ShardInfo, content: int, samples: Samples, columns: Collector, account: Account, digest: str
+) -> bytes:
+    """The bytes of the index of a shard whose (unpacked) tar has `content` bytes, all of them in `account`."""
+    assert account.bytes == content
     kinds: dict[str, int] = {}
     members = [place for own in samples.values() for place in own.items()]
     codes = np.array([kinds.setdefault(kind, len(kinds)) for kind, _ in members], np.int64)
@@ -202,8 +212,8 @@ def index_bytes(shard: ShardInfo, content: int, samples: Samples, columns: Colle
         "columns": np.frombuffer(columns.table(len(samples)), np.uint8),
     }
     usable = sum(is_usable(own) for own in samples.values())
-    version = {"format": FORMAT, "size": shard.size, "stamp": shard.stamp}
-    return table_bytes({**version, "content": content, "usable": usable, "digest": digest}, arrays)
+    header = {"format": FORMAT, "size": shard.size, "stamp": shard.stamp, "content": content, "usable": usable}
+    return table_bytes({**header, "account": account.json(), "digest": digest}, arrays)
 
 
 def cached_at(shard: ShardInfo) -> Path:
@@ -219,6 +229,8 @@ def fits(table: Table, shard: ShardInfo) -> bool:
     numbers = all(type(header.get(name)) is int for name in ("content", "usable"))
     numbers = numbers and (header["content"] == shard.size or shard.url.endswith("gz"))
     numbers = numbers and re.fullmatch(r"[0-9a-f]{32}", str(header.get("digest"))) is not None
+    account = parsed(header.get("account"))
+    numbers = numbers and account is not None and account.bytes == header["content"]
     arrays = all(name in table for name in ("keys.ends", "keys.bytes", "kinds.ends", "kinds.bytes", "columns"))
     whole = table.fields("samples") == ("",) and table.fields("members") == ("offset", "size", "kind")
     return same and numbers and arrays and whole and table.count("samples") == table.count("keys.ends")

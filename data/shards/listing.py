@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from math import prod
+from typing import BinaryIO
 
 from braceexpand import braceexpand
 
@@ -19,16 +20,17 @@ from ..storage.credentials import holds_secret
 from ..storage.files import Reader, ShardInfo, changed, find_all, listed_again, read_range, shown_url
 from ..storage.gzip_cache import open_content
 from ..storage.names import refuse_other_syntax, split_braces
+from .account import HIDDEN, NO_EXTENSION, OTHER, PICTURES, SAMPLES, TWICE, UNDERSCORED, UNREAD, Account
 from .columns import LONGEST_JSON, Collector
 from .content import ContentDigest
 from .index import IMAGE_KINDS as IMAGE_KINDS
-from .index import Samples, cached_at, fits, index_bytes
+from .index import READ_KINDS, Samples, cached_at, fits, index_bytes
 from .index import ShardIndex as ShardIndex
 from .index import is_usable as is_usable
 from .index_check import check_index
 from .sidecar import fetch_index
 from .table_file import DamagedTable, Table, write_cache_file
-from .tar_reader import DamagedShard, tar_members
+from .tar_reader import DamagedShard, Member, tar_members
 
 _MOST_SHARDS = 10_000_000
 _NUMBER = r"(-?\d{1,4300})"  # Python's limit for parsing integers
@@ -151,32 +153,53 @@ def _walked(shard: ShardInfo, read: Reader) -> tuple[bytes, list[DataError]]:
     """The bytes of a shard's index, up to the first damage, and all faults found in the shard."""
     samples: Samples = {}
     rows: dict[str, int] = {}
-    columns, digest = Collector(), ContentDigest()
+    columns, account, digest = Collector(), Account(), ContentDigest()
     faults: list[DataError] = []
-    content = shard.size
+    content, reached = shard.size, 0
     try:
         with open_content(shard, read) as (file, tar):
             content = tar.size
-            for name, offset, size in tar_members(file, tar):
-                key, kind = split_name(name)
-                if kind is None:
+            for member in tar_members(file, tar):
+                size, reached = member.end - reached, member.end
+                key, kind = split_name(member.name)
+                if member.other or kind is None:
+                    account.add(*_no_sample(member, file), size, member.name)
                     continue
                 members = samples.setdefault(key, {})
                 rows.setdefault(key, len(rows))
                 clash = next((k for k in members if k == kind or {k, kind} <= set(IMAGE_KINDS)), None)
                 if clash is not None:
-                    faults.append(_two_members(shard, key, clash, kind, offset))
+                    account.add(TWICE, 1, size, member.name)
+                    faults.append(_two_members(shard, key, clash, kind, member.offset))
                     continue
-                members[kind] = (offset, size)
-                if kind == "json" and size <= LONGEST_JSON:
-                    file.seek(offset)
-                    columns.add(rows[key], file.read(size))
-                digest.add(file, name, offset, size)
+                account.add(SAMPLES if kind in READ_KINDS else OTHER, 1, size)
+                members[kind] = (member.offset, member.size)
+                if kind == "json" and member.size <= LONGEST_JSON:
+                    file.seek(member.offset)
+                    columns.add(rows[key], file.read(member.size))
+                digest.add(file, member.name, member.offset, member.size)
     except DataError as error:
         faults.append(_changed_meanwhile(shard) or error)
+        account.add(UNREAD, 0, content - reached)
         if samples and not is_usable(samples[last := next(reversed(samples))]):
             del samples[last]  # its other members lie beyond the damage
-    return index_bytes(shard, content, samples, columns, digest.hex()), faults
+    return index_bytes(shard, content, samples, columns, account, digest.hex()), faults
+
+
+def _no_sample(member: Member, file: BinaryIO) -> tuple[str, int]:
+    """The heading for what belongs to no sample, and the number of members that it counts for."""
+    if member.other:
+        return member.other, int(bool(member.name))
+    file.seek(member.offset)
+    if is_picture(file.read(min(member.size, 16))):
+        return PICTURES, 1
+    last = member.name.rpartition("/")[2]
+    return UNDERSCORED if last.startswith("__") else HIDDEN if last.startswith(".") else NO_EXTENSION, 1
+
+
+def is_picture(head: bytes) -> bool:
+    """Whether the first bytes of a file are those of a JPEG, PNG or WebP."""
+    return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
 def _two_members(shard: ShardInfo, key: str, one: str, other: str, offset: int) -> DamagedShard:
@@ -197,9 +220,13 @@ def _changed_meanwhile(shard: ShardInfo) -> DataError | None:
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """WebDataset's rule: `a/b.c.TXT` -> key `a/b`, kind `c.txt`. Kind None: the member is not part of a sample."""
+    """WebDataset's rule: `a/b.c.TXT` -> key `a/b`, kind `c.txt`; `a/.txt` -> key `a/`, kind `txt`. Kind None: the
+    member is not part of a sample, as `__x__` at the top level, or a hidden file."""
     folder, slash, last = name.rpartition("/")
     stem, dot, kind = last.partition(".")
-    if not stem or not dot or (not slash and name.startswith("__")):
+    kind = kind.lower()
+    underscored = not slash and name.startswith("__") and name.endswith("__")
+    nameless = not stem and not (slash and kind in READ_KINDS)
+    if not dot or underscored or nameless:
         return name, None
-    return folder + slash + stem, kind.lower()
+    return folder + slash + stem, kind

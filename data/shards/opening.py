@@ -69,15 +69,26 @@ def _summarize(shard: ShardInfo, read: Reader) -> ShardSummary:
         found = index_shard(shard, read)
     except DamagedShard as error:
         return ShardSummary(shard, fault=str(error), offset=error.offset)
-    return ShardSummary(shard, len(found), found.usable, found.content_size, found.digest)
+    return _summary_of(found)
+
+
+def _summary_of(index: ShardIndex) -> ShardSummary:
+    skipped = index.account.skipped_members
+    return ShardSummary(
+        index.shard,
+        len(index),
+        index.usable,
+        index.content_size,
+        index.digest,
+        skipped_members=Account(skipped) if skipped else None,
+    )
 
 
 def summarize_anew(url: str, summary: Sequence[ShardSummary], place: int, read: Reader) -> ShardSummary:
     """The present entry of shard `place` of a summary, whose index and entry in the cache folder are made anew.
 
     Raises DataError if the shard cannot be read."""
-    index = index_shard(listed_again(summary[place].shard), read, anew=True)
-    row = ShardSummary(index.shard, len(index), index.usable, index.content_size, index.digest)
+    row = _summary_of(index_shard(listed_again(summary[place].shard), read, anew=True))
     others = (*summary[:place], *summary[place + 1 :])
     write_summary(url, [row, *others] if row.shard != summary[place].shard else [row])  # else the summary was wrong
     return row

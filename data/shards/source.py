@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Literal
 
@@ -28,9 +28,11 @@ from ..ledger import LedgerEntry
 from ..storage.block_cache import BlockCache
 from ..storage.files import Reader, ShardChanged, ShardInfo, changed, is_remote, read_range, shown_url
 from ..storage.gzip_cache import Unpacked, is_gzip
+from .account import Count, total
 from .content import BLOCK, is_header_of
 from .filter import Filter
 from .index import IMAGE_KINDS, Handles, ShardIndex
+from .index import READ_KINDS as READ_KINDS
 from .listing import index_table, list_shards
 from .opening import Accepted, apply_filter, gc_paused, summarize_anew, summarize_shards
 from .parallel import Progress, silent
@@ -38,7 +40,6 @@ from .record import Record
 from .summary import ShardSummary
 from .tar_reader import DamagedShard
 
-READ_KINDS = frozenset((*IMAGE_KINDS, "txt", "json"))
 MOST_BYTES = 1 << 28  # of a member; a photo of 64 megapixels takes a tenth of it
 _GAP = 1 << 16  # bytes between members up to which one read is cheaper than two
 
@@ -65,6 +66,11 @@ class Source:
         self._shards, self._summary = shards, summary
         self._places = [i for i, length in enumerate(lengths) if length]  # indices into `shards` of those with samples
         self._ends = list(accumulate(length for length in lengths if length))
+
+    @property
+    def skipped_members(self) -> Mapping[str, Count]:
+        """The counts of what in the shards belongs to no sample."""
+        return total(each.skipped_members for each in self._summary if each.skipped_members).skipped_members
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

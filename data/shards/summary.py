@@ -1,10 +1,10 @@
 """The summary of a source: the facts about its shards that opening needs, in one file instead of one per shard.
 
 It lists the shards by name, size and stamp, each with its number of samples, the number of usable ones, the bytes of
-its tar and the digest of its samples, or with its fault. Opening lists the shards again and uses the summary for
-unchanged ones; only new ones are indexed. It is stored in the cache folder, and next to the shards if
-`treering data index --beside` wrote it; names in it are relative to the folder of the source, so that it stays valid
-under any name of that folder.
+its tar, the digest of its samples and the counts of what belongs to no sample, or with its fault. Opening lists the
+shards again and uses the summary for unchanged ones; only new ones are indexed. It is stored in the cache folder, and
+next to the shards if `treering data index --beside` wrote it; names in it are relative to the folder of the source, so
+that it stays valid under any name of that folder.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..storage.files import SIDECAR_FOLDER, ShardInfo, cache_folder, is_remote
+from .account import HEADINGS, Account
 from .content import DIGEST
 from .index import FORMAT
 from .sidecar import fetch_sidecar, put
@@ -36,6 +37,7 @@ class ShardSummary(NamedTuple):
     digest: str = ""
     fault: str = ""
     offset: int = 0
+    skipped_members: Account | None = None  # None: all its members belong to samples
 
 
 def read_summary(url: str, shards: Sequence[ShardInfo]) -> list[ShardSummary | None]:
@@ -98,6 +100,11 @@ def _packed(shards: list[ShardSummary], folder: str) -> bytes:
     }
     names = [each.shard.url.removeprefix(f"{folder}/") for each in shards]
     faults = [[i, each.offset, each.fault] for i, each in enumerate(shards) if each.fault]
+    for heading, name in enumerate(HEADINGS):
+        counts = [each.skipped_members.counts.get(name) if each.skipped_members else None for each in shards]
+        if any(counts):
+            numbers[f"members.{heading}"] = [count.members if count else 0 for count in counts]
+            numbers[f"bytes.{heading}"] = [count.bytes if count else 0 for count in counts]
     arrays = {name: smallest(np.array(values, np.int64)) for name, values in numbers.items()}
     digests = b"".join(bytes.fromhex(each.digest or "00" * DIGEST) for each in shards)
     arrays["digests"] = np.frombuffer(digests, np.uint8)
@@ -115,6 +122,7 @@ def _parsed(table: Table, folder: str, shards: Sequence[ShardInfo]) -> list[Shar
         stamps, counts = table.texts("stamps"), list(zip(*numbers, strict=True))
         digests = table.rows("digests").tobytes().hex()
         faults = {int(i): (str(reason), int(offset)) for i, offset, reason in table.header["faults"]}
+        others = _skipped_members(table, len(names))
     except (KeyError, TypeError, ValueError):
         raise DamagedTable("it is not a summary of a source") from None
     if not len(names) == len(sizes) == len(stamps) == len(counts) == len(digests) / (2 * DIGEST):
@@ -130,5 +138,19 @@ def _parsed(table: Table, folder: str, shards: Sequence[ShardInfo]) -> list[Shar
         else:
             samples, usable, content = counts[i]
             digest = digests[2 * DIGEST * i : 2 * DIGEST * (i + 1)]
-            found.append(ShardSummary(shard, samples, usable, content, digest))
+            found.append(ShardSummary(shard, samples, usable, content, digest, skipped_members=others.get(i)))
+    return found
+
+
+def _skipped_members(table: Table, shards: int) -> dict[int, Account]:
+    """What belongs to no sample, by the row of the shard. Raises ValueError if the lists do not fit."""
+    found: dict[int, Account] = {}
+    for heading, name in enumerate(HEADINGS):
+        if f"members.{heading}" in table:
+            members, sizes = table.rows(f"members.{heading}"), table.rows(f"bytes.{heading}")
+            if not len(members) == len(sizes) == shards:
+                raise ValueError
+            for i in np.flatnonzero(sizes).tolist():
+                found.setdefault(i, Account()).add(name, int(members[i]), int(sizes[i]))
+    return found
     return found

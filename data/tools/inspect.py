@@ -7,7 +7,6 @@ counted by reason and excluded from the statistics.
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,8 +20,9 @@ import numpy as np
 from ..errors import BadSample
 from ..ledger import LedgerEntry
 from ..order import permuted, stable_hash
+from ..samples.captions import read_texts
 from ..samples.clip_tokenizer import Tokenizer
-from ..samples.decode import captions_and_labels, picture
+from ..samples.decode import picture
 from ..samples.sample import caption_id
 from ..shards.listing import IMAGE_KINDS
 from ..shards.parallel import Progress, index_all, silent, sweep_samples
@@ -62,6 +62,7 @@ class SampleFacts:
     tokens: tuple[int, ...]  # of each caption, including START and END, not truncated
     labels: dict[str, str]
     columns: dict[str, Any]  # other keys of the .json
+    faults: tuple[str, ...]  # kinds of reasons why some of its texts or its metadata are not read
 
 
 def open_indexed(url: str, workers: int = 1, progress: Progress = silent) -> Source:
@@ -115,7 +116,7 @@ def inspect(source: Source, numbers: Sequence[int], workers: int = 1, progress: 
     tokenizer = Tokenizer()
     pictures, captions, columns = _Pictures(), _Captions(), _Columns()
     labels: dict[str, Classes] = {}
-    bad = Classes()
+    bad, unread = Classes(), Classes()
     for found in sweep_samples(lambda n: inspect_sample(source, n, tokenizer), numbers, workers, progress):
         if not isinstance(found, SampleFacts):
             bad.add(found.partition(":")[0])
@@ -123,6 +124,8 @@ def inspect(source: Source, numbers: Sequence[int], workers: int = 1, progress: 
         pictures.add(found)
         captions.add(found)
         columns.add(found.columns)
+        for fault in found.faults:
+            unread.add(fault)
         for name, value in found.labels.items():
             if name in labels or len(labels) < _MOST_COLUMNS:
                 labels.setdefault(name, Classes()).add(value)
@@ -131,8 +134,10 @@ def inspect(source: Source, numbers: Sequence[int], workers: int = 1, progress: 
         "shards": len(source.shard_sizes),
         "bytes": sum(source.shard_sizes),
         "samples": len(source),
+        "skipped_members": {name: list(count[:2]) for name, count in source.skipped_members.items()},
         "inspected": len(numbers),
         "bad": bad.summary(),
+        "unread": unread.summary(),
         "pictures": pictures.summary(),
         "captions": captions.summary(),
         "labels": {name: classes.summary() for name, classes in sorted(labels.items())},
@@ -144,14 +149,14 @@ def inspect_sample(source: Source, number: int, tokenizer: Tokenizer) -> SampleF
     """The facts about one sample, or the reason why training could not use it."""
     try:
         record = source.record(number)
-        captions, labels = captions_and_labels(record.fields)
+        texts = read_texts(record.fields)
         pixels = picture(record.fields, record.kinds)
     except BadSample as error:
         return str(error)
     data = next(record.fields[kind] for kind in IMAGE_KINDS if kind in record.fields)
     size = (pixels.shape[1], pixels.shape[0])
     checksum = blake2b(np.ascontiguousarray(pixels).data, digest_size=16, salt=f"{size[0]}x{size[1]}".encode())
-    metadata = json.loads(record.fields["json"].decode("utf-8-sig")) if "json" in record.fields else {}
+    captions = tuple(dict.fromkeys(caption.text for caption in texts.captions))
     return SampleFacts(
         key=record.key,
         size=size,
@@ -160,8 +165,9 @@ def inspect_sample(source: Source, number: int, tokenizer: Tokenizer) -> SampleF
         hash=difference_hash(pixels),
         captions=captions,
         tokens=tuple(len(tokenizer.encode(caption, _UNCUT)) for caption in captions),
-        labels=labels,
-        columns={name: _plain(metadata[name]) for name in metadata.keys() - _REPORTED_ELSEWHERE},
+        labels=texts.labels,
+        columns={name: _plain(texts.metadata[name]) for name in texts.metadata.keys() - _REPORTED_ELSEWHERE},
+        faults=tuple(fault.partition(":")[0] for fault in texts.faults),
     )
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from ..errors import BadSample, DataError, shown
 from ..ledger import LedgerEntry
 from ..samples.decode import captions_and_labels, picture
+from ..shards.account import Account, total
 from ..shards.listing import ShardIndex, index_shard, walk
 from ..shards.parallel import Progress, silent, sweep, sweep_samples
 from ..shards.source import Source, shards_of
@@ -30,7 +31,7 @@ from ..storage.files import ShardInfo, cache_folder, shown_url
 from ..storage.output import Target
 from .pack import packed_shards
 
-_FORMAT = 2  # of the cached findings; raise it when other samples are bad, or for other reasons
+_FORMAT = 3  # of the cached findings; raise it when other samples are bad, or for other reasons
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,12 @@ class Findings:
     samples: int
     bad: tuple[LedgerEntry, ...]  # in the order of shards and offsets
     faults: tuple[Fault, ...]
+    account: Account  # of all members and bytes of the shards
 
     @property
     def clean(self) -> bool:
-        """Whether training can use all samples."""
-        return not self.bad and not self.faults
+        """Whether training can use all samples, and nothing that was probably meant to be one was skipped."""
+        return not self.bad and not self.faults and not self.account.lost
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -84,7 +86,8 @@ def lint(url: str, workers: int = 1, progress: Progress = silent) -> Findings:
             bad.append(found)
         else:
             faults.append(found)
-    return Findings(url, len(shards), len(source), tuple(bad), tuple(dict.fromkeys(faults)))
+    account = total(index.account for index in indexes)
+    return Findings(url, len(shards), len(source), tuple(bad), tuple(dict.fromkeys(faults)), account)
 
 
 Found = LedgerEntry | Fault

@@ -185,13 +185,14 @@ def _folder_item(name: str, members: dict[str, Path]) -> FileItem:
 
 def _item(name: str, picture: Path, texts: dict[str, bytes], where: str, picture_where: str) -> FileItem:
     """The item of a picture and its .txt or .json or both, which are parsed as in training. Raises DataError."""
-    from ..samples.decode import captions_and_labels
+    from ..samples.captions import read_texts
 
     try:
-        captions, _ = captions_and_labels(texts)
+        found = read_texts(texts)
+        metadata = dict(found.whole_metadata())
     except BadSample as error:
         raise DataError(f"{where}: {error}; fix it or remove the key") from None
-    metadata = json.loads(texts["json"].decode("utf-8-sig")) if "json" in texts else {}
+    captions = tuple(dict.fromkeys(caption.text for caption in found.captions))
     metadata.setdefault("captions", list(captions))
     encoded = json.dumps(metadata, sort_keys=True).encode()
     size = picture.stat().st_size

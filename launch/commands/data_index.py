@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...data.errors import DataError, shown
+from ...data.shards.account import Account, Count, total
 from ...data.shards.filter import Filter
 from ...data.shards.index import Handles
 from ...data.shards.listing import index_table, list_shards
@@ -20,7 +21,7 @@ from ...data.shards.summary import ShardSummary, write_summary
 from ...data.shards.tar_reader import DamagedShard
 from ...data.storage.files import shown_url
 from ..errors import RunError, safe_text
-from .data_output import progress, size_text
+from .data_output import account_json, progress, size_text, skipped_line, skipped_lines
 
 
 def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -> dict[str, Any]:
@@ -34,13 +35,15 @@ def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -
     pattern = pattern_of(url)
     shards = list_shards(pattern)
     workers = workers or enough_workers(pattern)
-    faults, unread = [], set()
+    faults, unread, account = [], set(), Account()
     with progress("shards") as report:
         for shard, index in index_all(shards, workers, report):
             if isinstance(index, DataError):
                 faults.append({"shard": shown_url(shard.url), "reason": str(index)})
                 if not isinstance(index, DamagedShard):
                     unread.add(shard)
+            else:
+                account = total((account, index.account))
     summary = summarize_shards(
         pattern, [shard for shard in shards if shard not in unread], skip_damaged=True, workers=workers
     )
@@ -51,6 +54,7 @@ def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -
         "samples": sum(each.samples for each in whole),
         "bytes": sum(shard.size for shard in shards),
         "faults": faults,
+        **account_json(account),
     }
     if wanted is not None:
         handles = Handles(
@@ -85,6 +89,8 @@ def as_text(found: dict[str, Any], filter: str | None) -> str:
     """The result of `index_url` as text, one line or a few."""
     whole = found["shards"] - len(found["faults"])
     lines = [f"{found['samples']:,} samples in {whole:,} shards, {size_text(found['bytes'])}"]
+    others = {name: Count(**count) for name, count in found["account"].items()}
+    lines += skipped_lines(Account(others).skipped_members)
     if "accepted" in found:
         lines.append(accepts(filter or "", found["accepted"], found["samples"]))
     if "beside" in found:
@@ -98,12 +104,14 @@ def accepts(filter: str, count: int, of: int) -> str:
 
 
 def source_notes(source: Source, filter: str | None) -> list[str]:
-    """Lines to print about a source when a run starts: how many samples pass its filter, and which shards are
-    skipped."""
+    """Lines to print about a source when a run starts: how many samples pass its filter, which shards are skipped, and
+    what in the shards belongs to no sample."""
     name = safe_text(shown_url(source.url))
     lines = [] if filter is None else [f"{name}: {accepts(filter, len(source), source.samples_before_filter)}"]
     if source.skipped:
         count = len(source.skipped)
         what = "1 damaged shard is" if count == 1 else f"{count} damaged shards are"
         lines.append(f"{name}: {what} skipped; see ledger.jsonl")
+    if source.skipped_members:
+        lines.append(f"{name}: {skipped_line(source.skipped_members)}; `treering data lint` names them")
     return lines

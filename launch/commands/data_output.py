@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ...data.errors import shown
 from ...data.ledger import LedgerEntry, read_ledger
+from ...data.shards.account import Account, Count
 from ...data.shards.parallel import Progress, enough_workers, silent
 from ...data.shards.source import Source, attribution
 from ...data.storage.files import shown_url
@@ -81,6 +82,27 @@ def size_text(count: float) -> str:
     return f"{count / factor:.3g} {unit}" if count < 999.5 * factor else f"{count / factor:,.0f} {unit}"
 
 
+def skipped_line(counts: Mapping[str, Sequence[Any]]) -> str:
+    """One line: how many members belong to no sample, and what they are; `counts` holds members and bytes by what they
+    are. Empty if there are none."""
+    members, size = (sum(count[i] for count in counts.values()) for i in range(2))
+    few = "; ".join(f"{name}: {count[0]:,}" if count[0] else name for name, count in counts.items())
+    return f"{members:,} members ({size_text(size)}) belong to no sample: {few}" if counts else ""
+
+
+def account_json(account: Account) -> dict[str, Any]:
+    """What all members and bytes of a source are, as plain data; the bytes add up to `bytes_accounted_for`."""
+    rows = {name: {"members": c.members, "bytes": c.bytes, "example": c.example} for name, c in account.counts.items()}
+    return {"members": account.members, "bytes_accounted_for": account.bytes, "account": rows}
+
+
+def skipped_lines(counts: Mapping[str, Count]) -> list[str]:
+    """What belongs to no sample, with the name of the first of each kind."""
+    line = skipped_line(counts)
+    named = [f"  {name}, such as {count.example}" for name, count in counts.items() if count.example]
+    return [line, *named] if line else []
+
+
 def bad_line(entry: LedgerEntry) -> str:
     """One line about a bad sample."""
     return safe_text(f"{shown_url(entry.shard)} at byte {entry.offset}: {shown(entry.key)}: {entry.reason}")
@@ -96,6 +118,7 @@ def findings_json(found: Findings) -> dict[str, Any]:
         "reasons": found.kinds,
         "bad": [{"shard": shown_url(e.shard), "key": e.key, "offset": e.offset, "reason": e.reason} for e in found.bad],
         "faults": [{"shard": shown_url(fault.shard), "reason": fault.reason} for fault in found.faults],
+        **account_json(found.account),
     }
 
 
@@ -109,6 +132,7 @@ def findings(found: Findings, ledger: Path | None) -> Group:
         parts.append(reasons_table(found.kinds))
     total = f"{len(found.bad):,} of {found.samples:,} samples in {found.shards:,} shards cannot be used"
     parts.append(Text(total))
+    parts += [Text(line) for line in skipped_lines(found.account.skipped_members)]
     if ledger is not None:
         parts.append(Text(f"ledger: {safe_text(str(ledger))}"))
     return Group(*parts)
@@ -134,8 +158,11 @@ def statistics(found: Mapping[str, Any]) -> Group:
             f"{size_text(found['bytes'])}; {looked}"
         )
     ]
+    parts += [Text(line) for line in [skipped_line(found["skipped_members"])] if line]
     if found["bad"]:
         parts.append(reasons_table(found["bad"]))
+    if found["unread"]:
+        parts.append(Text(f"beside good captions, not read: {_counts(found['unread'])}"))
     rows = {name.replace("_", " "): pictures[name] for name in ("width", "height", "short_side", "width_over_height")}
     rows |= {"captions per sample": captions["a_sample"], "tokens per caption": captions["tokens"]}
     rows |= {"characters per caption": captions["characters"]}

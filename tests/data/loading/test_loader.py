@@ -73,7 +73,7 @@ BAD = {
     1: [("png", b"no picture"), ("txt", b"one")],
     3: [("txt", b"alone")],
     8: [("txt", b"\xff\xfe")],
-    12: [("png", b"\x89PNG\r\n\x1a\n"), ("txt", b"x"), ("json", b"{")],
+    12: [("png", b"\x89PNG\r\n\x1a\n"), ("json", b"{")],
 }
 
 
@@ -232,6 +232,23 @@ def test_too_many_bad_samples_end_the_run(bad_url: str) -> None:
         loader(bad_url).check_bad(entries[:1])
     with pytest.raises(DataError, match="5 of 20"):
         tolerant.check_bad([LedgerEntry(bad_url, "shard", "\x1b[2Jkey", 0, "x: y", 3)])
+
+
+def test_counting_bad_samples_looks_at_the_new_ones_alone(urls: list[str]) -> None:
+    """However many are known: nothing walks over them, or it would meet the one that cannot be walked over."""
+
+    class Unwalkable(dict[Any, Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("all known bad samples are walked over")
+
+        items = values = keys = __iter__
+
+    each = loader(*urls, max_bad_fraction=0.5)
+    each.check_bad([LedgerEntry(urls[0], "shard", "a", 0, "x: y", 3)])
+    known = each._bad[urls[0]]
+    object.__setattr__(known, "samples", Unwalkable(known.samples))
+    each.check_bad([LedgerEntry(urls[0], "shard", "b", 0, "x: y", 4), LedgerEntry(urls[1], "shard", "c", 0, "x: y", 5)])
+    assert len(known.samples) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -52,9 +52,10 @@ def test_what_is_read() -> None:
         ({"source": "alt"}, "captions must be a list of texts or of {text, source, weight}"),
         ({"text": 3}, "captions must be a list"),
         (None, "captions must be a list"),
+        ([], "captions must be a list"),
+        ("x" * ((1 << 20) + 1), "caption is too long"),
         ({"text": "t", "source": ""}, "a caption's source must be a name of 1 to 100"),
         ({"text": "t", "source": "s" * 101}, "a caption's source"),
-        ({"text": "t", "source": None}, "a caption's source"),
         ({"text": "t", "weight": -1}, "a caption's weight must be a number from 0 to 1,000,000"),
         ({"text": "t", "weight": float("nan")}, "a caption's weight"),
         ({"text": "t", "weight": float("inf")}, "a caption's weight"),
@@ -65,9 +66,55 @@ def test_what_is_read() -> None:
     ],
 )
 def test_what_is_wrong(item: Any, reason: str) -> None:
+    """Alone it makes a sample bad; beside a good caption, before or behind it, it is skipped and said."""
     with pytest.raises(BadSample) as error:
-        texts("good", captions=[item])
+        texts(None, captions=[item])
     assert reason in str(error.value)
+    for captions in ([item, "good"], ["good", item]):
+        found = read_texts({"json": json.dumps({"captions": captions}).encode()})
+        assert [caption.text for caption in found.captions] == ["good"]
+        assert len(found.faults) == 1
+        assert reason in found.faults[0]
+    assert texts("good", captions=[item]) == [("good", UNTAGGED, 10**6)]
+
+
+@pytest.mark.parametrize(
+    ("txt", "json_", "expected"),
+    [
+        (b"", b'{"captions": ["a"]}', ["a"]),
+        (b" \n\t", b'{"captions": [null, "", "a"]}', ["a"]),
+        (b"\xff\xfe", b'{"captions": ["a"]}', ["a"]),
+        (b"x" * 2_000_000, b'{"captions": ["a"]}', ["a"]),
+        (b"", b'{"caption": "a"}', ["a"]),
+        (None, b'{"captions": null, "caption": "a"}', ["a"]),
+        (None, b'{"captions": [null], "caption": "a"}', ["a"]),
+        (None, b'{"captions": [{"text": "a", "source": null, "weight": null}]}', ["a"]),
+        (b"a", b'{"captions": null, "labels": null}', ["a"]),
+        (b"a", b'{"captions": {"0": "b"}, "labels": [3, 4]}', ["a"]),
+        (b"a", b'{"caption": 7, "labels": {"id": 3, "tone": "dark"}}', ["a"]),
+        (b"a", b'{"caption": ', ["a"]),
+        (b"a", b"", ["a"]),
+        (b"a", b"null", ["a"]),
+        (b"a", b"\xff\xfe{\x00}\x00", ["a"]),
+        (b"a", b'{"exif": "%s"}' % (b"x" * 3_000_000), ["a"]),
+        (b"a", b'{"exif": "%s"}' % (b"x" * 5_000_000), ["a"]),
+        (None, b'{"caption": "a", "exif": "%s"}' % (b"x" * 3_000_000), ["a"]),
+        (b"a", b'{"n": 1%s}' % (b"0" * 5_000), ["a"]),
+        (b"a", b'{"deep": %s' % (b"[" * 100_000), ["a"]),
+        (b"a", b'{"captions": ["\\ud800", {"text": "b"}]}', ["a", "b"]),
+    ],
+)
+def test_what_is_beside_the_point_makes_no_sample_bad(txt: bytes | None, json_: bytes, expected: list[str]) -> None:
+    fields = {"json": json_} | ({} if txt is None else {"txt": txt})
+    assert [caption.text for caption in read_texts(fields).captions] == expected
+
+
+def test_metadata_that_is_needed_must_be_readable() -> None:
+    for json_ in (b"{", b"[1]", b"\xff", b" " * 5_000_000):
+        with pytest.raises(BadSample, match=r"^metadata is "):
+            read_texts({"txt": b"a", "json": json_}).whole_metadata()
+    assert read_texts({"txt": b"a", "json": b'{"captions": 3, "x": 1}'}).whole_metadata() == {"captions": 3, "x": 1}
+    assert read_texts({"txt": b"a", "json": b'{"labels": {"id": 3, "tone": "dark"}}'}).labels == {"tone": "dark"}
 
 
 def expected_shares(captions: list[Caption], shares: dict[str, int]) -> dict[Caption, Fraction]:

@@ -259,7 +259,7 @@ def test_indexes_beside_shards_spare_other_nodes_the_walk(
     assert [each[1] for each in content(moved)] == [each[1] for each in expected]
 
 
-def test_an_index_beside_another_version_of_the_shard_is_passed_over(
+def test_an_index_beside_another_version_of_the_shard_is_skipped_members(
     tmp_path: Path, write_tar: WriteTar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tar(tmp_path / "data" / "t.tar", [("a.png", b"1"), ("a.txt", b"2")])

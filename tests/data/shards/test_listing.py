@@ -78,7 +78,7 @@ def test_any_names(tmp_path: Path, write_tar: WriteTar, members: dict[str, bytes
     assert got == set(expected)
 
 
-def test_other_member_types_are_passed_over(tmp_path: Path) -> None:
+def test_other_member_types_are_skipped_members(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         for type, name in [
             (tarfile.DIRTYPE, "a.d"),
