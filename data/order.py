@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 _ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
+_NEAR_SPARES = 4  # spares from the place's own window; of samples that are bad here and there, four in a row are rare
 _FINEST = 1 << 40  # the largest denominator of a fraction: products with a position in a batch stay below 2^63
 
 
@@ -195,17 +196,19 @@ class Order:
     def spare(self, place: Place, attempt: int) -> int | None:
         """The number of the sample of the same source that replaces a bad one at `place` after `attempt` bad spares.
 
-        Spares come from the window of the place in a keyed order, then from the whole source. None when every sample
-        has been tried."""
+        The first few spares come from the window of the place, which is being read anyway, in a keyed order; then they
+        come from the whole source, since bad samples lie together (a bad shard is larger than a window). None when
+        every sample has been tried."""
         key = stable_hash("spare", self.seed, place.source, place.position)
         line = self.sources[place.source]
         start, size = line.window(place.draw)
-        if attempt < size - 1:
+        near = min(size - 1, _NEAR_SPARES) if size < line.length else size - 1
+        if attempt < near:
             spare = line.number_at(place.draw, start + _permute_one(attempt, size, key))
             if spare == place.number:  # the bad sample itself: use the last place of the permutation, not reached above
                 spare = line.number_at(place.draw, start + _permute_one(size - 1, size, key))
             return spare
-        attempt -= size - 1
+        attempt -= near
         return _permute_one(attempt, line.length, key) if size < line.length and attempt < line.length else None
 
 
