@@ -26,7 +26,8 @@ from .shards.listing import IMAGE_KINDS
 from .shards.source import READ_KINDS, check_sizes, open_source
 from .storage.block_cache import BlockCache
 from .storage.files import shown_url, version_of
-from .tools.pack_input import FileItem, InputTable, PictureFolder, folder_items, names_shards, table_items
+from .tools.input_table import InputTable, RowTally
+from .tools.pack_input import FileItem, PictureFolder, folder_items, names_shards, table_items
 
 PictureFields = Literal["captions", "class", "swap"]
 Preprocess = Callable[[Any], Any]
@@ -275,9 +276,11 @@ def _swap_rows(path: Path, images: Path, form: Form) -> Iterator[_Entry]:
 
 
 def _rows(path: Path, images: Path, texts: Sequence[str]) -> Iterator[tuple[Any, Path]]:
-    folder = PictureFolder(images)
-    for row in InputTable(path, texts).rows():
+    folder, tally = PictureFolder(images), RowTally()
+    for row in InputTable(path, texts).rows(tally):
+        tally.used += 1
         yield row, folder.file(row.path, f"{path}, line {row.line}")
+    tally.check(path)
 
 
 def _captioned(item: FileItem) -> _Entry:

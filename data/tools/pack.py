@@ -34,6 +34,7 @@ from ..shards.tar_writer import TarWriter, archive_size, import_writer, member_s
 from ..storage.files import shown_url
 from ..storage.output import Target
 from ..units import size_in_bytes
+from .input_table import RowTally
 from .pack_input import FileItem, Item, check_key, items_of
 
 _FORMAT = 1  # of the plan; raise it when the same input gives other bytes
@@ -50,6 +51,8 @@ class PackResult:
     written: int  # shards written by this call
     missing: int  # shards of the plan that do not exist yet: the work of other parts
     bad: int  # samples skipped in this call's shards
+    rows: int | None = None  # of the table; None if the input is not a table
+    refused: tuple[str, ...] = ()  # rows of the table that were skipped, each with its line and the reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,8 @@ def pack(
 
     shard_size: the approximate size of a shard ("300MB"), or its maximum number of samples (1000).
     part: "i/n" writes only the shards i, i + n, i + 2n, ...; all n parts together write all shards.
-    skip_bad: skip samples that training could not use and list them in NAME-000000.bad.jsonl; otherwise they raise
-        DataError.
+    skip_bad: skip samples that training could not use and list them in NAME-000000.bad.jsonl, and skip rows of a table
+        that cannot be read and list them in the result; otherwise they raise DataError.
     workers: number of processes; `progress(done, total)` counts shards. The bytes depend on neither.
 
     After an interruption the same call continues. Raises DataError; complete shards are then kept, nothing else is.
@@ -96,7 +99,8 @@ def pack(
     first, parts = _part(part)
     limit = _limit(str(shard_size))
     _refuse_foreign(target)
-    plan = plan_of(items_of(str(input), images, workers), target.name, seed, *limit)
+    tally = RowTally() if skip_bad else None
+    plan = plan_of(items_of(str(input), images, workers, tally=tally), target.name, seed, *limit)
     description = {"format": _FORMAT, "plan": plan.digest, "shards": len(plan.ends), "samples": len(plan.items)}
     _refuse_other_plan(target, plan.digest)
     numbers = range(first, len(plan.ends), parts)
@@ -122,6 +126,8 @@ def pack(
         written=sum(new for new, _ in done),
         missing=sum(plan.shard(i) not in there for i in range(len(plan.ends))),
         bad=sum(bad for _, bad in done),
+        rows=tally.used + len(tally.refused) if tally and (tally.used or tally.refused) else None,
+        refused=tuple(tally.refused) if tally else (),
     )
 
 

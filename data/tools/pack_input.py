@@ -7,7 +7,6 @@ Names are untrusted: a path may not leave its folder, and a key that could do so
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -24,10 +23,8 @@ from ..shards.parallel import Progress, index_all, silent
 from ..shards.source import read_members, shards_of
 from ..storage.files import ShardInfo, shown_url
 from ..storage.gzip_cache import Unpacked
+from .input_table import InputTable, Row, RowTally
 
-_PATHS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path", "image path", "picture")
-_CAPTIONS = ("caption", "text")
-_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,15})?([eE][+-]?\d{1,2})?")
 _KIND = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _LONGEST_KEY = 1024  # bytes
 
@@ -87,10 +84,12 @@ _read = Unpacked().read  # also of .tar.gz
 Item = FileItem | ShardItem
 
 
-def items_of(input: str, images: Path | None, workers: int = 1, progress: Progress = silent) -> list[Item]:
+def items_of(
+    input: str, images: Path | None, workers: int = 1, progress: Progress = silent, tally: RowTally | None = None
+) -> list[Item]:
     """The items of a folder, a table (.tsv, .csv, .jsonl; paths relative to `images`, else to the table's folder), or
-    a URL of shards (indexed by `workers` processes; `progress(done, total)` counts shards). Raises DataError at the
-    first fault."""
+    a URL of shards (indexed by `workers` processes; `progress(done, total)` counts shards). Raises DataError; with a
+    `tally`, rows of a table that cannot be used are skipped and listed in it."""
     path = Path(input)
     items: list[Item]
     if path.is_dir():
@@ -98,7 +97,7 @@ def items_of(input: str, images: Path | None, workers: int = 1, progress: Progre
     elif names_shards(input):
         items = [*shard_items(input, workers, progress)]
     elif path.exists():
-        items = [*table_items(path, images or path.parent)]
+        items = [*table_items(path, images or path.parent, tally)]
     else:
         raise DataError(
             f"{shown_url(input)}: not found; name a .tsv, .csv or .jsonl table, a folder of key.jpg and "
@@ -213,136 +212,55 @@ def _refuse_equal_keys(items: Iterable[Item]) -> None:
 # Tables
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A line of a table: a picture's path, its captions (texts or objects as in a .json) and other columns."""
+def table_items(path: Path, images: Path, tally: RowTally | None = None) -> Iterator[FileItem]:
+    """The pictures of a table, in the order of their first lines; more lines for a picture add captions.
 
-    line: int
-    path: str
-    captions: list[Any]
-    columns: dict[str, Any]
-
-
-class InputTable:
-    """A table of pictures. .tsv and .csv: two columns, path and caption, or a header line that names the columns.
-    .jsonl: one object per line, with `path`, and `caption` or `captions`. Other columns become metadata."""
-
-    def __init__(self, path: Path, texts: Sequence[str] = _CAPTIONS) -> None:
-        """`texts`: accepted names of the text column (captions, or classes in an evaluation set)."""
-        self.path, self.kind, self.texts = path, path.suffix.lower(), tuple(texts)
-        if self.kind not in (".tsv", ".csv", ".jsonl"):
-            raise DataError(
-                f"{path}: a table must end in .tsv, .csv or .jsonl; or name a folder of key.jpg and key.txt"
-            )
-
-    def rows(self) -> Iterator[Row]:
-        """The rows that are not empty. Raises DataError."""
-        return self._objects() if self.kind == ".jsonl" else self._cells()
-
-    def wrong(self, line: int, what: str) -> DataError:
-        """The error for a faulty line."""
-        return DataError(f"{self.path}, line {line}: {what}")
-
-    def _lines(self) -> Iterator[str]:
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    byte = f"not UTF-8 (byte 0x{line[error.start]:02x}); save the table as UTF-8"
-                    raise self.wrong(number, byte) from None
-
-    def _objects(self) -> Iterator[Row]:
-        for number, line in enumerate(self._lines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise self.wrong(
-                    number, f"not JSON: {ascii(str(error))[1:-1][:100]}; write one object per line"
-                ) from None
-            if not isinstance(row, dict):
-                raise self.wrong(number, "not an object; write one per line, with path and caption")
-            path = next((row.pop(name) for name in _PATHS if isinstance(row.get(name), str)), None)
-            if path is None:
-                raise self.wrong(number, f"no path of a picture; put it under the key {_PATHS[0]}")
-            captions = row.pop("captions", [])
-            if not isinstance(captions, list):
-                raise self.wrong(number, "captions must be a list of texts")
-            single = next((row.pop(name) for name in self.texts if isinstance(row.get(name), str)), None)
-            yield Row(number, path, [*([single] if single is not None else []), *captions], row)
-
-    def _cells(self) -> Iterator[Row]:
-        tabs = self.kind == ".tsv"
-        reader = (
-            csv.reader(self._lines(), delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(self._lines())
-        )
-        names: list[str] | None = None
-        first = True
+    Raises DataError for the rows that cannot be used; with a `tally` they are skipped and listed in it."""
+    table, folder, count = InputTable(path), PictureFolder(images), tally or RowTally()
+    rows: dict[Path, list[Row]] = {}
+    for row in table.rows(count):
         try:
-            for row in reader:
-                if first and {cell.strip().lower() for cell in row} & {*_PATHS, "key"}:
-                    names = self._named(row)
-                elif any(cell.strip() for cell in row):
-                    yield self._row(reader.line_num, row, names, tabs)
-                first = False
-        except csv.Error as error:
-            raise self.wrong(reader.line_num, f"{error}; check the quotes") from None
-
-    def _named(self, header: list[str]) -> list[str]:
-        """The column names, with the path column renamed to path and each caption column to caption."""
-        names = [cell.strip() for cell in header]
-        lower = [name.lower() for name in names]
-        path = next((lower.index(name) for name in _PATHS if name in lower), 0)
-        captions = {i for i, name in enumerate(lower) if name in self.texts} or (
-            {1 - path} if len(names) == 2 else set()
-        )
-        if not captions:
-            raise self.wrong(1, f"which of the columns is the {self.texts[0]}? name it {self.texts[0]}")
-        others = [name for i, name in enumerate(names) if i != path and i not in captions]
-        wrong = next((n for n in others if not n or others.count(n) > 1 or n in ("captions", "labels")), None)
-        if wrong is not None:
-            raise self.wrong(1, f"a column cannot be called {shown(wrong)}; rename it, or write a .jsonl table")
-        return ["path" if i == path else "caption" if i in captions else name for i, name in enumerate(names)]
-
-    def _row(self, line: int, row: list[str], names: list[str] | None, tabs: bool) -> Row:
-        wanted = len(names) if names else 2
-        if len(row) != wanted:
-            remedy = "separate columns by one tab" if tabs else 'put a caption in "quotes" if it holds commas'
-            raise self.wrong(line, f"{len(row)} columns instead of {wanted}; {remedy}")
-        cells = list(zip(names or ("path", "caption"), (cell.strip() for cell in row), strict=True))
-        captions = [cell for name, cell in cells if name == "caption" and cell]
-        if not captions:
-            raise self.wrong(line, f"the {self.texts[0]} is empty; write one or remove the line")
-        others = {name: _value(cell) for name, cell in cells if name not in ("path", "caption") and cell}
-        return Row(line, next(cell for name, cell in cells if name == "path"), [*captions], others)
-
-
-def _value(cell: str) -> str | int | float:
-    """A cell of another column: a number if it is a valid JSON number, otherwise text."""
-    if not _NUMBER.fullmatch(cell):
-        return cell
-    number: int | float = json.loads(cell)
-    return number
-
-
-def table_items(path: Path, images: Path) -> Iterator[FileItem]:
-    """The pictures of a table, in the order of their first lines; more lines for a picture add captions."""
-    table, folder = InputTable(path), PictureFolder(images)
-    rows: dict[Path, Row] = {}
-    for row in table.rows():
-        first = rows.setdefault(folder.file(row.path, f"{path}, line {row.line}"), row)
-        if first is not row:
-            first.captions.extend(row.captions)
-    if not rows:
+            picture = folder.file(row.path, f"{path}, line {row.line}")
+            _check_captions(row, f"{path}, line {row.line}")
+        except DataError as error:
+            count.refused.append(str(error))
+        else:
+            rows.setdefault(picture, []).append(row)
+    items = []
+    for picture, own in rows.items():
+        try:
+            items.append(_table_item(path, folder, picture, own))
+            count.used += len(own)
+        except DataError as error:
+            count.refused += [str(error), *(f"{path}, line {row.line}: see line {own[0].line}" for row in own[1:])]
+    if tally is None:
+        count.check(path)
+    if not items:
         raise DataError(f"{path} is empty: each line must hold a picture's path and a caption")
-    for picture, row in rows.items():
-        where = f"{path}, line {row.line}"
-        captions = [c for i, c in enumerate(row.captions) if c not in row.captions[:i]]
-        metadata = json.dumps({**row.columns, "captions": captions}).encode()
-        name = picture.relative_to(folder.root).with_suffix("").as_posix()
-        yield _item(name, picture, {"json": metadata}, where, where)
+    yield from items
+
+
+def _check_captions(row: Row, where: str) -> None:
+    """Raises DataError if a caption of a row cannot be used, which its other captions would hide."""
+    from ..samples.captions import read_texts
+
+    try:
+        faults = read_texts({"json": json.dumps({"captions": row.captions}).encode()}).faults if row.captions else ()
+    except BadSample as error:
+        faults = (str(error),)
+    if faults:
+        raise DataError(f"{where}: {faults[0]}; fix it or remove the line")
+
+
+def _table_item(path: Path, folder: PictureFolder, picture: Path, rows: Sequence[Row]) -> FileItem:
+    captions: list[Any] = []
+    for caption in (each for row in rows for each in row.captions):
+        if caption not in captions:
+            captions.append(caption)
+    metadata = json.dumps({**rows[0].columns, "captions": captions}).encode()
+    name = picture.relative_to(folder.root).with_suffix("").as_posix()
+    where = f"{path}, line {rows[0].line}"
+    return _item(name, picture, {"json": metadata}, where, where)
 
 
 class PictureFolder:

@@ -47,7 +47,7 @@ def pack(
     seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Seed of the order of the samples.")] = 0,
     skip_bad: Annotated[
         bool,
-        typer.Option("--skip-bad", help="Skip samples that training could not use, and list them next to the shard."),
+        typer.Option("--skip-bad", help="Skip samples and rows that could not be used, and list them."),
     ] = False,
     workers: WorkersOption = None,
     as_json: AsJson = False,

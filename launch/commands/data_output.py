@@ -62,6 +62,13 @@ def packed_lines(packed: PackResult) -> list[str]:
     lines += [f"to\n{safe_text(shards[-1])}"] if len(shards) > 1 else []
     if packed.bad:
         lines.append(f"{packed.bad:,} samples could not be used and were skipped: see the .bad.jsonl files")
+    if packed.refused:
+        lines.append(
+            f"{len(packed.refused):,} of {packed.rows:,} rows of the table could not be used and were skipped:"
+        )
+        lines += [f"  {safe_text(each)}" for each in packed.refused[:MOST_FAULTS]]
+        more = len(packed.refused) - MOST_FAULTS
+        lines += [f"  and {more:,} more; --json lists all"] if more > 0 else []
     if packed.written < len(shards):
         lines.append(f"{packed.written:,} shards written now")
     if packed.missing:

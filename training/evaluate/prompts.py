@@ -35,7 +35,7 @@ def class_names(protocol: ZeroShot) -> list[str] | None:
     """The class names by number; None if the labels are the names. Raises DataError if the file is not valid."""
     if protocol.classes is None:
         return None
-    return _texts(protocol.classes, protocol.dataset)
+    return _texts(protocol.classes, protocol.dataset, numbered=True)
 
 
 def numbered(labels: Sequence[str], names: list[str] | None, url: str, file: str | None) -> tuple[list[str], Tensor]:
@@ -123,10 +123,12 @@ def _described(file: str, names: Sequence[str]) -> Prompts:
     return Prompts(texts, torch.tensor(numbers), torch.tensor(weights))
 
 
-def _texts(file: str, dataset: str | None) -> list[str]:
-    """The texts of a file: its lines, a JSON list, or the list under `dataset` in a JSON object of lists."""
+def _texts(file: str, dataset: str | None, numbered: bool = False) -> list[str]:
+    """The texts of a file: its lines, a JSON list, or the list under `dataset` in a JSON object of lists. If they are
+    `numbered`, none may be empty: leaving one out would move the numbers of those behind it."""
     if not file.endswith(".json"):
-        texts = [line.strip() for line in _read(file).splitlines() if line.strip()]
+        lines = _read(file).replace("\r\n", "\n").replace("\r", "\n").rstrip().split("\n")
+        texts = [line.strip() for line in lines]
     else:
         content = _json(file)
         if isinstance(content, dict):
@@ -136,10 +138,15 @@ def _texts(file: str, dataset: str | None) -> list[str]:
             content = content[dataset]
         if not isinstance(content, list) or not all(isinstance(each, str) for each in content):
             raise DataError(f"{file} must be a JSON list of texts, or an object of such lists")
-        texts = content
-    if not texts:
+        texts = [each.strip() and each for each in content]
+    if not any(texts):
         raise DataError(f"{file} is empty; write one text per line, or a JSON list of texts")
-    return texts
+    if numbered and not all(texts):
+        raise DataError(
+            f"{file}: text {texts.index('') + 1} is empty, so the classes' numbers are not clear; write its name, "
+            f"or remove the empty line"
+        )
+    return [text for text in texts if text]
 
 
 def _json(file: str) -> Any:

@@ -20,10 +20,11 @@ from treering.data.errors import DataError
 from treering.data.evaluation_sets import Form, open_pictures
 from treering.models.model import Model, build
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
-from treering.training.evaluate.config import EvalConfig
+from treering.training.evaluate.config import EvalConfig, ZeroShot
 from treering.training.evaluate.embed import embed, embed_prompts
 from treering.training.evaluate.embedding_cache import EmbeddingCache
 from treering.training.evaluate.outcome import Evaluation
+from treering.training.evaluate.prompts import class_names
 from treering.training.evaluate.protocols import check_suites
 from treering.training.evaluate.suites import evaluate
 from treering.training.world import World
@@ -484,3 +485,18 @@ def test_figures_are_those_of_clip_benchmark(
     for k in (1, 5, 10):
         assert found.scores[f"photos/image_to_text@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"])
         assert found.scores[f"photos/text_to_image@{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"])
+
+
+@pytest.mark.parametrize("text", ["cat\n\ndog\n", "\ncat\ndog", "cat\n \ndog"])
+def test_an_empty_line_in_a_list_of_classes_is_refused(tmp_path: Path, text: str) -> None:
+    """It would be unclear whether the class behind it is number 1 or number 2."""
+    (tmp_path / "classes.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"text \d is empty, so the classes' numbers are not clear"):
+        class_names(ZeroShot(kind="zero_shot", classes=str(tmp_path / "classes.txt")))
+
+
+def test_lists_of_classes_are_lines_alone(tmp_path: Path) -> None:
+    """Not what Python's splitlines takes for line ends too; empty lines at the end move no numbers."""
+    (tmp_path / "classes.txt").write_bytes("\ufeffa\u2028b\x0bc\r\nd\x85e\n\n\n".encode())
+    found = class_names(ZeroShot(kind="zero_shot", classes=str(tmp_path / "classes.txt")))
+    assert found == ["a\u2028b\x0bc", "d\x85e"]
