@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError, shown
 from ..storage.files import Reader, ShardInfo, cache_folder, listed_again, read_range, shown_url
+from .account import Account
 from .filter import Filter, Known
 from .index import ShardIndex
 from .listing import index_shard

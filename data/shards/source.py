@@ -121,7 +121,7 @@ class Source:
             now = summarize_anew(pattern_of(self.url), self._summary, at, read_range)
         except DamagedShard:  # it is being written
             raise error from None
-        if now[1:] != self._summary[at][1:]:
+        if (now.samples, now.digest) != (self._summary[at].samples, self._summary[at].digest):
             raise ShardChanged(
                 f"{shown_url(was.url)} is not what it was when it was opened: it has {now.samples:,} samples, of which "
                 f"some or all differ from the {self._summary[at].samples:,} before; start again with the shard as it "

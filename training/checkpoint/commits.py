@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -328,7 +328,7 @@ class Commits:
         return self._facts
 
     def _write_index(self) -> None:
-        """Write the index. A commit is complete without it, so a refusal of the store is passed over."""
+        """Write the index. A commit is complete without it, so a refusal of the store is ignored."""
         with contextlib.suppress(StoreError):
             self.store.put(_INDEX, _FACTS.dump_json(self._known()))
 
@@ -347,7 +347,7 @@ class Commits:
 
 
 def print_warning(message: str) -> None:
-    """Say on stderr that a commit was passed over."""
+    """Say on stderr that a commit was skipped."""
     print(f"warning: {message}", file=sys.stderr)
 
 

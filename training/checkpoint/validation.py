@@ -100,7 +100,7 @@ def _counters(state: RunState) -> Iterator[str]:
         if not 0 <= event.step <= state.step or not all(type(number) is int and number >= 0 for number in numbers):
             yield f"its lineage has {event.event[:40]!r} at step {event.step} with {str(numbers)[:60]}"
         if event.event == "rollback" and not {"batches", "times"} <= event.detail.keys():
-            yield "its lineage has a rollback that does not say what it passed over"
+            yield "its lineage has a rollback that does not say how many batches it skipped"
 
 
 _COUNTS = {"rollback": ("batches", "times"), "micro_batches": ("stage", "pieces"), "resume": ("attempt",)}

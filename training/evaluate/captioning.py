@@ -82,7 +82,7 @@ def _bleu() -> BLEU:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError:
         raise _missing("sacrebleu") from None
-    return BLEU(lowercase=True, tokenize="13a", force=True)  # captions that end in " ." are no reason for a warning
+    return BLEU(lowercase=True, tokenize="13a", force=True)  # else captions that end in " ." are warned of
 
 
 def check_installed(metrics: Sequence[str]) -> None:

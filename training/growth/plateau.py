@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from math import expm1, fsum, isfinite, log
+from math import expm1, fsum, log
 
 from ...models.flops import training_flops
 from ...models.spec import ModelSpec

@@ -76,7 +76,7 @@ def search(
     """Try all candidates of `stage`, grown from `engine` at its position in the run. All ranks call it together.
 
     `feed` makes inputs of a batch, the samples before it, and what a candidate sees of its patches in that stage.
-    Trials in `state` are not made again. `alive` is called before every step. `goes_on` is given each new trial and
+    Trials in `state` are not repeated. `alive` is called before every step. `goes_on` is given each new trial and
     says whether to go on; None is returned if not.
     """
     plan, world = recipe.settled(state.decisions), engine.world
