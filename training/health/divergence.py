@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from math import fsum
 from statistics import median
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 _STEPS, _FEWEST = 100, 10
 """healthy steps whose losses are kept, and the number needed before a loss can be called a spike"""
@@ -46,6 +46,11 @@ class Health(BaseModel, frozen=True, extra="forbid", strict=True):
     """whether a loss spiked since then: the weights may be damaged, which skipped steps cannot do"""
     healthy_step: int = 0
     """the last healthy step"""
+
+    @field_validator("losses", mode="before")
+    @classmethod
+    def _of_each_objective(cls, value: object) -> object:
+        return value if isinstance(value, dict) else {}  # of a commit from before they were kept by objective
 
     def after_step(
         self,
