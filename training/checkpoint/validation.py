@@ -27,7 +27,7 @@ from .snapshot import commit_name
 from .store import StoreError
 from .writer import CommitPart
 
-REASONS = ("interval", "growth", "signal", "end", "import")
+REASONS = ("interval", "growth", "best", "signal", "end", "import")
 _KINDS = ("model", *MOMENTS, "ema")
 _MOST_BLOCKS = 10_000
 

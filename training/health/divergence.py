@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import fsum
 from statistics import median
+from typing import Annotated
 
 from pydantic import BaseModel, Field, field_validator
 
@@ -38,7 +39,7 @@ class RecoveryConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 class Health(BaseModel, frozen=True, extra="forbid", strict=True):
     """The health of a run, from the steps of the current stage."""
 
-    losses: dict[str, tuple[float, ...]] = Field(default_factory=dict, strict=False)
+    losses: dict[str, Annotated[tuple[float, ...], Field(strict=False)]] = Field(default_factory=dict)
     """of each objective, before weighting: those of the latest healthy steps"""
     bad_steps: int = 0
     """consecutive bad steps up to now; once there are too many, the run is ill until it goes back"""
