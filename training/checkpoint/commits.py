@@ -170,7 +170,7 @@ class Commits:
     def run(self) -> str | None:
         """The id of the run whose store this is, as its claims say; None if there is none."""
         if self._run is None:
-            claims = [int(match[1]) for path in self.store.sizes() if (match := _ATTEMPT.match(path))]
+            claims = [int(match[1]) for path in self.store.beginning("attempt-") if (match := _ATTEMPT.match(path))]
             if claims:
                 try:
                     self._run = str(json.loads(self.store.get(_claim(max(claims)))).get("run", ""))
