@@ -19,7 +19,7 @@ from treering.data import DataError, Loader
 from treering.launch.recipe.load import read_recipe
 from treering.launch.run import check
 from treering.tests.support.made_up_shards import shard
-from treering.tests.support.tiny_runs import SIZES, lines, same_end, train_until
+from treering.tests.support.tiny_runs import SIZES, dies, lines, same_end, train_until
 from treering.training import loop
 from treering.training.checkpoint.commits import find_commit
 from treering.training.checkpoint.store import StoreError
@@ -169,7 +169,8 @@ def later(folder: Path, tmp_path: Path) -> Recipe:
 def test_a_source_may_change_until_it_is_read(folder: Path, tmp_path: Path, step: int, refused: bool) -> None:
     shard(tmp_path / "e" / "0.tar", pairs(20, 200))
     here, out = later(folder, tmp_path), tmp_path / "run"
-    train_until(step, here, out)
+    with dies("step", step, lambda run: run.uploads.finish()):  # the commit of step 9 is complete
+        loop.train(here, out)
     shard(tmp_path / "e" / "1.tar", pairs(20, 220))
     if refused:
         with pytest.raises(StoreError, match=r"/e/\*.tar now has 40 .* 1.tar is new"):
