@@ -189,6 +189,10 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         "refuse",
         description="what to do with a damaged shard: refuse the source, or skip the shard and record it in the ledger",
     )
+    unfinished_jpegs: Literal["keep", "refuse"] = Field(
+        "keep",
+        description="JPEGs without their end mark: keep them if all their rows decode, or refuse them as bad samples",
+    )
     augment: AugmentConfig = AugmentConfig()
     cache: CacheConfig = CacheConfig()
 

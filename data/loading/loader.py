@@ -283,13 +283,13 @@ class _Samples:
 
     def _checked(self, read: _Undecoded, place: Place) -> tuple[Record, str]:
         """The raw members and the caption of a sample that `_decoded` accepts; raises BadSample where that does."""
-        height, width = picture(read.record.fields, read.record.kinds, self.min_side).shape[:2]
+        height, width = self._picture(read.record).shape[:2]
         self._boxes(place.source, read, Crop(0, 0, height, width, False), height, width)
         return read.record, read.caption
 
     def _decoded(self, read: _Undecoded, place: Place) -> Sample:
         record, texts = read.record, read.texts
-        full = picture(record.fields, record.kinds, self.min_side)
+        full = self._picture(record)
         height, width = full.shape[:2]
         crop = draw_crop(height, width, self.augment, read.random)
         boxes = self._boxes(place.source, read, crop, height, width)
@@ -308,6 +308,9 @@ class _Samples:
             columns=read.vectors,
             boxes=boxes,
         )
+
+    def _picture(self, record: Record) -> NDArray[np.uint8]:
+        return picture(record.fields, record.kinds, self.min_side, self.config.unfinished_jpegs == "keep")
 
     def _boxes(self, of: int, read: _Undecoded, crop: Crop, height: int, width: int) -> SampleBoxes | None:
         """The boxes inside the crop of a picture decoded to `height` x `width`.

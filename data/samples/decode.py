@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import math
-import struct
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..errors import BadSample
 from ..shards.listing import IMAGE_KINDS
 from .captions import read_texts
 from .draws import Draws
+from .picture_header import MOST_PIXELS, check_header, has_all_scans, without_metadata
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,59 +32,100 @@ try:
 except ImportError:  # an optional, faster JPEG decoder on the same libjpeg-turbo
     simplejpeg = None
 
-MOST_PIXELS = 1 << 26  # 8192 x 8192; a larger picture is a decompression bomb or not a photo
-MOST_SCANS = 100  # of a progressive JPEG; encoders write about a dozen, and decoding each covers the whole picture
-_SCAN = b"\xff\xda"  # starts a scan and occurs nowhere else: in data, 0xff is followed by zero
-_FRAMES = (b"\xff\xc0", b"\xff\xc2")  # baseline and progressive
-# Tables, comments, JFIF (APP0), colour profile (APP2), picture editors (APP12 to 14): none sets the orientation.
-_PLAIN_SEGMENTS = frozenset(bytes((0xFF, kind)) for kind in (0xC4, 0xDB, 0xDD, 0xFE, 0xE0, 0xE2, 0xEC, 0xED, 0xEE))
+_BAND = 1 << 22  # pixels converted at a time, so that no copy of a large picture is made for it
+_END = b"\xff\xd9"  # of a JPEG
+_NOISE = b"\x55\xaa\x33\xcc\xb6\x6d\xdb\x0f" * 9  # in a scan, any data decodes to something
+_RESTARTS = b"".join(bytes((0xFF, 0xD0 + n)) + _NOISE[n:] for n in range(8))
+_TAILS = (*(_NOISE[n:] for n in range(8)), _RESTARTS)
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our bound is lower and refuses the picture
+warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")  # EXIF that cannot be read is beside the point
 
 
-def picture(fields: Mapping[str, bytes], kinds: Collection[str] = (), min_side: int = 0) -> NDArray[np.uint8]:
+def picture(
+    fields: Mapping[str, bytes], kinds: Collection[str] = (), min_side: int = 0, unfinished: bool = True
+) -> NDArray[np.uint8]:
     """The picture among a record's members, decoded by `decode_image`: uint8 RGB [H, W, 3]. `kinds` are all members of
     the sample, named in the error. Raises BadSample."""
     for kind in IMAGE_KINDS:
         if kind in fields:
-            return decode_image(fields[kind], min_side)
+            return decode_image(fields[kind], min_side, unfinished)
     found = ", ".join(f".{ascii(kind)[1:-1][:20]}" for kind in kinds or fields) or "nothing"
-    raise BadSample(f"no picture: found {found}")
+    dotted = any(kind.rpartition(".")[2] in IMAGE_KINDS for kind in kinds or fields)
+    raise BadSample(f"no picture: found {found}" + ("; a key ends at its first dot" if dotted else ""))
 
 
-def decode_image(data: bytes, min_side: int = 0) -> NDArray[np.uint8]:
+def decode_image(data: bytes, min_side: int = 0, unfinished: bool = True) -> NDArray[np.uint8]:
     """JPEG, PNG or WebP bytes as uint8 RGB [H, W, 3], upright. Raises BadSample.
 
     `min_side` > 0: a JPEG may be decoded at a reduced size (n/8 of the original, from fewer DCT coefficients) with
-    sides of at least `min_side` pixels: faster for large photos, but softer.
+    sides of at least `min_side` pixels: faster for large photos, but softer. With `unfinished` a JPEG without its end
+    mark is decoded if all its rows are there. Metadata that cannot be read makes no picture bad.
     """
+    plain = check_header(data)
     try:
-        if _is_plain_jpeg(data) and (fast := _fast_jpeg(data, min_side)) is not None:
-            return fast
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise BadSample(f"picture too large: {image.width} x {image.height} pixels")
-            if image.info.get("progressive") and data.count(_SCAN) > MOST_SCANS:
-                raise BadSample(f"picture too slow: {data.count(_SCAN):,} scans")
-            fast = _fast_jpeg(data, min_side) if image.format == "JPEG" and image.mode == "RGB" else None
-            if fast is None and min_side:
-                image.draft(None, (min_side, min_side))
-            pixels = np.asarray(_rgb(image)) if fast is None else fast
-            return _upright(pixels, image.getexif().get(ExifTags.Base.Orientation, 1))
+        return _decoded(data, min_side, plain)
     except BadSample:
         raise
-    except Image.DecompressionBombError:
-        raise BadSample("picture too large: refused as a decompression bomb") from None
-    except UnidentifiedImageError:
-        raise BadSample("picture does not decode: neither JPEG, PNG nor WebP") from None
     except Exception as error:  # decoders may raise anything on hostile bytes
-        raise BadSample(f"picture does not decode: {ascii(str(error))[1:-1][:100]}") from None
+        for repair in (without_metadata, *((_finished,) if unfinished else ())):
+            with suppress(Exception):
+                if (repaired := repair(data)) is not None:
+                    return _decoded(repaired, min_side, False)
+        raise _undecodable(error) from None
+
+
+def _decoded(data: bytes, min_side: int, plain: bool) -> NDArray[np.uint8]:
+    if plain and (fast := _fast_jpeg(data, min_side)) is not None:
+        return fast
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise BadSample(f"picture too large: {image.width} x {image.height} pixels")
+        fast = _fast_jpeg(data, min_side) if image.format == "JPEG" and image.mode == "RGB" else None
+        if fast is None and min_side:
+            image.draft(None, (min_side, min_side))
+        pixels = _rgb(image) if fast is None else fast
+        return _upright(pixels, _orientation(image))
+
+
+def _undecodable(error: Exception) -> BadSample:
+    if isinstance(error, Image.DecompressionBombError):
+        return BadSample("picture too large: refused as a decompression bomb")
+    if isinstance(error, UnidentifiedImageError):
+        return BadSample("picture does not decode: neither JPEG, PNG nor WebP")
+    return BadSample(f"picture does not decode: {ascii(str(error))[1:-1][:100]}")
+
+
+def _finished(data: bytes) -> bytes | None:
+    """A JPEG with the end mark that it lacks; None if rows or scans are missing too.
+
+    A decoder fills what is missing with whatever comes behind, so a picture is whole if other bytes there change no
+    pixel. (libjpeg only warns of missing data, and Pillow does not hand the warning on.)"""
+    data = data.rstrip(b"\xff")  # half of an end mark
+    if data[:2] != b"\xff\xd8" or not has_all_scans(data):
+        return None
+    pixels = _pillows(data + _END)
+    whole = all(np.array_equal(pixels, _pillows(data + tail + _END)) for tail in _TAILS)
+    return data + _END if whole else None
+
+
+def _pillows(data: bytes) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        return np.asarray(image)
+
+
+def _orientation(image: Image.Image) -> Any:
+    """The EXIF orientation; 1, upright, if there is none that can be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's parser may raise anything on foreign bytes
+        return 1
 
 
 def whole_sides(fields: Mapping[str, bytes]) -> tuple[int, int]:
     """Height and width of a record's upright picture at full size, for one that was decoded at a reduced size."""
     kind = next(kind for kind in IMAGE_KINDS if kind in fields)
     with Image.open(io.BytesIO(fields[kind]), formats=("JPEG", "PNG", "WEBP")) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        turned = _orientation(image) in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -100,24 +142,21 @@ def _fast_jpeg(data: bytes, min_side: int) -> NDArray[np.uint8] | None:
         return None
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether a JPEG has three channels, a size within bounds and no metadata that could rotate it.
-
-    If so, Pillow's parsing of the header (a twentieth of the work) can be skipped. ITU T.81, annex B."""
-    at = 2
-    while data[:2] == b"\xff\xd8":
-        marker, length = data[at : at + 2], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker in _FRAMES:
-            height, width, channels = struct.unpack_from(">HHB", data, at + 5)
-            fast = marker == _FRAMES[0] or data.count(_SCAN) <= MOST_SCANS
-            return fast and channels == 3 and 0 < height * width <= MOST_PIXELS
-        if marker not in _PLAIN_SEGMENTS or length < 2:
-            return False
-        at += 2 + length
-    return False
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels of a picture of any mode, converted band by band: a copy of all would take a gigabyte."""
+    rows = max(1, _BAND // max(1, image.width))
+    if rows >= image.height or (image.mode == "RGB" and "transparency" not in image.info):
+        return np.asarray(_flat(image))
+    image.load()
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = np.asarray(_flat(band))
+    return pixels
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _flat(image: Image.Image) -> Image.Image:
+    """The picture as RGB: transparency on white, 16 bits scaled to 8."""
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey; convert() would clip it
         deep = np.asarray(image).astype(np.float64)
         grey = np.round(deep / 257).clip(0, 255).astype(np.uint8)

@@ -15,7 +15,8 @@ from PIL import Image
 
 from treering.data.errors import BadSample
 from treering.data.samples import decode
-from treering.data.samples.decode import MOST_SCANS, decode_image
+from treering.data.samples.decode import decode_image
+from treering.data.samples.picture_header import MOST_SCANS
 from treering.tests.fuzz import hostile, shards
 
 
