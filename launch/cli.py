@@ -149,6 +149,7 @@ def evaluate(
         treering eval s3://BUCKET/emoji --suite pets.yaml,flickr.yaml,retrieval
         treering eval open_clip:ViT-B-32/laion2b_s34b_b79k --suite pets.yaml
     """
+    from ..training.report.sections import made_on
     from .commands.eval import compare_commits, compatibility_table, evaluate_commit
     from .worker import score_table
 
@@ -167,8 +168,10 @@ def evaluate(
         print_json(found)
         return
     console = Console()
-    on = f" on {found['data']}" if found["data"] else ""
-    console.print(Text(f"{found['commit']} ({found['samples']:,} samples){on}"), soft_wrap=True)
+    console.print(Text(f"{found['commit']} ({found['samples']:,} samples)"), soft_wrap=True)
+    console.print(Text(made_on(found["data"])), soft_wrap=True)
+    for note in found["notes"]:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
     console.print(score_table(found["scores"], found["chance"], found["intervals"]))
 
 

@@ -32,6 +32,7 @@ from .evaluate.suites import evaluate
 from .growth.grow import grow
 from .growth.plateau import slopes
 from .growth.search import search
+from .health.degenerate import nothing_to_learn
 from .health.divergence import Health
 from .health.signals import StopRequest
 from .health.watchdog import Watchdog
@@ -141,6 +142,8 @@ class Run:
         """pieces of a batch, and the stage they were found for"""
         self._scored = self._committed = -1
         """the steps of the latest evaluation and commit of this attempt"""
+        self._looked = False
+        """whether a batch was looked at for what it can teach, which the first log line does"""
         self._feed = Feed(world, recipe.seed)
         self.profile = Profile(out if recipe.log.profile else None, world.rank, world.device)
         self.lr = 0.0
@@ -410,6 +413,10 @@ class Run:
         steps, new = self.meter.since(state, skipped)
         loss = sum(o.weight * losses[o.name] for o in self.engine.objectives)
         self.state = state.model_copy(update={"skipped": skipped})
+        if not self._looked:
+            self._looked, norm = True, result.grad_norm.item()
+            if why := nothing_to_learn(self.inputs, self.engine.objectives, loss, norm, self.world):
+                self.display.warn(why)
         if short := self.engine.recomputing.shortage():
             self.display.warn(short)
         if new:

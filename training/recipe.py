@@ -6,10 +6,11 @@ that need more than one block. Reading YAML and overrides is `treering.launch.re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from math import isfinite
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -40,6 +41,15 @@ def _blended(new: Sequence[float], old: Sequence[float], replay: float) -> tuple
     )
 
 
+def _floats(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """The floats in plain data, by dotted path."""
+    if isinstance(tree, float):
+        yield path[1:], tree
+    elif isinstance(tree, Mapping | list | tuple):
+        for key, branch in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _floats(branch, f"{path}.{key}")
+
+
 class LogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How often a line goes to metrics.jsonl, TensorBoard and the terminal."""
 
@@ -68,6 +78,15 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     watchdog: WatchdogConfig = WatchdogConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     init_from: InitFromConfig | None = Field(None, description="the commit of another run to start from")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_finite(cls, tree: Any) -> Any:
+        """In every block at once: a limit such as gt=0 lets infinity pass."""
+        for path, value in _floats(tree):
+            if not isfinite(value):
+                raise ValueError(f"{path} = {value} is not a finite number; give a number")
+        return tree
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:

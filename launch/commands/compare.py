@@ -46,7 +46,7 @@ def compare_runs(urls: Sequence[str], suites: list[str] | None, data: str | None
         }
         for name, url, each in zip(names, urls, opened, strict=True)
     ]
-    return {**comparison(models, tasks(names, found)), "data": source}
+    return {**comparison(models, tasks(names, found)), "data": found[0].data}
 
 
 def _parameters(spec: Any) -> Any:

@@ -347,7 +347,7 @@ class Commits:
 
 
 def print_warning(message: str) -> None:
-    """Say on stderr that a commit was skipped."""
+    """Say on stderr that a damaged commit was skipped."""
     print(f"warning: {message}", file=sys.stderr)
 
 

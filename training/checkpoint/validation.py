@@ -75,7 +75,10 @@ def _problems(name: str, manifest: Manifest) -> Iterator[str]:
     if recipe is not None:
         yield from _of_the_recipe(recipe, manifest)
     shapes = shapes_of(spec)
-    unknown = next((n for n in (*manifest.shapes, *state.multipliers) if n not in shapes), None)
+    wrong = next((n for n, shape in manifest.shapes.items() if shape != shapes.get(n)), None)
+    if wrong is not None:
+        yield f"it gives {wrong[:80]!r} the shape {str(list(manifest.shapes[wrong]))[:80]}, which its spec does not"
+    unknown = next((n for n in state.multipliers if n not in shapes), None)
     if unknown is not None:
         yield f"its model has no parameter {unknown[:80]!r}"
     yield from _of_the_parts(manifest, shapes, recipe)
@@ -172,8 +175,8 @@ def _ranges(some: list[CommitPart], shapes: Shapes, said: Mapping[str, tuple[int
         for name, place in part.ranges.items():
             found.setdefault(name, []).append(place)
     for name, places in found.items():
-        if name not in shapes or tuple(said.get(name, ())) != shapes[name]:
-            return 0, f"{name[:80]!r} is not a parameter of its spec, or has another shape"
+        if name not in shapes or name not in said:
+            return 0, f"{name[:80]!r} is not a parameter of its spec, or has no shape"
         end = 0
         for start, length in sorted(places):
             if start != end or length < 0:

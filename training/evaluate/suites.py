@@ -66,7 +66,8 @@ def _built_in(bench: Bench, config: EvalConfig, samples: EvaluationSet, found: E
     if not data.numbers:
         raise DataError(f"none of the {len(samples)} samples of {samples.url} can be used: {data.bad[0]['reason']}")
     found.bad.extend(data.bad)
-    found.data |= dict.fromkeys(config.built_in, shown_url(samples.url))
+    used = (*config.built_in, *(["examples"] if config.examples else []))
+    found.data |= dict.fromkeys(used, shown_url(samples.url))
     note_unfinished("the evaluation data", data, found)
     if "retrieval" in config.built_in:
         add_retrieval("retrieval", data, found)

@@ -97,7 +97,9 @@ class TensorBoardLog:
         """Write the hyperparameters (recipe blocks that affect the result) and the last scores, to compare runs by."""
         blocks = {name: recipe.get(name) for name in _COMPARED}
         values = {path: value for path, value in _leaves(blocks) if isinstance(value, bool | int | float | str)}
-        self._writer.add_hparams(values, {f"eval/{key}": value for key, value in scores.items()}, run_name=".")
+        self._writer.add_hparams(
+            values, {f"eval/{key}": value for key, value in scores.items() if is_number(value)}, run_name="."
+        )
 
     def close(self) -> None:
         """Flush and close the file."""

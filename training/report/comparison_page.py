@@ -18,7 +18,7 @@ from .forest import Forest, Mark
 from .page import environment
 from .readable import is_fraction, lower_is_better, number, printable, score
 from .reading import RecordedRun, read_run
-from .sections import score_title
+from .sections import made_on, score_title
 
 LEVEL = 0.05
 """significance level for the adjusted p-value"""
@@ -43,7 +43,7 @@ def render_comparison(found: Mapping[str, Any]) -> str:
             tables=[_table(found["tasks"], n, name) for n, name in enumerate(names[1:])],
             flips=_flips(found["tasks"], names),
             curves=curves_of(_runs(found["models"])),
-            data=printable(masked(str(found.get("data") or ""))),
+            data=made_on(found.get("data")),
             level=readable.percent(LEVEL).replace(".0", ""),
         )
     )

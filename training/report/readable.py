@@ -79,8 +79,10 @@ def percent(fraction: float | None) -> str:
 
 
 def measure_text(key: str) -> str:
-    """The measure in a score's key: accuracy for pets/accuracy@1, image_to_text for retrieval/image_to_text@5."""
-    return key.rpartition("/")[2].partition("@")[0]
+    """The measure in a score's key: accuracy for pets/accuracy@1, image_to_text for retrieval/image_to_text@5. The
+    scores of the suite zero_shot are accuracies, called by a label of the data: that may be any text."""
+    suite, _, measure = key.partition("/")
+    return "accuracy" if suite == "zero_shot" else measure.partition("@")[0]
 
 
 def is_fraction(key: str) -> bool:

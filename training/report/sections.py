@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ...data.shards.source import attribution
+from ...data.shards.source import attribution, held_out
 from ...data.storage.credentials import masked
 from . import readable
 from .charts import LineChart, Marker, Series
@@ -106,7 +106,8 @@ def scores(run: RecordedRun) -> HistoryView | None:
         if not is_number(value):
             continue
         group, name = score_names(key)
-        view = groups.setdefault(group, {"name": group, "rows": []})
+        data = (last.get("data") or {}).get(key.partition("/")[0]) or _recipes_data(run)
+        view = groups.setdefault(group, {"name": group, "rows": [], "data": printable(without_credentials(str(data)))})
         level = chance.get(key) if is_number(chance.get(key)) else None
         size = sizes.get(key, sizes.get(key.split("/")[0]))
         kind = "classes" if key in sizes else "candidates" if "_to_" in key else "samples"
@@ -125,10 +126,33 @@ def scores(run: RecordedRun) -> HistoryView | None:
         )
     return {
         "groups": list(groups.values()),
+        "data": evaluated_on(run),
         "samples": readable.exact(last["samples"]),
         "count": len(evaluations),
         "intervals": bool(intervals),
     }
+
+
+def evaluated_on(run: RecordedRun) -> str:
+    """What the scores and examples of the last evaluation were made on."""
+    evaluations = run.events("eval")
+    return made_on((evaluations[-1].get("data") if evaluations else None) or _recipes_data(run))
+
+
+def made_on(data: object) -> str:
+    """The data of an evaluation in words, from one URL or from URLs by suite: "a, b on URL; c on URL"."""
+    if not isinstance(data, Mapping):
+        return printable(without_credentials(str(data or "")))
+    suites: dict[str, list[str]] = {}
+    for suite, source in data.items():
+        suites.setdefault(printable(without_credentials(str(source))), []).append(printable(suite))
+    return "; ".join(f"{', '.join(names)} on {source}" for source, names in suites.items())
+
+
+def _recipes_data(run: RecordedRun) -> str:
+    """The evaluation data that the recipe names, for records that do not say what they were made on."""
+    named = (run.recipe.get("eval") or {}).get("data")
+    return str(named or ", ".join(filter(None, map(held_out, run.sources[:1]))))
 
 
 def curves(run: RecordedRun) -> HistoryView | None:
@@ -164,6 +188,7 @@ def curves(run: RecordedRun) -> HistoryView | None:
         "loss": loss,
         "parts": parts,
         "scores": _score_charts(run, marks, end),
+        "data": evaluated_on(run),
         "small": small,
         "table": _figures(steps, names),
     }
@@ -251,7 +276,7 @@ def score_names(key: str) -> tuple[str, str]:
         suite = "" if recall[1] == "retrieval" else f"{printable(recall[1])}: "
         way = f"{recall[2]} → {recall[3]}"
         return suite + (way if suite else way.capitalize()), f"R@{recall[4]}"
-    suite, _, name = key.rpartition("/")
+    suite, _, name = key.partition("/") if "/" in key else ("", "", key)
     known = {"zero_shot": "Zero-shot", "geometry": "Geometry", "captioning": "Captioning", "": "Scores"}
     group = known.get(suite, printable(suite))
     return group, readable.plain(name)
