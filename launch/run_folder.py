@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,15 @@ def is_first_process() -> bool:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The readable rows of a JSON-lines file; empty if the file does not exist."""
-    rows = []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
+        return list(parsed_rows(path.read_text(encoding="utf-8").splitlines()))
     except FileNotFoundError:
-        pass
-    return rows
+        return []
+
+
+def parsed_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The readable rows among the lines of a JSON-lines file."""
+    for line in lines:
+        with suppress(ValueError):
+            if isinstance(row := json.loads(line), dict):
+                yield row

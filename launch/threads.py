@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from ..data.machine import usable_cores
+
 SPINS = 2000
 """GOMP_SPINCOUNT: loop iterations until a waiting thread sleeps; compared in docs/benchmarks/shared_machine.md"""
 BLOCK_TIME = 1
@@ -31,7 +33,7 @@ def share_cores(processes: int) -> None:
     """Divide the cores that this process may use evenly among `processes`, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" in os.environ:
         return
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    threads = max(1, usable_cores() // processes)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if processes == 1:  # training runs in this process, where torch may be loaded already
         import torch

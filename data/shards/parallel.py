@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from ..errors import DataError
+from ..machine import usable_cores
 from ..storage.files import Reader, ShardInfo, read_range
 from .listing import ShardIndex, index_shard
 
@@ -37,7 +38,7 @@ def silent(done: int, total: int) -> None:
 
 def enough_workers(url: str) -> int:
     """The number of processes that keep this machine, or the store behind `url`, busy."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     local = "://" not in url or url.startswith(("samples://", "file://"))
     return cores if local else max(cores, _REMOTE_WORKERS)
 

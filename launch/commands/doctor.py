@@ -17,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from ...data.machine import usable_cores
+
 State = Literal["ok", "note", "lacking"]
 _MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "lacking": "[red]lacking[/]"}
 
@@ -114,7 +116,7 @@ def _devices() -> list[Check]:
 
 
 def _cores() -> Check:
-    cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
+    cores, threads = usable_cores(), os.environ.get("OMP_NUM_THREADS")
     if threads is None:
         return Check("cores", "ok", f"{cores}, divided among the processes of a run")
     remedy = f"OMP_NUM_THREADS is set to {threads[:8]!r}; unset it to let treering train choose"

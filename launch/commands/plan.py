@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from ...data.machine import usable_cores
 from ...models.activations import block_memory, blocks_to_recompute
 from ...models.activations import peak as peak_bytes
 from ...models.flops import parameters, training_flops
@@ -281,7 +282,7 @@ def _device(name: str) -> tuple[float, float]:
     """Peak FLOPs per second and bytes of memory of a device."""
     if name != "cpu":
         return DEVICES[name].peak, DEVICES[name].memory
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    cores = usable_cores()
     return 50e9 * cores, float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.storage.atomic_write import atomic_write
-from ..run_folder import STOPPED, read_rows
+from ..run_folder import STOPPED, parsed_rows, read_rows
 
 BAD_NODE = 3
 """exit code of a node that cannot train"""
@@ -30,6 +30,7 @@ OUTAGES = 12
 """the same for failures of the store: about 40 minutes"""
 FOLLOWING = ("DistNetworkError", "DistStoreError", "RendezvousClosedError", "RendezvousConnectionError")
 """errors of a node that lost contact with another one: never reported as the cause if there is another error"""
+_TAIL = 1 << 20
 FIRST_PAUSE, LONGEST_PAUSE = 1, 300
 """seconds"""
 ATTEMPT = "TREERING_ATTEMPT"
@@ -137,9 +138,15 @@ def look_interval(rows: list[dict[str, Any]], every: int) -> int:
 
 
 def last_step(run: Path) -> int:
-    """The largest step in the run's metrics; 0 if there is none."""
-    rows = read_rows(run / "metrics.jsonl")
-    return max((int(row.get("step") or 0) for row in rows), default=0)
+    """The largest step in the last megabyte of the run's metrics, whose steps rise; 0 if there is none."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return 0
+    return max((int(row.get("step") or 0) for row in parsed_rows(lines)), default=0)
 
 
 def _why(run: Path, code: int, signal: str, begun: dict[str, Any]) -> tuple[str, str, str]:
@@ -169,24 +176,29 @@ def _why(run: Path, code: int, signal: str, begun: dict[str, Any]) -> tuple[str,
     if first is None and code in (STOPPED, 128 + signals.SIGTERM):  # preemption may signal only the processes
         return "stopped", "its processes were signalled to stop", ""
     if first is None:
-        return "crash", f"srun ended with code {code}", ""
+        said = re.findall(r"^srun: error: (.*)$", _log(run, begun), re.MULTILINE)
+        return "crash", f"srun ended with code {code}" + (f": {said[-1]}" if said else ""), ""
     return "crash", f"{first['host']}: {first['message']}", first["kind"]
 
 
 def _unfit(run: Path, begun: dict[str, Any], failures: list[dict[str, Any]]) -> dict[str, str]:
     """Unfit nodes of the attempt, with reasons: those that reported it, and those that alone cannot reach the store."""
     used = begun["used"].split()
-    try:
-        with (run / "job.log").open("rb") as file:
-            file.seek(begun["log"])
-            log = file.read(1 << 20).decode(errors="replace")
-    except OSError:
-        log = ""
-    unfit = dict(re.findall(rf"^(\S+): {UNFIT}: (.*)$", log, re.MULTILINE))
+    unfit = dict(re.findall(rf"^(\S+): {UNFIT}: (.*)$", _log(run, begun), re.MULTILINE))
     fit = {path.name for path in fit_folder(run).glob("*")}
     if fit:
         unfit |= {f["host"]: f["message"] for f in failures if f["kind"] == "StoreError" and f["host"] not in fit}
     return {name: why for name, why in unfit.items() if name in used}
+
+
+def _log(run: Path, begun: dict[str, Any]) -> str:
+    """What the attempt has written to the job's log so far, at most a megabyte of it."""
+    try:
+        with (run / "job.log").open("rb") as file:
+            file.seek(begun["log"])
+            return file.read(1 << 20).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _follows(failure: dict[str, Any]) -> bool:

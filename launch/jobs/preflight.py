@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...data.machine import usable_memory
 from ..errors import RunError
 from ..run_folder import RECIPE_FILE, STOPPED
 from .attempts import BAD_NODE, UNFIT
@@ -62,12 +63,13 @@ def _clock(run: Path) -> str | None:
 
 
 def _memory(processes: int) -> str | None:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-            if free < processes * MIN_MEMORY:
-                return f"{free / 2**30:.1f} GiB of memory free for {processes} processes; other programs use the rest"
-    return None
+    free = usable_memory()
+    if free is None or free >= processes * MIN_MEMORY:
+        return None
+    return (
+        f"{free / 2**30:.1f} GiB of memory for {processes} processes; other programs use the rest, or the job may have "
+        "no more: see --mem and --mem-per-cpu"
+    )
 
 
 def _devices(processes: int) -> str | None:

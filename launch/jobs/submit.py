@@ -95,7 +95,13 @@ def prepare_job(runs: list[tuple[Path, ResolvedRecipe]], request: JobRequest, si
     commits = [_check_store(STORE_SECONDS, resolved.recipe, out) for out, resolved in runs]
     for recipe, commit in zip(recipes, commits, strict=True):
         check_data(recipe, commit, check_sources(recipe))
-    return Job(tuple(runs), script, counts, processes, _notes([out for out, _ in runs], least, most, counts, processes))
+    notes = _notes([out for out, _ in runs], least, most, counts, processes)
+    if any(option.startswith("--export=") and option != "--export=ALL" for option in site.options):
+        notes += (
+            "--export among the site's options keeps variables of this shell, such as AWS_PROFILE, from the job; name "
+            "those it needs under environment in the site file",
+        )
+    return Job(tuple(runs), script, counts, processes, notes)
 
 
 def submit(job: Job) -> int:
@@ -220,7 +226,16 @@ def _refuse_second_job(out: Path) -> None:
 
 
 def _check_partition(partition: str | None, limit: str | None, nodes: int) -> None:
-    """Check the partition's limits, which `sbatch --test-only` does not enforce on every cluster."""
+    """Check the limits of the partition, or that one of several (a,b) takes the job: `sbatch --test-only` does not
+    enforce them on every cluster. Raises RecipeError."""
+    reasons = [_partition_refuses(name, limit, nodes) for name in (partition.split(",") if partition else [None])]
+    if all(reasons):
+        raise RecipeError(str(reasons[0]))
+
+
+def _partition_refuses(partition: str | None, limit: str | None, nodes: int) -> str | None:
+    """Why a partition (None: the default one) does not take such a job; None if it may. Raises RecipeError if it does
+    not exist."""
     done = _slurm(["scontrol", "-o", "show", "partition", *([partition] if partition else [])])
     if done.returncode:
         known = sorted({name.rstrip("*") for name in _slurm(["sinfo", "-h", "-o", "%P"]).stdout.split()})
@@ -234,14 +249,13 @@ def _check_partition(partition: str | None, limit: str | None, nodes: int) -> No
             continue
         longest, name = fields.get("MaxTime", "UNLIMITED"), fields.get("PartitionName")
         if limit and longest != "UNLIMITED" and _minutes(limit) > _minutes(longest):
-            raise RecipeError(f"--time {limit} exceeds the limit of partition {name}, {longest}; request that or less")
+            return f"--time {limit} exceeds the limit of partition {name}, {longest}; request that or less"
         largest = fields.get("MaxNodes", "UNLIMITED")
         if largest != "UNLIMITED" and nodes > int(largest):
-            raise RecipeError(
-                f"--nodes {nodes} exceeds the limit of partition {name} for a job, {largest}; request fewer"
-            )
+            return f"--nodes {nodes} exceeds the limit of partition {name} for a job, {largest}; request fewer"
         if nodes > int(fields.get("TotalNodes", nodes)):
-            raise RecipeError(f"--nodes {nodes}: partition {name} has {fields['TotalNodes']} nodes; request fewer")
+            return f"--nodes {nodes}: partition {name} has {fields['TotalNodes']} nodes; request fewer"
+    return None
 
 
 def _minutes(text: str) -> float:
