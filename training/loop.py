@@ -133,7 +133,7 @@ class Run:
         self.tally = Tally(world)
         self.commits = Commits(Store(recipe.commits_url(out)))
         self.display = RunLog(recipe, out, world)
-        self.uploads = Uploads(self.commits, world, self.display)
+        self.uploads = Uploads(self.commits, world, self.display, lambda: watch.at("commit", self.state.step))
         self.stopping = self._clock_due = self._is_best = False
         self.scores: dict[str, float] = {}
         self.chance: dict[str, float] = {}
@@ -444,11 +444,10 @@ class Run:
             self._evaluate()
 
     def _evaluate(self) -> None:
-        self.watch.at("evaluate", self.state.step)
         begun = time.monotonic()
         recipe = self.recipe
         data = recipe.data
-        with self.engine.whole_model() as model:
+        with self.engine.whole_model() as model, self.watch.through(model, "evaluate", self.state.step):
             found = evaluate(model, recipe.eval, recipe.evaluation_source, self.world, data.cache, data.tokenizer)
         self.scores, self.chance, self._scored = found.scores, found.chance, self.state.step
         best = recipe.checkpoint.best_of(found.scores, found.undefined)

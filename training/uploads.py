@@ -6,7 +6,7 @@ Every rank makes the same calls in the same order, since all of them complete a 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .checkpoint.commits import Commits
@@ -34,8 +34,11 @@ class _Upload:
 class Uploads:
     """Takes snapshots and uploads them, one at a time."""
 
-    def __init__(self, commits: Commits, world: World, display: RunLog) -> None:
-        self.commits = commits
+    def __init__(
+        self, commits: Commits, world: World, display: RunLog, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        """`alive` is called whenever an upload that is waited for makes progress."""
+        self.commits, self._alive = commits, alive
         self.last: str | None = None
         """URL of the newest complete commit, or None"""
         self._world, self._display = world, display
@@ -94,7 +97,7 @@ class Uploads:
             return 0.0
         begun, writing = time.monotonic(), upload.writing
         if wait:
-            writing.finish()
+            writing.finish(self._alive)
         else:
             writing.advance()
         spent = time.monotonic() - begun

@@ -29,6 +29,8 @@ PART_BYTES = 64 << 20
 """largest part, unless a single tensor is larger: the extra memory of a writer or reader"""
 _FEW_BYTES, _PARTS = 1 << 20, 64
 """above the first size a rank's data is split into at least this many parts, so one part is at most 1/64 of it"""
+_FIRST_LOOK, _LAST_LOOK = 0.01, 5.0
+"""seconds between looks at an upload that is waited for; they double"""
 CONNECTIONS = 3
 """most parts in flight; the client copies each part it sends, so parts in flight are limited to 10% of the snapshot"""
 
@@ -99,6 +101,7 @@ class CommitUpload:
         self._parts: list[CommitPart] = []
         self._error: BaseException | None = None
         self._given_up = False
+        self._sent = 0
         self._sealing = False
         self._snapshot = self._copied({path: t for path, t in tensors.items() if t.numel()})
         self._start(self._upload)
@@ -166,6 +169,7 @@ class CommitUpload:
             if self._pace:
                 self._pace.wait(len(data))
             self._store.put(f"{self.name}/{part.file}", data)
+            self._sent += 1  # only looked at: a count that is lost between two threads is of no consequence
             return part.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
         except BaseException:
             self._given_up = True
@@ -192,10 +196,23 @@ class CommitUpload:
         if world.is_first:
             self._start(seal)
 
-    def finish(self) -> None:
-        """Wait until the commit is complete. Raises as `advance` does."""
+    def finish(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Wait until the commit is complete; `alive` is called whenever a rank has sent a part. Raises as `advance`
+        does."""
         while not self.done:
+            self._wait(alive)
             self.advance()
+
+    def _wait(self, alive: Callable[[], None]) -> None:
+        """Wait for the threads of all ranks, for any time as long as one of them makes progress."""
+        pause, seen, busy = _FIRST_LOOK, self._sent, True
+        while busy:
+            self._thread.join(pause)
+            sent, pause = self._sent, min(2 * pause, _LAST_LOOK)
+            busy, moved = self._world.any(self.busy, sent != seen)
+            seen = sent
+            if moved:
+                alive()
 
     def give_up(self) -> None:
         """Stop uploading and wait for requests in flight: the run ends in an error, and nothing becomes visible."""

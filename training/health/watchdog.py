@@ -22,12 +22,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pydantic import BaseModel, Field, field_validator
+from torch import nn
 
 from ...data.storage.atomic_write import atomic_write
 from ...data.units import duration
@@ -49,8 +50,8 @@ class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     limit: str = Field(
         "10min",
-        description="longest time for a step, such as 30s, 10min or 1h; evaluations, commits and growth may take "
-        "six times as long",
+        description="longest time for a step, such as 30s, 10min or 1h; growth, and a batch of an evaluation or a part "
+        "of a commit, may take six times as long",
     )
 
     @field_validator("limit")
@@ -106,6 +107,17 @@ class Watchdog:
         `keys` are its samples (default: unchanged)."""
         self._keys = self._keys if keys is None else keys
         self._now = (phase, step, time.monotonic())
+
+    @contextlib.contextmanager
+    def through(self, model: nn.Module, phase: str, step: int) -> Iterator[None]:
+        """A phase that may take any time, as every pass through a part of `model` is a sign of life."""
+        self.at(phase, step)
+        hooks = [part.register_forward_pre_hook(lambda *_: self.at(phase, step)) for part in model.children()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _time(self) -> None:
         """End the process when it stays in a phase for too long. Touches no file, so no disk can delay it."""

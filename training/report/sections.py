@@ -107,7 +107,7 @@ def scores(run: RecordedRun) -> HistoryView | None:
             continue
         group, name = score_names(key)
         data = (last.get("data") or {}).get(key.partition("/")[0]) or _recipes_data(run)
-        view = groups.setdefault(group, {"name": group, "rows": [], "data": printable(without_credentials(str(data)))})
+        view = groups.setdefault(group, {"name": group, "rows": [], "data": printable(masked(str(data)))})
         level = chance.get(key) if is_number(chance.get(key)) else None
         size = sizes.get(key, sizes.get(key.split("/")[0]))
         kind = "classes" if key in sizes else "candidates" if "_to_" in key else "samples"
@@ -142,10 +142,10 @@ def evaluated_on(run: RecordedRun) -> str:
 def made_on(data: object) -> str:
     """The data of an evaluation in words, from one URL or from URLs by suite: "a, b on URL; c on URL"."""
     if not isinstance(data, Mapping):
-        return printable(without_credentials(str(data or "")))
+        return printable(masked(str(data or "")))
     suites: dict[str, list[str]] = {}
     for suite, source in data.items():
-        suites.setdefault(printable(without_credentials(str(source))), []).append(printable(suite))
+        suites.setdefault(printable(masked(str(source))), []).append(printable(suite))
     return "; ".join(f"{', '.join(names)} on {source}" for source, names in suites.items())
 
 

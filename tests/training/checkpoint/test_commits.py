@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,31 @@ def test_the_snapshot_is_of_the_moment_and_the_upload_waits_for_nobody(
     assert going.done
     read = commits.open(commits.names()[-1]).tensors()
     assert all(torch.equal(read[f"model/{name}"], t) for name, t in truth().items())
+
+
+def test_what_one_rank_sends_is_a_sign_of_life_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_ranks: Callable[..., list[Any]]
+) -> None:
+    """Rank 1 has a slow way to the store; the other one waits for it, and neither hangs."""
+    monkeypatch.setattr(writer, "PART_BYTES", 1)
+    monkeypatch.setattr(writer, "CONNECTIONS", 1)
+    commits, put = Commits(Store(str(tmp_path))), Store.put
+
+    def one_rank(world: World) -> int:
+        def slow(self: Store, name: str, data: bytes) -> None:
+            if "model-00001" in name:
+                time.sleep(0.3)
+            put(self, name, data)
+
+        Store.put = slow  # type: ignore[method-assign]
+        layout, signs = row_layout(world), []
+        mine = {f"model/{n}": layout[n].cut(t) for n, t in truth().items()}
+        begin(commits, mine, world, layout=layout).finish(lambda: signs.append(1))
+        return len(signs)
+
+    one, other = on_ranks(2, one_rank)
+    assert one == other >= 2
+    assert len(commits.names()) == 1
 
 
 def test_a_failure_in_one_thread_is_everybodys_and_leaves_nothing(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from treering.training.health.watchdog import HUNG, LOST, Watchdog, WatchdogConfig, read_heartbeats
 from treering.training.world import World
@@ -171,3 +172,16 @@ def test_a_process_whose_run_was_taken_over_ends_and_leaves_the_others_heartbeat
     assert process.returncode == LOST
     assert "another attempt has begun" in said
     assert beat.read_text() == "of the other attempt"
+
+
+def test_a_pass_through_the_model_is_a_sign_of_life(tmp_path: Path) -> None:
+    """So an evaluation may take any time: here two seconds, where six times the limit are less than one."""
+    model = nn.ModuleDict({"image": nn.Linear(1, 1), "text": nn.Linear(1, 1)})
+    with Watchdog(WatchdogConfig(limit="1s"), tmp_path, World(0, 1, torch.device("cpu"))) as watch:
+        watch.limit = 0.1
+        with watch.through(model, "evaluate", 7):
+            for number in range(20):
+                time.sleep(0.1)
+                model["image" if number % 2 else "text"](torch.zeros(1))
+        assert watch._now[:2] == ("evaluate", 7)
+    assert not any(part._forward_pre_hooks for part in model.children())
