@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..arguments import AsJson, Overrides, RecipeName, print_json
-from ..errors import RunError, show
+from ..arguments import AsJson, Overrides, print_json
+from ..errors import RunError
 
 app = typer.Typer(help="Pack, index, check and inspect shards of pictures and captions.", no_args_is_help=True)
 
@@ -178,18 +178,25 @@ def inspect(
 
 @app.command("batch")
 def batch(
-    recipe: RecipeName,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe by name or path, or a run folder.")],
     overrides: Overrides = None,
-    step: Annotated[int, typer.Option("--step", metavar="T", min=0, help="Number of the global batch, from 0.")] = 0,
+    step: Annotated[int, typer.Option("--step", metavar="T", min=1, help="A step, as in logs and ledger.")] = 1,
     world: Annotated[int, typer.Option("--world", metavar="W", min=1, help="Number of processes.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """List the samples of global batch T, and the rank that reads each; nothing is decoded."""
-    from .data_batch import keys_by_rank
+    """List the samples that step T trains on: where each lies, its caption, what it replaces, and the rank that reads
+    it.
 
-    ranks = keys_by_rank(recipe, overrides or [], step, world)
+    For a run folder that is the batch which the run reads at this step,
+    after rollbacks and stages that ended early.
+
+        treering data batch runs/emoji --step 812 --world 2
+    """
+    from .data_batch import batch_of
+    from .data_output import batch_lines
+
+    found = batch_of(recipe, overrides or [], step, world)
     if as_json:
-        print_json({"step": step, "world": world, "ranks": ranks})
+        print_json(found.json(world))
         return
-    for rank, keys in enumerate(ranks):
-        print("\n".join(f"rank {rank}  {show(key, 200)[1:-1]}" for key in keys))
+    print("\n".join(batch_lines(found)))

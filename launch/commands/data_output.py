@@ -26,6 +26,7 @@ from ...data.tools.inspect import inspect, locate_entries, open_indexed, sample_
 from ...data.tools.lint import Findings
 from ...data.tools.pack import PackResult
 from ..errors import safe_text
+from .data_batch import StepBatch
 
 MOST_FAULTS = 8
 MOST_BAD = 40
@@ -108,6 +109,18 @@ def skipped_lines(counts: Mapping[str, Count]) -> list[str]:
     line = skipped_line(counts)
     named = [f"  {name}, such as {count.example}" for name, count in counts.items() if count.example]
     return [line, *named] if line else []
+
+
+def batch_lines(found: StepBatch) -> list[str]:
+    """The samples of a step, one per line, below a heading."""
+    numbers = [sample.number for sample in found.samples]
+    first, last = min(numbers), max(numbers)
+    lines = [f"step {found.step}, stage {found.stage + 1}: samples {first:,} to {last:,} of the run"]
+    for each in found.samples:
+        where = f"rank {each.rank}  {each.number}  {shown(each.source)}  {shown(each.shard)}  {shown(each.key)}"
+        replaced = "".join(f"  (replaces {bad})" for bad in each.replaces)
+        lines.append(f"{where}  {shown(each.caption)}{replaced}")
+    return [safe_text(line) for line in lines]
 
 
 def bad_line(entry: LedgerEntry) -> str:

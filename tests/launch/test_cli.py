@@ -188,7 +188,7 @@ def test_doctor_says_what_is_lacking(treering: Command, tmp_path: Path) -> None:
         (["report", "nowhere"], ["nowhere", "not a run folder"]),
         (["eval", "nowhere"], ["nowhere", "no commit"]),
         (["eval", "nowhere", "--suite", "foo"], ["'foo'", "retrieval"]),
-        (["data", "batch", "emoji", "--step", "999999999"], ["beyond the end of the run"]),
+        (["data", "batch", "emoji", "--step", "999999999"], ["is not a step of the run; its steps are 1 to"]),
         (["data", "batch", "emoji", "--world", "7"], ["7 processes"]),
     ],
 )  # fmt: skip
