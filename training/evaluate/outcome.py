@@ -23,7 +23,8 @@ class Evaluation:
     scores: dict[str, float] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
-    """number of captions (retrieval), classes (built-in zero-shot task) or samples (other suites)"""
+    """number of captions (retrieval), of pictures (retrieval/text_to_image), of classes (built-in zero-shot task) or of
+    samples (other suites)"""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     """95% intervals, for scores that have one"""
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)

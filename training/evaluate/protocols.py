@@ -194,6 +194,7 @@ def add_retrieval(name: str, data: Embedded, found: Evaluation) -> None:
             found.add(f"{name}/{what}_to_text@{k}", of_rows < k, data.keys, chance[f"image_to_text@{k}"])
             key, by_chance = f"{name}/text_to_{what}@{k}", chance[f"text_to_image@{k}"]
             found.add(key, of_texts < k, words, by_chance, data.owners[captions.first_u])
+        found.sizes[f"{name}/text_to_{what}"] = len(rows)
     found.sizes[name] = len(words)
 
 

@@ -16,6 +16,8 @@ from .reading import LogLine, RecordedRun, seconds_of
 HistoryView = dict[str, Any]
 _HOSTS = 16
 """host names shown at most"""
+_SHOWN = frozenset(("embed_dim", "width", "depth", "heads", "patch", "resolution", "context"))
+"""sizes of a model that are shown also where no stage changes them"""
 
 TIME_KINDS = {
     "startup": "Start-up",
@@ -86,6 +88,7 @@ def growth(run: RecordedRun) -> HistoryView | None:
             ],
         }
         for key in shapes[-1]
+        if key.rpartition(".")[2] in _SHOWN or any(s.get(key) != shapes[0].get(key) for s in shapes)
     ]
     if len(parameters) == len(shapes):
         cells = [{"value": readable.compact(p), "changed": n > 0} for n, p in enumerate(parameters)]

@@ -105,6 +105,11 @@ _LOWER = {"calibration_error", "alignment", "uniformity_image", "uniformity_text
 _NUMBERS = {"modality_gap", "alignment", "uniformity_image", "uniformity_text", "cider"}
 
 
+def unbroken(text: str) -> str:
+    """A text in which no line ends between a number and its unit."""
+    return re.sub(r"(?<=\d) (?=\D)", "\u00a0", text)
+
+
 def duration_text(seconds: float | None) -> str:
     """0.3 s, 42 s, 3 min 20 s, 1 h 04 min, 2 d 3 h."""
     if seconds is None or not math.isfinite(seconds):

@@ -69,7 +69,7 @@ def headline(run: RecordedRun) -> HistoryView:
         "device": device(first) if first.get("event") in ("start", "resume") else None,
         "began": readable.moment(attempts[0].began) if attempts else None,
         "ended": readable.moment(attempts[-1].ended) if attempts else None,
-        "facts": [{"name": n, "value": v, "note": note} for n, v, note in facts],
+        "facts": [{"name": n, "value": readable.unbroken(v), "note": note} for n, v, note in facts],
         "rings": rings(
             [float(s["samples"]) for s in run.recipe.get("stages") or [] if is_number(s.get("samples"))] or [1.0]
         ),
@@ -109,7 +109,7 @@ def scores(run: RecordedRun) -> HistoryView | None:
         data = (last.get("data") or {}).get(key.partition("/")[0]) or _recipes_data(run)
         view = groups.setdefault(group, {"name": group, "rows": [], "data": printable(masked(str(data)))})
         level = chance.get(key) if is_number(chance.get(key)) else None
-        size = sizes.get(key, sizes.get(key.split("/")[0]))
+        size = next((sizes[k] for k in (key, key.partition("@")[0], key.split("/")[0]) if k in sizes), None)
         kind = "classes" if key in sizes else "candidates" if "_to_" in key else "samples"
         fraction = readable.is_fraction(key)
         view["rows"].append(
@@ -304,7 +304,19 @@ def _score_charts(run: RecordedRun, marks: list[Marker], end: float) -> list[Lin
         chance = number((evaluations[-1].get("chance") or {}).get(key))
         form = readable.percent if readable.is_fraction(key) else readable.decimal
         groups.setdefault((group, form), []).append(Series(name, points, chance))
-    return [LineChart(g, s, marks, end, form, dots=True, labelled=False) for (g, form), s in groups.items()]
+    titles = Counter(group for group, _ in groups)
+    return [
+        LineChart(
+            group if titles[group] == 1 else f"{group}: {', '.join(each.name for each in series)}",
+            series,
+            marks,
+            end,
+            form,
+            dots=True,
+            labelled=False,
+        )
+        for (group, form), series in groups.items()
+    ]
 
 
 def _figures(steps: list[LogLine], names: list[str]) -> HistoryView:

@@ -274,7 +274,7 @@ def test_a_commit_whose_tokenizer_is_gone(files: dict[str, tuple[str, Theirs]], 
     ]  # fmt: skip
     train(read_recipe("emoji", tiny).recipe, tmp_path / "run")
     found = evaluate_commit(str(tmp_path / "run"), ["retrieval"], str(tmp_path / "0.tar"))
-    assert found["sizes"] == {"retrieval": 7}  # different captions of 12
+    assert found["sizes"] == {"retrieval": 7, "retrieval/text_to_image": 12}  # 7 different captions
     copy.unlink()
     open_tokenizer.cache_clear()
     with pytest.raises(DataError, match=r"tokenizer\.json: not found; check the path"):

@@ -66,7 +66,8 @@ def test_one_command_evaluates_a_commit_on_three_suites(
     asked = ["eval", f"store/tiny/{commit.name}", "--suite", ",".join([*suites, "retrieval"])]
     found = json.loads(treering(*asked, "--json").stdout)
     assert {name.split("/")[0] for name in found["scores"]} == {"colours", "nine", "retrieval"}
-    assert found["sizes"] == {"colours": 9, "nine": 9, "retrieval": found["sizes"]["retrieval"]}
+    of_captions = {key: found["sizes"][key] for key in ("retrieval", "retrieval/text_to_image")}
+    assert found["sizes"] == {"colours": 9, "nine": 9, "nine/text_to_image": 9, **of_captions}
     assert set(found["intervals"]) == set(found["scores"])
     kept = sorted(cached.iterdir())
     assert len(kept) == 4  # three sets, and the prompts

@@ -113,7 +113,8 @@ def test_scores_do_not_depend_on_the_world(world: int, tmp_path: Path, on_ranks:
 
     alone = one_rank(ALONE)
     assert alone["bad"] == 2
-    assert alone["sizes"] == {"retrieval": sum(1 + i % 3 for i in range(17) if i not in {4, 11}), "zero_shot/parity": 2}
+    captions, pictures = sum(1 + i % 3 for i in range(17) if i not in {4, 11}), 15
+    assert alone["sizes"] == {"retrieval": captions, "retrieval/text_to_image": pictures, "zero_shot/parity": 2}
     for ours in on_ranks(world, one_rank):
         assert ours == alone
 
