@@ -174,11 +174,11 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         description="additional members to deliver: {teacher: npy} reads a vector or a matrix from key.teacher.npy, or "
         "from key.npy",
     )
-    shuffle_window: int = Field(
-        131_072,
+    shuffle_window: int | None = Field(
+        None,
         gt=0,
         description="number of samples shuffled together; larger sources are read in lanes, each shuffled in "
-        "windows of shuffle_window / lanes samples",
+        "windows of shuffle_window / lanes samples; default: 131,072, or 64 batches if that is more",
     )
     lanes: int = Field(
         1_024,

@@ -41,7 +41,16 @@ Ints = NDArray[np.int64]
 _ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 _NEAR_SPARES = 4  # spares from the place's own window; of samples that are bad here and there, four in a row are rare
+_WINDOW, _BATCHES = 1 << 17, 64
+"""samples that are shuffled together by default: at least so many, and those of so many batches"""
+_NEAR = 5  # places of a shard within which two samples are neighbours
 _FINEST = 1 << 40  # the largest denominator of a fraction: products with a position in a batch stay below 2^63
+
+
+def default_window(batch: int) -> int:
+    """The number of samples that are shuffled together unless a recipe says otherwise. It follows large batches, which
+    would else be full of neighbours: frames of one video, pictures of one page."""
+    return max(_WINDOW, _BATCHES * batch)
 
 
 def stream(seed: int, name: str, *numbers: int) -> np.random.Generator:
@@ -150,11 +159,12 @@ class Order:
         shards: Sequence[Sequence[int] | Ints],
         mixtures: Sequence[Mixture],
         batch: int,
-        shuffle: int = 1 << 17,
+        shuffle: int | None = None,
         lanes: int = 1 << 10,
     ) -> None:
         """`shards` holds, for every source, the number of samples in each shard; the first of `mixtures` is at step
-        0."""
+        0. `shuffle` None: `default_window`."""
+        shuffle = default_window(batch) if shuffle is None else shuffle
         assert mixtures[0].step == 0
         assert all(before.step < after.step for before, after in pairwise(mixtures))
         self.seed, self.batch = seed, batch
@@ -277,6 +287,12 @@ class Line:
             self._sizes = self.length // lanes + (turn < self.length % lanes)
             self._starts = np.cumsum(self._sizes) - self._sizes
         self._layouts: dict[int, tuple[Ints, Ints]] = {}
+
+    def crowding(self, draws: float) -> float:
+        """The fraction of a batch's `draws` samples that have another one at most five places further on in the
+        shard."""
+        pool = self.window_size * self.lanes if self.lanes else self.length
+        return 1 - (1 - min(1.0, draws / pool)) ** _NEAR
 
     def lane(self, draw: Ints) -> Ints:
         """The lane of each draw, int64."""

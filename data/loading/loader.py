@@ -8,6 +8,7 @@ after another, and each bad one is recorded in the batch's ledger entries.
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from ..config import CacheConfig, DataConfig
 from ..errors import BadSample, DataError, shown
 from ..ledger import BadSamples, LedgerEntry, reasons_text
-from ..order import Line, Mixture, Order, Place, Places, stream
+from ..order import Line, Mixture, Order, Place, Places, default_window, stream
 from ..samples.arrays import Vectors, present
 from ..samples.boxes import SampleBoxes, crop_boxes, read_boxes
 from ..samples.captions import Caption, Texts, draw_caption, probe_numbers, read_texts, tags_of
@@ -82,7 +83,8 @@ class Loader:
         total = need = source.size
         if line.lanes:  # per lane: a window, the next one, and the blocks at their ends
             window = line.window_size * total // len(source) + min(self.cache.block, max(source.shard_sizes))
-            need = min(need, 2 * line.lanes * window)
+            lanes = ceil(line.lanes * self._of_this_node())
+            need = min(need, 2 * lanes * window)
         source.read_through(self.cache, need)
         if not source.is_cached and self.rank == 0:
             logging.getLogger(__name__).warning(
@@ -91,9 +93,13 @@ class Loader:
                 shown_url(source.url),
                 self.config.cache.limit,
                 need / 1e9,
-                self.config.shuffle_window,
+                self.config.shuffle_window or default_window(self.config.batch),
                 self.config.lanes,
             )
+
+    def _of_this_node(self) -> float:
+        """The fraction of the run's processes that are on this node and share its cache, as torchrun says it."""
+        return min(1.0, int(os.environ.get("LOCAL_WORLD_SIZE", self.world)) / self.world)
 
     @property
     def columns(self) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from ...data.machine import usable_cores
+from ...data.order import default_window
 from ...models.activations import block_memory, blocks_to_recompute
 from ...models.activations import peak as peak_bytes
 from ...models.flops import parameters, training_flops
@@ -31,6 +32,8 @@ SAMPLES = 2048
 """samples read to measure captions and pictures"""
 _TOY = 300
 """seconds of a run that is too short to be worth an advice about its loader"""
+_CROWDED = 0.2
+"""fraction of a batch with neighbours that is worth a warning"""
 _COLUMN = 12
 """characters of a stage's column at least"""
 
@@ -45,6 +48,8 @@ class Data:
     """per sample, on one core"""
     bytes: float
     """per sample, in its shard"""
+    neighbours: float
+    """the largest fraction of a batch that has another sample of it within five places of a large source"""
 
 
 def plan(
@@ -166,9 +171,10 @@ def measure(recipe: Recipe) -> tuple[Data, list[int]]:
         if len(lengths) >= wanted:
             break
     seconds = time.process_time() - begun
-    bytes_text = sum(sum(source.shard_sizes) for source in loader.sources)
-    count = len(lengths)
-    return Data(sum(lengths) / count, seconds / count, bytes_text / max(1, sum(map(len, loader.sources)))), lengths
+    count, stored = len(lengths), sum(source.size for source in loader.sources)
+    drawn = zip(loader.order.sources, loader.order.counts(1), strict=True)
+    near = max((line.crowding(draws) for line, draws in drawn if line.lanes), default=0.0)
+    return Data(sum(lengths) / count, seconds / count, stored / max(1, sum(map(len, loader.sources))), near), lengths
 
 
 def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
@@ -190,6 +196,13 @@ def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
     every = recipe.checkpoint.every_seconds
     if every and found["commit_seconds_at_1_GB_per_second"] > every / 10:
         messages.append("a commit takes more than a tenth of the time between commits; set a longer checkpoint.every")
+    near = found["data"]["neighbours"]
+    if near > _CROWDED:
+        messages.append(
+            f"{near:.0%} of a batch have a neighbour of their shard in it, as data.shuffle_window = "
+            f"{recipe.data.shuffle_window:,} is small beside data.batch; leave it out, or set "
+            f"{default_window(recipe.data.batch):,} or more"
+        )
     pairs = recipe.data.batch // found["devices"]
     if pairs < 8:
         messages.append(f"each device has {pairs} pairs of a batch; fewer devices would be better utilised")
@@ -250,6 +263,7 @@ def _about(found: dict[str, Any]) -> dict[str, str]:
         "device hours": decimal(found["device_hours"], 3) + (f", costing {cost:,.2f}" if cost else ""),
         "memory": f"{bytes_text(found['memory_per_device'])} of {bytes_text(found['memory_of_device'])} on a device",
         "loader": f"{found['loader_cores_per_node']:.1f} cores per node, captions of {tokens:.1f} tokens",
+        "shuffle": _shuffle(found["data"]["neighbours"]),
         "shards": f"{bytes_text(found['shards_bytes_per_second_and_node'])}/s per node",
         "gradients": f"{bytes_text(found['gradient_bytes_per_step_and_device'])} sent per device and step",
         "recomputed": "; ".join(f"stage {number}: {blocks}" for number, blocks in recomputed.items() if blocks)
@@ -261,6 +275,10 @@ def _about(found: dict[str, Any]) -> dict[str, str]:
 def _blocks(recomputed: dict[str, int]) -> str:
     """The number of recomputed blocks by part, as text; empty if there is none."""
     return ", ".join(f"{name} {count}" for name, count in recomputed.items() if count)
+
+
+def _shuffle(near: float) -> str:
+    return f"{near:.1%} of a batch have a neighbour of their shard in it" if near else "sources are shuffled as a whole"
 
 
 def _of_this_machine() -> str:
