@@ -178,7 +178,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         None,
         gt=0,
         description="number of samples shuffled together; larger sources are read in lanes, each shuffled in "
-        "windows of shuffle_window / lanes samples; default: 131,072, or 64 batches if that is more",
+        "windows of shuffle_window / lanes samples; default: 131,072, or 128 batches if that is more",
     )
     lanes: int = Field(
         1_024,

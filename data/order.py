@@ -41,7 +41,7 @@ Ints = NDArray[np.int64]
 _ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 _NEAR_SPARES = 4  # spares from the place's own window; of samples that are bad here and there, four in a row are rare
-_WINDOW, _BATCHES = 1 << 17, 64
+_WINDOW, _BATCHES = 1 << 17, 128
 """samples that are shuffled together by default: at least so many, and those of so many batches"""
 _NEAR = 5  # places of a shard within which two samples are neighbours
 _FINEST = 1 << 40  # the largest denominator of a fraction: products with a position in a batch stay below 2^63

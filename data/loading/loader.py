@@ -81,10 +81,9 @@ class Loader:
         if source.is_cached or not source.is_remote or not self.cache.limit:
             return
         total = need = source.size
-        if line.lanes:  # per lane: a window, the next one, and the blocks at their ends
-            window = line.window_size * total // len(source) + min(self.cache.block, max(source.shard_sizes))
-            lanes = ceil(line.lanes * self._of_this_node())
-            need = min(need, 2 * lanes * window)
+        if line.lanes:  # per lane: a window, some of the next one, and the blocks at their ends
+            window, end = line.window_size * total // len(source), min(self.cache.block, max(source.shard_sizes))
+            need = min(need, ceil(line.lanes * self._of_this_node()) * (window + window // 4 + 2 * end))
         source.read_through(self.cache, need)
         if not source.is_cached and self.rank == 0:
             logging.getLogger(__name__).warning(

@@ -363,19 +363,19 @@ def test_streams_are_apart() -> None:
     assert np.array_equal(stream(4, "x", 1).random(9), stream(4, "x", 1).random(9))
 
 
-@pytest.mark.parametrize(("batch", "window", "most"), [(4096, None, 0.08), (32768, None, 0.1), (8192, 16384, 0.99)])
+@pytest.mark.parametrize(("batch", "window", "most"), [(4096, None, 0.06), (32768, None, 0.06), (8192, 65536, 0.5)])
 def test_few_of_a_batch_are_neighbours_and_the_share_is_known(batch: int, window: int | None, most: float) -> None:
     """Against the batches of a source of ten million samples."""
     order = Order(0, [np.full(1000, 10_000)], [Mixture(0, (1.0,))], batch, window)
-    near = [(np.diff(np.sort(order.places(step).number)) <= 5).mean() for step in (3, 101, 250)]
-    assert np.mean(near) == pytest.approx(order.sources[0].crowding(batch), abs=0.02)
+    near = [(np.diff(np.sort(order.places(step).number)) <= 5).mean() for step in (101, 180, 250)]
+    assert np.mean(near) == pytest.approx(order.sources[0].crowding(batch), rel=0.3)
     assert np.mean(near) < most
 
 
-@pytest.mark.parametrize("batch", [16, 2048])
+@pytest.mark.parametrize("batch", [16, 1024])
 def test_the_default_window_of_small_batches_is_what_it_was(batch: int) -> None:
     shards = [np.full(40, 10_000)]
     now, before = (Order(3, shards, [Mixture(0, (1.0,))], batch, window) for window in (None, 1 << 17))
     for step in (0, 7, 99):
         assert np.array_equal(now.places(step).number, before.places(step).number)
-    assert default_window(2049) == 64 * 2049
+    assert default_window(1025) == 128 * 1025
