@@ -122,7 +122,8 @@ def killed_at(url: str, boundary: int) -> int | None:
 def all_boundaries(url: str, step: int = 1) -> None:
     """At every `step`-th boundary: what is seen is whole, a commit is there, and the next attempt clears up."""
     count = killed_at(f"{url}/whole", 0)
-    assert count == 2 * (1 + 2 + 1 + 1 + 4)  # a claim, two parts, manifest, COMMIT, and the four of the old commit
+    # a claim, two parts, manifest, COMMIT, the four of the old commit, and the index
+    assert count == 2 * (1 + 2 + 1 + 1 + 4 + 1)
     assert assert_sound(f"{url}/whole") == [2]
     for boundary in range(1, count + 1, step):
         place = f"{url}/{boundary}"
@@ -135,7 +136,7 @@ def all_boundaries(url: str, step: int = 1) -> None:
         write(place, 3, attempt)
         assert assert_sound(place) == [3]
         left = {path.split("/")[0] for path in Store(place).sizes() if not path.startswith("attempt-")}
-        assert left == {f"step-000000000003-attempt-{attempt:04d}"}
+        assert left == {f"step-000000000003-attempt-{attempt:04d}", "commits.json"}
 
 
 def test_kill_at_every_boundary_on_a_disk(tmp_path: Path) -> None:
