@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -419,5 +420,6 @@ def main() -> None:
         if known is None:
             raise
         code, message = 2, known
-    Console(stderr=True, highlight=False).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    with suppress(OSError, SystemExit):  # the terminal was closed
+        Console(stderr=True, highlight=False).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
     sys.exit(code)

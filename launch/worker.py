@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,8 @@ def work(out: Path) -> None:
     if not summary.finished:
         raise RunError(f"stopped and committed to {summary.commit}; the same command continues from there", STOPPED)
     if is_first_process():
-        show_summary(summary)
+        with suppress(OSError, SystemExit):  # nobody reads any more
+            show_summary(summary)
 
 
 def show_summary(summary: Summary) -> None:
