@@ -40,7 +40,7 @@ def usable_memory(proc: Path = _PROC, groups: Path = _GROUPS) -> int | None:
         found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     for folder in _own_groups("memory", proc, groups):
         for name in ("memory.max", "memory.limit_in_bytes"):
-            with suppress(OSError, ValueError):  # the word max is no limit
+            with suppress(OSError, ValueError):  # the word max means no limit
                 found.append(int((folder / name).read_text()))
     return min(found, default=None)
 

@@ -18,6 +18,7 @@ Failure = Literal[
     "clock",
     "profile",
     "endpoint",
+    "tls",
     "credentials",
     "denied",
     "missing",
@@ -48,6 +49,8 @@ def settings_remedy(failure: Failure) -> str | None:
         "profile": f"the profile {os.environ.get('AWS_PROFILE', 'default')!r} does not exist; correct AWS_PROFILE, or "
         "add it to ~/.aws/config",
         "endpoint": "the endpoint is not a URL; set AWS_ENDPOINT_URL with http:// or https:// before the host",
+        "tls": "the server's certificate is refused; if it speaks plain HTTP, set AWS_ENDPOINT_URL with http://; "
+        "else set AWS_CA_BUNDLE to the certificate of its authority",
     }.get(failure)
 
 
@@ -66,6 +69,7 @@ def failure_of(error: Exception) -> Failure | None:
         "clock": _CLOCK,
         "profile": ("ProfileNotFound",),
         "endpoint": ("Invalid endpoint",),
+        "tls": ("SSLError", "SSLCertVerificationError"),
         "credentials": _NO_CREDENTIALS,
     }
     for kind, codes in by_text.items():

@@ -169,7 +169,7 @@ class CommitUpload:
             if self._pace:
                 self._pace.wait(len(data))
             self._store.put(f"{self.name}/{part.file}", data)
-            self._sent += 1  # only looked at: a count that is lost between two threads is of no consequence
+            self._sent += 1  # only looked at: a count lost between two threads does not matter
             return part.model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
         except BaseException:
             self._given_up = True
