@@ -47,6 +47,8 @@ class Pictures(Protocol):
     @property
     def identity(self) -> str: ...
     @property
+    def contents(self) -> str: ...
+    @property
     def columns(self) -> tuple[str, ...]: ...
     def __len__(self) -> int: ...
     def sample(self, number: int) -> Sample | LedgerEntry: ...
@@ -136,6 +138,12 @@ class FilePictures:
             digest.update(ascii(facts).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def contents(self) -> str:
+        """A hash of names, sizes and texts, which are the same on every machine."""
+        facts = [(each.key, each.path.stat().st_size, each.captions, each.label) for each in self._entries]
+        return sha256(ascii(facts).encode()).hexdigest()
+
     @property
     def known_labels(self) -> list[str]:
         """The class of every picture, as written in the data."""
@@ -177,6 +185,11 @@ class ShardPictures:
     def identity(self) -> str:
         """A hash that identifies the data."""
         return sha256(f"{self.source.identity.digest}{self.form}".encode()).hexdigest()
+
+    @property
+    def contents(self) -> str:
+        """The same: it depends on the samples alone."""
+        return self.identity
 
     def sample(self, number: int) -> Sample | LedgerEntry:
         """Sample `number`, or a ledger entry with the reason why it cannot be used."""

@@ -19,6 +19,7 @@ import torch
 from ..data.ledger import LedgerEntry
 from ..data.loading.loader import Loader
 from ..data.samples.sample import Batch
+from ..data.storage.files import shown_url
 from ..models.spec import ModelSpec
 from .checkpoint.commits import Commits
 from .checkpoint.store import Store
@@ -220,7 +221,7 @@ class Run:
         make = partial(Loader, recipe.data, *sees, recipe.seed, world.rank, world.size, mixtures)
         loader, data = open_together(world, recipe, make)
         check_same_data(recipe, self.state, data, self.commits.store.url)
-        self.state = self.state.model_copy(update={"data": tuple(data)})
+        self.state = self.state.model_copy(update={"data": tuple(data), "tokenizer": loader.tokenizer.identity})
         self.plan.specs[-1].check_samples(loader.columns)
         loader.check_bad(_entries(world.first(self.display.known_bad())))
         return loader
@@ -450,11 +451,24 @@ class Run:
         with self.engine.whole_model() as model, self.watch.through(model, "evaluate", self.state.step):
             found = evaluate(model, recipe.eval, recipe.evaluation_source, self.world, data.cache, data.tokenizer)
         self.scores, self.chance, self._scored = found.scores, found.chance, self.state.step
+        self._compare_sets(found.contents)
         best = recipe.checkpoint.best_of(found.scores, found.undefined)
         if best is not None and (self.state.best is None or best > self.state.best):
             self.state, self._is_best = self.state.model_copy(update={"best": best}), True
         self.display.evaluation(self.state, found, time.monotonic() - begun)
         self.meter.exclude_time(time.monotonic() - begun)
+
+    def _compare_sets(self, contents: dict[str, str]) -> None:
+        """Warn if scores cannot be compared with earlier ones of the run, as their data changed."""
+        before = self.state.evaluated
+        changed = [url for url, its in contents.items() if before.get(url, its) != its]
+        if changed:
+            self.display.warn(
+                f"{', '.join(map(shown_url, changed))} changed: its scores from step {self.state.step} on are of other "
+                f"samples than those before; the best commit is chosen anew among them"
+            )
+            self.state = self.state.model_copy(update={"best": None})
+        self.state = self.state.model_copy(update={"evaluated": before | contents})
 
     def commit(self) -> None:
         """Commit if it is due: at the end, before a growth, after a signal, with the best score, or by the interval."""

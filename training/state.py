@@ -81,6 +81,10 @@ class RunState(BaseModel, frozen=True, extra="forbid", strict=True):
     """factors on the learning rate that growth left, by parameter name; 1 for the others"""
     data: tuple[SourceIdentity, ...] = Field((), strict=False)
     """what identifies the samples of each source of the recipe; empty in commits of earlier releases"""
+    tokenizer: str = ""
+    """what identifies the tokenizer, likewise"""
+    evaluated: dict[str, str] = Field(default_factory=dict)
+    """what identifies the samples of each evaluation set, by its URL, at its latest evaluation"""
     objectives: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """states of the objectives that have one, by name"""
     flops: float = 0.0

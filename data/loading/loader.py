@@ -27,7 +27,7 @@ from ..order import Line, Mixture, Order, Place, Places, default_window, stream
 from ..samples.arrays import Vectors, present
 from ..samples.boxes import SampleBoxes, crop_boxes, read_boxes
 from ..samples.captions import Caption, Texts, draw_caption, probe_numbers, read_texts, tags_of
-from ..samples.clip_tokenizer import encode_truncated
+from ..samples.clip_tokenizer import TextTokenizer, encode_truncated
 from ..samples.color_jitter import jittered
 from ..samples.decode import Crop, captions_and_labels, centre_crop, cropped, draw_crop, picture, whole_sides
 from ..samples.draws import Draws, draw_rows
@@ -99,6 +99,11 @@ class Loader:
     def _of_this_node(self) -> float:
         """The fraction of the run's processes that are on this node and share its cache, as torchrun says it."""
         return min(1.0, int(os.environ.get("LOCAL_WORLD_SIZE", self.world)) / self.world)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer of the captions."""
+        return self._samples.tokenizer
 
     @property
     def columns(self) -> dict[str, tuple[int, ...]]:
@@ -386,6 +391,11 @@ class EvaluationSet:
     def identity(self) -> str:
         """A hash that identifies the data."""
         return self.source.identity.digest
+
+    @property
+    def contents(self) -> str:
+        """The same: it depends on the samples alone."""
+        return self.identity
 
     @property
     def columns(self) -> tuple[str, ...]:

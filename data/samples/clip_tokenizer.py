@@ -37,6 +37,7 @@ class Tokenizer:
     """CLIP's tokenizer. Ids of special tokens: START, END."""
 
     START, END, VOCABULARY = START, END, VOCABULARY
+    identity = "clip"
 
     def __init__(self) -> None:
         self._bpe, self._texts = _vocabulary()
@@ -131,6 +132,11 @@ def _merges_file() -> Path:
 
 class TextTokenizer(Protocol):
     """The tokenizer interface that the loader and the evaluation use."""
+
+    @property
+    def identity(self) -> str:
+        """Equal for tokenizers that make the same ids of every text, wherever their file is."""
+        ...
 
     @property
     def START(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from hashlib import blake2b
 
 import tokenizers
 
@@ -48,15 +49,17 @@ def open_tokenizer(name: str = "clip") -> TextTokenizer:
         raise DataError(
             f"{where} is not a Hugging Face tokenizer ({ascii(str(error))[1:-1][:100]}); name a tokenizer.json"
         ) from None
-    return FileTokenizer(tokenizer, where)
+    return FileTokenizer(tokenizer, where, blake2b(data, digest_size=16).hexdigest())
 
 
 class FileTokenizer:
     """A Hugging Face tokenizer. Ids of special tokens: START, END, and PAD if there is one (batches are never
     padded)."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, where: str) -> None:
-        """`where` names the file in messages. Raises DataError without a token that ends a text."""
+    def __init__(self, tokenizer: tokenizers.Tokenizer, where: str, identity: str) -> None:
+        """`where` names the file in messages, `identity` is a hash of its content. Raises DataError without a token
+        that ends a text."""
+        self.identity = identity
         tokenizer.no_truncation()  # `encode` truncates
         self.PAD = _padding(tokenizer)
         tokenizer.no_padding()

@@ -34,6 +34,8 @@ class Evaluation:
     """sentences for the user about what these figures count"""
     data: dict[str, str] = field(default_factory=dict)
     """by suite: what it was evaluated on, as it is shown"""
+    contents: dict[str, str] = field(default_factory=dict)
+    """what identifies the samples of each set, by its URL"""
     bad: list[dict[str, Any]] = field(default_factory=list)
     """ledger entries of evaluation samples that could not be used"""
     queries: dict[str, Tensor] = field(default_factory=dict)

@@ -7,6 +7,7 @@ the remaining ones could not be compared with published figures.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from ...data.errors import DataError, shown
 from ...data.evaluation_sets import CLASS, FilePictures, Form, Pictures, ShardPictures, open_pictures
 from ...data.loading.loader import EvaluationSet
 from ...data.samples.clip_tokenizer import TextTokenizer
+from ...data.samples.tokenizer import open_tokenizer
 from ...data.storage.files import shown_url
 from ...models.model import Model
 from ..world import World
@@ -43,12 +45,15 @@ class Bench:
     cache: CacheConfig | None = None
     embeddings: EmbeddingCache | None = None
     """the embedding cache; None: no caching, as for a model in training"""
+    contents: dict[str, str] = field(default_factory=dict)
+    """what identifies the samples of each set that was opened, by its URL"""
     _embedded: dict[str, Embedded] = field(default_factory=dict)
 
     def open(self, url: str, form: Form) -> FilePictures | ShardPictures:
-        """Open the set at `url` with the model's image size, context and resizing. Raises DataError."""
+        """Open the set at `url` with the model's image size, context and resizing. Raises DataError, also if ranks see
+        different samples."""
         spec, image = self.model.spec, self.model.spec.image
-        return open_pictures(
+        data = open_pictures(
             url,
             form,
             image.resolution,
@@ -58,6 +63,19 @@ class Bench:
             resize=image.resize,
             interpolation=image.interpolation,
         )
+        self._check_ranks(data)
+        return data
+
+    def _check_ranks(self, data: Pictures) -> None:
+        """Every rank embeds a part of a set, by the numbers of its samples. Raises DataError on all of them."""
+        self.contents[data.url] = data.contents
+        rows = self.world.objects([socket.gethostname(), len(data), data.contents])
+        other = next((rank for rank, row in enumerate(rows) if row[1:] != rows[0][1:]), None)
+        if other is not None:
+            raise DataError(
+                f"{shown_url(data.url)} is not the same everywhere: {rows[0][1]:,} samples for process 0 on "
+                f"{rows[0][0]}, {rows[other][1]:,} for process {other} on {rows[other][0]}; copy the data again"
+            )
 
     def own_set(self, url: str) -> EvaluationSet:
         """The run's evaluation data, with the columns of the modality towers. Raises DataError, SpecError."""
@@ -73,6 +91,7 @@ class Bench:
             columns=spec.modalities,
         )
         spec.check_samples(samples.vectors.shapes)
+        self._check_ranks(samples)
         return samples
 
     def embedded(self, data: Pictures) -> Embedded:
@@ -112,7 +131,7 @@ class Bench:
         if self.embeddings is None:
             content: Content = make()
             return content
-        return self.embeddings.fetch([*made_from, self.tokenizer, self.batch], make)
+        return self.embeddings.fetch([*made_from, open_tokenizer(self.tokenizer).identity, self.batch], make)
 
 
 def check_suites(config: EvalConfig) -> None:

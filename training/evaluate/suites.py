@@ -58,6 +58,7 @@ def evaluate(
     for suite in config.own:
         if model.captioner is not None or not isinstance(suite.protocol, Captioning):
             run(suite, bench, found)
+    found.contents = bench.contents
     return found
 
 

@@ -75,7 +75,9 @@ def begin_with(recipe: Recipe, commit: Commit, engine: Engine) -> RunState:
         tensors = {path: tensor for path, tensor in tensors.items() if recipe.optimizer.keeps(*path.split("/", 1))}
         engine.load_logical_state(tensors, theirs.applied, theirs.skipped, theirs.multipliers)
         event = Event(event="from", step=theirs.step, samples=theirs.samples, detail=detail)
-        return theirs.model_copy(update={"lineage": (*theirs.lineage, event), "attempt": 0, "data": ()})
+        return theirs.model_copy(
+            update={"lineage": (*theirs.lineage, event), "attempt": 0, "data": (), "tokenizer": ""}
+        )
     weights = commit.tensors("model", engine.layout)
     state = dict(weights)
     for kind in recipe.optimizer.kinds:

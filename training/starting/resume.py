@@ -2,7 +2,8 @@
 
 A damaged commit is reported and the one before it is used. A commit of another run is refused with the differences.
 What the run has not reached yet may change: stages that have not begun, and sources that only they read, for data that
-arrives during training. So may where the data are: their samples are compared, not their URLs.
+arrives during training. So may where data and tokenizer are: what is in them is compared (same_data.py), not
+their URLs.
 """
 
 from __future__ import annotations
@@ -107,6 +108,8 @@ def _past(recipe: Recipe, state: RunState) -> dict[str, Any]:
         source["weight"] = {str(mixture.step): mixture.weights[i] for mixture in mixtures}
         if i < len(state.data):  # its samples are compared (same_data.py): they may be anywhere
             source["source"] = None
+    if state.tokenizer:
+        past["data"]["tokenizer"] = None
     read = [source for source in past["data"]["train"] if any(source["weight"].values())]
     past["data"]["train"] = {str(past["data"]["train"].index(source)): source for source in read}
     past["stages"] = [{**stage, "mixture": None, "replay": None} for stage in past["stages"][: state.stage + 1]]

@@ -1,8 +1,8 @@
 """The data of a run: the same when it continues, and the same on every process.
 
 The order of samples is a function of the data, so other data under the same names would silently be another run. The
-state holds the identity of every source; it is compared before the first batch. A source that the run has not read yet
-may change: data arrive during training.
+state holds the identity of every source, and of the tokenizer; they are compared before the first batch. A source that
+the run has not read yet may change: data arrive during training.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from ...data.errors import DataError
 from ...data.identity import SourceIdentity, difference
 from ...data.loading.loader import Loader
+from ...data.samples.tokenizer import open_tokenizer
 from ...data.storage.files import shown_url
 from ..checkpoint.store import StoreError
 from ..recipe import Recipe
@@ -28,7 +29,13 @@ def sources_read(recipe: Recipe, state: RunState) -> list[int]:
 
 
 def check_same_data(recipe: Recipe, state: RunState, found: Sequence[SourceIdentity], where: str) -> None:
-    """Raise StoreError if a source that the run `where` has read up to `state` has other samples now."""
+    """Raise StoreError if a source that the run `where` has read up to `state` has other samples now, or if its
+    tokenizer is another; DataError if that cannot be read."""
+    if state.tokenizer not in ("", open_tokenizer(recipe.data.tokenizer).identity):
+        raise StoreError(
+            f"the tokenizer changed: data.tokenizer = {shown_url(recipe.data.tokenizer)} is not what the run of "
+            f"{where} was trained with; bring the file back to continue it, or give another --out to start a new run"
+        )
     for i in sources_read(recipe, state):
         if i < len(state.data) and (different := difference(state.data[i], found[i])):
             raise StoreError(
@@ -43,16 +50,21 @@ def open_together(world: World, recipe: Recipe, make: Callable[[], Loader]) -> t
     """Every process's loader, and what identifies its sources. All ranks call it together.
 
     Raises DataError on all of them if one cannot open its loader, or if they see different samples."""
-    loader, fault, found = None, "", []
+    loader, fault, tokenizer, found = None, "", "", []
     try:
         loader = make()
         found = [source.identity for source in loader.sources]
+        tokenizer = loader.tokenizer.identity
     except DataError as error:
         if world.size == 1:
             raise
         fault = str(error)
-    rows = world.objects([socket.gethostname(), os.getcwd(), fault, [each.digest for each in found]])
-    for rank, (host, folder, why, _) in enumerate(rows):
+    rows = world.objects([socket.gethostname(), os.getcwd(), fault, [each.digest for each in found], tokenizer])
+    for rank, (host, folder, why, _, its) in enumerate(rows):
+        if not why and its != rows[0][4]:
+            why = (
+                f"data.tokenizer = {shown_url(recipe.data.tokenizer)} is not the one of process 0; copy the file again"
+            )
         if why:
             raise DataError(f"{why} (seen by process {rank} on {host}, in {folder})")
     assert loader

@@ -9,13 +9,18 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import tokenizers
 from PIL import Image
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from treering.data import DataError, Loader
+from treering.data.evaluation_sets import Form, open_pictures
+from treering.data.samples.tokenizer import open_tokenizer
 from treering.launch.recipe.load import read_recipe
 from treering.launch.run import check
 from treering.tests.support.made_up_shards import shard
@@ -23,6 +28,7 @@ from treering.tests.support.tiny_runs import SIZES, dies, lines, same_end, train
 from treering.training import loop
 from treering.training.checkpoint.commits import find_commit
 from treering.training.checkpoint.store import StoreError
+from treering.training.evaluate.protocols import Bench
 from treering.training.recipe import Recipe
 from treering.training.starting.same_data import open_together
 
@@ -226,6 +232,47 @@ def test_a_branch_may_read_other_data(folder: Path, tmp_path: Path) -> None:
     assert [each.samples for each in find_commit(str(tmp_path / "branch")).manifest.state.data] == [80]
 
 
+def test_scores_on_other_samples_are_said_to_be(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    shard(tmp_path / "e" / "0.tar", pairs(20, 200))
+    extra = {"eval__suites": "[retrieval]", "eval__data": str(tmp_path / "e" / "*.tar"), "eval__every": "36"}
+    here, out = recipe(of(folder / "*.tar"), **extra, eval__examples="0"), tmp_path / "run"
+    train_until(7, here, out)
+    os.utime(tmp_path / "e" / "0.tar")
+    train_until(11, here, out)
+    assert "are of other" not in capsys.readouterr().err
+    shard(tmp_path / "e" / "0.tar", pairs(30, 200))
+    loop.train(here, out)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "e/*.tar changed: its scores from step 12 on are of other samples than those before" in said
+
+
+def words_of(path: Path, words: str) -> Path:
+    """A tokenizer.json that knows these words."""
+    tokens = ["<s>", "</s>", "<unk>", *words.split(), *map(str, range(60))]
+    made = tokenizers.Tokenizer(WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    made.pre_tokenizer = Whitespace()
+    made.add_special_tokens(["<s>", "</s>", "<unk>"])
+    made.save(str(path))
+    open_tokenizer.cache_clear()  # as in another process
+    return path
+
+
+def test_a_tokenizer_may_move_and_not_change(folder: Path, tmp_path: Path) -> None:
+    def with_words(path: Path) -> Recipe:
+        return recipe(of(folder / "*.tar"), data__tokenizer=str(path), model__text__vocabulary="100")
+
+    here, out = words_of(tmp_path / "t.json", "thing number"), tmp_path / "run"
+    loop.train(with_words(here), tmp_path / "whole")
+    train_until(7, with_words(here), out)
+    words_of(here, "number thing")
+    with pytest.raises(StoreError, match=r"the tokenizer changed: data.tokenizer = \S+/t.json is not what the run"):
+        check(with_words(here), out, 1)
+    there = words_of(tmp_path / "moved.json", "thing number")
+    check(with_words(there), out, 1)
+    loop.train(with_words(there), out)
+    assert losses(out) == losses(tmp_path / "whole")
+
+
 # The processes of a run
 
 
@@ -298,3 +345,28 @@ def test_a_node_with_other_data_is_named_on_every_rank(folder: Path, tmp_path: P
     found = opened([one, one, two])
     assert found[0] == found[1] == found[2]
     assert re.search(words, found[0]), found[0]
+
+
+def test_evaluation_sets_are_the_same_on_every_rank(tmp_path: Path) -> None:
+    """Each rank embeds the samples of its numbers: two copies of a table, and one with a caption of its own."""
+    for n, caption in enumerate(("a dog", "a dog", "a cat")):
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / "1.png").write_bytes(pairs(1)[0][1])
+        (tmp_path / str(n) / "t.csv").write_text(f"path,caption\n1.png,{caption}\n")
+    ranks, found = Ranks(3), ["", "", ""]
+
+    def run(rank: int, folders: list[int]) -> None:
+        data = open_pictures(str(tmp_path / str(folders[rank]) / "t.csv"), Form("captions"), 24, 16)
+        bench = Bench(cast(Any, None), ranks.world(rank), 4)
+        try:
+            bench._check_ranks(data)
+        except DataError as error:
+            found[rank] = str(error)
+
+    for folders, words in (([0, 1, 0], ""), ([0, 1, 2], "1 samples for process 0 on .* for process 2 on .*; copy the")):
+        threads = [threading.Thread(target=run, args=(rank, folders)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert all(re.search(words, text) if words else text == "" for text in found), found
