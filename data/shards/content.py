@@ -3,8 +3,8 @@ member's header when its bytes are read.
 
 The idea: both cost next to nothing. The walk reads a block of the file around each header anyway, in which the end of
 the member before and the start of the member after lie; the header lies just before the bytes that a sample is read
-from. So the digest covers names, sizes and both ends of every member, all of a caption included, but not the middle of
-a picture; and it does not depend on where the shard is, nor on its format.
+from. So the digest covers names, sizes, texts and both ends of every other member, but not the middle of a picture; and
+it does not depend on where the shard is, nor on its format.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import BinaryIO
 BLOCK = 512  # bytes of a header, which ends where the member's data begins
 DIGEST = 16  # bytes
 _END = 1024  # bytes at either end of a member
+_TEXTS = (".txt", ".json", ".cls")
+_LONGEST_TEXT = 1 << 20  # bytes up to which all of a text is read
 _REGULAR = frozenset((b"0", b"\0", b"7"))
 _LONGEST_NAME = 100  # bytes that a header has for a name; longer ones stand in an extended header before it
 
@@ -31,8 +33,9 @@ class ContentDigest:
         encoded = name.encode("utf-8", "surrogateescape")
         self._hash.update(b"%d %d " % (len(encoded), size) + encoded)
         file.seek(offset)
-        self._hash.update(file.read(size if size <= 2 * _END else _END))
-        if size > 2 * _END:
+        whole = size <= (_LONGEST_TEXT if name.lower().endswith(_TEXTS) else 2 * _END)
+        self._hash.update(file.read(size if whole else _END))
+        if not whole:
             file.seek(offset + size - _END)
             self._hash.update(file.read(_END))
 

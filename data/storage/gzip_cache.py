@@ -50,7 +50,7 @@ def open_content(shard: ShardInfo, read: Reader) -> Iterator[tuple[BinaryIO, Sha
         with open_shard(shard, read) as file:
             yield file, shard
         return
-    with Unpacked(read).open(shard) as file:
+    with Unpacked(read).open(shard, anew=not shard.is_dated) as file:
         yield cast(BinaryIO, file), replace(shard, size=os.fstat(file.fileno()).st_size)
 
 
@@ -72,15 +72,15 @@ class Unpacked:
             raise changed(shard, start, end)
         return data
 
-    def open(self, shard: ShardInfo) -> FileIO:
-        """The unpacked copy as an open file, which stays readable when other processes evict it; made if missing.
-
-        Raises DataError, DamagedShard for damaged data."""
+    def open(self, shard: ShardInfo, anew: bool = False) -> FileIO:
+        """The unpacked copy as an open file, which stays readable when other processes evict it; made if missing, or
+        with `anew`. Raises DataError, DamagedShard for damaged data."""
         path = cache_folder("unpacked") / sha256(json.dumps([*asdict(shard).values()]).encode()).hexdigest()
-        with suppress(FileNotFoundError):
-            copy = FileIO(path)
-            os.utime(copy.fileno())  # mark as recently used
-            return copy
+        if not anew:
+            with suppress(FileNotFoundError):
+                copy = FileIO(path)
+                os.utime(copy.fileno())  # mark as recently used
+                return copy
         try:
             with atomic_file(path) as growing:
                 self._unpack(shard, growing)

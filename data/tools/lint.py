@@ -97,7 +97,11 @@ def _all_found(
     source: Source, indexes: Sequence[ShardIndex], damaged: set[str], workers: int, progress: Progress
 ) -> Iterator[Found]:
     """The findings in the order of shards; shards with cached findings are not read again."""
-    known = [None if index.url in damaged else _cached_findings(source.url, index.shard) for index in indexes]
+    trusted = [index.url not in damaged and index.shard.is_dated for index in indexes]
+    known = [
+        _cached_findings(source.url, index.shard) if believed else None
+        for index, believed in zip(indexes, trusted, strict=True)
+    ]
     starts = [0]
     for index in indexes:
         starts.append(starts[-1] + len(index.keys))

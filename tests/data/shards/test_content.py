@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import shutil
@@ -61,15 +62,31 @@ def test_times_set_back_hide_no_change(tmp_path: Path, how: str, text: str) -> N
     assert read(open_source(str(path))) == truth(path)
 
 
-def test_a_stamp_that_says_nothing_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_stamp_that_says_nothing_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
     """As of an image of a file system (squashfs) that was mounted again: all times 0, inodes equal."""
-    monkeypatch.setattr(files, "_EARLIEST", 1 << 62)
     monkeypatch.setattr(files, "version_of", lambda stat: "0-0-7?")
-    path = shard(tmp_path / "0.tar", samples(3))
-    assert read(open_source(str(path))) == truth(path)
-    shard(path, samples(3, "picture {} of a cat!!"))
-    assert read(open_source(str(path))) == truth(path)
-    assert open_source(str(path)).identity == open_source(str(tmp_path / "*.tar")).identity
+    plain, identities = tmp_path / "plain", []
+    path = tmp_path / ("0.tar.gz" if packed else "0.tar")
+    for text in ("picture {} of a thing", "picture {} of a cat!!"):
+        data = shard(plain, samples(3, text)).read_bytes()
+        path.write_bytes(gzip.compress(data, 0) if packed else data)
+        source = open_source(str(path))
+        assert read(source) == truth(plain)
+        identities.append(source.identity.digest)
+    assert len(set(identities)) == 2
+
+
+@pytest.mark.parametrize("place", [0, 1500, 2999])
+def test_every_byte_of_a_text_counts(tmp_path: Path, place: int) -> None:
+    digests = []
+    for letter in b"ab":
+        text = b"a" * place + bytes([letter]) + b"a" * (2999 - place)
+        path = shard(tmp_path / "0.tar", [("0.png", b"1"), ("0.json", b'{"caption": "%s"}' % text)])
+        digests.append(open_source(str(path)).identity.digest)
+    assert digests[0] != digests[1]
 
 
 # While a source is open
