@@ -161,7 +161,9 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         "exact", description="scaled: large JPEGs are decoded at a reduced size, which is faster but visibly softer"
     )
     decode_timeout: float = Field(
-        300.0, gt=0, description="seconds a decoding process may spend on one sample before the run stops and names it"
+        300.0,
+        gt=0,
+        description="seconds a decoding process may spend on one sample, which is then bad; ten of them end a run",
     )
     max_bad_fraction: float = Field(
         0.01, ge=0, lt=1, description="fraction of a source's samples that may be unusable before the run stops"

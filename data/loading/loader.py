@@ -38,7 +38,7 @@ from ..shards.source import READ_KINDS, Source, open_source
 from ..storage.block_cache import BlockCache
 from ..storage.files import shown_url
 from .prefetch import Prefetcher
-from .workers import Note, Workers
+from .workers import Note, SlowSamples, Workers
 
 _MAX_SPARES = 1000
 _CHUNK = 16  # samples read before their pictures are decoded
@@ -221,14 +221,17 @@ class _Samples:
         self.resolution, self.context = resolution, context
         self.tokenizer = open_tokenizer(config.tokenizer)
         self.vectors = Vectors(config.columns, sources)
+        self._slow: SlowSamples = frozenset()
         self.kinds = READ_KINDS | self.vectors.kinds
         self.any_boxes = any(each.boxes for each in config.train)
         self.tag_weights = [each.tag_weights for each in config.train]
         # Decode no smaller than the smallest crop needs, so that no crop is upsampled.
         self.min_side = ceil(resolution / sqrt(self.augment.crop_scale[0])) if config.decode == "scaled" else 0
 
-    def batch(self, places: Places, note: Note) -> Batch:
-        """The batch of samples at `places`; `note` records the one being processed. Raises DataError."""
+    def batch(self, places: Places, note: Note, slow: SlowSamples = frozenset()) -> Batch:
+        """The batch of samples at `places`; `note` records the one being processed; `slow` samples are bad. Raises
+        DataError."""
+        self._slow = slow
         drawn = [each for at in range(0, len(places), _CHUNK) for each in self._chunk(places[at : at + _CHUNK], note)]
         return collate([sample for sample, _ in drawn], [entry for _, bad in drawn for entry in bad])
 
@@ -280,15 +283,17 @@ class _Samples:
     def _read(self, place: Place, number: int, row: list[float], note: Note) -> _Undecoded | BadSample:
         """Reads sample `number` and draws its caption; its picture is not decoded yet."""
         note.write(place.position, place.source, number)
+        if (place.source, number) in self._slow:
+            return BadSample(f"sample too slow: it took more than {self.config.decode_timeout:g} seconds")
         random = Draws(row)
         try:
             record = self.sources[place.source].record(number, self.kinds)
             texts = read_texts(record.fields)
             caption = _drawn(texts, self.tag_weights[place.source], random).text
             vectors = self.vectors.read(record)
+            tokens, cut = encode_truncated(self.tokenizer, caption, self.context)
         except BadSample as error:
             return error
-        tokens, cut = encode_truncated(self.tokenizer, caption, self.context)
         return _Undecoded(record, texts, caption, tokens, cut, vectors, random)
 
     def _checked(self, read: _Undecoded, place: Place) -> tuple[Record, str]:

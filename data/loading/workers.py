@@ -46,6 +46,7 @@ _AHEAD = 2  # batches in progress after the one being waited for; more if they a
 _MAX_HELD = 2  # batches that training may hold in the shared memory: the current one and the next
 _MAX_QUEUED_BYTES = 1 << 15  # bytes queued in a worker's pipe; below the pipe's capacity, so that sending never blocks
 _POLL_SECONDS = 1.0  # seconds between checks of workers that do not answer
+_MOST_SLOW = 10  # samples that may take too long before it is no longer the samples' fault
 _EXIT_SECONDS = 2.0  # seconds that workers have to exit before they are killed
 
 
@@ -74,7 +75,8 @@ class Note:
         return (place[0], place[1], place[2]), (time.monotonic_ns() - since) / 1e9
 
 
-MakeBatch = Callable[[Places, Note], Batch]  # raises DataError
+SlowSamples = frozenset[tuple[int, int]]  # source and number of samples that took too long
+MakeBatch = Callable[[Places, Note, SlowSamples], Batch]  # raises DataError
 Describe = Callable[[int, int, int], str]  # describes the sample of a note for an error
 
 
@@ -126,7 +128,7 @@ class Workers:
         timeout: float,
     ) -> None:
         """`places` yields the places of each batch, without end; `describe` describes a sample for an error; `timeout`
-        is the number of seconds a process may spend on one sample."""
+        is the number of seconds a process may spend on one sample, which then counts as a bad one."""
         self._places, self._describe, self._timeout = places, describe, timeout
         self._part = min(max(batch // count, _MIN_PART), _MAX_PART, batch)
         self._ahead = max(_AHEAD, -(-2 * count * self._part // batch))
@@ -138,21 +140,22 @@ class Workers:
         self._pending: deque[_PendingBatch] = deque()
         self._unassigned: deque[_Part] = deque()  # parts not yet sent to a worker
         self._workers: list[_Worker] = []
+        self._make_batch, self._slow = make_batch, SlowSamples()
         notes = mmap.mmap(-1, count * Note.size)
         try:
             for number in range(count):
-                self._workers.append(self._start_worker(make_batch, Note(notes, number * Note.size)))
+                self._workers.append(self._start_worker(Note(notes, number * Note.size)))
         except BaseException:
             self.close()
             raise
 
-    def _start_worker(self, make_batch: MakeBatch, note: Note) -> _Worker:
+    def _start_worker(self, note: Note) -> _Worker:
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
         others = [ours, *(worker.pipe for worker in self._workers)]
         process = context.Process(
             target=_worker_main,
-            args=(make_batch, self._slots, note, theirs, others, os.getpid()),
+            args=(self._make_batch, self._slots, note, theirs, others, os.getpid()),
             name="decoding",
             daemon=True,
         )
@@ -195,7 +198,7 @@ class Workers:
         while self._unassigned:
             part = self._unassigned[0]
             worker = min(self._workers, key=lambda worker: worker.samples)
-            message = pickle.dumps((part.batch.slot, part.start, part.places))
+            message = pickle.dumps((part.batch.slot, part.start, part.places, self._slow))
             if worker.assigned and worker.sent + len(message) > _MAX_QUEUED_BYTES:
                 return
             try:
@@ -222,14 +225,29 @@ class Workers:
             self._check_timeout()
 
     def _check_timeout(self) -> None:
+        """Replaces a worker that has spent too long on a sample; its parts are built again without the sample."""
         for worker in self._workers:
             place, seconds = worker.note.read()
             if place and seconds > self._timeout:
                 worker.process.kill()
-                raise DataError(
-                    f"a decoding process hangs: it has spent {seconds:.0f} seconds on {self._describe(*place)}; "
-                    f"remove the sample, or raise data.decode_timeout = {self._timeout:g}"
-                )
+                if len(self._slow) >= _MOST_SLOW:
+                    raise DataError(
+                        f"a decoding process hangs: it has spent {seconds:.0f} seconds on {self._describe(*place)}, "
+                        f"after {_MOST_SLOW} other samples that took as long; check the disk or store of the shards, "
+                        f"or raise data.decode_timeout = {self._timeout:g}"
+                    )
+                self._slow |= {place[1:]}
+                self._replace(worker)
+                return
+
+    def _replace(self, worker: _Worker) -> None:
+        """Starts another process in place of a killed one, whose parts wait to be assigned again."""
+        worker.process.join(_EXIT_SECONDS)
+        worker.pipe.close()
+        worker.note.clear()
+        self._unassigned.extendleft(part for part, _ in reversed(worker.assigned))
+        self._workers.remove(worker)
+        self._workers.append(self._start_worker(worker.note))
 
     def _death_error(self, worker: _Worker) -> DataError:
         worker.process.join(_EXIT_SECONDS)
@@ -300,14 +318,14 @@ def _worker_main(
             while not pipe.poll(5):
                 if os.getppid() != parent:
                     return
-            slot, start, places = pickle.loads(pipe.recv_bytes())
-            pipe.send_bytes(_run_part(make_batch, slots[slot, start : start + len(places)], places, note))
+            slot, start, places, slow = pickle.loads(pipe.recv_bytes())
+            pipe.send_bytes(_run_part(make_batch, slots[slot, start : start + len(places)], places, note, slow))
 
 
-def _run_part(make_batch: MakeBatch, slot_part: np.ndarray, places: Places, note: Note) -> bytes:
+def _run_part(make_batch: MakeBatch, slot_part: np.ndarray, places: Places, note: Note, slow: SlowSamples) -> bytes:
     """The pickled batch of some places, its pictures written into `slot_part`; or the pickled error."""
     try:
-        batch = make_batch(places, note)
+        batch = make_batch(places, note, slow)
         slot_part[...] = batch.images.permute(0, 2, 3, 1).numpy()
         return _pickled(replace(batch, images=batch.images[:0]))
     except DataError as error:

@@ -30,7 +30,7 @@ _SPECIAL = {"<start_of_text>": START, "<end_of_text>": END}
 _WORDS = regex.compile(
     r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
-_REMEMBERED_WORDS = 100_000
+_REMEMBERED_WORDS, _LONGEST_REMEMBERED = 100_000, 100  # longer words hardly occur twice, and could fill the memory
 
 
 class Tokenizer:
@@ -65,7 +65,8 @@ class Tokenizer:
             known = [_SPECIAL[word]] if word in _SPECIAL else self._merged(word)
             if len(self._known) >= _REMEMBERED_WORDS:
                 self._known.clear()
-            self._known[word] = known
+            if len(word) <= _LONGEST_REMEMBERED:
+                self._known[word] = known
         return known
 
     def _merged(self, word: str) -> list[int]:

@@ -8,13 +8,17 @@ token but no start token uses the end token for both, as GPT-2 does.
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from math import prod
+from typing import Any
 
 import tokenizers
 
-from ..errors import DataError, shown
+from ..errors import BadSample, DataError, shown
 from ..storage.files import readable_errors, shown_url
 from ..storage.filesystems import filesystem
 from .clip_tokenizer import VOCABULARY, TextTokenizer, Tokenizer
@@ -23,6 +27,18 @@ _MOST_BYTES = 1 << 28
 _STARTS = ("<|startoftext|>", "<start_of_text>", "<|begin_of_text|>", "<bos>", "<s>", "[CLS]", "[BOS]")
 _ENDS = ("<|endoftext|>", "<end_of_text>", "<|end_of_text|>", "<eos>", "</s>", "[SEP]", "[EOS]")
 _ODD = "\U000e0fff\u0378q"  # in no vocabulary: encoding it needs an unknown token or byte tokens
+_MOST_IDS = 1 << 24
+_LONGEST_TEXT = 1 << 16  # characters of which a token is made at most
+_MOST_GROWTH = 1_000
+_MOST_SECONDS = 5.0  # for a text of a few thousand characters, which takes milliseconds
+_HARD_TEXTS = (
+    "a " * 400 + "!",
+    "a" * 2000 + "!",
+    " " * 2000 + "a",
+    "1" * 2000 + "-",
+    "(a" * 1000 + "$",
+    "\n\t" * 1000 + "x",
+)
 _PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
 
 
@@ -49,7 +65,10 @@ def open_tokenizer(name: str = "clip") -> TextTokenizer:
         raise DataError(
             f"{where} is not a Hugging Face tokenizer ({ascii(str(error))[1:-1][:100]}); name a tokenizer.json"
         ) from None
-    return FileTokenizer(tokenizer, where, blake2b(data, digest_size=16).hexdigest())
+    _check_growth(tokenizer, where)
+    found = FileTokenizer(tokenizer, where, blake2b(data, digest_size=16).hexdigest())
+    _check_patterns(tokenizer, where)
+    return found
 
 
 class FileTokenizer:
@@ -66,11 +85,17 @@ class FileTokenizer:
         self._tokenizer = tokenizer
         self.START, self.END = _around(tokenizer, where)
         self.VOCABULARY = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        if self.VOCABULARY > _MOST_IDS:
+            raise DataError(f"{where} has the id {self.VOCABULARY - 1:,}; at most {_MOST_IDS - 1:,} is allowed")
         self._special = {self.START, self.END, self.PAD}
 
     def encode(self, caption: str, context: int) -> list[int]:
-        """START, the caption's ids, END; a longer text is truncated to `context` ids, the last of them END."""
-        ids = self._tokenizer.encode(caption, add_special_tokens=False).ids
+        """START, the caption's ids, END; a longer text is truncated to `context` ids, the last of them END. Of texts of
+        more than 65,536 characters only those are read. Raises BadSample if the tokenizer fails at the text."""
+        try:
+            ids = _encoded(self._tokenizer, caption[:_LONGEST_TEXT], add_special_tokens=False).ids
+        except _CannotEncode as error:
+            raise BadSample(f"caption cannot be tokenized: {error}") from None
         return [self.START, *ids[: max(0, context - 2)], self.END][:context]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -79,15 +104,70 @@ class FileTokenizer:
         return str(text).strip()
 
 
+class _CannotEncode(Exception):
+    """The library fails at a text; the message is its own, made safe."""
+
+
+def _encoded(tokenizer: tokenizers.Tokenizer, text: str, **options: bool) -> Any:
+    """`tokenizer.encode`; also a panic of the library, which is no Exception, becomes _CannotEncode."""
+    try:
+        return tokenizer.encode(text, **options)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise _CannotEncode(ascii(str(error))[1:-1][:100]) from None
+
+
+def _check_growth(tokenizer: tokenizers.Tokenizer, where: str) -> None:
+    """Raises DataError if the replacements in a file could make a text many times longer than it is."""
+    for part in (tokenizer.normalizer, tokenizer.decoder):
+        if part is not None and (growth := _growth(json.loads(part.__getstate__()))) > _MOST_GROWTH:
+            raise DataError(
+                f"{where} replaces characters of a text by up to {growth:.3g} characters each; at most "
+                f"{_MOST_GROWTH:,} are allowed, remove its Replace steps"
+            )
+
+
+def _growth(step: Any) -> float:
+    """By how much a step of a normalizer or decoder may multiply the length of a text."""
+    if isinstance(step, list):
+        return prod(_growth(each) for each in step)
+    if not isinstance(step, dict):
+        return 1.0
+    if step.get("type") == "Replace" and isinstance(content := step.get("content"), str):
+        pattern = step.get("pattern")
+        literal = pattern.get("String") if isinstance(pattern, dict) else None
+        return max(1.0, len(content) / len(literal) if literal else len(content))
+    return _growth([value for value in step.values() if isinstance(value, list | dict)])
+
+
+def _check_patterns(tokenizer: tokenizers.Tokenizer, where: str) -> None:
+    """Raises DataError if a regular expression of a file fails, or takes seconds, at texts of a few thousand
+    characters."""
+    for text in _HARD_TEXTS:
+        begun = time.monotonic()
+        try:
+            _encoded(tokenizer, text)
+        except _CannotEncode as error:
+            raise DataError(
+                f"{where} cannot encode a text of {len(text):,} characters ({error}); simplify its regular "
+                f"expressions, or give its model an unknown token"
+            ) from None
+        seconds = time.monotonic() - begun
+        if seconds > _MOST_SECONDS:
+            raise DataError(
+                f"{where} takes {seconds:.0f} seconds for a text of {len(text):,} characters; simplify its regular "
+                f"expressions"
+            )
+
+
 def _around(tokenizer: tokenizers.Tokenizer, where: str) -> tuple[int, int]:
     """The ids that start and end a text. Raises DataError."""
     try:
-        tokenizer.encode(_ODD)
-        encoded = tokenizer.encode("a")
-    except Exception as error:
-        raise DataError(
-            f"{where} cannot encode every text ({ascii(str(error))[1:-1][:100]}); give its model an unknown token"
-        ) from None
+        _encoded(tokenizer, _ODD)
+        encoded = _encoded(tokenizer, "a")
+    except _CannotEncode as error:
+        raise DataError(f"{where} cannot encode every text ({error}); give its model an unknown token") from None
     words = [place for place, special in enumerate(encoded.special_tokens_mask) if not special]
     if words:
         before, after = encoded.ids[: words[0]], encoded.ids[words[-1] + 1 :]

@@ -26,7 +26,7 @@ from ..storage.files import shown_url
 _SIDE = 192  # pixels of a thumbnail's longer side
 _COLUMNS, _GAP, _LINES = 8, 12, 5  # of a PNG: cards per row, pixels between them, lines of text below each
 _WIDTH = _COLUMNS * (_SIDE + _GAP) + _GAP
-_MOST_CAPTIONS = 5
+_MOST_CAPTIONS, _MOST_LABELS = 5, 20
 _LONGEST = 300  # characters shown of a caption
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control and format characters, surrogates, line and paragraph separators
 _JOINERS = "\u200c\u200d"  # join the parts of an emoji or of a Persian word
@@ -78,7 +78,7 @@ def card(source: Source, number: int) -> Card:
         thumbnail=thumbnail,
         size=size,
         captions=tuple(printable(caption) for caption in captions[:_MOST_CAPTIONS]),
-        labels=tuple(printable(f"{name}: {value}") for name, value in labels.items()),
+        labels=tuple(printable(f"{name}: {value}") for name, value in list(labels.items())[:_MOST_LABELS]),
         fault=printable(faults[0]) if faults else "",
     )
 

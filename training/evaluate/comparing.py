@@ -27,6 +27,7 @@ from .outcome import Evaluation
 from .reliability import compare, difference, holm
 
 _SHOWN = 8  # flips listed per task
+_LONGEST = 1_000  # characters of each
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _change(key: str, first: Evaluation, other: Evaluation, names: tuple[str, st
     if not _right_or_wrong(before, after):
         return change
     lost = before & ~after
-    flips = tuple(first.names[key][i] for i in lost.nonzero()[:_SHOWN, 0].tolist())
+    flips = tuple(first.names[key][i][:_LONGEST] for i in lost.nonzero()[:_SHOWN, 0].tolist())
     won, p_value = int((~before & after).sum()), drawn.p_value if groups is not None else compare(before, after).p_value
     return replace(change, lost=int(lost.sum()), won=won, p_value=p_value, flips=flips)
 

@@ -30,6 +30,7 @@ from .outcome import Evaluation as Evaluation
 from .protocols import Bench, add_captioning, add_geometry, add_retrieval, note_unfinished, run
 
 _POINTS = 256  # pairs
+_LONGEST, _MOST_TRUE = 1_000, 20  # of an example: characters of a caption, true captions of a picture
 
 
 @torch.no_grad()
@@ -127,11 +128,12 @@ def _examples(
     for index, sample in zip(chosen, pictures, strict=True):
         near = (data.images[index] @ data.texts.T).nan_to_num(-1.0).topk(min(5, len(data.captions)))
         nearest = [
-            {"caption": data.captions[j], "score": score, "correct": int(data.owners[j]) == index}
+            {"caption": data.captions[j][:_LONGEST], "score": score, "correct": int(data.owners[j]) == index}
             for score, j in zip(near.values.tolist(), near.indices.tolist(), strict=True)
         ]
+        caption = sample.captions[0][:_LONGEST]
         shown["retrieval"].append(
-            {"key": sample.key, "image": _data_url(sample.image), "caption": sample.captions[0], "nearest": nearest}
+            {"key": sample.key, "image": _data_url(sample.image), "caption": caption, "nearest": nearest}
         )
     if model.captioner is not None:
         tokenizer = samples.tokenizer
@@ -139,7 +141,8 @@ def _examples(
         images = pixels(pictures, bench.world)
         written = write(config.caption_decoding, model, images, tokenizer.START, tokenizer.END, longest)
         for sample, ids in zip(pictures, written, strict=True):
-            row = {"key": sample.key, "image": _data_url(sample.image), "true": list(sample.captions)}
+            true = [each[:_LONGEST] for each in sample.captions[:_MOST_TRUE]]
+            row = {"key": sample.key, "image": _data_url(sample.image), "true": true}
             shown["captions"].append(row | {"generated": tokenizer.decode(ids)})
     return shown
 

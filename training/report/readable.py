@@ -141,10 +141,14 @@ def times(value: float, other: float) -> str:
 
 
 def printable(text: object) -> str:
-    """`text` with control characters (cursor, bell, writing direction) replaced by �; safe for terminals and pages."""
-    return "".join("�" if unicodedata.category(c) in _UNSAFE and c not in _JOINERS else c for c in str(text))
+    """`text` with control characters (cursor, bell, writing direction) replaced by �, cut to 1,000 characters; safe for
+    terminals and pages."""
+    text = str(text)
+    text = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+    return "".join("�" if unicodedata.category(c) in _UNSAFE and c not in _JOINERS else c for c in text)
 
 
+_LONGEST = 1_000  # characters of a text that is shown
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _JOINERS = "\n\t\u200d\u200c"  # white space, and the joiners in emoji and in Persian words
 

@@ -23,6 +23,7 @@ import torch
 
 from treering.data import DataConfig, DataError, Loader
 from treering.data.loading import loader as loader_module
+from treering.data.loading import workers as workers_module
 from treering.data.loading.workers import Note, _concatenate
 
 WriteSource = Callable[..., str]
@@ -66,7 +67,29 @@ def test_a_dead_process_is_an_error_that_names_the_sample(url: str, monkeypatch:
 
 
 @pytest.mark.timeout(60)
-def test_a_hanging_process_is_an_error_that_names_the_sample(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_takes_too_long_is_a_bad_sample(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is replaced by its spare and recorded; all other samples are those of a run without it."""
+    with closing(loader(url, workers=0).batches(0)) as batches:
+        expected = list(islice(batches, 4))
+    each = loader(url, decode_timeout=2)
+    at_one_sample(monkeypatch, each, 21, lambda: time.sleep(1000))
+    place = next(p for p in each.order.places(2) if p.position == 21)
+    spare = each.sources[0].key(each.order.spare(place, 0) or 0)
+    with closing(each.batches(0)) as batches:
+        found = list(islice(batches, 4))
+    (entry,) = {entry for batch in found for entry in batch.bad}
+    assert (entry.key, entry.position) == (each.sources[0].key(place.number), 21)
+    assert entry.reason == "sample too slow: it took more than 2 seconds"
+    for batch, other in zip(found, expected, strict=True):
+        assert batch.keys == tuple(spare if key == entry.key else key for key in other.keys)
+        same = [i for i, key in enumerate(other.keys) if key != entry.key]
+        assert torch.equal(batch.images[same], other.images[same])
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.timeout(60)
+def test_processes_that_hang_again_and_again_are_an_error(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "_MOST_SLOW", 0)
     each = loader(url, decode_timeout=2)
     named = at_one_sample(monkeypatch, each, 21, lambda: time.sleep(1000))
     with closing(each.batches(0)) as batches, pytest.raises(DataError, match=r"hangs") as error:

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as Theirs
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from treering.data import DataConfig, DataError, EvaluationSet, Loader, Tokenizer
+from treering.data.errors import BadSample
 from treering.data.samples.clip_tokenizer import encode_truncated
 from treering.data.samples.tokenizer import FileTokenizer, open_tokenizer, vocabulary_size
 from treering.launch.commands.eval import evaluate_commit
@@ -297,3 +298,78 @@ def test_the_recipe_checks_it(files: dict[str, tuple[str, Theirs]], tmp_path: Pa
         read_recipe("emoji", ["model.text.vocabulary=400"])
     with pytest.raises(RecipeError, match="not found"):
         read_recipe("emoji", [f"data.tokenizer={tmp_path / 'none.json'}"])
+
+
+# Hostile files
+
+
+def plain_file(path: Path, **changes: Any) -> str:
+    """A tokenizer.json of three words, with changes."""
+
+    def special(number: int, content: str) -> dict[str, Any]:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        return {"id": number, "content": content, "special": True, **flags}
+
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2}
+    file = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None,
+        "post_processor": None, "decoder": None, "added_tokens": [special(n, word) for word, n in words.items()],
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+    }  # fmt: skip
+    path.write_text(json.dumps(file | changes), encoding="utf-8")
+    return str(path)
+
+
+def replaced(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+BOMB = {**SPLIT, "pattern": {"Regex": r"(([a-z ]+)+)+\$1"}}
+TIMES_50, TIMES_40 = replaced({"String": "a"}, "a" * 50), replaced({"Regex": "."}, "a" * 40)
+HOSTILE_FILES = {
+    "a pattern that fails": ({"pre_tokenizer": BOMB}, "cannot encode a text"),
+    "growth": ({"normalizer": {"type": "Sequence", "normalizers": [TIMES_50] * 6}},
+               r"by up to 1\.56e\+10 characters each; at most 1,000"),
+    "growth by a pattern": ({"normalizer": {"type": "Sequence", "normalizers": [TIMES_40] * 2}},
+                            r"by up to 1\.6e\+03 characters"),
+    "growth of the decoder": ({"decoder": {"type": "Sequence", "decoders": [TIMES_50] * 6}}, "by up to"),
+    "an id": ({"model": {"type": "WordLevel", "vocab": {"<s>": 0, "</s>": 1, "<unk>": 2, "z": 2**32 - 1},
+                         "unk_token": "<unk>"}}, "has the id 4,294,967,295"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HOSTILE_FILES)
+@pytest.mark.timeout(60)
+def test_a_hostile_file_is_refused_before_a_text_is_read(tmp_path: Path, kind: str) -> None:
+    changes, words = HOSTILE_FILES[kind]
+    with pytest.raises(DataError, match=words) as error:
+        open_tokenizer(plain_file(tmp_path / "tokenizer.json", **changes))
+    assert "data.tokenizer: " in str(error.value)
+
+
+def test_replacements_that_hardly_grow_are_fine(tmp_path: Path) -> None:
+    steps = [replaced({"String": "``"}, '"'), replaced({"Regex": " {2,}"}, " "), replaced({"String": " "}, "▁"),
+             {"type": "Prepend", "prepend": "▁"}, {"type": "NFKC"}] * 9  # fmt: skip
+    name = plain_file(tmp_path / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+    assert open_tokenizer(name).encode("a", 8) == [0, 2, 1]
+
+
+def test_a_text_at_which_the_library_panics_is_a_bad_sample(tmp_path: Path) -> None:
+    """A text that the probes do not foresee; and only the beginning of a very long one is read."""
+    found = open_tokenizer(plain_file(tmp_path / "tokenizer.json"))
+    assert isinstance(found, FileTokenizer)
+    read = []
+
+    class PanicException(BaseException):
+        """Not an Exception, as pyo3's."""
+
+    class Panics:
+        def encode(self, text: str, add_special_tokens: bool) -> Any:
+            read.append(len(text))
+            raise PanicException("attempt to\x1b subtract")
+
+    found._tokenizer = Panics()
+    with pytest.raises(BadSample, match=r"^caption cannot be tokenized: attempt to\\x1b subtract$"):
+        found.encode("x" * 1_000_000, 77)
+    assert read == [65_536]

@@ -438,3 +438,16 @@ def test_a_sheet_that_cannot_be_written_leaves_nothing(hostile: Source, tmp_path
     with pytest.raises(DataError, match=r"cannot write .*directory; choose another path"):
         write_sheet(tmp_path / "sheet.html", "t", "l", [])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_sheet_of_huge_texts_is_small(tmp_path: Path, write_tar: WriteTar) -> None:
+    """Captions of a megabyte, and thousands of labels of one sample."""
+    labels = {f"label {n}": "x" * 500 for n in range(2_000)}
+    metadata = json.dumps({"captions": ["A" * 1_000_000, "x " * 500_000], "labels": labels}).encode()
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    url = str(
+        write_tar(tmp_path / "0.tar", [("k" * 5_000 + ".png", file.getvalue()), ("k" * 5_000 + ".json", metadata)])
+    )
+    write_sheet(tmp_path / "sheet.html", "t" * 1_000_000, "l", [Section("", cards(open_source(url), [0]))])
+    assert (tmp_path / "sheet.html").stat().st_size < 30_000

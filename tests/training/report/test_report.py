@@ -290,6 +290,18 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert page.source.count("picture not shown") == 3
 
 
+def test_texts_of_a_megabyte_are_cut(tmp_path: Path) -> None:
+    lines = lines_of_a_run()
+    e = evaluation(236, 60416, ["A" * 1_000_000, "x " * 500_000, *NAMES])
+    e["examples"]["captions"][0]["generated"] = "B" * 1_000_000
+    entry = dict.fromkeys(("source", "shard", "key", "reason"), "C" * 1_000_000)
+    page = page_of(write_run(tmp_path / "run", lines, [e], [entry]))
+    assert len(page.source) < 1_000_000
+    assert "A" * 1_000 + "…" in page.text
+    for letter in "ABC":
+        assert letter * 1_001 not in page.source
+
+
 def test_unfinished_run_with_a_torn_last_line(tmp_path: Path) -> None:
     lines = lines_of_a_run()[:12]
     run = write_run(tmp_path / "run", lines)
