@@ -60,6 +60,9 @@ def test_index(treering: Command, clean: str, here: Path, cache: Path) -> None:
     assert done.stdout == f"12 samples in 3 shards, {size / 1000:.3g} kB\n"
     assert len(list((cache / "index").iterdir())) == 3
     found = json.loads(treering("data", "index", clean, "--json").stdout)
+    account = found.pop("account")
+    assert sum(row["bytes"] for row in account.values()) == found.pop("bytes_accounted_for") == size
+    assert sum(row["members"] for row in account.values()) == found.pop("members") == 24
     assert found == {"source": clean, "shards": 3, "samples": 12, "bytes": size, "faults": []}
 
 
