@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...data.errors import DataError, shown
 from ...data.order import stable_hash
-from ..report.readable import lower_is_better
+from ..report.readable import counts_first, lower_is_better
 from .outcome import Evaluation
 from .reliability import compare, difference, holm
 
@@ -149,7 +149,7 @@ def bits(found: Evaluation) -> dict[str, dict[str, Any]]:
             "independent": key not in found.groups,
         }
         for key, right in found.queries.items()
-        if right.dtype == torch.bool and not key.endswith(("@5", "@10"))
+        if right.dtype == torch.bool and counts_first(key)
     }
 
 

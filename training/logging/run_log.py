@@ -14,6 +14,7 @@ from ..evaluate.comparing import bits, flips
 from ..evaluate.suites import Evaluation
 from ..recipe import Recipe
 from ..report import write_report
+from ..report.readable import counts_first
 from ..state import RunState
 from ..world import World
 from .jsonl import RunRecords
@@ -143,7 +144,7 @@ class RunLog:
         self._open_board().evaluation(record)
         if found.points and state.samples == self.recipe.total_samples:  # megabytes of text: only at the end
             self._open_board().points(*found.points, state.samples)
-        best = [(k, v) for k, v in found.scores.items() if k in found.chance and not k.endswith(("@5", "@10"))]
+        best = [(k, v) for k, v in found.scores.items() if k in found.chance and counts_first(k)]
         self.progress.note("scores: " + ", ".join(f"{k} {v:.1%} (chance {found.chance[k]:.1%})" for k, v in best))
         self._report_if_cheap()
 

@@ -16,7 +16,7 @@ from .charts import LineChart, Series
 from .drawings import rings
 from .forest import Forest, Mark
 from .page import environment
-from .readable import is_fraction, lower_is_better, number, printable, score
+from .readable import counts_first, is_fraction, lower_is_better, number, printable, score
 from .reading import RecordedRun, read_run
 from .sections import made_on, score_title
 
@@ -135,7 +135,7 @@ def _flips(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Com
         }
         for task in tasks
         for name, change in zip(names[1:], task["changes"], strict=True)
-        if change["flips"] and task["key"].partition("@")[2] in ("", "1")  # @5 and @10 lose some of the same queries
+        if change["flips"] and counts_first(task["key"])
     ]
 
 

@@ -85,6 +85,12 @@ def measure_text(key: str) -> str:
     return "accuracy" if suite == "zero_shot" else measure.partition("@")[0]
 
 
+def counts_first(key: str) -> bool:
+    """Whether a score counts first results alone, unlike R@5 and R@10, which lose some of the same queries."""
+    suite, _, measure = key.partition("/")
+    return suite == "zero_shot" or not measure.endswith(("@5", "@10"))
+
+
 def is_fraction(key: str) -> bool:
     """Whether a score is a fraction between 0 and 1."""
     return measure_text(key) not in _NUMBERS
