@@ -104,6 +104,7 @@ class Optimizer:
         self.config = config
         self._sharding = sharding
         self.parameters = dict(parameters)
+        self._temperatures = [p for name, p in self.parameters.items() if is_temperature(name)]
         self.multipliers: dict[str, float] = {}
         """factor on the learning rate, by parameter name, where it is not 1; weight decay is divided by it"""
         self._adam = self._group()
@@ -152,8 +153,8 @@ class Optimizer:
 
     def keep_temperatures_in_range(self) -> None:
         """Put temperatures that a step, or loaded weights, took out of their range back into it."""
-        for name in filter(is_temperature, self.parameters):
-            keep_in_range(self.parameters[name])
+        for log_scale in self._temperatures:
+            keep_in_range(log_scale)
 
     @property
     def skipped(self) -> int:

@@ -102,6 +102,9 @@ def test_the_rest_of_a_stage_is_the_new_one(whole: Path, tmp_path: Path) -> None
     assert [stage.samples for stage in recipe.stages] == [24, 12, 36]
     assert recipe.stages[1].grow == {"text.context": 20}
     assert recipe.total_samples == 72
+    health = find_commit(str(tmp_path)).manifest.state.health
+    assert source.manifest.state.health.losses
+    assert (health.losses, health.healthy_step) == ((), 2)  # a new model is not judged by the old one's losses
     assert recipe.objectives.caption is not None  # a later stage has the captioner
     last = grow_commit(source.url, {"grow": {"text.context": 20}}, str(tmp_path / "last"), 48).recipe
     assert [stage.samples for stage in last.stages] == [24, 48]
