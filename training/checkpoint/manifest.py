@@ -116,12 +116,12 @@ class Commit:
             return f"holds {str(tensor.dtype).removeprefix('torch.')} instead of floats"
         if not tensor.isfinite().all():
             return "holds numbers that are NaN or infinite"
-        if self.shapes is not None:
-            fits = tuple(tensor.shape) == self.shapes.get(name)
-            if name in part.ranges:  # a piece, whose shape is the engine's
-                fits = tensor.numel() == part.ranges[name][1]
-            if not fits:
-                return f"has the shape {list(tensor.shape)}, which is not that of the model"
+        if name in part.ranges:
+            fits = tensor.numel() == part.ranges[name][1]
+        else:
+            fits = self.shapes is None or tuple(tensor.shape) == self.shapes.get(name)
+        if not fits:
+            return f"has the shape {list(tensor.shape)}, which is not that of the model"
         return None
 
 
