@@ -109,7 +109,7 @@ class _CannotEncode(Exception):
 
 
 def _encoded(tokenizer: tokenizers.Tokenizer, text: str, **options: bool) -> Any:
-    """`tokenizer.encode`; also a panic of the library, which is no Exception, becomes _CannotEncode."""
+    """`tokenizer.encode`; a panic of the library, which Python does not count as an Exception, becomes _CannotEncode too."""
     try:
         return tokenizer.encode(text, **options)
     except BaseException as error:
