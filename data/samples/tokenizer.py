@@ -109,7 +109,7 @@ class _CannotEncode(Exception):
 
 
 def _encoded(tokenizer: tokenizers.Tokenizer, text: str, **options: bool) -> Any:
-    """`tokenizer.encode`; a panic of the library, which Python does not count as an Exception, becomes _CannotEncode too."""
+    """`tokenizer.encode`; its panics, not subclasses of Exception, become _CannotEncode as its errors do."""
     try:
         return tokenizer.encode(text, **options)
     except BaseException as error:
