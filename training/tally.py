@@ -1,5 +1,7 @@
 """What the steps of a run measured, kept on the device until it is asked for: one synchronisation for many steps.
 
+Shape suffixes: r ranks, s steps, f figures of a step.
+
 Each step counts by itself, in order, and its figures are sums over ranks in rank order. So what is decided from them (a
 plateau, a divergence, a search) is the same at any world size, however often somebody looks, and after any resume.
 """
@@ -10,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import fsum, isfinite
 
+import numpy as np
 import torch
 
 from ..models.flops import training_flops
@@ -63,13 +66,15 @@ class Tally:
         ]
         own_sf = torch.stack(figures).double()
         tokens_s = torch.tensor([tokens for _, _, tokens in steps], dtype=torch.float64, device=own_sf.device)
-        ranks = self._world.gather(torch.cat([own_sf, tokens_s[:, None]], 1)[None]).tolist()
+        ranks_rsf = self._world.gather(torch.cat([own_sf, tokens_s[:, None]], 1)[None]).cpu().numpy()
+        # One rank after the other, so that every processor gets the same sums.
+        sums_sf = np.cumsum(ranks_rsf, axis=0)[-1]
+        finite_s = np.isfinite(ranks_rsf[..., -2]).all(0) & np.isfinite(sums_sf).all(1)
         taken = []
-        for (result, weights, _), *rows in zip(steps, *ranks, strict=True):
-            *losses, norms, tokens = zip(*rows, strict=True)
-            sums = dict(zip(result.losses, map(fsum, losses), strict=True))
-            finite = all(map(isfinite, (*norms, *sums.values())))
-            taken.append(Step(sums, weights, int(fsum(tokens)), finite))
+        for (result, weights, _), (*losses, _, tokens), finite in zip(
+            steps, sums_sf.tolist(), finite_s.tolist(), strict=True
+        ):
+            taken.append(Step(dict(zip(result.losses, losses, strict=True)), weights, int(tokens), finite))
         return taken
 
 
