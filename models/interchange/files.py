@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,15 @@ def _preprocessing(name: str, tag: str, config: Config) -> dict[str, Any]:
     return entry
 
 
+def _check_unpacked_size(file: Path) -> None:
+    """Raises ValueError if a torch file unpacks to more than it holds: torch does not compress, a bomb does."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as parts:
+            size = sum(part.file_size for part in parts.infolist())
+        if size > file.stat().st_size:
+            raise ValueError(f"a decompression bomb of {size:,} bytes")
+
+
 def read_state(file: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file by name, those in dictionaries too, with the names joined by dots.
 
@@ -139,6 +149,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
         else:
             with warnings.catch_warnings():  # about pickle's protocols
                 warnings.simplefilter("ignore")
+                _check_unpacked_size(file)
                 found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file causes
         said = ascii(str(error).split("\n", 1)[0])[1:-1][:120]

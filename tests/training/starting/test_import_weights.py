@@ -483,3 +483,16 @@ def test_a_version_that_keeps_its_weights_elsewhere_is_refused(monkeypatch: pyte
     monkeypatch.delattr(open_clip_files._tables(), "_PRETRAINED")
     with pytest.raises(InterchangeError, match=r"keeps its published weights elsewhere than .*; install one of these"):
         open_clip_files.published("ViT-B-32")
+
+
+def test_a_torch_file_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    """Its parts are never compressed by torch; they are refused before they are unpacked."""
+    import zipfile
+
+    torch.save({"a": torch.zeros(4)}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "bomb.pt", "w", 8) as bomb:
+        for name in good.namelist():
+            bomb.writestr(name, bytes(3_000_000) if name.endswith("data.pkl") else good.read(name))
+    assert read_state(tmp_path / "good.pt")["a"].tolist() == [0, 0, 0, 0]
+    with pytest.raises(InterchangeError, match="a decompression bomb of 3,000,"):
+        read_state(tmp_path / "bomb.pt")
