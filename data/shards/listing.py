@@ -30,7 +30,7 @@ from .index import is_usable as is_usable
 from .index_check import check_index
 from .sidecar import fetch_index
 from .table_file import DamagedTable, Table, write_cache_file
-from .tar_reader import DamagedShard, Member, tar_members
+from .tar_reader import DamagedShard, TarMember, tar_members
 
 _MOST_SHARDS = 10_000_000
 _NUMBER = r"(-?\d{1,4300})"  # Python's limit for parsing integers
@@ -186,7 +186,7 @@ def _walked(shard: ShardInfo, read: Reader) -> tuple[bytes, list[DataError]]:
     return index_bytes(shard, content, samples, columns, account, digest.hex()), faults
 
 
-def _no_sample(member: Member, file: BinaryIO) -> tuple[str, int]:
+def _no_sample(member: TarMember, file: BinaryIO) -> tuple[str, int]:
     """The heading for what belongs to no sample, and the number of members that it counts for."""
     if member.other:
         return member.other, int(bool(member.name))

@@ -42,7 +42,7 @@ class DamagedShard(DataError):
         self.offset = offset
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """One member of a tar, with `size` bytes of data from `offset` on; with headers and padding it reaches from the end
     of the member before it to `end`."""
 
@@ -53,12 +53,12 @@ class Member(NamedTuple):
     other: str = ""  # empty for a plain file, else the heading of the account that it belongs to (account.py)
 
 
-def tar_members(file: BinaryIO, shard: ShardInfo) -> Iterator[Member]:
+def tar_members(file: BinaryIO, shard: ShardInfo) -> Iterator[TarMember]:
     """The members of the shard opened as `file`, from byte 0 to its end. Raises DamagedShard."""
     position = yield from _archive(file, 0, shard)
     while position < shard.size:
         start = _after_zeros(file, position, shard)
-        yield Member("", position, 0, start, END)
+        yield TarMember("", position, 0, start, END)
         position = start
         try:
             behind = _archive(file, start, shard)
@@ -69,11 +69,11 @@ def tar_members(file: BinaryIO, shard: ShardInfo) -> Iterator[Member]:
         except StopIteration as end:
             position = end.value
         except DamagedShard:  # no archive, or one that is cut short
-            yield Member("", position, 0, shard.size, TRAILING)
+            yield TarMember("", position, 0, shard.size, TRAILING)
             return
 
 
-def _archive(file: BinaryIO, position: int, shard: ShardInfo) -> Generator[Member, None, int]:
+def _archive(file: BinaryIO, position: int, shard: ShardInfo) -> Generator[TarMember, None, int]:
     """The members of the archive that begins at `position`; returns the byte behind the first block of its end mark."""
     name, size_override, sparse = None, None, False
     while True:
@@ -100,7 +100,7 @@ def _archive(file: BinaryIO, position: int, shard: ShardInfo) -> Generator[Membe
             size_override = int(digits) if digits.isdigit() and len(digits) <= _LONGEST_NUMBER else None
         elif header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
             other = SPARSE if sparse else _OTHER.get(header.type, SPECIAL)
-            yield Member(header.name if name is None else name, data, size, position, other)
+            yield TarMember(header.name if name is None else name, data, size, position, other)
             name, size_override, sparse = None, None, False
 
 
