@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .errors import DataError, shown
 
@@ -64,6 +65,11 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
         source, shard, key, reason = texts
         entries.append(LedgerEntry(source, shard, key, offset, reason, position))
     return entries
+
+
+def entries_of(rows: Iterable[Mapping[str, Any]]) -> list[LedgerEntry]:
+    """The entries of ledger lines that a run itself has written, which name the step too."""
+    return [LedgerEntry(**{key: value for key, value in row.items() if key != "step"}) for row in rows]
 
 
 def reasons_text(entries: Iterable[LedgerEntry]) -> str:

@@ -27,7 +27,7 @@ from .run_folder import LAUNCHER, STOPPED, is_first_process
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..training.loop import Summary
+    from ..training.logging.run_log import Summary
 
 _PR_SET_PDEATHSIG = 1
 
@@ -38,7 +38,8 @@ def work(out: Path) -> None:
     Raises RunError if the run was stopped by a signal, after it committed.
     """
     recipe = read_recipe(str(out / "recipe.yaml")).recipe
-    from ..training.loop import Beginning, train
+    from ..training.loop import train
+    from ..training.starting.begin import Beginning
 
     imports = time.monotonic() - STARTED
     if ATTEMPT in os.environ:

@@ -9,27 +9,24 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..data.ledger import LedgerEntry
+from ..data.ledger import entries_of
 from ..data.loading.loader import Loader
 from ..data.samples.sample import Batch
-from ..data.storage.files import shown_url
 from ..models.spec import ModelSpec
 from .checkpoint.commits import Commits
 from .checkpoint.store import Store
 from .device import device_name
-from .engines.automatic_micro_batches import fewest_pieces, recorded_pieces
+from .engines.automatic_micro_batches import find_pieces, recorded_pieces
 from .engines.base import Engine, StepResult
 from .engines.build import build_engine
 from .engines.device_prefetch import Feed
 from .engines.micro_batches import cut
-from .evaluate.suites import evaluate
+from .evaluations import Evaluations
 from .growth.grow import grow
 from .growth.plateau import slopes
 from .growth.search import search
@@ -38,45 +35,20 @@ from .health.divergence import Health
 from .health.signals import StopRequest
 from .health.watchdog import Watchdog
 from .logging.profiler import Profile
-from .logging.run_log import RunLog
+from .logging.run_log import RunLog, Summary
 from .logging.throughput import ThroughputMeter
 from .objectives.base import Inputs, load_states, states
 from .objectives.terms import advance, build_objectives
 from .recipe import Recipe
 from .run_plan import RunPlan
-from .stages import faded, rewarmed
-from .starting.begin import Begun, begin
+from .stages import rewarmed
+from .starting.begin import Beginning, Begun, begin
 from .starting.rollback import roll_back
 from .starting.same_data import check_same_data, open_together
 from .state import Decision, Event, RolledBack, Trial
 from .tally import Tally, fold
-from .uploads import Uploads
+from .uploads import Uploads, reason_to_commit
 from .world import World
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The result of a run, for the last lines of the command."""
-
-    finished: bool
-    scores: dict[str, float]
-    chance: dict[str, float]
-    commit: str | None
-    report: Path
-    tensorboard: Path
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """Why this process started (fresh, resumed or rolled back); logged once."""
-
-    imports: float = 0.0
-    """seconds spent before the run"""
-    before: str | None = None
-    """how the previous attempt ended"""
-    back: RolledBack | None = None
-    """the rollback that started this attempt"""
 
 
 def train(
@@ -135,14 +107,13 @@ class Run:
         self.commits = Commits(Store(recipe.commits_url(out)))
         self.display = RunLog(recipe, out, world)
         self.uploads = Uploads(self.commits, world, self.display, lambda: watch.at("commit", self.state.step))
-        self.stopping = self._clock_due = self._is_best = False
-        self.scores: dict[str, float] = {}
-        self.chance: dict[str, float] = {}
+        self.evaluations = Evaluations(recipe, world, self.display, watch)
+        self.stopping = self._clock_due = False
         self._bad: list[dict[str, Any]] = []
         self._pieces, self._settled = recipe.engine.pieces or 1, -1
         """pieces of a batch, and the stage they were found for"""
-        self._scored = self._committed = -1
-        """the steps of the latest evaluation and commit of this attempt"""
+        self._committed = -1
+        """the step of the latest commit of this attempt"""
         self._looked = False
         """whether a batch was looked at for what it can teach, which the first log line does"""
         self._feed = Feed(world, recipe.seed)
@@ -178,20 +149,15 @@ class Run:
 
     def _record_start(self, begun: Begun, attempt: int, beginning: Beginning) -> None:
         """Write down how this attempt began: in the lineage, the records and on the terminal."""
-        commit = begun.commit.name if begun.commit else None
-        event = "resume" if commit else "start"
-        detail: dict[str, Any] = {"attempt": attempt, "hosts": self.world.hosts(), "commit": commit}
+        event, said = beginning.event(begun)
+        detail = {"attempt": attempt, "hosts": self.world.hosts(), **said}
         if begun.commit:
             self.uploads.last = begun.commit.url
-        if beginning.before:
-            detail["before"] = beginning.before
-        if back := beginning.back:
-            event = "rollback"
-            detail |= {"batches": back.cursor - self.state.cursor, "times": back.times, "reason": back.reason}
+        if beginning.back:
             fresh = self.state.health.model_copy(update={"bad_steps": 0, "spiked": False})
             self.state = self.state.model_copy(update={"health": fresh})
         self._remember(event, {**detail, "changes": begun.changes} if begun.changes else detail, attempt=attempt)
-        self.display.begin(self.state, commit)
+        self.display.begin(self.state, said["commit"])
         self.display.event(
             event,
             self.state,
@@ -223,7 +189,7 @@ class Run:
         check_same_data(recipe, self.state, data, self.commits.store.url)
         self.state = self.state.model_copy(update={"data": tuple(data), "tokenizer": loader.tokenizer.identity})
         self.plan.specs[-1].check_samples(loader.columns)
-        loader.check_bad(_entries(world.first(self.display.known_bad())))
+        loader.check_bad(entries_of(world.first(self.display.known_bad())))
         return loader
 
     def _remember(self, event: str, detail: dict[str, Any], **changes: Any) -> None:
@@ -248,7 +214,7 @@ class Run:
             with contextlib.closing(self.loader.batches(self.state.cursor)) as batches:
                 probe = replace(cut(self._inputs(next(batches)), self._pieces)[0], patches=None)
             plan, how = self.plan, self.plan.stages[stage]
-            fade = faded(plan.stages, self.state.stage, self.state.samples, plan.recipe.data.batch)
+            fade = plan.fade(self.state)
             learned = states(self.engine.objectives)
             self.engine, growth = grow(self.engine, self._build, plan.specs[stage], probe, self.recipe.seed, how, fade)
             load_states(self.engine.objectives, learned)
@@ -264,9 +230,8 @@ class Run:
     def _search(self, stage: int) -> bool:
         """Choose what a stage grows into, by short trials from here; returns False if the run stops before it has."""
         begun = time.monotonic()
-        choice = search(
-            self.engine, self._build, self.recipe, self.state, stage, self._feed, self._searching, self._tried
-        )
+        alive = partial(self.watch.at, "search", self.state.step)
+        choice = search(self.engine, self._build, self.recipe, self.state, stage, self._feed, alive, self._tried)
         self.loader = self._loader()  # it has opened the sources anew: are they the same still?
         if choice is None:
             return False
@@ -276,9 +241,6 @@ class Run:
         self.meter.exclude_time(seconds)
         self.meter.exclude_flops(choice.spent)
         return True
-
-    def _searching(self) -> None:
-        self.watch.at("search", self.state.step)
 
     def _tried(self, trial: Trial) -> bool:
         """Keep a finished trial, and commit if it is time to; returns whether the search goes on."""
@@ -309,19 +271,19 @@ class Run:
     def _settle_pieces(self, batch: Batch) -> None:
         """For `engine.micro_batches: auto`, once a stage: as many pieces as the run found for it on as many devices of
         this kind, else as it finds now, before the first step."""
-        stage, device = self.state.stage, device_name(self.world.device)
+        stage = self.state.stage
         if self.recipe.engine.pieces is not None or self._settled == stage:
             return
         self._settled = stage
-        pieces = recorded_pieces(self.state.lineage, stage, device, self.world.size)
+        pieces = recorded_pieces(self.state.lineage, stage, self.world)
         if pieces is None:
             self.watch.at("micro_batches", self.state.step)
             begun = time.monotonic()
-            pieces = fewest_pieces(self.engine, self._inputs(batch), self.plan.sees(stage)[1])
-            detail = {"stage": stage, "device": device, "pieces": pieces, "pairs": -(-len(batch.lengths) // pieces)}
-            self._remember("micro_batches", detail)
-            self.display.event("micro_batches", self.state, **detail, seconds=time.monotonic() - begun)
+            found = find_pieces(self.engine, self._inputs(batch), self.plan.sees(stage)[1], stage)
+            self._remember("micro_batches", found)
+            self.display.event("micro_batches", self.state, **found, seconds=time.monotonic() - begun)
             self.meter.exclude_time(time.monotonic() - begun)
+            pieces = int(found["pieces"])
         self._pieces = pieces
         self.engine.take_pieces(pieces)
 
@@ -332,13 +294,12 @@ class Run:
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
-        stages, place = self.plan.stages, (state.stage, state.samples, size)
         self.watch.at("step", state.step, batch.keys)
         self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
-        self.lr *= rewarmed(stages, *place)
+        self.lr *= rewarmed(self.plan.stages, state.stage, state.samples, size)
         advance(self.engine.objectives, self.recipe.objectives, state.samples / self.recipe.total_samples)
         self.inputs = self._inputs(batch)
-        self.result = self.engine.step(self.inputs, self.lr, faded(stages, *place))
+        self.result = self.engine.step(self.inputs, self.lr, self.plan.fade(state))
         self.profile.step()
         self.tally.add(self.result, {o.name: o.weight for o in self.engine.objectives}, len(batch.tokens))
         self.state = state.model_copy(update={"step": state.step + 1, "samples": state.samples + size})
@@ -392,11 +353,11 @@ class Run:
             entries = [entry for rank in world.objects(self._bad) for entry in rank]
             self._bad = []
             self.display.bad(entries)
-            self.loader.check_bad(_entries(entries))
+            self.loader.check_bad(entries_of(entries))
 
     def log(self) -> None:
         """Write a log line if one is due, and go back if the run is ill. Raises RolledBack."""
-        if self.state.step % self.recipe.log.every == 0 or self.state.step == self.plan.ends[-1]:
+        if self.state.step % self.recipe.log.every == 0 or self.plan.is_over(self.state):
             self._write_line()
             if self.state.health.bad_steps >= self.recipe.recovery.bad_steps:
                 self.uploads.finish()
@@ -405,89 +366,45 @@ class Run:
     def _write_line(self) -> None:
         """Read the step's figures from the device (which synchronises) and log them."""
         self._fold()
-        state, result, recipe = self.state, self.result, self.recipe
-        assert result
+        assert self.result
         assert self.inputs
-        shares = self.world.sum(torch.stack(list(result.losses.values()))).tolist()
-        losses = dict(zip(result.losses, shares, strict=True))
-        skipped = self.engine.skipped
-        steps, new = self.meter.since(state, skipped)
-        loss = sum(o.weight * losses[o.name] for o in self.engine.objectives)
-        self.state = state.model_copy(update={"skipped": skipped})
+        figures = self.engine.figures(self.result)
+        self._warn(figures, self.inputs)
+        self.state = self.state.model_copy(update={"skipped": figures["skipped"]})
+        figures |= {"lr": self.lr, "passes": self.loader.coverage(self.state.cursor)}
+        figures |= self.meter.line(self.state, self.recipe.data.batch)
+        if self.recipe.log.gradient_norms:
+            figures["gradient_norms"] = self.engine.gradient_norms(self.inputs)
+        self.display.step(self.state, **figures)
+
+    def _warn(self, figures: dict[str, Any], inputs: Inputs) -> None:
+        """Show what is wrong with the steps since the last line."""
+        warn = self.display.warn
         if not self._looked:
-            self._looked, norm = True, result.grad_norm.item()
-            if why := nothing_to_learn(self.inputs, self.engine.objectives, loss, norm, self.world):
-                self.display.warn(why)
+            self._looked, measured = True, (figures["loss"], figures["grad_norm"])
+            if why := nothing_to_learn(inputs, self.engine.objectives, *measured, self.world):
+                warn(why)
         if short := self.engine.recomputing.shortage():
-            self.display.warn(short)
+            warn(short)
+        steps, new = self.meter.since(self.state, figures["skipped"])
         if new:
-            self.display.warn(f"{new} of the last {steps} steps had a gradient that is not finite and were skipped")
-        self.display.step(
-            self.state,
-            loss=loss,
-            losses=losses,
-            lr=self.lr,
-            logit_scale=self.engine.scale(),
-            grad_norm=result.grad_norm.item(),
-            skipped=skipped,
-            parameters=self.engine.parameters,
-            passes=self.loader.coverage(state.cursor),
-            **self.meter.line(self.state, recipe.data.batch),
-            **self.engine.recomputing.figures(),
-            **({"gradient_norms": self.engine.gradient_norms(self.inputs)} if self.recipe.log.gradient_norms else {}),
-        )
+            warn(f"{new} of the last {steps} steps had a gradient that is not finite and were skipped")
 
     def evaluate(self) -> None:
         """Evaluate if the cadence or the end of the run asks for it."""
-        state, every = self.state, self.recipe.eval.every
-        due = every is not None and state.samples // every > (state.samples - self.recipe.data.batch) // every
-        if self.recipe.eval.suites and (due or state.step == self.plan.ends[-1]):
+        if self.evaluations.due(self.plan, self.state):
             self._evaluate()
 
     def _evaluate(self) -> None:
         begun = time.monotonic()
-        recipe = self.recipe
-        data = recipe.data
-        with self.engine.whole_model() as model, self.watch.through(model, "evaluate", self.state.step):
-            found = evaluate(model, recipe.eval, recipe.evaluation_source, self.world, data.cache, data.tokenizer)
-        self.scores, self.chance, self._scored = found.scores, found.chance, self.state.step
-        self._compare_sets(found.contents)
-        best = recipe.checkpoint.best_of(found.scores, found.undefined)
-        if best is not None and (self.state.best is None or best > self.state.best):
-            self.state, self._is_best = self.state.model_copy(update={"best": best}), True
-        self.display.evaluation(self.state, found, time.monotonic() - begun)
+        self.state = self.evaluations.run(self.engine, self.state)
         self.meter.exclude_time(time.monotonic() - begun)
-
-    def _compare_sets(self, contents: dict[str, str]) -> None:
-        """Warn if scores cannot be compared with earlier ones of the run, as their data changed."""
-        before = self.state.evaluated
-        changed = [url for url, its in contents.items() if before.get(url, its) != its]
-        if changed:
-            self.display.warn(
-                f"{', '.join(map(shown_url, changed))} changed: its scores from step {self.state.step} on are of other "
-                f"samples than those before; the best commit is chosen anew among them"
-            )
-            self.state = self.state.model_copy(update={"best": None})
-        self.state = self.state.model_copy(update={"evaluated": before | contents})
 
     def commit(self) -> None:
         """Commit if it is due: at the end, before a growth, after a signal, with the best score, or by the interval."""
-        state, checkpoint = self.state, self.recipe.checkpoint
-        every = checkpoint.every_samples
-        stage_done = state.step == self.plan.ends[state.stage]
-        if state.step == self.plan.ends[-1]:
-            reason = "end"
-        elif stage_done and self.plan.specs[state.stage + 1] != self.plan.specs[state.stage]:
-            reason = "growth"
-        elif self.stopping:
-            reason = "signal"
-        elif self._is_best:
-            reason = "best"
-        elif self._clock_due or (every and state.samples // every > (state.samples - self.recipe.data.batch) // every):
-            reason = "interval"
-        else:
-            return
-        self._commit(reason)
+        asked = self.stopping, self.evaluations.is_best, self._clock_due
+        if reason := reason_to_commit(self.plan, self.state, *asked):
+            self._commit(reason)
 
     def _commit(self, reason: str) -> None:
         """Take a snapshot and begin to upload it; it is waited for where training does not just go on."""
@@ -498,20 +415,12 @@ class Run:
         if self._committed == self.state.step:  # in a search: an attempt makes one commit a step
             self.state = self.state.model_copy(update={"attempt": self._claim()})
         self._committed = self.state.step
-        self.state = self.state.model_copy(
-            update={
-                "applied": self.engine.applied,
-                "skipped": self.engine.skipped,
-                "multipliers": self.engine.multipliers,
-                "objectives": states(self.engine.objectives),
-                "seconds": self._seconds(),
-            }
-        )
-        scores = self.scores if self._scored == self.state.step else None
+        self.state = self.state.model_copy(update={**self.engine.counters(), "seconds": self._seconds()})
+        scores = self.evaluations.of_step(self.state.step)
         self.uploads.begin(self.engine, self.state, self.recipe, reason, scores)
         if reason not in ("interval", "best"):
             self.uploads.finish()
-        self._is_best = False
+        self.evaluations.is_best = False
         self._commit_time = time.monotonic()
         self.meter.exclude_time(self._commit_time - begun)
 
@@ -523,9 +432,9 @@ class Run:
 
     def finish(self) -> Summary:
         """Finish a run that has used its whole budget. Started again, it only writes the report."""
-        if self.recipe.eval.suites and not self.scores:
-            self.scores, self.chance = self.world.first(self.display.scores(self.state))
-        if self.recipe.eval.suites and not self.scores:  # a new run folder for an existing commit
+        if self.evaluations.lacking:
+            self.evaluations.recall(self.state)
+        if self.evaluations.lacking:  # a new run folder for an existing commit
             self._evaluate()
         self.display.event("end", self.state, seconds=self._seconds())
         return self.summary(finished=True)
@@ -535,11 +444,5 @@ class Run:
         self.watch.at("end", self.state.step)
         report = self.display.report()
         self.world.barrier()  # the launcher ends all processes when the first one exits
-        return Summary(
-            finished, self.scores, self.chance, self.uploads.last, report, self.out / "tensorboard", self._seconds()
-        )
-
-
-def _entries(rows: list[dict[str, Any]]) -> list[LedgerEntry]:
-    """Lines of the ledger file as the loader's entries."""
-    return [LedgerEntry(**{key: value for key, value in row.items() if key != "step"}) for row in rows]
+        scores, board = self.evaluations, self.out / "tensorboard"
+        return Summary(finished, scores.scores, scores.chance, self.uploads.last, report, board, self._seconds())

@@ -9,7 +9,7 @@ from itertools import accumulate
 from ..data.order import Mixture
 from ..models.spec import ModelSpec
 from .recipe import Recipe
-from .stages import StageConfig
+from .stages import StageConfig, faded
 from .state import Decision, RunState
 
 
@@ -34,6 +34,18 @@ class RunPlan:
     def stages(self) -> tuple[StageConfig, ...]:
         """The stages as decided."""
         return self.recipe.stages
+
+    def is_over(self, state: RunState) -> bool:
+        """Whether the whole budget of the run is used."""
+        return state.step == self.ends[-1]
+
+    def crossed(self, every: int | None, state: RunState) -> bool:
+        """Whether the latest step crossed a multiple of `every` samples; never if that is None."""
+        return every is not None and state.samples // every > (state.samples - self.recipe.data.batch) // every
+
+    def fade(self, state: RunState) -> float:
+        """The exponent of growth's multipliers in the next step."""
+        return faded(self.stages, state.stage, state.samples, self.recipe.data.batch)
 
     def sees(self, stage: int) -> tuple[int, int]:
         """Resolution of the pictures and most tokens of a caption in a stage."""

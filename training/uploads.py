@@ -1,4 +1,4 @@
-"""The commit being uploaded (at most one), polled between steps while training continues.
+"""When a run commits, and the commit being uploaded (at most one), polled between steps while training continues.
 
 Every rank makes the same calls in the same order, since all of them complete a commit together.
 """
@@ -16,8 +16,25 @@ from .engines.base import Engine
 from .health.signals import short_notice
 from .logging.run_log import RunLog
 from .recipe import Recipe
+from .run_plan import RunPlan
 from .state import RunState
 from .world import World
+
+
+def reason_to_commit(plan: RunPlan, state: RunState, stopping: bool, best: bool, clock: bool) -> str | None:
+    """Why to commit after a step, the first that applies; None where nothing asks for it.
+
+    `stopping`: the run is asked to end; `best`: its score is the best so far; `clock`: enough time has passed.
+    """
+    if plan.is_over(state):
+        return "end"
+    if state.step == plan.ends[state.stage] and plan.specs[state.stage + 1] != plan.specs[state.stage]:
+        return "growth"
+    if stopping:
+        return "signal"
+    if best:
+        return "best"
+    return "interval" if clock or plan.crossed(plan.recipe.checkpoint.every_samples, state) else None
 
 
 @dataclass

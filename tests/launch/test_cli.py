@@ -254,10 +254,7 @@ def broken_loop(folder: Path, body: str) -> dict[str, str]:
         f"            return importlib.util.spec_from_file_location(name, {str(folder / 'loop.py')!r})\n"
         "sys.meta_path.insert(0, Finder())\n"
     )
-    (folder / "loop.py").write_text(
-        "import os, signal, sys, time\nBeginning = lambda *about: about\ndef train(recipe, out, *about, **more):\n"
-        + body
-    )
+    (folder / "loop.py").write_text("import os, signal, sys, time\ndef train(recipe, out, *about, **more):\n" + body)
     return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 

@@ -20,7 +20,8 @@ from treering.launch.recipe.load import read_recipe
 from treering.training import loop
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store, StoreError
-from treering.training.loop import Summary, train
+from treering.training.logging.run_log import Summary
+from treering.training.loop import train
 from treering.training.recipe import Recipe
 from treering.training.starting.resume import check_same_run
 from treering.training.world import World

@@ -17,12 +17,13 @@ from treering.training import loop
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store
 from treering.training.engines import base
-from treering.training.growth.plateau import Tally
+from treering.training.engines.base import StepResult
 from treering.training.recipe import Recipe
 from treering.training.report.readable import counts_first, is_fraction, lower_is_better, score
 from treering.training.report.sections import score_names
 from treering.training.run_plan import RunPlan
 from treering.training.state import RunState
+from treering.training.tally import Tally, fold
 from treering.training.world import World
 
 MORE = ["data.workers=0", "eval.examples=0"]
@@ -63,8 +64,8 @@ def test_a_window_takes_finite_losses_alone(loss: float) -> None:
     plan = RunPlan.of(recipe("stages=[{samples: 240, plateau: {window: 120}}, {samples: 12}]"), ())
     tally = Tally(World(0, 1, torch.device("cpu")))
     for value in (1.0, loss, 2.0):
-        tally.add(torch.tensor(value), 60)
-    found = tally.fold(RunState(step=13, samples=156), plan, None, False)
+        tally.add(StepResult({"contrastive": torch.tensor(value)}, torch.tensor(1.0)), {"contrastive": 1.0}, 60)
+    found = fold(tally.take(), RunState(step=13, samples=156), plan, None, False)
     assert [value for value, _ in found.window] == [1.0, 2.0]
     assert 0 < found.flops < inf
 

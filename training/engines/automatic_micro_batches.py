@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils import find_executable_batch_size
 
+from ..device import device_name
 from ..objectives.base import Inputs, load_states, states
 from ..state import Event, TrainingError
 from ..world import World
@@ -64,13 +66,19 @@ def fewest_pieces(engine: Engine, inputs: Inputs, longest: int) -> int:
     return int(max(needed))
 
 
-def recorded_pieces(lineage: Sequence[Event], stage: int, device: str, world: int) -> int | None:
+def find_pieces(engine: Engine, inputs: Inputs, longest: int, stage: int) -> dict[str, Any]:
+    """The fewest pieces for a stage, as the lineage records them: there `recorded_pieces` finds them again."""
+    pieces, device = fewest_pieces(engine, inputs, longest), device_name(engine.world.device)
+    return {"stage": stage, "device": device, "pieces": pieces, "pairs": -(-len(inputs.lengths) // pieces)}
+
+
+def recorded_pieces(lineage: Sequence[Event], stage: int, world: World) -> int | None:
     """The pieces that a run has found for a stage on as many devices of this kind; None if it has not looked."""
-    here = {"stage": stage, "device": device}
+    here = {"stage": stage, "device": device_name(world.device)}
     found = [
         event.detail["pieces"]
         for event in lineage
-        if event.event == "micro_batches" and event.world == world and here.items() <= event.detail.items()
+        if event.event == "micro_batches" and event.world == world.size and here.items() <= event.detail.items()
     ]
     return found[-1] if found else None
 

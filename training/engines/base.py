@@ -11,6 +11,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ...models.model import Model, empty, materialise
 from ...models.output import ModelOutput
 from ...models.spec import ModelSpec
-from ..objectives.base import Inputs, Objective, extras_of
+from ..objectives.base import Inputs, Objective, extras_of, states
 from ..world import World
 from . import micro_batches
 from .activation_checkpointing import Recomputing
@@ -173,6 +174,29 @@ class Engine(ABC):
     @abstractmethod
     def parameters(self) -> int:
         """Trained numbers of the model."""
+
+    def figures(self, result: StepResult) -> dict[str, Any]:
+        """What a log line says of a step; all ranks call it together, and it synchronises with the device."""
+        shares = self.world.sum(torch.stack(list(result.losses.values()))).tolist()
+        losses = dict(zip(result.losses, shares, strict=True))
+        return {
+            "loss": sum(o.weight * losses[o.name] for o in self.objectives),
+            "losses": losses,
+            "logit_scale": self.scale(),
+            "grad_norm": result.grad_norm.item(),
+            "skipped": self.skipped,
+            "parameters": self.parameters,
+            **self.recomputing.figures(),
+        }
+
+    def counters(self) -> dict[str, Any]:
+        """What the state of a run holds of the engine; it synchronises with the device."""
+        return {
+            "applied": self.applied,
+            "skipped": self.skipped,
+            "multipliers": self.multipliers,
+            "objectives": states(self.objectives),
+        }
 
     @torch.no_grad()
     def output(self, inputs: Inputs) -> ModelOutput:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ from .tensorboard import TensorBoardLog
 
 _REPORTING = 0.01
 """most of a run's time that is spent on updating its report"""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of a run, for the last lines of the command."""
+
+    finished: bool
+    scores: dict[str, float]
+    chance: dict[str, float]
+    commit: str | None
+    report: Path
+    tensorboard: Path
+    seconds: float
 
 
 class RunLog:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ...models.spec import ModelSpec
 from ..checkpoint.commits import Commits
@@ -14,7 +15,7 @@ from ..engines.layout import Layout
 from ..objectives.base import load_states
 from ..recipe import Recipe
 from ..run_plan import RunPlan
-from ..state import RunState
+from ..state import RolledBack, RunState
 from ..world import World
 from .init_from import begin_with, open_origin
 from .resume import check_same_run, newest_intact
@@ -32,6 +33,28 @@ class Begun:
     """what the recipe changes of the run's future"""
     seconds: dict[str, float]
     """seconds spent on finding, reading and building"""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Why this process started (fresh, resumed or rolled back); logged once."""
+
+    imports: float = 0.0
+    """seconds spent before the run"""
+    before: str | None = None
+    """how the previous attempt ended"""
+    back: RolledBack | None = None
+    """the rollback that started this attempt"""
+
+    def event(self, begun: Begun) -> tuple[str, dict[str, Any]]:
+        """The name of the event that records the start of an attempt, and what it says beside its number and place."""
+        detail: dict[str, Any] = {"commit": begun.commit.name if begun.commit else None}
+        if self.before:
+            detail["before"] = self.before
+        if back := self.back:
+            batches = back.cursor - begun.state.cursor
+            return "rollback", {**detail, "batches": batches, "times": back.times, "reason": back.reason}
+        return "resume" if begun.commit else "start", detail
 
 
 class _Builder:

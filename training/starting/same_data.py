@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ...data.errors import DataError
 from ...data.identity import SourceIdentity, difference
@@ -44,6 +44,18 @@ def check_same_data(recipe: Recipe, state: RunState, found: Sequence[SourceIdent
                 f"to continue it, add new ones as another source in a later stage, or give another --out to start a "
                 f"new run"
             )
+
+
+def changed_sets(state: RunState, contents: Mapping[str, str]) -> str | None:
+    """Why scores on evaluation sets of these `contents` cannot be compared with earlier ones of the run; None if they
+    can."""
+    changed = [url for url, its in contents.items() if state.evaluated.get(url, its) != its]
+    if not changed:
+        return None
+    return (
+        f"{', '.join(map(shown_url, changed))} changed: its scores from step {state.step} on are of other samples than "
+        f"those before; the best commit is chosen anew among them"
+    )
 
 
 def open_together(world: World, recipe: Recipe, make: Callable[[], Loader]) -> tuple[Loader, list[SourceIdentity]]:
