@@ -17,7 +17,8 @@ from braceexpand import braceexpand
 
 from ..errors import DataError, shown
 from ..storage.credentials import holds_secret
-from ..storage.files import Reader, ShardInfo, changed, find_all, listed_again, read_range, shown_url
+from ..storage.files import Reader, ShardInfo, changed, listed_again, read_range, shown_url
+from ..storage.find import find_all
 from ..storage.gzip_cache import open_content
 from ..storage.names import refuse_other_syntax, split_braces
 from .account import HIDDEN, NO_EXTENSION, OTHER, PICTURES, SAMPLES, TWICE, UNDERSCORED, UNREAD, Account

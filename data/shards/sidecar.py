@@ -10,16 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import DataError
-from ..storage.files import (
-    SIDECAR_FOLDER,
-    ShardInfo,
-    find,
-    is_remote,
-    read_range,
-    readable_errors,
-    shown_url,
-)
+from ..storage.files import SIDECAR_FOLDER, ShardInfo, is_remote, read_range, readable_errors, shown_url
 from ..storage.filesystems import filesystem
+from ..storage.find import find
 from ..storage.retries import retry
 from .index import cached_at, fits
 from .table_file import DamagedTable, Table, write_cache_file

@@ -10,28 +10,21 @@ from __future__ import annotations
 
 import io
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO, TypeVar, cast
-
-from fsspec.utils import glob_translate
 
 from ..errors import DataError
 from .credentials import without_user
 from .failures import Failure, settings_remedy
 from .filesystems import failure_at, filesystem, single_try_filesystem, with_code
-from .names import is_local, is_pattern, literal_part, split_local
+from .names import is_local
 from .retries import http_status, reason, retry
 
 T = TypeVar("T")
-_LISTED = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs"))  # stores that list the names with a prefix
-_LIST_FROM = 16  # from this many names in a folder it is listed; concurrent requests if it cannot be
 SIDECAR_FOLDER = ".treering"
 """the sidecar folder next to shards, which holds their indexes"""
 _LOCAL = frozenset(("file", "local", "memory"))
@@ -39,7 +32,6 @@ _AHEAD = 8 << 20  # bytes requested at a time by a walk over a remote shard
 _CHUNK = 1 << 18  # bytes read at a time from a response
 _UNDATED = "?"  # ends a stamp that says nothing
 _EARLIEST = 315_532_800 * 10**9  # 1980: earlier times are those that an archive was made with
-_START_SECONDS = 20.0  # a store that does not answer at all is more likely misspelt than restarting
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,137 +79,8 @@ def is_remote(url: str) -> bool:
     return bool(separator) and protocol not in _LOCAL
 
 
-def lists_by_prefix(url: str) -> bool:
-    """Whether the store of a URL lists the names with a prefix, without looking at others."""
-    return url.partition("://")[0] in _LISTED
-
-
-def find_all(urls: Sequence[str]) -> list[ShardInfo]:
-    """The files behind URLs without braces. Many names in one folder of a store are looked up by listing the folder:
-    separate requests for tens of thousands would take minutes. Raises as `find` does."""
-    found: list[ShardInfo] = []
-    single: list[str] = []
-    local: list[str] = []
-    folders: dict[str, list[str]] = {}
-    for url in urls:
-        if is_local(url):
-            local.append(url)
-        elif is_pattern(url):
-            found += find(url)
-        elif lists_by_prefix(url) and "?" not in url:
-            folders.setdefault(url.rpartition("/")[0], []).append(url)
-        else:
-            single.append(url)
-    found += _find_local(local)
-    for folder, names in folders.items():
-        if len(names) < _LIST_FROM:
-            single += names
-        else:
-            found += _listed(folder, names)
-    if len(single) < _LIST_FROM:
-        return found + [each for url in single for each in find(url)]
-    with ThreadPoolExecutor(_LIST_FROM) as pool:
-        return found + [each for few in pool.map(find, single) for each in few]
-
-
-def _listed(folder: str, urls: Sequence[str]) -> list[ShardInfo]:
-    """The files of one folder of a store that `urls` name."""
-    with readable_errors(folder):
-        system, path = single_try_filesystem(folder)
-        matches = retry(
-            shown_url(folder),
-            lambda: system.find(path, maxdepth=1, detail=True),  # with a prefix too, s3fs before 2026 refuses it
-            seconds=_START_SECONDS,
-        )
-    there = {_with_protocol(folder, name): match for name, match in matches.items() if match["type"] == "file"}
-    missing = [url for url in urls if url not in there]
-    if missing:
-        more = f" (and {len(missing) - 1:,} more of {len(urls):,})" if len(missing) > 1 else ""
-        raise DataError(
-            f"no shards match {shown_url(missing[0])}{more}: not found; check the bucket and the names in it"
-        )
-    return [ShardInfo(url, int(there[url]["size"]), _stamp(there[url])) for url in urls]
-
-
-def _find_local(urls: Sequence[str]) -> list[ShardInfo]:
-    """`find` for local paths, with one system call per file. Raises DataError."""
-    found = []
-    for url in urls:
-        before, path = split_local(url)
-        folder, pattern = literal_part(path, os.path.lexists) if is_pattern(path) else (path, "")
-        try:
-            stats = _matches(folder, pattern) if pattern else [(path, os.stat(path))]
-        except FileNotFoundError:
-            stats = []
-        except OSError as error:
-            with readable_errors(url):
-                raise error
-        regular = [(name, stat) for name, stat in stats if S_ISREG(stat.st_mode)]
-        shards = [ShardInfo(before + name, stat.st_size, version_of(stat)) for name, stat in regular]
-        if not shards:
-            if stats and S_ISDIR(stats[0][1].st_mode) and not pattern:
-                where = shown_url(url).rstrip("/")
-                raise DataError(f"{shown_url(url)} is a folder; name the tar files in it, as in {where}/*.tar")
-            raise DataError(f"no shards match {shown_url(url)}: not found; check the path")
-        found += shards
-    return found
-
-
-def _matches(folder: str, pattern: str) -> list[tuple[str, os.stat_result]]:
-    """The paths in a folder that a pattern matches, with their stat results."""
-    if "/" in pattern or "**" in pattern:
-        names = _globbed(filesystem(folder or "/")[0], folder, pattern)
-        return [(each, os.stat(each)) for each in names]
-    fits = re.compile(glob_translate(pattern)).match
-    with os.scandir(folder or "/") as entries:
-        return [(entry.path, entry.stat()) for entry in entries if fits(entry.name)]
-
-
-def _globbed(system: Any, folder: str, pattern: str) -> dict[str, dict[str, Any]]:
-    """What a pattern matches in a folder, by path; the name of the folder is taken as it is."""
-    depth = None if "**" in pattern else pattern.count("/") + 1
-    fits = re.compile(glob_translate(pattern)).match
-    found: dict[str, dict[str, Any]] = system.find(folder or "/", maxdepth=depth, detail=True)
-    return {
-        name: info
-        for name, info in found.items()
-        if fits(name[len(folder) + 1 :]) and f"/{SIDECAR_FOLDER}/" not in name
-    }
-
-
-def find(url: str) -> list[ShardInfo]:
-    """The files behind a URL without braces. Raises DataError if there are none or the store does not answer."""
-    if is_local(url):
-        return _find_local([url])
-    with readable_errors(url):
-        system, path = single_try_filesystem(url)
-        folder, pattern = path, ""
-        if is_pattern(url):
-            folder, pattern = literal_part(path, lambda name: _tried(url, lambda: system.exists(name)))
-        if pattern:
-            glob = _globbed if is_pattern(folder) else lambda system, folder, pattern: system.glob(path, detail=True)
-            found = _tried(url, lambda: glob(system, folder, pattern))
-            files = [match for match in found.values() if match["type"] == "file"]
-            files = [match for match in files if f"/{SIDECAR_FOLDER}/" not in match["name"]]
-            urls = [_with_protocol(url, match["name"]) for match in files]
-        else:
-            match = _tried(url, lambda: _info(system, path))
-            if match and match["type"] == "directory":
-                raise DataError(
-                    f"{shown_url(url)} is a folder; name the tar files in it, as in {shown_url(url).rstrip('/')}/*.tar"
-                )
-            files, urls = ([match], [url]) if match else ([], [])
-        if not files:
-            twice = "; a double slash is a folder without a name, which some servers drop" if "//" in path else ""
-            raise DataError(f"no shards match {shown_url(url)}: not found; check the bucket and the names in it{twice}")
-        return [ShardInfo(each, int(m["size"]), _stamp(m)) for each, m in zip(urls, files, strict=True)]
-
-
-def _tried(url: str, ask: Callable[[], T]) -> T:
-    return retry(shown_url(url), ask, seconds=_START_SECONDS)
-
-
-def _info(system: Any, path: str) -> dict[str, Any] | None:
+def info_of(system: Any, path: str) -> dict[str, Any] | None:
+    """What a store says of an object; None if there is none."""
     try:
         found: dict[str, Any] = system.info(path)
         return found
@@ -229,12 +92,8 @@ def _info(system: Any, path: str) -> dict[str, Any] | None:
         raise with_code(system, path, error) from None
 
 
-def _with_protocol(url: str, name: str) -> str:
-    protocol, separator, _ = url.partition("://")
-    return name if not separator or "://" in name else f"{protocol}://{name}"
-
-
-def _stamp(info: dict[str, Any]) -> str:
+def stamp_of(info: dict[str, Any]) -> str:
+    """The stamp of an object, from what its store says of it; empty if that has none."""
     for field in ("ETag", "etag", "mtime", "LastModified", "Last-Modified", "last_modified", "updated"):
         if info.get(field) is not None:
             return str(info[field])
@@ -257,10 +116,10 @@ def listed_again(shard: ShardInfo) -> ShardInfo:
             stat = os.stat(_local_path(shard.url))
             return ShardInfo(shard.url, stat.st_size, version_of(stat))
         system, path = single_try_filesystem(shard.url)
-        match = retry(shown_url(shard.url), lambda: _info(system, path))
+        match = retry(shown_url(shard.url), lambda: info_of(system, path))
         if match is None:
             raise FileNotFoundError
-        return ShardInfo(shard.url, int(match["size"]), _stamp(match))
+        return ShardInfo(shard.url, int(match["size"]), stamp_of(match))
 
 
 def read_range(shard: ShardInfo, start: int, end: int) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 from treering.data import DataError, open_source
 from treering.data.shards import listing
 from treering.data.shards.listing import list_shards
-from treering.data.storage import files as data_files
+from treering.data.storage import find as data_find
 from treering.launch.commands.data_index import index_url
 
 SHARDS = 20
@@ -48,7 +48,7 @@ def url(s3: str) -> str:
 
 def test_many_names_are_listed_not_asked_for_one_by_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (one,) = list_shards(url.replace("{000..019}", "007"))
-    monkeypatch.setattr(data_files, "_info", lambda *_: pytest.fail("a shard was asked for"))
+    monkeypatch.setattr(data_find, "info_of", lambda *_: pytest.fail("a shard was asked for"))
     found = list_shards(url)
     assert [each.url for each in found] == [url.replace("{000..019}", f"{n:03}") for n in range(SHARDS)]
     assert found[7] == one  # the same size and etag

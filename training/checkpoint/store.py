@@ -23,8 +23,8 @@ from ...data.errors import DataError
 from ...data.storage.atomic_write import atomic_write, durable_folder, sync_folder
 from ...data.storage.credentials import holds_secret, without_user
 from ...data.storage.failures import Failure, settings_remedy
-from ...data.storage.files import lists_by_prefix
 from ...data.storage.filesystems import failure_at, single_try_filesystem, with_code
+from ...data.storage.find import lists_by_prefix
 from ...data.storage.names import refuse_other_syntax
 from ...data.storage.retries import RetriesExhausted, retry
 

@@ -21,7 +21,7 @@ from treering.data import open_source
 from treering.data.shards import account as headings
 from treering.data.shards.account import Account, Count, parsed, total
 from treering.data.shards.listing import index_shard, walk
-from treering.data.storage.files import find
+from treering.data.storage.find import find
 from treering.data.tools.lint import lint
 from treering.launch.commands.data_index import source_notes
 

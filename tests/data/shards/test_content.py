@@ -18,7 +18,7 @@ from treering.data import DataError, Source, open_source
 from treering.data.shards.content import is_header_of
 from treering.data.shards.index import cached_at
 from treering.data.shards.listing import index_shard, list_shards
-from treering.data.storage import files
+from treering.data.storage import files, find
 from treering.tests.support.made_up_shards import Members, shard
 
 
@@ -67,7 +67,8 @@ def test_a_stamp_that_says_nothing_is_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
 ) -> None:
     """As of an image of a file system (squashfs) that was mounted again: all times 0, inodes equal."""
-    monkeypatch.setattr(files, "version_of", lambda stat: "0-0-7?")
+    for module in (files, find):
+        monkeypatch.setattr(module, "version_of", lambda stat: "0-0-7?")
     plain, identities = tmp_path / "plain", []
     path = tmp_path / ("0.tar.gz" if packed else "0.tar")
     for text in ("picture {} of a thing", "picture {} of a cat!!"):

@@ -19,7 +19,8 @@ from treering.data import open_source
 from treering.data.errors import DataError
 from treering.data.shards import listing
 from treering.data.shards.listing import expand_braces, index_shard, list_shards, split_name
-from treering.data.storage.files import find, shown_url
+from treering.data.storage.files import shown_url
+from treering.data.storage.find import find
 from treering.tests.support.faulty_proxy import FaultyProxy
 
 WriteTar = Callable[..., Path]

@@ -19,7 +19,8 @@ from treering.data import DataConfig, DataError, Loader, open_source
 from treering.data.loading import loader
 from treering.data.storage import retries
 from treering.data.storage.block_cache import BlockCache
-from treering.data.storage.files import find, read_range
+from treering.data.storage.files import read_range
+from treering.data.storage.find import find
 from treering.tests.support.faulty_proxy import FAULTS, FaultyProxy, one_in
 from treering.tests.support.s3_server import Server
 
