@@ -9,14 +9,10 @@ and checksums, and last a small COMMIT object with the manifest's checksum. Read
 writer killed at any moment leaves nothing visible. Removal deletes the manifest first, so that the COMMIT of a slow
 writer cannot complete the set afterwards. If two runs use one place, the later one wins: the attempt that claimed it
 before is refused at its next commit. Nothing in a commit is code.
-
-What decides which commits are kept stands in an index beside them, so that a commit costs as much in a run of ten
-thousand as in one of ten; what the index lacks is read from the commits themselves.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
@@ -24,18 +20,18 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from ..world import World
 from .config import CheckpointConfig
 from .manifest import FORMAT, Commit, DamagedCommit, Manifest, read_verified
+from .retention import Index, kept
 from .snapshot import Snapshot
 from .store import Store, StoreError
 from .validation import checked
@@ -45,23 +41,6 @@ _SET = re.compile(r"^step-(\d{12,})-attempt-(\d{4,})$")
 _ATTEMPT = re.compile(r"^attempt-(\d{4,})\.json$")
 _FORMAT_1 = re.compile(r"^step-\d{12}-life-\d{4}/COMMIT$")
 _STALE = timedelta(days=1)
-_INDEX = "commits.json"
-_READERS = 16  # manifests that are read concurrently where the index lacks them
-
-
-class _Facts(BaseModel, frozen=True, extra="forbid", strict=True):
-    """What decides whether a commit is kept."""
-
-    reason: str
-    samples: int
-    scores: dict[str, float]
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> _Facts:
-        return cls(reason=manifest.reason, samples=manifest.state.samples, scores=manifest.scores)
-
-
-_FACTS = TypeAdapter(dict[str, _Facts])
 
 
 class Commits:
@@ -69,8 +48,7 @@ class Commits:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._facts: dict[str, _Facts] | None = None
-        """of complete commits, by name; None: the index was not read yet"""
+        self._index = Index(store, lambda name: self.open(name).manifest)
         self._run: str | None = None
 
     def _sets(self) -> dict[str, set[str]]:
@@ -211,7 +189,7 @@ class Commits:
             if policy is not None:
                 self.retain(policy, attempt, snapshot.state.health.healthy_step)
                 self.sweep_uploads(attempt)
-            self._write_index()
+            self._index.write()
 
         own, discard = _own_part(snapshot.tensors, copies), partial(self._discard, name)
         return CommitUpload(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
@@ -247,7 +225,7 @@ class Commits:
             )
         if not self.store.put_new(f"{name}/COMMIT", _seal(hashlib.sha256(data).hexdigest())):
             raise taken(self.store, name)
-        self._known()[name] = _Facts.of(manifest)
+        self._index.add(name, manifest)
 
     def _check_attempt(self, attempt: int) -> None:
         """Raise StoreError if a later run has claimed this place: attempts have no gaps."""
@@ -273,12 +251,13 @@ class Commits:
         """
         sets = self._sets()
         complete = sorted((name for name, files in sets.items() if _complete(files)), key=_order)
-        kept = {*self._kept(complete, policy), *[name for name in complete if _step(name) <= healthy][-1:]}
+        wanted = kept(complete, self._index.of(complete), policy)
+        wanted |= {*[name for name in complete if _step(name) <= healthy][-1:]}
         for name, files in sets.items():
             unfinished = name not in complete and _attempt(name) <= attempt
-            if unfinished or (name in complete and name not in kept):
+            if unfinished or (name in complete and name not in wanted):
                 self._remove(name, files)
-        self._facts = {name: facts for name, facts in self._known().items() if name in kept}
+        self._index.keep(wanted)
 
     def sweep_uploads(self, attempt: int) -> None:
         """Abort multipart uploads that a kill left unfinished: of earlier attempts, and any older than a day."""
@@ -287,50 +266,6 @@ class Commits:
             name = path.partition("/")[0]
             if _SET.match(name) and (_attempt(name) < attempt or begun < limit):
                 self.store.abort(path, upload)
-
-    def _kept(self, complete: Sequence[str], policy: CheckpointConfig) -> set[str]:
-        """The complete commits (given oldest first) to keep; the result does not depend on what was removed before."""
-        known = self._facts_of(complete)
-        kept = {*complete[-policy.keep :], *(name for name, facts in known.items() if facts.reason == "growth")}
-        if policy.keep_every:
-            first: dict[int, str] = {}
-            for name, facts in known.items():
-                first.setdefault(facts.samples // policy.keep_every, name)
-            kept |= {name for number, name in first.items() if number > 0}
-        scored = [name for name, facts in known.items() if policy.keep_best in facts.scores]
-        if policy.keep_best and scored:
-            kept.add(max(scored, key=lambda name: (known[name].scores[str(policy.keep_best)], _order(name))))
-        return kept
-
-    def _facts_of(self, complete: Sequence[str]) -> dict[str, _Facts]:
-        """Facts of complete commits, in their order and without damaged ones: from the index, else their manifests."""
-        known = self._known()
-        lacking = [name for name in complete if name not in known]
-        if lacking:
-            with ThreadPoolExecutor(_READERS, "manifest") as readers:
-                found = zip(lacking, readers.map(self._read_facts, lacking), strict=True)
-                known.update({name: facts for name, facts in found if facts})
-        return {name: known[name] for name in complete if name in known}
-
-    def _read_facts(self, name: str) -> _Facts | None:
-        try:
-            return _Facts.of(self.open(name).manifest)
-        except DamagedCommit:
-            return None
-
-    def _known(self) -> dict[str, _Facts]:
-        """The index, read once; a missing or damaged one is empty."""
-        if self._facts is None:
-            try:
-                self._facts = _FACTS.validate_json(self.store.get(_INDEX))
-            except (FileNotFoundError, ValidationError):
-                self._facts = {}
-        return self._facts
-
-    def _write_index(self) -> None:
-        """Write the index. A commit is complete without it, so a refusal of the store is ignored."""
-        with contextlib.suppress(StoreError):
-            self.store.put(_INDEX, _FACTS.dump_json(self._known()))
 
     def _discard(self, name: str) -> None:
         """Remove a set unless it is complete."""

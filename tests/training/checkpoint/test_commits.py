@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from treering.data.order import stable_hash
-from treering.models.spec import ImageSpec, ModelSpec, TextSpec
+from treering.tests.support.small_commits import ALONE, SHAPES, SPEC, begin, truth
 from treering.training.checkpoint import writer
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.config import CheckpointConfig
@@ -28,29 +27,6 @@ from treering.training.checkpoint.store import Store, StoreError
 from treering.training.engines.layout import FlatRange, gathered, shard_rows
 from treering.training.state import RunState
 from treering.training.world import World
-
-ALONE = World(0, 1, torch.device("cpu"))
-SPEC = ModelSpec(
-    embed_dim=8,
-    image=ImageSpec(width=8, depth=1, heads=1, patch=4, resolution=8),
-    text=TextSpec(width=8, depth=1, heads=1),
-)
-SHAPES = {"a.weight": (5, 3), "b": (1,), "c.bias": (7,)}
-
-
-def truth(kind: str = "model") -> dict[str, torch.Tensor]:
-    """By name, every element another number."""
-    offset = {"model": 0.0, "exp_avg": 1000.0}[kind]
-    return {
-        name: torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape) + offset + 100 * i
-        for i, (name, shape) in enumerate(SHAPES.items())
-    }
-
-
-def begin(commits: Commits, tensors: dict[str, torch.Tensor], world: World = ALONE, **more: Any) -> writer.CommitUpload:
-    step = more.pop("step", 1)
-    state, policy = RunState(step=step, samples=10 * step, attempt=1), more.pop("policy", None)
-    return commits.begin(Snapshot(SPEC, state, {}, tensors, **more), world, policy)
 
 
 def row_layout(world: World) -> dict[str, FlatRange]:
@@ -286,154 +262,6 @@ def test_a_part_has_no_name_outside_its_commit(file: str) -> None:
     except ValidationError:
         return
     assert re.fullmatch(r"[a-z_]+-[0-9]{5,}-[0-9]{5,}\.safetensors", part.file)
-
-
-def test_what_is_kept(tmp_path: Path) -> None:
-    """The two newest, the first of every 50 samples, the best, and the one before a growth; each for its own reason."""
-    commits = Commits(Store(str(tmp_path)))
-    policy = CheckpointConfig(keep=2, keep_every=50, keep_best="zero_shot/role")
-    scores = {4: 0.2, 7: 0.9, 8: 0.9, 11: 0.5}
-    for step in range(1, 16):
-        begin(
-            commits,
-            {"model/b": torch.ones(1)},
-            step=step,
-            policy=policy,
-            reason="growth" if step == 3 else "interval",
-            scores={"zero_shot/role": scores[step]} if step in scores else {},
-        ).finish()
-    assert [int(name[5:17]) for name in commits.names()] == [3, 5, 8, 10, 14, 15]
-    assert not [path for path in commits.store.sizes() if path.startswith("step-000000000007")]
-    Commits(Store(str(tmp_path))).retain(CheckpointConfig(keep=1), attempt=1)  # another process, another policy
-    assert [int(name[5:17]) for name in commits.names()] == [3, 15]
-
-
-class Counting(Store):
-    """A store that counts what is read and listed."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.read: list[str] = []
-        self.listed = 0
-
-    def get(self, name: str) -> bytes:
-        self.read.append(name)
-        return super().get(name)
-
-    def sizes(self, prefix: str = "") -> dict[str, int]:
-        return self._counted(super().sizes(prefix))
-
-    def beginning(self, start: str) -> dict[str, int]:
-        return self._counted(super().beginning(start))
-
-    def _counted(self, found: dict[str, int]) -> dict[str, int]:
-        self.listed += len(found)
-        return found
-
-
-EVERY = CheckpointConfig(keep=3, keep_every=10)
-
-
-def kept_of(store: Store, steps: int) -> None:
-    """Commits of `steps` steps, all kept."""
-    commits = Commits(store)
-    for step in range(1, steps + 1):
-        begin(commits, {"model/b": torch.ones(1)}, step=step, policy=EVERY).finish()
-
-
-def test_what_a_commit_costs_does_not_grow_with_those_that_are_kept(tmp_path: Path) -> None:
-    """The first commit of an attempt and the next one, where 5 and where 40 are kept: as many reads; and a line of a
-    listing for every object that is there, once, also when all of them are removed."""
-    reads = {}
-    for kept in (5, 40):
-        kept_of(Store(str(tmp_path / f"{kept}")), kept)
-        store = Counting(str(tmp_path / f"{kept}"))
-        commits = Commits(store)
-        for step in (kept + 1, kept + 2):
-            store.listed = 0
-            begin(commits, {"model/b": torch.ones(1)}, step=step, policy=EVERY).finish()
-            assert store.listed == 3 * step + 2  # a part, a manifest and a COMMIT each; its own, before COMMIT, twice
-        reads[kept] = len(store.read)
-        store.listed = 0
-        begin(commits, {"model/b": torch.ones(1)}, step=kept + 3, policy=CheckpointConfig(keep=1)).finish()
-        assert store.listed == 3 * (kept + 3) + 2
-        assert len(commits.names()) == 1
-    assert reads[5] == reads[40] == 2 * 2 + 1  # is it there, and was the place taken over; the index
-
-
-@pytest.mark.parametrize("index", [None, b"", b"{", b"[]", b'{"step-000000000001-attempt-0001": {"reason": 1}}'])
-def test_an_index_that_is_missing_or_damaged_is_made_anew(index: bytes | None, tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
-    kept_of(store, 6)
-    whole = (tmp_path / "commits.json").read_bytes()
-    if index is None:
-        store.delete(["commits.json"])
-    else:
-        store.put("commits.json", index)
-    begin(Commits(store), {"model/b": torch.ones(1)}, step=7, policy=EVERY).finish()
-    assert len(Commits(store).names()) == 7
-    rows = json.loads((tmp_path / "commits.json").read_bytes())
-    assert rows.keys() == {*Commits(store).names()}
-    assert {name: rows[name] for name in json.loads(whole)} == json.loads(whole)
-
-
-def test_an_index_that_cannot_be_written_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = Store.put
-
-    def refused(self: Store, name: str, data: bytes) -> None:
-        if name == "commits.json":
-            raise StoreError("no")
-        put(self, name, data)
-
-    monkeypatch.setattr(Store, "put", refused)
-    kept_of(Store(str(tmp_path)), 4)
-    assert len(Commits(Store(str(tmp_path))).names()) == 4
-
-
-def test_an_index_of_commits_that_are_gone_brings_none_back(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
-    kept_of(store, 5)
-    for path in (tmp_path / Commits(store).names()[1]).iterdir():
-        path.unlink()
-    begin(Commits(store), {"model/b": torch.ones(1)}, step=6, policy=EVERY).finish()
-    names = Commits(store).names()
-    assert len(names) == 5
-    assert json.loads((tmp_path / "commits.json").read_bytes()).keys() == {*names}
-
-
-def test_strangers_objects_are_not_listed(tmp_path: Path) -> None:
-    for number in range(50):
-        (tmp_path / f"foreign-{number}").mkdir()
-        (tmp_path / f"foreign-{number}" / "x").touch()
-    store = Counting(str(tmp_path))
-    commits = Commits(store)
-    assert commits.claim_attempt("me") == 1
-    begin(commits, {"model/b": torch.ones(1)}, policy=CheckpointConfig(keep=1)).finish()
-    assert len(commits.names()) == 1
-    store.check()
-    assert store.listed < 15
-    assert len(list(tmp_path.iterdir())) == 50 + 3  # the commit, the claim, the index
-
-
-def test_numbers_may_outgrow_their_width(tmp_path: Path) -> None:
-    """Attempts and steps are ordered as numbers, parts may be of any rank."""
-    store = Store(str(tmp_path))
-    store.put("attempt-9999.json", b"{}")
-    for attempt in (10_000, 10_001):
-        commits = Commits(store)
-        assert commits.claim_attempt("me") == attempt
-        state = RunState(step=7, attempt=attempt)
-        commits.write(Snapshot(SPEC, state, {}, {"model/b": torch.full((1,), float(attempt))}), ALONE)
-    begin(commits, {"model/b": torch.ones(1)}, step=7).finish()  # attempt 1
-    begin(commits, {"model/b": torch.ones(1)}, step=10**12).finish()
-    names = Commits(store).names()
-    assert [name.rpartition("-")[2] for name in names] == ["0001", "10000", "10001", "0001"]
-    assert commits.open(names[2]).tensors()["model/b"] == 10_001
-    assert commits.newest_until(10**11) == 7
-    commits.retain(CheckpointConfig(keep=2), attempt=10_001)
-    assert Commits(store).names() == names[2:]
-    part = writer.CommitPart(file="exp_avg-100000-1234567.safetensors", kind="exp_avg", bytes=1, sha256="", tensors=1)
-    assert part.file.startswith("exp_avg-100000")
 
 
 def test_giving_up_leaves_nothing_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from treering.data.storage import atomic_write
 from treering.tests.support.power import Call, Disk, recorded
-from treering.tests.training.checkpoint.test_commits import begin, truth
+from treering.tests.support.small_commits import begin, truth
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.config import CheckpointConfig
 from treering.training.checkpoint.store import Store
