@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from treering.data import DataConfig, DataError, Loader
-from treering.data.loading import loader as loader_module
+from treering.data.loading import placed
 from treering.data.loading import workers as workers_module
 from treering.data.loading.workers import Note, _concatenate
 
@@ -42,7 +42,7 @@ def loader(url: str, **options: Any) -> Loader:
 def at_one_sample(monkeypatch: pytest.MonkeyPatch, each: Loader, position: int, act: Callable[[], object]) -> list[str]:
     """Lets the process that decodes the picture for `position` do something; what the error must name."""
     place = next(p for p in each.order.places(position // 8) if p.position == position)
-    source, parent, decode = each.sources[0], os.getpid(), loader_module.picture
+    source, parent, decode = each.sources[0], os.getpid(), placed.picture
     victim = source.record(place.number).fields["png"]
 
     def picture(fields: dict[str, bytes], *options: Any) -> Any:
@@ -50,7 +50,7 @@ def at_one_sample(monkeypatch: pytest.MonkeyPatch, each: Loader, position: int, 
             act()
         return decode(fields, *options)
 
-    monkeypatch.setattr(loader_module, "picture", picture)
+    monkeypatch.setattr(placed, "picture", picture)
     return [f"'{source.key(place.number)}'", source.shard(place.number), source.url, f"position {position} "]
 
 
