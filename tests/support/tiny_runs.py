@@ -35,6 +35,11 @@ def lines(out: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["event"] == kind]
 
 
+def measured(out: Path, *names: str) -> list[tuple[Any, ...]]:
+    """The step and these figures of each step line of a run's log."""
+    return [(row["step"], *(row[name] for name in names)) for row in lines(out, "step")]
+
+
 class Died(Exception):
     """Stands in for a kill."""
 
@@ -57,6 +62,14 @@ def dies(method: str, step: int, last: Callable[[loop.Run], None] | None = None)
             yield
     finally:
         setattr(loop.Run, method, real)
+
+
+def train_through(at: str, recipe: Recipe, out: Path) -> None:
+    """Train to the end, with a death `at` a method of `Run` and a step, as in "enter 4", and a resume."""
+    method, step = at.split()
+    with dies(method, int(step)):
+        loop.train(recipe, out)
+    assert loop.train(recipe, out).finished
 
 
 def train_until(step: int, recipe: Recipe, out: Path) -> None:

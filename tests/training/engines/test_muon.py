@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from treering.models.growth.operator import grown
 from treering.models.growth.plan import plan_growth
 from treering.models.model import Model, build
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
-from treering.tests.support.tiny_runs import SIZES, same_end, train_until
+from treering.tests.support.tiny_runs import SIZES, measured, same_end, train_until
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store, StoreError
 from treering.training.engines import muon
@@ -332,8 +331,7 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def losses(out: Path) -> list[tuple[int, float, float]]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in found if row["event"] == "step"]
+    return measured(out, "loss", "grad_norm")
 
 
 @pytest.fixture(scope="module")

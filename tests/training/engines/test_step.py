@@ -32,6 +32,13 @@ SPEC = ModelSpec(
 )
 ALONE = World(0, 1, torch.device("cpu"))
 OBJECTIVES = [Contrastive(1.0), CaptionLoss(0.5)]
+TINY = [
+    "data.batch=4",
+    "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
+    "text: {width: 8, depth: 1, heads: 1, context: 8}, captioner: {depth: 1}}",
+    "schedule.warmup=4",
+    "eval.suites=[]",
+]
 
 
 def engine(config: OptimizerConfig) -> Engine:
@@ -141,15 +148,7 @@ def test_a_run_without_finite_gradients_stops_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A few are skipped and told; ten in a row end the run."""
-    overrides = [
-        "data.batch=4",
-        "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
-        "text: {width: 8, depth: 1, heads: 1, context: 8}, captioner: {depth: 1}}",
-        "stages=[{samples: 120}]",
-        "schedule.warmup=4",
-        "eval.suites=[]",
-        "log.every=1",
-    ]
+    overrides = [*TINY, "stages=[{samples: 120}]", "log.every=1"]
     clip = torch.nn.utils.get_total_norm
     broken = {3, 4, *range(10, 30)}
     calls = iter(range(1, 1000))
@@ -167,15 +166,7 @@ def test_a_run_without_finite_gradients_stops_and_says_so(
 def test_a_commit_between_two_log_lines_hides_no_skipped_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = [
-        "data.batch=4",
-        "model={embed_dim: 8, image: {width: 8, depth: 1, heads: 1, patch: 12, resolution: 12}, "
-        "text: {width: 8, depth: 1, heads: 1, context: 8}, captioner: {depth: 1}}",
-        "stages=[{samples: 40}]",
-        "schedule.warmup=4",
-        "eval.suites=[]",
-        "checkpoint.every=20",
-    ]
+    overrides = [*TINY, "stages=[{samples: 40}]", "checkpoint.every=20"]
     clip, calls = torch.nn.utils.get_total_norm, iter(range(1, 1000))
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda g: clip(g) * (float("nan") if next(calls) == 3 else 1))
     train(read_recipe("emoji", overrides).recipe, tmp_path)

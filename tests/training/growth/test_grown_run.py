@@ -12,7 +12,7 @@ import torch
 from treering.launch.recipe.load import read_recipe
 from treering.models.model import build
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
-from treering.tests.support.tiny_runs import SIZES, dies, lines
+from treering.tests.support.tiny_runs import SIZES, lines, measured, same_end, train_through
 from treering.training.checkpoint.commits import find_commit
 from treering.training.engines.optimizer import Optimizer, OptimizerConfig, decays
 from treering.training.loop import train
@@ -34,16 +34,7 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def losses(out: Path) -> list[tuple[int, float, float]]:
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in lines(out, "step")]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happened to."""
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("whole")
-    assert train(recipe(), out).finished
-    return out
+    return measured(out, "loss", "grad_norm")
 
 
 def test_a_run_that_widens_keeps_its_function_and_its_multipliers(whole: Path) -> None:
@@ -64,16 +55,9 @@ def test_a_run_that_widens_keeps_its_function_and_its_multipliers(whole: Path) -
 
 @pytest.mark.parametrize("at", ["step 6", "enter 4", "enter 8", "step 10"])
 def test_a_resume_across_width_growth_is_bit_identical(at: str, whole: Path, tmp_path: Path) -> None:
-    place, number = at.split()
-    with dies(place, int(number)):
-        train(recipe(), tmp_path)
-    assert train(recipe(), tmp_path).finished
+    train_through(at, recipe(), tmp_path)
     assert losses(tmp_path) == losses(whole)
-    ours, theirs = find_commit(str(tmp_path)), find_commit(str(whole))
-    assert ours.manifest.state.multipliers == theirs.manifest.state.multipliers
-    mine, other = ours.tensors(), theirs.tensors()
-    assert mine.keys() == other.keys()
-    assert all(torch.equal(mine[name], other[name]) for name in mine)
+    same_end(tmp_path, whole)
 
 
 def test_a_forgotten_multiplier_would_be_seen(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from treering.launch.recipe.load import RecipeError, read_recipe
 from treering.models.spec import SpecError
-from treering.tests.support.tiny_runs import SIZES, dies, lines
+from treering.tests.support.tiny_runs import SIZES, lines, measured, same_end, train_through
 from treering.training.checkpoint.commits import find_commit
 from treering.training.engines.optimizer import Optimizer
 from treering.training.growth.grow import planned
@@ -38,16 +38,7 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def losses(out: Path) -> list[tuple[int, float, float, float]]:
-    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in lines(out, "step")]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happened to."""
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("whole")
-    assert train(recipe(), out).finished
-    return out
+    return measured(out, "loss", "grad_norm", "lr")
 
 
 def test_a_run_gets_a_captioner_shrinks_and_says_what_was_lossy(whole: Path) -> None:
@@ -74,15 +65,9 @@ def test_the_rate_rises_again_after_growth(whole: Path) -> None:
 @pytest.mark.parametrize("at", ["step 4", "enter 5", "step 6"])
 def test_resumes_are_bit_identical(at: str, whole: Path, tmp_path: Path) -> None:
     """Inside a re-warm-up and a fade, at a growth while multipliers fade, and after it."""
-    place, number = at.split()
-    with dies(place, int(number)):
-        train(recipe(), tmp_path)
-    assert train(recipe(), tmp_path).finished
+    train_through(at, recipe(), tmp_path)
     assert losses(tmp_path) == losses(whole)
-    ours, theirs = find_commit(str(tmp_path)), find_commit(str(whole))
-    assert ours.manifest.state.multipliers == theirs.manifest.state.multipliers
-    mine, other = ours.tensors(), theirs.tensors()
-    assert all(torch.equal(mine[name], other[name]) for name in mine)
+    same_end(tmp_path, whole)
 
 
 def test_multipliers_fade_to_one(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,15 +46,6 @@ def searched(out: Path) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key not in ("time", "seconds")}
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happened to."""
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("whole")
-    assert train(recipe(), out).finished
-    return out
-
-
 def trial(cost: float, loss: float | None) -> Trial:
     return Trial(sizes={}, parameters=1, flops_per_sample=cost, loss=loss, spent=1.0, steps=2)
 

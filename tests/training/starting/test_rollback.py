@@ -13,6 +13,7 @@ import torch
 
 from treering.launch.errors import RecipeError
 from treering.launch.recipe.load import read_recipe
+from treering.tests.support.tiny_runs import lines, measured
 from treering.training import loop
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store
@@ -62,13 +63,8 @@ def run(out: Path, *more: str) -> None:
     train(read_recipe("emoji", [*OVERRIDES, *more]).recipe, out)
 
 
-def rows(out: Path, event: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
-
-
 def losses(out: Path) -> list[tuple[int, float, float]]:
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(out, "step")]
+    return measured(out, "loss", "grad_norm")
 
 
 def rollbacks(out: Path) -> list[tuple[int, int, int]]:
@@ -86,7 +82,7 @@ def test_ten_steps_without_a_finite_gradient(tmp_path: Path, capsys: pytest.Capt
         run(tmp_path / "whole")
     assert whole.cursors == list(range(22 + 30))
     assert rollbacks(tmp_path / "whole") == [(10, 12, 1)]
-    assert [row["step"] for row in rows(tmp_path / "whole", "step")] == list(range(1, 41))
+    assert [row["step"] for row in lines(tmp_path / "whole", "step")] == list(range(1, 41))
     assert find_commit(str(tmp_path / "whole")).manifest.state.cursor == 52
     said = " ".join(capsys.readouterr().err.split())
     assert "no finite gradient in the last 10 steps up to step 22; went back to step-000000000010-attempt-0001" in said
@@ -204,7 +200,7 @@ def test_an_objective_that_is_weighed_more_is_no_spike() -> None:
 def test_a_schedule_of_weights_is_no_spike(tmp_path: Path) -> None:
     terms = "objectives={contrastive: {weight: 1.0}, caption: {weight: 9.0, schedule: [[0.5, 0.0], [0.55, 1.0]]}}"
     run(tmp_path, "stages=[{samples: 160}]", terms, "recovery.bad_steps=3")
-    seen = [row["loss"] for row in rows(tmp_path, "step")]
+    seen = [row["loss"] for row in lines(tmp_path, "step")]
     assert seen[-1] > 10 * seen[15]
     assert not rollbacks(tmp_path)
 
@@ -264,14 +260,14 @@ def test_the_best_model_is_committed(tmp_path: Path) -> None:
     score = "retrieval/image_to_text@1"
     more = ("stages=[{samples: 240}]", "eval={suites: [retrieval], every: 40, examples: 0}", "optimizer.lr=1e-3")
     run(tmp_path, *more, f"checkpoint={{every: 1h, keep: 1, keep_best: {score}}}")
-    seen = {row["step"]: row["scores"][score] for row in rows(tmp_path, "eval")}
+    seen = {row["step"]: row["scores"][score] for row in lines(tmp_path, "eval")}
     best = max(seen.values())
     commits = Commits(Store(str(tmp_path / "commits")))
     held = {int(name[5:17]): commits.open(name).manifest.scores.get(score) for name in commits.names()}
     assert best in held.values()
     assert held == {step: seen[step] for step in held}
     assert len(seen) == 6
-    reasons = [row["reason"] for row in rows(tmp_path, "commit")]
+    reasons = [row["reason"] for row in lines(tmp_path, "commit")]
     highest, rises = -1.0, 0
     for step in sorted(seen)[:-1]:
         rises += seen[step] > highest
