@@ -43,7 +43,7 @@ from treering.data.tools.contact_sheet import Section, cards, write_sheet
 from treering.data.tools.inspect import inspect, inspect_sample, sample_numbers
 from treering.data.tools.lint import lint, write_ledger
 from treering.data.tools.pack import pack
-from treering.tests.fuzz import hostile
+from treering.tests.fuzz import hostile, pictures
 
 SECONDS = 20.0
 WALL = 180.0
@@ -146,7 +146,7 @@ def run_case(seed: int, number: int, home: Path, counts: Counter[str], act: Call
     if random.random() < 0.2:  # once more, with a cache that somebody has harmed
         for path in sorted((home / "cache").rglob("*")):
             if path.is_file():
-                path.write_bytes(hostile.damaged(random, path.read_bytes()))
+                path.write_bytes(pictures.damaged(random, path.read_bytes()))
         counts["harmed caches"] += 1
         act(home, random, counts)
     assert _listing(home) == before, f"files changed outside the cache: {sorted(_listing(home) ^ before)[:5]}"
@@ -229,7 +229,7 @@ def fuzz(
 ) -> Outcome:
     """Cases first, first + 1, ... until `most` are done or the time is over. Each child runs TOGETHER of them."""
     warnings.simplefilter("ignore")  # Pillow's, of EXIF that it cannot read
-    hostile.valid_pictures(), hostile.gzip_bomb(), hostile.bombs()
+    pictures.valid_pictures(), hostile.gzip_bomb(), pictures.bombs()
     import jinja2  # noqa: F401 (what the children would import each)
     import torch
 

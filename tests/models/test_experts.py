@@ -19,6 +19,7 @@ from treering.models.mlp import Experts
 from treering.models.model import Model, build
 from treering.models.output import Extras
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, SharedSpec, SpecError, TextSpec
+from treering.tests.support.grown_models import perturbed
 from treering.training.objectives.balance import Balance
 from treering.training.world import World
 
@@ -166,12 +167,7 @@ def mixture(experts: int, active: int, mlp: Any, caption: bool, dtype: torch.dty
     text = TextSpec(context=9, **tower).model_copy(update={"vocabulary": 60})
     spec = ModelSpec(embed_dim=6, image=ImageSpec(patch=4, resolution=8, **tower), text=text)
     spec = spec.model_copy(update={"captioner": CaptionerSpec(depth=1) if caption else None})
-    model = build(spec, 0).to(dtype)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=dtype) * 0.05)
-    return model
+    return perturbed(spec, dtype)
 
 
 def outputs(model: Model) -> list[Tensor]:

@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treering.models.growth.depth import Depth
-from treering.models.growth.operator import grown
-from treering.models.growth.plan import plan_growth
-from treering.models.model import Model, build
+from treering.models.model import Model
 from treering.models.output import ModelOutput
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
+from treering.tests.support.grown_models import grow, perturbed
 
 
 def make(image_depth: int, text_depth: int, caption_depth: int | None) -> ModelSpec:
@@ -20,26 +19,6 @@ def make(image_depth: int, text_depth: int, caption_depth: int | None) -> ModelS
         text=TextSpec(width=16, depth=text_depth, heads=4, context=9),
         captioner=CaptionerSpec(depth=caption_depth) if caption_depth else None,
     )
-
-
-def perturbed(spec: ModelSpec, dtype: torch.dtype) -> Model:
-    """A model as after training: no parameter at its initial zero or one."""
-    model = build(spec, 0).to(dtype)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype) * 0.05)
-    return model
-
-
-def grow(model: Model, spec: ModelSpec) -> Model:
-    old = dict(model.named_parameters())
-    read = grown(plan_growth(model.spec, spec), lambda kind, name: old[name])
-    larger = build(spec, 99).to(model.image_mean.dtype)
-    with torch.no_grad():
-        for name, p in larger.named_parameters():
-            p.copy_(read("model", name))
-    return larger
 
 
 def run(model: Model) -> ModelOutput:
@@ -68,7 +47,7 @@ def test_depth_keeps_the_function(dtype: torch.dtype, bound: float, small: tuple
     if small[2]:
         targets["captioner.depth"] = small[2] + more[2]
     model = perturbed(spec, dtype)
-    larger = grow(model, spec.grown(targets))
+    larger = grow(model, targets)
     with torch.no_grad():
         for before, after in zip(logits(run(model), model), logits(run(larger), larger), strict=True):
             assert (before - after).abs().max() < bound
@@ -77,7 +56,7 @@ def test_depth_keeps_the_function(dtype: torch.dtype, bound: float, small: tuple
 def test_a_copied_block_without_zeroed_writes_would_not() -> None:
     """The test above has power: leaving any write of a new block in place moves the logits far beyond its bound."""
     model = perturbed(make(2, 1, None), torch.float64)
-    larger = grow(model, model.spec.grown({"image.depth": 3}))
+    larger = grow(model, {"image.depth": 3})
     index = next(i for i in range(3) if Depth("image.depth", "image.transformer.blocks", 2, 3).source(i)[1])
     with torch.no_grad():
         larger.image.transformer.blocks[index].mlp.down.bias[0] += 0.05  # one channel: the norm hides a shift of all
@@ -114,7 +93,7 @@ def test_moments_follow_their_rules() -> None:
 def test_the_first_gradient_reaches_what_was_zeroed() -> None:
     """A new block is not dead: its output weights move at once, its inner ones after that."""
     model = perturbed(make(1, 1, 1), torch.float64)
-    larger = grow(model, model.spec.grown({"image.depth": 2, "text.depth": 2, "captioner.depth": 2}))
+    larger = grow(model, {"image.depth": 2, "text.depth": 2, "captioner.depth": 2})
     sum(part.sin().sum() for part in logits(run(larger), larger)).backward()
     for stack in (larger.image, larger.text, larger.captioner):
         block = stack.transformer.blocks[1]

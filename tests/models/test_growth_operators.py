@@ -17,6 +17,7 @@ from treering.models.growth.plan import plan_growth
 from treering.models.mlp import Mlp
 from treering.models.model import Model, build
 from treering.models.spec import ImageSpec, ModelSpec, SpecError, TextSpec
+from treering.tests.support.grown_models import perturbed
 
 SPEC = ModelSpec(
     embed_dim=6,
@@ -24,16 +25,6 @@ SPEC = ModelSpec(
     text=TextSpec(width=8, depth=2, heads=2, context=9, mlp="swiglu"),
 )
 KINDS = ("model", "exp_avg", "exp_avg_sq")
-
-
-def perturbed(spec: ModelSpec) -> Model:
-    """A model as after training, in fp64."""
-    model = build(spec, 0).double()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.05)
-    return model
 
 
 def state_of(model: Model) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from treering.models.growth.plan import plan_growth
 from treering.models.model import Model, build
 from treering.models.output import Extras
 from treering.models.spec import ModelSpec
+from treering.tests.support.grown_models import grow, perturbed
 
 IMAGE = {"width": 12, "depth": 1, "heads": 2, "patch": 4, "resolution": 8, "patch_bias": False, "class_token": True}
 TEXT = {"width": 8, "depth": 1, "heads": 2, "context": 9, "vocabulary": 60}
@@ -52,27 +53,6 @@ KEPT: list[tuple[str, dict[str, Any]]] = [
     ("tied", WIDTHS | {"image.depth": 2, "text.depth": 3, "captioner.depth": 2}),
     ("filled", {"text.vocabulary": 70, "text.width": 12}),
 ]
-
-
-def perturbed(spec: ModelSpec) -> Model:
-    model, generator = build(spec, 0).double(), torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.05)
-    return model
-
-
-def grow(model: Model, targets: dict[str, Any], copies: WidthInit) -> Model:
-    spec = model.spec.grown(targets)
-    old = {name: p.detach() for name, p in model.named_parameters()}
-    read = grown(plan_growth(model.spec, spec, 3, copies), lambda kind, name: old[name])
-    larger = build(spec, 99).double()
-    with torch.no_grad():
-        for name, p in larger.named_parameters():
-            made = read("model", name)
-            assert made.shape == p.shape, name
-            p.copy_(made)
-    return larger
 
 
 def outputs(model: Model) -> list[Tensor]:

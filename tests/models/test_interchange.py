@@ -3,7 +3,6 @@
 Copies of the configs with small sizes keep every switch; the slow test runs the full sizes that fit in 8 GB.
 """
 
-from copy import deepcopy
 from types import ModuleType
 from typing import Any
 
@@ -22,48 +21,16 @@ from treering.models.interchange.architectures import (
     claimed,
     config_named,
     config_of,
-    reasons_against,
     refused,
     spec_of,
 )
 from treering.models.interchange.weights import from_open_clip, to_open_clip
 from treering.models.model import Model, build
 from treering.models.spec import ModelSpec, SpecError
+from treering.tests.support.open_clip_models import CONTEXT, VOCABULARY, small, their_model
 
-VOCABULARY, CONTEXT = 90, 9
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 COCA = [name for name in claimed() if name.startswith("coca")]
-
-
-def small(name: str) -> dict[str, Any]:
-    """A config with every switch of `name`, of a few channels and blocks."""
-    config = deepcopy(dict(config_named(name)))
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    head = 8 + vision.get("head_width", 64) % 64 // 8  # 64 -> 8, 80 -> 10, 88 -> 11, 104 -> 13
-    vision |= {"layers": 2, "width": 2 * head, "patch_size": 4, "image_size": 12}
-    vision["head_width"] = head
-    text |= {"layers": 2, "width": 16, "heads": 2, "vocab_size": VOCABULARY, "context_length": CONTEXT}
-    config["embed_dim"] = 16
-    if vision.get("attentional_pool"):
-        vision["attn_pooler_queries"] = 5
-    if decoder := config.get("multimodal_cfg"):
-        decoder |= {"layers": 2, "width": 16, "heads": 2, "vocab_size": VOCABULARY, "context_length": CONTEXT}
-    return config
-
-
-def their_model(open_clip: ModuleType, config: dict[str, Any]) -> torch.nn.Module:
-    """open_clip's model of a config, as its `create_model` makes it, with no weight at its first zero or one."""
-    config = deepcopy(config)
-    custom = config.pop("custom_text", False)
-    made = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
-    torch.manual_seed(0)
-    model = made(**config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name == "text_decoder.text_projection":  # which nothing ever fills
-                parameter.zero_()
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
 
 
 def our_model(spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> Model:
@@ -338,110 +305,6 @@ def test_weights_of_another_architecture_are_refused(open_clip: ModuleType) -> N
     deeper["text_cfg"]["layers"] = 3
     with pytest.raises(InterchangeError, match=r"has transformer\.resblocks\.2\..* and 8 more"):
         from_open_clip(spec, their_model(open_clip, deeper).state_dict())
-
-
-def refusing(**changes: Any) -> dict[str, Any]:
-    config = small("coca_ViT-B-32")
-    for place, value in changes.items():
-        part, _, key = place.partition("__")
-        (config[part] if key else config)[key or part] = value
-    return config
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"vision_cfg__qk_norm": True}, "vision_cfg.qk_norm is set"),
-        ({"text_cfg__block_type": "custom"}, "text_cfg.block_type = 'custom'"),
-        ({"vision_cfg__attentional_pool": "parallel"}, "'parallel' has two poolers"),
-        ({"vision_cfg__pool_type": "avg"}, "pool_type = 'avg' is not supported"),
-        ({"vision_cfg__pos_embed_type": "sin_cos_2d"}, "fixed positions are not supported"),
-        ({"vision_cfg__image_size": [12, 16]}, "is not square"),
-        ({"text_cfg__pad_id": 1}, "pad_id = 1: only 0"),
-        ({"text_cfg__proj_type": "none"}, "only linear is supported"),
-        ({"text_cfg__no_causal_mask": True}, "embed_cls without CoCa's causal mask"),
-        ({"multimodal_cfg__width": 32}, "multimodal_cfg.width is 32, text_cfg.width 16"),
-        ({"text_cfg__mlp_ratio": 2.0}, "its decoder always has 4"),
-        ({"text_cfg__norm_kwargs": {"eps": 1e-6}}, "its decoder takes none"),
-        ({"embed_dim": 24}, "image tokens of 24 channels for a decoder of 16"),
-        ({"text_cfg__surprise": 1}, "text_cfg has surprise = 1, which is not supported"),
-        ({"vision_cfg__act_kwargs": {"x": 1}}, "act_kwargs"),
-    ],
-)
-def test_what_we_cannot_hold_is_refused(changes: dict[str, Any], reason: str) -> None:
-    assert any(reason in why for why in reasons_against(refusing(**changes)))
-    with pytest.raises(InterchangeError, match="cannot be imported"):
-        spec_of(refusing(**changes))
-
-
-@pytest.mark.parametrize(
-    ("place", "value"),
-    [
-        ("vision_cfg__head_width", 0),
-        ("vision_cfg__head_width", "x"),
-        ("vision_cfg__layers", "x"),
-        ("text_cfg__layers", -1),
-        ("text_cfg__heads", 7),
-        ("text_cfg", []),
-        ("embed_dim", None),
-        ("vision_cfg__mlp_ratio", float("nan")),
-    ],
-)
-def test_a_config_of_odd_values_is_an_error(place: str, value: object) -> None:
-    with pytest.raises(InterchangeError, match=r"this config (does not give a valid model|cannot be imported)"):
-        spec_of(refusing(**{place: value}))
-
-
-@pytest.mark.parametrize(
-    ("part", "change", "reason"),
-    [
-        (
-            "image",
-            {"class_token": False, "pool": "mean"},
-            "image.class_token = false: open_clip's image towers always",
-        ),
-        ("image", {"patch_bias": True}, "image.patch_bias = true"),
-        ("image", {"experts": 4}, "image.experts = 4: open_clip has no mixture"),
-        ("text", {"mlp": "swiglu"}, "text.mlp = swiglu"),
-        ("text", {"heads": 4, "head_dim": 8}, "text.heads = 4 of 8 channels on text.width = 16"),
-        ("text", {"mlp": "quick_gelu"}, "open_clip has one switch for both towers"),
-        ("captioner", {"cross_attention": "inside"}, "open_clip's decoder attends to the picture after a whole block"),
-        ("text", {"mlp_ratio": 2.0}, "open_clip's decoder always has 4"),
-        ("text", {"norm_eps": 1e-6}, "open_clip's decoder has the defaults"),
-        ("text", {"width": 32}, "image tokens of 16 channels for a decoder of text.width = 32"),
-    ],
-)
-def test_what_open_clip_cannot_hold_stays(part: str, change: dict[str, Any], reason: str) -> None:
-    tree = spec_of(small("coca_ViT-B-32")).model_dump()
-    tree[part] |= change
-    with pytest.raises(InterchangeError, match=reason):
-        config_of(ModelSpec.model_validate(tree))
-
-
-@pytest.mark.parametrize(
-    ("part", "fields", "reason"),
-    [
-        ("shared", {"width": 8, "depth": 1, "heads": 1}, "open_clip has no shared blocks"),
-        (
-            "modalities",
-            {"audio": {"width": 8, "depth": 1, "heads": 1, "features": 4}},
-            r"modalities\.audio: open_clip has no towers of other modalities",
-        ),
-    ],
-)
-def test_parts_that_open_clip_does_not_have_stay(part: str, fields: dict[str, Any], reason: str) -> None:
-    tree = spec_of(small("ViT-B-32") | {"vision_cfg": small("ViT-H-14-CLIPA")["vision_cfg"]}).model_dump()
-    tree["image"]["norm_after_pool"] = False
-    tree[part] = fields
-    with pytest.raises(InterchangeError, match=reason):
-        config_of(ModelSpec.model_validate(tree))
-
-
-def test_unknown_and_refused_names() -> None:
-    with pytest.raises(InterchangeError, match=r"no architecture 'ViT-B-33'; .* ViT-B-16"):
-        config_named("ViT-B-33")
-    with pytest.raises(InterchangeError, match="ViT-B-16-SigLIP cannot be imported: its image tower is timm's"):
-        config_named("ViT-B-16-SigLIP")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from PIL import Image
 import treering as package
 from treering.models.flops import parameters
 from treering.models.interchange.architectures import architectures, claimed, refused, spec_of
-from treering.tests.training.starting.test_import_weights import folder
+from treering.tests.support.open_clip_models import published
 
 PAGE = Path(__file__).parents[3] / "docs/interchange.md"
 Run = Callable[..., object]
@@ -35,7 +35,7 @@ def test_the_list_is_that_of_the_code() -> None:
 
 
 def test_the_commands_of_the_page(open_clip: ModuleType, treering: Run, here: Path) -> None:
-    folder(open_clip, here / "published", "ViT-B-32")
+    published(open_clip, here / "published", "ViT-B-32")
     commands = re.findall(r"^\$ treering (.*)$", PAGE.read_text(), re.MULTILINE)
     assert len(commands) == 4
     for command in commands:
@@ -54,7 +54,7 @@ def test_the_commands_of_the_page(open_clip: ModuleType, treering: Run, here: Pa
 
 
 def test_what_a_person_reads(open_clip: ModuleType, treering: Run, refused: Callable[..., str], here: Path) -> None:
-    folder(open_clip, here / "coca", "coca_ViT-B-32")
+    published(open_clip, here / "coca", "coca_ViT-B-32")
     done = treering("import", "open_clip:local-dir:coca", "--to", "runs/coca")
     assert done.returncode == 0
     assert "next         treering train runs/coca/recipe.yaml --out runs/coca-trained" in done.stdout

@@ -15,7 +15,7 @@ from PIL import Image
 
 from treering.data.evaluation_sets import Form
 from treering.models.model import Model
-from treering.tests.training.evaluate.test_suites import (
+from treering.tests.support.small_suites import (
     ALONE,
     NAMES,
     label,

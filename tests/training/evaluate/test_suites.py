@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import tarfile
@@ -13,89 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from treering.data.errors import DataError
 from treering.data.evaluation_sets import Form, open_pictures
 from treering.models.model import Model, build
-from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
-from treering.training.evaluate.config import EvalConfig, ZeroShot
+from treering.tests.support.small_suites import (
+    ALONE,
+    NAMES,
+    SPEC,
+    model_that_tells_apart,
+    numpy_embeddings,
+    paint,
+    result,
+    suite,
+)
 from treering.training.evaluate.embed import embed, embed_prompts
 from treering.training.evaluate.embedding_cache import EmbeddingCache
-from treering.training.evaluate.outcome import Evaluation
-from treering.training.evaluate.prompts import class_names
-from treering.training.evaluate.protocols import check_suites
-from treering.training.evaluate.suites import evaluate
 from treering.training.world import World
-
-SPEC = ModelSpec(
-    embed_dim=24,
-    image=ImageSpec(width=32, depth=1, heads=2, patch=4, resolution=8),
-    text=TextSpec(width=16, depth=1, heads=2, context=16),
-    captioner=CaptionerSpec(depth=1),
-)
-ALONE = World(0, 1, torch.device("cpu"))
-NAMES = ["cat", "dog", "owl", "fox", "hen", "elk"]
-
-
-def paint(path: Path, number: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def label(number: int) -> int:
-    return number * 7 % 17 % len(NAMES)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """29 pictures of six kinds, as a folder of classes."""
-    for i in range(29):
-        paint(tmp_path / "kinds" / NAMES[label(i)] / f"{i:02}.png", i)
-    return tmp_path / "kinds"
-
-
-@pytest.fixture
-def captions(tmp_path: Path) -> Path:
-    """17 pictures, picture i with 1 + i mod 3 captions, as a table."""
-    rows = [["path", "caption", "swapped"]]
-    for i in range(17):
-        paint(tmp_path / "photos" / f"{i:02}.png", 100 + i)
-        rows += [[f"{i:02}.png", f"a {NAMES[i % 6]} {i} by {j}", f"by a {j} {i}"] for j in range(1 + i % 3)]
-    with (tmp_path / "photos" / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return tmp_path / "photos" / "table.csv"
-
-
-def suite(path: Path, name: str, data: Any, protocol: Any) -> str:
-    path.mkdir(exist_ok=True)
-    (path / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, "data": data, "protocol": protocol}))
-    return str(path / f"{name}.yaml")
-
-
-def result(
-    model: Model, *suites: str, world: World = ALONE, batch: int = 4, embeddings: EmbeddingCache | None = None
-) -> Evaluation:
-    return evaluate(model, EvalConfig(suites=suites, batch=batch, examples=0), "", world, embeddings=embeddings)
-
-
-def model_that_tells_apart() -> Model:
-    """Random, with weights large enough that the embeddings differ."""
-    model = build(SPEC, 3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim == 2:
-                noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name) + p.numel()))
-                p.add_(noise * 0.3)
-    return model
-
-
-def numpy_embeddings(model: Model, url: str, form: Form) -> tuple[np.ndarray, np.ndarray, Any]:
-    data = open_pictures(url, form, 8, 16)
-    found = embed(model, data, 64, ALONE)
-    return found.images.double().numpy(), found.texts.double().numpy(), found
 
 
 def test_zero_shot_equals_plain_numpy(folder: Path, tmp_path: Path) -> None:
@@ -308,97 +242,6 @@ def test_embeddings_are_kept_by_commit_and_data(folder: Path, tmp_path: Path, mo
     assert sum(looked_at) == 29 + 30 + 30
 
 
-@pytest.mark.parametrize(
-    ("data", "protocol", "words"),
-    [
-        ("nowhere", "zero_shot", "not found"),
-        ("kinds", {"kind": "zero_shot", "classes": "nowhere.txt"}, "nowhere.txt cannot be read"),
-        ("kinds", {"kind": "zero_shot", "classes": "three.txt"}, "6 class folders, and .* names 3"),
-        ("high.csv", {"kind": "zero_shot", "classes": "three.txt"}, r"label 5, and .* names 3 classes, 0 to 2"),
-        ("high.csv", "zero_shot", "are numbers; give their class names"),
-        ("odd.csv", {"kind": "zero_shot", "classes": "three.txt"}, "label 'gnu', which is not among the 3"),
-        ("ragged.csv", "zero_shot", "line 2: 3 columns instead of 2"),
-        ("gone.csv", "zero_shot", "line 2: the picture 'gone.png' is missing"),
-        ("outside.csv", "zero_shot", "line 2: .* lies outside"),
-        ("empty", "zero_shot", "not a folder of classes"),
-        ("hollow", "zero_shot", "gnu is empty: a class must have pictures"),
-        ("mixed", "zero_shot", "notes.txt is not .jpg"),
-        ("kinds", {"kind": "zero_shot", "prompts": "some.json"}, "no list of prompts for the class 'dog'"),
-        ("kinds", {"kind": "zero_shot", "broader": "circle.json"}, "broader than itself"),
-        ("kinds", {"kind": "zero_shot", "templates": "flat.txt"}, "no placeholder for the class"),
-        ("kinds", {"kind": "zero_shot", "classes": "sets.json"}, "holds several data sets"),
-        ("odd.csv", "pairs", "no swapped caption"),
-        ({"source": "kinds", "train": "one"}, "knn_probe", "has one class, 'cat'"),
-        ({"source": "kinds", "train": "two"}, "knn_probe", "class 'elk', which has no picture in"),
-    ],
-)  # fmt: skip
-def test_bad_inputs_are_named_before_a_model_is_there(
-    data: Any, protocol: Any, words: str, folder: Path, tmp_path: Path
-) -> None:
-    paint(tmp_path / "a.png", 0)
-    for name, text in {
-        "three.txt": "cat\ndog\nowl\n",
-        "flat.txt": "a {}\na cat\n",
-        "some.json": json.dumps({"cat": ["a cat"]}),
-        "sets.json": json.dumps({"x": ["cat"]}),
-        "circle.json": json.dumps(dict.fromkeys(NAMES, "cat")),
-        "high.csv": "path,label\na.png,5\n",
-        "odd.csv": "path,label\na.png,gnu\n",
-        "ragged.csv": "path,label\na.png,1,2\n",
-        "gone.csv": "path,label\ngone.png,1\n",
-        "outside.csv": "path,label\n../../etc/passwd,1\n",
-    }.items():
-        (tmp_path / name).write_text(text)
-    for name in ("empty", "hollow/gnu", "mixed/gnu"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "mixed/gnu/notes.txt").write_text("x")
-    for name in ("one/cat/a.png", "two/cat/a.png", "two/dog/b.png"):
-        paint(tmp_path / name, 1)
-    config = EvalConfig(suites=(suite(tmp_path, "bad", data, protocol),))
-    with pytest.raises(DataError, match=words):
-        check_suites(config)
-
-
-def test_a_non_image_is_named_on_every_rank(folder: Path, tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
-    (folder / "fox" / "zebra.png").write_bytes(b"not a picture")
-    path = suite(tmp_path, "kinds", "kinds", "zero_shot")
-
-    def one_rank(group: World) -> str:
-        with pytest.raises(DataError) as raised:
-            result(build(SPEC, 1), path, world=group)
-        return str(raised.value)
-
-    for message in on_ranks(2, one_rank):
-        assert "1 of the 30 samples" in message
-        assert "zebra.png" in message
-        assert "does not decode" in message
-
-
-def test_suites_are_refused_by_name_and_field(tmp_path: Path) -> None:
-    for content, words in {
-        "name: pets\ndata: x\nprotocol: {kind: foo}": "'foo' is not known",
-        "name: pets\ndata: x\nprotocol: knn_probe": "data.train is missing",
-        "name: pets\ndata: {source: x, train: y}\nprotocol: retrieval": "data.train is only for probes",
-        "name: pets\ndata: x\nprotocol: {kind: captioning, metrics: [spice]}": "Java",
-        "name: pets\nprotocol: retrieval": "data: is missing",
-        "name: pets\ndata: x\nprotocol: {kind: retrieval, z: 1}": "protocol.z: is not a known key",
-        "name: retrieval\ndata: x\nprotocol: retrieval": "built-in",
-        "- 1": "must be a mapping",
-        "[": "not valid YAML",
-    }.items():
-        (tmp_path / "a.yaml").write_text(content)
-        with pytest.raises(ValueError, match=words):
-            EvalConfig(suites=(str(tmp_path / "a.yaml"),))
-    with pytest.raises(ValueError, match="cannot be read"):
-        EvalConfig(suites=(str(tmp_path / "none.yaml"),))
-    (tmp_path / "a.yaml").write_text("name: pets\ndata: x\nprotocol: retrieval")
-    with pytest.raises(ValueError, match="two suites are called 'pets'"):
-        EvalConfig(suites=(str(tmp_path / "a.yaml"), str(tmp_path / "a.yaml")))
-    config = EvalConfig(suites=("retrieval", str(tmp_path / "a.yaml")))
-    assert EvalConfig.model_validate(config.model_dump(mode="json")) == config
-    assert config.own[0].data.source == str(tmp_path / "x")
-
-
 def test_captions_are_scored_as_the_packages_say(monkeypatch: pytest.MonkeyPatch) -> None:
     import sacrebleu
     from pycocoevalcap.cider.cider import Cider
@@ -485,18 +328,3 @@ def test_figures_are_those_of_clip_benchmark(
     for k in (1, 5, 10):
         assert found.scores[f"photos/image_to_text@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"])
         assert found.scores[f"photos/text_to_image@{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"])
-
-
-@pytest.mark.parametrize("text", ["cat\n\ndog\n", "\ncat\ndog", "cat\n \ndog"])
-def test_an_empty_line_in_a_list_of_classes_is_refused(tmp_path: Path, text: str) -> None:
-    """It would be unclear whether the class behind it is number 1 or number 2."""
-    (tmp_path / "classes.txt").write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=r"text \d is empty, so the classes' numbers are not clear"):
-        class_names(ZeroShot(kind="zero_shot", classes=str(tmp_path / "classes.txt")))
-
-
-def test_lists_of_classes_are_lines_alone(tmp_path: Path) -> None:
-    """Not what Python's splitlines takes for line ends too; empty lines at the end move no numbers."""
-    (tmp_path / "classes.txt").write_bytes("\ufeffa\u2028b\x0bc\r\nd\x85e\n\n\n".encode())
-    found = class_names(ZeroShot(kind="zero_shot", classes=str(tmp_path / "classes.txt")))
-    assert found == ["a\u2028b\x0bc", "d\x85e"]

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import subprocess
 import sys
 from copy import deepcopy
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,53 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import treering
-from treering.data.samples import clip_tokenizer
 from treering.launch.commands.eval import evaluate_commit
 from treering.launch.commands.export import export_commit
 from treering.launch.commands.grow import grow_offline
 from treering.launch.commands.import_ import import_weights
 from treering.launch.errors import RecipeError
 from treering.launch.recipe.load import read_recipe
-from treering.models.interchange import architectures, open_clip_files
 from treering.models.interchange.errors import InterchangeError
-from treering.models.interchange.files import open_weights, picture_settings, read_state
-from treering.tests.models.test_interchange import small, their_model
+from treering.models.interchange.files import picture_settings
+from treering.tests.support.open_clip_models import PICTURES, published
 from treering.training.checkpoint.commits import find_commit
 from treering.training.checkpoint.store import StoreError
 from treering.training.loop import train
 
 TEXTS = ["a red circle", "Two dogs, running!! through   the grass", "&amp; caf\u00e9 " + "long " * 40]
-PICTURES = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.4, 0.5], "interpolation": "bicubic", "resize_mode": "shortest"}
-
-
-def sized(name: str) -> dict[str, Any]:
-    """A small config of `name` with CLIP's vocabulary."""
-    config = small(name)
-    for part in ("text_cfg", "multimodal_cfg"):
-        if part in config:
-            config[part] |= {"vocab_size": 49408, "context_length": 16}
-    return config
-
-
-def folder(open_clip: ModuleType, where: Path, name: str, pictures: dict[str, Any] | None = None) -> Path:
-    """A folder as open_clip pushes one to a hub."""
-    where.mkdir()
-    config = sized(name)
-    tree = {"model_cfg": config, "preprocess_cfg": pictures or PICTURES}
-    (where / "open_clip_config.json").write_text(json.dumps(tree))
-    state = {key: tensor.contiguous() for key, tensor in their_model(open_clip, config).state_dict().items()}
-    save_file(state, where / "open_clip_model.safetensors")
-    return where
-
-
-@pytest.fixture(scope="module")
-def coca(open_clip: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder(open_clip, tmp_path_factory.mktemp("theirs") / "coca", "coca_ViT-B-32")
-
-
-@pytest.fixture(scope="module")
-def clip(open_clip: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder(open_clip, tmp_path_factory.mktemp("theirs") / "clip", "ViT-B-32-quickgelu")
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +138,7 @@ def test_grown_offline_it_gives_the_same_and_exports_again(open_clip: ModuleType
 def test_pictures_are_made_as_the_weights_want_them(open_clip: ModuleType, tmp_path: Path) -> None:
     """Squashed and bilinear: within a grey level or two of open_clip's transform, and far from the crop."""
     pictures = PICTURES | {"interpolation": "bilinear", "resize_mode": "squash"}
-    where = folder(open_clip, tmp_path / "squash", "ViT-B-32", pictures)
+    where = published(open_clip, tmp_path / "squash", "ViT-B-32", pictures)
     wide = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 200, 3), dtype=np.uint8))
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{where}")
     mean, std = (torch.tensor(PICTURES[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -227,130 +192,6 @@ def test_bad_use_says_what_to_give(coca: Path, clip: Path) -> None:
         treering.laod  # noqa: B018
 
 
-def with_architecture(monkeypatch: pytest.MonkeyPatch, name: str, **words: Any) -> None:
-    """The architecture `name` at a small size, in place of its own."""
-    config = sized(name)
-    config["text_cfg"] |= words
-    monkeypatch.setattr(architectures, "architectures", lambda: {name: config})
-
-
-def test_files_by_the_name_of_the_architecture(
-    open_clip: ModuleType, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A .safetensors, a .pt with optimizer and epoch beside the weights, a tag that says how pictures are made."""
-    with_architecture(monkeypatch, "ViT-B-32-quickgelu")
-    state = load_file(clip / "open_clip_model.safetensors")
-    trained = {"epoch": 3, "state_dict": {f"module.{k}": t for k, t in state.items()}, "optimizer": {"state": {}}}
-    torch.save(trained, tmp_path / "epoch_3.pt")
-    plain = open_weights(f"open_clip:ViT-B-32-quickgelu={clip}/open_clip_model.safetensors")
-    checkpoint = open_weights(f"open_clip:ViT-B-32-quickgelu/openai={tmp_path}/epoch_3.pt")
-    assert plain.spec == checkpoint.spec
-    assert all(torch.equal(plain.tensors[key], checkpoint.tensors[key]) for key in plain.tensors)
-    assert plain.spec.image.mean == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
-
-
-class Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (print, ("it ran",))
-
-
-def test_nothing_in_a_file_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"state_dict": {"a": torch.ones(1)}, "extra": Hostile()}, tmp_path / "hostile.pt")
-    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Hostile()))
-    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0")
-    for name in ("hostile.pt", "bare.pt", "cut.safetensors"):
-        with pytest.raises(InterchangeError, match="does not hold weights alone"):
-            read_state(tmp_path / name)
-    assert "it ran" not in capsys.readouterr().out
-    torch.save([1], tmp_path / "list.pt")
-    torch.save({"epoch": 1}, tmp_path / "none.pt")
-    with pytest.raises(InterchangeError, match="does not hold a state dict"):
-        read_state(tmp_path / "list.pt")
-    with pytest.raises(InterchangeError, match="does not hold tensors by name"):
-        read_state(tmp_path / "none.pt")
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (
-            "open_clip:ViT-B-32",
-            r"does not name weights; give open_clip:ViT-B-32/TAG with a tag \(openai, laion400m_e31",
-        ),
-        ("open_clip:ViT-B-32/laion9b", "no weights 'laion9b' of ViT-B-32; it has openai"),
-        ("open_clip:ViT-B-32/openai", "was trained with QuickGELU; use open_clip:ViT-B-32-quickgelu/openai"),
-        ("open_clip:ViT-B-16-SigLIP/webli", "its image tower is timm's"),
-        ("open_clip:ViT-B-33/x", "no architecture 'ViT-B-33'"),
-        (
-            "open_clip:ViT-L-14-CLIPA=file.pt",
-            "do not all preprocess pictures as CLIP does; .*ViT-L-14-CLIPA/datacomp1b=FILE",
-        ),
-        ("open_clip:ViT-B-32=/nowhere.pt", "/nowhere.pt does not exist"),
-        ("open_clip:local-dir:/nowhere", "its open_clip_config.json cannot be read"),
-        ("ViT-B-32", "cannot be imported; write open_clip:ARCHITECTURE/TAG"),
-    ],
-)
-def test_sources_that_cannot_be_read(source: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises((InterchangeError, RecipeError), match=message):
-        import_weights(source, str(tmp_path / "out"), None, None)
-    assert not (tmp_path / "out").exists()
-
-
-def test_without_a_network_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(entry: dict[str, Any]) -> str:
-        raise FileNotFoundError(f"Failed to download {entry['hf_hub']}")
-
-    monkeypatch.setattr(open_clip_files._tables(), "download_pretrained", offline)
-    for cut_off, reason in ((False, "FileNotFoundError"), (True, "no network")):
-        monkeypatch.setattr(open_clip_files, "_offline", lambda value=cut_off: value)
-        with pytest.raises(
-            InterchangeError, match=rf"downloaded \({reason}\).*CLIP-ViT-B-32-laion2B-s34B-b79K/ and name"
-        ):
-            open_weights("open_clip:ViT-B-32/laion2b_s34b_b79k")
-
-
-def test_a_fetched_file_is_read(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_architecture(monkeypatch, "ViT-B-32-quickgelu")
-    asked: list[dict[str, Any]] = []
-    file = clip / "open_clip_model.safetensors"
-    monkeypatch.setattr(open_clip_files, "_offline", lambda: False)
-    monkeypatch.setattr(
-        open_clip_files._tables(), "download_pretrained", lambda entry: (asked.append(entry), str(file))[1]
-    )
-    weights = open_weights("open_clip:ViT-B-32-quickgelu/OpenAI")
-    assert weights.file == str(file)
-    assert asked[0]["hf_hub"].startswith("timm/")
-
-
-def test_without_a_network_what_was_fetched_earlier_serves(
-    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_architecture(monkeypatch, "ViT-B-32-quickgelu")
-    monkeypatch.setattr(open_clip_files, "_offline", lambda: True)
-    repository, _, name = open_clip_files.published("ViT-B-32-quickgelu")["openai"]["hf_hub"].rpartition("/")
-    kept = tmp_path / f"models--{repository.replace('/', '--')}"
-    (kept / "refs").mkdir(parents=True)
-    (kept / "refs/main").write_text("abc")
-    (kept / "snapshots/abc").mkdir(parents=True)
-    file = kept / "snapshots/abc" / (name or "open_clip_model.safetensors")
-    file.write_bytes((clip / "open_clip_model.safetensors").read_bytes())
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
-    assert open_weights("open_clip:ViT-B-32-quickgelu/openai").file == str(file)
-
-
-def test_a_name_that_is_not_resolved_is_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unresolved(*arguments: Any) -> None:
-        raise OSError("Name or service not known")
-
-    for word in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT"):
-        monkeypatch.delenv(word, raising=False)
-    monkeypatch.setattr("socket.getaddrinfo", unresolved)
-    assert open_clip_files._offline()
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
-    assert not open_clip_files._offline()
-
-
 def tokenizer_file(where: Path, end: str) -> Path:
     """A word tokenizer that puts [CLS] before and `end` after a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -366,7 +207,7 @@ def tokenizer_file(where: Path, end: str) -> Path:
 
 def test_weights_with_another_tokenizer(open_clip: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CLIPA: texts of BERT's tokens without their end, filled, seen from both sides; the names go back to open_clip."""
-    where = folder(open_clip, tmp_path / "clipa", "ViT-L-14-CLIPA")
+    where = published(open_clip, tmp_path / "clipa", "ViT-L-14-CLIPA")
     source, out = f"open_clip:local-dir:{where}", str(tmp_path / "out")
     with pytest.raises(InterchangeError, match=r"uses the tokenizer bert-base-uncased; get the tokenizer\.json"):
         import_weights(source, out, None, None)
@@ -384,7 +225,7 @@ def test_weights_with_another_tokenizer(open_clip: ModuleType, tmp_path: Path, m
     export_commit(found["commit"], "open_clip", tmp_path / "back")
     text = json.loads((tmp_path / "back/open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
     assert (text["hf_tokenizer_name"], text["tokenizer_kwargs"]) == ("bert-base-uncased", {"strip_sep_token": True})
-    clip = folder(open_clip, tmp_path / "clip", "ViT-B-32")
+    clip = published(open_clip, tmp_path / "clip", "ViT-B-32")
     with pytest.raises(InterchangeError, match="reads CLIP's tokens; leave --tokenizer"):
         import_weights(f"open_clip:local-dir:{clip}", str(tmp_path / "no"), None, str(pad))
 
@@ -445,7 +286,7 @@ def test_open_clip_weights_are_evaluated_as_if_they_had_been_imported(clip: Path
 
 def test_kept_embeddings_are_of_the_very_weights(open_clip: ModuleType, tmp_path: Path) -> None:
     """Other weights under the same name have other scores."""
-    where, found = folder(open_clip, tmp_path / "clip", "ViT-B-32-quickgelu"), []
+    where, found = published(open_clip, tmp_path / "clip", "ViT-B-32-quickgelu"), []
     for _ in range(2):
         found.append(evaluate_commit(f"open_clip:local-dir:{where}", ["geometry"], None)["scores"])
         state = load_file(where / "open_clip_model.safetensors")
@@ -456,43 +297,9 @@ def test_kept_embeddings_are_of_the_very_weights(open_clip: ModuleType, tmp_path
 
 
 def test_weights_with_another_tokenizer_are_to_be_imported_first(open_clip: ModuleType, tmp_path: Path) -> None:
-    where = folder(open_clip, tmp_path / "clip", "ViT-B-32-quickgelu")
+    where = published(open_clip, tmp_path / "clip", "ViT-B-32-quickgelu")
     tree = json.loads((where / "open_clip_config.json").read_text())
     tree["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "bert-base-uncased"
     (where / "open_clip_config.json").write_text(json.dumps(tree))
     with pytest.raises(RecipeError, match=r"uses the tokenizer bert-base-uncased; import it with its tokenizer\.json"):
         evaluate_commit(f"open_clip:local-dir:{where}", ["retrieval"], None)
-
-
-def test_what_cannot_be_fetched_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_clip_files, "_offline", lambda: True)
-    with pytest.raises(InterchangeError, match=r"ViT-B-32/laion2b_s34b_b79k could not be downloaded \(no network\)"):
-        evaluate_commit("open_clip:ViT-B-32/laion2b_s34b_b79k", ["retrieval"], None)
-
-
-def test_the_installed_version_of_open_clip_is_one_that_was_tested() -> None:
-    """Add it to `TESTED` when the whole suite has passed with it."""
-    assert version("open_clip_torch") in open_clip_files.TESTED
-    assert open_clip_files.version() == version("open_clip_torch")
-    assert len(open_clip_files.architectures()) > 100
-    assert open_clip_files.published("ViT-B-32")["openai"]["hf_hub"]
-    assert clip_tokenizer._merges_file().is_relative_to(open_clip_files.package_folder())
-
-
-def test_a_version_that_keeps_its_weights_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(open_clip_files._tables(), "_PRETRAINED")
-    with pytest.raises(InterchangeError, match=r"keeps its published weights elsewhere than .*; install one of these"):
-        open_clip_files.published("ViT-B-32")
-
-
-def test_a_torch_file_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Path) -> None:
-    """Its parts are never compressed by torch; they are refused before they are unpacked."""
-    import zipfile
-
-    torch.save({"a": torch.zeros(4)}, tmp_path / "good.pt")
-    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "bomb.pt", "w", 8) as bomb:
-        for name in good.namelist():
-            bomb.writestr(name, bytes(3_000_000) if name.endswith("data.pkl") else good.read(name))
-    assert read_state(tmp_path / "good.pt")["a"].tolist() == [0, 0, 0, 0]
-    with pytest.raises(InterchangeError, match="a decompression bomb of 3,000,"):
-        read_state(tmp_path / "bomb.pt")
