@@ -18,7 +18,7 @@ from treering.launch.errors import RecipeError
 from treering.launch.recipe.load import read_recipe
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
 from treering.models.towers import ImageTower
-from treering.tests.support.tiny_runs import SIZES, lines, train_until
+from treering.tests.support.tiny_runs import SIZES, dies, lines
 from treering.training import loop
 from treering.training.checkpoint.commits import find_commit
 from treering.training.engines import micro_batches
@@ -178,8 +178,8 @@ def test_a_run_finds_them_for_each_stage_and_a_resume_takes_them_over(tmp_path: 
     ).recipe  # fmt: skip
     with room_for(5):
         loop.train(recipe, tmp_path / "whole")
-    with room_for(5):
-        train_until(3, recipe, tmp_path / "cut")
+    with room_for(5), dies("step", 3, lambda run: run.uploads.finish()):  # the commit of step 2 is complete
+        loop.train(recipe, tmp_path / "cut")
     with room_for(12) as seen:  # one piece would do now, and does for the stage that is not begun
         loop.train(recipe, tmp_path / "cut")
     assert set(seen[: seen.index(12)]) == {4}
