@@ -87,7 +87,7 @@ def test_commits_round_trip_and_retention(url: str) -> None:
     commits = Commits(Store(url))
     names = [write(commits, step) for step in (3, 20, 100)]
     assert commits.names() == names
-    read = find_commit(url)
+    read = commits.open(commits.names()[-1])
     assert read.manifest.state.step == 100
     assert read.manifest.spec == SPEC
     assert all(torch.equal(read.tensors()[name], tensor) for name, tensor in tensors().items())

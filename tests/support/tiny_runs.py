@@ -73,8 +73,8 @@ def train_through(at: str, recipe: Recipe, out: Path) -> None:
 
 
 def train_until(step: int, recipe: Recipe, out: Path) -> None:
-    """Train, and die when this step begins."""
-    with dies("step", step):
+    """Train, and die when this step begins, with the commits before it complete."""
+    with dies("step", step, lambda run: run.uploads.finish() and None):
         loop.train(recipe, out)
 
 
