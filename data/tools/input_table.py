@@ -21,6 +21,7 @@ from ..shards.listing import IMAGE_KINDS
 
 _PATHS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path", "image path", "picture")
 _CAPTIONS = ("caption", "text")
+_PATH, _TEXT = "\0path", "\0text"  # columns of these uses, as no column can be called
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,15})?([eE][+-]?\d{1,2})?")
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "|"}
 _PICTURE = tuple(f".{kind}" for kind in IMAGE_KINDS)
@@ -129,7 +130,7 @@ class InputTable:
                 continue
             if first and isinstance(cells, list) and _is_header(cells):
                 names = self._named(number, cells)
-                self._path_column = names.index("path")
+                self._path_column = names.index(_PATH)
             else:
                 try:
                     yield self._row(number, cells, names, delimiter)
@@ -143,7 +144,7 @@ class InputTable:
         first = next((line for _, line in self._lines() if line.strip()), "")
         usual = "\t" if self.kind == ".tsv" else ","
         cells = {each: _split(first, each) for each in (usual, *_DELIMITERS)}
-        for fits in (_is_header, lambda row: row[0].strip().lower().endswith(_PICTURE)):
+        for fits in (_is_header, lambda row: row[0].strip(" ").lower().endswith(_PICTURE)):
             found = next((each for each, row in cells.items() if len(row) > 1 and fits(row)), None)
             if found is not None:
                 return found
@@ -181,7 +182,7 @@ class InputTable:
         return len(cells) > max(1, at) and cells[at].strip().strip('"').lower().endswith(_PICTURE)
 
     def _named(self, line: int, header: list[str]) -> list[str]:
-        """The column names, with the path column renamed to path and each caption column to caption."""
+        """The column names, with _PATH for that of the paths and _TEXT for each of the texts."""
         names = [cell.strip() for cell in header]
         lower = [name.lower() for name in names]
         path = next((lower.index(name) for name in _PATHS if name in lower), 0)
@@ -194,7 +195,7 @@ class InputTable:
         wrong = next((n for n in others if not n or others.count(n) > 1 or n in ("captions", "labels")), None)
         if wrong is not None:
             raise self.wrong(line, f"a column cannot be called {shown(wrong)}; rename it, or write a .jsonl table")
-        return ["path" if i == path else "caption" if i in captions else name for i, name in enumerate(names)]
+        return [_PATH if i == path else _TEXT if i in captions else name for i, name in enumerate(names)]
 
     def _row(self, line: int, row: list[str] | _BadRow, names: list[str] | None, delimiter: str) -> Row:
         if isinstance(row, _BadRow):
@@ -206,12 +207,12 @@ class InputTable:
             raise _BadRow(f"{len(row)} columns instead of {wanted}; {remedy}")
         for cell in row:
             _check_encoding(cell)
-        cells = list(zip(names or ("path", "caption"), (cell.strip() for cell in row), strict=True))
-        captions = [cell for name, cell in cells if name == "caption" and cell]
+        cells = list(zip(names or (_PATH, _TEXT), (cell.strip() for cell in row), strict=True))
+        captions = [cell for name, cell in cells if name == _TEXT and cell]
         if not captions:
             raise _BadRow(f"the {self.texts[0]} is empty; write one or remove the line")
-        others = {name: _value(cell) for name, cell in cells if name not in ("path", "caption") and cell}
-        return Row(line, next(cell for name, cell in cells if name == "path"), [*captions], others)
+        others = {name: _value(cell) for name, cell in cells if name not in (_PATH, _TEXT) and cell}
+        return Row(line, next(cell for name, cell in cells if name == _PATH), [*captions], others)
 
 
 def _noted(

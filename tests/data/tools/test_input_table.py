@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from treering.data.errors import DataError
@@ -35,6 +35,7 @@ def read(path: Path) -> tuple[list[tuple[int, str, str]], list[str]]:
     quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
     gap=st.booleans(),
 )
+@example(captions=[","], delimiter="\t", header=False, bom=False, quoting=csv.QUOTE_MINIMAL, gap=False)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_csv_writes_is_read(
     tmp_path: Path, captions: list[str], delimiter: str, header: bool, bom: bool, quoting: int, gap: bool
@@ -145,3 +146,11 @@ def test_an_evaluation_set_refuses_such_tables(tmp_path: Path, picture: Callable
         open_pictures(str(tmp_path / "t.csv"), Form("class"), 16, 16)
     (tmp_path / "t.csv").write_text("path;label\np0.jpg;cat\n", encoding="utf-8")
     assert open_pictures(str(tmp_path / "t.csv"), Form("class"), 16, 16).known_labels == ["cat"]
+
+
+@pytest.mark.parametrize("header", ["path,species,caption", "caption,path,species", "text,path,species"])
+def test_a_class_may_stand_beside_a_caption(tmp_path: Path, picture: Callable[..., bytes], header: str) -> None:
+    (tmp_path / "p.jpg").write_bytes(picture(0))
+    cells = {"path": "p.jpg", "species": "wren", "caption": "a bird", "text": "a bird"}
+    (tmp_path / "t.csv").write_text(f"{header}\n{','.join(cells[name] for name in header.split(','))}\n")
+    assert open_pictures(str(tmp_path / "t.csv"), Form("class", label="species"), 16, 8).known_labels == ["wren"]
