@@ -159,13 +159,16 @@ class World:
         return [bool(r) for r in raised]
 
     def objects(self, own: Any) -> list[Any]:
-        """A small JSON-like object from every rank, on every rank, in rank order."""
+        """A JSON-like object from every rank, on every rank, in rank order."""
         if self.size == 1:
             return [own]
-        data, lengths = self._packed(own)
-        padded = [torch.empty(len(data), dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(padded, data, self.group)
-        return [_unpacked(each, length) for each, length in zip(padded, lengths, strict=True)]
+        data = _bytes(own)
+        lengths = self._lengths(data)
+        everyone = torch.zeros(sum(lengths), dtype=torch.uint8)  # one may be long: the others are not padded to it
+        parts = everyone.split(lengths)
+        parts[self.rank].copy_(data)
+        dist.all_reduce(everyone, group=self.group)
+        return [_unpacked(part, len(part)) for part in parts]
 
     def objects_to_first(self, own: Any) -> list[Any]:
         """A JSON-like object from every rank, in rank order, on the first rank alone; the others get an empty list."""
@@ -190,10 +193,14 @@ class World:
     def _packed(self, own: Any) -> tuple[Tensor, list[int]]:
         """An object as bytes, padded to the longest of all ranks, and how many bytes each rank's are."""
         data = _bytes(own)
+        lengths = self._lengths(data)
+        return torch.cat([data, data.new_zeros(max(lengths) - len(data))]), lengths
+
+    def _lengths(self, data: Tensor) -> list[int]:
+        """How many bytes each rank has."""
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(data)]), self.group)
-        numbers = [int(length) for length in lengths]
-        return torch.cat([data, data.new_zeros(max(numbers) - len(data))]), numbers
+        return [int(length) for length in lengths]
 
     def barrier(self) -> None:
         """Wait for every rank."""
