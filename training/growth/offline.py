@@ -97,6 +97,7 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
             "attempt": attempt,
             "multipliers": rates,
             "window": (),
+            "trials": (),
             "health": Health(healthy_step=state.step),
             "applied": 0 if how.moments == "reset" else state.applied,
             "lineage": (*state.lineage, event),

@@ -157,10 +157,11 @@ def run_trial(
 
 
 def choose(trials: Sequence[Trial]) -> Choice:
-    """The best trial. With fewer than three different costs nothing can be fitted, and the lowest loss wins."""
+    """The best trial. With fewer than three different costs, or a loss of 0 or below, which a power never has, nothing
+    can be fitted, and the lowest loss wins."""
     known = [(trial.flops_per_sample, trial.loss) for trial in trials if trial.loss is not None]
     exponent = 0.0
-    if len({cost for cost, _ in known}) >= 3:
+    if len({cost for cost, _ in known}) >= 3 and all(loss > 0 for _, loss in known):
         costs, losses = [log(cost) for cost, _ in known], [log(loss) for _, loss in known]
         mean, centre = fsum(losses) / len(known), fsum(costs) / len(known)
         rise = fsum((x - centre) * (y - mean) for x, y in zip(costs, losses, strict=True))

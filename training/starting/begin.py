@@ -18,7 +18,7 @@ from ..run_plan import RunPlan
 from ..state import RolledBack, RunState
 from ..world import World
 from .init_from import begin_with, open_origin
-from .resume import check_same_run, newest_intact
+from .resume import check_same_run, newest_intact, state_for
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def begin(
     found = newest_intact(commits, names, builder, warn, world)
     clock.append(time.monotonic())
     if found and builder.engine:
-        commit, engine, state = found[0], builder.engine, found[0].manifest.state
+        commit, engine, state = found[0], builder.engine, state_for(recipe, found[0])
         engine.load_logical_state(found[1], state.applied, state.skipped, state.multipliers)
         load_states(engine.objectives, state.objectives)
     else:

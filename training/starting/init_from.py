@@ -76,7 +76,14 @@ def begin_with(recipe: Recipe, commit: Commit, engine: Engine) -> RunState:
         engine.load_logical_state(tensors, theirs.applied, theirs.skipped, theirs.multipliers)
         event = Event(event="from", step=theirs.step, samples=theirs.samples, detail=detail)
         return theirs.model_copy(
-            update={"lineage": (*theirs.lineage, event), "attempt": 0, "data": (), "tokenizer": ""}
+            update={
+                "lineage": (*theirs.lineage, event),
+                "attempt": 0,
+                "data": (),
+                "tokenizer": "",
+                "best": None,
+                "trials": (),
+            }
         )
     weights = commit.tensors("model", engine.layout)
     state = dict(weights)

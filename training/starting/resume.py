@@ -100,6 +100,27 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
     return differences(*(each.model_dump(mode="json", include={"data", "stages"}) for each in (recipe, before)))
 
 
+def state_for(recipe: Recipe, commit: Commit) -> RunState:
+    """The state of a commit of this run, without what was found for a recipe that has changed since: the best value of
+    another score than `checkpoint.keep_best` names now, and trials of a search for another future."""
+    state = commit.manifest.state
+    before = Recipe.model_validate({key: value for key, value in commit.manifest.recipe.items() if key != "engine"})
+    if before.checkpoint.keep_best != recipe.checkpoint.keep_best:
+        state = state.model_copy(update={"best": None})
+    if state.trials and _future(before) != _future(recipe):
+        state = state.model_copy(update={"trials": ()})
+    return state
+
+
+def _future(recipe: Recipe) -> dict[str, Any]:
+    """What decides the result of a trial, wherever the data are."""
+    future = recipe.model_dump(mode="json", include=set(CONTINUES))
+    future["data"]["tokenizer"] = None
+    for source in future["data"]["train"]:
+        source["source"] = None
+    return {path: leaf for path, leaf in _flat(future).items() if path not in _FREE}
+
+
 def _past(recipe: Recipe, state: RunState) -> dict[str, Any]:
     """The part of a recipe that determined a state: stages that have begun, sources that were read."""
     past = recipe.model_dump(mode="json", include=set(CONTINUES))

@@ -70,6 +70,14 @@ def test_a_trial_that_broke_is_not_chosen_and_two_costs_are_no_fit() -> None:
     assert (found.exponent, found.chosen) == (0.0, 1)
 
 
+@pytest.mark.parametrize("losses", [[0.0, 0.0, 0.0], [-1.0, -3.0, 2.0], [1.0, 0.0, None, 2.0]])
+def test_losses_that_are_not_above_zero_are_no_power_and_the_lowest_wins(losses: list[float | None]) -> None:
+    """A batch of one has a contrastive loss of 0, and a term of one's own may be negative."""
+    found = choose([trial(cost, loss) for cost, loss in zip((1e6, 2e6, 3e6, 4e6), losses, strict=False)])
+    assert found.exponent == 0
+    assert losses[found.chosen] == min(loss for loss in losses if loss is not None)
+
+
 def test_a_candidate_sees_what_its_stage_will_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a stage with half of the patches: another grid, in a stage that sees all of it or not."""
     seen: set[tuple[int, int | None, int]] = set()
@@ -202,6 +210,23 @@ def test_a_stop_between_trials_keeps_the_finished_ones(
     assert ours.manifest.state.flops == theirs.manifest.state.flops
     mine, other = ours.tensors(), theirs.tensors()
     assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+def test_trials_of_another_future_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after a trial and continued: what a trial depends on may have changed, as its stage has not begun."""
+    made, real = [], loop.Run._tried
+
+    def asked_to_stop(run: loop.Run, trial: Trial) -> bool:
+        made.append(trial.sizes)
+        run.stop.requested = True
+        return real(run, trial)
+
+    monkeypatch.setattr(loop.Run, "_tried", asked_to_stop)
+    for more in ([], ["checkpoint.keep=19"], ["stages.1.mixture={old: 1, new: 1}"]):
+        assert not train(recipe(*more), tmp_path).finished
+    assert len(find_commit(str(tmp_path)).manifest.state.trials) == 1
+    assert made == [made[0], made[1], made[0]]
+    assert made[0] != made[1]
 
 
 def test_a_search_beats_before_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from treering.launch.errors import RecipeError
 from treering.launch.recipe.load import read_recipe
-from treering.tests.support.tiny_runs import lines, measured
+from treering.tests.support.tiny_runs import dies, lines, measured
 from treering.training import loop
 from treering.training.checkpoint.commits import Commits, find_commit
 from treering.training.checkpoint.store import Store
@@ -274,6 +274,23 @@ def test_the_best_model_is_committed(tmp_path: Path) -> None:
         highest = max(highest, seen[step])
     assert reasons == ["best"] * rises + ["end"]
     assert find_commit(str(tmp_path)).manifest.state.best == best
+
+
+def test_the_best_value_is_of_the_score_that_is_named(tmp_path: Path) -> None:
+    """A resume may name another score, and another run begins with none: what was best so far says nothing then."""
+    more = ("eval={suites: [retrieval], every: 40, examples: 0}", "optimizer.lr=1e-3", "stages=[{samples: 160}]")
+    named = "checkpoint={{every: 1h, keep: 9, keep_best: retrieval/{}}}"
+    before = read_recipe("emoji", [*OVERRIDES, *more, named.format("image_to_text@10")]).recipe
+    with dies("step", 20):
+        train(before, tmp_path)
+    was = find_commit(str(tmp_path))
+    run(tmp_path, *more, named.format("image_to_text@1"))
+    run(tmp_path / "from", *more, named.format("image_to_text@10"), f"init_from={{commit: '{was.url}', load: all}}")
+    for out, score in ((tmp_path, "retrieval/image_to_text@1"), (tmp_path / "from", "retrieval/image_to_text@10")):
+        found = find_commit(str(out)).manifest.state.best
+        seen = [row["scores"][score] for row in rows(out, "eval") if row["step"] > was.manifest.state.step]
+        assert found == max(seen)
+    assert was.manifest.state.best > max(row["scores"]["retrieval/image_to_text@1"] for row in rows(tmp_path, "eval"))
 
 
 def test_a_best_score_that_only_a_later_stage_has(tmp_path: Path) -> None:
