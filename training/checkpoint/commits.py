@@ -43,12 +43,24 @@ _FORMAT_1 = re.compile(r"^step-\d{12}-life-\d{4}/COMMIT$")
 _STALE = timedelta(days=1)
 
 
+class _Index(BaseModel, frozen=True, extra="forbid", strict=True):
+    """The facts of a store's commits as they are kept beside them."""
+
+    commits: dict[str, _Facts]
+    check: str
+    """of these facts and the run: an index that was damaged, edited or copied here from another run is not believed"""
+
+    @classmethod
+    def of(cls, facts: dict[str, _Facts], run: str) -> _Index:
+        return cls(commits=facts, check=hashlib.sha256(run.encode() + _FACTS.dump_json(facts)).hexdigest()[:16])
+
+
 class Commits:
     """The commits of one run in one store."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._index = Index(store, lambda name: self.open(name).manifest)
+        self._index = Index(store, lambda name: self.open(name).manifest, lambda: self.run or "")
         self._run: str | None = None
 
     def _sets(self) -> dict[str, set[str]]:
@@ -187,7 +199,7 @@ class Commits:
             )
             self.seal(name, manifest)
             if policy is not None:
-                self.retain(policy, attempt, snapshot.state.health.healthy_step)
+                self.retain(policy, attempt, snapshot.state.health.healthy_step, snapshot.state.best)
                 self.sweep_uploads(attempt)
             self._index.write()
 
@@ -242,16 +254,17 @@ class Commits:
             f"stop it, or give each run its own checkpoint.to"
         )
 
-    def retain(self, policy: CheckpointConfig, attempt: int, healthy: int = 0) -> None:
+    def retain(self, policy: CheckpointConfig, attempt: int, healthy: int = 0, best: float | None = None) -> None:
         """Remove commits that `policy` does not keep, and unfinished ones of `attempt` and earlier attempts.
 
-        The newest commit up to the step `healthy` is kept: it is what a rollback needs.
+        The newest commit up to the step `healthy` is kept: it is what a rollback needs. `best` is the best value of the
+        run's score; a commit with a higher one was scored on data that have changed since.
 
         No commit of this attempt may be in progress.
         """
         sets = self._sets()
         complete = sorted((name for name, files in sets.items() if _complete(files)), key=_order)
-        wanted = kept(complete, self._index.of(complete), policy)
+        wanted = kept(complete, self._index.of(complete), policy, best)
         wanted |= {*[name for name in complete if _step(name) <= healthy][-1:]}
         for name, files in sets.items():
             unfinished = name not in complete and _attempt(name) <= attempt

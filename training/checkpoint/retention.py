@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -36,12 +37,24 @@ class Facts(BaseModel, frozen=True, extra="forbid", strict=True):
 _FACTS = TypeAdapter(dict[str, Facts])
 
 
+class _File(BaseModel, frozen=True, extra="forbid", strict=True):
+    """The index as it is stored."""
+
+    commits: dict[str, Facts]
+    check: str
+    """of these facts and the run: an index that was damaged, edited or copied here from another run is not believed"""
+
+    @classmethod
+    def of(cls, facts: dict[str, Facts], run: str) -> _File:
+        return cls(commits=facts, check=sha256(run.encode() + _FACTS.dump_json(facts)).hexdigest()[:16])
+
+
 class Index:
     """The facts of a store's complete commits, by name; read from the store once, when they are first needed."""
 
-    def __init__(self, store: Store, read: Callable[[str], Manifest]) -> None:
-        """`read` gives the manifest of a commit and raises DamagedCommit."""
-        self._store, self._read = store, read
+    def __init__(self, store: Store, read: Callable[[str], Manifest], run: Callable[[], str]) -> None:
+        """`read` gives the manifest of a commit and raises DamagedCommit, `run` the id of the store's run."""
+        self._store, self._read, self._run = store, read, run
         self._facts: dict[str, Facts] | None = None
 
     def add(self, name: str, manifest: Manifest) -> None:
@@ -65,7 +78,7 @@ class Index:
     def write(self) -> None:
         """Write the index; a refusal of the store is ignored."""
         with contextlib.suppress(StoreError):
-            self._store.put(_INDEX, _FACTS.dump_json(self._known()))
+            self._store.put(_INDEX, _File.of(self._known(), self._run()).model_dump_json().encode())
 
     def _read_facts(self, name: str) -> Facts | None:
         try:
@@ -74,25 +87,26 @@ class Index:
             return None
 
     def _known(self) -> dict[str, Facts]:
-        """The index; a missing or damaged one is empty."""
+        """The index; one that is missing, cannot be read, or is not of these commits is empty."""
         if self._facts is None:
             try:
-                self._facts = _FACTS.validate_json(self._store.get(_INDEX))
-            except (FileNotFoundError, ValidationError):
+                found = _File.model_validate_json(self._store.get(_INDEX))
+                self._facts = found.commits if found == _File.of(found.commits, self._run()) else {}
+            except (FileNotFoundError, ValidationError, StoreError):
                 self._facts = {}
         return self._facts
 
 
-def kept(complete: Sequence[str], known: Mapping[str, Facts], policy: CheckpointConfig) -> set[str]:
+def kept(complete: Sequence[str], known: Mapping[str, Facts], policy: CheckpointConfig, best: float | None) -> set[str]:
     """The commits that `policy` keeps of `complete` ones and their facts, both oldest first; the result does not depend
-    on what was removed before."""
+    on what was removed before. Of two best ones it is that with the value `best`, then the newest."""
     found = {*complete[-policy.keep :], *(name for name, facts in known.items() if facts.reason == "growth")}
     if policy.keep_every:
         first: dict[int, str] = {}
         for name, facts in known.items():
             first.setdefault(facts.samples // policy.keep_every, name)
         found |= {name for number, name in first.items() if number > 0}
-    scored = [name for name, facts in known.items() if policy.keep_best in facts.scores]
-    if policy.keep_best and scored:
-        found.add(max(reversed(scored), key=lambda name: known[name].scores[str(policy.keep_best)]))  # the newest such
+    scored = {name: f.scores[policy.keep_best] for name, f in known.items() if policy.keep_best in f.scores}
+    if scored:
+        found.add(max(reversed(scored), key=lambda name: (scored[name] == best, scored[name])))
     return found

@@ -90,7 +90,7 @@ def test_what_a_commit_costs_does_not_grow_with_those_that_are_kept(tmp_path: Pa
     assert reads[5] == reads[40] == 2 * 2 + 1  # is it there, and was the place taken over; the index
 
 
-@pytest.mark.parametrize("index", [None, b"", b"{", b"[]", b'{"step-000000000001-attempt-0001": {"reason": 1}}'])
+@pytest.mark.parametrize("index", [None, b"", b"{", b"[]", b'{"commits": {"step-000000000001-attempt-0001": {}}}'])
 def test_an_index_that_is_missing_or_damaged_is_made_anew(index: bytes | None, tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     kept_of(store, 6)
@@ -101,9 +101,9 @@ def test_an_index_that_is_missing_or_damaged_is_made_anew(index: bytes | None, t
         store.put("commits.json", index)
     begin(Commits(store), {"model/b": torch.ones(1)}, step=7, policy=EVERY).finish()
     assert len(Commits(store).names()) == 7
-    rows = json.loads((tmp_path / "commits.json").read_bytes())
+    rows, before = (json.loads(each)["commits"] for each in ((tmp_path / "commits.json").read_bytes(), whole))
     assert rows.keys() == {*Commits(store).names()}
-    assert {name: rows[name] for name in json.loads(whole)} == json.loads(whole)
+    assert {name: rows[name] for name in before} == before
 
 
 def test_an_index_that_cannot_be_written_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_an_index_of_commits_that_are_gone_brings_none_back(tmp_path: Path) -> N
     begin(Commits(store), {"model/b": torch.ones(1)}, step=6, policy=EVERY).finish()
     names = Commits(store).names()
     assert len(names) == 5
-    assert json.loads((tmp_path / "commits.json").read_bytes()).keys() == {*names}
+    assert json.loads((tmp_path / "commits.json").read_bytes())["commits"].keys() == {*names}
 
 
 def test_strangers_objects_are_not_listed(tmp_path: Path) -> None:
@@ -163,3 +163,40 @@ def test_numbers_may_outgrow_their_width(tmp_path: Path) -> None:
     assert Commits(store).names() == names[2:]
     part = writer.CommitPart(file="exp_avg-100000-1234567.safetensors", kind="exp_avg", bytes=1, sha256="", tensors=1)
     assert part.file.startswith("exp_avg-100000")
+
+
+@pytest.mark.parametrize("fault", ["edited", "of another run", "a folder"])
+def test_an_index_that_does_not_say_what_the_commits_say_is_not_believed(fault: str, tmp_path: Path) -> None:
+    """The best commit, of step 2, stays."""
+    policy = CheckpointConfig(keep=1, keep_best="retrieval/x")
+
+    def scored(folder: Path, scores: dict[int, float]) -> None:
+        commits = Commits(Store(str(folder)))
+        if commits.run is None:
+            commits.claim_attempt("a test")
+        for step, score in scores.items():
+            begin(commits, {"model/b": torch.ones(1)}, step=step, policy=policy, scores={"retrieval/x": score}).finish()
+
+    scored(tmp_path / "run", {1: 0.1, 2: 0.9, 3: 0.2})
+    index = tmp_path / "run/commits.json"
+    if fault == "edited":
+        index.write_text(index.read_text().replace("0.9", "0.0"))
+    elif fault == "of another run":
+        scored(tmp_path / "other", {2: 0.0})
+        index.write_bytes((tmp_path / "other/commits.json").read_bytes())
+    else:
+        index.unlink()
+        index.mkdir()
+    scored(tmp_path / "run", {4: 0.3})
+    assert [int(name[5:17]) for name in Commits(Store(str(tmp_path / "run"))).names()] == [2, 4]
+
+
+def test_the_best_commit_since_the_evaluation_data_changed_is_kept(tmp_path: Path) -> None:
+    """Scores of steps 1 and 2 are of easier pictures; `best` began anew at step 3."""
+    policy = CheckpointConfig(keep=1, keep_best="retrieval/x")
+    commits = Commits(Store(str(tmp_path)))
+    for step, score, best in ((1, 0.8, 0.8), (2, 0.9, 0.9), (3, 0.2, 0.2), (4, 0.4, 0.4), (5, 0.3, 0.4), (6, 0.1, 0.4)):
+        state = RunState(step=step, samples=10 * step, attempt=1, best=best)
+        snapshot = Snapshot(SPEC, state, {}, {"model/b": torch.ones(1)}, scores={"retrieval/x": score})
+        commits.begin(snapshot, ALONE, policy).finish()
+    assert [int(name[5:17]) for name in commits.names()] == [4, 6]
