@@ -43,18 +43,6 @@ _FORMAT_1 = re.compile(r"^step-\d{12}-life-\d{4}/COMMIT$")
 _STALE = timedelta(days=1)
 
 
-class _Index(BaseModel, frozen=True, extra="forbid", strict=True):
-    """The facts of a store's commits as they are kept beside them."""
-
-    commits: dict[str, _Facts]
-    check: str
-    """of these facts and the run: an index that was damaged, edited or copied here from another run is not believed"""
-
-    @classmethod
-    def of(cls, facts: dict[str, _Facts], run: str) -> _Index:
-        return cls(commits=facts, check=hashlib.sha256(run.encode() + _FACTS.dump_json(facts)).hexdigest()[:16])
-
-
 class Commits:
     """The commits of one run in one store."""
 
@@ -62,6 +50,8 @@ class Commits:
         self.store = store
         self._index = Index(store, lambda name: self.open(name).manifest, lambda: self.run or "")
         self._run: str | None = None
+        self._sealed: set[str] = set()
+        """what this process has completed, whether or not a listing shows it already"""
 
     def _sets(self) -> dict[str, set[str]]:
         """Objects of every set, complete or not, by set name."""
@@ -229,7 +219,9 @@ class Commits:
         self.store.put(f"{name}/manifest.json", data)
         there = self.store.sizes(name)
         needed = {part.file: part.bytes for part in manifest.parts} | {"manifest.json": len(data)}
-        short = next((file for file, size in needed.items() if there.get(f"{name}/{file}") != size), None)
+        wrong = [file for file, size in needed.items() if there.get(f"{name}/{file}") != size]
+        # A listing may come late: what it lacks is looked at itself.
+        short = next((file for file in wrong if self.store.size(f"{name}/{file}") != needed[file]), None)
         self._check_attempt(manifest.state.attempt)
         if short:
             raise StoreError(
@@ -237,6 +229,7 @@ class Commits:
             )
         if not self.store.put_new(f"{name}/COMMIT", _seal(hashlib.sha256(data).hexdigest())):
             raise taken(self.store, name)
+        self._sealed.add(name)
         self._index.add(name, manifest)
 
     def _check_attempt(self, attempt: int) -> None:
@@ -263,7 +256,9 @@ class Commits:
         No commit of this attempt may be in progress.
         """
         sets = self._sets()
-        complete = sorted((name for name, files in sets.items() if _complete(files)), key=_order)
+        complete = sorted(
+            (name for name, files in sets.items() if _complete(files) or name in self._sealed), key=_order
+        )
         wanted = kept(complete, self._index.of(complete), policy, best)
         wanted |= {*[name for name in complete if _step(name) <= healthy][-1:]}
         for name, files in sets.items():
@@ -292,6 +287,7 @@ class Commits:
         for some in (("manifest.json",), ("COMMIT",), sorted({*files} - {"manifest.json", "COMMIT"})):
             self.store.delete(f"{name}/{file}" for file in some if file in files)
         self.store.prune(name)
+        self._sealed.discard(name)
 
 
 def print_warning(message: str) -> None:

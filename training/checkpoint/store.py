@@ -128,6 +128,18 @@ class Store:
             raise FileNotFoundError(f"{self.url}/{name}")
         return data
 
+    def size(self, name: str) -> int | None:
+        """The size of an object in bytes; None if there is none."""
+
+        def attempt() -> int | None:
+            try:
+                found: int = self._fs.size(self._path(name))
+                return found
+            except FileNotFoundError:
+                return None
+
+        return self._tried(f"looking at {name}", attempt)
+
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Every object below `prefix`: its name and its size in bytes; empty if there is none."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -200,3 +201,24 @@ def test_the_best_commit_since_the_evaluation_data_changed_is_kept(tmp_path: Pat
         snapshot = Snapshot(SPEC, state, {}, {"model/b": torch.ones(1)}, scores={"retrieval/x": score})
         commits.begin(snapshot, ALONE, policy).finish()
     assert [int(name[5:17]) for name in commits.names()] == [4, 6]
+
+
+@pytest.mark.parametrize("late", ["COMMIT", "manifest.json", ".safetensors", ""])
+def test_a_listing_that_comes_late_costs_no_commit(late: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listings do not show the newest commit, or some of its objects."""
+    store = Store(str(tmp_path))
+    commits, newest = Commits(store), [0]
+    named = Store._named
+
+    def without_the_newest(self: Store, found: Any) -> dict[str, int]:
+        hidden = f"step-{newest[0]:012d}-"
+        return {name: size for name, size in named(self, found).items() if hidden not in name or late not in name}
+
+    monkeypatch.setattr(Store, "_named", without_the_newest)
+    for step in range(1, 6):
+        newest[0] = step
+        begin(commits, {"model/b": torch.ones(1)}, step=step, policy=CheckpointConfig(keep=2)).finish()
+    monkeypatch.undo()
+    steps = [int(name[5:17]) for name in Commits(store).names()]
+    assert steps[-2:] == [4, 5]
+    assert len(steps) <= 3  # the oldest may go one commit later

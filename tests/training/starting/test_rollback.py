@@ -288,9 +288,9 @@ def test_the_best_value_is_of_the_score_that_is_named(tmp_path: Path) -> None:
     run(tmp_path / "from", *more, named.format("image_to_text@10"), f"init_from={{commit: '{was.url}', load: all}}")
     for out, score in ((tmp_path, "retrieval/image_to_text@1"), (tmp_path / "from", "retrieval/image_to_text@10")):
         found = find_commit(str(out)).manifest.state.best
-        seen = [row["scores"][score] for row in rows(out, "eval") if row["step"] > was.manifest.state.step]
+        seen = [row["scores"][score] for row in lines(out, "eval") if row["step"] > was.manifest.state.step]
         assert found == max(seen)
-    assert was.manifest.state.best > max(row["scores"]["retrieval/image_to_text@1"] for row in rows(tmp_path, "eval"))
+    assert was.manifest.state.best > max(row["scores"]["retrieval/image_to_text@1"] for row in lines(tmp_path, "eval"))
 
 
 def test_a_best_score_that_only_a_later_stage_has(tmp_path: Path) -> None:
