@@ -170,14 +170,17 @@ class World:
         dist.all_reduce(everyone, group=self.group)
         return [_unpacked(part, len(part)) for part in parts]
 
-    def objects_to_first(self, own: Any) -> list[Any]:
-        """A JSON-like object from every rank, in rank order, on the first rank alone; the others get an empty list."""
+    def objects_to_first(self, own: Any) -> Iterator[Any]:
+        """A JSON-like object from every rank, in rank order, on the first rank alone; the others get none.
+
+        Each is parsed when it is taken, which may be in another thread.
+        """
         if self.size == 1:
-            return [own]
+            return iter([own])
         data, lengths = self._packed(own)
         padded = [torch.empty_like(data) for _ in range(self.size if self.is_first else 0)]
         dist.gather(data, padded or None, group=self.group, group_dst=0)
-        return [_unpacked(each, length) for each, length in zip(padded, lengths, strict=False)]
+        return (_unpacked(each, length) for each, length in zip(padded, lengths, strict=False))
 
     def first(self, own: T) -> T:
         """The first rank's JSON-like object on every rank; what the others give is not sent."""
