@@ -69,7 +69,7 @@ def _open_folder(source: str, folder: Path) -> Weights:
     try:
         tree = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
         config, pictures = tree["model_cfg"], tree.get("preprocess_cfg", {})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InterchangeError(
             f"{folder} is not an open_clip folder: its open_clip_config.json cannot be read ({type(error).__name__})"
         ) from None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..model import Model
+from ..parts import parts
 from ..spec import ModelSpec, TowerSpec
 from .errors import InterchangeError
 from .wrapped import known_as, unwrapped
@@ -50,7 +51,12 @@ def from_open_clip(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
 
     Raises InterchangeError that names what is missing, unknown, of another shape, or not finite.
     """
-    given, state = state, _plain(spec, unwrapped(state).tensors)
+    given, state = state, unwrapped(state).tensors
+    if (blocks := sum(part.depth for part in parts(spec))) > len(state):  # before anything is made for each of them
+        raise InterchangeError(
+            f"these are not weights of that architecture: it has {blocks:,} blocks, and the file {len(state):,} tensors"
+        )
+    state = _plain(spec, state)
     pairs = list(_pairs(spec))
     wanted = [name for pair in pairs for name in pair.theirs]
     missing, extra = [n for n in wanted if n not in state], sorted(set(state) - set(wanted))
@@ -64,16 +70,16 @@ def from_open_clip(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for pair in pairs:
         try:
-            parts = pair.split(*(_numbers(name, state[name]) for name in pair.theirs))
+            split = pair.split(*(_numbers(name, state[name]) for name in pair.theirs))
         except (RuntimeError, IndexError):
-            parts = ()
-        fits = len(parts) == len(pair.ours) and all(
-            part.shape == shapes[n] for n, part in zip(pair.ours, parts, strict=True)
+            split = ()
+        fits = len(split) == len(pair.ours) and all(
+            part.shape == shapes[n] for n, part in zip(pair.ours, split, strict=True)
         )
         if not fits:
             sizes = ", ".join(f"{name} {list(state[name].shape)}" for name in pair.theirs)
             raise InterchangeError(f"these are not weights of that architecture: {sizes} has another shape")
-        found |= {name: part.contiguous() for name, part in zip(pair.ours, parts, strict=True)}
+        found |= {name: part.contiguous() for name, part in zip(pair.ours, split, strict=True)}
     assert found.keys() == shapes.keys()
     return found
 

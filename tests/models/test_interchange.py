@@ -24,6 +24,7 @@ from treering.models.interchange.architectures import (
     refused,
     spec_of,
 )
+from treering.models.interchange.errors import InterchangeError
 from treering.models.interchange.weights import from_open_clip, to_open_clip
 from treering.models.model import Model, build
 from treering.models.spec import ModelSpec, SpecError
@@ -320,3 +321,11 @@ def test_full_size(open_clip: ModuleType, name: str) -> None:
     end = config["text_cfg"].get("eos_id", 2) if config["text_cfg"].get("pool_type") == "eos" else 49407
     images, texts = inputs(spec, min(end, spec.text.vocabulary - 1))
     assert worst(their_logits(theirs, spec, images[:2], texts[:2]), our_logits(ours, images[:2], texts[:2])) < 1e-5
+
+
+def test_a_config_costs_no_more_than_its_file_holds(open_clip: ModuleType) -> None:
+    """A million blocks are refused before anything is made for each of them."""
+    config, state = small("ViT-B-32"), their_model(open_clip, small("ViT-B-32")).state_dict()
+    config["vision_cfg"]["layers"] = 1_000_000
+    with pytest.raises(InterchangeError, match=r"it has 1,000,00\d blocks, and the file \d+ tensors"):
+        from_open_clip(spec_of(config), state)

@@ -178,3 +178,10 @@ def test_a_torch_file_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Pa
     assert read_state(tmp_path / "good.pt")["a"].tolist() == [0, 0, 0, 0]
     with pytest.raises(InterchangeError, match="a decompression bomb of 3,000,"):
         read_state(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("config", ["[" * 200_000, '{"model_cfg": ' + "[" * 200_000, "[]", '"x"', "\0"])
+def test_a_folder_with_another_config_is_not_one_of_open_clip(config: str, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text(config)
+    with pytest.raises(InterchangeError, match=r"open_clip_config\.json cannot be read"):
+        open_weights(f"open_clip:local-dir:{tmp_path}")
