@@ -24,7 +24,6 @@ from treering.models.interchange.architectures import (
     refused,
     spec_of,
 )
-from treering.models.interchange.errors import InterchangeError
 from treering.models.interchange.weights import from_open_clip, to_open_clip
 from treering.models.model import Model, build
 from treering.models.spec import ModelSpec, SpecError

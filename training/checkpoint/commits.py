@@ -148,14 +148,13 @@ class Commits:
 
     @property
     def run(self) -> str | None:
-        """The id of the run whose store this is, as its claims say; None if there is none."""
+        """The id of the run whose store this is, as the newest claim says that can be read; None if there is none."""
         if self._run is None:
             claims = [int(match[1]) for path in self.store.beginning("attempt-") if (match := _ATTEMPT.match(path))]
-            if claims:
-                try:
-                    self._run = str(json.loads(self.store.get(_claim(max(claims)))).get("run", ""))
-                except (FileNotFoundError, ValueError, AttributeError, RecursionError):
-                    self._run = ""
+            for number in sorted(claims, reverse=True):
+                with contextlib.suppress(FileNotFoundError, ValueError, AttributeError, RecursionError):
+                    self._run = str(json.loads(self.store.get(_claim(number))).get("run", ""))
+                    break
         return self._run
 
     def _check_format(self, name: str, found: Any) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,13 +20,16 @@ from ..state import TrainingError
 
 _AFTER_A_COMMIT = ("search", "grow", "resume", "rollback", "end")
 """events that happen after the commit of the same step"""
+_ENTRY = {"source": str, "shard": str, "key": str, "offset": int, "reason": str}
+"""of a bad sample"""
 
 
 class JsonLines:
     """An append-only file of JSON objects, written by one attempt of a run at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, fields: Mapping[str, type]) -> None:
+        """`fields` that every row has, with their types."""
+        self.path, self._fields = path, fields
         self._file: TextIO | None = None
 
     def append(self, *rows: dict[str, Any]) -> None:
@@ -40,15 +43,17 @@ class JsonLines:
             raise TrainingError(f"{self.path} was taken over by a later attempt of this run; this attempt ends")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All complete rows; a line cut off by a kill is skipped."""
+        """All complete rows; a line that a kill cut off, or that a power cut left as other bytes, is skipped."""
         if not self.path.exists():
             return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in self._fields.items()):
+                rows.append(row)
         return rows
 
     def cut(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
@@ -96,8 +101,8 @@ class RunRecords:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.metrics = JsonLines(folder / "metrics.jsonl")
-        self.ledger = JsonLines(folder / "ledger.jsonl")
+        self.metrics = JsonLines(folder / "metrics.jsonl", {"event": str, "step": int, "samples": int})
+        self.ledger = JsonLines(folder / "ledger.jsonl", {"step": int, **_ENTRY})
         self._evaluated: int | None = None
         """the step of the last evaluation"""
         self._compared: int | None = None

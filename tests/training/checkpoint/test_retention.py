@@ -222,3 +222,21 @@ def test_a_listing_that_comes_late_costs_no_commit(late: str, tmp_path: Path, mo
     steps = [int(name[5:17]) for name in Commits(store).names()]
     assert steps[-2:] == [4, 5]
     assert len(steps) <= 3  # the oldest may go one commit later
+
+
+@pytest.mark.parametrize("claim", [b"", b"[]", b'{"run": ', b"[" * 99_999, b"\xff"])
+def test_a_damaged_claim_does_not_make_a_run_another_one(claim: bytes, tmp_path: Path) -> None:
+    """The claim before it says whose store it is, or else the commits do."""
+    for damaged in ([2], [1, 2]):
+        folder = tmp_path / str(len(damaged))
+        commits = Commits(Store(str(folder)))
+        assert commits.claim_attempt("a") == 1
+        begin(commits, {"model/b": torch.ones(1)}, step=1).finish()
+        run, again = commits.run, Commits(Store(str(folder)))
+        assert again.claim_attempt("b") == 2
+        for number in damaged:
+            (folder / f"attempt-{number:04d}.json").write_bytes(claim)
+        assert Commits(Store(str(folder))).run == (run if damaged == [2] else None)
+        third = Commits(Store(str(folder)))
+        assert third.claim_attempt("c") == 3
+        assert third.run == run

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treering.data.ledger import LedgerEntry
 from treering.training.logging.jsonl import RunRecords
 from treering.training.state import TrainingError
+
+
+def bad(step: int, position: int = -1) -> dict[str, Any]:
+    entry = LedgerEntry("source", "shard", "key", 0, "does not decode", position)
+    return {"step": step, **asdict(entry)}
+
+
+@given(st.lists(st.one_of(st.binary(max_size=40), st.sampled_from([b"[]", b'"x"', b"3", b'{"step": 1}', b"[" * 9999]))))
+def test_other_bytes_than_lines_are_skipped(between: list[bytes]) -> None:
+    """As a power cut or a full disk leaves them: rows before and after count, and the run can go on."""
+    with TemporaryDirectory() as folder:
+        log = RunRecords(Path(folder))
+        for step in range(3):
+            log.event("step", step, step)
+            log.ledger.append(bad(step, 4 * step))
+            for each in (log.metrics, log.ledger):
+                with each.path.open("ab") as file:
+                    file.writelines(b"%s\n" % line for line in between)
+        log.cut_back(1, 8)
+        assert [row["step"] for row in log.metrics.rows()] == [0, 1]
+        assert log.ledger.rows() == [bad(0, 0), bad(1, 4)]
+        log.close()
 
 
 def test_a_later_attempt_takes_the_records_over(tmp_path: Path) -> None:
@@ -23,13 +48,13 @@ def test_a_later_attempt_takes_the_records_over(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="taken over by a later attempt"):
         first.event("step", 7, 7)
     with pytest.raises(TrainingError, match="taken over by a later attempt"):
-        first.ledger.append({"step": 7})
+        first.ledger.append(bad(7))
     second.event("resume", 4, 4)
     second.event("step", 5, 5)
     assert [row["step"] for row in second.metrics.rows()] == [1, 2, 3, 4, 4, 5]
     assert second.ledger.rows() == []
-    second.ledger.append({"step": 5})
-    assert second.ledger.rows() == [{"step": 5}]
+    second.ledger.append(bad(5))
+    assert second.ledger.rows() == [bad(5)]
 
 
 def test_records_that_a_person_removed_begin_again(tmp_path: Path) -> None:
@@ -44,10 +69,10 @@ def test_records_that_a_person_removed_begin_again(tmp_path: Path) -> None:
 def test_what_a_rollback_passes_over_stays_in_the_ledger(tmp_path: Path) -> None:
     """Batches of four: back from step 6 to step 2, on with batch 6. Then a resume at step 3, which has read batch 6."""
     log = RunRecords(tmp_path)
-    log.ledger.append(*({"step": 1 + batch, "position": 4 * batch} for batch in range(6)), {"step": 6, "position": -1})
+    log.ledger.append(*(bad(1 + batch, 4 * batch) for batch in range(6)), bad(6))
     log.cut_back(2, 4 * 6)
     assert [row["position"] for row in log.ledger.rows()] == [0, 4, 8, 12, 16, 20]
-    log.ledger.append({"step": 3, "position": 24}, {"step": 4, "position": 28})
+    log.ledger.append(bad(3, 24), bad(4, 28))
     log.cut_back(3, 4 * 7)
     assert [row["position"] for row in log.ledger.rows()] == [0, 4, 8, 12, 16, 20, 24]
     log.cut_back(2, 4 * 2)  # killed before a commit knows of the rollback: the batches are read again
