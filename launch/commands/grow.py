@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import RecipeError, show
@@ -35,12 +35,17 @@ def grow_offline(commit: str, to: list[str], shrink: list[str], options: list[st
     recipe = grown.recipe.model_copy(
         update={"checkpoint": grown.recipe.checkpoint.model_copy(update={"to": out if remote else None})}
     )
-    file = Path(f"{recipe.name}-grown.yaml") if remote else Path(out) / "recipe.yaml"
+    file = Path(f"{_last(out)}.yaml") if remote else Path(out) / "recipe.yaml"
     file.write_text(dump_recipe(recipe), encoding="utf-8")
-    folder = ["--out", f"runs/{recipe.name}-trained"] if recipe.init_from else [] if remote else ["--out", out]
+    folder = ["--out", f"runs/{_last(out)}-trained"] if recipe.init_from else [] if remote else ["--out", out]
     return {"commit": grown.url, "recipe": str(file), "continue": ["treering", "train", str(file), *folder]} | {
         key: grown.event[key] for key in ("from", "to", "operators", "parameters_before", "parameters_after")
     }
+
+
+def _last(out: str) -> str:
+    """The name of the last folder of a path or URL."""
+    return PurePath(out if "://" in out else Path(out).resolve()).name or "grown"
 
 
 def _values(texts: list[str]) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ before is refused at its next commit. Nothing in a commit is code.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re

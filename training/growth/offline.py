@@ -2,6 +2,7 @@
 
 The result is the commit that the run would have written if its recipe had contained the growth. The recipe in its
 manifest has the growth as a stage, so training continues from it with that recipe, and the lineage names the source.
+Of weights that no run has trained yet the recipe has the grown model, and a run begins with them.
 At most one part of the old commit and one of the new are in memory at a time; a part is at most 64 MiB, or one tensor.
 """
 
@@ -31,9 +32,12 @@ from ..checkpoint.validation import recipe_of
 from ..checkpoint.writer import PART_BYTES, CommitPart
 from ..health.divergence import Health
 from ..recipe import Recipe
-from ..stages import StageConfig, faded
+from ..stages import GrowthConfig, StageConfig, faded
 from ..state import Event, RunState
 from .grow import described, grown_rates, planned, tensor_shapes
+
+_GROWTH = {"grow", "shrink", *GrowthConfig.model_fields}
+"""fields of a stage that say how the model is resized before it"""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     if old == new:
         raise SpecError(f"{commit.url} has these sizes already; name a size that changes")
     how = recipe.stages[number]
+    if not state.step:  # nothing was trained yet, so the recipe is simply that of the grown model
+        begins = StageConfig.model_validate({k: v for k, v in how.model_dump(mode="json").items() if k not in _GROWTH})
+        recipe = recipe.model_copy(update={"model": new, "stages": (begins, *recipe.stages[1:])})
     old_state = OldState(commit, in_turn=how.inherit == "ema")
     operators = planned(old, new, recipe.seed, how, lambda kind, name: old_state[f"{kind}/{name}"])
     # In the order of the old parts, so that each part is read once.

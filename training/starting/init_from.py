@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import shlex
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,13 +28,26 @@ def open_origin(recipe: Recipe, warn: Callable[[str], None] = print_warning) -> 
     if load == "all":
         _check_all(recipe, commit)
     spec = recipe.specs()[state.stage if load == "all" else 0]
-    different = differences(spec.model_dump(mode="json"), commit.manifest.spec.model_dump(mode="json"))
-    if different:
+    ours, theirs = spec.model_dump(mode="json"), commit.manifest.spec.model_dump(mode="json")
+    if different := differences(ours, theirs):
+        shape = f", by {' '.join(_overrides('model', theirs, ours))}" if spec == recipe.model else ""
         raise StoreError(
-            f"{commit.url} has a model of another shape ({'; '.join(different[:4])}); give the recipe that shape, "
-            f"or bring the commit to the recipe's by `treering grow`"
+            f"{commit.url} has a model of another shape ({'; '.join(different[:4])}); give the recipe that "
+            f"shape{shape}, or bring the commit to the recipe's by `treering grow`"
         )
     return commit
+
+
+def _overrides(path: str, theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
+    """What to write behind a command so that the values `ours` at `path` of the recipe become `theirs`."""
+    for key, value in theirs.items():
+        mine = ours.get(key)
+        if value == mine:
+            continue
+        if isinstance(value, dict) and isinstance(mine, dict) and value.keys() == mine.keys():
+            yield from _overrides(f"{path}.{key}", value, mine)
+        else:
+            yield shlex.quote(f"{path}.{key}={json.dumps(value)}")
 
 
 def _check_all(recipe: Recipe, commit: Commit) -> None:

@@ -89,7 +89,8 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
     if different:
         raise StoreError(
             f"{commit.url} is of a run with another recipe ({'; '.join(different[:4])}); "
-            f"use the same recipe to continue it, or another --out to start a new run"
+            f"use the same recipe to continue it, or begin a new run with its weights: repeat the command with another "
+            f"--out and 'init_from={{commit: {commit.url}}}'"
         )
     cooling = before.total_samples * (1 - before.schedule.cooldown)
     if recipe.total_samples != before.total_samples and state.samples > cooling:

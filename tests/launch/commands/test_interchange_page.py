@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 import treering as package
+from treering.launch.recipe.load import read_recipe
 from treering.models.flops import parameters
 from treering.models.interchange.architectures import architectures, claimed, refused, spec_of
 from treering.tests.support.open_clip_models import published
+from treering.training.checkpoint.commits import find_commit
 
 PAGE = Path(__file__).parents[3] / "docs/interchange.md"
 Run = Callable[..., object]
@@ -61,3 +63,37 @@ def test_what_a_person_reads(open_clip: ModuleType, treering: Run, refused: Call
     assert "has commits already" in refused("import", "open_clip:local-dir:coca", "--to", "runs/coca")
     assert "its image tower is a ResNet" in refused("import", "open_clip:RN50/openai", "--to", "runs/rn")
     assert "give safetensors or open_clip" in refused("export", "runs/coca", "--to", "onnx", "--out", "out")
+
+
+def test_the_recipe_of_grown_weights_is_that_of_the_grown_model(
+    open_clip: ModuleType, treering: Run, refused: Callable[..., str], here: Path
+) -> None:
+    """It trains as it is, and in the README's form, with fewer samples; `next` names a folder of its own."""
+    published(open_clip, here / "published", "ViT-B-32")
+    small = ["data.batch=8", "schedule.warmup=8", "eval.suites=[]", "stages=[{samples: 32}]"]
+    assert treering("import", "open_clip:local-dir:published", "--to", "runs/b32").returncode == 0
+    for source, to, out in (("runs/b32", "image.depth=3", "runs/b32-deep"), ("runs/b32-deep", "text.depth=3", "both")):
+        done = treering("grow", source, "--to", to, "--out", out, "samples=64000", "width_init=duplicate")
+        assert done.stdout.strip().endswith(f"--out runs/{Path(out).name}-trained"), done.stderr
+    recipe = read_recipe(str(here / "both/recipe.yaml"), []).recipe
+    assert (recipe.model.image.depth, recipe.model.text.depth) == (3, 3)
+    assert [(stage.samples, stage.grow, stage.width_init) for stage in recipe.stages] == [(64000, {}, "noise")]
+    done = treering("train", "both/recipe.yaml", "--out", "runs/both-trained", *small)
+    assert done.returncode == 0, done.stderr
+    assert find_commit(str(here / "runs/both-trained")).manifest.spec == recipe.model
+
+    # What refuses a changed recipe says how to begin with its weights, and that works at once.
+    changed = ["train", "both/recipe.yaml", *small, "optimizer.lr=1e-4"]
+    said = refused(*changed, "--out", "runs/both-trained")
+    begins = re.search(r"'(init_from=\{commit: \S+\})'$", said.strip())
+    assert begins, said
+    done = treering(*changed, "--out", "runs/faster", begins[1])
+    assert done.returncode == 0, done.stderr
+
+    # So does what refuses another shape.
+    old = ["train", "runs/b32/recipe.yaml", *small, "--from", "both", "--out", "runs/again"]
+    done = treering(*old)
+    shape = re.search(r"give the recipe that shape, by (.*), or bring", done.stderr)
+    assert shape, done.stderr
+    done = treering(*old, *shlex.split(shape[1]))
+    assert done.returncode == 0, done.stderr
