@@ -13,6 +13,8 @@ from typing import Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from .units import counted
+
 _MARK = 8  # hexadecimal digits that tell a shard from others of its source
 
 
@@ -59,8 +61,7 @@ class SourceIdentity(BaseModel, frozen=True, extra="forbid", strict=True):
     @property
     def size(self) -> str:
         """How large it is, in words."""
-        count = len(self.shards)
-        return f"{self.samples:,} samples in {count:,} shard{'' if count == 1 else 's'}"
+        return f"{counted(self.samples, 'sample')} in {counted(len(self.shards), 'shard')}"
 
 
 def _common_folder(urls: Sequence[str]) -> str:

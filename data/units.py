@@ -1,4 +1,4 @@
-"""Sizes and durations as written in recipes and options: 500MB, 50GB, 30s, 2min, 1h."""
+"""Sizes and durations as written in recipes and options: 500MB, 50GB, 30s, 2min, 1h; and numbers of things in words."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ def duration(text: str) -> float | None:
     """Seconds of a duration such as 2min; None if `text` is not one."""
     match = _DURATION.fullmatch(text)
     return float(match[1]) * _SECONDS[match[2]] if match else None
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: 1 shard, 2,000 shards, 3 processes, 0 copies."""
+    if count == 1:
+        return f"1 {noun}"
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return f"{count:,} {noun}es"
+    return f"{count:,} {noun[:-1]}ies" if re.search(r"[^aeiou]y$", noun) else f"{count:,} {noun}s"

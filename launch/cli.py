@@ -19,6 +19,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..data.storage.credentials import holds_secret
+from ..data.units import counted
 from .arguments import AsJson, Overrides, RecipeName, print_json
 from .commands import data, jobs
 from .errors import RecipeError, RunError, show, user_message
@@ -169,7 +170,7 @@ def evaluate(
         print_json(found)
         return
     console = Console()
-    console.print(Text(f"{found['commit']} ({found['samples']:,} samples)"), soft_wrap=True)
+    console.print(Text(f"{found['commit']} ({counted(found['samples'], 'sample')})"), soft_wrap=True)
     console.print(Text(made_on(found["data"])), soft_wrap=True)
     for note in found["notes"]:
         console.print(Text(f"note: {note}"), soft_wrap=True)

@@ -19,6 +19,7 @@ from ..data.order import Mixture
 from ..data.samples.tokenizer import vocabulary_size
 from ..data.shards.source import held_out
 from ..data.storage.files import shown_url
+from ..data.units import counted
 from ..models.spec import ModelSpec
 from .checkpoint.config import CheckpointConfig, InitFromConfig
 from .engines.config import DdpConfig, EngineConfig
@@ -294,7 +295,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             above = next((w for w in fitting if w > world), None)
             nearest = f"{below} or {above}" if above else str(below)
             raise ValueError(
-                f"{world} processes cannot share data.batch = {batch} evenly; start {nearest} processes, "
+                f"{counted(world, 'process')} cannot share data.batch = {batch} evenly; start {nearest} processes, "
                 f"or set data.batch: {batch - batch % world or world}"
             )
         self.engine.check_world(world)

@@ -30,6 +30,7 @@ from ..shards.record import Record
 from ..shards.source import READ_KINDS, Source, open_source
 from ..storage.block_cache import BlockCache
 from ..storage.files import shown_url
+from ..units import counted
 from .placed import PlacedSamples, entry_of
 from .prefetch import Prefetcher
 from .workers import Note, Workers
@@ -186,7 +187,8 @@ class Loader:
             allowed = floor(self.config.max_bad_fraction * len(source))
             if len(bad) > allowed:
                 raise DataError(
-                    f"{shown_url(source.url)}: {len(bad)} of {len(source)} samples are bad, at most {allowed} may be\n"
+                    f"{shown_url(source.url)}: {len(bad)} of {counted(len(source), 'sample')} are bad, "
+                    f"at most {allowed} may be\n"
                     f"{reasons_text(bad.values())}\n"
                     f"repair or remove these samples (ledger.jsonl lists them), or raise data.max_bad_fraction"
                 )

@@ -28,6 +28,7 @@ from ..ledger import LedgerEntry
 from ..storage.block_cache import BlockCache
 from ..storage.files import Reader, ShardChanged, ShardInfo, changed, is_remote, read_range, shown_url
 from ..storage.gzip_cache import Unpacked, is_gzip
+from ..units import counted
 from .account import Count, total
 from .content import BLOCK, is_header_of
 from .filter import Filter
@@ -307,11 +308,13 @@ def _nothing_usable(url: str, shards: Sequence[ShardIndex], skipped: Sequence[Le
     if skipped and not total:
         return f"{shown_url(url)}: all its shards with samples are damaged; {skipped[0].reason}"
     if not total:
-        return f"{shown_url(url)} is empty: {len(shards)} shards without a sample; check how they were written"
+        return (
+            f"{shown_url(url)} is empty: {counted(len(shards), 'shard')} without a sample; check how they were written"
+        )
     kinds = Counter(kind for shard in shards for sample in shard.samples for kind in sample)
     found = ", ".join("." + shown(kind, 20)[1:-1] for kind, _ in kinds.most_common(6))
     return (
-        f"{shown_url(url)}: 0 of {total} samples have a picture and a caption: found {found}; "
+        f"{shown_url(url)}: 0 of {counted(total, 'sample')} have a picture and a caption: found {found}; "
         f"a picture is .{', .'.join(IMAGE_KINDS)}, a caption .txt or .json"
     )
 

@@ -29,6 +29,7 @@ from ..shards.source import Source, shards_of
 from ..storage.atomic_write import atomic_file
 from ..storage.files import ShardInfo, cache_folder, shown_url
 from ..storage.output import Target
+from ..units import counted
 from .pack import packed_shards
 
 _FORMAT = 3  # of the cached findings; raise it when other samples are bad, or for other reasons
@@ -193,7 +194,7 @@ def _unfinished(shards: Sequence[ShardInfo]) -> list[Fault]:
         target = Target(folder) if folder.rpartition("/")[2] else None
         found = packed_shards(target) if target else None
         if target and found and found[0] < found[1]:
-            reason = f"{target.shown()} is not completely packed: {found[0]} of {found[1]} shards exist"
+            reason = f"{target.shown()} is not completely packed: {found[0]:,} of {counted(found[1], 'shard')} exist"
             faults.append(Fault(target.url("*.tar"), f"{reason}; run the pack command again, or its other parts"))
     return faults
 
@@ -210,8 +211,8 @@ def _shared_keys(shards: Sequence[ShardIndex]) -> list[Fault]:
     return [
         Fault(
             shard,
-            f"{shown_url(other)} and {shown_url(shard)} have {len(keys)} keys in common, such as {shown(keys[0])}; "
-            f"keys must be unique within a source, so repack one of them",
+            f"{shown_url(other)} and {shown_url(shard)} have {counted(len(keys), 'key')} in common, "
+            f"such as {shown(keys[0])}; keys must be unique within a source, so repack one of them",
         )
         for (other, shard), keys in pairs.items()
     ]

@@ -46,8 +46,8 @@ class PackResult:
     """The state after packing all shards or one part of them."""
 
     shards: tuple[str, ...]  # URLs of all shards of the plan
-    samples: int  # of the plan
-    captions: int | None  # of the plan; None when repacking shards, whose texts are not read beforehand
+    samples: int  # of the plan, without `bad`
+    captions: int | None  # of these samples; None when repacking shards, whose texts are not read beforehand
     written: int  # shards written by this call
     missing: int  # shards of the plan that do not exist yet: the work of other parts
     bad: int  # samples skipped in this call's shards
@@ -119,13 +119,14 @@ def pack(
         target.remove_empty_folder()
     there = target.sizes()
     files = [item for item in plan.items if isinstance(item, FileItem)]
+    bad, unheard = sum(bad for _, bad, _ in done), sum(captions for _, _, captions in done)
     return PackResult(
         shards=tuple(target.url(plan.shard(i)) for i in range(len(plan.ends))),
-        samples=len(plan.items),
-        captions=sum(item.captions for item in files) if len(files) == len(plan.items) else None,
-        written=sum(new for new, _ in done),
+        samples=len(plan.items) - bad,
+        captions=_captions(files) - unheard if len(files) == len(plan.items) else None,
+        written=sum(new for new, _, _ in done),
         missing=sum(plan.shard(i) not in there for i in range(len(plan.ends))),
-        bad=sum(bad for _, bad in done),
+        bad=bad,
         rows=tally.used + len(tally.refused) if tally and (tally.used or tally.refused) else None,
         refused=tuple(tally.refused) if tally else (),
     )
@@ -165,8 +166,9 @@ def packed_shards(target: Target) -> tuple[int, int] | None:
 
 def _write(
     plan: Plan, target: Target, there: dict[str, int], skip_bad: bool, description: str, number: int
-) -> tuple[bool, int]:
-    """Writes one shard unless it exists. Returns whether it was written, and the number of samples skipped in it."""
+) -> tuple[bool, int, int]:
+    """Writes one shard unless it exists. Returns whether it was written, and the number of samples skipped in it and of
+    their captions."""
     name, items = plan.shard(number), plan.of(number)
     listed = name.removesuffix(".tar") + ".bad.jsonl"
     if name in there:
@@ -178,7 +180,7 @@ def _write(
                     f"{target.shown(listed)} lists samples that were skipped; repair them, or pass --skip-bad"
                 )
             target.clean(name)
-            return False, len(bad_keys)
+            return False, len(bad_keys), _captions(item for item in items if item.key in bad_keys)
     bad: list[LedgerEntry] = []
     with target.writing(name) as file, TarWriter(file) as writer:
         for item in items:
@@ -193,7 +195,13 @@ def _write(
         if bad:
             target.put_text(listed, "".join(json.dumps(asdict(entry)) + "\n" for entry in bad))
     _refuse_other_plan(target, plan.digest)
-    return True, len(bad)
+    bad_keys = {entry.key for entry in bad}
+    return True, len(bad), _captions(item for item in items if item.key in bad_keys)
+
+
+def _captions(items: Iterable[Item]) -> int:
+    """The captions of picture files; those of samples from shards are not counted."""
+    return sum(item.captions for item in items if isinstance(item, FileItem))
 
 
 def _tar_size(key: str, sizes: Mapping[str, int]) -> int:

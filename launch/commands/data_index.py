@@ -20,6 +20,7 @@ from ...data.shards.source import Source, pattern_of
 from ...data.shards.summary import ShardSummary, write_summary
 from ...data.shards.tar_reader import DamagedShard
 from ...data.storage.files import shown_url
+from ...data.units import counted
 from ..errors import RunError, safe_text
 from .data_output import account_json, progress, size_text, skipped_line, skipped_lines
 
@@ -88,19 +89,21 @@ def _put_beside(pattern: str, summary: Sequence[ShardSummary], workers: int) -> 
 def as_text(found: dict[str, Any], filter: str | None) -> str:
     """The result of `index_url` as text, one line or a few."""
     whole = found["shards"] - len(found["faults"])
-    lines = [f"{found['samples']:,} samples in {whole:,} shards, {size_text(found['bytes'])}"]
+    lines = [f"{counted(found['samples'], 'sample')} in {counted(whole, 'shard')}, {size_text(found['bytes'])}"]
     others = {name: Count(**count) for name, count in found["account"].items()}
     lines += skipped_lines(Account(others).skipped_members)
     if "accepted" in found:
         lines.append(accepts(filter or "", found["accepted"], found["samples"]))
     if "beside" in found:
-        lines.append(f"{found['beside']:,} indexes and their summary are in .treering next to the shards")
+        lines.append(f"next to the shards, in .treering: {counted(found['beside'], 'index')}, and a summary")
     return "\n".join(lines)
 
 
 def accepts(filter: str, count: int, of: int) -> str:
     """One line that says how many samples pass a filter."""
-    return safe_text(f"the filter {shown(filter)} accepts {count:,} of {of:,} samples ({count / max(of, 1):.1%})")
+    return safe_text(
+        f"the filter {shown(filter)} accepts {count:,} of {counted(of, 'sample')} ({count / max(of, 1):.1%})"
+    )
 
 
 def source_notes(source: Source, filter: str | None) -> list[str]:

@@ -25,6 +25,7 @@ from ...data.tools.contact_sheet import Card, Section, cards, with_notes, write_
 from ...data.tools.inspect import inspect, locate_entries, open_indexed, sample_numbers, sorted_numbers
 from ...data.tools.lint import Findings
 from ...data.tools.pack import PackResult
+from ...data.units import counted
 from ..errors import safe_text
 from .data_batch import StepBatch
 
@@ -58,22 +59,22 @@ def progress(what: str) -> Iterator[Progress]:
 def packed_lines(packed: PackResult) -> list[str]:
     """The result of packing, as lines for a terminal."""
     shards = packed.shards
-    captions = f" with {packed.captions:,} captions" if packed.captions is not None else ""
-    lines = [f"{packed.samples:,} samples{captions} in {len(shards):,} shards", safe_text(shards[0])]
+    captions = f" with {counted(packed.captions, 'caption')}" if packed.captions is not None else ""
+    lines = [f"{counted(packed.samples, 'sample')}{captions} in {counted(len(shards), 'shard')}", safe_text(shards[0])]
     lines += [f"to\n{safe_text(shards[-1])}"] if len(shards) > 1 else []
     if packed.bad:
-        lines.append(f"{packed.bad:,} samples could not be used and were skipped: see the .bad.jsonl files")
+        lines.append(f"skipped {counted(packed.bad, 'sample')} that cannot be used: see the .bad.jsonl files")
     if packed.refused:
         lines.append(
-            f"{len(packed.refused):,} of {packed.rows:,} rows of the table could not be used and were skipped:"
+            f"skipped {len(packed.refused):,} of the table's {counted(packed.rows or 0, 'row')}, which cannot be used:"
         )
         lines += [f"  {safe_text(each)}" for each in packed.refused[:MOST_FAULTS]]
         more = len(packed.refused) - MOST_FAULTS
         lines += [f"  and {more:,} more; --json lists all"] if more > 0 else []
     if packed.written < len(shards):
-        lines.append(f"{packed.written:,} shards written now")
+        lines.append(f"{counted(packed.written, 'shard')} written now")
     if packed.missing:
-        lines.append(f"{packed.missing:,} shards do not exist yet; the other parts write them")
+        lines.append(f"{counted(packed.missing, 'shard')} still to be written, by the other parts")
     return lines
 
 
@@ -81,7 +82,7 @@ def faults_message(shards: int, reasons: Sequence[str]) -> str:
     """The faults of a source's shards, on one screen."""
     few = [f"  {safe_text(reason[:300])}".replace("\n", " ") for reason in reasons[:MOST_FAULTS]]
     more = [f"  and {len(reasons) - MOST_FAULTS} more; --json lists all"] if len(reasons) > MOST_FAULTS else []
-    return "\n".join([f"{len(reasons)} faults in {shards} shards", *few, *more])
+    return "\n".join([f"{counted(len(reasons), 'fault')} in {counted(shards, 'shard')}", *few, *more])
 
 
 def size_text(count: float) -> str:
@@ -95,7 +96,7 @@ def skipped_line(counts: Mapping[str, Sequence[Any]]) -> str:
     are. Empty if there are none."""
     members, size = (sum(count[i] for count in counts.values()) for i in range(2))
     few = "; ".join(f"{name}: {count[0]:,}" if count[0] else name for name, count in counts.items())
-    return f"{members:,} members ({size_text(size)}) belong to no sample: {few}" if counts else ""
+    return f"{counted(members, 'member')} ({size_text(size)}) in no sample: {few}" if counts else ""
 
 
 def account_json(account: Account) -> dict[str, Any]:
@@ -150,7 +151,9 @@ def findings(found: Findings, ledger: Path | None) -> Group:
         parts.append(Text(f"and {more:,} more; " + ("the ledger" if ledger else "--ledger FILE") + " lists all"))
     if found.bad:
         parts.append(reasons_table(found.kinds))
-    total = f"{len(found.bad):,} of {found.samples:,} samples in {found.shards:,} shards cannot be used"
+    total = (
+        f"{len(found.bad):,} of {counted(found.samples, 'sample')} in {counted(found.shards, 'shard')} cannot be used"
+    )
     parts.append(Text(total))
     parts += [Text(line) for line in skipped_lines(found.account.skipped_members)]
     if ledger is not None:
@@ -174,8 +177,8 @@ def statistics(found: Mapping[str, Any]) -> Group:
     looked = "all inspected" if every else f"{found['inspected']:,} of them inspected"
     parts: list[Any] = [
         Text(
-            f"{safe_text(found['source'])}: {found['samples']:,} samples in {found['shards']:,} shards, "
-            f"{size_text(found['bytes'])}; {looked}"
+            f"{safe_text(found['source'])}: {counted(found['samples'], 'sample')} in "
+            f"{counted(found['shards'], 'shard')}, {size_text(found['bytes'])}; {looked}"
         )
     ]
     parts += [Text(line) for line in [skipped_line(found["skipped_members"])] if line]

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ...data.units import counted
 from ..arguments import AsJson, Overrides, RecipeName, print_json
 from ..errors import RecipeError, RunError, safe_text
 
@@ -87,7 +88,8 @@ def _show_submitted(number: int, job: Job, base: Path, as_json: bool) -> None:
     if as_json:
         print_json({"job": number, "runs": folders, "nodes": job.nodes, "processes": job.processes})
         return
-    about = f"job {number}: {job.nodes[0]} nodes x {job.processes} processes, {len(folders)} run(s) in {base}"
+    size = f"{counted(job.nodes[0], 'node')} x {counted(job.processes, 'process')}"
+    about = f"job {number}: {size}, {counted(len(folders), 'run')} in {base}"
     follow = [f"treering status --watch {base}", f"treering logs --follow {folders[0]}", f"treering stop {base}"]
     print("\n".join([safe_text(about), *(safe_text(line) for line in follow)]))
 
@@ -121,6 +123,14 @@ def logs(
     """Print the log of a job over all attempts: of its script and first process, or of the process of one rank."""
     import time
 
+    from ..jobs.sweep import is_sweep, members
+
+    if is_sweep(run):
+        begun = [str(folder) for folder in members(run) if (folder / "job.log").is_file()]
+        few = f"such as treering logs {begun[0]}" if begun else "none of its runs has started"
+        raise RecipeError(
+            f"{safe_text(str(run))} is a sweep, and each of its runs has a log of its own; {safe_text(few)}"
+        )
     path = run / "logs" / f"rank-{rank:05d}.log" if rank else run / "job.log"
     if not path.is_file():
         known = sorted(int(file.stem.rpartition("-")[2]) for file in (run / "logs").glob("rank-*.log"))

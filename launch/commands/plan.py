@@ -15,6 +15,7 @@ from typing import Any
 
 from ...data.machine import usable_cores
 from ...data.order import default_window
+from ...data.units import counted
 from ...models.activations import block_memory, blocks_to_recompute
 from ...models.activations import peak as peak_bytes
 from ...models.flops import parameters, training_flops
@@ -24,7 +25,7 @@ from ...training.device import DEVICES
 from ...training.engines import activation_checkpointing
 from ...training.objectives.terms import build_objectives
 from ...training.recipe import Recipe
-from ...training.report.readable import bytes_text, compact, counted, decimal, duration_text
+from ...training.report.readable import bytes_text, compact, decimal, duration_text
 from ...training.report.readable import flops as readable_flops
 from ..errors import RecipeError, show
 

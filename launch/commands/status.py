@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ...data.units import counted
 from ...training.health.watchdog import read_heartbeats
 from ...training.report.readable import decimal, duration_text, exact, percent, score
 from ...training.report.reading import RecordedRun, read_run
 from ..errors import RecipeError, safe_text
-from ..jobs.attempts import attempts_file
+from ..jobs.attempts import LAST, attempts_file
 from ..jobs.submit import FINISHED, job_of
 from ..jobs.sweep import is_sweep, members
 from ..run_folder import read_rows
@@ -85,7 +86,9 @@ def as_table(status: dict[str, Any]) -> Any:
         return _sweep_table(status["runs"])
     rows = {
         "run": f"{status['name']}, {status['state']}",
-        "nodes": f"{', '.join(status['nodes'])} ({status['processes']} processes)" if status["nodes"] else None,
+        "nodes": f"{', '.join(status['nodes'])} ({counted(status['processes'], 'process')})"
+        if status["nodes"]
+        else None,
         "job": status["job"],
         "samples": f"{exact(status['samples'])} of {exact(status['total_samples'])} (step {exact(status['step'])})",
         "restarts": f"{status['restarts']}, last: {status['last_end'] or 'unknown'}" if status["restarts"] else None,
@@ -159,12 +162,26 @@ def _state(run: RecordedRun, job: dict[str, Any] | None) -> str:
         why = {"BeginTime": "starts soon"}.get(job["waits_for"], job["waits_for"])
         return f"queued ({why}; expected start {job['expected']})"
     if queued and not FINISHED.match(queued):
-        return f"starting (job {queued.lower()})"
+        return f"{_between_attempts(run.folder)} (job {queued.lower()})"
     return "stopped" if run.lines else "not started"
 
 
+def _between_attempts(folder: Path) -> str:
+    """What a job does while none of its processes runs."""
+    last = next(iter(read_rows(attempts_file(folder))[-1:]), {})
+    request = folder / "job" / "stop"
+    if request.exists() and request.stat().st_mtime > last.get("time", 0.0):
+        return "stopping"
+    if last.get("event") != "end":
+        return "starting"
+    return "stopped" if last.get("kind") in LAST else "restarting"
+
+
 def _last_end(folder: Path) -> str | None:
-    ends = [row for row in read_rows(attempts_file(folder)) if row.get("event") == "end"]
+    """Why the run was last started anew: the end of the attempt before the newest one."""
+    rows = read_rows(attempts_file(folder))
+    newest = max((i for i, row in enumerate(rows) if row.get("event") == "begin"), default=len(rows))
+    ends = [row for row in rows[:newest] if row.get("event") == "end"]
     return str(ends[-1].get("reason")) if ends else None
 
 
@@ -178,7 +195,8 @@ def _from_store(place: str) -> dict[str, Any]:
     recipe = recipe_of(commit)
     begun = [event for event in state.lineage if event.event in ("start", "resume")]
     written = commit.written()
-    speed = state.samples / state.seconds if state.seconds else None
+    origin = [event.samples for event in state.lineage if event.event == "from"]  # the seconds are since then
+    speed = (state.samples - max(origin, default=0)) / state.seconds if state.seconds else None
     finished = state.samples >= recipe.total_samples
     nothing: dict[str, Any] = dict.fromkeys(
         ("job", "mfu", "data_wait", "loss", "losses", "seconds_since_last_line", "parameters")

@@ -30,6 +30,8 @@ OUTAGES = 12
 """the same for failures of the store: about 40 minutes"""
 FOLLOWING = ("DistNetworkError", "DistStoreError", "RendezvousClosedError", "RendezvousConnectionError")
 """errors of a node that lost contact with another one: never reported as the cause if there is another error"""
+LAST = ("finished", "requested", "ending")
+"""kinds of ends that no attempt of the job follows"""
 _TAIL = 1 << 20
 FIRST_PAUSE, LONGEST_PAUSE = 1, 300
 """seconds"""
@@ -106,7 +108,7 @@ def end(run: Path, attempt: str, code: int, signal: str, most_restarts: int) -> 
     kind, reason, error = _why(run, code, signal, begun)
     row = {**begun, "event": "end", "kind": kind, "reason": reason, "step": step, "code": code}
     _write(run, row)
-    if kind in ("finished", "requested", "ending"):
+    if kind in LAST:
         return "halt" if kind == "ending" else "done"
     if int(begun["restart"]) >= most_restarts:
         print(f"requeued {most_restarts} times already; submit again to continue", file=sys.stderr)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...data.machine import usable_memory
+from ...data.units import counted
 from ..errors import RunError
 from ..run_folder import RECIPE_FILE, STOPPED
 from .attempts import BAD_NODE, UNFIT
@@ -67,8 +68,8 @@ def _memory(processes: int) -> str | None:
     if free is None or free >= processes * MIN_MEMORY:
         return None
     return (
-        f"{free / 2**30:.1f} GiB of memory for {processes} processes; other programs use the rest, or the job may have "
-        "no more: see --mem and --mem-per-cpu"
+        f"{free / 2**30:.1f} GiB of memory for {counted(processes, 'process')}; other programs use "
+        "the rest, or the job may have no more: see --mem and --mem-per-cpu"
     )
 
 
@@ -105,7 +106,7 @@ def check_network() -> None:
     size = _bytes(world)
     bandwidth = 2 * (world.size - 1) / world.size * size / seconds / 1e9
     if world.is_first:
-        print(f"all-reduce of {size >> 20} MiB across {len(hosts)} nodes: {bandwidth:.3g} GB/s", flush=True)
+        print(f"all-reduce of {size >> 20} MiB across {counted(len(hosts), 'node')}: {bandwidth:.3g} GB/s", flush=True)
     least = float(os.environ.get(MIN_BANDWIDTH, "0"))
     if bandwidth >= least:
         return

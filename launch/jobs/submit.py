@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...data.storage.atomic_write import atomic_write
+from ...data.units import counted
 from ...training.health.signals import NOTICE
 from ...training.recipe import Recipe
 from ..errors import RecipeError, safe_text, show
@@ -254,7 +255,7 @@ def _partition_refuses(partition: str | None, limit: str | None, nodes: int) -> 
         if largest != "UNLIMITED" and nodes > int(largest):
             return f"--nodes {nodes} exceeds the limit of partition {name} for a job, {largest}; request fewer"
         if nodes > int(fields.get("TotalNodes", nodes)):
-            return f"--nodes {nodes}: partition {name} has {fields['TotalNodes']} nodes; request fewer"
+            return f"--nodes {nodes}: partition {name} has {counted(int(fields['TotalNodes']), 'node')}; request fewer"
     return None
 
 
@@ -317,7 +318,8 @@ def _notes(outs: list[Path], least: int, most: int, counts: tuple[int, ...], pro
     left = [str(n) for n in range(least, most + 1) if n not in counts]
     if left:
         notes.append(
-            f"{', '.join(left)} nodes of {processes} processes cannot divide the batch evenly; fewer will be used"
+            f"{', '.join(left)} nodes of {counted(processes, 'process')} cannot divide the batch evenly; "
+            "fewer will be used"
         )
     place = outs[0].absolute()
     mounts = (

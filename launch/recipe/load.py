@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ...data.storage.credentials import holds_secret
+from ...data.units import counted
 from ...training.recipe import Recipe
 from ..errors import RecipeError as RecipeError
 from ..errors import safe_text, show
@@ -56,10 +57,9 @@ class ResolvedRecipe:
     def headline(self) -> str:
         """One comment line: name, stages, samples and steps."""
         recipe = self.recipe
-        stages = f"{len(recipe.stages)} stage{'s' if len(recipe.stages) > 1 else ''}"
         return (
-            f"# {recipe.name}: {stages}, {recipe.total_samples:,} samples, "
-            f"{recipe.total_steps:,} steps of {recipe.data.batch}"
+            f"# {recipe.name}: {counted(len(recipe.stages), 'stage')}, {counted(recipe.total_samples, 'sample')}, "
+            f"{counted(recipe.total_steps, 'step')} of {recipe.data.batch}"
         )
 
     def annotated(self) -> str:

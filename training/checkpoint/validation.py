@@ -12,6 +12,7 @@ from math import inf, isfinite, prod
 
 from pydantic import ValidationError
 
+from ...data.units import counted
 from ...models.flops import parameters
 from ...models.model import empty
 from ...models.parts import parts
@@ -122,7 +123,7 @@ def _of_the_recipe(recipe: Recipe, manifest: Manifest) -> Iterator[str]:
     """What the recipe contradicts."""
     state, count = manifest.state, len(recipe.stages)
     if state.samples != state.step * recipe.data.batch:
-        yield f"it has {state.samples:,} samples at step {state.step:,}, and batches of {recipe.data.batch:,}"
+        yield f"it has {counted(state.samples, 'sample')} at step {state.step:,}, and batches of {recipe.data.batch:,}"
     if state.stage >= count or not all(0 <= made.stage < count for made in state.decisions):
         yield f"it is in stage {state.stage} of a recipe of {count} stages, or has decided on one that there is not"
         return

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator
 
-from ...data.units import size_in_bytes
+from ...data.units import counted, size_in_bytes
 
 
 class Shards(NamedTuple):
@@ -159,7 +159,7 @@ class FsdpConfig(_TorchEngine, frozen=True, extra="forbid", strict=True):
         group = self.shard_group
         if group and world > group and world % group:
             raise ValueError(
-                f"{world} processes cannot be split into groups of engine.shard_group = {group}; "
+                f"{counted(world, 'process')} cannot be split into groups of engine.shard_group = {group}; "
                 f"start {world - world % group} processes, or set engine.shard_group to a number that divides {world}"
             )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...data.units import counted
 from ..evaluate.comparing import bits, flips
 from ..evaluate.suites import Evaluation
 from ..recipe import Recipe
@@ -61,7 +62,7 @@ class RunLog:
             self.records.clear()
         else:
             self.records.cut_back(state.step, state.cursor * self.recipe.data.batch)
-            self.progress.note(f"continuing from {commit} at {state.samples:,} samples")
+            self.progress.note(f"continuing from {commit} at {counted(state.samples, 'sample')}")
             self._say_what_is_lacking(state)
         self._bad = len(self.known_bad())
         self._purge = state.samples + 1
@@ -106,10 +107,12 @@ class RunLog:
             moved = "not compared (other inputs)" if difference is None else f"moved by {difference:.1e}"
             self.progress.note(f"grew {sizes}: {before:.1f} M -> {after:.1f} M parameters, logits {moved}")
         elif event == "rollback":
-            self.warn(f"{row['reason']}; went back to {row['commit']}; skipping {row['batches']} batches")
+            self.warn(f"{row['reason']}; went back to {row['commit']}; skipping {counted(row['batches'], 'batch')}")
         elif event == "search":
             chosen = ", ".join(f"{path} {size}" for path, size in row["chosen"].items()) or "no growth"
-            self.progress.note(f"tried {len(row['candidates'])} candidates for {row['flops']:.1e} FLOPs: {chosen}")
+            self.progress.note(
+                f"tried {counted(len(row['candidates']), 'candidate')} for {row['flops']:.1e} FLOPs: {chosen}"
+            )
         elif event == "micro_batches":
             self.progress.note(f"micro-batches: {row['pieces']} of {row['pairs']} pairs fit in memory")
         elif event == "plateau":

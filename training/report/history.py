@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...data.storage.credentials import masked
+from ...data.units import counted
 from . import readable
 from .charts import Marker
 from .drawings import Span, bar, timeline, towers
@@ -266,7 +267,9 @@ def _lineage_text(line: LogLine) -> str:
         ]
         return " · ".join([*parts, *([f"reason: {printable(line['reason'])}"] if line.get("reason") else [])])
     if event == "rollback":
-        back = f"back to {line.get('commit')}, {line.get('batches')} batches skipped: {line.get('reason')}"
+        back = (
+            f"back to {line.get('commit')}, {counted(line.get('batches') or 0, 'batch')} skipped: {line.get('reason')}"
+        )
         return printable(masked(back))
     if event == "from":
         return f"{printable(str(line.get('load')))} of {printable(masked(str(line.get('commit'))))}"

@@ -48,11 +48,6 @@ def exact(value: float | None) -> str:
     return MISSING if value is None else f"{round(value):,}"
 
 
-def counted(count: int, noun: str) -> str:
-    """A number of things: 1 shard, 2,000 shards."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def compact(value: float | None) -> str:
     """Three significant figures and a unit prefix: 834, 340 k, 14.1 M, 1.24 B."""
     return _scaled(value, _LARGE)

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
+from ...data.units import counted
 from . import readable
 from .comparison_page import curves_of
 from .drawings import rings
@@ -133,7 +134,7 @@ def _ahead(order: Sequence[tuple[Member, float]], scores: Sequence[str]) -> Swee
     return {
         "name": printable(best.name),
         "rank": readable.decimal(rank, 2),
-        "over": f"{len(scores)} score{'s' if len(scores) > 1 else ''}" if scores else "the loss",
+        "over": counted(len(scores), "score") if scores else "the loss",
         "of": len(order),
         "second": printable(order[1][0].name),
         "its": readable.decimal(order[1][1], 2),

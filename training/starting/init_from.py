@@ -94,6 +94,7 @@ def begin_with(recipe: Recipe, commit: Commit, engine: Engine) -> RunState:
             update={
                 "lineage": (*theirs.lineage, event),
                 "attempt": 0,
+                "seconds": 0.0,  # this run's own
                 "data": (),
                 "tokenizer": "",
                 "best": None,

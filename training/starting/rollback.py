@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+from ...data.units import counted
 from ..checkpoint.commits import Commits
 from ..recipe import Recipe
 from ..state import RolledBack, RunState, TrainingError
@@ -21,11 +22,11 @@ def roll_back(recipe: Recipe, state: RunState, commits: Commits, world: World) -
     health = state.health
     spike = f"the loss rose above {recipe.recovery.spike_factor} times its median"
     what = spike if health.spiked else "no finite gradient"
-    reason = f"{what} in the last {health.bad_steps} steps up to step {state.step}"
+    reason = f"{what} in the last {counted(health.bad_steps, 'step')} up to step {state.step}"
     times = next((event.detail["times"] for event in reversed(state.lineage) if event.event == "rollback"), 0)
     good = world.first(_last_good(state, commits) if world.is_first else None)
     if good is None or times >= recipe.recovery.max_rollbacks:
-        why = f"again after {times} rollbacks" if times else "there is no commit to go back to"
+        why = f"again after {counted(times, 'rollback')}" if times else "there is no commit to go back to"
         raise TrainingError(
             f"{reason}, and {why}; "
             f"lower optimizer.lr = {recipe.optimizer.lr}, lengthen schedule.warmup, or look at their data"

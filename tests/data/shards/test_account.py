@@ -257,7 +257,7 @@ def test_headings_by_hand(tmp_path: Path) -> None:
         source = open_source(url)
         assert {name: tuple(count[:2]) for name, count in source.skipped_members.items()} == passed
         (line,) = source_notes(source, None)
-        assert "11 members (11.8 kB) belong to no sample: directories: 1; links: 1; devices" in line
+        assert "11 members (11.8 kB) in no sample: directories: 1; links: 1; devices" in line
         assert "data behind the end of the archive; hidden files: 1; " in line
     findings = lint(url)
     assert findings.account.bytes == len(b"".join(parts))

@@ -243,7 +243,7 @@ def test_bad_samples_are_skipped_and_listed(tmp_path: Path, many: Path, workers:
     with pytest.raises(DataError, match=r"0(07|13|50)\.jpg: picture does not decode.*or skip bad samples"):
         pack(tmp_path / "in", str(tmp_path / "set"), "100kB", workers=workers)
     packed = pack(tmp_path / "in", str(tmp_path / "set"), "100kB", skip_bad=True, workers=workers)
-    assert (packed.samples, packed.bad) == (60, 3)
+    assert (packed.samples, packed.captions, packed.bad) == (57, 57, 3)
     found = [entry for path in (tmp_path / "set").glob("*.bad.jsonl") for entry in read_ledger(path)]
     assert {entry.key: Path(entry.shard).name for entry in found} == {key: f"{key}.jpg" for key in bad}
     assert all(entry.reason.startswith("picture does not decode") for entry in found)
@@ -252,7 +252,7 @@ def test_bad_samples_are_skipped_and_listed(tmp_path: Path, many: Path, workers:
     ]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()}
     again = pack(tmp_path / "in", str(tmp_path / "set"), "100kB", skip_bad=True, workers=workers)
-    assert (again.written, again.bad) == (0, 3)
+    assert (again.written, again.samples, again.captions, again.bad) == (0, 57, 57, 3)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()} == before
     with pytest.raises(DataError, match=r"set-00000\d\.bad\.jsonl lists samples that were skipped"):
         pack(tmp_path / "in", str(tmp_path / "set"), "100kB")

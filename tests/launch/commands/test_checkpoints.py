@@ -48,6 +48,8 @@ def test_the_commands_of_the_page(page: Path) -> None:
 
     state = longer.manifest.state
     assert (state.step, state.samples, state.applied) == (8, 64, 8)
+    rows = [json.loads(line) for line in (page / "runs/longer/metrics.jsonl").read_text().splitlines()]
+    assert state.seconds <= rows[-1]["time"] - rows[0]["time"] + 5  # of these four steps alone
     assert [event.event for event in state.lineage] == ["start", "from", "start"]
     assert state.lineage[1].detail == {"commit": where, "load": "all"}
     rows = [json.loads(line) for line in (page / "runs/longer/metrics.jsonl").read_text().splitlines()]

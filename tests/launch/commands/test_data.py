@@ -104,7 +104,7 @@ def test_lint(treering: Command, clean: str, here: Path) -> None:
     done = treering("data", "lint", clean)
     assert done.returncode == 2
     assert done.stderr.startswith("error: 3 faults in 6 shards\n")
-    for words in ("two members for key '91'", "cut short", "have 1 keys in common, such as '0'"):
+    for words in ("two members for key '91'", "cut short", "have 1 key in common, such as '0'"):
         assert words in done.stderr
     safe(done)
     found = json.loads(treering("data", "lint", clean, "--json").stdout)

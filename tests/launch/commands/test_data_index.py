@@ -49,7 +49,7 @@ def test_filter_and_beside(treering: Command, shards: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[1:] == [
         "the filter 'similarity > 0.25' accepts 9 of 12 samples (75.0%)",
-        "3 indexes and their summary are in .treering next to the shards",
+        "next to the shards, in .treering: 3 indexes, and a summary",
     ]
     assert len(list((shards / ".treering").iterdir())) == 4
     found = json.loads(treering("data", "index", "shards/*.tar", "--filter", "similarity > 0.25", "--json").stdout)
