@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .launch.run import train as train
+    from .models.interchange.open_clip_import import import_open_clip as import_open_clip
     from .training.load import Loaded as Loaded
     from .training.load import load as load
 
 __version__ = "0.2.0"
 
 
-_MODULES = {"train": ".launch.run", "load": ".training.load", "Loaded": ".training.load"}
+_MODULES = {
+    "train": ".launch.run",
+    "load": ".training.load",
+    "Loaded": ".training.load",
+    "import_open_clip": ".models.interchange.open_clip_import",
+}
 """late, because they bring torch, which takes seconds"""
 
 

@@ -16,9 +16,9 @@ import hypothesis
 import pytest
 
 from treering.launch.threads import limit_spinning
+from treering.models.interchange.open_clip_import import import_open_clip
 from treering.tests.support.browser import CHROMIUM, Browser
 from treering.tests.support.needs import missing
-from treering.tests.support.open_clip_import import let_open_clip_import
 from treering.tests.support.ports import free_port
 from treering.tests.support.s3_server import KEY, SECRET, Server
 
@@ -111,10 +111,7 @@ def ranks_runner() -> Callable[..., list[Any]]:
 @pytest.fixture(scope="session")
 def open_clip() -> ModuleType:
     """open_clip, as the truth to compare with."""
-    let_open_clip_import()
-    import open_clip
-
-    return open_clip
+    return import_open_clip()
 
 
 @pytest.fixture(scope="session")

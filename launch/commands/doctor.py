@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...data.machine import usable_cores
+from ..errors import safe_text
 
 State = Literal["ok", "note", "lacking"]
+_TRY_SECONDS = 120
 _MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "lacking": "[red]lacking[/]"}
 
 
@@ -42,7 +44,7 @@ def run_checks(out: Path, store: str | None) -> list[Check]:
         _disk("cache folder", _cache()),
         _emoji(),
         _deepspeed(),
-        _torchvision(),
+        _open_clip(),
         _slurm(),
     ]
     checks += [_credentials(store)]
@@ -195,21 +197,31 @@ def _deepspeed() -> Check:
     return Check("deepspeed", "ok", str(_installed("deepspeed")))
 
 
-def _torchvision() -> Check:
-    found = _installed("torchvision")
+def _open_clip() -> Check:
+    """Whether `import open_clip` works, tried in a process of its own; Treering itself reads its files alone."""
+    found = _installed("open_clip_torch")
     if found is None:
+        remedy = "only for import, export and weights of open_clip: pip install -c constraints.txt open_clip_torch"
+        return Check("open_clip", "note", "not installed", remedy)
+    command = [sys.executable, "-P", "-c", "import open_clip"]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=_TRY_SECONDS, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return Check("open_clip", "note", f"{found}, not tried: it took too long", "try `import open_clip` yourself")
+    if tried.returncode == 0:
+        return Check("open_clip", "ok", found)
+    why = (tried.stderr.strip().splitlines() or ["it ended without a word"])[-1][:100]
+    if "torchvision::" not in why:
         return Check(
-            "torchvision",
-            "note",
-            "not installed",
-            "only open_clip interchange needs it: pip install -c constraints.txt torchvision",
+            "open_clip", "note", f"{found}, cannot be imported: {safe_text(why)}", "pip check names the conflict"
         )
-    torch_version, vision_version = _installed("torch") or "", found
-    if "+cpu" in torch_version and "+cpu" not in vision_version:
-        return Check(
-            "torchvision", "ok", f"{found}, compiled operators unused (CPU torch); training does not need them"
-        )
-    return Check("torchvision", "ok", found)
+    return Check(
+        "open_clip",
+        "note",
+        f"{found}, cannot be imported: torchvision {_installed('torchvision')} is not for this build of torch",
+        "in your scripts: open_clip = treering.import_open_clip(); or install torchvision for your torch, as in "
+        "pip install --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/cpu",
+    )
 
 
 def _slurm() -> Check:
@@ -245,7 +257,6 @@ def _credentials(store: str | None) -> Check:
 
 def _store(url: str) -> Check:
     from ...training.checkpoint.store import Store, StoreError
-    from ..errors import safe_text
 
     try:
         Store(url).check()

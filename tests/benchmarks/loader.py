@@ -39,7 +39,7 @@ from PIL import Image
 from treering.data import Source, open_source, stream
 from treering.data.samples.decode import picture, resized
 from treering.data.tools.pack import pack
-from treering.tests.support.open_clip_import import let_open_clip_import
+from treering.models.interchange.open_clip_import import import_open_clip
 from treering.training.device import device_name
 
 from . import loader_arms as arms
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    let_open_clip_import()
+    import_open_clip()
     with tempfile.TemporaryDirectory(prefix="loader-") as temporary, ExitStack() as stack:
         os.environ["TREERING_CACHE"] = f"{temporary}/cache"
         folder = Path(temporary, "photos")

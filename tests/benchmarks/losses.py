@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from treering.tests.support.open_clip_import import let_open_clip_import
+from treering.models.interchange.open_clip_import import import_open_clip
 from treering.training.device import device_name
 from treering.training.objectives.pairwise import sigmoid_losses, softmax_losses
 from treering.training.objectives.scores import Relations
@@ -74,7 +74,7 @@ def ours_sigmoid(world: World) -> Loss:
 
 def open_clip_loss(world: World, **flags: bool) -> Loss:
     """open_clip's softmax loss."""
-    let_open_clip_import()
+    import_open_clip()
     from open_clip.loss import ClipLoss
 
     module = ClipLoss(rank=world.rank, world_size=world.size, **flags)

@@ -37,11 +37,11 @@ from torch import Tensor
 
 from treering.models.flops import training_flops
 from treering.models.interchange.architectures import config_named, spec_of
+from treering.models.interchange.open_clip_import import import_open_clip
 from treering.models.interchange.weights import to_open_clip
 from treering.models.model import Model
 from treering.models.spec import ModelSpec
 from treering.tests.benchmarks.losses import MIB, peak_of
-from treering.tests.support.open_clip_import import let_open_clip_import
 from treering.training.device import device_name, peak_flops
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.ddp import DdpEngine
@@ -167,7 +167,7 @@ class Theirs:
     """open_clip's model and loss, and the step of its training loop."""
 
     def __init__(self, case: Case, ours: Model, device: torch.device) -> None:
-        let_open_clip_import()
+        import_open_clip()
         import open_clip
         from open_clip.loss import ClipLoss, CoCaLoss
 

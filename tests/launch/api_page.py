@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 PUBLIC = {
-    "treering": ("train", "load", "Loaded"),
+    "treering": ("train", "load", "Loaded", "import_open_clip"),
     "treering.training.objectives.base": ("Objective", "Inputs"),
     "treering.training.objectives.config": ("ObjectiveConfig",),
     "treering.training.objectives.registry": ("register",),

@@ -147,6 +147,7 @@ def test_doctor(treering: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "run folder",
         "samples://emoji",
         "deepspeed",
+        "open_clip",
         "slurm",
         "store",
     }
