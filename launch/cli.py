@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -299,7 +300,7 @@ def import_(
         return
     rows = [f"{name:<12} {found[name]}" for name in ("source", "weights", "parameters", "commit", "recipe")]
     rows += [f"{'note':<12} {note}" for note in found["notes"]]
-    Console().print(Text("\n".join([*rows, f"{'next':<12} {' '.join(found['continue'])}"])), soft_wrap=True)
+    Console().print(Text("\n".join([*rows, f"{'next':<12} {shlex.join(found['continue'])}"])), soft_wrap=True)
 
 
 @app.command("export")

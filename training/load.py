@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .offloading import Memory
+
+
+Picture: TypeAlias = "Image | str | Path | bytes | np.ndarray"
+"""a PIL picture, a path, the bytes of a JPEG, PNG or WebP file, or uint8 [H, W, 3]"""
 
 
 class Loaded:
@@ -73,7 +77,7 @@ class Loaded:
         self.model.to(device)
         return self
 
-    def preprocess(self, picture: Image | str | Path | bytes | Any) -> Tensor:
+    def preprocess(self, picture: Picture) -> Tensor:
         """A picture as the model sees it, uint8 [3, resolution, resolution]; normalising is left to the model.
 
         Takes a PIL picture, a path, the bytes of a JPEG, PNG or WebP file, or uint8 [H, W, 3]. Raises BadSample for
@@ -84,15 +88,16 @@ class Loaded:
         if isinstance(picture, bytes):
             pixels = decode_image(picture)
         else:
-            pixels = np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
+            pixels = np.asarray(picture if isinstance(picture, np.ndarray) else picture.convert("RGB"))
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise ValueError(f"a picture is uint8 [H, W, 3], not {pixels.dtype} {list(pixels.shape)}")
         image = self.spec.image
         return torch.tensor(centre_crop(pixels, image.resolution, image.resize, image.interpolation)).permute(2, 0, 1)
 
     @torch.no_grad()
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """Embeddings [b, e] of pictures, uint8 [b, 3, resolution, resolution] or one without b; unit rows if asked.
+    def encode_image(self, images: Tensor | Picture | Sequence[Picture], normalize: bool = False) -> Tensor:
+        """Embeddings [b, e] of pictures, of one or several as `preprocess` takes them, or of what it gives: uint8
+        [b, 3, resolution, resolution], or one without b; unit rows if asked.
 
         Raises ValueError for another shape or type: values in 0..1 or normalised ones would give wrong embeddings.
         """
@@ -114,7 +119,9 @@ class Loaded:
         found = self.model.embed_texts(tokens, lengths).pooled
         return F.normalize(found, dim=-1) if normalize else found
 
-    def caption(self, images: Tensor, writing: CaptionDecoding = "greedy", longest: int = 40) -> list[str]:
+    def caption(
+        self, images: Tensor | Picture | Sequence[Picture], writing: CaptionDecoding = "greedy", longest: int = 40
+    ) -> list[str]:
         """A caption of each picture, of `longest` tokens at most; `writing` is greedy, beam or nucleus.
 
         images: as in `encode_image`. Raises ValueError if the model has no captioner.
@@ -125,7 +132,12 @@ class Loaded:
         written = write(writing, self.model, self._pictures(images), tokenizer.START, tokenizer.END, longest)
         return [tokenizer.decode(ids) for ids in written]
 
-    def _pictures(self, images: Tensor) -> Tensor:
+    def _pictures(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
+        if not isinstance(images, Tensor):
+            some: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+            if not some:
+                raise ValueError("there is no picture; give at least one")
+            images = torch.stack([p if isinstance(p, Tensor) else self.preprocess(p) for p in some])
         images = images[None] if images.ndim == 3 else images
         side = self.spec.image.resolution
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):

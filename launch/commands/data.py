@@ -63,9 +63,10 @@ def pack(
     """
     from ...data.shards.parallel import enough_workers
     from ...data.tools.pack import pack as pack_shards
+    from ...training.logging.counting import counting
     from . import data_output
 
-    with data_output.progress("shards") as report:
+    with counting("shards packed") as report:
         packed = pack_shards(
             input, output, shard_size, images,
             part=part, seed=seed, skip_bad=skip_bad, workers=workers or enough_workers(input), progress=report,
@@ -128,9 +129,10 @@ def lint(
     from ...data.shards.parallel import enough_workers
     from ...data.tools.lint import lint as lint_url
     from ...data.tools.lint import write_ledger
+    from ...training.logging.counting import counting
     from . import data_output
 
-    with data_output.progress("samples") as report:
+    with counting("samples") as report:
         found = lint_url(url, workers or enough_workers(url), report)
     if ledger is not None:
         write_ledger(ledger, found.bad)

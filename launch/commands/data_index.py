@@ -21,8 +21,9 @@ from ...data.shards.summary import ShardSummary, write_summary
 from ...data.shards.tar_reader import DamagedShard
 from ...data.storage.files import shown_url
 from ...data.units import counted
+from ...training.logging.counting import counting
 from ..errors import RunError, safe_text
-from .data_output import account_json, progress, size_text, skipped_line, skipped_lines
+from .data_output import account_json, size_text, skipped_line, skipped_lines
 
 
 def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -
     shards = list_shards(pattern)
     workers = workers or enough_workers(pattern)
     faults, unread, account = [], set(), Account()
-    with progress("shards") as report:
+    with counting("shards") as report:
         for shard, index in index_all(shards, workers, report):
             if isinstance(index, DataError):
                 faults.append({"shard": shown_url(shard.url), "reason": str(index)})
@@ -63,7 +64,7 @@ def index_url(url: str, workers: int | None, beside: bool, filter: str | None) -
             [each.samples for each in whole],
             lambda shard, anew: index_table(shard, anew=anew),
         )
-        with progress("shards") as report:
+        with counting("shards") as report:
             found["accepted"] = int(apply_filter(pattern, wanted, whole, handles, workers, report).counts.sum())
     if beside:
         _put_beside(pattern, summary, workers)
@@ -80,7 +81,7 @@ def _read(text: str | None) -> Filter | None:
 
 def _put_beside(pattern: str, summary: Sequence[ShardSummary], workers: int) -> None:
     whole = [each.shard for each in summary if not each.fault]
-    with progress("indexes written") as report:
+    with counting("indexes written") as report:
         for _ in sweep(put_index, whole, workers, report):
             pass
     write_summary(pattern, summary, beside=True)

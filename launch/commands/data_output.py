@@ -1,24 +1,23 @@
-"""Output of `treering data index`, `lint` and `inspect`: a progress bar, then tables and lines.
+"""Output of `treering data index`, `lint` and `inspect`: tables and lines.
 
 Keys, captions and labels come from the shards and are untrusted: all are printed through `shown` or `safe_text`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from ...data.errors import shown
 from ...data.ledger import LedgerEntry, read_ledger
 from ...data.shards.account import Account, Count
-from ...data.shards.parallel import Progress, enough_workers, silent
+from ...data.shards.parallel import enough_workers
 from ...data.shards.source import Source, attribution
 from ...data.storage.files import shown_url
 from ...data.tools.contact_sheet import Card, Section, cards, with_notes, write_sheet
@@ -26,6 +25,7 @@ from ...data.tools.inspect import inspect, locate_entries, open_indexed, sample_
 from ...data.tools.lint import Findings
 from ...data.tools.pack import PackResult
 from ...data.units import counted
+from ...training.logging.counting import counting
 from ..errors import safe_text
 from .data_batch import StepBatch
 
@@ -35,25 +35,6 @@ _MOST_ROWS = 12
 _ON_A_SHEET = 120
 _QUANTILES = ("mean", "least", "p10", "p50", "p90", "p99", "most")
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Progress]:
-    """A progress bar for `what` on stderr, if that is a terminal; removed at the end."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield silent
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-
-        def report(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield report
 
 
 def packed_lines(packed: PackResult) -> list[str]:
@@ -239,7 +220,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 def inspect_url(url: str, samples: int, out: Path | None, workers: int | None) -> tuple[dict[str, Any], Group]:
     """Statistics of `samples` random samples, as data and as text; writes a contact sheet to `out` if given."""
     source, workers = _opened(url, workers)
-    with progress("samples") as report:
+    with counting("samples") as report:
         found = inspect(source, sorted_numbers(source, samples), workers, report)
     text = statistics(found)
     if out is not None:
@@ -297,7 +278,7 @@ def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None)
 
 def _opened(url: str, workers: int | None) -> tuple[Source, int]:
     workers = workers or enough_workers(url)
-    with progress("shards") as report:
+    with counting("shards") as report:
         return open_indexed(url, workers, report), workers
 
 

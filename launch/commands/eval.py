@@ -109,10 +109,12 @@ def evaluate_opened(opened: OpenedModel, config: EvalConfig, source: str, world:
     """Evaluate a model, reading its embeddings from the cache where possible and caching new ones."""
     from ...training.evaluate.embedding_cache import EmbeddingCache
     from ...training.evaluate.suites import evaluate
+    from ...training.logging.counting import counting, no_counting
 
     recipe, model = opened.recipe, _model(opened).to(world.device)
     embeddings = EmbeddingCache(opened.identity(), world)
-    return evaluate(model, config, source, world, recipe.data.cache, recipe.data.tokenizer, embeddings)
+    show = counting if world.is_first else no_counting
+    return evaluate(model, config, source, world, recipe.data.cache, recipe.data.tokenizer, embeddings, show)
 
 
 def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[str, Any]:
@@ -124,6 +126,7 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
     from ...data.loading.loader import EvaluationSet
     from ...training.evaluate.compatibility import compatibility
     from ...training.evaluate.embed import embed, embed_captions
+    from ...training.logging.counting import counting, no_counting
     from ...training.world import World
 
     pair = [open_model(url) for url in (old, new)]
@@ -148,7 +151,8 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
             interpolation=image.interpolation,
         )
         rows = embed_captions(model, samples.tokenizer, captions, size, world)
-        found.append((embed(model, samples, size, world), rows))
+        with (counting if world.is_first else no_counting)(f"{safe_text(each.url)}: samples embedded") as progress:
+            found.append((embed(model, samples, size, world, progress), rows))
     (old_data, old_rows), (new_data, new_rows) = found
     try:
         outcome = compatibility(old_data, new_data, old_rows, new_rows)

@@ -29,12 +29,16 @@ def import_weights(source: str, to: str, data: str | None, tokenizer: str | None
     url, recipe = import_commit(weights, to if remote else str(Path(to) / "commits"), data, tokenizer)
     file = Path(f"{recipe.name}-imported.yaml") if remote else Path(to) / "recipe.yaml"
     file.write_text(dump_recipe(recipe), encoding="utf-8")
+    wanted = [] if data else ["data.train=[{source: YOUR-SHARDS/*.tar}]"]
+    asked = (
+        [] if data else ["the recipe names samples://emoji as its data: give your own, as in the next line, or --data"]
+    )
     return {
         "source": source,
         "weights": weights.file,
         "commit": url,
         "parameters": parameters(weights.spec),
         "recipe": str(file),
-        "continue": ["treering", "train", str(file), "--out", f"runs/{recipe.name}-trained"],
-        "notes": notes(weights),
+        "continue": ["treering", "train", str(file), "--out", f"runs/{recipe.name}-trained", *wanted],
+        "notes": [*notes(weights), *asked],
     }

@@ -50,6 +50,7 @@ def config_named(name: str) -> Config:
         raise InterchangeError(
             f"open_clip has no architecture {name!r}; names are as in its model_configs"
             + (f", for instance {', '.join(near[:4])}" if near else "")
+            + "; for a model of your own give open_clip:local-dir:FOLDER, a folder with its open_clip_config.json"
         )
     if name in refused():
         raise InterchangeError(f"{name} cannot be imported: {refused()[name]}")

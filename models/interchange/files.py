@@ -27,6 +27,7 @@ from .wrapped import flat, unwrapped
 
 _FOLDER = "local-dir:"
 _TOKENIZER_FIELDS = ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pool_type", "eos_id")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _RESIZE = {"shortest": "crop", "squash": "squash"}
 
 
@@ -62,6 +63,7 @@ def open_weights(source: str) -> Weights:
         )
     pictures = _preprocessing(name, tag, config)
     file = Path(path) if path else fetch(name, tag)
+    file = _weights_in(file) if file.is_dir() else file
     return _weights(source, name, config, pictures, file)
 
 
@@ -71,12 +73,22 @@ def _open_folder(source: str, folder: Path) -> Weights:
         config, pictures = tree["model_cfg"], tree.get("preprocess_cfg", {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InterchangeError(
-            f"{folder} is not an open_clip folder: its open_clip_config.json cannot be read ({type(error).__name__})"
+            f"{folder} is not an open_clip folder: its open_clip_config.json cannot be read ({type(error).__name__}); "
+            f"name the architecture of the weights, {PREFIX}ARCHITECTURE={folder}"
         ) from None
+    return _weights(source, folder.name, config, pictures, _weights_in(folder))
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file of weights in a folder: by open_clip's names, or the only one. Raises InterchangeError."""
     for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"):
         if (folder / name).is_file():
-            return _weights(source, folder.name, config, pictures, folder / name)
-    raise InterchangeError(f"{folder} holds neither open_clip_model.safetensors nor open_clip_pytorch_model.bin")
+            return folder / name
+    files = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    if len(files) == 1:
+        return folder / files[0]
+    there = f"{len(files)} files of weights ({', '.join(files[:4])}); leave one" if files else "no file of weights"
+    raise InterchangeError(f"{folder} holds {there}; their names end in {', '.join(_SUFFIXES)}")
 
 
 def _weights(source: str, name: str, config: Config, pictures: Mapping[str, Any], file: Path) -> Weights:

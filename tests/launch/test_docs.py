@@ -1,6 +1,7 @@
 """Every command that the README and the pages of docs/ show, in their order: typed into a folder where what they name
 is there, in small. Those of docs/slurm.md need a cluster (tests/cluster), those of docs/checkpoints.md and of
-docs/interchange.md are looked at more closely in test_checkpoints.py and test_interchange_page.py."""
+docs/interchange.md are looked at more closely in test_checkpoints.py and test_interchange_page.py, those of
+docs/howto.md in test_howto.py."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from treering.training.checkpoint.commits import find_commit
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = {"slurm.md", "checkpoints.md", "interchange.md"}
+ELSEWHERE = {"slurm.md", "checkpoints.md", "interchange.md", "howto.md"}
 SMALL = [
     "data.batch=8",
     "data.workers=0",

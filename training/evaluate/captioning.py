@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...data.errors import DataError
 from ...data.evaluation_sets import Pictures
+from ...data.shards.parallel import Progress, silent
 from ...models.model import Model
 from ..world import World
 from .embed import own_batches, pixels, read
@@ -28,7 +29,13 @@ _DRAWS = 1000
 
 
 def write_captions(
-    model: Model, data: Pictures, decoding: CaptionDecoding, longest: int, batch: int, world: World
+    model: Model,
+    data: Pictures,
+    decoding: CaptionDecoding,
+    longest: int,
+    batch: int,
+    world: World,
+    progress: Progress = silent,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Number, key, true captions and generated caption of every usable sample, and ledger entries for the others.
 
@@ -36,7 +43,7 @@ def write_captions(
     """
     rows, bad = [], []
     tokenizer, longest = data.tokenizer, min(longest, model.spec.text.context)
-    for numbers in own_batches(range(len(data)), batch, world):
+    for numbers in own_batches(range(len(data)), batch, world, progress):
         samples, unusable = read(data, numbers)
         bad += unusable
         if not samples:

@@ -21,6 +21,7 @@ from ...data.evaluation_sets import Pictures
 from ...data.ledger import LedgerEntry
 from ...data.samples.clip_tokenizer import TextTokenizer
 from ...data.samples.sample import Sample
+from ...data.shards.parallel import Progress, silent
 from ...models.model import Model
 from ..world import World
 
@@ -51,11 +52,11 @@ class Embedded:
 
 
 @torch.no_grad()
-def embed(model: Model, data: Pictures, batch: int, world: World) -> Embedded:
-    """Embed every usable sample and all its captions. All ranks call it together."""
+def embed(model: Model, data: Pictures, batch: int, world: World, progress: Progress = silent) -> Embedded:
+    """Embed every usable sample and all its captions. All ranks call it together; `progress` counts samples."""
     images, texts, facts, bad = [], [], [], []
     modalities: dict[str, list[Tensor]] = {name: [] for name in data.columns}
-    for numbers in own_batches(range(len(data)), batch, world):
+    for numbers in own_batches(range(len(data)), batch, world, progress):
         samples, unusable = read(data, numbers)
         bad += unusable
         if not samples:
@@ -115,18 +116,30 @@ def embed_captions(model: Model, tokenizer: TextTokenizer, captions: Sequence[st
 
 
 @torch.no_grad()
-def embed_prompts(model: Model, tokenizer: TextTokenizer, texts: Sequence[str], batch: int, world: World) -> Tensor:
+def embed_prompts(
+    model: Model,
+    tokenizer: TextTokenizer,
+    texts: Sequence[str],
+    batch: int,
+    world: World,
+    progress: Progress = silent,
+) -> Tensor:
     """Unit embeddings [len(texts), e] of texts. The work is distributed over the ranks; each returns all rows."""
-    own = list(own_batches(range(len(texts)), batch, world))
-    rows = [embed_captions(model, tokenizer, [texts[n] for n in some], batch, world) for some in own]
+    own, rows = [], []
+    for some in own_batches(range(len(texts)), batch, world, progress):
+        own.append(some)
+        rows.append(embed_captions(model, tokenizer, [texts[n] for n in some], batch, world))
     gathered = _gathered_rows(torch.cat([torch.zeros(0, model.spec.embed_dim), *rows]), world)
     order = [n for rank in world.objects([n for some in own for n in some]) for n in rank]
     return gathered[torch.tensor(order, dtype=torch.int64).argsort()]
 
 
-def own_batches(items: Iterable[T], size: int, world: World) -> Iterator[list[T]]:
-    """This rank's batches: every `world.size`-th one, beginning with number `world.rank`."""
-    return islice(_chunks(items, size), world.rank, None, world.size)
+def own_batches(items: Sequence[T], size: int, world: World, progress: Progress = silent) -> Iterator[list[T]]:
+    """This rank's batches: every `world.size`-th one, beginning with number `world.rank`; `progress(done, total)`
+    counts the items of all ranks, as far as this one can tell."""
+    for number, batch in enumerate(islice(_chunks(items, size), world.rank, None, world.size), 1):
+        yield batch
+        progress(min(len(items), number * size * world.size), len(items))
 
 
 def _gathered_rows(own: Tensor, world: World) -> Tensor:

@@ -23,6 +23,7 @@ from ...data.samples.clip_tokenizer import TextTokenizer
 from ...data.samples.tokenizer import open_tokenizer
 from ...data.storage.files import shown_url
 from ...models.model import Model
+from ..logging.counting import Counting, no_counting
 from ..world import World
 from . import probes, prompts, retrieval, zero_shot
 from .captioning import bleu, check_installed, ciders, write_captions
@@ -45,6 +46,8 @@ class Bench:
     cache: CacheConfig | None = None
     embeddings: EmbeddingCache | None = None
     """the embedding cache; None: no caching, as for a model in training"""
+    counting: Counting = no_counting
+    """shows the progress of what takes long"""
     contents: dict[str, str] = field(default_factory=dict)
     """what identifies the samples of each set that was opened, by its URL"""
     _embedded: dict[str, Embedded] = field(default_factory=dict)
@@ -104,7 +107,9 @@ class Bench:
         """Unit embeddings [len(texts), e] of prompts."""
 
         def make() -> Content:
-            return {"texts": embed_prompts(self.model, tokenizer, texts, self.batch, self.world)}, None
+            with self.counting("prompts embedded") as progress:
+                rows = embed_prompts(self.model, tokenizer, texts, self.batch, self.world, progress)
+            return {"texts": rows}, None
 
         return self._cached(["texts", list(texts)], make)[0]["texts"]
 
@@ -112,14 +117,18 @@ class Bench:
         """Every usable sample with its generated caption, and ledger entries for the others."""
 
         def make() -> Content:
-            return {}, write_captions(self.model, data, how.decoding, how.max_tokens, self.batch, self.world)
+            with self.counting(f"{shown_url(data.url)}: pictures captioned") as progress:
+                return {}, write_captions(
+                    self.model, data, how.decoding, how.max_tokens, self.batch, self.world, progress
+                )
 
         rows, bad = self._cached(["captions", data.identity, how.decoding, how.max_tokens], make)[1]
         return rows, bad
 
     def _fetched(self, data: Pictures) -> Embedded:
         def make() -> Content:
-            found = embed(self.model, data, self.batch, self.world)
+            with self.counting(f"{shown_url(data.url)}: samples embedded") as progress:
+                found = embed(self.model, data, self.batch, self.world, progress)
             rest = {name: getattr(found, name) for name in ("numbers", "captions", "labels", "bad", "keys")}
             return {"images": found.images, "texts": found.texts, "owners": found.owners, **found.modalities}, rest
 

@@ -20,6 +20,7 @@ from ...data.loading.loader import EvaluationSet
 from ...data.samples.sample import Sample
 from ...data.storage.files import shown_url
 from ...models.model import Model
+from ..logging.counting import Counting, no_counting
 from ..world import World
 from . import zero_shot
 from .config import Captioning, EvalConfig
@@ -42,16 +43,18 @@ def evaluate(
     cache: CacheConfig | None = None,
     tokenizer: str = "clip",
     embeddings: EmbeddingCache | None = None,
+    counting: Counting = no_counting,
 ) -> Evaluation:
     """Run the configured suites. All ranks call it together, and each gets the same result.
 
     `url` names the shards for built-in suites and examples, read through `cache` with the run's `tokenizer`. Captioning
     is skipped while the model has no captioner. With `embeddings`, embeddings are read from and written to that cache.
+    `counting` shows the progress of what takes long.
 
     Raises DataError if data cannot be read or used, or have no labels for the zero-shot suite; SpecError if a modality
     tower cannot read its column of the data.
     """
-    bench = Bench(model, world, config.batch, tokenizer, cache, embeddings)
+    bench = Bench(model, world, config.batch, tokenizer, cache, embeddings, counting)
     found = Evaluation()
     if config.built_in or (config.examples and url):
         samples = bench.own_set(url)

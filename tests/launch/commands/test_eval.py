@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -155,3 +156,20 @@ def test_the_suites_of_the_manual_can_be_read(tmp_path: Path) -> None:
         protocol = yaml.safe_load(kind)
         train = "x" if "probe" in protocol["kind"] else None
         SuiteConfig.model_validate({"name": "x", "data": {"source": "x", "train": train}, "protocol": protocol})
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    treering: Command, tiny: Path, suites: list[str], cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from treering.training.logging import counting
+
+    assert treering("train", str(tiny), "eval.suites=[]", "eval.batch=4").returncode == 0
+    ask = ("eval", "runs/tiny", "--suite", ",".join(suites))
+    assert "embedded" not in treering(*ask).stderr
+    for file in cached.iterdir():
+        file.unlink()
+    seconds = iter(range(0, 10**6, 20))  # every look at the clock is 20 seconds later
+    monkeypatch.setattr(counting, "counting", partial(counting.counting, clock=lambda: float(next(seconds))))
+    done = treering(*ask)
+    assert re.search(r"captions.csv: samples embedded: 4 of 9, 25 s left\n.*: 8 of 9", done.stderr), done.stderr
+    assert "embedded" not in done.stdout

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import torch
 from PIL import Image
 
 import treering as package
@@ -47,7 +46,7 @@ def test_the_commands_of_the_page(open_clip: ModuleType, treering: Run, here: Pa
     model = package.load(here / "runs/imported", device="cpu")
     for name in ("cat", "dog"):
         Image.new("RGB", (30, 20), "red").save(here / f"{name}.jpg")
-    images = torch.stack([model.preprocess(here / "cat.jpg"), model.preprocess(here / "dog.jpg")])
+    images = [here / "cat.jpg", here / "dog.jpg"]
     texts = model.encode_text(["a cat", "a dog"], True)
     logits = model.logit_scale * model.encode_image(images, True) @ texts.T
     larger = package.load(here / "handed-back")
@@ -59,7 +58,10 @@ def test_what_a_person_reads(open_clip: ModuleType, treering: Run, refused: Call
     published(open_clip, here / "coca", "coca_ViT-B-32")
     done = treering("import", "open_clip:local-dir:coca", "--to", "runs/coca")
     assert done.returncode == 0
-    assert "next         treering train runs/coca/recipe.yaml --out runs/coca-trained" in done.stdout
+    begins = "next         treering train runs/coca/recipe.yaml --out runs/coca-trained"
+    assert f"{begins} 'data.train=[{{source: YOUR-SHARDS/*.tar}}]'\n" in done.stdout  # not emoji, silently
+    done = treering("import", "open_clip:local-dir:coca", "--to", "runs/with", "--data", "shards/*.tar")
+    assert done.stdout.endswith("runs/coca-trained\n")
     assert "has commits already" in refused("import", "open_clip:local-dir:coca", "--to", "runs/coca")
     assert "its image tower is a ResNet" in refused("import", "open_clip:RN50/openai", "--to", "runs/rn")
     assert "give safetensors or open_clip" in refused("export", "runs/coca", "--to", "onnx", "--out", "out")

@@ -149,7 +149,7 @@ def test_pictures_are_made_as_the_weights_want_them(open_clip: ModuleType, tmp_p
     wide.save(buffer, "PNG")
     assert torch.equal(model.preprocess(buffer.getvalue()), model.preprocess(np.asarray(wide)))
     found = import_weights(f"open_clip:local-dir:{where}", str(tmp_path / "ours"), None, None)
-    assert [note.split(" ")[1] for note in found["notes"]] == ["squashes", "resizes"]
+    assert [note.split(" ")[1] for note in found["notes"]] == ["squashes", "resizes", "recipe"]
     cropping = deepcopy(model.spec.image).model_copy(update={"resize": "crop"})
     model.model.spec = model.spec.model_copy(update={"image": cropping})
     assert (model.preprocess(wide).float() - expected).abs().max() > 20
@@ -216,7 +216,7 @@ def test_weights_with_another_tokenizer(open_clip: ModuleType, tmp_path: Path, m
         import_weights(source, out, None, str(sep))
     found = import_weights(source, out, None, str(pad))
     assert yaml.safe_load(Path(found["recipe"]).read_text())["data"]["tokenizer"] == str(pad)
-    assert "does not" in found["notes"][-1]
+    assert "does not" in found["notes"][-2]
     model = open_clip.create_model(f"local-dir:{where}").eval()
     with torch.no_grad():
         expected = model.encode_text(torch.tensor([[1, 4, 5] + [0] * 13]))
@@ -303,3 +303,26 @@ def test_weights_with_another_tokenizer_are_to_be_imported_first(open_clip: Modu
     (where / "open_clip_config.json").write_text(json.dumps(tree))
     with pytest.raises(RecipeError, match=r"uses the tokenizer bert-base-uncased; import it with its tokenizer\.json"):
         evaluate_commit(f"open_clip:local-dir:{where}", ["retrieval"], None)
+
+
+def test_python_takes_pictures_as_they_are(coca: Path, tmp_path: Path) -> None:
+    model = treering.load(coca)
+    names = [str(tmp_path / "a.jpg"), tmp_path / "b.png"]
+    for side, name in enumerate(names):
+        picture(40 + 9 * side).save(name)
+    rows = torch.stack([model.preprocess(name) for name in names])
+    truth, said = model.encode_image(rows), model.caption(rows)
+    opened = [Image.open(name) for name in names]
+    read = [Path(name).read_bytes() for name in names]
+    arrays = [np.asarray(each.convert("RGB")) for each in opened]
+    for given in (names, tuple(names), opened, read, arrays, list(rows), [names[0], opened[1]]):
+        assert torch.equal(model.encode_image(given), truth)
+        assert model.caption(given) == said
+    torch.testing.assert_close(model.encode_image(names[0]), truth[:1])  # another batch, other sums
+    assert model.caption(opened[1]) == said[1:]
+    with pytest.raises(ValueError, match="there is no picture"):
+        model.caption([])
+    with pytest.raises(ValueError, match="images are float32"):
+        model.encode_image(rows.float())
+    with pytest.raises(FileNotFoundError):
+        model.encode_image(["none.jpg"])

@@ -185,3 +185,25 @@ def test_a_folder_with_another_config_is_not_one_of_open_clip(config: str, tmp_p
     (tmp_path / "open_clip_config.json").write_text(config)
     with pytest.raises(InterchangeError, match=r"open_clip_config\.json cannot be read"):
         open_weights(f"open_clip:local-dir:{tmp_path}")
+
+
+def test_a_lone_file_in_a_folder_is_read_whatever_its_name(clip: Path, tmp_path: Path) -> None:
+    """As a training leaves it: a folder with one .pt, with a config beside it or the architecture named."""
+    truth = open_weights(f"open_clip:local-dir:{clip}").tensors
+    own = tmp_path / "own"
+    own.mkdir()
+    torch.save({"state_dict": load_file(clip / "open_clip_model.safetensors")}, own / "epoch_3.pt")
+    (own / "open_clip_config.json").write_text((clip / "open_clip_config.json").read_text())
+    found = open_weights(f"open_clip:local-dir:{own}").tensors
+    assert all(torch.equal(found[name], truth[name]) for name in truth)
+    (own / "epoch_4.pt").write_bytes((own / "epoch_3.pt").read_bytes())
+    with pytest.raises(InterchangeError, match=r"holds 2 files of weights \(epoch_3.pt, epoch_4.pt\); leave one"):
+        open_weights(f"open_clip:local-dir:{own}")
+    (own / "open_clip_config.json").unlink()
+    with pytest.raises(InterchangeError, match=rf"name the architecture of the weights, open_clip:ARCHITECTURE={own}"):
+        open_weights(f"open_clip:local-dir:{own}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InterchangeError, match=r"holds no file of weights; their names end in .safetensors, .pt"):
+        open_weights(f"open_clip:ViT-B-32={tmp_path / 'empty'}")
+    with pytest.raises(InterchangeError, match="for a model of your own give open_clip:local-dir:FOLDER"):
+        open_weights("open_clip:MyModel/best")

@@ -1,0 +1,81 @@
+"""What shows that a long piece of work goes on; and which pieces of an evaluation do."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+
+from treering.training.evaluate.embed import own_batches
+from treering.training.logging.counting import counting
+from treering.training.world import World
+
+
+def shown(times: list[tuple[float, int]], total: int) -> list[str]:
+    """The lines for work of which so much was done at these seconds."""
+    stream, clock = io.StringIO(), iter([0.0, *(second for second, _ in times)])
+    with counting("samples embedded", stream, clock=lambda: next(clock)) as report:
+        for _, done in times:
+            report(done, total)
+    return stream.getvalue().splitlines()
+
+
+def test_work_of_less_than_ten_seconds_is_silent() -> None:
+    assert shown([(1, 10), (9.9, 99), (11, 100)], 100) == []
+
+
+def test_a_line_comes_every_ten_seconds_with_the_time_left() -> None:
+    assert shown([(5, 500), (10, 1000), (15, 1500), (19.9, 1990), (25, 2500), (36, 3600), (40, 4000)], 4000) == [
+        "samples embedded: 1,000 of 4,000, 30 s left",
+        "samples embedded: 2,500 of 4,000, 15 s left",
+        "samples embedded: 3,600 of 4,000, 4.0 s left",
+    ]
+    assert shown([(20, 0)], 7) == ["samples embedded: 0 of 7"]
+
+
+def test_names_are_shown_not_obeyed() -> None:
+    stream = io.StringIO()
+    clock = iter([0.0, 10.0])
+    with counting("a\x1b[2Jb", stream, clock=lambda: next(clock)) as report:
+        report(1, 2)
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_a_terminal_has_a_bar_that_goes() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TERM", "xterm")
+        with counting("[red]samples", stream) as report:
+            report(3, 10)
+    assert re.search(r"\[red\]samples.*3/10", stream.getvalue())
+
+
+def test_a_pipe_that_nobody_reads_ends_the_lines_alone() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    clock = iter([0.0, 20.0])
+    with counting("samples", Gone(), clock=lambda: next(clock)) as report:
+        report(1, 2)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_rank_counts_up_to_all_items(world: int) -> None:
+    import torch
+
+    for rank in range(world):
+        told: list[tuple[int, int]] = []
+
+        def tell(done: int, total: int, told: list[tuple[int, int]] = told) -> None:
+            told.append((done, total))
+
+        batches = list(own_batches(range(10), 2, World(rank, world, torch.device("cpu")), tell))
+        assert len(told) == len(batches)
+        assert [done for done, _ in told] == sorted(min(10, (i + 1) * 2 * world) for i in range(len(batches)))
+        assert {total for _, total in told} == {10}
