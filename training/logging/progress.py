@@ -11,10 +11,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Self, TextIO
+from typing import NamedTuple, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -24,6 +24,29 @@ from rich.text import Text
 from ..report import readable
 
 _SMOOTHING = 0.3  # weight of the newest rate in the moving average that gives the remaining time
+
+
+_WIDE = 120  # columns of a terminal from which on the terms of the loss fit beside the bar
+
+
+class Term(NamedTuple):
+    """A term of the loss at a step: its weight, and its value without it (None: not finite)."""
+
+    name: str
+    weight: float
+    value: float | None
+
+
+def terms_text(terms: Sequence[Term]) -> str:
+    """What a loss consists of: ` (contrastive 4.47, caption 2 x 10.81)`; empty if it is one term of weight 1."""
+    if len(terms) == 1 and terms[0].weight == 1:
+        return ""
+    parts = [
+        f"{readable.plain(name)} {'' if weight == 1 else f'{readable.decimal(weight, 3)} x '}"
+        f"{'not finite' if value is None else readable.decimal(value)}"
+        for name, weight, value in terms
+    ]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 class Progress:
@@ -55,15 +78,23 @@ class Progress:
             self._task = self._bar.add_task("", total=total_samples, text="starting")
             self._bar.start()
 
-    def update(self, samples: int, loss: float | None, samples_per_second: float, stage: int, parameters: int) -> None:
-        """Show the state after a step. `stage` counts from 0; `loss` None: not finite."""
+    def update(
+        self,
+        samples: int,
+        loss: float | None,
+        samples_per_second: float,
+        stage: int,
+        parameters: int,
+        terms: Sequence[Term] = (),
+    ) -> None:
+        """Show the state after a step. `stage` counts from 0; `loss` None: not finite. `terms` sum to the loss."""
         if samples_per_second > 0 and math.isfinite(samples_per_second):
             fresh = self._rate is None or self._shape != (stage, parameters)  # a grown model runs at another speed
             old = samples_per_second if fresh or self._rate is None else self._rate
             self._rate = (1 - _SMOOTHING) * old + _SMOOTHING * samples_per_second
         changed = self._shape != (stage, parameters)
         self._shape = (stage, parameters)
-        text = self._text(samples, loss, samples_per_second)
+        text = self._text(samples, loss, samples_per_second, "" if self._is_narrow else terms_text(terms))
         if self._bar:
             with self._showing():
                 self._bar.update(self._task, completed=samples, text=text)
@@ -102,13 +133,18 @@ class Progress:
     ) -> None:
         self.close()
 
-    def _text(self, samples: int, loss: float | None, rate: float) -> str:
+    @property
+    def _is_narrow(self) -> bool:
+        """Whether a bar has no room for more than the loss itself."""
+        return self._bar is not None and self._bar.console.width < _WIDE
+
+    def _text(self, samples: int, loss: float | None, rate: float, terms: str) -> str:
         stage, parameters = self._shape or (0, 0)
         left = (self._total - samples) / self._rate if self._rate else None
         seen = readable.compact if self._total >= 10_000_000 else readable.exact
         parts = [
             f"{seen(samples)}/{seen(self._total)}",
-            f"loss {readable.decimal(loss) if loss is not None else 'not finite'}",
+            f"loss {readable.decimal(loss) if loss is not None else 'not finite'}{terms}",
             f"{readable.compact(rate)}/s",
             f"{readable.duration_text(left)} left" if samples < self._total else "done",
             f"stage {stage + 1}/{self._stages} · {readable.compact(parameters)}",

@@ -14,13 +14,14 @@ from typing import Any
 from ...data.units import counted
 from ..evaluate.comparing import bits, flips
 from ..evaluate.suites import Evaluation
+from ..objectives.terms import weights_at
 from ..recipe import Recipe
 from ..report import write_report
 from ..report.readable import counts_first
 from ..state import RunState
 from ..world import World
 from .jsonl import RunRecords
-from .progress import Progress
+from .progress import Progress, Term
 from .tensorboard import TensorBoardLog
 
 _REPORTING = 0.01
@@ -132,7 +133,15 @@ class RunLog:
         )
         self._open_board().scalars(row)
         rate, parameters = measured["samples_per_second"], measured["parameters"]
-        self.progress.update(state.samples, measured["loss"], rate, state.stage, parameters)
+        self.progress.update(
+            state.samples, measured["loss"], rate, state.stage, parameters, self._terms(state, measured["losses"])
+        )
+
+    def _terms(self, state: RunState, losses: Mapping[str, float | None]) -> list[Term]:
+        """The terms of the loss with their weights at this step."""
+        done = (state.samples - self.recipe.data.batch) / self.recipe.total_samples
+        weights = weights_at(self.recipe.objectives, done)
+        return [Term(name, weights[name], value) for name, value in losses.items()]
 
     def evaluation(self, state: RunState, found: Evaluation, seconds: float) -> None:
         """Write the scores and examples of an evaluation, and update the report."""

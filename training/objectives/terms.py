@@ -119,7 +119,12 @@ def _missing(objective: Objective, spec: ModelSpec) -> list[str]:
 
 def advance(objectives: list[Objective], config: ObjectivesConfig, progress: float) -> None:
     """Set the weights of all objectives to their scheduled values after a fraction `progress` of the run."""
-    configs = {registered(name).build(one, 0).name: one for name, one in config.items()}
+    weights = weights_at(config, progress)
     for objective in objectives:
-        one = configs[objective.name]
-        objective.weight = one.weight * scheduled(one.schedule, progress)
+        objective.weight = weights[objective.name]
+
+
+def weights_at(config: ObjectivesConfig, progress: float) -> dict[str, float]:
+    """The weight of every objective by its name in logs, after a fraction `progress` of the run."""
+    configs = {registered(name).build(one, 0).name: one for name, one in config.items()}
+    return {name: one.weight * scheduled(one.schedule, progress) for name, one in configs.items()}

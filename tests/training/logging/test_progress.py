@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from treering.training.logging.progress import Progress
+from treering.training.logging.progress import Progress, Term
 
 
 class Clock:
@@ -113,3 +113,35 @@ def test_a_stream_that_cannot_write_an_arrow_gets_a_question_mark() -> None:
         progress.note("image.depth 4 → 8")
     stream.flush()
     assert raw.getvalue() == f"image.depth 4 ? 8{os.linesep}".encode()
+
+
+TERMS = [Term("contrastive", 1.0, 4.468), Term("caption", 2.0, 10.81), Term("balance", 0.01, None)]
+
+
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        ([], ""),
+        (TERMS[:1], ""),  # it is the loss
+        (TERMS[1:2], " (caption 2 x 10.81)"),
+        (TERMS[:2], " (contrastive 4.468, caption 2 x 10.81)"),
+        (TERMS[1:], " (caption 2 x 10.81, balance 0.01 x not finite)"),
+        ([Term("further_text", 0.0, 3.0), TERMS[0]], " (further text 0 x 3, contrastive 4.468)"),
+    ],
+)
+def test_the_loss_names_its_terms(terms: list[Term], said: str) -> None:
+    stream = io.StringIO()
+    with Progress(512, stream=stream) as progress:
+        progress.update(256, 26.09, 64.0, 0, 1000, terms)
+    assert f" · loss 26.09{said} · 64/s" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "shown"), [("80", False), ("120", True)])
+def test_a_bar_names_them_where_there_is_room(columns: str, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    stream = Terminal()
+    with Progress(60_416, stages=2, stream=stream) as progress:
+        progress.update(30_208, 26.09, 160.0, 1, 14_091_264, TERMS[:2])
+    assert ("loss 26.09 (contrastive 4.468, caption 2 x 10.81) · 160/s" in stream.getvalue()) == shown
+    assert "stage 2/2 · 14.1 M" in stream.getvalue()
+    assert "…" not in stream.getvalue()
