@@ -20,13 +20,13 @@ from . import readable
 from .comparison_page import curves_of
 from .drawings import rings
 from .page import environment
-from .readable import is_number, lower_is_better, printable
+from .readable import is_number, lower_is_better, number, printable
 from .reading import LogLine, RecordedRun, read_run
 from .sections import interval_text, score_title, state
 
 SWEEP_FILE = "sweep.json"
-_LINES = 10  # sweep.html states this number
-"""step lines whose losses are averaged, because the loss of one batch is noisy"""
+_COLUMNS = 6
+"""scores in a table: more would not fit into the page"""
 _DRAWN = 6
 
 SweepView = dict[str, Any]
@@ -46,9 +46,8 @@ class Member:
 
     @property
     def loss(self) -> float | None:
-        """Mean loss of the last step lines; None if there are none."""
-        losses = [line["loss"] for line in self.events("step") if is_number(line.get("loss"))]
-        return fmean(losses[-_LINES:]) if losses else None
+        """The loss of the last step line, as `treering status` shows it; None if there is none or it is not finite."""
+        return number(self.events("step")[-1].get("loss")) if self.events("step") else None
 
     @property
     def scores(self) -> dict[str, float]:
@@ -58,6 +57,13 @@ class Member:
     def interval(self, key: str) -> str:
         """The 95% interval of a score as text; empty if there is none."""
         return interval_text(key, self._evaluated("intervals").get(key))
+
+    def beats(self, key: str, other: Member) -> bool:
+        """Whether a score is better than another run's, and their 95% intervals do not overlap."""
+        mine, its = (m._evaluated("intervals").get(key) or () for m in (self, other))
+        if not interval_text(key, mine) or not interval_text(key, its) or lower_is_better(key) is None:
+            return False
+        return bool(max(mine) < min(its) if lower_is_better(key) else min(mine) > max(its))
 
     def _evaluated(self, part: str) -> Mapping[str, Any]:
         evaluations = self.events("eval")
@@ -95,10 +101,10 @@ def render_sweep(name: str, members: Sequence[Member]) -> str:
             count=len(members),
             finished=finished,
             begun=sum(bool(m.run and m.run.lines) for m in members),
-            ahead=_ahead(order, scores),
+            verdict=_verdict(order, scores),
             keys=[printable(key) for key in keys],
-            columns=[{"key": printable(key), "name": score_title(key)} for key in scores],
-            rows=[_row(member, keys, scores, members) for member in members],
+            rows=[_row(member, keys, members) for member in members],
+            tables=[_scores(scores[i : i + _COLUMNS], members) for i in range(0, len(scores), _COLUMNS)],
             curves=curves_of([(printable(m.name), m.run) for m in drawn if m.run]),
             drawn=len(drawn) if len(drawn) < len(order) else 0,
         )
@@ -127,46 +133,57 @@ def _value(value: float | None, lower: bool) -> float:
     return float("inf") if value is None else value if lower else -value
 
 
-def _ahead(order: Sequence[tuple[Member, float]], scores: Sequence[str]) -> SweepView | None:
-    if len(order) < 2:
+def _verdict(order: Sequence[tuple[Member, float]], scores: Sequence[str]) -> SweepView | None:
+    """What can be said of the runs: one is ahead if its intervals are clear of all others' in a score, and never behind
+    another's."""
+    shown = [member for member, _ in order]
+    if len(shown) < 2:
         return None
-    best, rank = order[0]
-    return {
-        "name": printable(best.name),
-        "rank": readable.decimal(rank, 2),
-        "over": counted(len(scores), "score") if scores else "the loss",
-        "of": len(order),
-        "second": printable(order[1][0].name),
-        "its": readable.decimal(order[1][1], 2),
-    }
+    if not scores:
+        tied = shown[0].loss == shown[1].loss
+        return None if tied else {"name": printable(shown[0].name), "says": "has the lowest loss so far"}
+    for best in shown:
+        others = [member for member in shown if member is not best]
+        clear = sum(all(best.beats(key, other) for other in others) for key in scores)
+        if clear and not any(other.beats(key, best) for other in others for key in scores):
+            of = counted(len(scores), "score")
+            says = f"is ahead: its 95% interval is clear of all others' in {clear} of {of}"
+            return {"name": printable(best.name), "says": says}
+    return {"name": "", "says": "No run is ahead of all others by more than the 95% intervals."}
 
 
-def _row(member: Member, keys: Sequence[str], scores: Sequence[str], members: Sequence[Member]) -> SweepView:
+def _row(member: Member, keys: Sequence[str], members: Sequence[Member]) -> SweepView:
+    """A run's values, state and loss; the lowest loss is marked if it is one run's alone."""
     losses = [m.loss for m in members if m.loss is not None]
-    return {
-        "name": printable(member.name),
-        "report": quote(f"{member.name}/report.html") if member.run and member.run.lines else "",
+    return _linked(member) | {
         "values": [printable(member.values.get(key, readable.MISSING)) for key in keys],
         "state": "Not started" if not (member.run and member.run.lines) else state(member.run).partition(":")[0],
         "samples": readable.exact(member.run.samples) if member.run else readable.MISSING,
         "total": readable.exact(member.run.total_samples) if member.run and not member.run.finished else "",
         "loss": readable.decimal(member.loss),
-        "lowest": member.loss is not None and member.loss == min(losses),
-        "scores": [
-            {
-                "value": readable.score(key, member.scores.get(key)),
-                "interval": member.interval(key),
-                "best": _is_best(member, key, members),
-            }
-            for key in scores
-        ],
+        "lowest": len(losses) > 1 and member.loss == min(losses) and losses.count(min(losses)) == 1,
     }
 
 
-def _is_best(member: Member, key: str, members: Sequence[Member]) -> bool:
-    lower, value = lower_is_better(key), member.scores.get(key)
-    values = [m.scores[key] for m in members if key in m.scores]
-    return lower is not None and value is not None and value == (min(values) if lower else max(values))
+def _linked(member: Member) -> SweepView:
+    report = quote(f"{member.name}/report.html") if member.run and member.run.lines else ""
+    return {"name": printable(member.name), "report": report}
+
+
+def _scores(keys: Sequence[str], members: Sequence[Member]) -> SweepView:
+    """A table of some scores of the runs that were evaluated; one that beats all others in its column is marked."""
+    shown = [member for member in members if member.scores]
+
+    def cell(member: Member, key: str) -> SweepView:
+        others = [m for m in shown if m is not member and key in m.scores]
+        best = bool(others) and all(member.beats(key, other) for other in others)
+        value = readable.score(key, member.scores.get(key))
+        return {"value": value, "interval": member.interval(key), "best": best}
+
+    return {
+        "columns": [{"key": printable(key), "name": score_title(key)} for key in keys],
+        "rows": [_linked(member) | {"scores": [cell(member, key) for key in keys]} for member in shown],
+    }
 
 
 def _run(folder: Path) -> RecordedRun | None:

@@ -13,6 +13,7 @@ from scipy.stats import rankdata
 from typer.testing import CliRunner
 
 from treering.launch.cli import app
+from treering.launch.commands.status import read_status
 from treering.launch.errors import RecipeError
 from treering.launch.jobs.sweep import GridPoint, grid_points, write_sweep
 from treering.launch.recipe.load import read_recipe
@@ -97,13 +98,40 @@ def sweep(tmp_path: Path) -> Path:
 def test_the_page_says_which_run_is_ahead(sweep: Path) -> None:
     page = write_report(sweep).read_text()
     assert "2 of 4 runs finished" in page
-    assert "<strong><bdi>lr=1e-3_batch=512</bdi></strong> is ahead: mean rank 1 of 2 by 2 scores" in page
+    assert "<strong><bdi>lr=1e-3_batch=512</bdi></strong> is ahead: " in page
+    assert "its 95% interval is clear of all others&#39; in 2 of 2 scores" in page
     for text in ("60.0%<small>54.0% to 66.0%</small>", "Not started", "Not finished", "<small>of 800</small>", "5e-4"):
         assert text in page, text
-    assert len(re.findall(r'<td class="number changed">', page)) == 2 + 3  # the best scores; three losses are one
+    assert len(re.findall(r'<td class="number changed">', page)) == 2  # the best scores; three losses are equal
     assert "<img" not in page
     assert "\x1b" not in page
     assert re.findall(r'href="([^#"]+)"', page)[1] == "lr%3D1e-3_batch%3D256/report.html"
+
+
+@pytest.mark.parametrize(
+    ("other", "said", "marked"),
+    [
+        ((0.41, 0.02), "No run is ahead of all others", 0),  # inside the interval
+        ((0.6, 0.05), "No run is ahead of all others", 2),  # each is better in one
+        ((0.4, 0.02), "No run is ahead of all others", 0),  # a tie
+        ((0.6, 0.021), "is ahead: its 95% interval is clear of all others&#39; in 1 of 2 scores", 1),
+    ],
+)
+def test_no_run_is_ahead_inside_an_interval(tmp_path: Path, other: tuple[float, float], said: str, marked: int) -> None:
+    """Neither in words nor by colour; the loss is that of `treering status`."""
+    folder, names = tmp_path / "sweep", ["retrieval/image_to_text@1", "x/calibration_error"]
+    points = grid_points(["lr=1e-3,5e-4"], None)
+    write_sweep(folder, points)
+    write_run(folder / points[0].name, dict(zip(names, (0.4, 0.02), strict=True)), loss=2.0)
+    write_run(folder / points[1].name, dict(zip(names, other, strict=True)))
+    page = write_report(folder).read_text()
+    assert said in page
+    marks = re.findall(r'<td class="number changed">([^<]*)', page)
+    assert len(marks) == marked + 1
+    losses = [run["loss"] for run in read_status(str(folder))["runs"].values()]
+    assert losses == [2.125, 1.125]
+    assert marks[0] == "1.125"
+    assert ">2.125<" in page
 
 
 @pytest.mark.parametrize(("width", "height", "dark"), [(1280, 900, False), (390, 844, True)])
