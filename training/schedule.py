@@ -14,7 +14,11 @@ from pydantic import BaseModel, Field
 class ScheduleConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Shape of the learning rate over a run: warm-up, stable, decay (WSD)."""
 
-    kind: Literal["wsd"] = "wsd"
+    kind: Literal["wsd"] = Field(
+        "wsd",
+        description="warm-up, stable, decay: the rate rises linearly, stays, and falls linearly at the end; no cosine "
+        "is offered: the constant part in the middle is where a model grows and where a run is continued or branched",
+    )
     warmup: int = Field(0, ge=0, description="samples over which the rate rises linearly from zero")
     cooldown: float = Field(0.2, ge=0, le=1, description="last fraction of the run, over which the rate falls linearly")
     final_fraction: float = Field(0.0, ge=0, le=1, description="final rate, as a fraction of the peak")

@@ -75,8 +75,8 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
     state = commit.manifest.state
     if not state.step and {part.kind for part in commit.manifest.parts} == {"model"}:
         raise StoreError(
-            f"{commit.url} holds weights alone, which a run begins with and does not continue; give another --out, "
-            f"and begin there with --from {commit.url}"
+            f"{commit.url} holds weights alone, which a run begins with and does not continue; repeat the command with "
+            f"another --out and 'init_from={{commit: {commit.url}}}'"
         )
     try:  # a field that is newer than the commit has its default there; the engine may be any
         before = Recipe.model_validate({key: value for key, value in commit.manifest.recipe.items() if key != "engine"})

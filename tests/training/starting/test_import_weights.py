@@ -116,7 +116,7 @@ def test_the_commit_evaluates_and_a_run_begins_with_it(imported: dict[str, Any],
     scores = evaluate_commit(imported["commit"], ["retrieval"], None)
     assert scores["sizes"]["retrieval"] > 100
     assert 0 <= scores["scores"]["retrieval/image_to_text@1"] < 0.2
-    with pytest.raises(StoreError, match=r"holds weights alone.* begin there with --from"):
+    with pytest.raises(StoreError, match=r"holds weights alone.* another --out and 'init_from={commit: \S+}'"):
         train(recipe.model_copy(update={"init_from": None}), Path(imported["recipe"]).parent)
 
 
