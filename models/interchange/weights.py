@@ -45,6 +45,10 @@ def _transposed(matrix: Tensor) -> tuple[Tensor, ...]:
     return (matrix.T,)
 
 
+_FEW_BLOCKS = 1000
+"""blocks that no file has to hold a tensor for: what it lacks is then named"""
+
+
 def from_open_clip(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
     """Our tensors by name, fp32, from a state dict of open_clip for the architecture of `spec`, whatever it is wrapped
     in (`wrapped.py`).
@@ -52,7 +56,8 @@ def from_open_clip(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
     Raises InterchangeError that names what is missing, unknown, of another shape, or not finite.
     """
     given, state = state, unwrapped(state).tensors
-    if (blocks := sum(part.depth for part in parts(spec))) > len(state):  # before anything is made for each of them
+    blocks = sum(part.depth for part in parts(spec))
+    if blocks > max(_FEW_BLOCKS, len(state)):  # before anything is made for each of them
         raise InterchangeError(
             f"these are not weights of that architecture: it has {blocks:,} blocks, and the file {len(state):,} tensors"
         )

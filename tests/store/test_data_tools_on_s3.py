@@ -28,6 +28,7 @@ def test_a_bucket_is_as_good_as_a_folder(s3: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("TREERING_CACHE", str(tmp_path / "cache"))
     records = map(open_source("samples://emoji/held_out").record, range(40))
     samples = [(record.key, dict(record.fields)) for record in records]
+    samples[3][1]["json"] = b"{}"  # no good caption either
     samples[3][1]["txt"], samples[7][1]["png"], samples[21][1]["png"] = b"\xff", b"", b"oops"
     (tmp_path / "data").mkdir()
     write_shards(tmp_path / "data", "part", samples, 40, 20)

@@ -43,7 +43,7 @@ def test_a_clock_that_is_off(skew: int, run: Path, monkeypatch: pytest.MonkeyPat
 
 def test_too_little_memory(run: Path) -> None:
     (wrong,) = preflight.examine_node(run, 10**6)
-    assert "of memory for 1000000 processes" in wrong
+    assert "of memory for 1,000,000 processes" in wrong
 
 
 def test_gpus_that_are_missing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

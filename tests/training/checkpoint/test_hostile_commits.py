@@ -174,7 +174,7 @@ def test_the_commit_before_is_taken(kind: str, copy: Path, capsys: pytest.Captur
 def test_every_commit_is_hostile(copy: Path) -> None:
     for folder in (copy / "commits").glob("step-*"):
         forge(folder, put("state.samples", 1))
-    with pytest.raises(DamagedCommit, match="has 1 samples at step 10, and batches of 12"):
+    with pytest.raises(DamagedCommit, match="has 1 sample at step 10, and batches of 12"):
         find_commit(str(copy))
     with pytest.raises(StoreError, match=r"every commit .* is damaged"):
         loop.train(recipe(), copy)
