@@ -61,30 +61,26 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     """
     begun = time.monotonic()
     commit = find_commit(source)
-    state, before = commit.manifest.state, recipe_of(commit)
-    before = before.settled(state.decisions)
+    state = commit.manifest.state
+    before = recipe_of(commit).settled(state.decisions)
     recipe, number = with_stage(before, state, stage, samples)
     old, new = commit.manifest.spec, recipe.specs()[number]
     if old == new:
         raise SpecError(f"{commit.url} has these sizes already; name a size that changes")
     how = recipe.stages[number]
-    if not state.step:  # nothing was trained yet, so the recipe is simply that of the grown model
-        begins = StageConfig.model_validate({k: v for k, v in how.model_dump(mode="json").items() if k not in _GROWTH})
-        recipe = recipe.model_copy(update={"model": new, "stages": (begins, *recipe.stages[1:])})
+    if not state.step:
+        recipe = _untrained(recipe, new)
     old_state = OldState(commit, in_turn=how.inherit == "ema")
     operators = planned(old, new, recipe.seed, how, lambda kind, name: old_state[f"{kind}/{name}"])
     # In the order of the old parts, so that each part is read once.
     names = sorted(tensor_shapes(new), key=lambda name: (old_state.part_number(source_of(operators, name)), name))
     fade = faded(before.stages, state.stage, state.samples, before.data.batch)
     rates = grown_rates(operators, state.multipliers, fade, old, new, recipe.optimizer)
-    commits = Commits(Store(out))
-    if commits.names():
-        raise StoreError(f"{out} has commits already; give an empty folder or prefix")
+    commits = _empty_store(out)
     attempt = commits.claim_attempt(f"grown from {commit.url}")
     name = commit_name(state.step, attempt)
-    keeps = recipe.optimizer.keeps
-    grown = GrownState(operators, old_state, (f"{k}/{n}" for k in old_state.kinds for n in names if keeps(k, n)))
-    parts = tuple(_written(commits.store, name, grown))
+    kept = (f"{k}/{n}" for k in old_state.kinds for n in names if recipe.optimizer.keeps(k, n))
+    parts = tuple(_written(commits.store, name, GrownState(operators, old_state, kept)))
     detail = {
         "from": {path: sizes[0] for path, sizes in changes(old, new).items()},
         "to": {path: sizes[1] for path, sizes in changes(old, new).items()},
@@ -97,7 +93,6 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
         "seed": recipe.seed,
         "multipliers": len(rates),
     }
-    event = Event(event="grow", step=state.step, samples=state.samples, detail=detail)
     following = state.model_copy(
         update={
             "stage": number,
@@ -107,16 +102,29 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
             "trials": (),
             "health": Health(healthy_step=state.step),
             "applied": 0 if how.moments == "reset" else state.applied,
-            "lineage": (*state.lineage, event),
+            "lineage": (*state.lineage, Event(event="grow", step=state.step, samples=state.samples, detail=detail)),
         }
     )
-    written = recipe.model_dump(mode="json")
-    run = commits.run or ""
+    written, run = recipe.model_dump(mode="json"), commits.run or ""
     commits.seal(name, Manifest(spec=new, state=following, recipe=written, reason="growth", parts=parts, run=run))
     url = f"{commits.store.url}/{name}"
     # A commit at step 0 belongs to no run, so nothing can be resumed: start from its weights instead.
     start = {} if state.step else {"init_from": InitFromConfig(commit=url)}
     return GrownCommit(url, recipe.model_copy(update=start), detail)
+
+
+def _empty_store(url: str) -> Commits:
+    commits = Commits(Store(url))
+    if commits.names():
+        raise StoreError(f"{url} has commits already; give an empty folder or prefix")
+    return commits
+
+
+def _untrained(recipe: Recipe, spec: ModelSpec) -> Recipe:
+    """The recipe of weights that were grown before any training: simply that of the grown model."""
+    fields = recipe.stages[0].model_dump(mode="json")
+    begins = StageConfig.model_validate({key: value for key, value in fields.items() if key not in _GROWTH})
+    return recipe.model_copy(update={"model": spec, "stages": (begins, *recipe.stages[1:])})
 
 
 def with_stage(recipe: Recipe, state: RunState, stage: dict[str, Any], samples: int | None) -> tuple[Recipe, int]:
