@@ -106,7 +106,7 @@ class Run:
         self.tally = Tally(world)
         self.commits = Commits(Store(recipe.commits_url(out)))
         self.display = RunLog(recipe, out, world)
-        self.uploads = Uploads(self.commits, world, self.display, lambda: watch.at("commit", self.state.step))
+        self.uploads = Uploads(self.commits, world, self.display, recipe.checkpoint.patience, self._commit_lives)
         self.evaluations = Evaluations(recipe, world, self.display, watch)
         self.stopping = self._clock_due = False
         self._bad: list[dict[str, Any]] = []
@@ -124,7 +124,7 @@ class Run:
         """inputs and result of the latest step"""
         begun = time.monotonic()
         # The claim comes first: an attempt before this one that still runs commits no more once this one has looked.
-        attempt = self._claim()
+        attempt = self.uploads.claim_attempt()
         found = begin(recipe, self.commits, world, self._build, self.display.warn)
         self.engine, self.state = found.engine, found.state
         self.plan = RunPlan.of(recipe, self.state.decisions)
@@ -152,7 +152,7 @@ class Run:
         event, said = beginning.event(begun)
         detail = {"attempt": attempt, "hosts": self.world.hosts(), **said}
         if begun.commit:
-            self.uploads.last = begun.commit.url
+            self.uploads.last, self.uploads.best = begun.commit.url, self.state.best
         if beginning.back:
             fresh = self.state.health.model_copy(update={"bad_steps": 0, "spiked": False})
             self.state = self.state.model_copy(update={"health": fresh})
@@ -167,11 +167,6 @@ class Run:
             seconds={"imports": beginning.imports, **begun.seconds},
             **detail,
         )
-
-    def _claim(self) -> int:
-        """The number of a new attempt, which names its commits."""
-        who = f"{device_name(self.world.device)} x {self.world.size}"
-        return self.world.first(self.commits.claim_attempt(who) if self.world.is_first else 0)
 
     def _build(self, spec: ModelSpec) -> Engine:
         recipe = self.recipe
@@ -344,11 +339,13 @@ class Run:
     def agree(self) -> None:
         """Agree with the other ranks on what happens at this edge: a stop, a commit by the clock, bad samples."""
         world, clock = self.world, self.recipe.checkpoint.every_seconds
-        due = clock is not None and not self.uploads.in_progress and time.monotonic() - self._commit_time >= clock
+        due = clock is not None and time.monotonic() - self._commit_time >= clock
+        due = (due or self.uploads.retry_due) and not self.uploads.in_progress
         asked = (self.stop.requested, due and world.is_first, bool(self._bad), self.uploads.busy)
         self.stopping, self._clock_due, bad, busy = world.any(*asked)
         if not busy:
             self.meter.exclude_time(self.uploads.advance())
+            self._recall_best()
         if bad:
             entries = [entry for rank in world.objects(self._bad) for entry in rank]
             self._bad = []
@@ -406,23 +403,35 @@ class Run:
         if reason := reason_to_commit(self.plan, self.state, *asked):
             self._commit(reason)
 
+    def _commit_lives(self) -> None:
+        self.watch.at("commit", self.state.step)
+
+    def _recall_best(self) -> None:
+        """Take back the best score if its commit failed: the next good one is to be kept."""
+        if self.uploads.lost_best and not self.evaluations.is_best:
+            self.state = self.state.model_copy(update={"best": self.uploads.best})
+        self.uploads.lost_best = False
+
     def _commit(self, reason: str) -> None:
-        """Take a snapshot and begin to upload it; it is waited for where training does not just go on."""
+        """Commit; it is waited for where training does not just go on."""
         self.watch.at("commit", self.state.step)
         begun = time.monotonic()
         self.uploads.finish()  # at most one is in progress
+        self._recall_best()
         self._fold()
-        if self._committed == self.state.step:  # in a search: an attempt makes one commit a step
-            self.state = self.state.model_copy(update={"attempt": self._claim()})
+        self.uploads.commit(partial(self._begin_commit, reason), self.state, reason)
+        self.evaluations.is_best = False
+        self._commit_time = time.monotonic()
+        self.meter.exclude_time(self._commit_time - begun)
+
+    def _begin_commit(self, reason: str) -> None:
+        """Take a snapshot and begin to upload it."""
+        if self._committed == self.state.step:  # in a search, or it failed: an attempt makes one commit a step
+            self.state = self.state.model_copy(update={"attempt": self.uploads.claim_attempt()})
         self._committed = self.state.step
         self.state = self.state.model_copy(update={**self.engine.counters(), "seconds": self._seconds()})
         scores = self.evaluations.of_step(self.state.step)
         self.uploads.begin(self.engine, self.state, self.recipe, reason, scores)
-        if reason not in ("interval", "best"):
-            self.uploads.finish()
-        self.evaluations.is_best = False
-        self._commit_time = time.monotonic()
-        self.meter.exclude_time(self._commit_time - begun)
 
     # The end
 

@@ -1,6 +1,7 @@
 """When a run commits, and the commit being uploaded (at most one), polled between steps while training continues.
 
-Every rank makes the same calls in the same order, since all of them complete a commit together.
+Every rank makes the same calls in the same order, since all of them complete a commit together. A commit that the store
+fails is not the end of a run: training continues and tries again, and where it cannot, it waits for the store.
 """
 
 from __future__ import annotations
@@ -11,14 +12,23 @@ from dataclasses import dataclass
 
 from .checkpoint.commits import Commits
 from .checkpoint.snapshot import Snapshot
+from .checkpoint.store import CommitRefused, StoreError
 from .checkpoint.writer import CommitUpload
+from .device import device_name
 from .engines.base import Engine
 from .health.signals import short_notice
 from .logging.run_log import RunLog
 from .recipe import Recipe
+from .report.readable import duration_text
 from .run_plan import RunPlan
 from .state import RunState
 from .world import World
+
+WHILE_TRAINING = ("interval", "best")
+"""reasons of commits that nothing waits for"""
+RETRY_SECONDS = 60.0
+"""between a commit that failed and the next try"""
+_GOES_ON = "training goes on and commits again soon"
 
 
 def reason_to_commit(plan: RunPlan, state: RunState, stopping: bool, best: bool, clock: bool) -> str | None:
@@ -52,15 +62,63 @@ class Uploads:
     """Takes snapshots and uploads them, one at a time."""
 
     def __init__(
-        self, commits: Commits, world: World, display: RunLog, alive: Callable[[], None] = lambda: None
+        self,
+        commits: Commits,
+        world: World,
+        display: RunLog,
+        patience: float = 0.0,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
-        """`alive` is called whenever an upload that is waited for makes progress."""
+        """`patience`: seconds for which a commit that is waited for is tried again; `alive` is called whenever one
+        makes progress."""
         self.commits, self._alive = commits, alive
         self.last: str | None = None
         """URL of the newest complete commit, or None"""
-        self._world, self._display = world, display
+        self.best: float | None = None
+        """the best score of the run as the newest complete commit has it"""
+        self.lost_best = False
+        """whether the commit with the best score so far failed; for the caller to take note of"""
+        self._world, self._display, self._patience = world, display, patience
         self._upload: _Upload | None = None
         self._warned = False
+        self._failed: float | None = None
+        """when the latest commit failed, or None"""
+
+    def claim_attempt(self) -> int:
+        """The number of a new attempt, which names its commits. Raises StoreError on every rank."""
+        number, failure = 0, ""
+        if self._world.is_first:
+            try:
+                number = self.commits.claim_attempt(f"{device_name(self._world.device)} x {self._world.size}")
+            except StoreError as error:
+                failure = str(error)
+        number, failure = self._world.first((number, failure))
+        if failure:
+            raise StoreError(failure)
+        return number
+
+    def commit(self, begin: Callable[[], None], state: RunState, reason: str) -> None:
+        """Make the commit of `state`, whose snapshot `begin` takes. Raises StoreError if it is needed now and the store
+        fails for longer than the patience, or if the run may commit no more."""
+        started, waits = time.monotonic(), reason not in WHILE_TRAINING
+        while True:
+            try:
+                begin()
+                if waits:
+                    self._drive(wait=True)
+                return
+            except CommitRefused:
+                raise
+            except StoreError as error:
+                if not waits:
+                    self._note_failure(error, state, reason, _GOES_ON)
+                    return
+                left = self._world.first(started + self._patience - time.monotonic())
+                if left <= 0:
+                    raise
+                self._note_failure(error, state, reason, f"trying again for up to {duration_text(left)}")
+            self._alive()
+            time.sleep(min(RETRY_SECONDS, left))
 
     def begin(
         self, engine: Engine, state: RunState, recipe: Recipe, reason: str, scores: Mapping[str, float] | None
@@ -91,16 +149,39 @@ class Uploads:
         """Whether this rank is still uploading; once no rank is, all should call `advance`."""
         return self._upload is not None and self._upload.writing.busy
 
+    @property
+    def retry_due(self) -> bool:
+        """Whether the latest commit failed, and it is time for another; by this rank's clock."""
+        return self._failed is not None and time.monotonic() - self._failed >= RETRY_SECONDS
+
     def advance(self) -> float:
         """Drive the commit in progress one step further; returns the seconds it took. No rank may be busy.
 
-        Raises StoreError on every rank.
+        Raises CommitRefused on every rank.
         """
-        return self._drive(wait=False)
+        return self._settle(wait=False)
 
-    def finish(self) -> float:
-        """Wait for the commit in progress; returns the seconds it took. Raises StoreError on every rank."""
-        return self._drive(wait=True)
+    def finish(self) -> None:
+        """Wait until no commit is in progress. Raises CommitRefused on every rank."""
+        self._settle(wait=True)
+
+    def _settle(self, wait: bool) -> float:
+        """Drive the commit in progress, which may fail: training goes on, and another is made soon."""
+        upload, begun = self._upload, time.monotonic()
+        try:
+            return self._drive(wait)
+        except CommitRefused:
+            raise
+        except StoreError as error:
+            assert upload
+            self._note_failure(error, upload.state, upload.reason, _GOES_ON)
+            return time.monotonic() - begun
+
+    def _note_failure(self, error: StoreError, state: RunState, reason: str, then: str) -> None:
+        """Say that a commit failed, and what happens `then`."""
+        self._failed = time.monotonic()
+        self.lost_best |= reason == "best"
+        self._display.event("commit_failed", state, error=str(error), reason=reason, then=then)
 
     def give_up(self) -> None:
         """Stop uploading: the commit in progress never becomes visible."""
@@ -122,6 +203,7 @@ class Uploads:
         if not writing.done:
             self._upload = upload
             return spent
+        self._failed, self.best = None, upload.state.best
         self.last = f"{self.commits.store.url}/{writing.name}"
         seconds = time.monotonic() - writing.begun
         self._display.event(
@@ -133,6 +215,8 @@ class Uploads:
             stall=upload.stall,
             reason=upload.reason,
         )
+        if writing.warning:
+            self._display.warn(writing.warning)
         if not self._warned and (short := short_notice(seconds)):
             self._display.warn(short)
             self._warned = True

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ...data.storage.credentials import masked
 from ...data.units import counted
 from ...training.health.watchdog import read_heartbeats
 from ...training.report.readable import decimal, duration_text, exact, percent, score
@@ -55,6 +56,7 @@ def read_status(place: str) -> dict[str, Any]:
         "restarts": max(len(run.events("start", "resume")) - 1, begun.get("attempt", 1) - 1),
         "last_end": _last_end(folder),
         "commit_age": time.time() - last["commit"]["time"] if "commit" in last else None,
+        "commit_failure": _commit_failure(run),
         "name": run.name,
         "finished": run.finished,
         "samples": run.samples,
@@ -103,6 +105,7 @@ def as_table(status: dict[str, Any]) -> Any:
         "bad samples": exact(status["bad_samples"]),
         "skipped steps": exact(status["skipped_steps"]) if status["skipped_steps"] else None,
         "commit": f"{status['commit']} ({_ago(status['commit_age'])})" if status["commit"] else None,
+        "commits fail": status["commit_failure"],
     }
     rows |= {
         name: score(name, value) + (f" (chance {percent(status['chance'][name])})" if name in status["chance"] else "")
@@ -177,6 +180,13 @@ def _between_attempts(folder: Path) -> str:
     return "stopped" if last.get("kind") in LAST else "restarting"
 
 
+def _commit_failure(run: RecordedRun) -> str | None:
+    """Why there is no newer commit, if the latest try failed."""
+    tries = run.events("commit", "commit_failed")
+    failed = tries[-1] if tries and tries[-1]["event"] == "commit_failed" else None
+    return f"{masked(str(failed.get('error')))} ({_ago(time.time() - failed['time'])})" if failed else None
+
+
 def _last_end(folder: Path) -> str | None:
     """Why the run was last started anew: the end of the attempt before the newest one."""
     rows = read_rows(attempts_file(folder))
@@ -222,6 +232,7 @@ def _from_store(place: str) -> dict[str, Any]:
         "last_end": next((e.detail["before"] for e in reversed(begun) if e.detail.get("before")), None),
         "commit": commit.url,
         "commit_age": age,
+        "commit_failure": None,
         "scores": {},
         "chance": {},
     }

@@ -27,7 +27,7 @@ from treering.launch.recipe.load import read_recipe
 from treering.models.spec import ImageSpec, ModelSpec, TextSpec
 from treering.tests.support.faulty_proxy import FaultyProxy
 from treering.tests.support.s3_server import Server
-from treering.training import loop
+from treering.training import loop, uploads
 from treering.training.checkpoint import writer
 from treering.training.checkpoint.commits import Commits
 from treering.training.checkpoint.config import CheckpointConfig
@@ -299,7 +299,7 @@ def trained(out: Path, to: str | None, monkeypatch: pytest.MonkeyPatch, at_step:
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "step", watched)
-        train(read_recipe("emoji", [*TINY, f"checkpoint.to={to}"] if to else TINY).recipe, out)
+        train(read_recipe("emoji", [*TINY, f"checkpoint={{every: 8, to: {to}}}"] if to else TINY).recipe, out)
     return losses(out)
 
 
@@ -331,27 +331,57 @@ def test_training_outlives_its_server(own_server: Server, tmp_path: Path, monkey
 
 
 def test_credentials_that_expire_in_mid_run(
-    s3: str, s3_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: str, s3_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """One sentence; renewed, the same command continues from the last good commit, to the same end."""
+    """Training goes on to the end, whose commit is needed. Not renewed in time: one sentence, and the same command
+    continues from the last good commit, to the same end."""
     torch.set_num_threads(1)
     whole = trained(tmp_path / "whole", None, monkeypatch, lambda _: None)
-    expired = threading.Event()
+    expired, reached = threading.Event(), [0]
 
     def at_step(step: int) -> None:
+        reached.append(step)
         if step == 5:
             expired.set()
 
+    said = "the credentials have expired; renew them, then the same command continues"
+    place = f"{s3}/training, wait_for_store: 0s"
     with (
         through(s3_server, lambda _: "400 ExpiredToken" if expired.is_set() else "", monkeypatch),
-        pytest.raises(StoreError, match="the credentials have expired; renew them, then the same command continues"),
+        pytest.raises(StoreError, match=said),
     ):
-        trained(tmp_path / "run", f"{s3}/training", monkeypatch, at_step)
+        trained(tmp_path / "run", place, monkeypatch, at_step)
+    assert max(reached) == 9
+    assert f"{said}; training goes on" in capfd.readouterr().err
     steps = [int(name[5:17]) for name in Commits(Store(f"{s3}/training")).names()]
     assert steps
     assert max(steps) <= 6
-    trained(tmp_path / "run", f"{s3}/training", monkeypatch, lambda _: None)
+    trained(tmp_path / "run", place, monkeypatch, lambda _: None)
     assert losses(tmp_path / "run") == whole
+
+
+def test_the_end_waits_for_a_server_that_was_away_for_long(
+    own_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request of the run's second half is given up; the server comes back after the last step."""
+    torch.set_num_threads(1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(retries, "SECONDS", 0.5)
+    monkeypatch.setattr(uploads, "RETRY_SECONDS", 0.5)
+    s3fs.S3FileSystem.clear_instance_cache()
+    whole = trained(tmp_path / "whole", None, monkeypatch, lambda _: None)
+    back = threading.Timer(4, own_server.start)
+
+    def at_step(step: int) -> None:
+        if step == 5:
+            own_server.kill()
+        if step == 9:
+            back.start()
+
+    url = f"{own_server.url}/training"
+    assert trained(tmp_path / "run", url, monkeypatch, at_step) == whole
+    back.join()
+    assert Commits(Store(url)).names()[-1].startswith("step-000000000010-attempt-")
 
 
 def test_two_runs_in_one_place(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ from .config import CheckpointConfig
 from .manifest import FORMAT, Commit, DamagedCommit, Manifest, read_verified
 from .retention import Index, kept
 from .snapshot import Snapshot
-from .store import Store, StoreError
+from .store import CommitRefused, Store, StoreError
 from .validation import checked
 from .writer import CommitPart, CommitUpload, taken
 
@@ -176,7 +176,7 @@ class Commits:
         copies = snapshot.copies or (World(0, 1, world.device) if snapshot.layout else world)
         starts = {path: flat.start for path, flat in layout.items()}
 
-        def complete(parts: Sequence[CommitPart]) -> None:
+        def complete(parts: Sequence[CommitPart]) -> str | None:
             manifest = Manifest(
                 spec=snapshot.spec,
                 state=snapshot.state,
@@ -188,10 +188,14 @@ class Commits:
                 run=self.run or "",
             )
             self.seal(name, manifest)
-            if policy is not None:
-                self.retain(policy, attempt, snapshot.state.health.healthy_step, snapshot.state.best)
-                self.sweep_uploads(attempt)
-            self._index.write()
+            try:
+                if policy is not None:
+                    self.retain(policy, attempt, snapshot.state.health.healthy_step, snapshot.state.best)
+                    self.sweep_uploads(attempt)
+                self._index.write()
+            except StoreError as error:  # the commit is complete, and the next one removes what is left
+                return f"older commits were not removed: {error}"
+            return None
 
         own, discard = _own_part(snapshot.tensors, copies), partial(self._discard, name)
         return CommitUpload(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
@@ -213,7 +217,7 @@ class Commits:
         except ValidationError:
             same = False
         if not same:
-            raise StoreError(
+            raise CommitRefused(
                 f"the manifest of {self.store.url}/{name} would not be read as it is written: please report it"
             )
         self.store.put(f"{name}/manifest.json", data)
@@ -233,7 +237,7 @@ class Commits:
         self._index.add(name, manifest)
 
     def _check_attempt(self, attempt: int) -> None:
-        """Raise StoreError if a later run has claimed this place: attempts have no gaps."""
+        """Raise CommitRefused if a later run has claimed this place: attempts have no gaps."""
         try:
             claim = self.store.get(_claim(attempt + 1))
         except FileNotFoundError:
@@ -242,7 +246,7 @@ class Commits:
             who = str(json.loads(claim)["who"])
         except (ValueError, KeyError, TypeError):
             who = "a run"
-        raise StoreError(
+        raise CommitRefused(
             f"another run ({who!r}) took over {self.store.url}, and this one is refused; "
             f"stop it, or give each run its own checkpoint.to"
         )

@@ -27,6 +27,11 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         None,
         description="a score such as retrieval/image_to_text@1; also commit and keep the model with the best value",
     )
+    wait_for_store: str = Field(
+        "1h",
+        description="how long the run tries again where it cannot go on without a commit (before a growth, at its end, "
+        "after a signal) and the store fails; other commits are tried again while training continues",
+    )
     max_bandwidth: float | None = Field(None, gt=0, description="upload limit of each process in MB/s; default: none")
     staging: str | None = Field(
         None,
@@ -50,6 +55,13 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 )
         return value
 
+    @field_validator("wait_for_store")
+    @classmethod
+    def _is_a_time(cls, value: str) -> str:
+        if duration(value) is None:
+            raise ValueError(f"{value!r} is not a valid time; write one such as 30s, 2min or 1h")
+        return value
+
     def best_of(self, scores: Mapping[str, float], undefined: Collection[str]) -> float | None:
         """The value of the score that `keep_best` names; None if it names none, if its suite did not run (captioning,
         before the model has a captioner), or if it is `undefined`. Raises ValueError if its suite has no such score."""
@@ -60,6 +72,11 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         if name not in scores and (there := [each for each in scores if each.partition("/")[0] == suite]):
             raise ValueError(f"checkpoint.keep_best = {name!r} is not a score of {suite}; there are {', '.join(there)}")
         return scores.get(name)
+
+    @property
+    def patience(self) -> float:
+        """`wait_for_store` in seconds."""
+        return duration(self.wait_for_store) or 0.0
 
     @property
     def every_samples(self) -> int | None:

@@ -36,6 +36,10 @@ class StoreError(RuntimeError):
     """A store that cannot be used; the message names the place, what is wrong and the remedy."""
 
 
+class CommitRefused(StoreError):
+    """A store in which this run may commit no more, however often it tries: another run took it over."""
+
+
 class Store:
     """Objects by name below one URL. Names are our own, never a user's."""
 

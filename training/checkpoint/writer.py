@@ -23,7 +23,7 @@ from ..world import World
 from .config import CheckpointConfig
 from .serialize import SerializedPart
 from .staging import File, Staging
-from .store import Store, StoreError
+from .store import CommitRefused, Store, StoreError
 
 PART_BYTES = 64 << 20
 """largest part, unless a single tensor is larger: the extra memory of a writer or reader"""
@@ -49,9 +49,9 @@ class CommitPart(BaseModel, frozen=True, extra="forbid", strict=True):
     elements"""
 
 
-def taken(store: Store, name: str) -> StoreError:
+def taken(store: Store, name: str) -> CommitRefused:
     """The error for a writer that comes second."""
-    return StoreError(f"{store.url}/{name} was committed by another run; give each run its own checkpoint.to")
+    return CommitRefused(f"{store.url}/{name} was committed by another run; give each run its own checkpoint.to")
 
 
 class Pace:
@@ -81,17 +81,18 @@ class CommitUpload:
         tensors: Mapping[str, Tensor],
         starts: Mapping[str, int],
         world: World,
-        complete: Callable[[Sequence[CommitPart]], None],
+        complete: Callable[[Sequence[CommitPart]], str | None],
         discard: Callable[[], None],
         policy: CheckpointConfig = CheckpointConfig(),  # noqa: B008  frozen
     ) -> None:
         """Copy `tensors` (by `kind/name`; ranges begin at `starts`, by name) and start to upload them, with the
         bandwidth and staging of `policy`.
 
-        The first rank's thread calls `complete` with the parts of all ranks; if any rank's upload failed, the first
-        rank calls `discard`.
+        The first rank's thread calls `complete` with the parts of all ranks, which may return a warning; if any rank's
+        upload failed, the first rank calls `discard`.
         """
         self.name, self.done = name, False
+        self.warning: str | None = None
         self.bytes = 0
         self.begun = time.monotonic()
         self._store, self._world, self._starts = store, world, starts
@@ -191,17 +192,25 @@ class CommitUpload:
         self._sealing = True
 
         def seal() -> None:
-            self._complete([CommitPart.model_validate(part, strict=False) for report in reports for part in report])
+            parts = [CommitPart.model_validate(part, strict=False) for report in reports for part in report]
+            self.warning = self._complete(parts)
 
         if world.is_first:
             self._start(seal)
 
+    def _clear_up(self) -> None:
+        with contextlib.suppress(StoreError):  # the next commit removes what is left
+            self._discard()
+
     def finish(self, alive: Callable[[], None] = lambda: None) -> None:
         """Wait until the commit is complete; `alive` is called whenever a rank has sent a part. Raises as `advance`
         does."""
-        while not self.done:
-            self._wait(alive)
-            self.advance()
+        try:
+            while not self.done:
+                self._wait(alive)
+                self.advance()
+        finally:
+            self._thread.join()
 
     def _wait(self, alive: Callable[[], None]) -> None:
         """Wait for the threads of all ranks, for any time as long as one of them makes progress."""
@@ -224,16 +233,16 @@ class CommitUpload:
         StoreError is re-raised unchanged where it happened."""
         error = self._error
         said = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
-        written = sum(part.bytes for part in self._parts)
-        answers = self._world.objects(said if error else written)
-        failures = [answer for answer in answers if isinstance(answer, str)]
+        failed = {"said": said, "refused": isinstance(error, CommitRefused)}
+        answers = self._world.objects(failed if error else sum(part.bytes for part in self._parts))
+        failures = [answer for answer in answers if isinstance(answer, dict)]
         if error is not None and not isinstance(error, StoreError):
             raise error
         if failures:
             if self._world.is_first:
-                with contextlib.suppress(StoreError):  # the next attempt removes what is left
-                    self._discard()
-            raise StoreError(failures[0])
+                self._start(self._clear_up)  # a store that fails takes its time over this too
+            worst = max(failures, key=lambda failure: bool(failure["refused"]))
+            raise (CommitRefused if worst["refused"] else StoreError)(worst["said"])
         return answers
 
 

@@ -53,7 +53,7 @@ class RunLog:
             self._board: TensorBoardLog | None = None
             self._purge = 0
             self._bad = 0
-            self._report_due = 0.0
+            self._report_due = self._failure_due = 0.0
 
     def begin(self, state: RunState, commit: str | None) -> None:
         """Truncate the records to `commit`, or clear them if it is None."""
@@ -121,8 +121,17 @@ class RunLog:
             self.progress.note(f"loss per FLOP falls by {row['slope']:.1e}, expected {row['expected']:.1e}: {outcome}")
         elif event == "end" and self._board:  # None if a finished run was started again: nothing new to write
             self._board.end(self.recipe.model_dump(mode="json"), self.scores(state)[0])
+        elif event == "commit_failed":
+            self._warn_of_failed_commit(f"no commit of step {state.step}: {row['error']}", row["then"])
         elif event == "commit":
+            self._failure_due = 0.0
             self.progress.note(f"committed {row['url']} ({row['bytes'] / 1e6:.0f} MB in {row['seconds']:.1f} s)")
+
+    def _warn_of_failed_commit(self, what: str, then: str) -> None:
+        """Warn at the first failure since a commit, and then every ten minutes."""
+        if time.monotonic() >= self._failure_due:
+            self._failure_due = time.monotonic() + 600
+            self.warn(f"{what}; {then}")
 
     def step(self, state: RunState, **measured: Any) -> None:
         """Write a step line."""

@@ -20,6 +20,11 @@ _HOSTS = 16
 _SHOWN = frozenset(("embed_dim", "width", "depth", "heads", "patch", "resolution", "context"))
 """sizes of a model that are shown also where no stage changes them"""
 
+_LINEAGE = (
+    "start", "resume", "rollback", "plateau", "search", "grow", "micro_batches", "commit", "commit_failed", "end"
+)  # fmt: skip
+"""events that the page's lineage shows"""
+
 TIME_KINDS = {
     "startup": "Start-up",
     "training": "Training: compute",
@@ -135,7 +140,7 @@ def _flips(run: RecordedRun) -> HistoryView | None:
 
 def lineage(run: RecordedRun) -> list[HistoryView]:
     """Every start, resume, growth, change of world size, commit and end, oldest first; runs of commits are folded."""
-    lines = run.events("start", "resume", "rollback", "plateau", "search", "grow", "micro_batches", "commit", "end")
+    lines = run.events(*_LINEAGE)
     known = {(line["event"], line.get("step")) for line in lines}
     older = [
         e
@@ -153,9 +158,9 @@ def lineage(run: RecordedRun) -> list[HistoryView]:
         world = here if here is not None else world
         previous = rows[-1] if rows else None
         if (
-            event == "commit"
+            event in ("commit", "commit_failed")
             and previous
-            and previous["event"] == "commit"
+            and previous["event"] == event
             and previous["reason"] == line.get("reason") == "interval"
         ):
             previous.update(count=previous["count"] + 1, samples_to=readable.exact(line["samples"]), text=text)
@@ -266,6 +271,8 @@ def _lineage_text(line: LogLine) -> str:
             f"in {readable.duration_text(line.get('seconds'))}",
         ]
         return " · ".join([*parts, *([f"reason: {printable(line['reason'])}"] if line.get("reason") else [])])
+    if event == "commit_failed":
+        return printable(masked(f"{line.get('error')}; {line.get('then')}"))
     if event == "rollback":
         back = (
             f"back to {line.get('commit')}, {counted(line.get('batches') or 0, 'batch')} skipped: {line.get('reason')}"
