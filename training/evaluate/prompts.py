@@ -7,6 +7,7 @@ well: prompts by class. Labels are class numbers, in the order of the class name
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,30 +39,72 @@ def class_names(protocol: ZeroShot) -> list[str] | None:
     return _texts(protocol.classes, protocol.dataset, numbered=True)
 
 
-def numbered(labels: Sequence[str], names: list[str] | None, url: str, file: str | None) -> tuple[list[str], Tensor]:
-    """The class names, and each sample's class number, int64 [n]. Raises DataError for a label without a class."""
+@dataclass(frozen=True)
+class Numbered:
+    """The class names, each sample's class number (int64 [n]), and a note if folders were not paired by name."""
+
+    names: list[str]
+    label_n: Tensor
+    note: str | None = None
+
+
+def numbered(labels: Sequence[str], names: list[str] | None, url: str, file: str | None) -> Numbered:
+    """The class of each sample: its label is a name of `file`, a name in another spelling, or a number.
+
+    Class folders none of which is named in `file`, such as ImageNet's, are paired with its names in alphabetical order,
+    as torchvision numbers them. Raises DataError for a label without a class.
+    """
     found = sorted(set(labels))
     if names is None:
         if all(label.isdecimal() for label in found):
             raise DataError(f"the labels of {url} are numbers; give their class names as protocol.classes")
-        return zero_shot.label_numbers(labels)
-    if set(found) <= set(names):
-        number = {name: i for i, name in enumerate(names)}
-    elif all(label.isdecimal() for label in found):
-        number = {label: int(label) for label in found}
-        most = max(number.values())
-        if most >= len(names):
-            raise DataError(f"{url} has the label {most}, and {file} names {len(names)} classes, 0 to {len(names) - 1}")
-    elif Path(url).is_dir() and len(found) == len(names):  # folders in alphabetical order, as torchvision numbers them
-        number = {label: i for i, label in enumerate(found)}
-    elif Path(url).is_dir():
+        return Numbered(*zero_shot.label_numbers(labels))
+    note, number = None, {name: i for i, name in enumerate(names)}
+    if not set(found) <= set(names):
+        if all(label.isdecimal() for label in found):
+            number = {label: int(label) for label in found}
+            most = max(number.values())
+            if most >= len(names):
+                raise DataError(
+                    f"{url} has the label {most}, and {file} names {len(names)} classes, 0 to {len(names) - 1}"
+                )
+        elif Path(url).is_dir() and {*map(_spelling, names)}.isdisjoint(map(_spelling, found)):
+            number, note = _in_order(found, names, url, file)
+        else:
+            number = _by_spelling(found, names, url, file)
+    return Numbered(names, torch.tensor([number[label] for label in labels]), note)
+
+
+def _spelling(name: str) -> str:
+    """A name without what folder names cannot or do not keep: case, and signs between words."""
+    return "".join(each for each in unicodedata.normalize("NFKC", name).casefold() if each.isalnum()) or name
+
+
+def _by_spelling(found: Sequence[str], names: Sequence[str], url: str, file: str | None) -> dict[str, int]:
+    spelled: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        spelled.setdefault(_spelling(name), []).append(i)
+    for label in found:
+        there = {names[i] for i in spelled.get(_spelling(label), ())}
+        if len(there) != 1 and label not in there:
+            why = f"could be any of {', '.join(map(shown, sorted(there)))}" if there else "is not among"
+            raise DataError(
+                f"{url} has the label {shown(label)}, which {why} the {len(names)} classes of {file}; "
+                f"write the name in {file} as the label is"
+            )
+    exact = {name: i for i, name in enumerate(names)}
+    return {label: exact.get(label, spelled[_spelling(label)][-1]) for label in found}
+
+
+def _in_order(found: Sequence[str], names: Sequence[str], url: str, file: str | None) -> tuple[dict[str, int], str]:
+    if len(found) != len(names):
         raise DataError(
-            f"{url} has {len(found)} class folders, and {file} names {len(names)} classes; the numbers must be equal"
+            f"{url} has {len(found)} class folders, none of them named in {file}, which names {len(names)} classes; "
+            f"to pair them in alphabetical order there must be as many of each"
         )
-    else:
-        unknown = next(label for label in found if label not in names)
-        raise DataError(f"{url} has the label {shown(unknown)}, which is not among the {len(names)} classes of {file}")
-    return names, torch.tensor([number[label] for label in labels])
+    ends = ", ".join(f"{shown(found[i])} is {shown(names[i])}" for i in (0, -1))
+    note = f"no class folder of {url} is named in {file}: paired in alphabetical order ({ends})"
+    return {label: i for i, label in enumerate(found)}, note
 
 
 def prompts_of(protocol: ZeroShot, names: Sequence[str]) -> Prompts:

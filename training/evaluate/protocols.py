@@ -163,7 +163,7 @@ def _check(suite: SuiteConfig) -> None:
     if isinstance(protocol, ZeroShot):
         names = prompts.class_names(protocol)
         if opened.known_labels:
-            names, _ = prompts.numbered(opened.known_labels, names, data.source, protocol.classes)
+            names = prompts.numbered(opened.known_labels, names, data.source, protocol.classes).names
         if names is not None:
             prompts.prompts_of(protocol, names)
             if protocol.broader is not None:
@@ -251,8 +251,9 @@ def _add_zero_shot(
     suite: SuiteConfig, protocol: ZeroShot, data: Pictures, embedded: Embedded, bench: Bench, found: Evaluation
 ) -> None:
     labels = [label[CLASS] for label in embedded.labels]
-    names, label_n = prompts.numbered(labels, prompts.class_names(protocol), suite.data.source, protocol.classes)
-    names, label_n, equal = zero_shot.merged(names, label_n)
+    numbered = prompts.numbered(labels, prompts.class_names(protocol), suite.data.source, protocol.classes)
+    found.notes += [f"{suite.name}: {numbered.note}"] if numbered.note else []
+    names, label_n, equal = zero_shot.merged(numbered.names, numbered.label_n)
     found.notes += equal.note(suite.name, "class names")
     given = prompts.prompts_of(protocol, names)
     prompt_pe = bench.prompts(data.tokenizer, given.texts)

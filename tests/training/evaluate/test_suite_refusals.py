@@ -23,7 +23,7 @@ from treering.training.world import World
     [
         ("nowhere", "zero_shot", "not found"),
         ("kinds", {"kind": "zero_shot", "classes": "nowhere.txt"}, "nowhere.txt cannot be read"),
-        ("kinds", {"kind": "zero_shot", "classes": "three.txt"}, "6 class folders, and .* names 3"),
+        ("kinds", {"kind": "zero_shot", "classes": "three.txt"}, "label 'elk', which is not among the 3 classes"),
         ("high.csv", {"kind": "zero_shot", "classes": "three.txt"}, r"label 5, and .* names 3 classes, 0 to 2"),
         ("high.csv", "zero_shot", "are numbers; give their class names"),
         ("odd.csv", {"kind": "zero_shot", "classes": "three.txt"}, "label 'gnu', which is not among the 3"),
