@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from .samples.templates import check_templates
 from .units import size_in_bytes
 
 _COLUMN = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -34,6 +35,12 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         description="weights of caption tags, as in {alt: 1, recaption: 3}; default: captions are drawn "
         "regardless of tag",
     )
+    labels: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        strict=False,
+        description="labels of the samples that become captions, with their templates, as in "
+        "{animal: [a photo of a {}]}; the tag of such a caption, for caption_weights, is label:animal",
+    )
     boxes: Literal["pixels", "relative"] | None = Field(
         None,
         description="unit of the boxes in the samples' .json; setting it delivers them; default: boxes are not read",
@@ -46,6 +53,21 @@ class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             from .shards.filter import Filter  # brings numpy, which a recipe without filters does not need
 
             Filter(value)
+        return value
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        lists = {name: [each] if isinstance(each, str) else each for name, each in value.items()}
+        return {name: tuple(each) if isinstance(each, list) else each for name, each in lists.items()}
+
+    @field_validator("labels")
+    @classmethod
+    def _fillable(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for name, templates in value.items():
+            check_templates(templates, f"labels.{name}")
         return value
 
     @field_validator("caption_weights")

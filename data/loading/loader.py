@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import count
@@ -21,7 +21,7 @@ from ..errors import BadSample, DataError, shown
 from ..ledger import BadSamples, LedgerEntry, reasons_text
 from ..order import Line, Mixture, Order, default_window
 from ..samples.arrays import Vectors, present
-from ..samples.captions import probe_numbers, read_texts, tags_of
+from ..samples.captions import CLS, probe_numbers, read_texts, tags_of
 from ..samples.clip_tokenizer import TextTokenizer
 from ..samples.decode import captions_and_labels, centre_crop, picture
 from ..samples.sample import Batch, Sample
@@ -56,7 +56,7 @@ class Loader:
         self.cache = BlockCache(config.cache.bytes)
         self.sources = [open_source(each.source, self.cache, each.filter, config.bad_shards) for each in config.train]
         for source, each in zip(self.sources, config.train, strict=True):
-            check_tags(source, each.caption_weights)
+            check_tags(source, each.caption_weights, each.labels)
         shards = [source.shard_lengths for source in self.sources]
         mixtures = mixtures or [Mixture(0, tuple(each.weight for each in config.train))]
         self.order = Order(seed, shards, mixtures, config.batch, config.shuffle_window, config.lanes)
@@ -263,21 +263,26 @@ class EvaluationSet:
         return Sample(record.shard, record.key, image, captions, captions[0], tokens, labels, columns)
 
 
-def check_tags(source: Source, wanted: Iterable[str]) -> None:
-    """Reads samples until each wanted tag was found. Raises DataError if none of a few hundred has it."""
-    missing, found, numbers = set(wanted), Counter[str](), probe_numbers(len(source))
+def check_tags(source: Source, weights: Iterable[str], labels: Mapping[str, Sequence[str]]) -> None:
+    """Reads samples until each tag of `weights` and each of `labels` was found. Raises DataError if none of a few
+    hundred has it."""
+    wanted = dict.fromkeys(weights, "caption_weights") | {f"label:{name}": "labels" for name in labels}
+    kinds = frozenset(("txt", "json", *({CLS} & labels.keys())))
+    found, numbers = Counter[str](), probe_numbers(len(source))
     for number in numbers:
-        if not missing:
+        if found.keys() >= wanted.keys():
             return
         try:
-            captions = read_texts(source.record(number, frozenset(("txt", "json"))).fields).captions
+            texts = read_texts(source.record(number, kinds).fields, labels, bare=True)
         except BadSample:  # the run's ledger will record it
             continue
-        found.update(tags_of(captions))
-        missing -= found.keys()
+        found.update(tags_of(texts.captions))
+        found.update(f"label:{name}" for name in texts.labels if name not in labels)
+    missing = sorted(wanted.keys() - found.keys())
     if missing:
-        tags = ", ".join(f"{shown(tag, 40)} ({count} samples)" for tag, count in found.most_common(10)) or "none"
+        tags = ", ".join(f"{shown(tag, 40)} ({counted(count, 'sample')})" for tag, count in found.most_common(10))
+        names = ", ".join(shown(tag.removeprefix("label:") if wanted[tag] == "labels" else tag) for tag in missing)
         raise DataError(
-            f"{shown_url(source.url)}: caption_weights names {', '.join(shown(tag) for tag in sorted(missing))}, but "
-            f"none of {len(numbers)} inspected samples has it; found {tags}; correct the tag or remove it"
+            f"{shown_url(source.url)}: {wanted[missing[0]]} names {names}, but none of {len(numbers)} inspected "
+            f"samples has it; found {tags or 'none'}; correct the name or remove it"
         )

@@ -19,7 +19,7 @@ from ..ledger import LedgerEntry, reasons_text
 from ..order import Order, Place, Places, stream
 from ..samples.arrays import Vectors
 from ..samples.boxes import SampleBoxes, crop_boxes, read_boxes
-from ..samples.captions import Caption, Texts, draw_caption, read_texts
+from ..samples.captions import CLS, Caption, Texts, draw_caption, read_texts
 from ..samples.clip_tokenizer import encode_truncated
 from ..samples.color_jitter import jittered
 from ..samples.decode import Crop, cropped, draw_crop, picture, whole_sides
@@ -49,6 +49,8 @@ class PlacedSamples:
         self._slow: SlowSamples = frozenset()
         self.kinds = READ_KINDS | self.vectors.kinds
         self.any_boxes = any(each.boxes for each in config.train)
+        self.labels = [each.labels for each in config.train]
+        self.kinds |= {CLS} if any(CLS in each for each in self.labels) else set()
         self.tag_weights = [each.tag_weights for each in config.train]
         # Decode no smaller than the smallest crop needs, so that no crop is upsampled.
         self.min_side = ceil(resolution / sqrt(self.augment.crop_scale[0])) if config.decode == "scaled" else 0
@@ -113,10 +115,10 @@ class PlacedSamples:
         random = Draws(row)
         try:
             record = self.sources[place.source].record(number, self.kinds)
-            texts = read_texts(record.fields)
-            caption = _drawn(texts, self.tag_weights[place.source], random).text
+            texts = read_texts(record.fields, self.labels[place.source])
+            caption = _drawn(texts, self.tag_weights[place.source], random)
             vectors = self.vectors.read(record)
-            tokens, cut = encode_truncated(self.tokenizer, caption, self.context)
+            tokens, cut = encode_truncated(self.tokenizer, caption.text, self.context)
         except BadSample as error:
             return error
         return _Undecoded(record, texts, caption, tokens, cut, vectors, random)
@@ -125,7 +127,7 @@ class PlacedSamples:
         """The raw members and the caption of a sample that `_decoded` accepts; raises BadSample where that does."""
         height, width = self._picture(read.record).shape[:2]
         self._boxes(place.source, read, Crop(0, 0, height, width, False), height, width)
-        return read.record, read.caption
+        return read.record, read.caption.text
 
     def _decoded(self, read: _Undecoded, place: Place) -> Sample:
         record, texts = read.record, read.texts
@@ -141,7 +143,8 @@ class PlacedSamples:
             key=record.key,
             image=image,
             captions=tuple(dict.fromkeys(each.text for each in texts.captions)),
-            caption=read.caption,
+            caption=read.caption.text,
+            equal=read.caption.equal,
             tokens=read.tokens,
             labels=texts.labels,
             cut=read.cut,
@@ -179,7 +182,7 @@ class _Undecoded(NamedTuple):
 
     record: Record
     texts: Texts
-    caption: str
+    caption: Caption
     tokens: list[int]
     cut: bool
     vectors: dict[str, NDArray[np.float32]]

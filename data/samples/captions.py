@@ -8,6 +8,9 @@ The draw has two steps. If the recipe gives a source weights by tag (`caption_we
 is drawn by these weights among those that the sample has; then one of its captions is drawn by the captions' weights.
 So a tag keeps its probability however many captions it has. Weights are integers in millionths: the draw is exact, and
 depends only on the seed, the position and the sample.
+
+Labels are captions too where a source says so (`labels: {animal: [a photo of a {}]}`): their tag is `label:animal`, and
+the templates of a label share the weight of one caption. Whatever the template, captions of one class are equal.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from ..errors import BadSample, shown
 from ..shards.columns import LONGEST_JSON
 from .clip_tokenizer import clean_text
 from .draws import Draws
+from .templates import filled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,11 +36,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MOST_TEXT = 1 << 20  # bytes of a caption
 _MOST_CAPTIONS = 10_000
-_LONGEST_TAG = 100
+_LONGEST_TAG, _LONGEST_CLASS = 100, 1_000
+CLS = "cls"  # the member with a sample's class, as WebDataset's users write it
 _HEAVIEST = 1_000_000
 _METADATA = "metadata"
 _UNREADABLE = tuple(f"{_METADATA} is {what}" for what in ("not ", "too "))  # reasons of a .json that is not read
 _USUAL: dict[str, Any] = {"source": UNTAGGED, "weight": 1}
+_NO_TEMPLATES: Mapping[str, Sequence[str]] = {}
 _LOOKS = 16  # places in a source that are probed, and samples at each of them
 
 
@@ -46,13 +52,14 @@ class Caption(NamedTuple):
     text: str
     tag: str = UNTAGGED
     weight: int = CAPTION_UNIT  # millionths
+    equal: str = ""  # captions with the same text here are equal; empty: the text itself
 
 
 class Texts(NamedTuple):
     """The texts and metadata of a sample."""
 
     captions: tuple[Caption, ...]  # the one of the .txt first; unique in (text, tag)
-    labels: dict[str, str]
+    labels: dict[str, str]  # those with one class
     metadata: dict[str, Any]  # the whole .json; empty if it cannot be read
     faults: tuple[str, ...] = ()  # why further captions, labels or the metadata were not read
 
@@ -64,8 +71,12 @@ class Texts(NamedTuple):
         return self.metadata
 
 
-def read_texts(fields: Mapping[str, bytes]) -> Texts:
+def read_texts(
+    fields: Mapping[str, bytes], templates: Mapping[str, Sequence[str]] = _NO_TEMPLATES, bare: bool = False
+) -> Texts:
     """The captions, labels and metadata among a record's members. Raises BadSample if there is no caption among them.
+
+    Labels named in `templates` become captions. `bare`: a sample with labels alone is read too, without a caption.
 
     One good caption makes a sample good: empty, foreign or unreadable ones beside it are skipped, and so is
     metadata that cannot be read (its faults are listed, for whoever needs what is in it). An untagged caption that also
@@ -80,8 +91,11 @@ def read_texts(fields: Mapping[str, bytes]) -> Texts:
     captions += [caption for item in additional if (caption := _tried(partial(_caption, item), faults))]
     if not captions and metadata.get("caption"):
         captions = [caption for caption in [_tried(lambda: _caption(metadata["caption"]), faults)] if caption]
-    if not captions:
-        raise BadSample(faults[0] if faults else "no caption: neither .txt nor captions in .json")
+    classes = _tried(lambda: _classes(metadata.get("labels")), faults) or {}
+    own = _tried(lambda: _label_captions(classes, fields, templates), faults) if templates else []
+    captions += own or []
+    if not captions and not (bare and classes):
+        raise BadSample(faults[0] if faults else _no_caption(classes, templates))
     first = txt.text if txt else ""
     tagged = {caption.text for caption in captions if caption.tag != UNTAGGED}
     if tagged:
@@ -90,7 +104,7 @@ def read_texts(fields: Mapping[str, bytes]) -> Texts:
     unique: dict[tuple[str, str], Caption] = {}
     for caption in captions:
         unique.setdefault((caption.text, caption.tag), caption)
-    labels = _tried(lambda: _labels(metadata.get("labels")), faults) or {}
+    labels = {name: each[0] for name, each in classes.items() if isinstance(metadata["labels"][name], str)}
     return Texts(tuple(unique.values()), labels, metadata, tuple(faults))
 
 
@@ -168,13 +182,48 @@ def _caption(item: object) -> Caption:
     return Caption(item["text"].strip(), tag, round(weight * CAPTION_UNIT))
 
 
-def _labels(labels: object) -> dict[str, str]:
-    """The labels that are texts; others, such as a foreign data set's lists of numbers, are not classes of ours."""
+def _classes(labels: object) -> dict[str, tuple[str, ...]]:
+    """The classes of each label: a text or a list of texts. Others, such as a foreign data set's lists of numbers, are
+    not classes of ours."""
     if labels is None:
         return {}
     if not isinstance(labels, dict):
         raise BadSample("metadata is wrong: labels must map names to classes")
-    return {name: value for name, value in labels.items() if isinstance(value, str)}
+    listed = {name: value if isinstance(value, list) else [value] for name, value in labels.items()}
+    found = {name: tuple(each for each in values if isinstance(each, str)) for name, values in listed.items()}
+    return {name: values[:_MOST_CAPTIONS] for name, values in found.items() if values}
+
+
+def _label_captions(
+    classes: Mapping[str, Sequence[str]], fields: Mapping[str, bytes], templates: Mapping[str, Sequence[str]]
+) -> list[Caption]:
+    """The captions that a sample's labels give."""
+    if CLS in templates and CLS in fields:
+        name = _text(fields[CLS], "label cls").strip()
+        if name.isdecimal():
+            raise BadSample(f"label cls is a number, {shown(name)}: only a class's name makes a caption")
+        classes = {**classes, CLS: (name,)}
+    captions = []
+    for label, sentences in templates.items():
+        for name in classes.get(label, ()):
+            check_text(name, f"label {shown(label, 40)}")
+            if len(name) > _LONGEST_CLASS:
+                raise BadSample(f"label {shown(label, 40)} is too long: {len(name):,} characters")
+            texts, equal = [filled(each, name.strip()) for each in sentences], filled(sentences[0], name.strip())
+            weight = max(1, CAPTION_UNIT // len(texts))
+            captions += [Caption(text, f"label:{label}", weight, equal) for text in texts]
+    return captions
+
+
+def _no_caption(classes: Mapping[str, object], templates: Mapping[str, object]) -> str:
+    """Why a sample has no caption."""
+    if templates:
+        wanted = ", ".join(shown(name, 40) for name in templates)
+        return f"no caption: neither .txt nor captions in .json, nor a label {wanted}"
+    if classes:
+        found = ", ".join(shown(name, 40) for name in sorted(classes)[:5])
+        return f"no caption, only labels, which data.train[i].labels makes captions of: {found}"
+    return "no caption: neither .txt nor captions in .json"
 
 
 def check_text(text: str, what: str) -> None:

@@ -180,9 +180,10 @@ def _upright(pixels: NDArray[np.uint8], orientation: Any) -> NDArray[np.uint8]:
     return pixels
 
 
-def captions_and_labels(fields: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """All captions of a record regardless of tag, the one of its .txt first; and its labels. Raises BadSample."""
-    texts = read_texts(fields)
+def captions_and_labels(fields: dict[str, bytes], bare: bool = False) -> tuple[tuple[str, ...], dict[str, str]]:
+    """All captions of a record regardless of tag, the one of its .txt first; and its labels. Raises BadSample without a
+    caption or, if `bare`, a label."""
+    texts = read_texts(fields, bare=bare)
     return tuple(dict.fromkeys(caption.text for caption in texts.captions)), texts.labels
 
 

@@ -31,6 +31,7 @@ class Sample:
     labels: dict[str, str]
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [d] or [frames, d]
     boxes: SampleBoxes | None = None
+    equal: str = ""  # captions with the same text here are equal; empty: the caption itself
     cut: bool = False  # whether the caption was truncated to fit the context
 
     @property
@@ -40,8 +41,8 @@ class Sample:
 
     @property
     def caption_id(self) -> int:
-        """A signed 64-bit hash of the cleaned caption."""
-        return caption_id(self.caption)
+        """A signed 64-bit hash of the cleaned caption, or of the class that it names."""
+        return caption_id(self.equal or self.caption)
 
 
 def caption_id(caption: str) -> int:

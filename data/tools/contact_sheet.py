@@ -63,7 +63,7 @@ def card(source: Source, number: int) -> Card:
     thumbnail, size, faults = None, "", []
     try:
         fields = source.record(number).fields
-        captions, labels = captions_and_labels(fields)
+        captions, labels = captions_and_labels(fields, bare=True)
     except BadSample as error:
         faults.append(str(error))
     try:

@@ -149,7 +149,7 @@ def inspect_sample(source: Source, number: int, tokenizer: Tokenizer) -> SampleF
     """The facts about one sample, or the reason why training could not use it."""
     try:
         record = source.record(number)
-        texts = read_texts(record.fields)
+        texts = read_texts(record.fields, bare=True)
         pixels = picture(record.fields, record.kinds)
     except BadSample as error:
         return str(error)

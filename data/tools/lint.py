@@ -171,7 +171,7 @@ def examine_sample(source: Source, number: int) -> LedgerEntry | Fault | None:
     """Why training could not use sample `number`, tested by the loader's steps; None if it can."""
     try:
         record = source.record(number)
-        captions_and_labels(record.fields)
+        captions_and_labels(record.fields, bare=True)
         picture(record.fields, record.kinds)
     except BadSample as error:
         return LedgerEntry(source.url, source.shard(number), source.key(number), source.offset(number), str(error))

@@ -221,7 +221,7 @@ def _checked(item: Item) -> dict[str, bytes]:
     if {kind: len(data) for kind, data in members.items()} != item.sizes:
         raise DataError(f"{_location(item)} changed while it was packed; start again")
     check_key(item.key, members)
-    captions_and_labels(members)
+    captions_and_labels(members, bare=True)
     picture(members)
     return members
 

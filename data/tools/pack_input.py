@@ -44,7 +44,7 @@ class FileItem:
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each member."""
-        return {self.kind: self.size, "txt": len(self.txt), "json": len(self.json)}
+        return {self.kind: self.size, **{kind: len(text) for kind, text in self._texts.items()}}
 
     @property
     def kind(self) -> str:
@@ -53,7 +53,12 @@ class FileItem:
 
     def members(self) -> dict[str, bytes]:
         """The bytes of each member, by kind."""
-        return {self.kind: Path(self.picture).read_bytes(), "txt": self.txt, "json": self.json}
+        return {self.kind: Path(self.picture).read_bytes(), **self._texts}
+
+    @property
+    def _texts(self) -> dict[str, bytes]:
+        """The .txt, which a picture with labels alone does not have, and the .json."""
+        return {"txt": self.txt, "json": self.json} if self.txt else {"json": self.json}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +192,7 @@ def _item(name: str, picture: Path, texts: dict[str, bytes], where: str, picture
     from ..samples.captions import read_texts
 
     try:
-        found = read_texts(texts)
+        found = read_texts(texts, bare=True)
         metadata = dict(found.whole_metadata())
     except BadSample as error:
         raise DataError(f"{where}: {error}; fix it or remove the key") from None
@@ -196,7 +201,13 @@ def _item(name: str, picture: Path, texts: dict[str, bytes], where: str, picture
     encoded = json.dumps(metadata, sort_keys=True).encode()
     size = picture.stat().st_size
     return FileItem(
-        name.replace(".", "_"), str(picture), size, captions[0].encode(), encoded, len(captions), picture_where
+        name.replace(".", "_"),
+        str(picture),
+        size,
+        "".join(captions[:1]).encode(),
+        encoded,
+        len(captions),
+        picture_where,
     )
 
 

@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from ...data.samples.templates import check_templates
+
 BUILT_IN = ("retrieval", "zero_shot", "geometry", "captioning")
 _LARGEST = 1 << 20  # bytes of a suite's file
 _JAVA = {"meteor", "spice", "ptb"}
@@ -212,15 +214,6 @@ def _read_file(path: Path) -> object:
 
 def _absolute(file: Path, value: str) -> str:
     return value if "://" in value else str(file.absolute().parent / value)
-
-
-def check_templates(templates: tuple[str, ...], where: str) -> None:
-    """Raises ValueError unless every template has a placeholder for the class."""
-    if not templates:
-        raise ValueError(f"{where} is empty; write one prompt per line, with {{}} for the class")
-    wrong = next((each for each in templates if "{}" not in each and "{c}" not in each), None)
-    if wrong is not None:
-        raise ValueError(f"{where}: {wrong!r} has no placeholder for the class; write {{}} or {{c}} in it")
 
 
 def _plain(suite: str | SuiteConfig) -> str | dict[str, Any]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ...data.errors import DataError, shown
+from ...data.samples.templates import check_templates
 from . import zero_shot
-from .config import ZeroShot, check_templates
+from .config import ZeroShot
 
 _LARGEST = 1 << 26  # bytes of a file
 

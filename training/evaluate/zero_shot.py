@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...data.samples.templates import filled
 from .retrieval import Distinct, distinct, rank_of
 
 
 def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every template filled with every class, class by class.
-
-    `{}` (open_clip) or `{c}` (CLIP_benchmark) stands for the class; other braces are plain text.
-    """
-    return [template.replace("{c}", "{}").replace("{}", name) for name in classes for template in templates]
+    """Every template filled with every class, class by class."""
+    return [filled(template, name) for name in classes for template in templates]
 
 
 def class_embeddings(prompt_ce: Tensor, classes: int) -> Tensor:

@@ -31,7 +31,7 @@ WriteTar = Callable[..., Path]
 
 def texts(txt: str | None, **metadata: Any) -> list[tuple[str, str, int]]:
     fields = {} if txt is None else {"txt": txt.encode()}
-    return [tuple(c) for c in read_texts(fields | {"json": json.dumps(metadata).encode()}).captions]
+    return [c[:3] for c in read_texts(fields | {"json": json.dumps(metadata).encode()}).captions]
 
 
 def test_what_is_read() -> None:
@@ -241,14 +241,14 @@ def test_unknown_tags_are_refused_before_a_run(tagged_url: str, monkeypatch: pyt
         batches(tagged_url, 1, caption_weights={"alt": 1, "recaptoin": 3})
     assert str(error.value) == (
         f"{tagged_url}: caption_weights names 'recaptoin', but none of 24 inspected samples has it; "
-        f"found 'alt' (24 samples), 'recaption' (20 samples); correct the tag or remove it"
+        f"found 'alt' (24 samples), 'recaption' (20 samples); correct the name or remove it"
     )
     source = open_source(tagged_url)
     read, record = [], source.record
     monkeypatch.setattr(source, "record", lambda n, kinds: read.append((n, kinds)) or record(n, kinds), raising=False)
-    check_tags(source, ["alt", "recaption"])
+    check_tags(source, ["alt", "recaption"], {})
     assert read == [(0, {"txt", "json"}), (1, {"txt", "json"})]  # no more than it takes, and no pictures
-    check_tags(source, [])
+    check_tags(source, [], {})
     assert len(read) == 2
 
 

@@ -35,7 +35,7 @@ from treering.training.world import World
         ("mixed", "zero_shot", "notes.txt is not .jpg"),
         ("kinds", {"kind": "zero_shot", "prompts": "some.json"}, "no list of prompts for the class 'dog'"),
         ("kinds", {"kind": "zero_shot", "broader": "circle.json"}, "broader than itself"),
-        ("kinds", {"kind": "zero_shot", "templates": "flat.txt"}, "no placeholder for the class"),
+        ("kinds", {"kind": "zero_shot", "templates": "flat.txt"}, "no place for the class"),
         ("kinds", {"kind": "zero_shot", "classes": "sets.json"}, "holds several data sets"),
         ("odd.csv", "pairs", "no swapped caption"),
         ({"source": "kinds", "train": "one"}, "knn_probe", "has one class, 'cat'"),
