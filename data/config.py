@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from .errors import DataError
 from .samples.templates import check_templates
 from .units import size_in_bytes
 
@@ -174,7 +175,7 @@ class CacheConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The stream of training samples."""
 
-    train: tuple[SourceConfig, ...] = Field(min_length=1, strict=False, description="data sources, mixed by weight")
+    train: tuple[SourceConfig, ...] = Field(strict=False, description="data sources, mixed by weight")
     batch: int = Field(gt=0, description="pairs in a global batch, summed over all processes")
     workers: int = Field(
         0, ge=0, description="decoding processes per training process; 0: decode in the training process"
@@ -219,6 +220,14 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     augment: AugmentConfig = AugmentConfig()
     cache: CacheConfig = CacheConfig()
+
+    def check_train(self) -> None:
+        """Raises DataError without a source. (Not a validator: weights that were imported have a recipe before anybody
+        knows what they will be trained on; it can be evaluated and grown.)"""
+        if not self.train:
+            raise DataError(
+                "data.train is empty; name the shards to train on, as in 'data.train=[{source: \"shards/*.tar\"}]'"
+            )
 
     @field_validator("columns")
     @classmethod

@@ -261,7 +261,7 @@ def grow(
     lossy = [step["operator"] for step in found["operators"] if step.get("lossy")]
     kept = f"lossy: {', '.join(lossy)}" if lossy else "same function as before"
     text = f"{sizes}; {before:,} to {after:,} parameters; {kept}\ncommit  {found['commit']}\n"
-    Console().print(Text(f"{text}next    {' '.join(found['continue'])}"), soft_wrap=True)
+    Console().print(Text(f"{text}next    {shlex.join(found['continue'])}"), soft_wrap=True)
 
 
 @app.command("import")
@@ -276,7 +276,9 @@ def import_(
     to: Annotated[str, typer.Option("--to", metavar="URL", help="A new run folder, or the URL of an empty store.")],
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="URL", help="Shards that the recipe trains on; default: samples://emoji."),
+        typer.Option(
+            "--data", metavar="URL", help="Shards that the recipe trains on; default: left open in the recipe."
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None,

@@ -98,7 +98,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"schedule.warmup = {self.schedule.warmup} samples does not end before the run's {self.total_samples}; "
                 f"set a smaller warmup or larger stages"
             )
-        if self.eval.built_in and not self.evaluation_source:
+        if self.eval.built_in and self.data.train and not self.evaluation_source:
             raise ValueError("eval.data is missing: name the shards to evaluate on, or set eval.suites to []")
         if self.eval.needs_captioner and not captions:
             raise ValueError("eval.suites has captioning, and the model no captioner; drop it, or add model.captioner")
@@ -241,7 +241,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
             if weights != mixtures[-1].weights:
                 mixtures = [mixture for mixture in mixtures if mixture.step < step] + [Mixture(step, weights)]
             step += stage.steps(self.data.batch)
-        if not any(mixtures[0].weights):
+        if self.data.train and not any(mixtures[0].weights):
             raise ValueError("every source of data.train has weight 0; give one of them more")
         idle = next(
             (label for label, *each in zip(sources, *(m.weights for m in mixtures), strict=True) if not any(each)), None
@@ -264,7 +264,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     @property
     def evaluation_source(self) -> str:
         """URL of the shards to evaluate on; empty if there are none."""
-        return self.eval.data or held_out(self.data.train[0].source) or ""
+        return self.eval.data or next((held_out(each.source) for each in self.data.train[:1]), None) or ""
 
     @property
     def total_steps(self) -> int:

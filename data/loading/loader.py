@@ -52,6 +52,7 @@ class Loader:
         """Opens the sources; `mixtures` overrides their weights. Pictures are delivered at `resolution` x `resolution`
         pixels, captions with at most `context` tokens. Raises DataError if a source cannot be read."""
         assert config.batch % world == 0, "the recipe checks this"
+        config.check_train()
         self.config, self.rank, self.world = config, rank, world
         self.cache = BlockCache(config.cache.bytes)
         self.sources = [open_source(each.source, self.cache, each.filter, config.bad_shards) for each in config.train]

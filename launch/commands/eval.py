@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from ...data.config import SourceConfig
 from ...training.evaluate.config import BUILT_IN, EvalConfig
 from ...training.recipe import Recipe
 from ..errors import RecipeError, safe_text
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ...training.evaluate.outcome import Evaluation
     from ...training.world import World
 
+_WITHOUT_DATA = "samples://emoji"
 _TEXT_KINDS = frozenset({"txt", "json"})
 
 
@@ -206,7 +208,7 @@ def open_model(url: str) -> OpenedModel:
     commit = find_commit(url)
     manifest = commit.manifest
     try:
-        recipe = Recipe.model_validate(manifest.recipe)
+        recipe = _with_data(Recipe.model_validate(manifest.recipe))
     except ValidationError as error:  # written by another version
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise RecipeError(f"the recipe of {safe_text(commit.url)} cannot be used here: {safe_text(reason)}") from None
@@ -220,6 +222,14 @@ def open_model(url: str) -> OpenedModel:
 
     state = manifest.state
     return OpenedModel(commit.url, manifest.spec, recipe, weights, identity, state.step, state.samples)
+
+
+def _with_data(recipe: Recipe) -> Recipe:
+    """A recipe whose data are still to be filled in is evaluated on the emoji, as open_clip weights are."""
+    if recipe.data.train:
+        return recipe
+    emoji = (SourceConfig(source=_WITHOUT_DATA),)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": emoji})})
 
 
 def _opened_weights(source: str) -> OpenedModel:
@@ -242,7 +252,7 @@ def _opened_weights(source: str) -> OpenedModel:
             return f"{source} {file_digest(file, 'sha256').hexdigest()}"
 
     return OpenedModel(
-        source, found.spec, recipe_for(found, "samples://emoji", "clip"), lambda: found.tensors, identity
+        source, found.spec, recipe_for(found, _WITHOUT_DATA, "clip"), lambda: found.tensors, identity
     )
 
 

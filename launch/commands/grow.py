@@ -17,7 +17,7 @@ def grow_offline(commit: str, to: list[str], shrink: list[str], options: list[st
     """
     from ...training.growth.offline import grow_commit
     from ...training.stages import GrowthConfig
-    from ..recipe.load import dump_recipe
+    from ..recipe.load import dump_recipe, left_open
 
     if not to and not shrink:
         raise RecipeError("nothing to grow; say what, as in --to image.depth=12")
@@ -38,9 +38,11 @@ def grow_offline(commit: str, to: list[str], shrink: list[str], options: list[st
     file = Path(f"{_last(out)}.yaml") if remote else Path(out) / "recipe.yaml"
     file.write_text(dump_recipe(recipe), encoding="utf-8")
     folder = ["--out", f"runs/{_last(out)}-trained"] if recipe.init_from else [] if remote else ["--out", out]
-    return {"commit": grown.url, "recipe": str(file), "continue": ["treering", "train", str(file), *folder]} | {
-        key: grown.event[key] for key in ("from", "to", "operators", "parameters_before", "parameters_after")
-    }
+    return {
+        "commit": grown.url,
+        "recipe": str(file),
+        "continue": ["treering", "train", str(file), *folder, *left_open(recipe)],
+    } | {key: grown.event[key] for key in ("from", "to", "operators", "parameters_before", "parameters_after")}
 
 
 def _last(out: str) -> str:

@@ -17,7 +17,7 @@ def import_weights(source: str, to: str, data: str | None, tokenizer: str | None
     from ...models.interchange.files import open_weights
     from ...models.interchange.open_clip_files import PREFIX
     from ...training.starting.import_weights import import_commit, notes
-    from ..recipe.load import dump_recipe
+    from ..recipe.load import dump_recipe, left_open
 
     if not source.startswith(PREFIX):
         raise RecipeError(
@@ -29,9 +29,8 @@ def import_weights(source: str, to: str, data: str | None, tokenizer: str | None
     url, recipe = import_commit(weights, to if remote else str(Path(to) / "commits"), data, tokenizer)
     file = Path(f"{recipe.name}-imported.yaml") if remote else Path(to) / "recipe.yaml"
     file.write_text(dump_recipe(recipe), encoding="utf-8")
-    wanted = [] if data else ["data.train=[{source: YOUR-SHARDS/*.tar}]"]
     asked = (
-        [] if data else ["the recipe names samples://emoji as its data: give your own, as in the next line, or --data"]
+        [] if data else ["the recipe names no data yet: set data.train in it or as in the next line, or give --data"]
     )
     return {
         "source": source,
@@ -39,6 +38,6 @@ def import_weights(source: str, to: str, data: str | None, tokenizer: str | None
         "commit": url,
         "parameters": parameters(weights.spec),
         "recipe": str(file),
-        "continue": ["treering", "train", str(file), "--out", f"runs/{recipe.name}-trained", *wanted],
+        "continue": ["treering", "train", str(file), "--out", f"runs/{recipe.name}-trained", *left_open(recipe)],
         "notes": [*notes(weights), *asked],
     }

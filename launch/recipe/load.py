@@ -25,6 +25,7 @@ from .yaml_lines import Path, read_yaml, write_scalar, write_yaml
 
 BUNDLED = FilePath(__file__).parents[1] / "recipes"
 LARGEST = 1 << 20
+_OPEN = "\n  train: []"
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,14 @@ def read_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe with all values, as YAML that reads back equal."""
-    return write_yaml(recipe.model_dump(mode="json"))
+    """The recipe with all values, as YAML that reads back equal; a comment says what is left to be filled in."""
+    text = write_yaml(recipe.model_dump(mode="json"))
+    return text.replace(_OPEN, f'{_OPEN}  # to be filled in: your shards, as in [{{source: "shards/*.tar"}}]', 1)
+
+
+def left_open(recipe: Recipe) -> list[str]:
+    """Overrides for what a recipe leaves to be filled in, with names to be replaced."""
+    return [] if recipe.data.train else ["data.train=[{source: YOUR-SHARDS/*.tar}]"]
 
 
 def _open(name_or_path: str) -> tuple[FilePath, str]:
@@ -163,6 +170,7 @@ def _refuse_secrets(tree: Any, origins: dict[Path, Origin]) -> None:
 def _check(tree: Any, origins: dict[Path, Origin]) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
+        recipe.data.check_train()
         recipe.check_tokenizer()
     except ValidationError as error:
         wrong = error_messages(error, tree, {path: str(origin) for path, origin in origins.items()})

@@ -169,7 +169,7 @@ def s3_server(stack: ExitStack, folder: Path, shards: list[str]) -> str | None:
         return None
     import s3fs
 
-    from ..s3_server import BUCKET, KEY, SECRET, Server
+    from ..support.s3_server import BUCKET, KEY, SECRET, Server
 
     folder.mkdir()
     server = Server(folder)

@@ -76,10 +76,11 @@ def import_commit(
     """Write `weights` as the first commit of a new store at URL `out`; returns its URL and a recipe to train it
     further.
 
-    `data` is what the recipe trains on. Raises InterchangeError, DataError, StoreError.
+    `data` is what the recipe trains on; None leaves that to be filled in. Raises InterchangeError, DataError,
+    StoreError.
     """
     checked_tokenizer(weights, tokenizer)
-    recipe = recipe_for(weights, data or "samples://emoji", tokenizer or "clip")
+    recipe = recipe_for(weights, data, tokenizer or "clip")
     commits = Commits(Store(out))
     if commits.names():
         raise StoreError(f"{out} has commits already; give a new place")
@@ -95,21 +96,21 @@ def import_commit(
     return url, recipe.model_copy(update={"init_from": InitFromConfig(commit=url)})
 
 
-def recipe_for(weights: Weights, data: str, tokenizer: str) -> Recipe:
-    """A recipe whose model these weights are."""
+def recipe_for(weights: Weights, data: str | None, tokenizer: str) -> Recipe:
+    """A recipe whose model these weights are; without `data` its sources are to be filled in."""
     spec = weights.spec
     contrastive = {"weight": 1.0, "kind": "sigmoid" if spec.logit_bias else "softmax"}
     name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in weights.name)[:64]
     return Recipe.model_validate(
         {
             "name": name.lstrip("._-") or "imported",
-            "data": {"train": [{"source": data}], "batch": BATCH, "tokenizer": tokenizer},
+            "data": {"train": [{"source": data}] if data else [], "batch": BATCH, "tokenizer": tokenizer},
             "model": spec.model_dump(mode="json"),
             "objectives": {"contrastive": contrastive, "caption": {"weight": 2.0} if spec.captioner else None},
             "stages": [{"samples": SAMPLES}],
             "optimizer": {"lr": RATE},
             "schedule": {"warmup": WARMUP},
-            "eval": {"suites": ["retrieval"] if held_out(data) else []},
+            "eval": {"suites": ["retrieval"] if data and held_out(data) else []},
         }
     )
 

@@ -60,6 +60,17 @@ def test_what_a_person_reads(open_clip: ModuleType, treering: Run, refused: Call
     assert done.returncode == 0
     begins = "next         treering train runs/coca/recipe.yaml --out runs/coca-trained"
     assert f"{begins} 'data.train=[{{source: YOUR-SHARDS/*.tar}}]'\n" in done.stdout  # not emoji, silently
+    # The recipe leaves its data open and says so; whatever would read them asks for them, until an override names them.
+    assert "  train: []  # to be filled in: your shards" in (here / "runs/coca/recipe.yaml").read_text()
+    asks = "data.train is empty; name the shards to train on, as in 'data.train=[{source:"
+    for command in (["train", "--out", "runs/a"], ["explain"], ["plan"], ["submit", "--dry-run"]):
+        assert asks in refused(command[0], "runs/coca/recipe.yaml", *command[1:])
+    given = ["runs/coca/recipe.yaml", "data.train=[{source: samples://emoji}]"]
+    assert treering("explain", *given).returncode == 0
+    done = treering("grow", "runs/coca", "--to", "image.depth=3", "--out", "runs/deep", "samples=64000")
+    assert done.stdout.endswith("runs/deep-trained 'data.train=[{source: YOUR-SHARDS/*.tar}]'\n"), done.stderr
+    assert asks in refused("train", "runs/deep/recipe.yaml", "--out", "runs/a")
+    assert "samples://emoji/held_out" in treering("eval", "runs/coca", "--suite", "retrieval").stdout
     done = treering("import", "open_clip:local-dir:coca", "--to", "runs/with", "--data", "shards/*.tar")
     assert done.stdout.endswith("runs/coca-trained\n")
     assert "has commits already" in refused("import", "open_clip:local-dir:coca", "--to", "runs/coca")
@@ -73,11 +84,13 @@ def test_the_recipe_of_grown_weights_is_that_of_the_grown_model(
     """It trains as it is, and in the README's form, with fewer samples; `next` names a folder of its own."""
     published(open_clip, here / "published", "ViT-B-32")
     small = ["data.batch=8", "schedule.warmup=8", "eval.suites=[]", "stages=[{samples: 32}]"]
+    small.append("data.train=[{source: samples://emoji}]")
+    asks = "'data.train=[{source: YOUR-SHARDS/*.tar}]'"
     assert treering("import", "open_clip:local-dir:published", "--to", "runs/b32").returncode == 0
     for source, to, out in (("runs/b32", "image.depth=3", "runs/b32-deep"), ("runs/b32-deep", "text.depth=3", "both")):
         done = treering("grow", source, "--to", to, "--out", out, "samples=64000", "width_init=duplicate")
-        assert done.stdout.strip().endswith(f"--out runs/{Path(out).name}-trained"), done.stderr
-    recipe = read_recipe(str(here / "both/recipe.yaml"), []).recipe
+        assert done.stdout.strip().endswith(f"--out runs/{Path(out).name}-trained {asks}"), done.stderr
+    recipe = read_recipe(str(here / "both/recipe.yaml"), small[-1:]).recipe
     assert (recipe.model.image.depth, recipe.model.text.depth) == (3, 3)
     assert [(stage.samples, stage.grow, stage.width_init) for stage in recipe.stages] == [(64000, {}, "noise")]
     done = treering("train", "both/recipe.yaml", "--out", "runs/both-trained", *small)

@@ -105,7 +105,13 @@ def test_handed_back_the_bits_are_the_same(open_clip: ModuleType, coca: Path, im
 def test_the_commit_evaluates_and_a_run_begins_with_it(imported: dict[str, Any], tmp_path: Path) -> None:
     recipe = read_recipe(
         imported["recipe"],
-        ["data.batch=8", "stages.0.samples=16", "schedule.warmup=8", "log.every=1", "eval.suites=[]"],
+        [
+            "data.batch=8",
+            "stages.0.samples=16",
+            "schedule.warmup=8",
+            "log.every=1",
+            "data.train=[{source: samples://emoji}]",
+        ],
     ).recipe
     assert recipe.objectives.caption
     assert train(recipe, tmp_path / "run").finished
@@ -127,7 +133,10 @@ def test_grown_offline_it_gives_the_same_and_exports_again(open_clip: ModuleType
     export_commit(grown["commit"], "open_clip", tmp_path / "back")
     for one, other in zip(theirs(open_clip, clip), theirs(open_clip, tmp_path / "back"), strict=True):
         assert (F.normalize(one, dim=-1) - F.normalize(other, dim=-1)).abs().max() < 1e-5
-    recipe = read_recipe(grown["recipe"], ["data.batch=8", "stages.0.samples=16", "schedule.warmup=8"]).recipe
+    recipe = read_recipe(
+        grown["recipe"],
+        ["data.batch=8", "stages.0.samples=16", "schedule.warmup=8", "data.train=[{source: samples://emoji}]"],
+    ).recipe
     assert recipe.init_from
     assert recipe.init_from.commit == grown["commit"]
     assert train(
