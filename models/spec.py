@@ -13,6 +13,8 @@ from typing import Any, Literal, Self, TypeGuard
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from .wording import first_mistake
+
 CLIP_VOCABULARY = 49408
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _MODALITY_SIZE = re.compile(r"modalities\.([a-z][a-z0-9_]{0,31})\.([a-z_]+)")
@@ -281,9 +283,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid", strict=True):
         try:
             return ModelSpec.model_validate(tree)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(p) for p in first["loc"])
-            raise SpecError(f"{word}: {dict(targets)} does not give a valid model: {place}: {first['msg']}") from None
+            raise SpecError(f"{word}: {dict(targets)} does not give a valid model: {first_mistake(error)}") from None
 
     def _current(self, word: str, path: str, value: int | float) -> int | float:
         """The size at `path` now."""

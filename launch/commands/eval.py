@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ...data.config import SourceConfig
+from ...models.wording import first_mistake, what_is_wrong
 from ...training.evaluate.config import BUILT_IN, EvalConfig
 from ...training.recipe import Recipe
 from ..errors import RecipeError, safe_text
@@ -79,7 +80,7 @@ def parse_suites(names: list[str]) -> EvalConfig:
     try:
         config = EvalConfig.model_validate({"suites": names})
     except ValidationError as error:
-        raise RecipeError(safe_text(error.errors()[0]["msg"].removeprefix("Value error, "))) from None
+        raise RecipeError(f"--suite: {safe_text(what_is_wrong(error.errors()))}") from None
     if config.own:
         from ...training.evaluate.protocols import check_suites
 
@@ -210,8 +211,8 @@ def open_model(url: str) -> OpenedModel:
     try:
         recipe = _with_data(Recipe.model_validate(manifest.recipe))
     except ValidationError as error:  # written by another version
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"the recipe of {safe_text(commit.url)} cannot be used here: {safe_text(reason)}") from None
+        reason = f"the recipe of {commit.url} cannot be used here: {first_mistake(error)}"
+        raise RecipeError(f"{safe_text(reason)}; use the release that wrote it") from None
 
     def weights() -> dict[str, Tensor]:
         kind = "ema" if any(part.kind == "ema" for part in manifest.parts) else "model"
@@ -251,9 +252,7 @@ def _opened_weights(source: str) -> OpenedModel:
         with Path(found.file).open("rb") as file:
             return f"{source} {file_digest(file, 'sha256').hexdigest()}"
 
-    return OpenedModel(
-        source, found.spec, recipe_for(found, _WITHOUT_DATA, "clip"), lambda: found.tensors, identity
-    )
+    return OpenedModel(source, found.spec, recipe_for(found, _WITHOUT_DATA, "clip"), lambda: found.tensors, identity)
 
 
 def _model(opened: OpenedModel) -> Model:

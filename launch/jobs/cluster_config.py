@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ...data.storage.credentials import holds_secret, is_secret_name
+from ...models.wording import first_mistake
 from ..errors import RecipeError, safe_text, show
 from ..recipe.yaml_lines import read_yaml
 
@@ -106,8 +107,6 @@ def read_site() -> Site:
         tree, _ = read_yaml(path.read_text(encoding="utf-8"))
         return Site.model_validate(tree or {})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise RecipeError(f"{safe_text(str(path))}: {where}: {safe_text(first['msg'])}") from None
+        raise RecipeError(safe_text(f"{path}: {first_mistake(error, Site.model_fields)}")) from None
     except (UnicodeDecodeError, RecipeError) as error:
         raise RecipeError(f"{safe_text(str(path))}: {safe_text(str(error))}") from None

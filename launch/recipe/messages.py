@@ -13,24 +13,13 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from ...models.wording import what_is_wrong
 from ..errors import safe_text, show
 from . import schema
 from .overrides import dotted
 from .yaml_lines import Path
 
 MOST = 8
-_KINDS = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "dict_type": "a mapping, as in {key: value}",
-    "tuple_type": "a list, as in [a, b]",
-    "list_type": "a list, as in [a, b]",
-    "model_type": "a block of keys, as in {key: value}",
-    "model_attributes_type": "a block of keys, as in {key: value}",
-}
 _NAMED_VALUE = re.compile(r"([\w.]+) = (\S+?)(?=[\s;,:]|$)")
 
 
@@ -60,8 +49,8 @@ def _path(detail: ErrorDetails) -> Path:
 def _message(path: Path, details: list[ErrorDetails], tree: Any, places: Mapping[Path, str]) -> str:
     kind = details[0]["type"]
     name = show(dotted(path), 80)[1:-1]
-    if kind == "value_error":
-        return _from_validator(path, str(details[0]["msg"]).removeprefix("Value error, "), tree, places)
+    if kind in ("value_error", "assertion_error"):
+        return _from_validator(path, what_is_wrong(details), tree, places)
     if kind == "unknown_objective":
         return f"{name} ({_where(path, places)}): {details[0]['msg']}"
     if kind == "extra_forbidden":
@@ -72,46 +61,8 @@ def _message(path: Path, details: list[ErrorDetails], tree: Any, places: Mapping
     value, purpose = details[0]["input"], schema.field_purpose(path)
     if kind == "union_tag_invalid":
         value = value.get("kind") if isinstance(value, dict) else value
-    wrong = _wrong(value, details)
+    wrong = safe_text(what_is_wrong(details))
     return f"{name} = {show(value)} ({_where(path, places)}): {wrong}" + (f" ({purpose})" if purpose else "")
-
-
-def _wrong(value: Any, details: list[ErrorDetails]) -> str:
-    """What is wrong with one value, from all of pydantic's errors about it."""
-    first, context = details[0], details[0].get("ctx", {})
-    kinds = dict.fromkeys(_KINDS[d["type"]] for d in details if d["type"] in _KINDS)
-    if "a number" in kinds:
-        kinds.pop("a whole number", None)
-    if kinds:
-        return f"must be {' or '.join(kinds)}{_rewritten(value, list(kinds))}"
-    if first["type"] == "literal_error":
-        return f"must be {context.get('expected')}"
-    if first["type"] == "union_tag_invalid":
-        return f"must be one of {context.get('expected_tags')}"
-    limits = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    for key, words in limits.items():
-        if key in context:
-            return f"must be {words} {context[key]}"
-    if first["type"] == "string_pattern_mismatch":
-        return "has characters that are not allowed"
-    if first["type"] == "string_too_short":
-        return "is empty; give a value"
-    if first["type"] == "too_short":
-        return f"must have {context.get('min_length', 1)} or more items"
-    if first["type"] == "too_long":
-        return f"must have at most {context.get('max_length')} items"
-    return safe_text(first["msg"])
-
-
-def _rewritten(value: Any, kinds: list[str]) -> str:
-    """How to write the same value correctly, if that is clear; else empty."""
-    if isinstance(value, float) and value.is_integer() and kinds == ["a whole number"]:
-        return f"; write {int(value)}"
-    if isinstance(value, str) and kinds == ["true or false"] and value.lower() in ("yes", "no", "on", "off"):
-        return f"; write {'true' if value.lower() in ('yes', 'on') else 'false'}"
-    if isinstance(value, str) and "text" not in kinds and re.fullmatch(r"[-+]?[\d_.]+(e[-+]?\d+)?", value):
-        return "; remove the quotes"
-    return ""
 
 
 def _from_validator(path: Path, message: str, tree: Any, places: Mapping[Path, str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..spec import CLIP_MEAN, CLIP_STD, ImageSpec, ModelSpec, TowerSpec
+from ..wording import first_mistake
 from .errors import InterchangeError
 from .open_clip_files import Config, architectures
 
@@ -169,9 +170,7 @@ def spec_of(
         if not why:
             return ModelSpec.model_validate(_tree(config, mean, std, resize, interpolation))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InterchangeError(f"this config does not give a valid model: {place}: {first['msg']}") from None
+        raise InterchangeError(f"this config does not give a valid model: {first_mistake(error)}") from None
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # fields of a wrong type
         raise InterchangeError(f"this config does not give a valid model ({type(error).__name__}: {error})") from None
     raise InterchangeError(f"this config cannot be imported: {'; '.join(why)}")

@@ -17,6 +17,7 @@ from ...models.flops import parameters
 from ...models.model import empty
 from ...models.parts import parts
 from ...models.spec import ModelSpec
+from ...models.wording import first_mistake
 from ..engines.optimizer import MOMENTS
 from ..objectives.base import load_states
 from ..objectives.terms import build_objectives
@@ -40,11 +41,9 @@ def recipe_of(commit: Commit) -> Recipe:
     try:
         return Recipe.model_validate(commit.manifest.recipe)
     except ValidationError as error:
-        first = error.errors()[0]
-        where, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
         raise StoreError(
-            f"the recipe of {commit.url} cannot be used here ({where}: {why}); use the release that wrote it, and the "
-            f"packages that its objectives come from"
+            f"the recipe of {commit.url} cannot be used here ({first_mistake(error)}); use the release that wrote "
+            f"it, and the packages that its objectives come from"
         ) from None
 
 

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from ...data.samples.templates import check_templates
+from ...models.wording import what_is_wrong
 
 BUILT_IN = ("retrieval", "zero_shot", "geometry", "captioning")
 _LARGEST = 1 << 20  # bytes of a suite's file
@@ -181,8 +182,8 @@ def _checked(content: object, where: str) -> SuiteConfig:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part not in _KINDS)
-        known = {"missing": "is missing", "extra_forbidden": "is not a known key"}
-        reason = known.get(first["type"], first["msg"].removeprefix("Value error, "))
+        known = {"missing": "is missing; add it", "extra_forbidden": "is not a known key; correct or remove it"}
+        reason = known.get(first["type"]) or what_is_wrong([first])
         raise ValueError(f"{where}{place}: {reason}" if place else f"{where}{reason}") from None
 
 

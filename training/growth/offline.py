@@ -22,6 +22,7 @@ from ...models.flops import parameters
 from ...models.growth.operator import GrownState, source_of
 from ...models.growth.plan import changes
 from ...models.spec import ModelSpec, SpecError
+from ...models.wording import first_mistake
 from ..checkpoint.commits import Commits, find_commit
 from ..checkpoint.config import InitFromConfig
 from ..checkpoint.manifest import Commit, Manifest
@@ -163,10 +164,7 @@ def _with_stages(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, An
         _complete(tree, spec)
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise SpecError(f"{where}: {message}" if where else message) from None
+        raise SpecError(first_mistake(error)) from None
 
 
 def _complete(tree: dict[str, Any], spec: ModelSpec) -> None:

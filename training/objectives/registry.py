@@ -61,7 +61,13 @@ def registered(name: str) -> Registered:
     """The objective called `name`, from this package or another installed one. Raises ValueError if there is none."""
     if name not in _registry:
         for entry in entry_points(group=GROUP, name=name):
-            entry.load()
+            try:
+                entry.load()
+            except Exception as error:  # whatever another package's code causes
+                raise ValueError(
+                    f"objective {name!r} cannot be loaded from {entry.value} ({type(error).__name__}: {error}); repair "
+                    f"that package"
+                ) from None
     if name not in _registry:
         raise ValueError(
             f"objective {name!r} is not known; the objectives are {', '.join(sorted(_registry))}. "

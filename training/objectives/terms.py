@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, SerializeAsAny, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, core_schema
 
 from ...models.spec import ModelSpec
 from . import balance as _third  # noqa: F401
@@ -46,7 +46,7 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="allow"):
                 terms[name] = objective.validate(term)
             except ValidationError as error:  # prefix the error's location with the name of the term
                 wrong += [
-                    InitErrorDetails(type=d["type"], loc=(name, *d["loc"]), input=d["input"], ctx=d.get("ctx", {}))
+                    InitErrorDetails(type=_kind(d), loc=(name, *d["loc"]), input=d["input"], ctx=d.get("ctx", {}))
                     for d in error.errors()
                 ]
         if wrong:
@@ -77,6 +77,13 @@ class ObjectivesConfig(BaseModel, frozen=True, extra="allow"):
         for name, term in self.__pydantic_extra__.items():
             for one in term if isinstance(term, tuple) else (term,):
                 yield name, one
+
+
+def _kind(detail: ErrorDetails) -> str | PydanticCustomError:
+    """The type of an error: pydantic's name for it, or an error of the config's own with its message."""
+    if detail["type"] in get_args(core_schema.ErrorType):
+        return detail["type"]
+    return PydanticCustomError("own_error", "{reason}", {"reason": detail["msg"]})
 
 
 def build_objectives(config: ObjectivesConfig, spec: ModelSpec | None = None, seed: int = 0) -> list[Objective]:
