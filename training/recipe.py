@@ -28,7 +28,7 @@ from .evaluate.config import EvalConfig
 from .health.divergence import RecoveryConfig
 from .health.watchdog import WatchdogConfig
 from .objectives.terms import ObjectivesConfig, build_objectives, check_needs
-from .schedule import ScheduleConfig
+from .schedule import ScheduleConfig, WsdConfig
 from .stages import StageConfig
 from .state import Decision
 
@@ -71,7 +71,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", strict=True):
     objectives: ObjectivesConfig
     stages: tuple[StageConfig, ...] = Field(min_length=1, strict=False, description="budgets, and growth between them")
     optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = WsdConfig()
     engine: EngineConfig = DdpConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()

@@ -57,7 +57,7 @@ class GrowthConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @classmethod
     def _is_a_fraction(cls, value: InheritFrom) -> InheritFrom:
         if value != "ema" and not 0 <= value <= 1:
-            raise ValueError(f"{value} is not a fraction; give one from 0 to 1, or ema")
+            raise ValueError(f"inherit = {value} is not a fraction; write one from 0 to 1, or ema")
         return value
 
 

@@ -27,7 +27,10 @@ def stop_run(run: Path) -> str:
     signalled = [_signalled(beat["pid"]) for beat in beats if is_ours(beat)]
     if not any(signalled):
         where = f"; its last processes were on {beats[0]['host']}" if beats else ""
-        raise RecipeError(f"no process of the run in {show(str(run), 200)} is running here{where}")
+        raise RecipeError(
+            f"no process of the run in {show(str(run), 200)} is running here{where}; "
+            "`treering status` says where it runs"
+        )
     return "the run commits after its next step and ends"
 
 

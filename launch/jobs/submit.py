@@ -114,7 +114,9 @@ def submit(job: Job) -> int:
         (out / "job" / "stop").unlink(missing_ok=True)
     done = _slurm(["sbatch", "--parsable", str(job.runs[0][0].absolute() / "job" / TEMPLATE.name)])
     if done.returncode:
-        raise RecipeError(f"Slurm refused the job: {_slurm_error(done)}")
+        raise RecipeError(
+            f"Slurm refused the job: {_slurm_error(done)}; see `sinfo` for partitions and nodes, and the site file"
+        )
     number = int(done.stdout.split(";")[0])
     for place, (out, _) in enumerate(job.runs):
         about = {"job": number, "task": place if len(job.runs) > 1 else None, "time": time.time(), "nodes": job.nodes}

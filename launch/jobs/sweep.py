@@ -49,7 +49,7 @@ def grid_points(sweeps: list[str], store: str | None) -> list[GridPoint]:
         if not equals or not key or not all(choices):
             raise RecipeError(f"--sweep {show(text)}: write a key and its values, as in lr=1e-3,5e-4")
         if len(set(choices)) < len(choices):
-            raise RecipeError(f"--sweep {show(text)} names a value twice")
+            raise RecipeError(f"--sweep {show(text)} names a value twice; name each once")
         path = _path(key)
         if path == "checkpoint.to" or any(path == known for axis in axes for _, known, _ in axis[:1]):
             wrong = (
@@ -59,7 +59,9 @@ def grid_points(sweeps: list[str], store: str | None) -> list[GridPoint]:
         axes.append([(f"{key.rpartition('.')[2]}={value}", path, value) for value in choices])
     grid = list(itertools.product(*axes))
     if len(grid) > MOST:
-        raise RecipeError(f"the sweep has {len(grid):,} runs; at most {MOST:,} are allowed in one job array")
+        raise RecipeError(
+            f"the sweep has {len(grid):,} runs; at most {MOST:,} are allowed in one job array; name fewer values"
+        )
     names = ["_".join(re.sub(r"[^A-Za-z0-9.=+-]", "-", name) for name, _, _ in point) for point in grid]
     if len(set(names)) < len(names):
         raise RecipeError("two runs of the sweep would share a folder; write values that differ in letters and digits")

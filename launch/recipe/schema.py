@@ -114,7 +114,8 @@ def unknown(path: Path) -> str:
     key, level = str(path[-1]), path[:-1]
     if kinds := [kind for kind, config in _kinds_of(level).items() if key in config.model_fields]:
         block = ".".join(map(str, level))
-        return f"only for {block}.kind = {' or '.join(kinds)}; set that, or remove {key}"
+        whole = f"as in '{block}={{kind: ...}}', which replaces the block"
+        return f"only for {block}.kind = {' or '.join(kinds)}; set that, or leave {key} out, {whole}"
     return f"no such key; {_suggestion(key, level)}"
 
 

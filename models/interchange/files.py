@@ -170,8 +170,8 @@ def read_state(file: Path) -> dict[str, Tensor]:
             f"state dict as .safetensors"
         ) from None
     if not isinstance(found, dict):
-        raise InterchangeError(f"{file} does not hold a state dict")
+        raise InterchangeError(f"{file} does not hold a state dict; save `model.state_dict()`")
     state = flat(found)
     if not state:
-        raise InterchangeError(f"{file} does not hold tensors by name")
+        raise InterchangeError(f"{file} does not hold tensors by name; save `model.state_dict()`")
     return state

@@ -45,6 +45,7 @@ def _transposed(matrix: Tensor) -> tuple[Tensor, ...]:
     return (matrix.T,)
 
 
+_OTHER = "name the architecture that it was trained as, or the right file"
 _FEW_BLOCKS = 1000
 """blocks that no file has to hold a tensor for: what it lacks is then named"""
 
@@ -59,7 +60,8 @@ def from_open_clip(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
     blocks = sum(part.depth for part in parts(spec))
     if blocks > max(_FEW_BLOCKS, len(state)):  # before anything is made for each of them
         raise InterchangeError(
-            f"these are not weights of that architecture: it has {blocks:,} blocks, and the file {len(state):,} tensors"
+            f"these are not weights of that architecture: it has {blocks:,} blocks, and the file {len(state):,} "
+            f"tensors; {_OTHER}"
         )
     state = _plain(spec, state)
     pairs = list(_pairs(spec))
@@ -69,7 +71,7 @@ def from_open_clip(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
         lacks = f"lacks {', '.join(missing[:4])}" if missing else f"also has {', '.join(extra[:4])}"
         more = f" and {len(missing or extra) - 4} more" if len(missing or extra) > 4 else ""
         what = f"; it holds {known}" if (known := known_as(given)) else ""
-        raise InterchangeError(f"these are not weights of that architecture: the file {lacks}{more}{what}")
+        raise InterchangeError(f"these are not weights of that architecture: the file {lacks}{more}{what}; {_OTHER}")
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Model(spec).named_parameters()}
     found: dict[str, Tensor] = {}
@@ -83,7 +85,7 @@ def from_open_clip(spec: ModelSpec, state: Tensors) -> dict[str, Tensor]:
         )
         if not fits:
             sizes = ", ".join(f"{name} {list(state[name].shape)}" for name in pair.theirs)
-            raise InterchangeError(f"these are not weights of that architecture: {sizes} has another shape")
+            raise InterchangeError(f"these are not weights of that architecture: {sizes} has another shape; {_OTHER}")
         found |= {name: part.contiguous() for name, part in zip(pair.ours, split, strict=True)}
     assert found.keys() == shapes.keys()
     return found

@@ -67,10 +67,15 @@ def compatibility(old: Embedded, new: Embedded, old_texts_to: Tensor, new_texts_
     ValueError if the two evaluation sets differ.
     """
     if old.numbers != new.numbers or old.captions != new.captions:
-        raise ValueError("the two models could not use the same samples of the evaluation set; see its ledger")
+        raise ValueError(
+            "the two models could not use the same samples of the evaluation set; repair those that "
+            "`treering data lint` names"
+        )
     fine_t = new_texts_te.isfinite().all(1) & old_texts_to.isfinite().all(1)
     if int(fine_t.sum()) <= _HELD_OUT:
-        raise ValueError("nearly all embeddings of the texts are not finite; the weights of a model are damaged")
+        raise ValueError(
+            "nearly all embeddings of the texts are not finite: a model has diverged; compare an earlier commit of it"
+        )
     found = text_map(new_texts_te[fine_t], old_texts_to[fine_t])
     mapped = {"new_on_old": (_unit(new.images @ found), _unit(new.texts @ found))}
     if old.images.shape[1] == new.images.shape[1]:

@@ -67,7 +67,8 @@ def numbered(labels: Sequence[str], names: list[str] | None, url: str, file: str
             most = max(number.values())
             if most >= len(names):
                 raise DataError(
-                    f"{url} has the label {most}, and {file} names {len(names)} classes, 0 to {len(names) - 1}"
+                    f"{url} has the label {most}, and {file} names {len(names)} classes, 0 to {len(names) - 1}; "
+                    f"add its name, or correct the label"
                 )
         elif Path(url).is_dir() and {*map(_spelling, names)}.isdisjoint(map(_spelling, found)):
             number, note = _in_order(found, names, url, file)
@@ -131,7 +132,7 @@ def levels(file: str, names: Sequence[str]) -> list[list[str]]:
     """
     above = _json(file)
     if not isinstance(above, dict) or not all(isinstance(each, str) for each in above.values()):
-        raise DataError(f"{file} must be a JSON object of broader classes by class")
+        raise DataError(f'{file} must be a JSON object of broader classes by class, as in {{"beagle": "dog"}}')
     chains = []
     for name in names:
         chain: list[str] = []
@@ -140,7 +141,7 @@ def levels(file: str, names: Sequence[str]) -> list[list[str]]:
                 raise DataError(f"{file}: {shown(above[at])} is broader than itself; remove the cycle")
             chain.append(above[at])
         if not chain:
-            raise DataError(f"{file} has no broader class for {shown(name)}")
+            raise DataError(f"{file} has no broader class for {shown(name)}; add one")
         chains.append(chain)
     return [[chain[min(level, len(chain) - 1)] for chain in chains] for level in range(max(map(len, chains)))]
 
@@ -148,12 +149,14 @@ def levels(file: str, names: Sequence[str]) -> list[list[str]]:
 def _described(file: str, names: Sequence[str]) -> Prompts:
     content = _json(file)
     if not isinstance(content, dict):
-        raise DataError(f"{file} must be a JSON object of lists of prompts by class")
+        raise DataError(
+            f'{file} must be a JSON object of lists of prompts by class, as in {{"cat": ["a photo of a cat"]}}'
+        )
     texts, numbers, weights = [], [], []
     for number, name in enumerate(names):
         given = content.get(name)
         if not isinstance(given, list) or not given:
-            raise DataError(f"{file} has no list of prompts for the class {shown(name)}")
+            raise DataError(f"{file} has no list of prompts for the class {shown(name)}; add one")
         for each in given:
             text, weight = (each.get("text"), each.get("weight", 1)) if isinstance(each, dict) else (each, 1)
             fits = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < 1e6
@@ -197,7 +200,7 @@ def _json(file: str) -> Any:
     try:
         return json.loads(_read(file))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON: {ascii(str(error))[1:-1][:100]}") from None
+        raise DataError(f"{file} is not JSON: {ascii(str(error))[1:-1][:100]}; correct it") from None
 
 
 def _read(file: str) -> str:
@@ -210,4 +213,6 @@ def _read(file: str) -> str:
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}; check protocol's files") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8: byte 0x{data[error.start]:02x} at {error.start}") from None
+        raise DataError(
+            f"{file} is not UTF-8: byte 0x{data[error.start]:02x} at {error.start}; save it as UTF-8"
+        ) from None

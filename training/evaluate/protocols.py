@@ -322,11 +322,12 @@ def _predicted(protocol: LinearProbe | KnnProbe, train_ne: Tensor, label_n: Tens
 def _train_classes(suite: SuiteConfig, train: Sequence[str], test: Sequence[str]) -> list[str]:
     names = sorted(set(train))
     if len(names) < 2:
-        raise DataError(f"{suite.data.train} has one class, {shown(names[0])}; a probe needs two or more")
+        raise DataError(f"{suite.data.train} has one class, {shown(names[0])}; a probe needs two or more; add another")
     unknown = next((label for label in test if label not in set(names)), None)
     if unknown is not None:
         raise DataError(
-            f"{suite.data.source} has the class {shown(unknown)}, which has no picture in {suite.data.train}"
+            f"{suite.data.source} has the class {shown(unknown)}, which has no picture in {suite.data.train}; add some "
+            f"there, or remove the class"
         )
     return names
 

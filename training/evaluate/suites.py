@@ -69,7 +69,10 @@ def evaluate(
 def _built_in(bench: Bench, config: EvalConfig, samples: EvaluationSet, found: Evaluation) -> None:
     data = bench.embedded(samples)
     if not data.numbers:
-        raise DataError(f"none of the {len(samples)} samples of {samples.url} can be used: {data.bad[0]['reason']}")
+        raise DataError(
+            f"none of the {len(samples)} samples of {shown_url(samples.url)} can be used: {data.bad[0]['reason']}; "
+            f"repair them, or name other shards (--data, or eval.data in the recipe)"
+        )
     found.bad.extend(data.bad)
     used = (*config.built_in, *(["examples"] if config.examples else []))
     found.data |= dict.fromkeys(used, shown_url(samples.url))

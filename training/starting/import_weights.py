@@ -44,7 +44,10 @@ def checked_tokenizer(weights: Weights, name: str | None) -> TextTokenizer:
     tokenizer = open_tokenizer(name or "clip")
     rows = weights.spec.text.vocabulary
     if rows < tokenizer.VOCABULARY:
-        raise InterchangeError(f"{name} has {tokenizer.VOCABULARY} ids, and {weights.name} has rows for {rows}")
+        raise InterchangeError(
+            f"{name} has {tokenizer.VOCABULARY} ids, and {weights.name} has rows for {rows}; "
+            f"name the tokenizer.json that it was trained with"
+        )
     end = weights.tokenizer.get("eos_id", 2) if weights.tokenizer.get("pool_type") == "eos" else None
     if (weights.tokenizer.get("tokenizer_kwargs") or {}).get("strip_sep_token"):
         end = 0  # what open_clip puts in the place of the token that ends a text

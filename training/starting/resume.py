@@ -92,11 +92,11 @@ def check_same_run(recipe: Recipe, commit: Commit) -> list[str]:
             f"use the same recipe to continue it, or begin a new run with its weights: repeat the command with another "
             f"--out and 'init_from={{commit: {commit.url}}}'"
         )
-    cooling = before.total_samples * (1 - before.schedule.cooldown)
+    cooling = before.schedule.falls_from(before.total_samples)
     if recipe.total_samples != before.total_samples and state.samples > cooling:
         raise StoreError(
             f"{commit.url} is of a run whose learning rate has been falling since sample {cooling:,.0f}: its "
-            f"stages are settled; leave them as they were, continue from an earlier commit, or start a new run"
+            f"stages can no longer change; leave them as they were, continue from an earlier commit, or start a new run"
         )
     return differences(*(each.model_dump(mode="json", include={"data", "stages"}) for each in (recipe, before)))
 

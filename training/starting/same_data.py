@@ -40,7 +40,7 @@ def check_same_data(recipe: Recipe, state: RunState, found: Sequence[SourceIdent
         if i < len(state.data) and (different := difference(state.data[i], found[i])):
             raise StoreError(
                 f"the data changed: {shown_url(recipe.data.train[i].source)} now has {found[i].size}, and the run of "
-                f"{where} has read {state.data[i].size}; first difference: {different}. Bring the shards back "
+                f"{where} has read {state.data[i].size}; first difference: {different}; bring the shards back "
                 f"to continue it, add new ones as another source in a later stage, or give another --out to start a "
                 f"new run"
             )
@@ -74,9 +74,8 @@ def open_together(world: World, recipe: Recipe, make: Callable[[], Loader]) -> t
     rows = world.objects([socket.gethostname(), os.getcwd(), fault, [each.digest for each in found], tokenizer])
     for rank, (host, folder, why, _, its) in enumerate(rows):
         if not why and its != rows[0][4]:
-            why = (
-                f"data.tokenizer = {shown_url(recipe.data.tokenizer)} is not the one of process 0; copy the file again"
-            )
+            its_file = shown_url(recipe.data.tokenizer)
+            why = f"data.tokenizer = {its_file} is not the file that process 0 reads; copy it again"
         if why:
             raise DataError(f"{why} (seen by process {rank} on {host}, in {folder})")
     assert loader
@@ -87,7 +86,7 @@ def open_together(world: World, recipe: Recipe, make: Callable[[], Loader]) -> t
         places = [f"process {rank} on {rows[rank][0]}, in {rows[rank][1]}" for rank in (0, other)]
         raise DataError(
             f"{shown_url(recipe.data.train[number].source)} is not the same everywhere: {sizes[0]} for {places[0]}, "
-            f"{sizes[1]} for {places[1]}; first difference: {shard}. Wait until copies and listings are complete, or "
+            f"{sizes[1]} for {places[1]}; first difference: {shard}; wait until copies and listings are complete, or "
             f"copy the shards again, and start again"
         )
     return loader, found

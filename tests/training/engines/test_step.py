@@ -19,7 +19,7 @@ from treering.training.loop import train
 from treering.training.objectives.base import Inputs
 from treering.training.objectives.caption import CaptionLoss
 from treering.training.objectives.contrastive import Contrastive
-from treering.training.schedule import ScheduleConfig
+from treering.training.schedule import CosineConfig, WsdConfig
 from treering.training.stages import GrowthConfig
 from treering.training.state import TrainingError
 from treering.training.world import World
@@ -175,7 +175,7 @@ def test_a_commit_between_two_log_lines_hides_no_skipped_step(
 
 @pytest.mark.parametrize("batch", [1, 7, 128])
 def test_the_schedule_warms_up_stays_and_decays(batch: int) -> None:
-    config = ScheduleConfig(warmup=1000, cooldown=0.2, final_fraction=0.1)
+    config = WsdConfig(warmup=1000, cooldown=0.2, final_fraction=0.1)
     total = -(-10_000 // batch) * batch
     rates = [config.factor(samples, batch, total) for samples in range(0, total, batch)]
     assert rates[0] == pytest.approx(batch / 1000)
@@ -186,3 +186,22 @@ def test_the_schedule_warms_up_stays_and_decays(batch: int) -> None:
     assert abs((peak[-1] + 1) * batch - 0.8 * total) <= batch
     assert rates[-1] == pytest.approx(0.1 + 0.9 * batch / (0.2 * total))
     assert sorted(rates[peak[-1] :], reverse=True) == rates[peak[-1] :]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 128])
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_the_cosine_is_that_of_torch(batch: int, final: float) -> None:
+    """After a warm-up that is a whole number of steps: torch's own schedule, over the rest of the run."""
+    warm, total = 10 * batch, 210 * batch
+    config = CosineConfig(warmup=warm, final_fraction=final)
+    rates = [config.factor(samples, batch, total) for samples in range(0, total, batch)]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=200, eta_min=final)
+    expected = []
+    for _ in range(200):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    assert rates[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert rates[10:] == pytest.approx(expected, abs=1e-12)
+    assert config.falls_from(total) == warm
