@@ -7,6 +7,7 @@ and their texts checked when a set is opened; a picture's bytes are read when it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -303,6 +304,10 @@ def _captioned(item: FileItem) -> _Entry:
 
 def _swap_of(columns: Mapping[str, Any], name: str) -> str:
     wrong = columns.get(name)
-    if not isinstance(wrong, str) or not wrong.strip():
-        raise BadSample(f"no swapped caption: {shown(name)} is missing or not a text")
+    if isinstance(wrong, int | float) and not isinstance(wrong, bool):  # as a table's reader takes the cell 7
+        wrong = str(wrong)
+    if wrong is None or (isinstance(wrong, str) and not wrong.strip()):
+        raise BadSample(f"no swapped caption: {shown(name)} is missing or empty")
+    if not isinstance(wrong, str):
+        raise BadSample(f"no swapped caption: {shown(name)} is {shown(json.dumps(wrong), 40)}, not a text")
     return wrong.strip()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,15 @@ def read_ledger(path: Path) -> list[LedgerEntry]:
 
 
 def entries_of(rows: Iterable[Mapping[str, Any]]) -> list[LedgerEntry]:
-    """The entries of ledger lines that a run itself has written, which name the step too."""
-    return [LedgerEntry(**{key: value for key, value in row.items() if key != "step"}) for row in rows]
+    """The entries of ledger lines that a run has written, this release's or another; what else they hold is left out,
+    as are lines that do not hold one."""
+    names = [each.name for each in fields(LedgerEntry)]
+    needed = names[:-1]  # the position has a default
+    return [
+        LedgerEntry(**{name: row[name] for name in names if name in row})
+        for row in rows
+        if all(name in row for name in needed)
+    ]
 
 
 def reasons_text(entries: Iterable[LedgerEntry]) -> str:

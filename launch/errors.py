@@ -16,6 +16,7 @@ _REMEDIES = {
     errno.EDQUOT: "free some of your quota and repeat the command, or choose another place with --out",
     errno.EACCES: "check the permissions, or choose another place with --out",
     errno.EPERM: "check the permissions, or choose another place with --out",
+    errno.EISDIR: "a file is to be written there; move the folder away, or choose another place",
     errno.EROFS: "choose a writable place with --out",
 }
 

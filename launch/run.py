@@ -124,6 +124,9 @@ def check_sources(recipe: Recipe) -> list[SourceIdentity]:
             Console(stderr=True).print(Text(line), soft_wrap=True)
         found.append(source.identity)
     if recipe.eval.built_in and recipe.evaluation_source not in {each.source for each in recipe.data.train}:
+        from ..training.evaluate.suites import check_shards
+
+        check_shards(recipe.evaluation_source)
         open_source(recipe.evaluation_source, cache)
     if recipe.eval.suites:
         from ..training.evaluate.protocols import check_suites

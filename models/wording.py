@@ -28,6 +28,7 @@ _KINDS = {
     "set_type": "a list, as in [a, b]",
     "path_type": "text",
 }
+_TYPES = ("int", "float", "str", "bool")
 _LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most", "multiple_of": "a multiple of"}
 
 
@@ -73,14 +74,19 @@ def _rewritten(value: Any, kinds: list[str]) -> str:
 
 def first_mistake(error: ValidationError, known: Iterable[str] = ()) -> str:
     """The first thing that is wrong, with its place and value; `known` are the keys that the config has at its top."""
-    first = error.errors()[0]
-    place, kind = ".".join(map(str, first["loc"])), first["type"]
+    every = [(_place(each), each) for each in error.errors()]
+    (place, first), kind = every[0], every[0][1]["type"]
     if kind == "missing":
         return f"{place} is missing; add it"
     if kind == "extra_forbidden":
         near = get_close_matches(place, list(known), n=1)
         return f"{place}: no such key; {f'did you mean {near[0]}?' if near else 'correct its name or remove it'}"
-    wrong = what_is_wrong([first])
+    wrong = what_is_wrong([each for where, each in every if where == place])
     if kind in ("value_error", "assertion_error"):
         return f"{place}: {wrong}" if place else wrong
     return f"{place} = {str(first['input'])[:60]!r}: {wrong}" if place else wrong
+
+
+def _place(detail: ErrorDetails) -> str:
+    """The dotted path of a mistake, without the types of a union, each of which has a mistake of its own."""
+    return ".".join(str(part) for part in detail["loc"] if part not in _TYPES)

@@ -29,6 +29,8 @@ def atomic_file(path: Path, durable: bool = False, exclusive: bool = False) -> I
     With `durable` it is flushed to disk, to survive a power cut; with `exclusive` an existing file is kept and
     FileExistsError is raised. Raises OSError.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = partial_path(path)
     try:
         with open(partial, "xb") as file:

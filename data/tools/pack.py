@@ -46,9 +46,10 @@ class PackResult:
     """The state after packing all shards or one part of them."""
 
     shards: tuple[str, ...]  # URLs of all shards of the plan
-    samples: int  # of the plan, without `bad`
+    samples: int  # in the shards of this call's part, without `bad`
     captions: int | None  # of these samples; None when repacking shards, whose texts are not read beforehand
-    written: int  # shards written by this call
+    part: int  # shards of this call's part, all or every n-th
+    written: int  # of these, the ones that were not there yet
     missing: int  # shards of the plan that do not exist yet: the work of other parts
     bad: int  # samples skipped in this call's shards
     rows: int | None = None  # of the table; None if the input is not a table
@@ -118,12 +119,14 @@ def pack(
     finally:
         target.remove_empty_folder()
     there = target.sizes()
-    files = [item for item in plan.items if isinstance(item, FileItem)]
+    items = [item for i in numbers for item in plan.of(i)]
+    files = [item for item in items if isinstance(item, FileItem)]
     bad, unheard = sum(bad for _, bad, _ in done), sum(captions for _, _, captions in done)
     return PackResult(
         shards=tuple(target.url(plan.shard(i)) for i in range(len(plan.ends))),
-        samples=len(plan.items) - bad,
-        captions=_captions(files) - unheard if len(files) == len(plan.items) else None,
+        samples=len(items) - bad,
+        captions=_captions(files) - unheard if len(files) == len(items) else None,
+        part=len(numbers),
         written=sum(new for new, _, _ in done),
         missing=sum(plan.shard(i) not in there for i in range(len(plan.ends))),
         bad=bad,

@@ -41,7 +41,9 @@ def packed_lines(packed: PackResult) -> list[str]:
     """The result of packing, as lines for a terminal."""
     shards = packed.shards
     captions = f" with {counted(packed.captions, 'caption')}" if packed.captions is not None else ""
-    lines = [f"{counted(packed.samples, 'sample')}{captions} in {counted(len(shards), 'shard')}", safe_text(shards[0])]
+    of = "" if packed.part == len(shards) else f"{packed.part:,} of "
+    lines = [f"{counted(packed.samples, 'sample')}{captions} in {of}{counted(len(shards), 'shard')}"]
+    lines.append(safe_text(shards[0]))
     lines += [f"to\n{safe_text(shards[-1])}"] if len(shards) > 1 else []
     if packed.bad:
         lines.append(f"skipped {counted(packed.bad, 'sample')} that cannot be used: see the .bad.jsonl files")
@@ -52,7 +54,7 @@ def packed_lines(packed: PackResult) -> list[str]:
         lines += [f"  {safe_text(each)}" for each in packed.refused[:MOST_FAULTS]]
         more = len(packed.refused) - MOST_FAULTS
         lines += [f"  and {more:,} more; --json lists all"] if more > 0 else []
-    if packed.written < len(shards):
+    if packed.written < packed.part:
         lines.append(f"{counted(packed.written, 'shard')} written now")
     if packed.missing:
         lines.append(f"{counted(packed.missing, 'shard')} still to be written, by the other parts")

@@ -103,7 +103,10 @@ def evaluation_of(opened: OpenedModel, config: EvalConfig | None, data: str | No
     if wanted.needs_captioner and opened.spec.captioner is None:
         raise RecipeError(f"the model of {shown} has no captioner; remove the captioning suite")
     from ...training.evaluate.protocols import check_suites
+    from ...training.evaluate.suites import check_shards
 
+    if wanted.built_in:
+        check_shards(source)
     check_suites(wanted)
     return wanted, source
 

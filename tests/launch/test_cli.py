@@ -128,6 +128,13 @@ def test_data_pack(treering: Command, refused: Refused, tmp_path: Path) -> None:
     assert "shards/red holds shards packed from another" in refused(*again)
     assert "must be i/n" in refused(*again, "--part", "8/8")
     assert "not found" in refused("data", "pack", str(tmp_path / "none.tsv"), "shards/none")
+    for name in "abc":
+        Image.new("RGB", (8, 8), "red").save(folder / f"{name}.png")
+    (tmp_path / "three.tsv").write_text("".join(f"{name}.png\ta square\n" for name in "abc"))
+    parts = ("--shard-size", "1", "--part", "1/2")
+    done = treering("data", "pack", str(tmp_path / "three.tsv"), "shards/three", "--images", str(folder), *parts)
+    assert done.stdout.startswith("1 sample with 1 caption in 1 of 3 shards\n")
+    assert done.stdout.endswith("2 shards still to be written, by the other parts\n")
 
 
 def test_doctor(treering: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

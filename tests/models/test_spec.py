@@ -42,7 +42,7 @@ def test_growth_targets() -> None:
         ({"modalities.au-dio.depth": 4}, "no such size"),
         ({"modalities.text.depth": 4}, "no such size"),
         ({"modalities.audio.norm_eps": 1}, "no such size"),
-        ({"modalities.audio.depth": 4}, r"does not give a valid model: modalities\.audio\.width: Field required"),
+        ({"modalities.audio.depth": 4}, r"does not give a valid model: modalities\.audio\.width is missing; add it"),
         ({"caption.width": 4}, "no such size"),
         ({"image.norm_eps": 1}, "no such size"),
         ({"image.depth.x": 4}, "no such size"),

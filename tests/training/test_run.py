@@ -245,7 +245,7 @@ def test_a_source_and_a_stage_may_come_while_the_run_trains(tmp_path: Path, on_r
     assert any(
         change.startswith("data.train.1.source: None there, 'samples://emoji/held_out' here") for change in changes
     )
-    with pytest.raises(StoreError, match=r"has been falling since sample 108: its stages are settled"):
+    with pytest.raises(StoreError, match=r"has been falling since sample 108: its stages can no longer change"):
         train(recipe(*planned[:1], planned[1].replace("36}", "36}, {samples: 12}"), *steady), tmp_path / "grown")
 
 

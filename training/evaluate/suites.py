@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,19 @@ def evaluate(
             run(suite, bench, found)
     found.contents = bench.contents
     return found
+
+
+def check_shards(url: str) -> None:
+    """Raises DataError if the data of the built-in suites are not shards but pictures in folders or a table."""
+    place = Path(url)
+    is_folder = place.is_dir() and not any(place.glob("*.tar*"))
+    if is_folder or (place.is_file() and place.suffix in (".tsv", ".csv", ".jsonl")):
+        what = "a folder of pictures" if is_folder else "a table"
+        raise DataError(
+            f"{shown_url(url)!r} is {what}, and the built-in suites read tar shards; pack it (treering data pack), or "
+            f"put a suite of your own into a .yaml file, as in {{name: mine, data: {shown_url(url)}, "
+            f"protocol: zero_shot}}, and name that file as the suite (docs/evaluation.md)"
+        )
 
 
 def _built_in(bench: Bench, config: EvalConfig, samples: EvaluationSet, found: Evaluation) -> None:

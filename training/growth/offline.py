@@ -162,9 +162,21 @@ def _with_stages(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, An
         for stage in stages:
             spec = StageConfig.model_validate(stage).resized(spec)
         _complete(tree, spec)
+        _outlasts_warmup(recipe, stages, new)
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise SpecError(first_mistake(error)) from None
+
+
+def _outlasts_warmup(recipe: Recipe, stages: list[dict[str, Any]], new: dict[str, Any]) -> None:
+    """Raises SpecError if the run would end while its learning rate still rises."""
+    batch, warmup = recipe.data.batch, recipe.schedule.warmup
+    its, total = (sum(-(-stage["samples"] // batch) * batch for stage in some) for some in ([new], stages))
+    if total <= warmup:
+        raise SpecError(
+            f"samples = {new['samples']} ends the run before its schedule.warmup = {warmup} does; give "
+            f"samples={warmup + 1 - (total - its)} or more, or leave it out and set both in the recipe that is written"
+        )
 
 
 def _complete(tree: dict[str, Any], spec: ModelSpec) -> None:

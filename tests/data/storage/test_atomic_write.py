@@ -77,3 +77,12 @@ def test_durable_syncs_the_file_before_its_name_and_then_the_folder(
     atomic_write(tmp_path / "file", b"data", durable=True)
     assert calls[0].endswith(".part")
     assert calls[1:] == ["rename", str(tmp_path)]
+
+
+def test_a_folder_in_the_place_is_named_itself(tmp_path: Path) -> None:
+    """Not the hidden partial file beside it, which nobody has heard of."""
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(IsADirectoryError) as refused:
+        atomic_write(tmp_path / "page.html", "text")
+    assert refused.value.filename == str(tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]

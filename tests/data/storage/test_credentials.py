@@ -63,6 +63,17 @@ HOLD_ONE = [
     "relative/a.tar?token=hunter2",
     "pipe:curl -H 'Authorization: Bearer hunter2' https://host/a.tar",
     "abfss://hunter2@host/a.tar",
+    "https://host/api/a.tar?code=hunter2",
+    "https://host/a.tar?a=b&code=hunter2",
+    "//me:hunter2@host/a.tar",
+    "//me:hunter2@host",
+    "//:hunter2@host/a.tar",
+    "me:hunter2@host:/a.tar",
+    "me:hunter2@host/a.tar",
+    "me:hunter2@host.example.org:/data/{000..012}.tar",
+    "me:with/hunter2@host:/a.tar",
+    "me:hunter2@[2001:db8::1]:/a.tar",
+    "me%3Ahunter2%40host:/a.tar",
 ]
 HOLD_NONE = [
     "s3://bucket/{000..012}.tar",
@@ -81,6 +92,13 @@ HOLD_NONE = [
     "abfs://container@account.dfs.core.windows.net/a.tar",
     "gs://bucket/00?/passwords/a.tar",
     "a photo of a {}; by me@home?",
+    "me@host:/a.tar",
+    "//server/share/me@work/a.tar",
+    "/data//a:b@c/a.tar",
+    "shards/a:b@c/a.tar",
+    "https://host/a.tar?country_code=de&barcode=1",
+    "C:/Users/me@work/a.tar",
+    "a clock at 12:30@noon",
 ]
 
 

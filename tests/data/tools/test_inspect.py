@@ -6,7 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from treering.data import DataError, LedgerEntry, Source, open_source
-from treering.data.ledger import read_ledger
+from treering.data.ledger import entries_of, read_ledger
 from treering.data.tools.contact_sheet import cards, with_notes
 from treering.data.tools.inspect import inspect, locate_entries, open_indexed, sample_numbers, script, sorted_numbers
 from treering.data.tools.statistics import Alike, Copies, Values, difference_hash
@@ -275,6 +275,13 @@ def test_drawn_is_a_sample_without_replacement(url: str) -> None:
 
 
 # The ledger
+
+
+def test_rows_of_another_release_are_read_as_far_as_they_are_known() -> None:
+    row = {"source": "s", "shard": "0.tar", "key": "a", "offset": 0, "reason": "was bad", "position": 7}
+    rows = [row | {"step": 1, "severity": "high"}, {"step": 2}, {k: v for k, v in row.items() if k != "position"}]
+    first = LedgerEntry("s", "0.tar", "a", 0, "was bad", 7)
+    assert entries_of(rows) == [first, replace(first, position=-1)]
 
 
 def entry(source: Source, number: int, reason: str, **changes: object) -> LedgerEntry:

@@ -70,6 +70,10 @@ def test_processes_and_parts_come_to_the_same(tmp_path: Path, many: Path) -> Non
     for part in ("2/3", "2/3", "0/2", "1/3", "3/4", "0/1"):
         packed = pack(many, out, "100kB", part=part, workers=2)
         missing.append(packed.missing)
+        first, parts = map(int, part.split("/"))
+        own = keys(tmp_path / "0" / "set")[first::parts]
+        assert packed.part == len(own)
+        assert packed.samples == packed.captions == sum(map(len, own))
         assert {name: data for name, data in expected.items() if name in contents(tmp_path / "2" / "set")} == contents(
             tmp_path / "2" / "set"
         )

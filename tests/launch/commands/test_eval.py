@@ -59,6 +59,18 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "embeddings"
 
 
+def test_a_built_in_suite_on_pictures_says_how_to_write_one(
+    refused: Callable[..., str], treering: Command, tiny: Path, suites: list[str]
+) -> None:
+    """Folders of classes and tables of captions are read by suites of one's own, and shards by the built-in ones."""
+    assert treering("train", str(tiny), "--out", "runs/tiny").returncode == 0
+    for place, what in (("sets/classes", "a folder of pictures"), ("sets/captions.csv", "a table")):
+        said = refused("eval", "runs/tiny", "--suite", "zero_shot", "--data", place)
+        assert f"'{place}' is {what}, and the built-in suites read tar shards; pack it (treering data pack)" in said
+        assert f"{{name: mine, data: {place}, protocol: zero_shot}}" in said
+        assert said in refused("train", str(tiny), "eval.suites=[retrieval]", f"eval.data={place}", "--out", "other")
+
+
 def test_one_command_evaluates_a_commit_on_three_suites(
     treering: Command, tiny: Path, tmp_path: Path, suites: list[str], cached: Path
 ) -> None:

@@ -67,7 +67,9 @@ def test_what_a_person_reads(open_clip: ModuleType, treering: Run, refused: Call
         assert asks in refused(command[0], "runs/coca/recipe.yaml", *command[1:])
     given = ["runs/coca/recipe.yaml", "data.train=[{source: samples://emoji}]"]
     assert treering("explain", *given).returncode == 0
-    done = treering("grow", "runs/coca", "--to", "image.depth=3", "--out", "runs/deep", "samples=64000")
+    short = refused("grow", "runs/coca", "--to", "image.depth=3", "--out", "runs/deep", "samples=64")
+    assert "ends the run before its schedule.warmup = 20000 does; give samples=20001 or more" in short
+    done = treering("grow", "runs/coca", "--to", "image.depth=3", "--out", "runs/deep", "samples=20001")
     assert done.stdout.endswith("runs/deep-trained 'data.train=[{source: YOUR-SHARDS/*.tar}]'\n"), done.stderr
     assert asks in refused("train", "runs/deep/recipe.yaml", "--out", "runs/a")
     assert "samples://emoji/held_out" in treering("eval", "runs/coca", "--suite", "retrieval").stdout

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from treering.data.errors import DataError
 from treering.data.evaluation_sets import Form
 from treering.models.model import Model
 from treering.tests.support.small_suites import (
@@ -175,6 +176,23 @@ def test_a_swapped_caption_that_is_the_true_one_is_said(tmp_path: Path) -> None:
     found = result(model_that_tells_apart(), suite(tmp_path, "s", "t.csv", "pairs"))
     assert found.scores["s/accuracy"] == 0.0
     assert found.notes == ["s: in 1 of 1 pairs both captions are equal, which count as wrong"]
+
+
+def test_a_number_may_be_a_swapped_caption(tmp_path: Path) -> None:
+    """A cell such as 7 is read as a number, in a table of any kind; other things are named for what they are."""
+    paint(tmp_path / "0.png", 1)
+    (tmp_path / "t.csv").write_text("path,caption,swapped\n0.png,7,8\n")
+    (tmp_path / "t.jsonl").write_text('{"path": "0.png", "caption": "a dog", "swapped": 8.5}\n')
+    for table in ("t.csv", "t.jsonl"):
+        assert "s/accuracy" in result(model_that_tells_apart(), suite(tmp_path, "s", table, "pairs")).scores
+    for value, said in (
+        ("true", "is 'true', not a text"),
+        ("[1]", r"is '\[1\]', not a text"),
+        ('" "', "is missing or empty"),
+    ):
+        (tmp_path / "t.jsonl").write_text(f'{{"path": "0.png", "caption": "a dog", "swapped": {value}}}\n')
+        with pytest.raises(DataError, match=rf"line 1: no swapped caption: 'swapped' {said}"):
+            result(model_that_tells_apart(), suite(tmp_path, "s", "t.jsonl", "pairs"))
 
 
 def test_a_score_without_a_value_is_left_out_and_said() -> None:

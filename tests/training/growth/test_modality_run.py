@@ -217,7 +217,7 @@ def test_the_plan_counts_it(shard: str) -> None:
         ([f"model.modalities={{text: {AUDIO}}}"], "the model already has a tower called text"),
         ([f"model.modalities={{'../x': {AUDIO}}}"], "is not a valid name"),
         (["stages.2.grow={modalities.audio.features: 9}"], "does not fit the samples of its data column"),
-        (["stages.2.grow={modalities.radio.depth: 2}"], r"modalities\.radio\.width: Field required"),
+        (["stages.2.grow={modalities.radio.depth: 2}"], r"modalities\.radio\.width is missing; add it"),
         (["stages.2.grow={audio.depth: 2}"], r"no such size, the nearest is modalities\.audio\.depth"),
     ],
 )

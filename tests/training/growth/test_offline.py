@@ -140,9 +140,9 @@ def test_every_part_is_read_once_for_each_kind_and_one_is_kept(
         (
             ["image.depth=2"],
             ["samples=24", "depth_init=none"],
-            "depth_init: Input should be 'zero', 'stack' or 'interleave'",
+            "depth_init = 'none': must be 'zero', 'stack' or 'interleave'",
         ),
-        (["image.depth=two"], ["samples=24"], "valid integer|valid number"),
+        (["image.depth=two"], ["samples=24"], r"^grow\.image\.depth = 'two': must be a number$"),
     ],
 )
 def test_bad_requests_are_refused(to: list[str], options: list[str], message: str, whole: Path, tmp_path: Path) -> None:
