@@ -18,7 +18,7 @@ class RunPlan:
     """Stages, model specs and ends of a run, all by the number of the stage."""
 
     recipe: Recipe
-    """settled: its stages have the sizes and the samples that were decided"""
+    """as decided: its stages have the sizes and the samples that were decided"""
     specs: tuple[ModelSpec, ...]
     ends: tuple[int, ...]
     """the step after which each stage is over"""

@@ -168,7 +168,7 @@ def statistics(found: Mapping[str, Any]) -> Group:
     if found["bad"]:
         parts.append(reasons_table(found["bad"]))
     if found["unread"]:
-        parts.append(Text(f"beside good captions, not read: {_counts(found['unread'])}"))
+        parts.append(Text(f"ignored next to good captions: {_counts(found['unread'])}"))
     rows = {name.replace("_", " "): pictures[name] for name in ("width", "height", "short_side", "width_over_height")}
     rows |= {"captions per sample": captions["a_sample"], "tokens per caption": captions["tokens"]}
     rows |= {"characters per caption": captions["characters"]}

@@ -201,7 +201,7 @@ def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
     if near > _CROWDED:
         messages.append(
             f"{near:.0%} of a batch have a neighbour of their shard in it, as data.shuffle_window = "
-            f"{recipe.data.shuffle_window:,} is small beside data.batch; leave it out, or set "
+            f"{recipe.data.shuffle_window:,} is small compared with data.batch; leave it out, or set "
             f"{default_window(recipe.data.batch):,} or more"
         )
     pairs = recipe.data.batch // found["devices"]

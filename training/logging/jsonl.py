@@ -153,7 +153,7 @@ class RunRecords:
         """Remove the records after the commit of `step`, from which the data continues at `position` of the stream.
 
         The commit's line may come after later steps, because it is written when the upload ends. Bad samples that a
-        rollback passes over stay in the ledger: they are not read again.
+        rollback skips stay in the ledger: they are not read again.
         """
 
         def before(row: dict[str, Any]) -> bool:
