@@ -99,6 +99,31 @@ def train(
 
 
 @app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print the file of this one, to be edited; default: list all.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the bundled recipes: what each trains, and the command, machine, time and score to expect.
+
+    treering recipes
+    treering recipes photos > mine.yaml
+    """
+    from .commands import recipes as bundled
+
+    if name is None:
+        found = bundled.list_recipes()
+        text = bundled.as_text(found)
+    else:
+        text = (found := bundled.read_bundled(name))["text"].rstrip("\n")
+    if as_json:
+        print_json(found)
+    else:
+        Console().print(Text(text), soft_wrap=True)
+
+
+@app.command()
 def explain(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Print the complete recipe, each value with its origin: a line of the file, an override, or a default.
 

@@ -20,7 +20,7 @@ import tokenizers
 
 from ..errors import BadSample, DataError, shown
 from ..storage.files import readable_errors, shown_url
-from ..storage.filesystems import filesystem
+from ..storage.filesystems import single_try_filesystem
 from .clip_tokenizer import VOCABULARY, TextTokenizer, Tokenizer
 
 _MOST_BYTES = 1 << 28
@@ -54,7 +54,7 @@ def open_tokenizer(name: str = "clip") -> TextTokenizer:
         return Tokenizer()
     where = f"data.tokenizer: {shown_url(name)}"
     with readable_errors(name):
-        system, path = filesystem(name)
+        system, path = single_try_filesystem(name)
         with system.open(path, "rb") as file:
             data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:

@@ -10,15 +10,21 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+import torch
 
 from treering.data import open_source
 from treering.data.errors import DataError
 from treering.data.shards.listing import list_shards
+from treering.launch.recipe.load import read_recipe
 from treering.tests.support.s3_server import BUCKET
-from treering.training.checkpoint.commits import Commits
+from treering.tests.support.tiny_runs import SIZES
+from treering.training.checkpoint.commits import Commits, find_commit
+from treering.training.checkpoint.manifest import Commit
 from treering.training.checkpoint.store import Store, StoreError
+from treering.training.loop import train
 
 
 def tar_of(caption: str) -> bytes:
@@ -156,6 +162,68 @@ class _Public(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(data)
+
+
+class _PublicFolder(_Public):
+    """A bucket with what lies in a folder, and its listings, for those who do not sign their requests."""
+
+    folder = Path()
+
+    def _answer(self, body: bool) -> None:
+        asked = urlsplit(self.path)
+        query, key = parse_qs(asked.query), unquote(asked.path).strip("/").partition("/")[2]
+        if not key and "list-type" in query:
+            self.content = self._listing(query.get("prefix", [""])[0], query.get("delimiter", [""])[0])
+        elif (self.folder / key).is_file():
+            self.content = (self.folder / key).read_bytes()
+        else:
+            self.send_error(404)
+            return
+        self.path = "/public/0.tar"
+        super()._answer(body)
+
+    def _listing(self, prefix: str, delimiter: str) -> bytes:
+        keys = [str(path.relative_to(self.folder)) for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        found = [key for key in keys if key.startswith(prefix)]
+        cut = {key: key[: key.find(delimiter, len(prefix)) + 1] if delimiter else "" for key in found}
+        rows = [
+            f"<CommonPrefixes><Prefix>{each}</Prefix></CommonPrefixes>" for each in dict.fromkeys(cut.values()) if each
+        ]
+        rows += [
+            f"<Contents><Key>{key}</Key><Size>{(self.folder / key).stat().st_size}</Size><ETag>1</ETag>"
+            "<LastModified>2024-01-01T00:00:00.000Z</LastModified></Contents>"
+            for key in found
+            if not cut[key]
+        ]
+        return f"<ListBucketResult><Name>public</Name>{''.join(rows)}</ListBucketResult>".encode()
+
+
+def test_a_run_begins_with_a_commit_of_a_public_bucket(
+    public: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read by everybody, evaluated on shards and with a tokenizer that lie there too, and never written."""
+    weights = _tiny_run(tmp_path / "bucket" / "run")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Folder", (_PublicFolder,), {"folder": tmp_path / "bucket"}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    try:
+        commit = find_commit("s3://public/run")
+        assert commit.manifest.state.samples == weights.manifest.state.samples
+        assert all(
+            torch.equal(tensor, weights.tensors("model")[name]) for name, tensor in commit.tensors("model").items()
+        )
+        (tmp_path / "bucket" / "0.tar").write_bytes(tar_of("public"))
+        assert caption("s3://public/0.tar") == "public"
+        with pytest.raises(StoreError, match="no valid credentials"):
+            Store("s3://public/run").check()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _tiny_run(out: Path) -> Commit:
+    train(read_recipe("emoji", [*SIZES, "stages=[{samples: 36}]", "eval.suites=[]"]).recipe, out)
+    return find_commit(str(out))
 
 
 @pytest.fixture

@@ -304,9 +304,9 @@ def find_commit(url: str, warn: Callable[[str], None] = print_warning) -> Commit
     and fits together. `warn` is called for those that are not. Raises StoreError."""
     parent, _, last = url.rstrip("/").rpartition("/")
     if _SET.match(last):
-        return Commits(Store(parent or ".")).verified(last)
+        return Commits(Store(parent or ".", public=True)).verified(last)
     for place in (url.rstrip("/"), f"{url.rstrip('/')}/commits"):
-        commits = Commits(Store(place))
+        commits = Commits(Store(place, public=True))
         damage: DamagedCommit | None = None
         for name in reversed(commits.names()):
             try:

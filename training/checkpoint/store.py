@@ -43,7 +43,8 @@ class CommitRefused(StoreError):
 class Store:
     """Objects by name below one URL. Names are our own, never a user's."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, public: bool = False) -> None:
+        """`public`: it is only read, so a bucket that anyone may read needs no credentials. Raises StoreError."""
         if holds_secret(url):
             raise StoreError(
                 f"store {without_user(url)}: its URL holds a user or a secret; give credentials by environment or "
@@ -55,7 +56,7 @@ class Store:
             raise StoreError(f"the store {error}") from None
         self.url = url.rstrip("/")
         try:
-            self._fs, root = single_try_filesystem(self.url, public=False)
+            self._fs, root = single_try_filesystem(self.url, public)
         except ImportError as error:
             package = "'treering[gcs]'" if url.startswith(_GOOGLE) else "what is missing"
             raise StoreError(f"store {self.url}: {error}; pip install {package}") from None
