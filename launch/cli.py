@@ -107,8 +107,10 @@ def recipes(
 ) -> None:
     """List the bundled recipes: what each trains, and the command, machine, time and score to expect.
 
-    treering recipes
-    treering recipes photos > mine.yaml
+    With a name, print that recipe's file, with its comments, to begin one of your own.
+
+        treering recipes
+        treering recipes photos > mine.yaml
     """
     from .commands import recipes as bundled
 

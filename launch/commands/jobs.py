@@ -171,7 +171,7 @@ def plan(
     That is memory, time, loader, network, store and cost.
     Warnings say what will fail or be slow.
 
-        treering plan photos --nodes 4 --gpus-per-node 8 --device h100 --price 2.5
+        treering plan photos --nodes 4 --gpus-per-node 8 --device h100 'data.train=[{source: shards/photos/*.tar}]'
     """
     from ..recipe.load import read_recipe
     from . import plan as planning

@@ -1,14 +1,17 @@
 """Every command that the README and the pages of docs/ show, in their order: typed into a folder where what they name
 is there, in small. Those of docs/slurm.md need a cluster (tests/cluster), those of docs/checkpoints.md and of
 docs/interchange.md are looked at more closely in test_checkpoints.py and test_interchange_page.py, those of
-docs/howto.md in test_howto.py."""
+docs/howto.md in test_howto.py, those of docs/own_photos.md in test_own_photos.py."""
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -17,11 +20,12 @@ from PIL import Image
 from typer.main import get_command
 
 from treering.launch.cli import app
+from treering.tests.support.open_clip_models import published
 from treering.training.checkpoint.commits import find_commit
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = {"slurm.md", "checkpoints.md", "interchange.md", "howto.md"}
+ELSEWHERE = {"slurm.md", "checkpoints.md", "interchange.md", "howto.md", "own_photos.md"}
 SMALL = [
     "data.batch=8",
     "data.workers=0",
@@ -52,11 +56,11 @@ def furnished(here: Path, treering: RUN, s3: str) -> Path:
     """A folder with pictures, shards of them here and in a bucket, and runs."""
     (here / "photos").mkdir()
     chance = np.random.default_rng(0)
-    lines = ["path\tcaption\tsimilarity"]
+    lines = ["path\tcaption\tsimilarity\tnsfw"]
     for number in range(24):
         picture = Image.fromarray(chance.integers(0, 256, (40, 48, 3), dtype=np.uint8))
         picture.save(here / "photos" / f"{number}.jpg")
-        lines.append(f"{number}.jpg\ta picture of number {number}\t{number / 24:.3f}")
+        lines.append(f"{number}.jpg\ta picture of number {number}\t{number / 24:.3f}\t0")
     (here / "captions.tsv").write_text("\n".join(lines))
     for number in range(4):
         (here / "pets" / ["cat", "dog"][number % 2]).mkdir(parents=True, exist_ok=True)
@@ -78,8 +82,11 @@ def furnished(here: Path, treering: RUN, s3: str) -> Path:
 
 
 def _typed(treering: RUN, line: str) -> None:
-    done = treering(*shlex.split(line)[1:])
-    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"  # type: ignore[attr-defined]
+    line, file = re.fullmatch(r"(.*?)(?: > (\S+\.yaml))?", line).groups()  # type: ignore[union-attr]
+    done: Any = treering(*shlex.split(line)[1:])
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    if file:
+        Path(file).write_text(done.stdout)
 
 
 def _in_small(line: str, here: Path, bucket: str) -> str:
@@ -107,6 +114,32 @@ def test_every_command_of_the_page_works(page: Path, furnished: Path, treering: 
             assert (done.returncode, done.stderr.strip()) == (2, _shown_after(page, line))  # type: ignore[attr-defined]
         elif not line.startswith("treering submit"):  # needs a cluster
             _typed(treering, _in_small(line, furnished, s3))
+
+
+def examples(command: Any = None, name: str = "treering") -> list[str]:
+    """The commands that the help pages show, those of `import` first, as others use what it writes."""
+    inside = getattr(command or get_command(app), "commands", {})
+    found = [line for key, each in inside.items() for line in examples(each, key)]
+    text = inspect.getdoc(command.callback) or "" if command and not inside else ""
+    found += [line.strip() for line in text.splitlines() if line.startswith("    treering ")]
+    return sorted(found, key=lambda line: not line.startswith("treering import"))
+
+
+def test_every_example_of_the_help_pages_works(furnished: Path, treering: RUN, s3: str, open_clip: ModuleType) -> None:
+    published(open_clip, furnished / "published", "ViT-B-32")
+    for line in ("--out runs/other seed=2", "--out runs/far checkpoint.to=s3://BUCKET/emoji"):
+        _typed(treering, _in_small(f"treering train emoji {line}", furnished, s3))
+    system, shards = fsspec.core.url_to_fs(f"{s3}/photos")
+    system.copy(shards, f"{shards.rpartition('/')[0]}/raw", recursive=True)
+    lines = examples()
+    assert len(lines) > 20
+    for line in lines:
+        typed = re.sub(r"open_clip:ViT\S+", "open_clip:local-dir:published", line).replace("{00000..01023}", "00000")
+        typed = typed.replace("s3://BUCKET/emoji/step-000000000562-attempt-0001", "s3://BUCKET/emoji")
+        typed = typed.replace("BUCKET/photos --shard", "BUCKET/again --shard")
+        typed += " --suite retrieval" * (line == "treering compare runs/emoji runs/other")  # of SMALL's recipe
+        if not line.startswith("treering submit"):  # needs a cluster
+            _typed(treering, _in_small(typed, furnished, s3))
 
 
 def _shown_after(page: Path, line: str) -> str:
