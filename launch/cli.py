@@ -12,7 +12,7 @@ import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -115,7 +115,7 @@ def recipes(
     from .commands import recipes as bundled
 
     if name is None:
-        found = bundled.list_recipes()
+        found: Any = bundled.list_recipes()
         text = bundled.as_text(found)
     else:
         text = (found := bundled.read_bundled(name))["text"].rstrip("\n")
