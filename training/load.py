@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data.errors import BadSample
 from ..data.samples.clip_tokenizer import TextTokenizer
 from ..data.samples.decode import centre_crop, decode_image
 from ..data.samples.tokenizer import open_tokenizer
@@ -81,14 +82,25 @@ class Loaded:
         """A picture as the model sees it, uint8 [3, resolution, resolution]; normalising is left to the model.
 
         Takes a PIL picture, a path, the bytes of a JPEG, PNG or WebP file, or uint8 [H, W, 3]. Raises BadSample for
-        bytes that are not pictures, ValueError for an array of another kind.
+        bytes that are not pictures, OSError for a file that cannot be read, ValueError for anything else.
         """
+        place = ""
         if isinstance(picture, str | Path):
+            place = f"{str(picture)!r}: "
+            if "://" in str(picture):
+                raise ValueError(f"{str(picture)!r} is a URL, and pictures are read from paths; pass its bytes")
             picture = Path(picture).read_bytes()
         if isinstance(picture, bytes):
-            pixels = decode_image(picture)
+            try:
+                pixels = decode_image(picture)
+            except BadSample as error:
+                raise BadSample(f"{place}{error}") from None
+        elif isinstance(picture, np.ndarray):
+            pixels = picture
+        elif hasattr(picture, "convert"):
+            pixels = np.asarray(picture.convert("RGB"))
         else:
-            pixels = np.asarray(picture if isinstance(picture, np.ndarray) else picture.convert("RGB"))
+            raise ValueError(f"a picture is one of PIL, a path, bytes or uint8 [H, W, 3], not {type(picture).__name__}")
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise ValueError(f"a picture is uint8 [H, W, 3], not {pixels.dtype} {list(pixels.shape)}")
         image = self.spec.image
@@ -134,7 +146,7 @@ class Loaded:
 
     def _pictures(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
         if not isinstance(images, Tensor):
-            some: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+            some: Sequence[Any] = list(images) if isinstance(images, list | tuple | Iterator) else [images]
             if not some:
                 raise ValueError("there is no picture; give at least one")
             images = torch.stack([p if isinstance(p, Tensor) else self.preprocess(p) for p in some])

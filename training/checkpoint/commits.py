@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -302,6 +303,8 @@ def print_warning(message: str) -> None:
 def find_commit(url: str, warn: Callable[[str], None] = print_warning) -> Commit:
     """A commit by its own URL, or the newest one of a run folder or of a folder of commits: the newest that is intact
     and fits together. `warn` is called for those that are not. Raises StoreError."""
+    if Path(url).is_file():
+        raise StoreError(f"{url} is a file, and a commit is a folder; give a commit, or the --out folder of a run")
     parent, _, last = url.rstrip("/").rpartition("/")
     if _SET.match(last):
         return Commits(Store(parent or ".", public=True)).verified(last)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import treering
+from treering.data.errors import BadSample
 from treering.launch.commands.eval import evaluate_commit
 from treering.launch.commands.export import export_commit
 from treering.launch.commands.grow import grow_offline
@@ -335,3 +336,14 @@ def test_python_takes_pictures_as_they_are(coca: Path, tmp_path: Path) -> None:
         model.encode_image(rows.float())
     with pytest.raises(FileNotFoundError):
         model.encode_image(["none.jpg"])
+    assert torch.equal(model.encode_image(Path(name) for name in names), truth)
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(BadSample, match=r"notes.txt': picture does not decode"):
+        model.caption([tmp_path / "notes.txt"])
+    with pytest.raises(ValueError, match="is a URL, and pictures are read from paths"):
+        model.encode_image("https://example.org/a.jpg")
+    for wrong in (None, 5, [None], {"a": 1}):
+        with pytest.raises(ValueError, match=r"a picture is one of PIL, a path, bytes or uint8 \[H, W, 3\], not"):
+            model.encode_image(wrong)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="is a file, and a commit is a folder"):
+        treering.load(tmp_path / "notes.txt")
