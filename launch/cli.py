@@ -179,6 +179,7 @@ def evaluate(
         treering eval s3://BUCKET/emoji --suite pets.yaml,flickr.yaml,retrieval
         treering eval open_clip:ViT-B-32/laion2b_s34b_b79k --suite pets.yaml
     """
+    from ..training.report.losses import held_out_text
     from ..training.report.sections import made_on
     from .commands.eval import compare_commits, compatibility_table, evaluate_commit
     from .worker import score_table
@@ -202,6 +203,9 @@ def evaluate(
     console.print(Text(made_on(found["data"])), soft_wrap=True)
     for note in found["notes"]:
         console.print(Text(f"note: {note}"), soft_wrap=True)
+    if held_out := found["held_out"]:
+        of = f"{counted(held_out['samples'], 'sample')} of {held_out['data']} in batches of {held_out['batch']:,}"
+        console.print(Text(f"{held_out_text(held_out)}, on {of}"), soft_wrap=True)
     console.print(score_table(found["scores"], found["chance"], found["intervals"]))
 
 

@@ -123,11 +123,12 @@ def check_sources(recipe: Recipe) -> list[SourceIdentity]:
         for line in source_notes(source, each.filter):
             Console(stderr=True).print(Text(line), soft_wrap=True)
         found.append(source.identity)
-    if recipe.eval.built_in and recipe.evaluation_source not in {each.source for each in recipe.data.train}:
+    eval_data = recipe.evaluation_source if recipe.eval.built_in else recipe.eval.data
+    if eval_data and eval_data not in {each.source for each in recipe.data.train}:
         from ..training.evaluate.suites import check_shards
 
-        check_shards(recipe.evaluation_source)
-        open_source(recipe.evaluation_source, cache)
+        check_shards(eval_data)
+        open_source(eval_data, cache)
     if recipe.eval.suites:
         from ..training.evaluate.protocols import check_suites
 

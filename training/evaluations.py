@@ -7,7 +7,9 @@ import time
 from .engines.base import Engine
 from .evaluate.suites import evaluate
 from .health.watchdog import Watchdog
+from .held_out import Terms
 from .logging.run_log import RunLog
+from .objectives.base import states
 from .recipe import Recipe
 from .run_plan import RunPlan
 from .starting.same_data import changed_sets
@@ -24,17 +26,19 @@ class Evaluations:
         self.chance: dict[str, float] = {}
         self.is_best = False
         """whether the latest scores are the best so far, and no commit has them yet"""
+        self._known = False
+        """whether the scores are those of an evaluation"""
         self._step = -1
         """the step of the latest evaluation of this attempt"""
 
     @property
     def lacking(self) -> bool:
-        """Whether the recipe has suites, and no scores are known."""
-        return bool(self._recipe.eval.suites) and not self.scores
+        """Whether the recipe asks for evaluations, and the result of none is known."""
+        return self._recipe.eval.is_asked_for and not self._known
 
     def due(self, plan: RunPlan, state: RunState) -> bool:
         """Whether the cadence or the end of the run asks for an evaluation after a step."""
-        return bool(self._recipe.eval.suites) and (plan.crossed(self._recipe.eval.every, state) or plan.is_over(state))
+        return self._recipe.eval.is_asked_for and (plan.crossed(self._recipe.eval.every, state) or plan.is_over(state))
 
     def of_step(self, step: int) -> dict[str, float] | None:
         """The scores of this step; None if it was not evaluated."""
@@ -42,7 +46,9 @@ class Evaluations:
 
     def recall(self, state: RunState) -> None:
         """Take the scores that the records have for this step."""
-        self.scores, self.chance = self._world.first(self._display.scores(state))
+        recorded = self._world.first(self._display.scores(state))
+        self._known = recorded is not None
+        self.scores, self.chance = recorded or ({}, {})
 
     def run(self, engine: Engine, state: RunState) -> RunState:
         """Evaluate and log it; returns the state with its best score and the samples it was evaluated on.
@@ -52,8 +58,17 @@ class Evaluations:
         begun, recipe = time.monotonic(), self._recipe
         data = recipe.data
         with engine.whole_model() as model, self._watch.through(model, "evaluate", state.step):
-            found = evaluate(model, recipe.eval, recipe.evaluation_source, self._world, data.cache, data.tokenizer)
-        self.scores, self.chance, self._step = found.scores, found.chance, state.step
+            found = evaluate(
+                model,
+                recipe.eval,
+                recipe.evaluation_source,
+                self._world,
+                data.cache,
+                data.tokenizer,
+                counting=self._display.counting,
+                terms=Terms.of(recipe, state, states(engine.objectives)),
+            )
+        self.scores, self.chance, self._step, self._known = found.scores, found.chance, state.step, True
         if why := changed_sets(state, found.contents):
             self._display.warn(why)
             state = state.model_copy(update={"best": None})

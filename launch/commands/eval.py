@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ...models.model import Model
     from ...models.spec import ModelSpec
     from ...training.evaluate.outcome import Evaluation
+    from ...training.state import RunState
     from ...training.world import World
 
 _WITHOUT_DATA = "samples://emoji"
@@ -40,8 +41,13 @@ class OpenedModel:
     """reads the tensors, by name"""
     identity: Callable[[], str]
     """a key of these weights for the embedding cache: other weights at the same `url` have another one"""
-    step: int = 0
-    samples: int = 0
+    state: RunState | None = None
+    """that of the run; None for weights of no run"""
+
+    @property
+    def samples(self) -> int:
+        """Samples that the run has trained on."""
+        return self.state.samples if self.state else 0
 
 
 def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dict[str, Any]:
@@ -56,6 +62,8 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
 
     opened = open_model(url)
     wanted, source = evaluation_of(opened, config, data)
+    if suites and not data and not wanted.built_in:  # nothing else is asked of the run's data
+        wanted = wanted.model_copy(update={"held_out": 0})
     world = World.join()
     try:
         found = evaluate_opened(opened, wanted, source, world)
@@ -63,10 +71,11 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
         world.leave()
     return {
         "commit": opened.url,
-        "step": opened.step,
+        "step": opened.state.step if opened.state else 0,
         "samples": opened.samples,
         "data": found.data,
         "notes": found.notes,
+        "held_out": found.held_out and found.held_out.json(),
         "scores": found.scores,
         "intervals": found.intervals,
         "chance": found.chance,
@@ -94,10 +103,10 @@ def evaluation_of(opened: OpenedModel, config: EvalConfig | None, data: str | No
     recipe, shown = opened.recipe, safe_text(opened.url)
     given = {"examples": 0} if config is None else {"examples": 0, "suites": config.suites}
     wanted = recipe.eval.model_copy(update=given)
-    if not wanted.suites:
+    source = data or recipe.evaluation_source
+    if not (wanted.suites or (source and wanted.held_out and opened.state)):
         known = ",".join(BUILT_IN)
         raise RecipeError(f"the recipe of {shown} has no suites; give some, as in --suite {known}")
-    source = data or recipe.evaluation_source
     if wanted.built_in and not source:
         raise RecipeError(f"the recipe of {shown} has no data to evaluate on; give some with --data")
     if wanted.needs_captioner and opened.spec.captioner is None:
@@ -115,12 +124,15 @@ def evaluate_opened(opened: OpenedModel, config: EvalConfig, source: str, world:
     """Evaluate a model, reading its embeddings from the cache where possible and caching new ones."""
     from ...training.evaluate.embedding_cache import EmbeddingCache
     from ...training.evaluate.suites import evaluate
+    from ...training.held_out import Terms
     from ...training.logging.counting import counting, no_counting
 
     recipe, model = opened.recipe, _model(opened).to(world.device)
     embeddings = EmbeddingCache(opened.identity(), world)
     show = counting if world.is_first else no_counting
-    return evaluate(model, config, source, world, recipe.data.cache, recipe.data.tokenizer, embeddings, show)
+    terms = Terms.of(recipe, opened.state, opened.state.objectives) if opened.state else None
+    cache, tokenizer = recipe.data.cache, recipe.data.tokenizer
+    return evaluate(model, config, source, world, cache, tokenizer, embeddings, show, terms)
 
 
 def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[str, Any]:
@@ -224,8 +236,7 @@ def open_model(url: str) -> OpenedModel:
     def identity() -> str:
         return f"{commit.url} {' '.join(part.sha256 for part in manifest.parts)}"
 
-    state = manifest.state
-    return OpenedModel(commit.url, manifest.spec, recipe, weights, identity, state.step, state.samples)
+    return OpenedModel(commit.url, manifest.spec, recipe, weights, identity, manifest.state)
 
 
 def _with_data(recipe: Recipe) -> Recipe:

@@ -12,7 +12,8 @@ from typing import Any
 from ...data.storage.credentials import masked
 from ...data.units import counted
 from ...training.health.watchdog import read_heartbeats
-from ...training.report.readable import decimal, duration_text, exact, percent, score
+from ...training.report.losses import gap_of
+from ...training.report.readable import decimal, duration_text, exact, number, percent, score
 from ...training.report.reading import RecordedRun, read_run
 from ..errors import RecipeError, safe_text
 from ..jobs.attempts import LAST, attempts_file
@@ -74,6 +75,7 @@ def read_status(place: str) -> dict[str, Any]:
         "skipped_steps": step.get("skipped"),
         "attempts": len(run.events("start", "resume")),
         "commit": last.get("commit", {}).get("url"),
+        "held_out": scores.get("held_out"),
         "scores": scores.get("scores") or {},
         "chance": scores.get("chance") or {},
     }
@@ -97,6 +99,7 @@ def as_table(status: dict[str, Any]) -> Any:
         "stage": None if status["stage"] is None else f"{status['stage'] + 1} of {status['stages']}",
         "parameters": exact(status["parameters"]),
         "loss": decimal(status["loss"]),
+        "held-out loss": _held_out(status["held_out"]) if status["held_out"] else None,
         "samples/s": decimal(status["samples_per_second"], 3),
         "mfu": percent(status["mfu"]) if status["mfu"] is not None else None,
         "data wait": percent(status["data_wait"]) if status["data_wait"] is not None else None,
@@ -116,6 +119,12 @@ def as_table(status: dict[str, Any]) -> Any:
         if value is not None:
             table.add_row(Text(safe_text(name)), Text(safe_text(str(value))))
     return table
+
+
+def _held_out(held_out: dict[str, Any]) -> str:
+    """The latest held-out loss and its gap to the training loss before it."""
+    gap = gap_of(held_out)
+    return decimal(number(held_out.get("loss"))) + ("" if gap is None else f" (gap {decimal(gap, 3)})")
 
 
 def _sweep_table(runs: dict[str, dict[str, Any] | None]) -> Any:
@@ -209,7 +218,7 @@ def _from_store(place: str) -> dict[str, Any]:
     speed = (state.samples - max(origin, default=0)) / state.seconds if state.seconds else None
     finished = state.samples >= recipe.total_samples
     nothing: dict[str, Any] = dict.fromkeys(
-        ("job", "mfu", "data_wait", "loss", "losses", "seconds_since_last_line", "parameters")
+        ("job", "mfu", "data_wait", "loss", "losses", "held_out", "seconds_since_last_line", "parameters")
     )
     age = None if written is None else time.time() - written
     return nothing | {

@@ -43,13 +43,25 @@ def backward(
     so that an engine does not exchange gradients before they are complete (DDP's `no_sync`).
     """
     batch = _Batch(forward, objectives, inputs, parts, world)
-    loss = torch.stack([o.weight * batch.partial_losses[o.name] for o in objectives]).sum()
+    partial_losses = batch.losses(objectives, inputs, world)
+    loss = torch.stack([o.weight * partial_losses[o.name] for o in objectives]).sum()
     (loss * world.size).backward()
     gradients = batch.of_pieces([leaf.grad for leaf in batch.whole.values()])
     for number, gradient in enumerate(gradients):
         with contextlib.nullcontext() if number == len(gradients) - 1 else hold():
             torch.autograd.backward(*_ends(batch.again(number), gradient))
-    return {name: loss.detach() for name, loss in batch.partial_losses.items()}
+    return {name: loss.detach() for name, loss in partial_losses.items()}
+
+
+@torch.no_grad()
+def whole_output(
+    forward: Callable[[Inputs], PieceOutput], objectives: Sequence[Objective], inputs: Inputs, parts: int, world: World
+) -> PieceOutput:
+    """The output for a whole batch and the token table, from `parts` pieces and without a graph; arguments as for
+    `backward`."""
+    batch = _Batch(forward, objectives, inputs, parts, world)
+    whole = {name: tensor.detach() for name, tensor in batch.whole.items()}
+    return with_leaves(batch.output, whole), whole["table"]
 
 
 def gradient_norms(
@@ -69,7 +81,7 @@ def gradient_norms(
     leaves = list(batch.whole.values())
     trained = [leaf for leaf in leaves if leaf.requires_grad]
     wanted, totals = {}, {o.name: [torch.zeros_like(p) for p in parameters] for o in objectives}
-    for name, loss in batch.partial_losses.items():
+    for name, loss in batch.losses(objectives, inputs, world).items():
         slopes = iter(torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True))
         wanted[name] = batch.of_pieces([next(slopes) if leaf.requires_grad else None for leaf in leaves])
     for number in range(len(batch.pieces)):
@@ -85,7 +97,7 @@ def gradient_norms(
 
 
 class _Batch:
-    """The first pass over a batch: its outputs as leaves of a graph of their own, and the objectives on them."""
+    """The first pass over a batch: its outputs as leaves of a graph of their own."""
 
     def __init__(
         self,
@@ -106,8 +118,11 @@ class _Batch:
                 self._kept.append(found)
         self.whole = {name: _merged([one[name] for one in self._kept]) for name in self._kept[0]}
         """the outputs of the whole batch, by name"""
-        output = with_leaves(output, self.whole)
-        self.partial_losses = {o.name: o.partial_loss(output, inputs, self.whole["table"], world) for o in objectives}
+        self.output = with_leaves(output, self.whole)
+
+    def losses(self, objectives: Sequence[Objective], inputs: Inputs, world: World) -> dict[str, Tensor]:
+        """This rank's part of each objective."""
+        return {o.name: o.partial_loss(self.output, inputs, self.whole["table"], world) for o in objectives}
 
     def _run(self, piece: Inputs) -> tuple[ModelOutput, dict[str, Leaf]]:
         output, table = self._forward(piece)

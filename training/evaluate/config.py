@@ -233,6 +233,12 @@ class EvalConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         None, description="shards to evaluate on; default: the held-out split of a samples:// source"
     )
     batch: int = Field(128, gt=0, description="pairs embedded at once by each process")
+    held_out: int = Field(
+        1_024,
+        ge=0,
+        description="samples of the evaluation data on which every objective is computed at each evaluation, rounded "
+        "up to whole batches of data.batch: the held-out loss; 0: none",
+    )
     templates: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = Field(
         default_factory=dict,
         description="zero-shot prompts by label, as in {animal: ['a photo of a {}']}; default: the bare class name",
@@ -250,6 +256,11 @@ class EvalConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         if twice is not None:
             raise ValueError(f"two suites are called {twice!r}; rename one, as their scores would have the same names")
         return suites
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether there is anything to evaluate: suites, or data that are named for the held-out loss."""
+        return bool(self.suites or (self.data and self.held_out))
 
     @property
     def built_in(self) -> tuple[str, ...]:

@@ -7,13 +7,38 @@ let two models be compared query by query. They stay in memory and are not writt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import isfinite
+from dataclasses import asdict, dataclass, field
+from math import fsum, isfinite
 from typing import Any
 
 from torch import Tensor
 
 from .reliability import interval
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The loss of a run on samples that it does not train on."""
+
+    losses: dict[str, float]
+    """each objective, before weighting"""
+    weights: dict[str, float]
+    samples: int
+    batch: int
+    """pairs in a batch: those of the recipe, or all samples where there are fewer"""
+    data: str
+    """where the samples come from, as it is shown"""
+    without: list[str]
+    """objectives of the run that cannot be computed on these samples"""
+
+    @property
+    def loss(self) -> float:
+        """The weighted sum."""
+        return fsum(weight * self.losses[name] for name, weight in self.weights.items())
+
+    def json(self) -> dict[str, Any]:
+        """As a plain object."""
+        return {"loss": self.loss, **asdict(self)}
 
 
 @dataclass
@@ -27,6 +52,8 @@ class Evaluation:
     samples (other suites)"""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     """95% intervals, for scores that have one"""
+    held_out: HeldOutLoss | None = None
+    """None if it was not asked for or cannot be computed"""
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     undefined: list[str] = field(default_factory=list)
     """scores that are not finite on this data or with this model; they are not among `scores`"""
@@ -81,4 +108,5 @@ class Evaluation:
     def json(self) -> dict[str, Any]:
         """As a plain object, without the queries."""
         kept = ("scores", "chance", "sizes", "intervals", "data", "notes", "examples", "bad")
-        return {name: getattr(self, name) for name in kept}
+        loss = {"held_out": self.held_out.json()} if self.held_out else {}
+        return {name: getattr(self, name) for name in kept} | loss

@@ -8,7 +8,7 @@ the remaining ones could not be compared with published figures.
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,18 +80,19 @@ class Bench:
                 f"{rows[0][0]}, {rows[other][1]:,} for process {other} on {rows[other][0]}; copy the data again"
             )
 
-    def own_set(self, url: str) -> EvaluationSet:
-        """The run's evaluation data, with the columns of the modality towers. Raises DataError, SpecError."""
+    def own_set(self, url: str, columns: Collection[str] | None = None, context: int | None = None) -> EvaluationSet:
+        """The run's evaluation data, with those of `columns` that it has (default: those of the modality towers) and
+        captions of at most `context` tokens (default: the model's). Raises DataError, SpecError."""
         spec, image = self.model.spec, self.model.spec.image
         samples = EvaluationSet(
             url,
             image.resolution,
-            spec.text.context,
+            context or spec.text.context,
             self.cache,
             self.tokenizer,
             resize=image.resize,
             interpolation=image.interpolation,
-            columns=spec.modalities,
+            columns=spec.modalities if columns is None else sorted(columns),
         )
         spec.check_samples(samples.vectors.shapes)
         self._check_ranks(samples)
@@ -111,7 +112,7 @@ class Bench:
                 rows = embed_prompts(self.model, tokenizer, texts, self.batch, self.world, progress)
             return {"texts": rows}, None
 
-        return self._cached(["texts", list(texts)], make)[0]["texts"]
+        return self.cached(["texts", list(texts)], make)[0]["texts"]
 
     def captions(self, data: Pictures, how: Captioning) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Every usable sample with its generated caption, and ledger entries for the others."""
@@ -122,7 +123,7 @@ class Bench:
                     self.model, data, how.decoding, how.max_tokens, self.batch, self.world, progress
                 )
 
-        rows, bad = self._cached(["captions", data.identity, how.decoding, how.max_tokens], make)[1]
+        rows, bad = self.cached(["captions", data.identity, how.decoding, how.max_tokens], make)[1]
         return rows, bad
 
     def _fetched(self, data: Pictures) -> Embedded:
@@ -132,11 +133,12 @@ class Bench:
             rest = {name: getattr(found, name) for name in ("numbers", "captions", "labels", "bad", "keys")}
             return {"images": found.images, "texts": found.texts, "owners": found.owners, **found.modalities}, rest
 
-        tensors, rest = self._cached(["set", data.identity, list(data.columns)], make)
+        tensors, rest = self.cached(["set", data.identity, list(data.columns)], make)
         modalities = {name: tensors[name] for name in data.columns}
         return Embedded(tensors["images"], tensors["texts"], tensors["owners"], modalities=modalities, **rest)
 
-    def _cached(self, made_from: list[Any], make: Any) -> Content:
+    def cached(self, made_from: list[Any], make: Callable[[], Content]) -> Content:
+        """What `make` computes, from the embedding cache if it was computed before."""
         if self.embeddings is None:
             content: Content = make()
             return content

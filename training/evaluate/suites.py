@@ -21,6 +21,7 @@ from ...data.loading.loader import EvaluationSet
 from ...data.samples.sample import Sample
 from ...data.storage.files import shown_url
 from ...models.model import Model
+from ..held_out import Terms, add_held_out_loss
 from ..logging.counting import Counting, no_counting
 from ..world import World
 from . import zero_shot
@@ -45,12 +46,13 @@ def evaluate(
     tokenizer: str = "clip",
     embeddings: EmbeddingCache | None = None,
     counting: Counting = no_counting,
+    terms: Terms | None = None,
 ) -> Evaluation:
     """Run the configured suites. All ranks call it together, and each gets the same result.
 
     `url` names the shards for built-in suites and examples, read through `cache` with the run's `tokenizer`. Captioning
     is skipped while the model has no captioner. With `embeddings`, embeddings are read from and written to that cache.
-    `counting` shows the progress of what takes long.
+    `counting` shows the progress of what takes long. With `terms`, the held-out loss is computed at `url` as well.
 
     Raises DataError if data cannot be read or used, or have no labels for the zero-shot suite; SpecError if a modality
     tower cannot read its column of the data.
@@ -60,6 +62,8 @@ def evaluate(
     if config.built_in or (config.examples and url):
         samples = bench.own_set(url)
         _built_in(bench, config, samples, found)
+    if terms is not None and config.held_out and url:
+        add_held_out_loss(bench, terms, url, config.held_out, found)
     for suite in config.own:
         if model.captioner is not None or not isinstance(suite.protocol, Captioning):
             run(suite, bench, found)

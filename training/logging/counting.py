@@ -38,7 +38,12 @@ def counting(
     stream, what = stream or sys.stderr, printable(what)
     console = Console(file=stream, highlight=False)
     if not console.is_terminal:
-        yield _lines(what, stream, interval, clock)
+
+        def write(line: str) -> None:
+            with suppress(OSError):
+                print(line, file=stream, flush=True)
+
+        yield lines(what, write, interval, clock)
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True) as bar:
@@ -50,7 +55,8 @@ def counting(
         yield report
 
 
-def _lines(what: str, stream: TextIO, interval: float, clock: Callable[[], float]) -> Progress:
+def lines(what: str, write: Callable[[str], None], interval: float, clock: Callable[[], float]) -> Progress:
+    """Takes (done, total), and writes a line about it at most every `interval` seconds; none at the end of the work."""
     begun = shown = clock()
 
     def report(done: int, total: int) -> None:
@@ -60,7 +66,6 @@ def _lines(what: str, stream: TextIO, interval: float, clock: Callable[[], float
             return
         shown = now
         left = f", {duration_text((now - begun) * (total - done) / done)} left" if done else ""
-        with suppress(OSError):
-            print(f"{what}: {done:,} of {total:,}{left}", file=stream, flush=True)
+        write(f"{what}: {done:,} of {total:,}{left}")
 
     return report

@@ -11,11 +11,13 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from ...data.storage.atomic_write import atomic_write, partial_path, remove_partials, sync_folder
+from ..report.losses import RECENT
 from ..state import TrainingError
 
 _AFTER_A_COMMIT = ("search", "grow", "resume", "rollback", "end")
@@ -107,6 +109,8 @@ class RunRecords:
         """the step of the last evaluation"""
         self._compared: int | None = None
         """that of the last evaluation before the last growth"""
+        self.steps: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        """the newest step lines"""
         for place in (folder, folder / "evaluations"):
             remove_partials(place)
 
@@ -127,8 +131,10 @@ class RunRecords:
         return max((row["step"] for row in self.metrics.rows() if row["event"] == "step"), default=first)
 
     def _note(self, row: dict[str, Any]) -> None:
-        """Remember which evaluation was the last one before the last growth."""
-        if row["event"] == "grow":
+        """Remember which evaluation was the last one before the last growth, and the newest steps."""
+        if row["event"] == "step":
+            self.steps.append(row)
+        elif row["event"] == "grow":
             self._compared = self._evaluated
         elif row["event"] == "eval":
             self._evaluated = row["step"]
@@ -160,6 +166,7 @@ class RunRecords:
             return row["step"] < step or (row["step"] == step and row["event"] not in _AFTER_A_COMMIT)
 
         self._evaluated = self._compared = None
+        self.steps.clear()
         for row in self.metrics.cut(before):
             self._note(row)
         self.ledger.cut(lambda row: row["position"] < position if row.get("position", -1) >= 0 else row["step"] <= step)
@@ -169,6 +176,7 @@ class RunRecords:
 
     def clear(self) -> None:
         """Remove all records: an earlier attempt left no commit, so the run starts from the beginning."""
+        self.steps.clear()
         self.metrics.cut(lambda row: False)
         self.ledger.cut(lambda row: False)
         for path in self.folder.glob("evaluations/step-*.json"):

@@ -14,39 +14,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import NamedTuple, Self, TextIO
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from ...data.shards.parallel import Progress as Report
 from ..report import readable
+from ..report.losses import Term, loss_text, terms_text
+from .counting import lines
 
 _SMOOTHING = 0.3  # weight of the newest rate in the moving average that gives the remaining time
 
 
+_REDRAW = 0.5  # seconds between two updates of the bar by a piece of work
 _WIDE = 120  # columns of a terminal from which on the terms of the loss fit beside the bar
-
-
-class Term(NamedTuple):
-    """A term of the loss at a step: its weight, and its value without it (None: not finite)."""
-
-    name: str
-    weight: float
-    value: float | None
-
-
-def terms_text(terms: Sequence[Term]) -> str:
-    """What a loss consists of: ` (contrastive 4.47, caption 2 x 10.81)`; empty if it is one term of weight 1."""
-    if len(terms) == 1 and terms[0].weight == 1:
-        return ""
-    parts = [
-        f"{readable.plain(name)} {'' if weight == 1 else f'{readable.decimal(weight, 3)} x '}"
-        f"{'not finite' if value is None else readable.decimal(value)}"
-        for name, weight, value in terms
-    ]
-    return f" ({', '.join(parts)})" if parts else ""
 
 
 class Progress:
@@ -115,6 +99,23 @@ class Progress:
         else:
             self._write(line)
 
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Report]:
+        """Shows how much of `what`, a piece of work between two steps, is done: in place of the text of the bar, or
+        by a line every `interval` seconds."""
+        if self._bar:
+            kept = self._bar.tasks[0].fields["text"]
+            yield lines(readable.printable(what), self._show_in_bar, _REDRAW, self._clock)
+            self._show_in_bar(kept)
+        else:
+            yield lines(readable.printable(what), self._write, self._interval, self._clock)
+
+    def _show_in_bar(self, text: str) -> None:
+        if self._bar:
+            with self._showing():
+                self._bar.update(self._task, text=text)
+                self._bar.refresh()
+
     def close(self) -> None:
         """Leave the last state on the screen and stop the bar; may be called twice."""
         if self._bar:
@@ -144,7 +145,7 @@ class Progress:
         seen = readable.compact if self._total >= 10_000_000 else readable.exact
         parts = [
             f"{seen(samples)}/{seen(self._total)}",
-            f"loss {readable.decimal(loss) if loss is not None else 'not finite'}{terms}",
+            f"loss {loss_text(loss)}{terms}",
             f"{readable.compact(rate)}/s",
             f"{readable.duration_text(left)} left" if samples < self._total else "done",
             f"stage {stage + 1}/{self._stages} · {readable.compact(parameters)}",

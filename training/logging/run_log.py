@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...data.shards.parallel import Progress as Report
 from ...data.units import counted
 from ..evaluate.comparing import bits, flips
 from ..evaluate.suites import Evaluation
 from ..objectives.terms import weights_at
 from ..recipe import Recipe
 from ..report import write_report
+from ..report.losses import Term, gap_text, training_beside
 from ..report.readable import counts_first
 from ..state import RunState
 from ..world import World
+from .counting import no_counting
 from .jsonl import RunRecords
-from .progress import Progress, Term
+from .progress import Progress
 from .tensorboard import TensorBoardLog
 
 _REPORTING = 0.01
@@ -53,6 +57,8 @@ class RunLog:
             self._board: TensorBoardLog | None = None
             self._purge = 0
             self._bad = 0
+            self._said: set[str] = set()
+            """what evaluations of this attempt have warned of"""
             self._report_due = self._failure_due = 0.0
 
     def begin(self, state: RunState, commit: str | None) -> None:
@@ -120,7 +126,7 @@ class RunLog:
             outcome = "the stage ends" if row["ended"] else "the stage continues"
             self.progress.note(f"loss per FLOP falls by {row['slope']:.1e}, expected {row['expected']:.1e}: {outcome}")
         elif event == "end" and self._board:  # None if a finished run was started again: nothing new to write
-            self._board.end(self.recipe.model_dump(mode="json"), self.scores(state)[0])
+            self._board.end(self.recipe.model_dump(mode="json"), (self.scores(state) or ({},))[0])
         elif event == "commit_failed":
             self._warn_of_failed_commit(f"no commit of step {state.step}: {row['error']}", row["then"])
         elif event == "commit":
@@ -159,8 +165,14 @@ class RunLog:
         if found.bad:
             self.warn(f"{len(found.bad)} evaluation samples cannot be used; the first: {found.bad[0]['reason']}")
         for note in found.notes:
-            self.warn(note)
+            if note not in self._said:
+                self.warn(note)
+        self._said.update(found.notes)
         record = {"step": state.step, "samples": state.samples, **found.json(), "bits": bits(found)}
+        loss: dict[str, Any] = {}
+        if found.held_out:
+            held_out = found.held_out.json()
+            loss["held_out"] = held_out | {"training": training_beside(held_out, self.records.steps)}
         since = self.records.evaluation_before_growth()
         changed = {"flips": flips(since["bits"], record["bits"]), "since": since["samples"]} if since else {}
         self.records.write_json(f"evaluations/step-{state.step:09d}.json", record)
@@ -175,25 +187,33 @@ class RunLog:
             data=found.data,
             seconds=seconds,
             **changed,
+            **loss,
         )
         self._open_board().evaluation(record)
         if found.points and state.samples == self.recipe.total_samples:  # megabytes of text: only at the end
             self._open_board().points(*found.points, state.samples)
         best = [(k, v) for k, v in found.scores.items() if k in found.chance and counts_first(k)]
-        self.progress.note("scores: " + ", ".join(f"{k} {v:.1%} (chance {found.chance[k]:.1%})" for k, v in best))
+        if best:
+            self.progress.note("scores: " + ", ".join(f"{k} {v:.1%} (chance {found.chance[k]:.1%})" for k, v in best))
+        if loss:
+            self.progress.note(gap_text(loss["held_out"]))
         self._report_if_cheap()
 
-    def scores(self, state: RunState) -> tuple[dict[str, float], dict[str, float]]:
-        """Scores and chance levels already recorded for this step; empty if there are none."""
+    def scores(self, state: RunState) -> tuple[dict[str, float], dict[str, float]] | None:
+        """Scores and chance levels already recorded for this step; None if it was not evaluated."""
         rows = self.records.metrics.rows() if self.on else []
         found = [row for row in rows if row["event"] == "eval" and row["step"] == state.step]
-        return (found[-1]["scores"], found[-1]["chance"]) if found else ({}, {})
+        return (found[-1]["scores"], found[-1]["chance"]) if found else None
 
     def bad(self, entries: list[dict[str, Any]]) -> None:
         """Add ledger entries of samples that could not be used."""
         if self.on:
             self.records.ledger.append(*entries)
             self._bad += len(entries)
+
+    def counting(self, what: str) -> AbstractContextManager[Report]:
+        """Shows how much of a piece of work between two steps is done."""
+        return self.progress.counting(what) if self.on else no_counting(what)
 
     def lineage(self, state: RunState) -> None:
         """Write the lineage so far."""

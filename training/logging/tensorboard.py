@@ -74,6 +74,9 @@ class TensorBoardLog:
         captions."""
         samples = evaluation["samples"]
         self._add({f"eval/{key}": value for key, value in (evaluation.get("scores") or {}).items()}, samples)
+        held_out = evaluation.get("held_out") or {}
+        losses = {"total": held_out.get("loss"), **(held_out.get("losses") or {})}
+        self._add({f"held_out/{name}": value for name, value in losses.items()}, samples)
         examples = evaluation.get("examples") or {}
         for number, example in enumerate(examples.get("retrieval") or []):
             self._picture(f"retrieval/{number:02d}", example, _nearest(example), samples)

@@ -27,11 +27,13 @@ ChartPoint = tuple[float, float | None]
 
 @dataclass(frozen=True)
 class Series:
-    """One line: (x, y) points with increasing x; y None: a gap. `chance`: a reference level to draw."""
+    """One line: (x, y) points with increasing x; y None: a gap. `chance`: a reference level to draw; `dots`: its points
+    too."""
 
     name: str
     points: Sequence[ChartPoint]
     chance: float | None = None
+    dots: bool = False
 
     @property
     def values(self) -> list[float]:
@@ -232,7 +234,7 @@ class _Drawing:
                     path.append(f"{'L' if pen_down else 'M'}{self.x(px)} {self.y(py)}")
                 pen_down = py is not None
             drawn.append(Markup('<path class="line s{}" d="{}"/>').format(n, "".join(path)))
-            if self.chart.dots or len(series.values) == 1:
+            if self.chart.dots or series.dots or len(series.values) == 1:
                 drawn += [
                     Markup(
                         '<circle class="dot s{}" cx="{}" cy="{}" r="3.5"><title>{}: {} at {} samples</title></circle>'

@@ -13,10 +13,12 @@ from typing import Any
 
 from ...data.shards.source import attribution, held_out
 from ...data.storage.credentials import masked
+from ...data.units import counted
 from . import readable
 from .charts import LineChart, Marker, Series
 from .drawings import bar, rings
 from .history import HistoryView, device, markers, parameters_reached
+from .losses import conclusion, gap_text
 from .readable import is_number, number, printable
 from .reading import LogLine, RecordedRun
 
@@ -162,11 +164,15 @@ def curves(run: RecordedRun) -> HistoryView | None:
         return None
     marks, end = markers(run), float(run.total_samples or 0)
     names = list(dict.fromkeys(k for s in steps for k in s.get("losses") or {}))
-    loss = LineChart("Loss over samples seen", [_series("total loss", steps, "loss")], marks, end)
+    total = [_series("total loss", steps, "loss"), *_held_out_series(run)]
+    loss = LineChart("Loss over samples seen", total, marks, end)
     parts = [
         LineChart(
             f"{readable.plain(n).capitalize()} loss",
-            [Series(readable.plain(n), [(s["samples"], number((s.get("losses") or {}).get(n))) for s in steps])],
+            [
+                Series(readable.plain(n), [(s["samples"], number((s.get("losses") or {}).get(n))) for s in steps]),
+                *_held_out_series(run, n),
+            ],
             marks,
             end,
             labelled=False,
@@ -186,12 +192,36 @@ def curves(run: RecordedRun) -> HistoryView | None:
     ]
     return {
         "loss": loss,
+        "gap": _gap(run),
         "parts": parts,
         "scores": _score_charts(run, marks, end),
         "data": evaluated_on(run),
         "small": small,
         "table": _figures(steps, names),
     }
+
+
+def _held_out_series(run: RecordedRun, term: str | None = None) -> list[Series]:
+    """The held-out loss of each evaluation as a line, or that of a term; none if there is none."""
+    points = []
+    for line in run.events("eval"):
+        held_out = line.get("held_out")
+        if isinstance(held_out, Mapping):
+            value = held_out.get("loss") if term is None else (held_out.get("losses") or {}).get(term)
+            points.append((line["samples"], number(value)))
+    return [Series("held out", points, dots=True)] if any(y is not None for _, y in points) else []
+
+
+def _gap(run: RecordedRun) -> str:
+    """The last held-out loss beside that of training, and what follows from it; empty without one."""
+    lines = [line for line in run.events("eval") if isinstance(line.get("held_out"), Mapping)]
+    if not lines:
+        return ""
+    held_out = lines[-1]["held_out"]
+    samples, batch = (round(number(held_out.get(name)) or 0) for name in ("samples", "batch"))
+    of = f"on {counted(samples, 'sample')} of {printable(masked(str(held_out.get('data'))))} in batches of {batch:,}"
+    said = gap_text(held_out)
+    return f"{said[0].upper()}{said[1:]}; {of}. {conclusion(lines)}"
 
 
 def retrieval(run: RecordedRun) -> list[HistoryView]:

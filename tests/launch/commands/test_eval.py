@@ -83,7 +83,7 @@ def test_one_command_evaluates_a_commit_on_three_suites(
     assert found["sizes"] == {"colours": 9, "nine": 9, "nine/text_to_image": 9, **of_captions}
     assert set(found["intervals"]) == set(found["scores"])
     kept = sorted(cached.iterdir())
-    assert len(kept) == 4  # three sets, and the prompts
+    assert len(kept) == 5  # three sets, the prompts, and the held-out loss
     shown = treering(*asked).stdout
     assert sorted(cached.iterdir()) == kept
     for name, score in found["scores"].items():
