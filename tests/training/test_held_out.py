@@ -156,7 +156,7 @@ def test_it_is_the_formula_on_whole_batches_of_the_held_out_data(tmp_path: Path)
     assert (loss["samples"], loss["batch"], loss["without"], loss["notes"]) == (24, 12, [], [])
 
 
-def test_bad_samples_are_passed_over_and_a_batch_that_is_not_full_is_left_out(tmp_path: Path) -> None:
+def test_bad_samples_are_skipped_and_a_batch_that_is_not_full_is_left_out(tmp_path: Path) -> None:
     bad = frozenset(order(29)[at] for at in (2, 3, 13))
     train, seen = pictures(tmp_path / "train.tar", 30), pictures(tmp_path / "held_out.tar", 29, bad)
     recipe = recipe_for(train, seen)
