@@ -24,6 +24,7 @@ from .samples.decode import captions_and_labels, centre_crop, decode_image, pict
 from .samples.sample import Sample
 from .samples.tokenizer import open_tokenizer
 from .shards.listing import IMAGE_KINDS
+from .shards.parallel import Progress, silent
 from .shards.source import READ_KINDS, check_sizes, open_source
 from .storage.block_cache import BlockCache
 from .storage.files import shown_url, version_of
@@ -89,8 +90,10 @@ def open_pictures(
     *,
     resize: str = "crop",
     interpolation: str = "bicubic",
+    progress: Progress = silent,
 ) -> FilePictures | ShardPictures:
     """The set at `url`: a folder, a table or shards; pictures are cropped and resized to `resolution` by `centre_crop`.
+    `progress(done, total)` counts shards that must be indexed.
 
     Raises DataError if it is none of these, is empty, or lacks texts.
     """
@@ -99,7 +102,7 @@ def open_pictures(
         partial(centre_crop, resolution=resolution, resize=resize, interpolation=interpolation),
     )
     if names_shards(url):
-        return ShardPictures(url, form, preprocess, context, tokenizer, cache)
+        return ShardPictures(url, form, preprocess, context, tokenizer, cache, progress)
     if path.is_dir():
         read = {"captions": _caption_folder, "class": _class_folder, "swap": _refuse_folder}[form.need]
         entries = list(read(path))
@@ -170,10 +173,17 @@ class ShardPictures:
     columns = ()
 
     def __init__(
-        self, url: str, form: Form, preprocess: Preprocess, context: int, tokenizer: str, cache: CacheConfig | None
+        self,
+        url: str,
+        form: Form,
+        preprocess: Preprocess,
+        context: int,
+        tokenizer: str,
+        cache: CacheConfig | None,
+        progress: Progress = silent,
     ) -> None:
         blocks = BlockCache((cache or CacheConfig()).bytes)
-        self.source = open_source(url, blocks, captions=form.need != "class")
+        self.source = open_source(url, blocks, progress=progress, captions=form.need != "class")
         self.url, self.form, self._preprocess = url, form, preprocess
         self.context = context
         self.tokenizer = open_tokenizer(tokenizer)

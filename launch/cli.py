@@ -416,9 +416,11 @@ def doctor(
 
     Exit code 0 if a run can start here, 1 if something essential is missing.
     """
+    from ..training.logging.counting import waiting
     from .commands import doctor as checks
 
-    found = checks.run_checks(out, store)
+    with waiting("checking this machine"):
+        found = checks.run_checks(out, store)
     if as_json:
         print_json(checks.as_json(found))
     else:

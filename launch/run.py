@@ -21,9 +21,11 @@ from rich.console import Console
 from rich.text import Text
 
 from ..data.storage.atomic_write import atomic_write
+from ..data.storage.files import shown_url
 from ..models.flops import parameters
 from ..training.health.signals import is_ignored
 from ..training.health.watchdog import HUNG, LOST
+from ..training.logging.counting import counting, waiting
 from ..training.recipe import Recipe
 from .errors import RecipeError, RunError, show
 from .recipe.load import ResolvedRecipe, read_recipe
@@ -88,7 +90,9 @@ def check(recipe: Recipe, out: Path, processes: int) -> None:
         raise RecipeError(f"--out {show(str(out))} is a file; give a folder")
     _check_disk(recipe, out)
     found = check_sources(recipe)
-    check_data(recipe, check_store(recipe, out), found)
+    with waiting(f"checking {shown_url(recipe.commits_url(out))}"):
+        commit = check_store(recipe, out)
+    check_data(recipe, commit, found)
 
 
 def _check_disk(recipe: Recipe, out: Path) -> None:
@@ -119,7 +123,8 @@ def check_sources(recipe: Recipe) -> list[SourceIdentity]:
 
     cache, found = BlockCache(recipe.data.cache.bytes), []
     for each in recipe.data.train:
-        source = open_source(each.source, cache, each.filter, recipe.data.bad_shards)
+        with counting(f"{shown_url(each.source)}: shards read") as progress:
+            source = open_source(each.source, cache, each.filter, recipe.data.bad_shards, progress=progress)
         for line in source_notes(source, each.filter):
             Console(stderr=True).print(Text(line), soft_wrap=True)
         found.append(source.identity)
@@ -128,11 +133,13 @@ def check_sources(recipe: Recipe) -> list[SourceIdentity]:
         from ..training.evaluate.suites import check_shards
 
         check_shards(eval_data)
-        open_source(eval_data, cache)
+        with counting(f"{shown_url(eval_data)}: shards read") as progress:
+            open_source(eval_data, cache, progress=progress)
     if recipe.eval.suites:
         from ..training.evaluate.protocols import check_suites
 
-        check_suites(recipe.eval)
+        with waiting("opening the data of the suites"):
+            check_suites(recipe.eval)
     return found
 
 

@@ -125,7 +125,7 @@ class Run:
         begun = time.monotonic()
         # The claim comes first: an attempt before this one that still runs commits no more once this one has looked.
         attempt = self.uploads.claim_attempt()
-        found = begin(recipe, self.commits, world, self._build, self.display.warn)
+        found = begin(recipe, self.commits, world, self._build, self.display.warn, self.display.counting)
         self.engine, self.state = found.engine, found.state
         self.plan = RunPlan.of(recipe, self.state.decisions)
         self._record_start(found, attempt, beginning)
@@ -179,8 +179,9 @@ class Run:
         """The loader of the stage, with the samples that are already known to be bad."""
         recipe, world = self.recipe, self.world
         sees, mixtures = self.plan.sees(self.state.stage), self.plan.mixtures(self.state)
-        make = partial(Loader, recipe.data, *sees, recipe.seed, world.rank, world.size, mixtures)
-        loader, data = open_together(world, recipe, make)
+        with self.display.counting("shards read") as progress:
+            make = partial(Loader, recipe.data, *sees, recipe.seed, world.rank, world.size, mixtures, progress)
+            loader, data = open_together(world, recipe, make)
         check_same_data(recipe, self.state, data, self.commits.store.url)
         self.state = self.state.model_copy(update={"data": tuple(data), "tokenizer": loader.tokenizer.identity})
         self.plan.specs[-1].check_samples(loader.columns)
@@ -226,7 +227,8 @@ class Run:
         """Choose what a stage grows into, by short trials from here; returns False if the run stops before it has."""
         begun = time.monotonic()
         alive = partial(self.watch.at, "search", self.state.step)
-        choice = search(self.engine, self._build, self.recipe, self.state, stage, self._feed, alive, self._tried)
+        state, shown = self.state, self.display.counting
+        choice = search(self.engine, self._build, self.recipe, state, stage, self._feed, alive, self._tried, shown)
         self.loader = self._loader()  # it has opened the sources anew: are they the same still?
         if choice is None:
             return False

@@ -195,7 +195,8 @@ class Uploads:
             return 0.0
         begun, writing = time.monotonic(), upload.writing
         if wait:
-            writing.finish(self._alive)
+            with self._display.counting(f"{writing.name}: parts of the commit written") as progress:
+                writing.finish(self._alive, progress)
         else:
             writing.advance()
         spent = time.monotonic() - begun

@@ -26,6 +26,7 @@ from ..samples.clip_tokenizer import TextTokenizer
 from ..samples.decode import captions_and_labels, centre_crop, picture
 from ..samples.sample import Batch, Sample
 from ..samples.tokenizer import open_tokenizer
+from ..shards.parallel import Progress, silent
 from ..shards.record import Record
 from ..shards.source import READ_KINDS, Source, open_source
 from ..storage.block_cache import BlockCache
@@ -48,14 +49,19 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         mixtures: Sequence[Mixture] = (),
+        progress: Progress = silent,
     ) -> None:
         """Opens the sources; `mixtures` overrides their weights. Pictures are delivered at `resolution` x `resolution`
-        pixels, captions with at most `context` tokens. Raises DataError if a source cannot be read."""
+        pixels, captions with at most `context` tokens. `progress(done, total)` counts the shards that must be indexed.
+        Raises DataError if a source cannot be read."""
         assert config.batch % world == 0, "the recipe checks this"
         config.check_train()
         self.config, self.rank, self.world = config, rank, world
         self.cache = BlockCache(config.cache.bytes)
-        self.sources = [open_source(each.source, self.cache, each.filter, config.bad_shards) for each in config.train]
+        self.sources = [
+            open_source(each.source, self.cache, each.filter, config.bad_shards, progress=progress)
+            for each in config.train
+        ]
         for source, each in zip(self.sources, config.train, strict=True):
             check_tags(source, each.caption_weights, each.labels)
         shards = [source.shard_lengths for source in self.sources]
@@ -159,13 +165,13 @@ class Loader:
         """The keys of the whole global batch `step`; nothing is read. A bad sample's key is given, not its spare's."""
         return [self.sources[place.source].key(place.number) for place in self.order.places(step)]
 
-    def records(self, step: int) -> list[tuple[Record, str, list[LedgerEntry]]]:
+    def records(self, step: int, progress: Progress = silent) -> list[tuple[Record, str, list[LedgerEntry]]]:
         """This rank's part of global batch `step`, raw: for each sample its members, the drawn caption, and the bad
-        samples it replaces.
+        samples it replaces; `progress(done, total)` counts samples.
 
         Each picture is decoded once as a check, so that the samples are the same as those of `batches`. Raises
         DataError as `batches` does."""
-        return self._samples.records(self.order.places(step, self.rank, self.world))
+        return self._samples.records(self.order.places(step, self.rank, self.world), progress)
 
     def coverage(self, step: int) -> dict[str, float]:
         """The number of passes over each source before global batch `step`, by its name.
@@ -218,10 +224,11 @@ class EvaluationSet:
         resize: str = "crop",
         interpolation: str = "bicubic",
         columns: Collection[str] = (),
+        progress: Progress = silent,
     ) -> None:
         """Opens the source; raises DataError if it cannot be read. For `resize` and `interpolation` see `centre_crop`.
-        Those of `columns` that the source has are delivered."""
-        self.source = open_source(url, BlockCache((cache or CacheConfig()).bytes))
+        Those of `columns` that the source has are delivered. `progress(done, total)` counts shards to be indexed."""
+        self.source = open_source(url, BlockCache((cache or CacheConfig()).bytes), progress=progress)
         self.vectors = Vectors(present(columns, self.source), [self.source])
         self.tokenizer = open_tokenizer(tokenizer)
         self.resolution, self.context = resolution, context

@@ -26,6 +26,7 @@ from ..samples.decode import Crop, cropped, draw_crop, picture, whole_sides
 from ..samples.draws import Draws, draw_rows
 from ..samples.sample import Batch, Sample, collate
 from ..samples.tokenizer import open_tokenizer
+from ..shards.parallel import Progress, silent
 from ..shards.record import Record
 from ..shards.source import READ_KINDS, Source
 from ..storage.files import shown_url
@@ -68,13 +69,14 @@ class PlacedSamples:
         undecoded = [self._read(place, place.number, row, note) for place, row in zip(places, rows, strict=True)]
         return [self._usable(*each, note, self._decoded) for each in zip(places, rows, undecoded, strict=True)]
 
-    def records(self, places: Places) -> list[tuple[Record, str, list[LedgerEntry]]]:
+    def records(self, places: Places, progress: Progress = silent) -> list[tuple[Record, str, list[LedgerEntry]]]:
         """The raw samples that `Loader.records` returns."""
         rows, note, found = draw_rows(self.order.seed, "sample", places.position, _DRAWS_PER_SAMPLE), Note(), []
         for place, row in zip(places, rows, strict=True):
             read = self._read(place, place.number, row, note)
             (record, caption), bad = self._usable(place, row, read, note, self._checked)
             found.append((record, caption, bad))
+            progress(len(found), len(places))
         return found
 
     def _usable(

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import BadSample, DataError, shown
 from ..samples.decode import captions_and_labels, picture
-from ..shards.parallel import sweep_samples
+from ..shards.parallel import Progress, silent, sweep_samples
 from ..shards.source import Source
 from ..storage.atomic_write import atomic_write
 from ..storage.files import shown_url
@@ -50,9 +50,10 @@ class Card:
     notes: tuple[str, ...] = ()  # reasons from a run's ledger
 
 
-def cards(source: Source, numbers: Sequence[int], workers: int = 1) -> list[Card]:
-    """The cards of the samples `numbers`, in order. Raises DataError if a shard cannot be read."""
-    return list(sweep_samples(lambda number: card(source, number), numbers, workers))
+def cards(source: Source, numbers: Sequence[int], workers: int = 1, progress: Progress = silent) -> list[Card]:
+    """The cards of the samples `numbers`, in order; `progress(done, total)` counts them. Raises DataError if a shard
+    cannot be read."""
+    return list(sweep_samples(lambda number: card(source, number), numbers, workers, progress))
 
 
 def card(source: Source, number: int) -> Card:

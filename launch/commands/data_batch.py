@@ -70,12 +70,17 @@ def batch_of(name: str, overrides: list[str], step: int, world: int) -> StepBatc
     if not 1 <= step <= plan.ends[-1]:
         raise RecipeError(f"--step {step} is not a step of the run; its steps are 1 to {plan.ends[-1]}")
     from ...data.loading.loader import Loader
+    from ...training.logging.counting import counting
 
     stage = next(number for number, end in enumerate(plan.ends) if step <= end)
     batch = step - 1 + state.skipped_batches(before=step)
-    loader = Loader(recipe.data, *plan.sees(stage), recipe.seed, mixtures=plan.mixtures(state))
+    with counting("shards read") as progress:
+        sees, mixtures = plan.sees(stage), plan.mixtures(state)
+        loader = Loader(recipe.data, *sees, recipe.seed, mixtures=mixtures, progress=progress)
+    with counting("samples read") as progress:
+        records = loader.records(batch, progress)
     found: list[BatchSample] = []
-    for place, (record, caption, bad) in zip(loader.order.places(batch), loader.records(batch), strict=True):
+    for place, (record, caption, bad) in zip(loader.order.places(batch), records, strict=True):
         found.append(
             BatchSample(
                 rank=len(found) * world // size,

@@ -226,11 +226,16 @@ def inspect_url(url: str, samples: int, out: Path | None, workers: int | None) -
         found = inspect(source, sorted_numbers(source, samples), workers, report)
     text = statistics(found)
     if out is not None:
-        chosen = cards(source, sample_numbers(source, min(samples, _ON_A_SHEET)), workers)
+        chosen = _cards(source, sample_numbers(source, min(samples, _ON_A_SHEET)), workers)
         lead = f"{len(chosen):,} of {len(source):,} samples, drawn at random."
         write_sheet(out, shown_url(url), _credited(lead, url), [Section("", chosen), *_alike(source, found, workers)])
         text.renderables.append(Text(f"contact sheet: {safe_text(str(out))}"))
     return found, text
+
+
+def _cards(source: Source, numbers: Sequence[int], workers: int) -> list[Card]:
+    with counting("pictures of the sheet") as report:
+        return cards(source, numbers, workers, report)
 
 
 def _credited(lead: str, url: str) -> str:
@@ -244,7 +249,7 @@ def _alike(source: Source, found: Mapping[str, Any], workers: int) -> list[Secti
     keys = {key for group in groups for key in group["keys"]}
     numbers = {source.key(n): n for n in range(len(source)) if source.key(n) in keys} if keys else {}
     return [
-        Section(f"{group['times']:,} that look alike", cards(source, [numbers[key] for key in group["keys"]], workers))
+        Section(f"{group['times']:,} that look alike", _cards(source, [numbers[key] for key in group["keys"]], workers))
         for group in groups
     ]
 
@@ -256,7 +261,7 @@ def replay_ledger(url: str, ledger: Path, out: Path | None, workers: int | None)
     named = locate_entries(source, entries)
     notes = named.notes.values()
     named_cards = [
-        with_notes(card, own) for card, own in zip(cards(source, list(named.notes), workers), notes, strict=True)
+        with_notes(card, own) for card, own in zip(_cards(source, list(named.notes), workers), notes, strict=True)
     ]
     total = f"{len(named_cards):,} samples listed in {len(entries):,} entries of the ledger"
     if named.gone:

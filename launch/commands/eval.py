@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,17 @@ from ...models.wording import first_mistake, what_is_wrong
 from ...training.evaluate.config import BUILT_IN, EvalConfig
 from ...training.recipe import Recipe
 from ..errors import RecipeError, safe_text
+from ..run_folder import is_first_process
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
+    from ...data.shards.parallel import Progress
     from ...models.model import Model
     from ...models.spec import ModelSpec
     from ...training.evaluate.outcome import Evaluation
+    from ...training.logging.counting import Counting
     from ...training.state import RunState
     from ...training.world import World
 
@@ -37,12 +40,17 @@ class OpenedModel:
     url: str
     spec: ModelSpec
     recipe: Recipe
-    weights: Callable[[], Mapping[str, Tensor]]
-    """reads the tensors, by name"""
+    weights: Callable[[Progress], Mapping[str, Tensor]]
+    """reads the tensors, by name; progress(done, total) counts parts"""
     identity: Callable[[], str]
     """a key of these weights for the embedding cache: other weights at the same `url` have another one"""
     state: RunState | None = None
     """that of the run; None for weights of no run"""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps of the run."""
+        return self.state.step if self.state else 0
 
     @property
     def samples(self) -> int:
@@ -71,7 +79,7 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
         world.leave()
     return {
         "commit": opened.url,
-        "step": opened.state.step if opened.state else 0,
+        "step": opened.step,
         "samples": opened.samples,
         "data": found.data,
         "notes": found.notes,
@@ -91,10 +99,16 @@ def parse_suites(names: list[str]) -> EvalConfig:
     except ValidationError as error:
         raise RecipeError(f"--suite: {safe_text(what_is_wrong(error.errors()))}") from None
     if config.own:
-        from ...training.evaluate.protocols import check_suites
-
-        check_suites(config)
+        _check_suites(config)
     return config
+
+
+def _check_suites(config: EvalConfig) -> None:
+    from ...training.evaluate.protocols import check_suites
+    from ...training.logging.counting import waiting
+
+    with waiting("opening the data of the suites") if is_first_process() else nullcontext():
+        check_suites(config)
 
 
 def evaluation_of(opened: OpenedModel, config: EvalConfig | None, data: str | None) -> tuple[EvalConfig, str]:
@@ -111,12 +125,11 @@ def evaluation_of(opened: OpenedModel, config: EvalConfig | None, data: str | No
         raise RecipeError(f"the recipe of {shown} has no data to evaluate on; give some with --data")
     if wanted.needs_captioner and opened.spec.captioner is None:
         raise RecipeError(f"the model of {shown} has no captioner; remove the captioning suite")
-    from ...training.evaluate.protocols import check_suites
     from ...training.evaluate.suites import check_shards
 
     if wanted.built_in:
         check_shards(source)
-    check_suites(wanted)
+    _check_suites(wanted)
     return wanted, source
 
 
@@ -127,9 +140,9 @@ def evaluate_opened(opened: OpenedModel, config: EvalConfig, source: str, world:
     from ...training.held_out import Terms
     from ...training.logging.counting import counting, no_counting
 
-    recipe, model = opened.recipe, _model(opened).to(world.device)
-    embeddings = EmbeddingCache(opened.identity(), world)
     show = counting if world.is_first else no_counting
+    recipe, model = opened.recipe, _model(opened, show).to(world.device)
+    embeddings = EmbeddingCache(opened.identity(), world)
     terms = Terms.of(recipe, opened.state, opened.state.objectives) if opened.state else None
     cache, tokenizer = recipe.data.cache, recipe.data.tokenizer
     return evaluate(model, config, source, world, cache, tokenizer, embeddings, show, terms)
@@ -152,11 +165,13 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
     source = data or recipe.evaluation_source
     if not source:
         raise RecipeError(f"the recipe of {safe_text(pair[1].url)} has no data to evaluate on; give some with --data")
-    captions = _captions(recipe, texts)
     world, found = World.join(), []
+    show = counting if world.is_first else no_counting
+    with show("captions read") as progress:
+        captions = _captions(recipe, texts, progress)
     for each in pair:
         of = each.recipe
-        model, size = _model(each).to(world.device), of.eval.batch
+        model, size = _model(each, show).to(world.device), of.eval.batch
         spec = model.spec
         image, context = spec.image, spec.text.context
         samples = EvaluationSet(
@@ -169,7 +184,7 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
             interpolation=image.interpolation,
         )
         rows = embed_captions(model, samples.tokenizer, captions, size, world)
-        with (counting if world.is_first else no_counting)(f"{safe_text(each.url)}: samples embedded") as progress:
+        with show(f"{safe_text(each.url)}: samples embedded") as progress:
             found.append((embed(model, samples, size, world, progress), rows))
     (old_data, old_rows), (new_data, new_rows) = found
     try:
@@ -180,7 +195,7 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
     return {**urls, "data": source, "texts": len(captions), **outcome.json()}
 
 
-def _captions(recipe: Recipe, count: int) -> list[str]:
+def _captions(recipe: Recipe, count: int, progress: Progress) -> list[str]:
     """About `count` captions of the training sources, equally many from each; no picture is read."""
     from ...data.errors import BadSample
     from ...data.order import stream
@@ -194,6 +209,7 @@ def _captions(recipe: Recipe, count: int) -> list[str]:
         for i in drawn.tolist():
             with suppress(BadSample):
                 found.append(read_texts(source.record(i, _TEXT_KINDS).fields).captions[0].text)
+                progress(len(found), count)
     return found
 
 
@@ -229,9 +245,10 @@ def open_model(url: str) -> OpenedModel:
         reason = f"the recipe of {commit.url} cannot be used here: {first_mistake(error)}"
         raise RecipeError(f"{safe_text(reason)}; use the release that wrote it") from None
 
-    def weights() -> dict[str, Tensor]:
+    def weights(progress: Progress) -> dict[str, Tensor]:
         kind = "ema" if any(part.kind == "ema" for part in manifest.parts) else "model"
-        return {name.removeprefix(f"{kind}/"): tensor for name, tensor in commit.tensors(kind).items()}
+        found = commit.tensors(kind, progress=progress)
+        return {name.removeprefix(f"{kind}/"): tensor for name, tensor in found.items()}
 
     def identity() -> str:
         return f"{commit.url} {' '.join(part.sha256 for part in manifest.parts)}"
@@ -252,9 +269,11 @@ def _opened_weights(source: str) -> OpenedModel:
     from hashlib import file_digest
 
     from ...models.interchange.files import open_weights
+    from ...training.logging.counting import waiting
     from ...training.starting.import_weights import checked_tokenizer, recipe_for
 
-    found = open_weights(source)
+    with waiting(f"reading {safe_text(source)}") if is_first_process() else nullcontext():
+        found = open_weights(source)
     if theirs := found.tokenizer.get("hf_tokenizer_name"):
         raise RecipeError(
             f"{safe_text(source)} uses the tokenizer {safe_text(str(theirs))}; import it with its tokenizer.json, "
@@ -266,14 +285,17 @@ def _opened_weights(source: str) -> OpenedModel:
         with Path(found.file).open("rb") as file:
             return f"{source} {file_digest(file, 'sha256').hexdigest()}"
 
-    return OpenedModel(source, found.spec, recipe_for(found, _WITHOUT_DATA, "clip"), lambda: found.tensors, identity)
+    recipe = recipe_for(found, _WITHOUT_DATA, "clip")
+    return OpenedModel(source, found.spec, recipe, lambda _: found.tensors, identity)
 
 
-def _model(opened: OpenedModel) -> Model:
+def _model(opened: OpenedModel, counting: Counting) -> Model:
     """The model with its weights, or with their average if the commit has one."""
     from ...models.model import build
 
-    model, weights = build(opened.spec, opened.recipe.seed), opened.weights()
+    with counting(f"{safe_text(opened.url)}: parts read") as progress:
+        weights = opened.weights(progress)
+    model = build(opened.spec, opened.recipe.seed)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name])
     return model

@@ -37,6 +37,7 @@ def export_commit(url: str, to: str, out: Path, weights: str | None = None) -> d
     from safetensors.torch import save_file
 
     from ...training.checkpoint.commits import find_commit
+    from ...training.logging.counting import counting, waiting
 
     commit = find_commit(url)
     manifest = commit.manifest
@@ -45,7 +46,8 @@ def export_commit(url: str, to: str, out: Path, weights: str | None = None) -> d
         raise RecipeError(f"{safe_text(commit.url)} has no average of the weights; give --weights model")
     kind = weights or ("ema" if averaged else "model")
     config = _open_clip_config(manifest) if to == "open_clip" else {}  # raises before anything large is read
-    tensors = {path.partition("/")[2]: tensor for path, tensor in commit.tensors(kind).items()}
+    with counting(f"{safe_text(commit.name)}: parts read") as progress:
+        tensors = {path.partition("/")[2]: tensor for path, tensor in commit.tensors(kind, progress=progress).items()}
     state = manifest.state
     lineage = {
         "commit": commit.url,
@@ -59,7 +61,8 @@ def export_commit(url: str, to: str, out: Path, weights: str | None = None) -> d
     partial = out.with_name(f"{out.name}.partial")
     try:
         partial.mkdir(parents=True)
-        save_file(named, partial / texts["model"], metadata)
+        with waiting(f"writing {texts['model']}"):
+            save_file(named, partial / texts["model"], metadata)
         (partial / texts["spec"]).write_text(json.dumps(config or manifest.spec.model_dump(mode="json"), indent=1))
         (partial / "lineage.json").write_text(json.dumps(lineage, indent=1), encoding="utf-8")
         partial.rename(out)

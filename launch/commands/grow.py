@@ -16,6 +16,7 @@ def grow_offline(commit: str, to: list[str], shrink: list[str], options: list[st
     depth_init and so on. Raises RecipeError, SpecError, StoreError.
     """
     from ...training.growth.offline import grow_commit
+    from ...training.logging.counting import counting
     from ...training.stages import GrowthConfig
     from ..recipe.load import dump_recipe, left_open
 
@@ -31,7 +32,7 @@ def grow_offline(commit: str, to: list[str], shrink: list[str], options: list[st
         raise RecipeError(f"samples = {show(samples)} is not a valid budget; give a whole number, as in samples=40000")
     stage = {"grow": dict(_values(to)), "shrink": dict(_values(shrink)), **chosen}
     remote = "://" in out
-    grown = grow_commit(commit, stage, out if remote else str(Path(out) / "commits"), samples)
+    grown = grow_commit(commit, stage, out if remote else str(Path(out) / "commits"), samples, counting)
     recipe = grown.recipe.model_copy(
         update={"checkpoint": grown.recipe.checkpoint.model_copy(update={"to": out if remote else None})}
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, show
+from ..errors import RecipeError, safe_text, show
 
 
 def import_weights(source: str, to: str, data: str | None, tokenizer: str | None) -> dict[str, Any]:
@@ -16,6 +16,7 @@ def import_weights(source: str, to: str, data: str | None, tokenizer: str | None
     from ...models.flops import parameters
     from ...models.interchange.files import open_weights
     from ...models.interchange.open_clip_files import PREFIX
+    from ...training.logging.counting import counting, waiting
     from ...training.starting.import_weights import import_commit, notes
     from ..recipe.load import dump_recipe, left_open
 
@@ -24,9 +25,10 @@ def import_weights(source: str, to: str, data: str | None, tokenizer: str | None
             f"{show(source, 200)} cannot be imported; write {PREFIX}ARCHITECTURE/TAG, {PREFIX}ARCHITECTURE=FILE or "
             f"{PREFIX}local-dir:FOLDER"
         )
-    weights = open_weights(source)
+    with waiting(f"reading {safe_text(source)}"):
+        weights = open_weights(source)
     remote = "://" in to
-    url, recipe = import_commit(weights, to if remote else str(Path(to) / "commits"), data, tokenizer)
+    url, recipe = import_commit(weights, to if remote else str(Path(to) / "commits"), data, tokenizer, counting)
     file = Path(f"{recipe.name}-imported.yaml") if remote else Path(to) / "recipe.yaml"
     file.write_text(dump_recipe(recipe), encoding="utf-8")
     asked = (

@@ -159,18 +159,23 @@ def _reads_tokens(recipe: Recipe) -> bool:
 def measure(recipe: Recipe) -> tuple[Data, list[int]]:
     """Read the first samples as the run does; returns their means and their caption lengths before any stage's cut."""
     from ...data.loading.loader import Loader
+    from ...training.logging.counting import counting
 
     spec, context = recipe.specs()[0], max(spec.text.context for spec in recipe.specs())
     config = recipe.data.model_copy(update={"workers": 0})
-    loader = Loader(config, spec.image.resolution, context, recipe.seed, mixtures=recipe.mixtures())
+    with counting("shards read") as progress:
+        mixtures = recipe.mixtures()
+        loader = Loader(config, spec.image.resolution, context, recipe.seed, mixtures=mixtures, progress=progress)
     recipe.specs()[-1].check_samples(loader.columns)
     wanted = min(SAMPLES, recipe.total_samples)
     lengths: list[int] = []
     begun = time.process_time()
-    for batch in loader.batches(0):
-        lengths += batch.lengths.tolist()
-        if len(lengths) >= wanted:
-            break
+    with counting("samples read") as progress:
+        for batch in loader.batches(0):
+            lengths += batch.lengths.tolist()
+            progress(len(lengths), wanted)
+            if len(lengths) >= wanted:
+                break
     seconds = time.process_time() - begun
     count, stored = len(lengths), sum(source.size for source in loader.sources)
     drawn = zip(loader.order.sources, loader.order.counts(1), strict=True)

@@ -30,6 +30,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
+from ...data.shards.parallel import Progress, silent
 from ..world import World
 from .config import CheckpointConfig
 from .manifest import FORMAT, Commit, DamagedCommit, Manifest, read_verified
@@ -201,13 +202,14 @@ class Commits:
         own, discard = _own_part(snapshot.tensors, copies), partial(self._discard, name)
         return CommitUpload(self.store, name, own, starts, world, complete, discard, policy or CheckpointConfig())
 
-    def write(self, snapshot: Snapshot, world: World) -> str:
-        """Commit a snapshot and return its name; every rank calls this with the same tensors and writes its part.
+    def write(self, snapshot: Snapshot, world: World, progress: Progress = silent) -> str:
+        """Commit a snapshot and return its name; every rank calls this with the same tensors and writes its part, as
+        `progress(done, total)` counts.
 
         Raises StoreError on every rank if any rank failed; what was written is then removed and was never visible.
         """
         upload = self.begin(snapshot, world)
-        upload.finish()
+        upload.finish(progress=progress)
         return upload.name
 
     def seal(self, name: str, manifest: Manifest) -> None:

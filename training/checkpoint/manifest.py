@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from ...data.shards.parallel import Progress, silent
 from ...models.spec import ModelSpec
 from ..engines.layout import FlatRange, Layout
 from ..state import RunState
@@ -78,20 +79,24 @@ class Commit:
         """Unix time at which it was sealed; None if the store does not record it."""
         return self.store.modified(f"{self.name}/COMMIT")
 
-    def tensors(self, kind: str | None = None, layout: Layout | None = None) -> dict[str, Tensor]:
+    def tensors(
+        self, kind: str | None = None, layout: Layout | None = None, progress: Progress = silent
+    ) -> dict[str, Tensor]:
         """All tensors by `kind/name`, or those of one kind: whole, or the flat ranges that `layout` names.
 
-        Holds at most one part in memory in addition to the result. Raises DamagedCommit naming the file.
+        Holds at most one part in memory in addition to the result; `progress(done, total)` counts parts. Raises
+        DamagedCommit naming the file.
         """
         found = _Assembly(self.manifest.shapes, layout)
-        for part in self.manifest.parts:
-            if (kind is None or part.kind == kind) and found.needs(part):
-                try:
-                    found.add(part, self.pieces(part))
-                except (KeyError, RuntimeError) as error:
-                    raise DamagedCommit(
-                        f"{self.url}/{part.file} does not hold the tensors of the manifest: {error}"
-                    ) from None
+        parts = [part for part in self.manifest.parts if (kind is None or part.kind == kind) and found.needs(part)]
+        for number, part in enumerate(parts, 1):
+            try:
+                found.add(part, self.pieces(part))
+            except (KeyError, RuntimeError) as error:
+                raise DamagedCommit(
+                    f"{self.url}/{part.file} does not hold the tensors of the manifest: {error}"
+                ) from None
+            progress(number, len(parts))
         if missing := found.missing():
             raise DamagedCommit(f"{self.url}: its parts do not hold all of {missing}; use another commit")
         return found.tensors()

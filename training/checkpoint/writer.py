@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from ...data.shards.parallel import Progress, silent
 from ..world import World
 from .config import CheckpointConfig
 from .serialize import SerializedPart
@@ -105,6 +106,7 @@ class CommitUpload:
         self._sent = 0
         self._sealing = False
         self._snapshot = self._copied({path: t for path, t in tensors.items() if t.numel()})
+        self._total = len(self._snapshot)
         self._start(self._upload)
 
     def _copied(self, tensors: Mapping[str, Tensor]) -> list[tuple[CommitPart, File]]:
@@ -202,17 +204,18 @@ class CommitUpload:
         with contextlib.suppress(StoreError):  # the next commit removes what is left
             self._discard()
 
-    def finish(self, alive: Callable[[], None] = lambda: None) -> None:
-        """Wait until the commit is complete; `alive` is called whenever a rank has sent a part. Raises as `advance`
-        does."""
+    def finish(self, alive: Callable[[], None] = lambda: None, progress: Progress = silent) -> None:
+        """Wait until the commit is complete; `alive` is called whenever a rank has sent a part, and `progress(done,
+        total)` counts the parts of this rank. Raises as `advance` does."""
         try:
             while not self.done:
-                self._wait(alive)
+                self._wait(alive, progress)
                 self.advance()
         finally:
             self._thread.join()
 
-    def _wait(self, alive: Callable[[], None]) -> None:
+
+    def _wait(self, alive: Callable[[], None], progress: Progress) -> None:
         """Wait for the threads of all ranks, for any time as long as one of them makes progress."""
         pause, seen, busy = _FIRST_LOOK, self._sent, True
         while busy:
@@ -220,6 +223,7 @@ class CommitUpload:
             sent, pause = self._sent, min(2 * pause, _LAST_LOOK)
             busy, moved = self._world.any(self.busy, sent != seen)
             seen = sent
+            progress(sent, self._total)
             if moved:
                 alive()
 

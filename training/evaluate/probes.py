@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...data.order import stream
+from ...data.shards.parallel import Progress, silent
 
 STRENGTHS = tuple(10.0**power for power in range(-6, 7, 2))
 """inverse L2 strengths of the first sweep; the second sweep tries values between the best one and its neighbours"""
@@ -59,22 +62,32 @@ class FittedProbe:
 
 
 def linear(
-    train_ne: Tensor, label_n: Tensor, test_qe: Tensor, strengths: Sequence[float] = STRENGTHS, seed: int = 0
+    train_ne: Tensor,
+    label_n: Tensor,
+    test_qe: Tensor,
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> FittedProbe:
     """Multinomial logistic regression on the training embeddings, which are not normalised.
 
-    The L2 strength is chosen on a held-out fifth of them (stratified); the final fit uses all.
+    The L2 strength is chosen on a held-out fifth of them (stratified); the final fit uses all. `progress(done, total)`
+    counts fits.
     """
     from sklearn.linear_model import LogisticRegression
 
     features, labels = train_ne.double().numpy(), label_n.numpy()
     fitted, kept = _split(labels, seed)
 
-    def model(strength: float) -> LogisticRegression:
-        return LogisticRegression(C=strength, max_iter=_MOST_STEPS)
+    total, made = len(strengths) + (3 if len(strengths) > 1 else 1), count(1)
+
+    def fit(strength: float, rows: Any) -> LogisticRegression:
+        found = LogisticRegression(C=strength, max_iter=_MOST_STEPS).fit(features[rows], labels[rows])
+        progress(next(made), total)
+        return found
 
     def score(strength: float) -> float:
-        return float(model(strength).fit(features[fitted], labels[fitted]).score(features[kept], labels[kept]))
+        return float(fit(strength, fitted).score(features[kept], labels[kept]))
 
     scores = {strength: score(strength) for strength in strengths}
     if len(strengths) > 1:
@@ -82,7 +95,7 @@ def linear(
         step = (strengths[1] / strengths[0]) ** 0.5
         scores |= {near: score(near) for near in (best / step, best * step)}
     best = max(scores, key=lambda strength: (scores[strength], -strength))  # of equal ones, the more regularised
-    final = model(best).fit(features, labels)
+    final = fit(best, slice(None))
     return FittedProbe(torch.from_numpy(final.predict(test_qe.double().numpy())), best, scores[best])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from ...data.evaluation_sets import CLASS, FilePictures, Form, Pictures, ShardPi
 from ...data.loading.loader import EvaluationSet
 from ...data.samples.clip_tokenizer import TextTokenizer
 from ...data.samples.tokenizer import open_tokenizer
+from ...data.shards.parallel import Progress, silent
 from ...data.storage.files import shown_url
 from ...models.model import Model
 from ..logging.counting import Counting, no_counting
@@ -56,16 +58,18 @@ class Bench:
         """Open the set at `url` with the model's image size, context and resizing. Raises DataError, also if ranks see
         different samples."""
         spec, image = self.model.spec, self.model.spec.image
-        data = open_pictures(
-            url,
-            form,
-            image.resolution,
-            spec.text.context,
-            self.tokenizer,
-            self.cache,
-            resize=image.resize,
-            interpolation=image.interpolation,
-        )
+        with self._opening(url) as progress:
+            data = open_pictures(
+                url,
+                form,
+                image.resolution,
+                spec.text.context,
+                self.tokenizer,
+                self.cache,
+                resize=image.resize,
+                interpolation=image.interpolation,
+                progress=progress,
+            )
         self._check_ranks(data)
         return data
 
@@ -84,19 +88,24 @@ class Bench:
         """The run's evaluation data, with those of `columns` that it has (default: those of the modality towers) and
         captions of at most `context` tokens (default: the model's). Raises DataError, SpecError."""
         spec, image = self.model.spec, self.model.spec.image
-        samples = EvaluationSet(
-            url,
-            image.resolution,
-            context or spec.text.context,
-            self.cache,
-            self.tokenizer,
-            resize=image.resize,
-            interpolation=image.interpolation,
-            columns=spec.modalities if columns is None else sorted(columns),
-        )
+        with self._opening(url) as progress:
+            samples = EvaluationSet(
+                url,
+                image.resolution,
+                context or spec.text.context,
+                self.cache,
+                self.tokenizer,
+                resize=image.resize,
+                interpolation=image.interpolation,
+                columns=spec.modalities if columns is None else sorted(columns),
+                progress=progress,
+            )
         spec.check_samples(samples.vectors.shapes)
         self._check_ranks(samples)
         return samples
+
+    def _opening(self, url: str) -> AbstractContextManager[Progress]:
+        return self.counting(f"{shown_url(url)}: shards indexed")
 
     def embedded(self, data: Pictures) -> Embedded:
         """The embeddings of a set, computed once."""
@@ -300,13 +309,20 @@ def _add_probe(
     note_unfinished(f"{suite.name} (data.train)", train, found)
     predicted: list[int] = []
     if bench.world.is_first:  # fit once: it takes the longest, and fits on two machines may differ in the last bit
-        predicted = _predicted(protocol, train.images, label_n, test.images).tolist()
+        with bench.counting(f"{suite.name}: fits of the probe") as progress:
+            predicted = _predicted(protocol, train.images, label_n, test.images, progress).tolist()
     predicted = bench.world.first(predicted)
     right_n = torch.tensor(predicted) == torch.tensor([number[label] for label in test_labels])
     found.add(f"{suite.name}/accuracy@1", right_n, test.keys, 1 / len(names))
 
 
-def _predicted(protocol: LinearProbe | KnnProbe, train_ne: Tensor, label_n: Tensor, test_qe: Tensor) -> Tensor:
+def _predicted(
+    protocol: LinearProbe | KnnProbe,
+    train_ne: Tensor,
+    label_n: Tensor,
+    test_qe: Tensor,
+    progress: Progress = silent,
+) -> Tensor:
     """int64 [q]: the class that a probe gives each test picture; -1 for one whose embedding is not finite, and for all
     if those of fewer than two classes are in the training set."""
     fine_n, fine_q = train_ne.isfinite().all(1), test_qe.isfinite().all(1)
@@ -314,7 +330,7 @@ def _predicted(protocol: LinearProbe | KnnProbe, train_ne: Tensor, label_n: Tens
     found_q = torch.full((len(test_qe),), -1)
     if len(label_n.unique()) > 1 and fine_q.any():
         if isinstance(protocol, LinearProbe):
-            found_q[fine_q] = probes.linear(train_ne, label_n, test_qe[fine_q]).predicted
+            found_q[fine_q] = probes.linear(train_ne, label_n, test_qe[fine_q], progress=progress).predicted
         else:
             near = (protocol.neighbours, protocol.temperature)
             found_q[fine_q] = probes.nearest_neighbours(train_ne, label_n, test_qe[fine_q], *near)

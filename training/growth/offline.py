@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ...data.shards.parallel import Progress, silent
 from ...models.flops import parameters
 from ...models.growth.operator import GrownState, source_of
 from ...models.growth.plan import changes
@@ -32,6 +33,7 @@ from ..checkpoint.store import Store, StoreError
 from ..checkpoint.validation import recipe_of
 from ..checkpoint.writer import PART_BYTES, CommitPart
 from ..health.divergence import Health
+from ..logging.counting import Counting, no_counting
 from ..recipe import Recipe
 from ..stages import GrowthConfig, StageConfig, faded
 from ..state import Event, RunState
@@ -52,13 +54,15 @@ class GrownCommit:
     """the record of the growth in the lineage"""
 
 
-def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | None = None) -> GrownCommit:
+def grow_commit(
+    source: str, stage: dict[str, Any], out: str, samples: int | None = None, counting: Counting = no_counting
+) -> GrownCommit:
     """Grow the commit at URL `source` (or the newest one of a run) into a new store at URL `out`.
 
     `stage` has fields of a `StageConfig`: `grow`, `shrink` and their options. With `samples` it becomes the run's last
     stage, of that length; without, it takes the remaining samples of the commit's stage. For a commit of imported
-    weights (step 0) it becomes the first stage. Raises SpecError if the growth is not possible, StoreError if the new
-    store has commits already or cannot be used.
+    weights (step 0) it becomes the first stage. `counting` shows the progress. Raises SpecError if the growth is not
+    possible, StoreError if the new store has commits already or cannot be used.
     """
     begun = time.monotonic()
     commit = find_commit(source)
@@ -71,7 +75,8 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     how = recipe.stages[number]
     if not state.step:
         recipe = _untrained(recipe, new)
-    old_state = OldState(commit, in_turn=how.inherit == "ema")
+    with counting(f"{commit.name}: parts read") as progress:
+        old_state = OldState(commit, in_turn=how.inherit == "ema", progress=progress)
     operators = planned(old, new, recipe.seed, how, lambda kind, name: old_state[f"{kind}/{name}"])
     # In the order of the old parts, so that each part is read once.
     names = sorted(tensor_shapes(new), key=lambda name: (old_state.part_number(source_of(operators, name)), name))
@@ -80,8 +85,9 @@ def grow_commit(source: str, stage: dict[str, Any], out: str, samples: int | Non
     commits = _empty_store(out)
     attempt = commits.claim_attempt(f"grown from {commit.url}")
     name = commit_name(state.step, attempt)
-    kept = (f"{k}/{n}" for k in old_state.kinds for n in names if recipe.optimizer.keeps(k, n))
-    parts = tuple(_written(commits.store, name, GrownState(operators, old_state, kept)))
+    kept = [f"{k}/{n}" for k in old_state.kinds for n in names if recipe.optimizer.keeps(k, n)]
+    with counting(f"{name}: tensors grown") as progress:
+        parts = tuple(_written(commits.store, name, GrownState(operators, old_state, kept), progress))
     detail = {
         "from": {path: sizes[0] for path, sizes in changes(old, new).items()},
         "to": {path: sizes[1] for path, sizes in changes(old, new).items()},
@@ -197,14 +203,16 @@ def _complete(tree: dict[str, Any], spec: ModelSpec) -> None:
 class OldState(Mapping[str, Tensor]):
     """The tensors of a commit by `kind/name`, read and verified one part at a time; one part is kept in memory."""
 
-    def __init__(self, commit: Commit, in_turn: bool = False) -> None:
-        """`in_turn`: two kinds will be read alternately, so the previous part is kept as well."""
+    def __init__(self, commit: Commit, in_turn: bool = False, progress: Progress = silent) -> None:
+        """`in_turn`: two kinds will be read alternately, so the previous part is kept as well. `progress(done, total)`
+        counts the parts, each of which is looked at."""
         self._commit, self._in_turn = commit, in_turn
         self._part: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
         self._parts: dict[str, int] = {}
         for number in range(len(commit.manifest.parts)):
             self._parts.update(dict.fromkeys(self._load(number), number))
+            progress(number + 1, len(commit.manifest.parts))
 
     def _load(self, number: int) -> Iterable[str]:
         part = self._commit.manifest.parts[number]
@@ -239,11 +247,13 @@ class OldState(Mapping[str, Tensor]):
         return len(self._parts)
 
 
-def _written(store: Store, name: str, state: Mapping[str, Tensor]) -> Iterator[CommitPart]:
-    """Write the tensors in order, in parts of one kind each, and yield the parts' manifest entries."""
+def _written(store: Store, name: str, state: Mapping[str, Tensor], progress: Progress = silent) -> Iterator[CommitPart]:
+    """Write the tensors in order, in parts of one kind each, and yield the parts' manifest entries; `progress(done,
+    total)` counts tensors."""
     chunk: dict[str, Tensor] = {}
     kind, size, number = "", 0, 0
-    for path in state:
+    for done, path in enumerate(state):
+        progress(done, len(state))
         other, _, tensor_name = path.partition("/")
         tensor = state[path].clone(memory_format=torch.contiguous_format)  # operators may return views
         if chunk and (other != kind or size + tensor.nbytes > PART_BYTES):

@@ -21,9 +21,11 @@ from typing import Any
 from ...data.loading.loader import Loader
 from ...data.order import stable_hash
 from ...data.samples.sample import Batch
+from ...data.shards.parallel import Progress
 from ...models.flops import training_flops
 from ...models.spec import ModelSpec, SpecError
 from ..engines.base import Engine
+from ..logging.counting import Counting, no_counting
 from ..objectives.base import Inputs
 from ..recipe import Recipe
 from ..stages import GrowthConfig, faded
@@ -72,12 +74,13 @@ def search(
     feed: Callable[[Batch, int, float, int], Inputs],
     alive: Callable[[], None],
     goes_on: Callable[[Trial], bool],
+    counting: Counting = no_counting,
 ) -> Choice | None:
     """Try all candidates of `stage`, grown from `engine` at its position in the run. All ranks call it together.
 
     `feed` makes inputs of a batch, the samples before it, and what a candidate sees of its patches in that stage.
     Trials in `state` are not repeated. `alive` is called before every step. `goes_on` is given each new trial and
-    says whether to go on; None is returned if not.
+    says whether to go on; None is returned if not. `counting` shows the progress.
     """
     plan, world = recipe.settled(state.decisions), engine.world
     how, size = plan.stages[stage], plan.data.batch
@@ -96,8 +99,9 @@ def search(
         alive()
         resolution, context = spec.image.resolution, how.longest(spec)
         loader = Loader(plan.data, resolution, context, seed, world.rank, world.size, newest)
-        with closing(loader.batches(0)) as batches:
-            numbered = zip(count(state.samples, size), _watched(islice(batches, steps), alive))
+        tried = ", ".join(f"{path} {value}" for path, value in sizes.items()) or "no growth"
+        with closing(loader.batches(0)) as batches, counting(f"trial of {tried}: steps") as progress:
+            numbered = zip(count(state.samples, size), _watched(islice(batches, steps), steps, alive, progress))
             inputs = (feed(batch, samples, how.patch_keep, spec.image.grid**2) for samples, batch in numbered)
             trials.append(run_trial(engine, build, (sizes, spec), inputs, size, lr, plan.seed, how, fade))
         if not goes_on(trials[-1]):
@@ -105,11 +109,13 @@ def search(
     return choose(trials)
 
 
-def _watched(batches: Iterator[Batch], alive: Callable[[], None]) -> Iterator[Batch]:
-    """The batches, with a sign of life before each is read and before it is trained on."""
-    for batch in batches:
+def _watched(batches: Iterator[Batch], total: int, alive: Callable[[], None], progress: Progress) -> Iterator[Batch]:
+    """The batches, with a sign of life before each is read and before it is trained on; `progress(done, total)` counts
+    them."""
+    for done, batch in enumerate(batches, 1):
         alive()
         yield batch
+        progress(done, total)
         alive()
 
 

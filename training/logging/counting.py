@@ -1,19 +1,25 @@
 """Progress of one piece of work, outside of the steps of a run: a bar on a terminal, a line now and then elsewhere.
 
 Nobody should look at a silent command for longer than ten seconds. What is done sooner shows nothing outside of a
-terminal. All is on stderr, and what nobody can see any more is dropped.
+terminal. All is on stderr, and what nobody can see any more is dropped. Work whose parts can be counted shows how many
+are done (`counting`), other work for how long it has gone on (`waiting`).
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import TextIO
+from functools import partial
+from typing import TYPE_CHECKING, TextIO
 
 from ...data.shards.parallel import Progress, silent
 from ..report.readable import duration_text, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Counting = Callable[[str], AbstractContextManager[Progress]]
 """opens the display of a piece of work with this name; what it gives takes (done, total)"""
@@ -31,19 +37,13 @@ def counting(
 ) -> Iterator[Progress]:
     """Shows how much of `what` (`shards packed`) is done on `stream` (default: stderr), with the time left: a bar that
     goes when the work ends if that is a terminal, else a line every `interval` seconds. `clock` returns seconds."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     stream, what = stream or sys.stderr, printable(what)
-    console = Console(file=stream, highlight=False)
-    if not console.is_terminal:
-
-        def write(line: str) -> None:
-            with suppress(OSError):
-                print(line, file=stream, flush=True)
-
-        yield lines(what, write, interval, clock)
+    console = _terminal(stream)
+    if console is None:
+        yield lines(what, partial(_write, stream), interval, clock)
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True) as bar:
@@ -53,6 +53,50 @@ def counting(
             bar.update(task, completed=done, total=total)
 
         yield report
+
+
+@contextmanager
+def waiting(
+    what: str, stream: TextIO | None = None, interval: float = 10.0, clock: Callable[[], float] = time.monotonic
+) -> Iterator[None]:
+    """Shows for how long `what` (`reading b32.pt`), whose parts cannot be counted, has gone on: as `counting` does."""
+    from rich.progress import Progress as Bar
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    stream, what = stream or sys.stderr, printable(what)
+    console = _terminal(stream)
+    if console is not None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        with Bar(*columns, console=console, transient=True) as bar:
+            bar.add_task(what, total=None)
+            yield
+        return
+    begun, over = clock(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(interval):
+            _write(stream, f"{what}: {duration_text(clock() - begun)} so far")
+
+    thread = threading.Thread(target=tell, name="waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _terminal(stream: TextIO) -> Console | None:
+    """A console for a stream on which a line can be rewritten; None for any other."""
+    from rich.console import Console
+
+    console = Console(file=stream, highlight=False)
+    return console if console.is_terminal and not console.is_dumb_terminal else None
+
+
+def _write(stream: TextIO, line: str) -> None:
+    with suppress(OSError):
+        print(line, file=stream, flush=True)
 
 
 def lines(what: str, write: Callable[[str], None], interval: float, clock: Callable[[], float]) -> Progress:

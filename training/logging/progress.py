@@ -108,7 +108,12 @@ class Progress:
             yield lines(readable.printable(what), self._show_in_bar, _REDRAW, self._clock)
             self._show_in_bar(kept)
         else:
-            yield lines(readable.printable(what), self._write, self._interval, self._clock)
+            yield lines(readable.printable(what), self._write_after, self._interval, self._clock)
+
+    def _write_after(self, line: str) -> None:
+        """A line after the step that waits for its turn."""
+        self._flush()
+        self._write(line)
 
     def _show_in_bar(self, text: str) -> None:
         if self._bar:

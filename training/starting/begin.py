@@ -12,6 +12,7 @@ from ..checkpoint.commits import Commits
 from ..checkpoint.manifest import Commit
 from ..engines.base import Engine
 from ..engines.layout import Layout
+from ..logging.counting import Counting, no_counting
 from ..objectives.base import load_states
 from ..recipe import Recipe
 from ..run_plan import RunPlan
@@ -85,17 +86,19 @@ def begin(
     world: World,
     build: Callable[[ModelSpec], Engine],
     warn: Callable[[str], None],
+    counting: Counting = no_counting,
 ) -> Begun:
     """Load the newest intact commit of the run; if there is none, initialise, or load what `init_from` names.
 
-    All ranks call it together. `build` makes an engine for a spec, `warn` is called for damaged commits. Raises
-    StoreError.
+    All ranks call it together. `build` makes an engine for a spec, `warn` is called for damaged commits, `counting`
+    shows the progress. Raises StoreError.
     """
     clock = [time.monotonic()]
     names = world.first(commits.names() if world.is_first else [])
     clock.append(time.monotonic())
     builder = _Builder(recipe, build)
-    found = newest_intact(commits, names, builder, warn, world)
+    with counting("parts of the commit read") as progress:
+        found = newest_intact(commits, names, builder, warn, world, progress)
     clock.append(time.monotonic())
     if found and builder.engine:
         commit, engine, state = found[0], builder.engine, state_for(recipe, found[0])
@@ -105,7 +108,8 @@ def begin(
         commit = None
         origin = open_origin(recipe, warn) if recipe.init_from else None
         engine = build(origin.manifest.spec if origin else recipe.specs()[0])
-        state = begin_with(recipe, origin, engine) if origin else RunState()
+        with counting("parts of the commit read") as progress:
+            state = begin_with(recipe, origin, engine, progress) if origin else RunState()
     seconds = {
         "find": clock[1] - clock[0],
         "read": clock[2] - clock[1] - builder.seconds,

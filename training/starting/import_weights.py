@@ -20,6 +20,7 @@ from ..checkpoint.commits import Commits
 from ..checkpoint.config import InitFromConfig
 from ..checkpoint.snapshot import Snapshot
 from ..checkpoint.store import Store, StoreError
+from ..logging.counting import Counting, no_counting
 from ..recipe import Recipe
 from ..state import Event, RunState
 from ..world import World
@@ -74,13 +75,17 @@ def notes(weights: Weights) -> list[str]:
 
 
 def import_commit(
-    weights: Weights, out: str, data: str | None = None, tokenizer: str | None = None
+    weights: Weights,
+    out: str,
+    data: str | None = None,
+    tokenizer: str | None = None,
+    counting: Counting = no_counting,
 ) -> tuple[str, Recipe]:
     """Write `weights` as the first commit of a new store at URL `out`; returns its URL and a recipe to train it
     further.
 
-    `data` is what the recipe trains on; None leaves that to be filled in. Raises InterchangeError, DataError,
-    StoreError.
+    `data` is what the recipe trains on; None leaves that to be filled in. `counting` shows the progress. Raises
+    InterchangeError, DataError, StoreError.
     """
     checked_tokenizer(weights, tokenizer)
     recipe = recipe_for(weights, data, tokenizer or "clip")
@@ -94,7 +99,8 @@ def import_commit(
     state = RunState(attempt=attempt, lineage=(event,))
     written = recipe.model_dump(mode="json")
     alone = World(0, 1, torch.device("cpu"))
-    name = commits.write(Snapshot(weights.spec, state, written, tensors, reason="import"), alone)
+    with counting("parts of the commit written") as progress:
+        name = commits.write(Snapshot(weights.spec, state, written, tensors, reason="import"), alone, progress)
     url = f"{commits.store.url}/{name}"
     return url, recipe.model_copy(update={"init_from": InitFromConfig(commit=url)})
 

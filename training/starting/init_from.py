@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...data.shards.parallel import Progress, silent
 from ..checkpoint.commits import find_commit, print_warning
 from ..checkpoint.manifest import Commit
 from ..checkpoint.store import StoreError
@@ -75,18 +76,18 @@ def _check_all(recipe: Recipe, commit: Commit) -> None:
         )
 
 
-def begin_with(recipe: Recipe, commit: Commit, engine: Engine) -> RunState:
+def begin_with(recipe: Recipe, commit: Commit, engine: Engine, progress: Progress = silent) -> RunState:
     """Load what the recipe takes from `commit` into a fresh engine of the same shape; returns the initial state.
 
     The lineage says where it came from: what came before stands in it (all), or in its first event (weights). All ranks
-    call this. Raises DamagedCommit.
+    call this. `progress(done, total)` counts parts. Raises DamagedCommit.
     """
     assert recipe.init_from
     load, theirs = recipe.init_from.load, commit.manifest.state
     detail: dict[str, Any] = {"commit": commit.url, "load": load}
     if load == "all":
         engine.expect(theirs.multipliers)
-        tensors = commit.tensors(layout=engine.layout)
+        tensors = commit.tensors(layout=engine.layout, progress=progress)
         tensors = {path: tensor for path, tensor in tensors.items() if recipe.optimizer.keeps(*path.split("/", 1))}
         engine.load_logical_state(tensors, theirs.applied, theirs.skipped, theirs.multipliers)
         event = Event(event="from", step=theirs.step, samples=theirs.samples, detail=detail)
@@ -101,7 +102,7 @@ def begin_with(recipe: Recipe, commit: Commit, engine: Engine) -> RunState:
                 "trials": (),
             }
         )
-    weights = commit.tensors("model", engine.layout)
+    weights = commit.tensors("model", engine.layout, progress)
     state = dict(weights)
     for kind in recipe.optimizer.kinds:
         for path, tensor in weights.items():

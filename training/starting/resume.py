@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from torch import Tensor
 
+from ...data.shards.parallel import Progress, silent
 from ..checkpoint.commits import Commits
 from ..checkpoint.manifest import Commit, DamagedCommit
 from ..checkpoint.store import StoreError
@@ -36,12 +37,14 @@ def newest_intact(
     prepare: Callable[[Commit], Layout | None],
     warn: Callable[[str], None],
     world: World,
+    progress: Progress = silent,
 ) -> tuple[Commit, dict[str, Tensor]] | None:
     """The newest commit of `names` whose checksums all verify, and this rank's part of its tensors; None if there is
     none.
 
     `prepare` makes what the tensors will go into, and says which part of them that is. `warn` is called for
-    damaged commits; all ranks agree on the one that is taken. Raises StoreError if all are damaged.
+    damaged commits; all ranks agree on the one that is taken. `progress(done, total)` counts parts.
+    Raises StoreError if all are damaged.
     """
 
     def attempt(read: Callable[[], _T]) -> _T | None:
@@ -59,7 +62,7 @@ def newest_intact(
         commit = attempt(partial(commits.verified, name, stored=world.is_first))
         if commit is not None:
             layout = prepare(commit)
-            tensors = attempt(partial(commit.tensors, layout=layout))
+            tensors = attempt(partial(commit.tensors, layout=layout, progress=progress))
             if tensors is not None:
                 return commit, tensors
     if names:

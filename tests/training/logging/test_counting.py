@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
+import threading
+from typing import Any
 
 import pytest
 
 from treering.training.evaluate.embed import own_batches
-from treering.training.logging.counting import counting
+from treering.training.logging.counting import counting, waiting
 from treering.training.world import World
 
 
@@ -79,3 +82,64 @@ def test_every_rank_counts_up_to_all_items(world: int) -> None:
         assert len(told) == len(batches)
         assert [done for done, _ in told] == sorted(min(10, (i + 1) * 2 * world) for i in range(len(batches)))
         assert {total for _, total in told} == {10}
+
+
+class Told(io.StringIO):
+    """A stream that says when a line came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.came = threading.Event()
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if "\n" in text:
+            self.came.set()
+        return written
+
+
+def test_work_that_cannot_be_counted_says_how_long_it_has_gone_on() -> None:
+    stream, clock = Told(), itertools.count(0.0, 12.0)
+    with waiting("reading b\x1b[2J.pt", stream, interval=0.001, clock=lambda: next(clock)):
+        assert stream.came.wait(60)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "reading b\ufffd[2J.pt: 12 s so far"
+    assert len(lines) == next(clock) // 12 - 1  # none after the end
+    assert not any(thread.name == "waiting" for thread in threading.enumerate())
+
+
+def test_work_that_is_soon_done_or_fails_leaves_nothing() -> None:
+    stream = Told()
+    with pytest.raises(ValueError, match="broken"), waiting("reading", stream, interval=60):
+        raise ValueError("broken")
+    assert stream.getvalue() == ""
+    assert not any(thread.name == "waiting" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("show", [counting, waiting])
+def test_a_terminal_that_cannot_rewrite_a_line_gets_lines(show: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+
+    class Terminal(Told):
+        def isatty(self) -> bool:
+            return True
+
+    stream, clock = Terminal(), itertools.count(0.0, 12.0)
+    with show("shards", stream, interval=0.001, clock=lambda: next(clock)) as report:
+        if report:
+            report(1, 3)
+        assert stream.came.wait(60)
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_a_terminal_shows_what_goes_on_on_one_line_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with waiting("[red]reading", stream):
+        pass
+    assert "[red]reading" in stream.getvalue()

@@ -145,3 +145,36 @@ def test_a_bar_names_them_where_there_is_room(columns: str, shown: bool, monkeyp
     assert ("loss 26.09 (contrastive 4.468, caption 2 x 10.81) · 160/s" in stream.getvalue()) == shown
     assert "stage 2/2 · 14.1 M" in stream.getvalue()
     assert "…" not in stream.getvalue()
+
+
+def test_work_between_two_steps_has_lines_of_its_own_after_the_step() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(512, stream=stream, interval=10.0, clock=clock) as progress:
+        progress.update(128, 5.0, 64.0, 0, 1000)
+        clock.now = 4.0
+        progress.update(256, 4.0, 64.0, 0, 1000)  # waits for its turn
+        with progress.counting("photos: samples embedded") as report:
+            for second in range(5, 30, 5):
+                clock.now = float(second)
+                report(second, 100)
+    assert [line.split(" · ")[0].strip() for line in stream.getvalue().splitlines()] == [
+        "25%",
+        "50%",
+        "photos: samples embedded: 15 of 100, 1 min 02 s left",
+        "photos: samples embedded: 25 of 100, 1 min 03 s left",
+    ]
+
+
+def test_work_between_two_steps_takes_the_place_of_the_bars_text() -> None:
+    stream, clock = Terminal(), Clock()
+    with Progress(512, stream=stream, clock=clock) as progress:
+        progress.update(256, 4.25, 64.0, 0, 1000)
+        before = stream.getvalue()
+        with progress.counting("photos: samples embedded") as report:
+            report(3, 100)  # too soon
+            assert stream.getvalue() == before
+            clock.now = 1.0
+            report(7, 100)
+            assert "photos: samples embedded: 7 of 100" in stream.getvalue()
+        assert "loss 4.25" in stream.getvalue()[len(before) :]
+        assert "\n" not in stream.getvalue()[len(before) :]  # one line that is rewritten
