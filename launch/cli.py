@@ -235,7 +235,7 @@ def compare(
         treering compare runs/emoji s3://BUCKET/emoji/step-000000000562-attempt-0001 --suite pets.yaml,retrieval
     """
     from ..data.storage.atomic_write import atomic_write
-    from ..training.report.comparison_page import render_comparison
+    from ..training.report.comparison_page import held_out_losses, render_comparison
     from .commands.compare import compare_runs, comparison_table
 
     found = compare_runs(commits, _listed(suite), data)
@@ -247,6 +247,8 @@ def compare(
         return
     console = Console() if sys.stdout.isatty() else Console(width=200)  # do not wrap lines in a file
     console.print(comparison_table(found))
+    if losses := held_out_losses(found["models"]):
+        console.print(Text(losses), soft_wrap=True)
     console.print(Text(f"page  {out}"), soft_wrap=True)
 
 

@@ -43,8 +43,9 @@ def compare_runs(urls: Sequence[str], suites: list[str] | None, data: str | None
             "run": url if Path(url).is_dir() and (Path(url) / "metrics.jsonl").is_file() else None,
             "samples": each.samples,
             "parameters": sum(p.numel() for p in _parameters(each.spec)),
+            "held_out": result.held_out and result.held_out.json(),
         }
-        for name, url, each in zip(names, urls, opened, strict=True)
+        for name, url, each, result in zip(names, urls, opened, found, strict=True)
     ]
     return {**comparison(models, tasks(names, found)), "data": found[0].data}
 

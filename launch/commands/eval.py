@@ -70,8 +70,6 @@ def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dic
 
     opened = open_model(url)
     wanted, source = evaluation_of(opened, config, data)
-    if suites and not data and not wanted.built_in:  # nothing else is asked of the run's data
-        wanted = wanted.model_copy(update={"held_out": 0})
     world = World.join()
     try:
         found = evaluate_opened(opened, wanted, source, world)
@@ -117,6 +115,8 @@ def evaluation_of(opened: OpenedModel, config: EvalConfig | None, data: str | No
     recipe, shown = opened.recipe, safe_text(opened.url)
     given = {"examples": 0} if config is None else {"examples": 0, "suites": config.suites}
     wanted = recipe.eval.model_copy(update=given)
+    if config is not None and not data and not wanted.built_in:  # nothing is asked of the run's own data
+        wanted = wanted.model_copy(update={"held_out": 0})
     source = data or recipe.evaluation_source
     if not (wanted.suites or (source and wanted.held_out and opened.state)):
         known = ",".join(BUILT_IN)

@@ -15,10 +15,11 @@ from . import readable
 from .charts import LineChart, Series
 from .drawings import rings
 from .forest import Forest, Mark
+from .losses import comparable, loss_text
 from .page import environment
 from .readable import counts_first, is_fraction, lower_is_better, number, printable, score
 from .reading import RecordedRun, read_run
-from .sections import made_on, score_title
+from .sections import held_out_points, made_on, score_title
 
 LEVEL = 0.05
 """significance level for the adjusted p-value"""
@@ -38,6 +39,7 @@ def render_comparison(found: Mapping[str, Any]) -> str:
             rings=rings([1.0] * len(models)),
             title=" and ".join([", ".join(names[1:-1]), names[-1]] if len(names) > 2 else names[1:]),
             models=models,
+            held_out=held_out_losses(found["models"]),
             verdicts=[_verdicts(found["tasks"], n, name) for n, name in enumerate(names[1:])],
             forest=_forest(found["tasks"], names),
             tables=[_table(found["tasks"], n, name) for n, name in enumerate(names[1:])],
@@ -47,6 +49,17 @@ def render_comparison(found: Mapping[str, Any]) -> str:
             level=readable.percent(LEVEL).replace(".0", ""),
         )
     )
+
+
+def held_out_losses(models: Sequence[Mapping[str, Any]]) -> str:
+    """The held-out losses of the models that have one, in a sentence; empty if fewer than two do."""
+    known = [(printable(model["name"]), model["held_out"]) for model in models if model.get("held_out")]
+    if len(known) < 2:
+        return ""
+    said = ", ".join(f"{name} {loss_text(number(held_out.get('loss')))}" for name, held_out in known)
+    if comparable([held_out for _, held_out in known]):
+        return f"Held-out loss: {said}"
+    return f"Held-out loss: {said}; not comparable, as objectives, weights, data.batch or samples differ"
 
 
 def signed(key: str, value: float) -> str:
@@ -148,7 +161,11 @@ def curves_of(runs: Sequence[tuple[str, RecordedRun]]) -> list[LineChart]:
     if len(runs) < 2:
         return []
     loss = [Series(n, [(s["samples"], number(s.get("loss"))) for s in run.events("step")]) for n, run in runs]
-    charts = [LineChart("Total loss", [each for each in loss if each.values], labelled=False)]
+    held = [Series(n, held_out_points(run), dots=True) for n, run in runs]
+    charts = [
+        LineChart(title, [each for each in lines if each.values], labelled=False)
+        for title, lines in (("Total loss", loss), ("Held-out loss", held))
+    ]
     keys = dict.fromkeys(key for _, run in runs for e in run.events("eval") for key in e.get("scores") or {})
     for key in keys:
         lines = [

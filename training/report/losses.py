@@ -108,5 +108,13 @@ def conclusion(evaluations: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
+def comparable(held_out: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether held-out losses are of the same terms and weights, in batches of one size, on the same data."""
+    return all(held_out[0].get(name) == each.get(name) for each in held_out for name in _COMPARED)
+
+
+_COMPARED = ("weights", "samples", "batch", "data")
+
+
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}

@@ -15,7 +15,7 @@ from ...data.shards.source import attribution, held_out
 from ...data.storage.credentials import masked
 from ...data.units import counted
 from . import readable
-from .charts import LineChart, Marker, Series
+from .charts import ChartPoint, LineChart, Marker, Series
 from .drawings import bar, rings
 from .history import HistoryView, device, markers, parameters_reached
 from .losses import conclusion, gap_text
@@ -203,13 +203,19 @@ def curves(run: RecordedRun) -> HistoryView | None:
 
 def _held_out_series(run: RecordedRun, term: str | None = None) -> list[Series]:
     """The held-out loss of each evaluation as a line, or that of a term; none if there is none."""
-    points = []
+    points = held_out_points(run, term)
+    return [Series("held out", points, dots=True)] if any(y is not None for _, y in points) else []
+
+
+def held_out_points(run: RecordedRun, term: str | None = None) -> list[ChartPoint]:
+    """The held-out loss of each evaluation that has one, or that of a term, over samples."""
+    points: list[ChartPoint] = []
     for line in run.events("eval"):
         held_out = line.get("held_out")
         if isinstance(held_out, Mapping):
             value = held_out.get("loss") if term is None else (held_out.get("losses") or {}).get(term)
             points.append((line["samples"], number(value)))
-    return [Series("held out", points, dots=True)] if any(y is not None for _, y in points) else []
+    return points
 
 
 def _gap(run: RecordedRun) -> str:

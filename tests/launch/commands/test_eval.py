@@ -124,6 +124,11 @@ def test_runs_are_compared(treering: Command, refused: Command, tiny: Path, tmp_
     shown = treering(*asked).stdout.splitlines()
     line = next(line for line in shown if line.startswith("retrieval/image_to_text@10 "))
     assert " pp to " in line
+    losses = [model["held_out"]["loss"] for model in found["models"]]
+    assert losses[0] == losses[2] != losses[1]
+    assert shown[-2] == f"Held-out loss: 0 {losses[0]:.4g}, 1 {losses[1]:.4g}, 0 (3) {losses[2]:.4g}"
+    assert f"Held-out loss: 0 {losses[0]:.4g}" in page
+    assert "Held-out loss" in page
     assert shown[-1] == "page  pages.html"
     assert "two or more" in refused("compare", "runs/0")
     assert "no captioner" in refused("compare", "runs/0", "runs/1", "--suite", "captioning")
