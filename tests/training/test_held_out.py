@@ -18,13 +18,17 @@ from torch import Tensor
 
 from treering.data.loading.loader import EvaluationSet
 from treering.data.order import permuted
-from treering.data.samples.sample import Sample
+from treering.data.samples.sample import Sample, collate
 from treering.launch.recipe.load import read_recipe
 from treering.models.model import Model, build
 from treering.models.output import ModelOutput
 from treering.tests.support.made_up_shards import Members, shard
 from treering.tests.support.tiny_runs import SIZES, lines, measured, train_through
 from treering.training import held_out, loop
+from treering.training.engines.build import build_engine
+from treering.training.engines.config import DdpConfig
+from treering.training.engines.device_prefetch import Feed
+from treering.training.engines.optimizer import OptimizerConfig
 from treering.training.evaluate.config import EvalConfig
 from treering.training.evaluate.outcome import Evaluation
 from treering.training.evaluate.suites import evaluate
@@ -32,7 +36,9 @@ from treering.training.held_out import Terms
 from treering.training.objectives import registry
 from treering.training.objectives.base import Inputs, Objective
 from treering.training.objectives.config import ObjectiveConfig
+from treering.training.objectives.terms import build_objectives
 from treering.training.recipe import Recipe
+from treering.training.report.losses import gap_text
 from treering.training.state import RunState
 from treering.training.world import World
 
@@ -189,6 +195,92 @@ def test_any_number_of_ranks_finds_the_same(
         assert {name: ours[name] for name in ("samples", "batch", "notes")} == {
             name: alone[name] for name in ("samples", "batch", "notes")
         }
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        ("objectives={contrastive: {kind: sigmoid}}", "model.logit_bias=true", "model.captioner=null"),
+        ("objectives={contrastive: {kind: filip}}", "model.captioner=null"),
+        ("objectives={contrastive: {positives: caption, label_smoothing: 0.1}, balance: {}, caption: {}}",
+         "model.image.experts=3"),
+        ("objectives={contrastive: {}, modalities: [{between: [teacher, text]}], caption: {}}",
+         "data.columns={teacher: npy}", "model.modalities={teacher: {width: 8, depth: 1, heads: 1, features: 3}}"),
+    ],
+    ids=["sigmoid", "filip", "balance", "modality"],
+)  # fmt: skip
+def test_every_objective_is_that_of_a_step_on_the_same_batch(
+    terms: tuple[str, ...], tmp_path: Path, on_ranks: Callable[..., list[Any]]
+) -> None:
+    """Against the engine, whose losses the tests of the objectives compare with formulas; alone and on two ranks."""
+    train, seen = (pictures(tmp_path / name, 24, column="teacher") for name in ("train.tar", "held_out.tar"))
+    recipe = recipe_for(train, seen, *terms, "eval.held_out=12", "eval.batch=5")
+    spec = recipe.model
+    data = EvaluationSet(seen, spec.image.resolution, spec.text.context, columns=recipe.data.columns)
+    batch = collate([sample for number in order(24)[:12] if isinstance(sample := data.sample(number), Sample)])
+    objectives = build_objectives(recipe.objectives, spec)
+    engine = build_engine(spec, objectives, DdpConfig(), OptimizerConfig(), ALONE, 3)
+    expected = {name: loss.item() for name, loss in engine.step(Feed(ALONE, 0)(batch, 0, 1.0, 0), 0.0).losses.items()}
+    for found in (found_by(recipe, ALONE), *on_ranks(2, lambda group: found_by(recipe, group))):
+        assert found["losses"] == pytest.approx(expected, rel=2e-6)
+        assert found["notes"] == []
+
+
+def test_a_tower_without_its_column_leaves_its_term_out(tmp_path: Path) -> None:
+    train, bare = pictures(tmp_path / "train.tar", 30, column="teacher"), pictures(tmp_path / "held_out.tar", 24)
+    term = (
+        "data.columns={teacher: npy}",
+        "model.modalities={teacher: {width: 8, depth: 1, heads: 1, features: 3}}",
+        "objectives.modalities=[{between: [teacher, text]}]",
+    )
+    found = found_by(recipe_for(train, bare, *term), ALONE)
+    assert found["without"] == ["contrastive/teacher-text"]
+    assert found["losses"].keys() == {"contrastive", "caption"}
+
+
+def test_captions_are_cut_as_in_the_stage(tmp_path: Path) -> None:
+    train, seen = pictures(tmp_path / "train.tar", 30), pictures(tmp_path / "held_out.tar", 24)
+    whole, cut = (
+        found_by(recipe_for(train, seen, *more), ALONE) for more in ((), ("stages=[{samples: 72, context: 4}]",))
+    )
+    assert cut["losses"]["caption"] != whole["losses"]["caption"]
+    shorter = found_by(recipe_for(train, seen, "stages=[{samples: 72, context: 16}]"), ALONE)
+    assert shorter["losses"] == whole["losses"]
+
+
+@pytest.mark.parametrize("samples", [1, 2, 12])
+def test_very_small_sets(samples: int, tmp_path: Path) -> None:
+    train, seen = pictures(tmp_path / "train.tar", 30), pictures(tmp_path / "held_out.tar", samples)
+    found = found_by(recipe_for(train, seen, "eval.held_out=1000000000000"), ALONE)
+    assert (found["samples"], found["batch"], len(found["notes"])) == (samples, samples, int(samples < 12))
+    assert samples > 1 or found["losses"]["contrastive"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_broken_model_has_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    train, seen = pictures(tmp_path / "train.tar", 30), pictures(tmp_path / "held_out.tar", 12)
+    recipe = recipe_for(train, seen)
+    model = build(recipe.model, 3)
+    with torch.no_grad():
+        model.text.token_embedding.weight.fill_(float("nan"))
+    found = measure(recipe, model)
+    assert found.held_out
+    assert not np.isfinite(found.held_out.loss)
+    assert found.held_out.json()["losses"] == {"caption": None, "contrastive": None}
+    assert gap_text(found.held_out.json()).startswith("held-out loss not finite (caption 0.5 x not finite")
+
+
+@pytest.mark.parametrize("engine", ["{kind: ddp}", "{kind: fsdp}"])
+def test_it_is_the_same_under_every_engine(
+    engine: str, run: tuple[Callable[..., Recipe], Path], on_ranks: Callable[..., list[Any]]
+) -> None:
+    recipe, folder = run
+    loop.train(recipe(), folder / "one")
+    on_ranks(2, lambda group: loop.train(recipe(f"engine={engine}"), folder / "two").finished)
+    one, two = ([line["held_out"] for line in lines(folder / name, "eval")] for name in ("one", "two"))
+    assert len(one) == len(two) == 3
+    for ours, theirs in zip(one, two, strict=True):
+        assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-5)
+        assert theirs["training"]["losses"] == pytest.approx(ours["training"]["losses"], rel=1e-5)
 
 
 def test_every_batch_finds_the_state_of_training_and_leaves_it(tmp_path: Path) -> None:

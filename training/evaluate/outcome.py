@@ -37,8 +37,10 @@ class HeldOutLoss:
         return fsum(weight * self.losses[name] for name, weight in self.weights.items())
 
     def json(self) -> dict[str, Any]:
-        """As a plain object."""
-        return {"loss": self.loss, **asdict(self)}
+        """As a plain object, with None for what is not finite."""
+        losses = {"loss": self.loss, **self.losses}
+        loss, *each = (value if isfinite(value) else None for value in losses.values())
+        return {**asdict(self), "loss": loss, "losses": dict(zip(self.losses, each, strict=True))}
 
 
 @dataclass

@@ -82,16 +82,20 @@ def gap_text(held_out: Mapping[str, Any]) -> str:
 
 
 def conclusion(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """What follows from the held-out losses of a run's `eval` lines, oldest first; empty if nothing does."""
-    known = [
-        (line["samples"], line["held_out"]["loss"], line["held_out"]["training"]["loss"])
-        for line in evaluations
-        if gap_of(_mapping(line.get("held_out"))) is not None
-    ]
-    if not known or known[-1][0] != evaluations[-1]["samples"]:
+    """What follows from the held-out losses of a run's `eval` lines, oldest first; empty if nothing does. All are
+    weighted as the last one, and those of other terms are left out."""
+    known = [(line["samples"], _mapping(line.get("held_out"))) for line in evaluations]
+    if not known or gap_of(known[-1][1]) is None:
         return ""
-    _, now, trained = known[-1]
-    at, lowest, before = min(known, key=lambda each: each[1])
+    weights = _mapping(known[-1][1].get("weights"))
+    losses = [
+        (at, _weighted(held_out, weights), _weighted(held_out.get("training"), weights)) for at, held_out in known
+    ]
+    whole = [(at, there, here) for at, there, here in losses if there is not None and here is not None]
+    if not whole or whole[-1][0] != known[-1][0]:
+        return ""
+    _, now, trained = whole[-1]
+    at, lowest, before = min(whole, key=lambda each: each[1])
     if lowest > 0 and now > _RISE * lowest and trained < before:
         return (
             f"It was lowest, {readable.decimal(lowest)}, at {readable.exact(at)} samples and has risen since, while "
@@ -106,6 +110,14 @@ def conclusion(evaluations: Sequence[Mapping[str, Any]]) -> str:
     if trained > 0 and now <= _NEAR * trained:
         return "The model does about as well on others as on the samples that it trains on."
     return ""
+
+
+def _weighted(row: object, weights: Mapping[str, Any]) -> float | None:
+    """The weighted sum of the `losses` of a record; None if they are not of these terms, or not finite."""
+    losses = _mapping(_mapping(row).get("losses"))
+    if losses.keys() != weights.keys() or not all(map(is_number, (*losses.values(), *weights.values()))):
+        return None
+    return fsum(weight * losses[name] for name, weight in weights.items())
 
 
 def comparable(held_out: Sequence[Mapping[str, Any]]) -> bool:

@@ -16,7 +16,8 @@ def held(loss: float | None, training: float | None = None, **more: Any) -> dict
     """A held-out loss of one term of weight 1."""
     row = {"loss": loss, "losses": {"contrastive": loss}, "weights": {"contrastive": 1.0}, "without": [], **more}
     row |= {"samples": 1024, "batch": 256, "data": "samples://emoji/held_out"}
-    return row | ({"training": {"loss": training, "losses": {}, "lines": 10}} if training is not None else {})
+    beside = {"loss": training, "losses": {"contrastive": training}, "lines": 10}
+    return row | ({"training": beside} if training is not None else {})
 
 
 def lines(*pairs: tuple[float | None, float | None]) -> list[dict[str, Any]]:
@@ -67,6 +68,18 @@ def test_what_follows_from_it(pairs: list[tuple[float | None, float | None]], sa
     assert bool(found) == bool(said)
 
 
+def test_other_terms_and_weights_do_not_look_like_a_rise() -> None:
+    """A term that joins makes any loss larger, and a weight that is raised too."""
+    rows = lines((3.0, 4.0), (2.9, 3.0))
+    joined = {"losses": {"contrastive": 2.9, "caption": 9.0}, "weights": {"contrastive": 1.0, "caption": 1.0}}
+    rows[1]["held_out"] |= {"loss": 11.9, **joined, "training": {"loss": 11.0, **joined, "lines": 1}}
+    assert "about as well" in conclusion(rows)
+    rows = lines((3.0, 3.1), (2.9, 2.0))
+    raised = {"loss": 5.8, "weights": {"contrastive": 2.0}}
+    rows[1]["held_out"] |= raised | {"training": {"loss": 4.0, "losses": {"contrastive": 2.0}, "lines": 1}}
+    assert "risen" not in conclusion(rows)
+
+
 def test_the_page_draws_it_on_the_loss_and_its_terms(tmp_path: Path) -> None:
     rows = lines_of_a_run()
     for row in rows:
@@ -74,6 +87,7 @@ def test_the_page_draws_it_on_the_loss_and_its_terms(tmp_path: Path) -> None:
             row["held_out"] = held(9.0, 5.0) | {
                 "losses": {"contrastive": 3.0, "caption": 3.0},
                 "weights": {"contrastive": 1.0, "caption": 2.0},
+                "training": {"loss": 5.0, "losses": {"contrastive": 1.0, "caption": 2.0}, "lines": 10},
             }
     page = page_of(write_run(tmp_path / "run", rows))
     assert "Held-out loss 9 (contrastive 3, caption 2 x 3), training 5 in the last 10 log lines: gap 4; on" in page.text
