@@ -25,6 +25,10 @@ Counting = Callable[[str], AbstractContextManager[Progress]]
 """opens the display of a piece of work with this name; what it gives takes (done, total)"""
 
 
+_FIGURES = 40
+"""columns of a terminal for a short bar, counts and times"""
+
+
 @contextmanager
 def no_counting(what: str) -> Iterator[Progress]:
     """Shows nothing."""
@@ -47,7 +51,7 @@ def counting(
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(shortened(what, console.width - _FIGURES), total=None)
 
         def report(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
@@ -68,7 +72,7 @@ def waiting(
     if console is not None:
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         with Bar(*columns, console=console, transient=True) as bar:
-            bar.add_task(what, total=None)
+            bar.add_task(shortened(what, console.width - _FIGURES), total=None)
             yield
         return
     begun, over = clock(), threading.Event()
@@ -84,6 +88,11 @@ def waiting(
     finally:
         over.set()
         thread.join()
+
+
+def shortened(text: str, most: int) -> str:
+    """The end of a text of more than `most` characters, which says what is counted."""
+    return text if len(text) <= most else f"…{text[len(text) - max(0, most - 1) :]}"
 
 
 def _terminal(stream: TextIO) -> Console | None:

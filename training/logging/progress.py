@@ -24,13 +24,11 @@ from rich.text import Text
 from ...data.shards.parallel import Progress as Report
 from ..report import readable
 from ..report.losses import Term, loss_text, terms_text
-from .counting import lines
+from .counting import lines, shortened
 
 _SMOOTHING = 0.3  # weight of the newest rate in the moving average that gives the remaining time
-
-
 _REDRAW = 0.5  # seconds between two updates of the bar by a piece of work
-_WIDE = 120  # columns of a terminal from which on the terms of the loss fit beside the bar
+_SHORTEST = 5  # columns of the shortest bar and the space after it
 
 
 class Progress:
@@ -78,7 +76,7 @@ class Progress:
             self._rate = (1 - _SMOOTHING) * old + _SMOOTHING * samples_per_second
         changed = self._shape != (stage, parameters)
         self._shape = (stage, parameters)
-        text = self._text(samples, loss, samples_per_second, "" if self._is_narrow else terms_text(terms))
+        text = self._text(samples, loss, samples_per_second, terms_text(terms))
         if self._bar:
             with self._showing():
                 self._bar.update(self._task, completed=samples, text=text)
@@ -118,7 +116,7 @@ class Progress:
     def _show_in_bar(self, text: str) -> None:
         if self._bar:
             with self._showing():
-                self._bar.update(self._task, text=text)
+                self._bar.update(self._task, text=shortened(text, self._bar.console.width - _SHORTEST))
                 self._bar.refresh()
 
     def close(self) -> None:
@@ -140,22 +138,24 @@ class Progress:
         self.close()
 
     @property
-    def _is_narrow(self) -> bool:
-        """Whether a bar has no room for more than the loss itself."""
-        return self._bar is not None and self._bar.console.width < _WIDE
+    def _room(self) -> float:
+        """Columns of a line, beside the bar if there is one."""
+        return self._bar.console.width - _SHORTEST if self._bar else math.inf
 
     def _text(self, samples: int, loss: float | None, rate: float, terms: str) -> str:
+        """Everything; where there is no room for it, without the stage and the size, or else without the terms."""
         stage, parameters = self._shape or (0, 0)
         left = (self._total - samples) / self._rate if self._rate else None
         seen = readable.compact if self._total >= 10_000_000 else readable.exact
-        parts = [
-            f"{seen(samples)}/{seen(self._total)}",
-            f"loss {loss_text(loss)}{terms}",
+        done, loss_only = f"{seen(samples)}/{seen(self._total)}", f"loss {loss_text(loss)}"
+        ends = [
             f"{readable.compact(rate)}/s",
             f"{readable.duration_text(left)} left" if samples < self._total else "done",
-            f"stage {stage + 1}/{self._stages} · {readable.compact(parameters)}",
         ]
-        return " · ".join(parts)
+        shape = f"stage {stage + 1}/{self._stages} · {readable.compact(parameters)}"
+        whole = [done, loss_only + terms, *ends, shape]
+        forms = (" · ".join(parts) for parts in (whole, whole[:-1]))
+        return next((form for form in forms if len(form) <= self._room), " · ".join([done, loss_only, *ends, shape]))
 
     def _flush(self) -> None:
         if self._pending is not None:

@@ -143,3 +143,19 @@ def test_a_terminal_shows_what_goes_on_on_one_line_that_goes(monkeypatch: pytest
     with waiting("[red]reading", stream):
         pass
     assert "[red]reading" in stream.getvalue()
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_a_long_name_leaves_room_for_the_count(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", columns)
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    with counting(f"s3://{'a/' * 60}photos.tar: samples embedded", stream) as report:
+        report(1234, 56789)
+    assert "a/photos.tar: samples embedded" in stream.getvalue()
+    assert "1234/56789" in stream.getvalue()

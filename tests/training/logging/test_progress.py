@@ -178,3 +178,22 @@ def test_work_between_two_steps_takes_the_place_of_the_bars_text() -> None:
             assert "photos: samples embedded: 7 of 100" in stream.getvalue()
         assert "loss 4.25" in stream.getvalue()[len(before) :]
         assert "\n" not in stream.getvalue()[len(before) :]  # one line that is rewritten
+
+
+def test_the_terms_come_before_the_size_where_not_both_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+    with Progress(60_416, stages=2, stream=stream) as progress:
+        progress.update(30_208, 26.09, 160.0, 1, 14_091_264, TERMS[:2])
+    assert "loss 26.09 (contrastive 4.468, caption 2 x 10.81) · 160/s · 3 min 09 s left" in stream.getvalue()
+    assert "14.1 M" not in stream.getvalue()
+
+
+def test_a_long_name_leaves_room_for_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    stream, clock = Terminal(), Clock()
+    name = f"s3://{'a/' * 60}photos.tar: samples embedded"
+    with Progress(512, stream=stream, clock=clock) as progress, progress.counting(name) as report:
+        clock.now = 1.0
+        report(7, 100)
+    assert "a/photos.tar: samples embedded: 7 of 100, 13 s left" in stream.getvalue()
