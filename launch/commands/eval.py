@@ -183,7 +183,8 @@ def compare_commits(new: str, old: str, data: str | None, texts: int) -> dict[st
             resize=image.resize,
             interpolation=image.interpolation,
         )
-        rows = embed_captions(model, samples.tokenizer, captions, size, world)
+        with show("captions embedded") as progress:
+            rows = embed_captions(model, samples.tokenizer, captions, size, world, progress)
         with show(f"{safe_text(each.url)}: samples embedded") as progress:
             found.append((embed(model, samples, size, world, progress), rows))
     (old_data, old_rows), (new_data, new_rows) = found
@@ -282,7 +283,8 @@ def _opened_weights(source: str) -> OpenedModel:
     checked_tokenizer(found, None)
 
     def identity() -> str:
-        with Path(found.file).open("rb") as file:
+        shown = waiting(f"reading {safe_text(source)}") if is_first_process() else nullcontext()
+        with shown, Path(found.file).open("rb") as file:
             return f"{source} {file_digest(file, 'sha256').hexdigest()}"
 
     recipe = recipe_for(found, _WITHOUT_DATA, "clip")

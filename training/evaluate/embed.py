@@ -104,14 +104,23 @@ def embed_modality(model: Model, name: str, samples: Sequence[Sample], world: Wo
     return F.normalize(model.modalities[name](arrays).pooled.float(), dim=-1).cpu()
 
 
-def embed_captions(model: Model, tokenizer: TextTokenizer, captions: Sequence[str], batch: int, world: World) -> Tensor:
-    """Unit embeddings [len(captions), e] of texts, on the CPU in fp32; this rank embeds all of them."""
+def embed_captions(
+    model: Model,
+    tokenizer: TextTokenizer,
+    captions: Sequence[str],
+    batch: int,
+    world: World,
+    progress: Progress = silent,
+) -> Tensor:
+    """Unit embeddings [len(captions), e] of texts, on the CPU in fp32; this rank embeds all of them, as
+    `progress(done, total)` counts."""
     rows = [torch.zeros(0, model.spec.embed_dim)]
-    for some in _chunks(captions, batch):
+    for number, some in enumerate(_chunks(captions, batch), 1):
         ids = [tokenizer.encode(caption, model.spec.text.context) for caption in some]
         tokens = torch.tensor([i for one in ids for i in one], device=world.device)
         lengths = torch.tensor([len(one) for one in ids], device=world.device)
         rows.append(F.normalize(model.embed_texts(tokens, lengths).pooled.float(), dim=-1).cpu())
+        progress(min(len(captions), number * batch), len(captions))
     return torch.cat(rows)
 
 

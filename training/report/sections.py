@@ -33,6 +33,7 @@ def headline(run: RecordedRun) -> HistoryView:
     first = attempts[0].lines[0] if attempts else {}
     total = run.total_samples
     parameters = parameters_reached(run)
+    held_out = [f"{readable.decimal(value)} held out" for _, value in held_out_points(run)[-1:] if value is not None]
     trained = sum(
         sum(v for v in (s.get("seconds") or {}).values() if is_number(v))
         for s in steps
@@ -50,7 +51,7 @@ def headline(run: RecordedRun) -> HistoryView:
         (
             "Loss",
             readable.decimal(last.get("loss")),
-            f"from {readable.decimal(steps[0].get('loss'))}" if len(steps) > 1 else "",
+            ", ".join([*([f"from {readable.decimal(steps[0].get('loss'))}"] if len(steps) > 1 else []), *held_out]),
         ),
     ]
     if is_number(last.get("flops")):

@@ -93,6 +93,7 @@ def test_the_page_draws_it_on_the_loss_and_its_terms(tmp_path: Path) -> None:
     assert "Held-out loss 9 (contrastive 3, caption 2 x 3), training 5 in the last 10 log lines: gap 4; on" in page.text
     assert "on 1,024 samples of samples://emoji/held_out in batches of 256." in page.text
     assert "far better on the samples that it trains on" in page.text
+    assert ", 9 held out" in page.text
     charts = re.findall(r"<svg.*?</svg>", page.source, re.DOTALL)
     drawn = [chart for chart in charts if "held out: 9 at" in chart or "held out: 3 at" in chart]
     assert len({re.search(r"<title[^>]*>([^<]*)", chart)[1] for chart in drawn}) == 3  # type: ignore[index]
