@@ -47,7 +47,8 @@ def counting(
     stream, what = stream or sys.stderr, printable(what)
     console = _terminal(stream)
     if console is None:
-        yield lines(what, partial(_write, stream), interval, clock)
+        with _ticking(Lines(what, partial(_write, stream), interval, clock), interval) as shown:
+            yield shown
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True) as bar:
@@ -75,19 +76,8 @@ def waiting(
             bar.add_task(shortened(what, console.width - _FIGURES), total=None)
             yield
         return
-    begun, over = clock(), threading.Event()
-
-    def tell() -> None:
-        while not over.wait(interval):
-            _write(stream, f"{what}: {duration_text(clock() - begun)} so far")
-
-    thread = threading.Thread(target=tell, name="waiting", daemon=True)
-    thread.start()
-    try:
+    with _ticking(Lines(what, partial(_write, stream), interval, clock), interval):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def shortened(text: str, most: int) -> str:
@@ -108,17 +98,55 @@ def _write(stream: TextIO, line: str) -> None:
         print(line, file=stream, flush=True)
 
 
-def lines(what: str, write: Callable[[str], None], interval: float, clock: Callable[[], float]) -> Progress:
-    """Takes (done, total), and writes a line about it at most every `interval` seconds; none at the end of the work."""
-    begun = shown = clock()
+class Lines:
+    """Writes a line about a piece of work at most every `interval` seconds: when it is called with (done, total), and
+    on a `tick` where that has not come for as long. A call with all done writes none."""
 
-    def report(done: int, total: int) -> None:
-        nonlocal shown
-        now = clock()
-        if now - shown < interval or done >= total:
+    def __init__(
+        self, what: str, write: Callable[[str], None], interval: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._what, self._write, self._interval, self._clock = what, write, interval, clock
+        self._begun = self._shown = clock()
+        self._known: tuple[int, int] | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, done: int, total: int) -> None:
+        """So much is done."""
+        with self._lock:
+            self._known = done, total
+            if done < total:
+                self._show()
+
+    def tick(self) -> None:
+        """Time has passed."""
+        with self._lock:
+            self._show()
+
+    def _show(self) -> None:
+        now = self._clock()
+        if now - self._shown < self._interval:
             return
-        shown = now
-        left = f", {duration_text((now - begun) * (total - done) / done)} left" if done else ""
-        write(f"{what}: {done:,} of {total:,}{left}")
+        self._shown, spent = now, now - self._begun
+        if self._known is None:
+            return self._write(f"{self._what}: {duration_text(spent)} so far")
+        done, total = self._known
+        left = f", {duration_text(spent * (total - done) / done)} left" if 0 < done < total else ""
+        self._write(f"{self._what}: {done:,} of {total:,}{left}")
 
-    return report
+
+@contextmanager
+def _ticking(report: Lines, interval: float) -> Iterator[Lines]:
+    """Ticks every `interval` seconds while the context lasts."""
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(interval):
+            report.tick()
+
+    thread = threading.Thread(target=tick, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield report
+    finally:
+        over.set()
+        thread.join()

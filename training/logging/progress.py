@@ -24,7 +24,7 @@ from rich.text import Text
 from ...data.shards.parallel import Progress as Report
 from ..report import readable
 from ..report.losses import Term, loss_text, terms_text
-from .counting import lines, shortened
+from .counting import Lines, shortened
 
 _SMOOTHING = 0.3  # weight of the newest rate in the moving average that gives the remaining time
 _REDRAW = 0.5  # seconds between two updates of the bar by a piece of work
@@ -103,10 +103,10 @@ class Progress:
         by a line every `interval` seconds."""
         if self._bar:
             kept = self._bar.tasks[0].fields["text"]
-            yield lines(readable.printable(what), self._show_in_bar, _REDRAW, self._clock)
+            yield Lines(readable.printable(what), self._show_in_bar, _REDRAW, self._clock)
             self._show_in_bar(kept)
         else:
-            yield lines(readable.printable(what), self._write_after, self._interval, self._clock)
+            yield Lines(readable.printable(what), self._write_after, self._interval, self._clock)
 
     def _write_after(self, line: str) -> None:
         """A line after the step that waits for its turn."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from treering.training.evaluate.embed import own_batches
-from treering.training.logging.counting import counting, waiting
+from treering.training.logging.counting import Lines, counting, waiting
 from treering.training.world import World
 
 
@@ -105,7 +105,29 @@ def test_work_that_cannot_be_counted_says_how_long_it_has_gone_on() -> None:
     lines = stream.getvalue().splitlines()
     assert lines[0] == "reading b\ufffd[2J.pt: 12 s so far"
     assert len(lines) == next(clock) // 12 - 1  # none after the end
-    assert not any(thread.name == "waiting" for thread in threading.enumerate())
+    assert not any(thread.name == "progress" for thread in threading.enumerate())
+
+
+def test_silent_work_says_what_is_known_of_it() -> None:
+    """A first shard that takes a minute, a listing, the end of the work."""
+    told: list[str] = []
+    clock = iter([0.0, 10.0, 12.0, 13.0, 25.0, 30.0, 40.0])
+    report = Lines("shards packed", told.append, 10.0, lambda: next(clock))
+    report.tick()  # at 10 s
+    report(0, 4)  # at 12 s
+    report.tick()  # at 13 s
+    report(1, 4)  # at 25 s
+    report(4, 4)  # needs no time
+    report.tick()  # at 30 s
+    report.tick()  # at 40 s
+    assert told == ["shards packed: 10 s so far", "shards packed: 1 of 4, 1 min 15 s left", "shards packed: 4 of 4"]
+
+
+def test_a_count_that_does_not_come_is_replaced_by_ticks() -> None:
+    stream, clock = Told(), itertools.count(0.0, 12.0)
+    with counting("shards packed", stream, interval=0.001, clock=lambda: next(clock)):
+        assert stream.came.wait(60)
+    assert stream.getvalue().splitlines()[0] == "shards packed: 12 s so far"
 
 
 def test_work_that_is_soon_done_or_fails_leaves_nothing() -> None:
@@ -113,7 +135,7 @@ def test_work_that_is_soon_done_or_fails_leaves_nothing() -> None:
     with pytest.raises(ValueError, match="broken"), waiting("reading", stream, interval=60):
         raise ValueError("broken")
     assert stream.getvalue() == ""
-    assert not any(thread.name == "waiting" for thread in threading.enumerate())
+    assert not any(thread.name == "progress" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("show", [counting, waiting])
