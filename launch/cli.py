@@ -200,13 +200,15 @@ def evaluate(
         return
     console = Console()
     console.print(Text(f"{found['commit']} ({counted(found['samples'], 'sample')})"), soft_wrap=True)
-    console.print(Text(made_on(found["data"])), soft_wrap=True)
+    if found["data"]:
+        console.print(Text(made_on(found["data"])), soft_wrap=True)
     for note in found["notes"]:
         console.print(Text(f"note: {note}"), soft_wrap=True)
     if held_out := found["held_out"]:
         of = f"{counted(held_out['samples'], 'sample')} of {held_out['data']} in batches of {held_out['batch']:,}"
         console.print(Text(f"{held_out_text(held_out)}, on {of}"), soft_wrap=True)
-    console.print(score_table(found["scores"], found["chance"], found["intervals"]))
+    if found["scores"]:
+        console.print(score_table(found["scores"], found["chance"], found["intervals"]))
 
 
 @app.command()

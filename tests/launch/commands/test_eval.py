@@ -93,6 +93,26 @@ def test_one_command_evaluates_a_commit_on_three_suites(
         assert low <= score <= high
 
 
+def test_the_held_out_loss_alone_is_evaluated_and_left_out_where_only_files_are_asked_for(
+    treering: Command, tiny: Path, tmp_path: Path, suites: list[str]
+) -> None:
+    """A run without suites on data of its own; the same figure in its record and in the command, which has no table."""
+    settings = ["eval={data: 'samples://emoji/held_out', held_out: 20}"]
+    assert treering("train", str(tiny), *settings).returncode == 0
+    rows = [json.loads(line) for line in (tmp_path / "here/runs/tiny/metrics.jsonl").read_text().splitlines()]
+    (recorded,) = [row["held_out"] for row in rows if row["event"] == "eval"]
+    assert (recorded["samples"], recorded["batch"], recorded["training"]["lines"]) == (24, 8, 1)
+    found = json.loads(treering("eval", "runs/tiny", "--json").stdout)
+    assert found["scores"] == {}
+    assert found["held_out"] == {name: value for name, value in recorded.items() if name != "training"}
+    shown = treering("eval", "runs/tiny").stdout.splitlines()
+    of = "on 24 samples of samples://emoji/held_out in batches of 8"
+    assert shown[1:] == [f"held-out loss {recorded['loss']:.4g}, {of}"]
+    assert json.loads(treering("eval", "runs/tiny", "--suite", suites[1], "--json").stdout)["held_out"] is None
+    status = treering("status", "runs/tiny").stdout
+    assert f"held-out loss  {recorded['loss']:.4g} (gap " in status
+
+
 def test_two_processes_say_once_what_one_says(treering: Command, tiny: Path, tmp_path: Path, suites: list[str]) -> None:
     assert treering("train", str(tiny)).returncode == 0
     asked = ["eval", "runs/tiny", "--suite", ",".join(suites), "--json"]
