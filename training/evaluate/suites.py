@@ -59,7 +59,7 @@ def evaluate(
     """
     bench = Bench(model, world, config.batch, tokenizer, cache, embeddings, counting)
     found = Evaluation()
-    if config.built_in or (config.examples and url):
+    if config.built_in or (config.suites and config.examples and url):
         samples = bench.own_set(url)
         _built_in(bench, config, samples, found)
     if terms is not None and config.held_out and url:

@@ -100,7 +100,9 @@ def test_the_held_out_loss_alone_is_evaluated_and_left_out_where_only_files_are_
     settings = ["eval={data: 'samples://emoji/held_out', held_out: 20}"]
     assert treering("train", str(tiny), *settings).returncode == 0
     rows = [json.loads(line) for line in (tmp_path / "here/runs/tiny/metrics.jsonl").read_text().splitlines()]
-    (recorded,) = [row["held_out"] for row in rows if row["event"] == "eval"]
+    (row,) = [row for row in rows if row["event"] == "eval"]
+    assert row["data"] == {}  # the set is not embedded as a whole
+    recorded = row["held_out"]
     assert (recorded["samples"], recorded["batch"], recorded["training"]["lines"]) == (24, 8, 1)
     found = json.loads(treering("eval", "runs/tiny", "--json").stdout)
     assert found["scores"] == {}
