@@ -99,7 +99,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def scores(run: RecordedRun) -> HistoryView | None:
     """The last evaluation's scores with their chance levels, in groups."""
-    evaluations = run.events("eval")
+    evaluations = [line for line in run.events("eval") if line.get("scores")]
     if not evaluations:
         return None
     last = evaluations[-1]

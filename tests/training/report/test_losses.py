@@ -107,3 +107,14 @@ def test_a_page_survives_any_record(value: Any, tmp_path: Path) -> None:
         if row["event"] == "eval":
             row["held_out"] = value
     assert page_of(write_run(tmp_path / "run", rows)).of("svg")
+
+
+def test_a_run_with_a_held_out_loss_alone_has_no_scores(tmp_path: Path) -> None:
+    rows = lines_of_a_run()
+    for row in rows:
+        if row["event"] == "eval":
+            row |= {"scores": {}, "chance": {}, "sizes": {}, "held_out": held(9.0, 5.0)}
+    page = page_of(write_run(tmp_path / "run", rows))
+    assert "This run has no scores." in page.text
+    assert "The latest of" not in page.text
+    assert "Held-out loss 9" in page.text

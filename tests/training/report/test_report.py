@@ -310,7 +310,7 @@ def test_unfinished_run_with_a_torn_last_line(tmp_path: Path) -> None:
     page = page_of(run)
     assert_self_contained(page)
     assert f"Not finished: {readable.percent(lines[-1]['samples'] / 60416)} of the samples" in page.text
-    assert "This run has not been evaluated yet." in page.text
+    assert "This run has no scores yet." in page.text
     assert "The model has not changed its size so far." in page.text
     assert "0 bad samples" in page.text
     assert "unreadable" not in page.text
