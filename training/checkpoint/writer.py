@@ -214,7 +214,6 @@ class CommitUpload:
         finally:
             self._thread.join()
 
-
     def _wait(self, alive: Callable[[], None], progress: Progress) -> None:
         """Wait for the threads of all ranks, for any time as long as one of them makes progress."""
         pause, seen, busy = _FIRST_LOOK, self._sent, True
