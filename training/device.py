@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 from pathlib import Path
 from typing import NamedTuple
@@ -21,14 +22,31 @@ class DeviceModel(NamedTuple):
 
 
 DEVICES = {
+    "a10": DeviceModel(125e12, 24e9),
     "a100": DeviceModel(312e12, 80e9),
+    "a100-40gb": DeviceModel(312e12, 40e9),
+    "a10g": DeviceModel(70e12, 24e9),
+    "a40": DeviceModel(150e12, 48e9),
+    "a800": DeviceModel(312e12, 80e9),
     "b200": DeviceModel(2250e12, 180e9),
+    "b300": DeviceModel(2250e12, 270e9),
+    "gb200": DeviceModel(2500e12, 186e9),
+    "gb300": DeviceModel(2500e12, 279e9),
     "gh200": DeviceModel(989e12, 96e9),
     "h100": DeviceModel(989e12, 80e9),
+    "h100-nvl": DeviceModel(835e12, 94e9),
+    "h100-pcie": DeviceModel(756e12, 80e9),
+    "h20": DeviceModel(148e12, 96e9),
     "h200": DeviceModel(989e12, 141e9),
+    "h200-nvl": DeviceModel(835e12, 141e9),
+    "h800": DeviceModel(989e12, 80e9),
+    "h800-pcie": DeviceModel(756e12, 80e9),
+    "l4": DeviceModel(121e12, 24e9),
+    "l40": DeviceModel(181e12, 48e9),
     "l40s": DeviceModel(362e12, 48e9),
+    "mi300x": DeviceModel(1307e12, 192e9),
 }
-"""by the name for `treering plan --device`, which is part of the driver's name for it"""
+"""by the name for `treering plan --device`: words of the driver's name for it, joined by hyphens"""
 
 
 def device_name(device: torch.device) -> str:
@@ -50,9 +68,11 @@ def model_name(device: torch.device) -> str | None:
     """The device's name in the table, or None if it is not there (no CPU is)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device).lower()
-    longest_first = sorted(DEVICES, key=len, reverse=True)  # a GH200 is not an H200
-    return next((key for key in longest_first if key in name), None)
+    words = set(re.split(r"[^a-z0-9]+", torch.cuda.get_device_name(device).lower()))
+    if "mig" in words:  # a slice of a device
+        return None
+    named = [key for key in DEVICES if words.issuperset(key.split("-"))]
+    return max(named, key=len, default=None)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -158,7 +158,9 @@ def plan(
     per_node: Annotated[int, typer.Option("--gpus-per-node", metavar="G", min=1)] = 1,
     device: Annotated[
         str | None,
-        typer.Option("--device", metavar="D", help="a100, b200, h100, h200, l40s or cpu; default: this machine's."),
+        typer.Option(
+            "--device", metavar="D", help="Such as a100, h100, h100-pcie, h200 or cpu; default: this machine's."
+        ),
     ] = None,
     mfu: Annotated[
         float, typer.Option("--mfu", metavar="F", help="Model FLOPs utilisation: the fraction of the peak reached.")

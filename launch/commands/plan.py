@@ -33,6 +33,8 @@ SAMPLES = 2048
 """samples read to measure captions and pictures"""
 _TOY = 300
 """seconds of a run that is too short to be worth an advice about its loader"""
+_CORES = 16
+"""cores of a node for each of its devices; 12 to 16 are usual"""
 _CROWDED = 0.2
 """fraction of a batch with neighbours that is worth a warning"""
 _COLUMN = 12
@@ -192,13 +194,8 @@ def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
             f"a device needs about {bytes_text(needed)} and has {bytes_text(there)}; "
             f"use more devices, engine.activation_budget=auto, engine.micro_batches, or engine.precision=bf16"
         )
-    cores = found["loader_cores_per_node"]
-    workers = recipe.data.workers * per_node
-    if found["device"] != "cpu" and cores > max(workers, 1) and found["seconds"] > _TOY:
-        messages.append(
-            f"decoding needs {cores:.0f} cores per node and data.workers gives {workers}; "
-            f"set data.workers={int(cores / per_node) + 1}"
-        )
+    if found["device"] != "cpu" and found["seconds"] > _TOY:
+        messages += _about_decoding(recipe, found, per_node)
     every = recipe.checkpoint.every_seconds
     if every and found["commit_seconds_at_1_GB_per_second"] > every / 10:
         messages.append("a commit takes more than a tenth of the time between commits; set a longer checkpoint.every")
@@ -215,6 +212,23 @@ def warnings(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
     if found["device"] in DEVICES and recipe.engine.precision == "fp32":
         messages.append("engine.precision=fp32 does not reach the peak of this device; set engine.precision=bf16")
     return messages
+
+
+def _about_decoding(recipe: Recipe, found: dict[str, Any], per_node: int) -> list[str]:
+    """Whether the decoding processes, or all the cores of a usual node, are too few for its devices."""
+    each, given = found["loader_cores_per_node"] / per_node, recipe.data.workers
+    if each > _CORES:
+        return [
+            f"the run is bound by decoding: a device takes the pictures of {each:.0f} cores, and nodes have about "
+            f"{_CORES} cores a device, with which it takes {duration_text(found['seconds'] * each / _CORES)}; choose "
+            f"nodes with more cores, or store the pictures smaller; set data.workers={_CORES}"
+        ]
+    if each * per_node > max(given * per_node, 1):
+        return [
+            f"decoding needs {each * per_node:.0f} cores per node and data.workers gives {given * per_node}; "
+            f"set data.workers={int(each) + 1}"
+        ]
+    return []
 
 
 def as_table(found: dict[str, Any], width: int) -> Any:

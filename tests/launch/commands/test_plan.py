@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_a_warning(refused: Callable[..., str]) -> None:
     recipe = read_recipe("emoji", [*SMALL, "data.batch=8192", "model.image.width=4096", "model.image.heads=128"]).recipe
     found = plan(recipe, 1, 1, "l40s", 0.4, None)
     assert any("a device needs about" in said for said in found["warnings"])
-    assert "is not known; known are cpu, a100" in refused("plan", "emoji", "--device", "abacus")
+    assert "is not known; known are cpu, a10, a100, " in refused("plan", "emoji", "--device", "abacus")
     assert "cannot share data.batch = 128" in refused("plan", "emoji", "--nodes", "3")
 
 
@@ -169,3 +169,18 @@ def test_a_short_run_needs_no_advice_about_its_loader() -> None:
     )
     assert not any("data.workers" in said for said in quick["warnings"])
     assert any("set data.workers=" in said for said in long["warnings"])
+
+
+def test_a_run_that_decoding_holds_up_says_so() -> None:
+    """A core decodes a few thousand emoji a second, and a GPU takes far more; a large model takes few."""
+    few, many = ("model.image.depth=3", "model.image={width: 1024, depth: 48, heads: 16, patch: 4, resolution: 72}")
+    small, large = (
+        plan(
+            read_recipe("emoji", [*SMALL[:1], "stages=[{samples: 100_000_000_000}]", *SMALL[2:], model]).recipe, 1, 8,
+            "h100", 0.4, None,
+        )
+        for model in (few, many)
+    )  # fmt: skip
+    [bound] = [said for said in small["warnings"] if "bound by decoding" in said]
+    assert "set data.workers=16" in bound
+    assert not any("bound by decoding" in said for said in large["warnings"])
