@@ -2,9 +2,11 @@
 
 import time
 
-from .threads import limit_spinning
+from .runtimes import limit_spinning, use_expandable_segments
 
 STARTED = time.monotonic()
 """when this process imported treering; the run logs how long the other imports took"""
 
-limit_spinning()  # here, because every process we start imports this before torch
+# Here, because every process we start imports this before torch.
+limit_spinning()
+use_expandable_segments()

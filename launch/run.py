@@ -30,7 +30,7 @@ from ..training.recipe import Recipe
 from .errors import RecipeError, RunError, show
 from .recipe.load import ResolvedRecipe, read_recipe
 from .run_folder import LAUNCHER, RECIPE_FILE, STOPPED, read_rows
-from .threads import share_cores
+from .runtimes import share_cores
 from .worker import work
 
 if TYPE_CHECKING:

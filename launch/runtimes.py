@@ -1,7 +1,8 @@
-"""How many OpenMP threads a training process uses, and how long they spin while they wait for each other.
+"""How many OpenMP threads a training process uses, how long they spin while they wait for each other, and how a GPU's
+memory is divided.
 
-The one idea: OpenMP's settings are put into the environment before torch is imported, because the runtime reads them
-when it is loaded and child processes inherit them. Settings of the user are kept.
+The one idea: settings are put into the environment before torch is imported, because the runtimes read them when they
+are loaded and child processes inherit them. Settings of the user are kept.
 """
 
 from __future__ import annotations
@@ -27,6 +28,16 @@ def limit_spinning() -> None:
         return
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
     os.environ.setdefault("KMP_BLOCKTIME", str(BLOCK_TIME))
+
+
+def use_expandable_segments() -> None:
+    """Let torch grow pieces of a GPU's memory in place, unless the user has configured its allocator.
+
+    Captions have another number of tokens in every step, and a growth frees tensors of sizes that do not return: in
+    pieces of fixed size both leave holes.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # torch's newer name, which it ignores in some versions (2.9 to 2.11)
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def share_cores(processes: int) -> None:

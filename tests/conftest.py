@@ -1,5 +1,5 @@
-"""What tests of every package share: running a function on several gloo ranks, with a hang turned into a failure, and
-a real S3 server."""
+"""What tests of every package share: the CPU, also where there are GPUs; running a function on several gloo ranks, with
+a hang turned into a failure; and a real S3 server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from treering.launch.threads import limit_spinning
+from treering.launch.runtimes import limit_spinning
 from treering.models.interchange.open_clip_import import import_open_clip
 from treering.tests.support.browser import CHROMIUM, Browser
 from treering.tests.support.needs import missing
@@ -26,6 +26,13 @@ limit_spinning()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 hypothesis.settings.register_profile("treering", deadline=None)  # a slow machine is no failure
 hypothesis.settings.load_profile("treering")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests compute on the CPU also where there are GPUs, which would give other numbers, and several ranks one GPU;
+    `-m gpu` runs those that need one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(optionalhook=True)

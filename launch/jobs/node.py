@@ -21,7 +21,7 @@ from types import FrameType
 
 from ..errors import RunError, user_message
 from ..run_folder import STOPPED
-from ..threads import share_cores
+from ..runtimes import share_cores
 from .attempts import ATTEMPT, BAD_NODE, FOLLOWING, UNFIT, fit_folder, lost
 
 

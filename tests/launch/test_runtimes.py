@@ -1,4 +1,5 @@
-"""How long threads spin is limited in every process of a run, before torch is imported, unless the user has decided."""
+"""How long threads spin is limited in every process of a run, and its GPU's memory grows in place, before torch is
+imported, unless the user has decided."""
 
 from __future__ import annotations
 
@@ -10,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from treering.launch.threads import BLOCK_TIME, SPINS, limit_spinning, share_cores
+from treering.launch.runtimes import BLOCK_TIME, SPINS, limit_spinning, share_cores, use_expandable_segments
 
-OURS = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": str(SPINS), "KMP_BLOCKTIME": str(BLOCK_TIME)}
+OURS = {
+    "OMP_WAIT_POLICY": None,
+    "GOMP_SPINCOUNT": str(SPINS),
+    "KMP_BLOCKTIME": str(BLOCK_TIME),
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
 # What every Python process of the test does: it notes its settings when torch is imported, and at each fork after that.
 SPY = f"""
 import json, os, sys
@@ -48,7 +54,7 @@ def run(tiny: Path, processes: int, folder: Path, **settings: str) -> tuple[list
 
 def test_command_line_workers_and_decoding_processes(tiny: Path, tmp_path: Path) -> None:
     notes, said = run(tiny, 2, tmp_path)
-    assert all(settings == OURS for _, _, settings in notes)
+    assert [settings for _, _, settings in notes] == [OURS] * len(notes)
     imported = [Path(program).name for what, program, _ in notes if what == "import"]
     assert imported.count("worker.py") == 2
     assert "__main__.py" in imported
@@ -75,6 +81,17 @@ def test_each_runtime_has_its_own_setting(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "environ", {"KMP_BLOCKTIME": "5"})
     limit_spinning()
     assert os.environ == {"GOMP_SPINCOUNT": str(SPINS), "KMP_BLOCKTIME": "5"}
+
+
+@pytest.mark.parametrize(
+    "given", [{"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}]
+)
+def test_an_allocator_that_the_user_has_configured_is_kept(
+    given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    use_expandable_segments()
+    assert os.environ == given
 
 
 @pytest.mark.parametrize(("processes", "each"), [(2, 3), (3, 2), (7, 1)])
