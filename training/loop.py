@@ -59,7 +59,7 @@ def train(
     `lost` says why this attempt must end at once, as another has begun; None while it need not.
     Raises DataError, StoreError or TrainingError.
     """
-    world = World.join()
+    world = World.join(recipe.watchdog.of_collectives)
     try:
         with StopRequest() as stop, Watchdog(recipe.watchdog, out, world, lost) as watch:
             beginning = beginning or Beginning()

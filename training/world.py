@@ -20,10 +20,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..data.units import counted
+from .state import TrainingError
+
 T = TypeVar("T")
 _LET_GLOO_FINISH = 0.2
 """seconds"""
+_JOINING = timedelta(minutes=10)
+"""for the processes of a run to find each other"""
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+
+
+def backend(device: torch.device) -> str:
+    """What a process group on `device` exchanges tensors by: those of a GPU by NCCL, those of the host by gloo."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def _wait_for(seconds: float, group: dist.ProcessGroup | None) -> None:
+    """Let collectives of a group wait so long; torch has no public way to say it of a group that exists."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def _own_gpu(local_rank: int) -> torch.device:
+    """The GPU of this process among those of its machine. Raises TrainingError if there are too few."""
+    there = torch.cuda.device_count()
+    if local_rank >= there:
+        raise TrainingError(
+            f"LOCAL_RANK {local_rank}, {counted(there, 'GPU')}: every process of a machine needs a GPU of its own; "
+            f"start {there} with --processes, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
+        )
+    return torch.device("cuda", local_rank)
 
 
 @contextmanager
@@ -48,20 +74,31 @@ class World:
     device: torch.device
     group: dist.ProcessGroup | None = field(default=None, compare=False)
     """the process group, if these are only some of the processes of the run"""
+    patience: float = field(default=3600.0, compare=False)
+    """seconds that a collective waits for the others"""
 
     @staticmethod
-    def join() -> World:
-        """Join the process group that the launcher described in the environment (RANK, WORLD_SIZE, ...), if any."""
+    def join(patience: float = 3600.0) -> World:
+        """Join the process group that the launcher described in the environment (RANK, WORLD_SIZE, ...), if any.
+
+        A collective for which others do not come within `patience` seconds fails. Raises TrainingError where this
+        machine has no GPU for the process.
+        """
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         device = torch.device("cpu")
         if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            device = _own_gpu(int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
         if size > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             with _output_to_stderr():
-                dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=10))
-        return World(rank, size, device)
+                dist.init_process_group(backend(device), rank=rank, world_size=size, timeout=_JOINING)
+            _wait_for(patience, dist.group.WORLD)
+        return World(rank, size, device, patience=patience)
+
+    def part(self, rank: int, size: int, group: dist.ProcessGroup) -> World:
+        """Some of these processes, which wait for each other as long as all of them do."""
+        _wait_for(self.patience, group)  # a new group has torch's own patience
+        return World(rank, size, self.device, group, self.patience)
 
     def leave(self) -> None:
         """Leave the process group; nothing that holds it (an engine) may still exist.

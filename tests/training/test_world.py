@@ -1,13 +1,18 @@
-"""Objects between ranks, of unequal sizes and with any text."""
+"""Joining the processes of a run, and objects between ranks, of unequal sizes and with any text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
+import pytest
+import torch
 import torch.distributed as dist
 
-from treering.training.world import World
+from treering.training.health.watchdog import SLOW_FACTOR, WatchdogConfig
+from treering.training.state import TrainingError
+from treering.training.world import World, backend
 
 
 def test_one_long_object_is_not_padded_for_all(on_ranks: Callable[..., list[Any]]) -> None:
@@ -47,3 +52,36 @@ def test_objects(on_ranks: Callable[..., list[Any]]) -> None:
             assert everybody == truth[:size]
             assert at_first == (truth[:size] if rank == 0 else [])
             assert first == truth[0]
+
+
+def _waits(group: Any) -> timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
+def test_collectives_wait_longer_than_the_watchdog(on_ranks: Callable[..., list[Any]]) -> None:
+    """Also those of groups within a run, whose default is torch's own."""
+
+    def one_rank(world: World) -> Any:
+        half = world.part(world.rank % 2, 2, dist.new_subgroups(2)[0])
+        return world.patience, _waits(dist.group.WORLD), half.patience, _waits(half.group)
+
+    config = WatchdogConfig(limit="20min")
+    assert config.of_collectives > SLOW_FACTOR * config.seconds
+    for patience, all_wait, part, half_waits in on_ranks(4, one_rank):
+        assert timedelta(seconds=patience) == all_wait == half_waits
+        assert part == patience
+
+
+@pytest.mark.parametrize(("rank", "there"), [("1", 1), ("7", 4), ("0", 0)])
+def test_a_process_without_a_gpu_says_so(rank: str, there: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail(f"took {device}"))
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(TrainingError, match=rf"LOCAL_RANK {rank}, {there} GPUs?: .*--processes"):
+        World.join()
+
+
+def test_tensors_go_by_the_backend_of_their_device() -> None:
+    assert backend(torch.device("cpu")) == "gloo"
+    assert backend(torch.device("cuda", 1)) == "cpu:gloo,cuda:nccl"

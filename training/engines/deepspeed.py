@@ -17,7 +17,7 @@ from torch import Tensor
 from ...models.model import built_by_module, empty
 from ...models.spec import ModelSpec
 from ...models.towers import temperature
-from ..world import World
+from ..world import World, backend
 from .base import Engine
 from .config import DeepSpeedConfig
 from .kernels import prepare_kernels
@@ -37,7 +37,7 @@ class DeepSpeedEngine(Engine):
         self._seed = seed
         if not dist.is_initialized():  # a world of one: DeepSpeed wants a group all the same
             store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+            dist.init_process_group(backend(self.world.device), store=store, rank=0, world_size=1)
         self._initialise(spec, {})
 
     def _initialise(self, spec: ModelSpec, multipliers: Mapping[str, float]) -> None:

@@ -21,7 +21,6 @@ from ...models.model import empty, initialise, materialise
 from ...models.spec import ModelSpec
 from ...models.towers import temperature
 from ...models.transformer import TransformerBlock
-from ..world import World
 from .config import FsdpConfig
 from .kernels import prepare_kernels
 from .layout import FlatRange, gathered, shard_rows
@@ -45,8 +44,8 @@ class FsdpEngine(TorchEngine):
         self._forward = self._whole_forward()
         shard = config.shards(world.size).weights
         mesh = init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("copy", "shard"))
-        self._holders = World(world.rank % shard, shard, world.device, mesh.get_group("shard"))
-        self.copies = World(world.rank // shard, world.size // shard, world.device, mesh.get_group("copy"))
+        self._holders = world.part(world.rank % shard, shard, mesh.get_group("shard"))
+        self.copies = world.part(world.rank // shard, world.size // shard, mesh.get_group("copy"))
         if shard == world.size:
             mesh = mesh["shard"]
         if config.precision == "bf16":

@@ -68,6 +68,12 @@ class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         assert limit is not None
         return limit
 
+    @property
+    def of_collectives(self) -> float:
+        """Seconds that a collective waits for other processes: longer than any phase may take, so that the watchdog,
+        which names the process that hangs, is always first."""
+        return (SLOW_FACTOR + 1) * self.seconds
+
 
 class Watchdog:
     """Watches this process from a separate thread while the context is open."""

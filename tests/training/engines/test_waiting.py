@@ -114,6 +114,7 @@ def test_no_tower_reads_anything_from_the_device(name: str, parts: int) -> None:
             backward(objective, replace(inputs, host_lengths=None), parts, spec)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", [*OBJECTIVES, *TOWERS])
 def test_the_steady_step_does_not_wait_for_the_gpu(name: str) -> None:
@@ -134,6 +135,7 @@ def test_the_steady_step_does_not_wait_for_the_gpu(name: str) -> None:
     assert result.losses[objective.name].isfinite()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_is_fed_arrives_whole() -> None:
     feed = Feed(World(0, 1, torch.device("cuda", 0)), 0)

@@ -167,6 +167,7 @@ def test_pictures_are_made_as_the_weights_want_them(open_clip: ModuleType, tmp_p
         picture_settings({"resize_mode": "longest"})
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_another_device_it_gives_the_same(coca: Path) -> None:
     here, there = treering.load(coca), treering.load(coca, device="cuda")
