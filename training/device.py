@@ -1,4 +1,5 @@
-"""The name of a device, its peak speed, its memory, and how much of it the run has used."""
+"""The name of a device, its peak speed, its memory, how much of it the run has used, and whether it repeats every
+bit."""
 
 from __future__ import annotations
 
@@ -6,10 +7,18 @@ import os
 import platform
 import re
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from .state import TrainingError
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_WORKSPACES = (":4096:8", ":16:8")
+"""cuBLAS's settings of it with which streams do not share what products are summed in"""
 
 
 class DeviceModel(NamedTuple):
@@ -103,3 +112,31 @@ def process_memory() -> int:
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def repeating(wanted: bool) -> Iterator[None]:
+    """While the context lasts, and if `wanted`, the same inputs give the same bits on a device; to be entered before
+    CUDA starts.
+
+    Of operations with a repeatable version that is taken, FlashAttention's backward among them; others would raise.
+    Raises TrainingError where the environment has a setting of cuBLAS that excludes it.
+    """
+    if not wanted:
+        yield
+        return
+    if (given := os.environ.setdefault(_WORKSPACE, _WORKSPACES[0])) not in _WORKSPACES:
+        raise TrainingError(
+            f"engine.deterministic = true does not go with {_WORKSPACE} = {given!r} in the environment; unset it, or "
+            f"set it to {_WORKSPACES[0]}"
+        )
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    # Filling is for finding mistakes, and costs a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from ..data.samples.sample import Batch
 from ..models.spec import ModelSpec
 from .checkpoint.commits import Commits
 from .checkpoint.store import Store
-from .device import device_name
+from .device import device_name, repeating
 from .engines.automatic_micro_batches import find_pieces, recorded_pieces
 from .engines.base import Engine, StepResult
 from .engines.build import build_engine
@@ -59,15 +59,16 @@ def train(
     `lost` says why this attempt must end at once, as another has begun; None while it need not.
     Raises DataError, StoreError or TrainingError.
     """
-    world = World.join(recipe.watchdog.of_collectives)
-    try:
-        with StopRequest() as stop, Watchdog(recipe.watchdog, out, world, lost) as watch:
-            beginning = beginning or Beginning()
-            while isinstance(end := _attempt(recipe, out, world, stop, watch, beginning), RolledBack):
-                beginning = Beginning(beginning.imports, back=end)
-            return end
-    finally:
-        world.leave()
+    with repeating(recipe.engine.deterministic):
+        world = World.join(recipe.watchdog.of_collectives)
+        try:
+            with StopRequest() as stop, Watchdog(recipe.watchdog, out, world, lost) as watch:
+                beginning = beginning or Beginning()
+                while isinstance(end := _attempt(recipe, out, world, stop, watch, beginning), RolledBack):
+                    beginning = Beginning(beginning.imports, back=end)
+                return end
+        finally:
+            world.leave()
 
 
 def _attempt(

@@ -38,6 +38,11 @@ class _Engine(BaseModel, frozen=True, extra="forbid", strict=True):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: matrix products in bf16; master weights, losses and gradient sums stay in fp32"
     )
+    deterministic: bool = Field(
+        False,
+        description="repeat every bit on a GPU, where attention, products and sums otherwise differ by rounding from "
+        "one run to the next; takes time and, for attention, memory; a CPU always does",
+    )
     activation_budget: float | str | None = Field(
         None,
         description="what blocks may keep for the backward pass: bytes per process as in 40GB, a fraction as in 0.5, "
@@ -95,10 +100,10 @@ class _TorchEngine(_Engine, frozen=True, extra="forbid", strict=True):
         description="pieces in which a process runs its part of a batch through the model: more than one needs less "
         "memory and a second forward pass, and gives the same gradient",
     )
-    compile: bool = Field(
-        False,
+    compile: bool | Literal["auto"] = Field(
+        "auto",
         description="compile blocks with torch.compile, once per block shape; the first steps after a start or a "
-        "growth take minutes",
+        "growth take minutes; auto: on a GPU, if there is a compiler and compiled blocks have the same gradients",
     )
 
     @property
@@ -169,7 +174,7 @@ class DeepSpeedConfig(_Engine, frozen=True, extra="forbid", strict=True):
 
     # It takes one loss a step, not the gradient at the outputs of each piece (so there are no micro-batches), and its
     # hooks inside of blocks break compiled ones up.
-    compile: ClassVar[bool] = False
+    compile: ClassVar[bool | str] = False
     # A rank holds a run of elements that may begin in the middle of a matrix.
     takes_muon: ClassVar[bool] = False
     groups_experts: ClassVar[bool] = False

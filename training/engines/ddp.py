@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ...models.compiling import as_written
 from ...models.model import Model, build
 from ...models.output import ModelOutput
 from ...models.spec import ModelSpec
@@ -51,15 +52,16 @@ class DdpEngine(TorchEngine):
         def forward(piece: Inputs) -> micro_batches.PieceOutput:
             return whole(piece, losses=False), self.model.output_table
 
-        found = micro_batches.gradient_norms(forward, self.objectives, inputs, self.pieces, self.world, parameters)
+        with as_written(self.model):  # compiled blocks go through one backward pass
+            found = micro_batches.gradient_norms(forward, self.objectives, inputs, self.pieces, self.world, parameters)
         load_states(self.objectives, kept)  # looking at a batch must not count as training on it
         return found
 
     @torch.no_grad()
     def output(self, inputs: Inputs) -> ModelOutput:
-        output: ModelOutput = self.model(
-            inputs.images, inputs.tokens, inputs.lengths, extras_of(self.objectives, inputs)
-        )
+        extras = extras_of(self.objectives, inputs)
+        with as_written(self.model):
+            output: ModelOutput = self.model(inputs.images, inputs.tokens, inputs.lengths, extras)
         return output
 
     def scale(self) -> float:
@@ -67,7 +69,8 @@ class DdpEngine(TorchEngine):
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[Model]:
-        yield assembled(self) if self.optimizer_config.ema else self.model
+        with as_written(self.model):
+            yield assembled(self) if self.optimizer_config.ema else self.model
 
     def whole(self, name: str, own: Tensor) -> Tensor:
         return own

@@ -5,28 +5,27 @@ Available kernels depend on shapes, so kernels are prepared whenever a model is 
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import os
-import shutil
 
 import torch
 
-from ...models import mlp, varlen
+from ...data.errors import DataError
+from ...data.storage.files import cache_folder
+from ...models import compiling, mlp, varlen
 from ...models.mlp import Experts
 from ...models.model import Model
-from ...models.transformer import Attention, TransformerBlock, kernel
+from ...models.transformer import Attention, kernel
 from ..state import TrainingError
 from .config import EngineConfig
-
-_SHAPES = 64
-"""distinct block shapes in one model: towers, with and without a graph, the last block of captions"""
 
 
 def prepare_kernels(model: Model, config: EngineConfig, device: torch.device) -> dict[str, str]:
     """Set up a model's blocks for a device as the config says; names and weights stay.
 
     Returns the attention kernel of `pictures` and of `captions`: captions use `varlen`, without padding, or another one
-    in a padded grid, with the reason. Raises TrainingError if blocks cannot be compiled here.
+    in a padded grid, with the reason; and on a GPU what runs the `blocks`. Raises TrainingError if blocks are to be
+    compiled and cannot be.
     """
     half = config.precision == "bf16" and device.type == "cuda"
     refused = None if half else f"{config.precision} on {device.type}"
@@ -34,47 +33,45 @@ def prepare_kernels(model: Model, config: EngineConfig, device: torch.device) ->
         refused = refused or varlen.kernel_refusal(
             attention.heads, attention.key.out_features // attention.heads, device
         )
-    if config.compile:
-        check_compiler(device)
-        forget_compiled()
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.varlen = refused is None
-        if isinstance(module, Experts) and half and config.groups_experts:
-            module.grouped = mlp.grouped_refusal(module.spec, device) is None
-        if isinstance(module, TransformerBlock) and config.compile:
-            module.compile(dynamic=True)
+
+    def set_up(some: Model) -> None:
+        for module in some.modules():
+            if isinstance(module, Attention):
+                module.varlen = refused is None
+            if isinstance(module, Experts) and half and config.groups_experts:
+                module.grouped = mlp.grouped_refusal(module.spec, device) is None
+
+    set_up(model)
     image, text, dtype = model.spec.image, model.spec.text, torch.bfloat16 if config.precision == "bf16" else None
     captions = kernel(text, text.context, text.causal, device, dtype)
-    return {
+    found = {
         "pictures": kernel(image, image.grid**2 + image.class_token, False, device, dtype),
         "captions": "varlen" if refused is None else f"{captions}, padded ({refused})",
     }
+    return found | _compiled(model, config, device, " ".join(found.values()), set_up)
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise TrainingError if torch.compile lacks its compiler or is known to compute wrong gradients."""
-    # Seen with 2.11: the gradients of the captions' position embeddings are wrong, silently.
-    if torch.__version__ < "2.13":  # a TorchVersion, which compares as versions do
+def _compiled(
+    model: Model, config: EngineConfig, device: torch.device, kernels: str, set_up: compiling.SetUp
+) -> dict[str, str]:
+    """Compile a model's blocks if the config says so, or leaves it open and it works; what there is to say of it."""
+    wanted, half = config.compile, config.precision == "bf16"
+    if wanted is False or (wanted == "auto" and device.type not in _COMPILING):
+        return {}
+    with contextlib.suppress(DataError):  # else torch keeps what it compiles in a place of its own, until a restart
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
+    why: str | None = "engine.deterministic" if wanted == "auto" and config.deterministic else None
+    why = why or compiling.refusal(model.spec, half, device, kernels, set_up)
+    if wanted is True and why:
         raise TrainingError(
-            f"engine.compile = true needs torch 2.13 or newer, and {torch.__version__} is installed, whose compiled "
-            f"blocks give wrong gradients; pip install 'torch>=2.13', or leave engine.compile out"
+            f"engine.compile = true does not work here: {why}; mend that, or leave engine.compile out, which compiles "
+            f"where it works"
         )
-    lacks = None if shutil.which(os.environ.get("CXX", "g++")) else "no C++ compiler ($CXX or g++)"
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        lacks = "no triton"
-    if lacks:
-        raise TrainingError(
-            f"engine.compile = true does not work here: there is {lacks}, which torch.compile needs; install it, or "
-            f"leave engine.compile out"
-        )
+    if why:
+        return {"blocks": f"torch, uncompiled ({why})"}
+    compiling.compile_blocks(model)
+    return {"blocks": "torch.compile"}
 
 
-def forget_compiled() -> None:
-    """Drop the compiled code of earlier models and raise the limit for the next.
-
-    torch compiles one piece of code per block shape, shared by all blocks of that shape. By default it keeps eight per
-    function and then silently stops compiling: too few for towers that grow twice.
-    """
-    torch.compiler.reset()
-    torch._dynamo.config.recompile_limit = _SHAPES
+_COMPILING = ("cuda",)
+"""kinds of devices on which blocks are compiled unless the recipe says otherwise"""

@@ -105,7 +105,7 @@ class RunLog:
             return
         row = self.records.event(event, state.step, state.samples, **detail)
         if event in ("start", "resume"):
-            self.progress.note("attention: " + "; ".join(f"{what} by {how}" for what, how in row["attention"].items()))
+            self.progress.note("kernels: " + "; ".join(f"{what} by {how}" for what, how in row["attention"].items()))
         elif event == "grow":
             self._open_board().growth(row)
             sizes = ", ".join(f"{path} {row['from'][path]} -> {size}" for path, size in row["to"].items())

@@ -10,21 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
-from torch.torch_version import TorchVersion
 
 from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
 from treering.models.model import Model, build
 from treering.models.output import Extras
 from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
-from treering.models.transformer import TransformerBlock
-from treering.training.engines.config import DdpConfig
-from treering.training.engines.kernels import prepare_kernels
 from treering.training.loop import train
 from treering.training.sample_rng import kept
-from treering.training.state import TrainingError
 
 SPEC = ModelSpec(
     embed_dim=12,
@@ -104,73 +98,6 @@ def test_every_patch_is_kept_as_often() -> None:
     assert ((counts - 1000).abs() < 5 * 750**0.5).all()
     assert torch.equal(kept(0, "image/patches", torch.arange(7, 9), 16, 0.25), drawn[7:9])
     assert training_flops(PLAIN, 9.0, 4) < 0.6 * training_flops(PLAIN, 9.0)
-
-
-@COMPILES
-def test_compiled_blocks_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the tracer of torch.compile; the code generator behind it is torch's affair."""
-    calls: list[dict[str, Any]] = []
-
-    def compile_eagerly(self: TransformerBlock, **options: Any) -> None:
-        calls.append(options)
-        nn.Module.compile(self, backend="eager", **options)
-
-    monkeypatch.setattr(TransformerBlock, "compile", compile_eagerly)
-    models = [build(SPEC, 3) for _ in range(2)]
-    prepare_kernels(models[1], DdpConfig(compile=True), torch.device("cpu"))
-    assert calls == [{"dynamic": True}] * 5
-    found = [gradients(model, model(*batch())) for model in models]
-    for name, gradient in found[0].items():
-        np.testing.assert_allclose(found[1][name], gradient, rtol=1e-4, atol=1e-5, err_msg=name)
-
-
-@COMPILES
-def test_compiling_does_not_grow_with_depth_and_goes_on_after_growth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many pieces of code for five blocks as for two, none for other captions, and new ones for each new width,
-    also beyond the number that torch keeps of one function."""
-    made: list[int] = []
-
-    def note(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        made.append(len(inputs))
-        return graph.forward
-
-    monkeypatch.setattr(
-        TransformerBlock, "compile", lambda self, **options: nn.Module.compile(self, backend=note, **options)
-    )
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # type: ignore[attr-defined]
-
-    def pieces(width: int, depth: int, steps: int) -> int:
-        sizes = {"width": width, "depth": depth, "heads": width // 8}
-        spec = PLAIN.model_copy(
-            update={part: getattr(PLAIN, part).model_copy(update=sizes | {"head_dim": 8}) for part in ("image", "text")}
-        )
-        model = build(spec, 3)
-        prepare_kernels(model, DdpConfig(compile=True), torch.device("cpu"))
-        before = len(made)
-        for step in range(steps):
-            images, tokens, lengths = batch()
-            gradients(model, model(images[step:], tokens[int(lengths[:step].sum()) :], lengths[step:]))
-        return len(made) - before
-
-    few = pieces(16, 2, 3)
-    assert few == pieces(16, 5, 3) <= 6
-    assert pieces(16, 5, 2) == few, "a third batch needs no more"
-    assert min(pieces(width, 2, 1) for width in (24, 32)) >= 3
-
-
-def test_before_torch_2_13_compiling_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cu130"))
-    with pytest.raises(TrainingError, match=r"needs torch 2\.13 or newer, and 2\.12\.1\+cu130 is installed"):
-        prepare_kernels(build(PLAIN, 3), DdpConfig(compile=True), torch.device("cpu"))
-    prepare_kernels(build(PLAIN, 3), DdpConfig(), torch.device("cpu"))
-
-
-@COMPILES
-def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(TrainingError, match=r"engine\.compile = true does not work here: there is no C\+\+ compiler"):
-        prepare_kernels(build(PLAIN, 3), DdpConfig(compile=True), torch.device("cpu"))
-    prepare_kernels(build(PLAIN, 3), DdpConfig(), torch.device("cpu"))
 
 
 def test_a_run_with_everything_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
