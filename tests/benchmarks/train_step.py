@@ -7,16 +7,19 @@ compared before anything is timed. Each step is forward, loss, backward, clippin
 thread computes in fp32 and its processor time is taken: a busy machine does not change it. On a GPU both compute in
 bf16 under autocast. A ratio is the median over rounds of theirs over ours within a round.
 
-FOLDER holds photos and a captions.tsv (file, tab, caption). Without it pictures are noise and captions are made of the
-lengths of human ones; what is read of a caption is how many tokens it has, and the mean is printed beside each figure.
-`full_context` repeats captions until they fill the 77 tokens that open_clip pads all of them to.
+FOLDER holds photos and a captions.tsv (file, tab, caption); they are repeated where a batch has more. Without it
+pictures are noise and captions are made of the lengths of human ones; what is read of a caption is how many tokens it
+has, and the mean is printed beside each figure. `full_context` repeats captions until they fill the 77 tokens that
+open_clip pads all of them to.
 
 Models are those of open_clip's configs, as it ships them, and Treering's that `treering import` makes of them.
-`coca_b32` is CoCa with both losses.
+`coca_b32` is CoCa with both losses. A name with `:compiled` compiles both.
 
-On a GPU it ends with the largest batch of B/32 and of CoCa B/32, ours, by doubling until the memory is full. Nothing is
-begun after seven minutes, so that all of it should take less than ten on an H100; `--page docs/benchmarks/h100.md` then
-writes the page.
+Beside models there are things to ask of the device: `waits`, `repeat` (equal bits), `commit` (the stall at 2 GB),
+`loop` (the loader in the loop, with --data) and `largest`, the largest batch of B/32 and of CoCa B/32, ours, by
+doubling until the memory is full. A GPU is asked all of it unless --models says what. What fails says so, and the next
+is begun; nothing is begun after seven minutes, so that all of it should take less than ten. `--page
+docs/benchmarks/h200.md` writes the page anew after every row.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ from treering.models.interchange.open_clip_import import import_open_clip
 from treering.models.interchange.weights import to_open_clip
 from treering.models.model import Model
 from treering.models.spec import ModelSpec
+from treering.tests.benchmarks.beside_the_step import commit_stall, looped, repeat, waits
 from treering.tests.benchmarks.losses import MIB, peak_of
+from treering.tests.benchmarks.train_step_page import Failures, Figures, page
 from treering.training.device import device_name, peak_flops
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.ddp import DdpEngine
@@ -53,6 +58,9 @@ from treering.training.world import World
 
 LARGEST = 32_768
 """pairs: where the search for the largest batch ends"""
+DISTINCT = 256
+"""pictures of noise; a batch repeats them"""
+STALL_BYTES = 2_000_000_000
 LIMIT = 420
 """seconds after which nothing new is begun"""
 CONTEXT, LR = 77, 0.0
@@ -91,6 +99,11 @@ MODELS = {
 }
 
 
+ASKED = ("waits", "repeat", "commit", "loop", "largest")
+ON_GPU = "b32,waits,repeat,commit,b16,l14,coca_b32,loop,b32:compiled,largest,s32,b32:full"
+"""the most wanted first"""
+
+
 # Pictures and captions
 
 
@@ -120,8 +133,8 @@ def real_pairs(folder: Path, count: int) -> tuple[Tensor, list[list[int]]]:
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         cropped = picture.resize((224, 224), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
         pictures.append(torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1))
-    if len(pictures) < count:
-        raise SystemExit(f"{folder} has {len(pictures)} photos with captions, {count} are needed; give another --data")
+    if not pictures:
+        raise SystemExit(f"{folder} has no photos with captions; give another --data")
     chosen = [tokenizer.encode(captions[name], CONTEXT) for name in sorted(captions)[:count]]
     return torch.stack(pictures), chosen
 
@@ -132,8 +145,11 @@ def pairs(folder: Path | None, count: int, full: bool) -> tuple[Tensor, list[lis
         images, captions = real_pairs(folder, count)
     else:
         generator = torch.Generator().manual_seed(1)
-        images = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8, generator=generator)
+        few = min(count, DISTINCT)  # noise takes seconds a thousand
+        images = torch.randint(0, 256, (few, 3, 224, 224), dtype=torch.uint8, generator=generator)
         captions = made_captions(count)
+    images = images[torch.arange(count) % len(images)]
+    captions = [captions[number % len(captions)] for number in range(count)]
     if full:
         words = [caption[1:-1] * CONTEXT for caption in captions]
         captions = [[49406, *row[: CONTEXT - 2], 49407] for row in words]
@@ -146,9 +162,9 @@ def pairs(folder: Path | None, count: int, full: bool) -> tuple[Tensor, list[lis
 class Ours:
     """Treering's engine."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device, compiled: bool = False, deterministic: bool = False) -> None:
         precision = "bf16" if device.type == "cuda" else "fp32"
-        engine = DdpConfig(precision=precision)
+        engine = DdpConfig(precision=precision, compile=compiled, deterministic=deterministic)
         self.device, world = device, World(0, 1, device)
         self.engine = DdpEngine(case.spec, case.objectives(), engine, OptimizerConfig(), world, seed=0)
 
@@ -166,7 +182,7 @@ class Ours:
 class Theirs:
     """open_clip's model and loss, and the step of its training loop."""
 
-    def __init__(self, case: Case, ours: Model, device: torch.device) -> None:
+    def __init__(self, case: Case, ours: Model, device: torch.device, compiled: bool = False) -> None:
         import_open_clip()
         import open_clip
         from open_clip.loss import ClipLoss, CoCaLoss
@@ -182,6 +198,8 @@ class Theirs:
         groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}]
         self.adam = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6)
         self.mean, self.std = ours.image_mean.to(device), ours.image_std.to(device)
+        if compiled:
+            self.model = torch.compile(self.model)
 
     def prepare(self, images: Tensor, captions: list[list[int]]) -> None:
         padded = torch.zeros(len(captions), self.context, dtype=torch.int64)
@@ -221,14 +239,14 @@ def timed(step: Callable[[], Any], device: torch.device, steps: int) -> float:
     return (clock() - begun) / steps
 
 
-def compared(name: str, folder: Path | None, rounds: int, full: bool, device: torch.device) -> dict[str, float]:
-    """Both steps on one batch."""
+def compared(name: str, folder: Path | None, rounds: int, how: str, device: torch.device) -> dict[str, float]:
+    """Both steps on one batch; `how`: full (captions), compiled, or nothing."""
     case = MODELS[name]
-    on_gpu = device.type == "cuda"
+    on_gpu, compiled = device.type == "cuda", how == "compiled"
     batch, spec = case.batch_gpu if on_gpu else case.batch_cpu, case.spec
-    images, captions = pairs(folder, batch, full)
-    ours = Ours(case, device)
-    theirs = Theirs(case, ours.engine.model.cpu(), device)
+    images, captions = pairs(folder, batch, how == "full")
+    ours = Ours(case, device, compiled)
+    theirs = Theirs(case, ours.engine.model.cpu(), device, compiled)
     ours.engine.model.to(device)
     both: dict[str, Ours | Theirs] = {"ours": ours, "open_clip": theirs}
     first = {}
@@ -238,7 +256,7 @@ def compared(name: str, folder: Path | None, rounds: int, full: bool, device: to
         first[who] = loss.item(), norm.item()
     difference = max(abs(a / b - 1) for a, b in zip(first["ours"], first["open_clip"], strict=True))
     if difference > (2e-2 if on_gpu else 1e-3):
-        raise SystemExit(f"{name}: the steps do not agree: loss and gradient norm are {first}")
+        raise ValueError(f"the steps do not agree: loss and gradient norm are {first}")
     peaks = {}
     for who, one in both.items():
         peaks[who] = peak_of(lambda one=one: one.step(), device)  # type: ignore[misc]
@@ -278,85 +296,66 @@ def largest_batch(name: str, device: torch.device) -> int:
     return fits
 
 
-def measured(entries: list[str], options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """All figures, told as they come; what would begin after `LIMIT` seconds is left out."""
-    begun, figures = time.monotonic(), {}
+def asked(entry: str, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """The figures of one entry of --models, by the names of the report."""
+    name, _, how = entry.partition(":")
+    case, small = MODELS["b32"], not options.quick and device.type == "cuda"
+    if name == "largest":
+        return {f"largest_batch_{one}": float(largest_batch(one, device)) for one in ("b32", "coca_b32")}
+    if name == "commit":
+        return commit_stall(device, STALL_BYTES if small else STALL_BYTES // 100)
+    if name in ("waits", "repeat", "loop"):
+        ours = Ours(case, device)
+        pairs_ = case.batch_gpu if small else case.batch_cpu
+        ours.prepare(*pairs(options.data, pairs_, False))
+        if name == "waits":
+            return waits(ours.engine, ours.inputs)
+        if name == "repeat":
+            return repeat(lambda exactly: Ours(case, device, deterministic=exactly).engine, ours.inputs)
+        if options.data is None:
+            raise ValueError("it needs photos; give --data")
+        return looped(ours.engine, options.data, pairs_, 20 if small else 2)
+    label = {"": name, "full": "full_context" if name == "b32" else f"{name}_full"}.get(how, f"{name}_{how}")
+    found = compared(name, options.data, 1 if options.quick else 3, how, device)
+    return {f"{key}_{label}": value for key, value in found.items()}
+
+
+def measured(
+    entries: list[str], options: argparse.Namespace, device: torch.device, keep: Callable[[Figures, Failures], None]
+) -> tuple[Figures, Failures]:
+    """All figures, told as they come, and why entries have none; `keep` is given them after each."""
+    begun, figures, failures = time.monotonic(), Figures(), Failures()
     said = print if not options.json else (lambda *words, **how: None)
     said(f"{device_name(device)}, {'bf16' if device.type == 'cuda' else 'fp32, one thread'}; ours and open_clip's")
-    said(f"{'':10}{'batch':>6}{'tokens':>8}{'samples/s':>18}{'ratio':>8}{'peak MiB':>16}{'MFU':>7}{'agree to':>10}")
     for entry in entries:
-        name, _, full = entry.partition(":")
         if time.monotonic() - begun > LIMIT:
-            said(f"{entry}: left out, {LIMIT} s are over")
-            continue
-        found = compared(name, options.data, 1 if options.quick else 3, bool(full), device)
-        label = "full_context" if full else name
-        figures |= {f"{key}_{label}": value for key, value in found.items()}
-        rates = f"{found['samples_per_second_ours']:.2f} {found['samples_per_second_open_clip']:.2f}"
-        peaks = f"{found['peak_mib_ours']:.0f} {found['peak_mib_open_clip']:.0f}"
-        mfu = f"{found['mfu']:.1%}" if "mfu" in found else "-"
-        said(
-            f"{label:12}{found['batch']:4.0f}{found['tokens']:8.1f}{rates:>18}{found['ratio']:8.2f}{peaks:>16}"
-            f"{mfu:>7}{found['difference']:10.1e}",
-            flush=True,
-        )
-    if device.type == "cuda" and not options.models and not options.quick and time.monotonic() - begun < LIMIT:
-        figures |= {f"largest_batch_{name}": float(largest_batch(name, device)) for name in ("b32", "coca_b32")}
-        clip, coca = figures["largest_batch_b32"], figures["largest_batch_coca_b32"]
-        said(f"largest batch: CLIP B/32 {clip:.0f}, CoCa B/32 {coca:.0f}")
-    return figures | {"minutes": (time.monotonic() - begun) / 60}
+            failures[entry] = f"left out, {LIMIT} s are over"
+        else:
+            try:
+                found = asked(entry, options, device)
+                figures |= found
+                said(f"{entry:14}" + ", ".join(f"{key} {value:,.4g}" for key, value in found.items()), flush=True)
+            except Exception as error:  # whatever one fails with, the others are worth having
+                failures[entry] = f"{type(error).__name__}: {error}".splitlines()[0]
+        if entry in failures:
+            said(f"{entry}: {failures[entry]}", flush=True)
+        figures["minutes"] = (time.monotonic() - begun) / 60
+        keep(figures, failures)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return figures, failures
 
 
-def page(figures: dict[str, float], device: str, versions: dict[str, str], command: str) -> str:
-    """The figures of a GPU as a page of docs/benchmarks."""
-    rows = []
-    for label in (*MODELS, "full_context"):
-        if f"ratio_{label}" not in figures:
-            continue
-        of = {key.removesuffix(f"_{label}"): value for key, value in figures.items() if key.endswith(f"_{label}")}
-        title = {"full_context": "ViT-B/32, full context", "coca_b32": "CoCa ViT-B/32"}.get(label, label)
-        mfu = f"{of['mfu']:.1%}" if "mfu" in of else "-"
-        rows.append(
-            f"| {title} | {of['batch']:.0f} | {of['tokens']:.1f} | {of['samples_per_second_ours']:,.0f} | "
-            f"{of['samples_per_second_open_clip']:,.0f} | {of['ratio']:.2f} | {mfu} | {of['peak_mib_ours']:,.0f} | "
-            f"{of['peak_mib_open_clip']:,.0f} | {of['difference']:.1e} |"
-        )
-    largest = ""
-    if "largest_batch_b32" in figures:
-        clip, coca = figures["largest_batch_b32"], figures["largest_batch_coca_b32"]
-        largest = (
-            f"The largest batch, by doubling until the memory is full: {clip:,.0f} pairs for CLIP B/32, {coca:,.0f} "
-            f"for CoCa B/32, 1/{clip / max(coca, 1):.0f} (the goal was 1/2).\n\n"
-        )
-    named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return PAGE.format(
-        device=device,
-        versions=named,
-        command=command,
-        rows="\n".join(rows),
-        largest=largest,
-        minutes=figures["minutes"],
-    )
-
-
-PAGE = """# The training step on a GPU: ours and open_clip's
-
-**What.** Forward, losses, backward, clipping and AdamW of one batch in bf16 under autocast, by Treering's engine and by
-open_clip's own model, loss and optimizer, from the same weights on the same batch, in turns in one process; as
-[on a CPU](train_step.md), which says how the two are made one function.
-
-**Device.** {device}. **Versions.** {versions}. **Commit.** the one before this file. **Command.**
-`{command}` ({minutes:.1f} minutes)
-
-| model | batch | caption tokens | samples/s, ours | open_clip | ratio | MFU | peak MiB, ours | open_clip | agree to |
-|---|---|---|---|---|---|---|---|---|---|
-{rows}
-
-{largest}**What it means.** The goals were a ratio of 2 and an MFU of 50% for B/16 and L/14; MFU counts what our
-step has to compute, without padding and without what the last text block leaves out, against the dense bf16 peak.
-
-**What was not measured.** More than one GPU, and the loader.
-"""
+def versions() -> dict[str, str]:
+    """Of what is measured; a checkout on the path has none."""
+    found = {}
+    for name in ("torch", "open_clip_torch", "treering"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "a checkout"
+    return found
 
 
 def main(words: list[str] | None = None) -> None:
@@ -364,22 +363,39 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="ViT-S/32 and one round")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--data", type=Path, help="folder with photos and captions.tsv")
-    parser.add_argument("--models", help=f"of {', '.join(MODELS)}, with :full for full context; commas between")
+    parser.add_argument(
+        "--models",
+        help=f"of {', '.join(MODELS)}, each also with :full or :compiled, and {', '.join(ASKED)}; commas between",
+    )
     parser.add_argument("--page", type=Path, help="write the figures there, as a page of docs/benchmarks")
     options = parser.parse_args(words)
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    default = "s32,b32,b32:full" if device.type == "cpu" else "b32,b16,l14,coca_b32,s32,b32:full"
+    default = "s32,b32,b32:full" if device.type == "cpu" else ON_GPU
     entries = (options.models or ("s32" if options.quick else default)).split(",")
-    figures = measured(entries, options, device)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "treering")}
-    if options.page:
-        given = " ".join(word for word in ("--data FOLDER" * bool(options.data), f"--page {options.page}") if word)
-        command = f"python -m tests.benchmarks.train_step {given}"
-        options.page.write_text(page(figures, device_name(device), versions, command), encoding="utf-8")
+    if unknown := [entry for entry in entries if not known(entry)]:
+        parser.error(f"--models {unknown[0]} is not known; known are {', '.join((*MODELS, *ASKED))}")
+    found = versions()
+    given = "".join(f" --{name} {value}" for name in ("data", "models") if (value := getattr(options, name)))
+    command = f"python -m tests.benchmarks.train_step{given} --page {options.page}"
+
+    def keep(figures: Figures, failures: Failures) -> None:
+        if options.page:
+            options.page.parent.mkdir(parents=True, exist_ok=True)
+            options.page.write_text(page(figures, failures, device_name(device), found, command), encoding="utf-8")
+
+    figures, failures = measured(entries, options, device, keep)
     if options.json:
-        report = {"benchmark": "train_step", "device": device_name(device), "versions": versions, "figures": figures}
-        print(json.dumps(report))
+        report = {"benchmark": "train_step", "device": device_name(device), "versions": found, "figures": figures}
+        print(json.dumps(report | {"failures": failures}))
+    if failures and not figures.keys() - {"minutes"}:
+        raise SystemExit("nothing was measured")
+
+
+def known(entry: str) -> bool:
+    """Whether an entry of --models is one."""
+    name, _, how = entry.partition(":")
+    return entry in ASKED or (name in MODELS and how in ("", "full", "compiled"))
 
 
 if __name__ == "__main__":
