@@ -58,6 +58,11 @@ def newton_schulz(matrix: Any) -> Any:
     return (x.T if flipped else x) * 0.2 * max(x.shape) ** 0.5
 
 
+def exactly(matrices: Tensor) -> Tensor:
+    """Each of some matrices by the reference."""
+    return torch.stack([torch.from_numpy(newton_schulz(matrix)) for matrix in matrices]).to(matrices)
+
+
 def batch(step: int, world: World = ALONE) -> Inputs:
     generator = torch.Generator().manual_seed(step)
     lengths = torch.randint(3, 9, (8,), generator=generator)
@@ -75,7 +80,7 @@ def engine(optimizer: OptimizerConfig, config: EngineConfig = PLAIN, world: Worl
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Newton-Schulz in fp64, which torch has in bf16 only."""
-    monkeypatch.setattr(muon, "orthogonal", lambda matrix: torch.from_numpy(newton_schulz(matrix)).to(matrix))
+    monkeypatch.setattr(muon, "orthogonal", exactly)
 
 
 # The step
@@ -86,10 +91,40 @@ def test_a_move_is_newton_schulz(shape: tuple[int, int]) -> None:
     """torch computes in bf16: 8 bits, over five steps."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-4
     kept = matrix.clone()
-    made, expected = orthogonal(matrix).double().numpy(), newton_schulz(matrix)
+    made, expected = orthogonal(matrix[None])[0].double().numpy(), newton_schulz(matrix)
     assert np.linalg.norm(made - expected) < 0.04 * np.linalg.norm(expected)
     assert torch.equal(matrix, kept)
-    assert orthogonal(torch.zeros(shape)).abs().max() == 0
+    assert orthogonal(torch.zeros(2, *shape)).abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (3, 1)])
+def test_matrices_of_a_shape_at_once_are_those_one_by_one(shape: tuple[int, int]) -> None:
+    """And each is the step of torch.optim.Muon, which takes one at a time; sizes differ by a factor of a million."""
+    sizes = torch.tensor([1.0, 1e-3, 1e3]).view(3, 1, 1)
+    matrices = torch.randn((3, *shape), generator=torch.Generator().manual_seed(0)) * sizes
+    found = orthogonal(matrices)
+    for made, matrix in zip(found, matrices, strict=True):
+        moved = nn.Parameter(torch.zeros(shape))
+        moved.grad = matrix.clone()
+        torch.optim.Muon(
+            [moved], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, adjust_lr_fn="match_rms_adamw"
+        ).step()
+        for truth in (-moved.detach(), orthogonal(matrix[None])[0]):
+            assert float((made - truth).norm()) <= 0.02 * float(truth.norm())
+
+
+def test_a_step_takes_as_many_calls_for_twelve_blocks_as_for_two() -> None:
+    def calls(depth: int) -> int:
+        names = [f"image.transformer.blocks.{n}.attention.{each}.weight" for n in range(depth) for each in "qkv"]
+        matrices = {name: nn.Parameter(torch.randn(8, 8)) for name in names}
+        for matrix in matrices.values():
+            matrix.grad = torch.randn(8, 8)
+        optimizer = Muon(matrices, 0.1)
+        with torch.profiler.profile() as seen:
+            optimizer.step(1e-3, {}, torch.ones(()))
+        return sum(event.name in ("aten::bmm", "aten::baddbmm") for event in seen.events())
+
+    assert calls(2) == calls(12) == 15
 
 
 def test_hidden_matrices_are_those_between_two_streams_of_channels() -> None:
