@@ -75,7 +75,7 @@ class Muon:
             moves = self._moves(some, directions)
             torch._foreach_mul_(moves, applies)
             torch._foreach_mul_(moves, [-lr * factors.get(name, 1.0) for name in some])
-            matrices = [self.matrices[name] for name in some]
+            matrices: list[Tensor] = [self.matrices[name] for name in some]
             torch._foreach_mul_(matrices, 1 - applies * (lr * self._decay))
             torch._foreach_add_(matrices, moves)
 
