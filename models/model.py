@@ -36,8 +36,14 @@ class Model(nn.Module):
         # Shape [1]: sharded engines refuse 0-dimensional parameters.
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if spec.logit_bias else None
+        self.in_bf16 = False
+        """whether evaluation computes matrix products in bf16"""
         self.register_buffer("image_mean", torch.tensor(spec.image.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(spec.image.std).view(3, 1, 1), persistent=False)
+
+    def computing(self) -> torch.autocast:
+        """The context in which evaluation embeds: that of the model's training, if that was in bf16."""
+        return torch.autocast(self.logit_scale.device.type, torch.bfloat16, enabled=self.in_bf16)
 
     def embed_images(self, images: Tensor, patches_bk: Tensor | None = None, pooled_only: bool = False) -> TowerOutput:
         """Embed pictures, uint8 [b, 3, resolution, resolution]; they are normalised here, on the device."""

@@ -300,4 +300,5 @@ def _model(opened: OpenedModel, counting: Counting) -> Model:
     model = build(opened.spec, opened.recipe.seed)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights[name])
+    model.in_bf16 = opened.recipe.engine.precision == "bf16"  # as the run evaluates it
     return model

@@ -248,6 +248,7 @@ def assembled(engine: Engine) -> Model:
     """A plain model with an engine's weights, or their average if it keeps one, gathered one by one on every rank."""
     model = empty(engine.model.spec)
     materialise(model, engine.world.device)
+    model.in_bf16 = engine.config.precision == "bf16"
     state = engine.logical_state()
     kind = "ema" if any(path.startswith("ema/") for path in state) else "model"
     with torch.no_grad():

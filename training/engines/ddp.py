@@ -32,6 +32,7 @@ class DdpEngine(TorchEngine):
 
     def _build(self, spec: ModelSpec, seed: int) -> None:
         self.model = build(spec, seed).to(self.world.device)
+        self.model.in_bf16 = self.config.precision == "bf16"
         self.attention = prepare_kernels(self.model, self.config, self.world.device)
         self.optimizer = Optimizer(self.model.named_parameters(), self.optimizer_config)
         forward = self._whole_forward()

@@ -95,13 +95,17 @@ def pixels(samples: Iterable[Sample], world: World) -> Tensor:
 
 def embed_pictures(model: Model, samples: Sequence[Sample], world: World) -> Tensor:
     """Unit embeddings [b, e] of the samples' pictures, on the CPU in fp32."""
-    return F.normalize(model.embed_images(pixels(samples, world)).pooled.float(), dim=-1).cpu()
+    with model.computing():
+        pooled = model.embed_images(pixels(samples, world)).pooled
+    return F.normalize(pooled.float(), dim=-1).cpu()
 
 
 def embed_modality(model: Model, name: str, samples: Sequence[Sample], world: World) -> Tensor:
     """Unit embeddings [b, e] of the samples' arrays in column `name`, on the CPU in fp32."""
     arrays = torch.from_numpy(np.stack([s.columns[name] for s in samples])).to(world.device)
-    return F.normalize(model.modalities[name](arrays).pooled.float(), dim=-1).cpu()
+    with model.computing():
+        pooled = model.modalities[name](arrays).pooled
+    return F.normalize(pooled.float(), dim=-1).cpu()
 
 
 def embed_captions(
@@ -119,7 +123,9 @@ def embed_captions(
         ids = [tokenizer.encode(caption, model.spec.text.context) for caption in some]
         tokens = torch.tensor([i for one in ids for i in one], device=world.device)
         lengths = torch.tensor([len(one) for one in ids], device=world.device)
-        rows.append(F.normalize(model.embed_texts(tokens, lengths).pooled.float(), dim=-1).cpu())
+        with model.computing():
+            pooled = model.embed_texts(tokens, lengths).pooled
+        rows.append(F.normalize(pooled.float(), dim=-1).cpu())
         progress(min(len(captions), number * batch), len(captions))
     return torch.cat(rows)
 

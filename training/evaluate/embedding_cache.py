@@ -20,7 +20,7 @@ from ...data.shards.table_file import write_cache_file
 from ...data.storage.files import cache_folder
 from ..world import World
 
-_FORMAT = 1
+_FORMAT = 2
 _FIELD = "treering"
 
 Content = tuple[dict[str, Tensor], Any]
