@@ -93,6 +93,24 @@ def check(recipe: Recipe, out: Path, processes: int) -> None:
     with waiting(f"checking {shown_url(recipe.commits_url(out))}"):
         commit = check_store(recipe, out)
     check_data(recipe, commit, found)
+    check_memory(recipe, processes)
+
+
+def check_memory(recipe: Recipe, processes: int) -> None:
+    """Check, where there are GPUs, that every stage fits one, by the estimate of `treering plan`: a run should not
+    learn after days that its growth does not. Warns where it is close."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    from ..training.device import memory
+    from .commands.plan import shortage
+
+    wrong, close = shortage(recipe, processes, memory(torch.device("cuda", 0)))
+    if wrong:
+        raise RecipeError(wrong)
+    if close:
+        Console(stderr=True).print(Text(f"warning: {close}"), soft_wrap=True)
 
 
 def _check_disk(recipe: Recipe, out: Path) -> None:

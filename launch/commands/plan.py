@@ -31,6 +31,8 @@ from ..errors import RecipeError, show
 
 SAMPLES = 2048
 """samples read to measure captions and pictures"""
+_FEW = 256
+"""samples read for captions alone, before a run"""
 _TOY = 300
 """seconds of a run that is too short to be worth an advice about its loader"""
 _CORES = 16
@@ -76,12 +78,9 @@ def plan(
     base = _process_memory() if device == "cpu" else activation_checkpointing.CUDA_BYTES
     data, lengths = measure(recipe)
     peak, has = _device(device)
-    stages = [_stage(recipe, number, world, lengths, device, base) for number in range(len(recipe.stages))]
+    stages = _stages(recipe, world, lengths, device != "cpu", has, base)
     for stage in stages:
         stage["seconds"] = stage["flops"] / (peak * mfu * world)
-    for before, after in pairwise(stages):
-        transient = before["commit_bytes"] + after["commit_bytes"] + base  # the process that grows holds both models
-        after["memory"]["total"] = max(after["memory"]["total"], transient)
     flops, seconds = sum(s["flops"] for s in stages), sum(s["seconds"] for s in stages)
     rate = recipe.total_samples / seconds
     largest, commit = (max(s[each] for s in stages) for each in ("parameters", "commit_bytes"))
@@ -109,9 +108,42 @@ def plan(
     return found | {"warnings": warnings(recipe, found, per_node)}
 
 
-def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: str, base: float) -> dict[str, Any]:
-    """Estimates for stage `number`; `lengths` are caption lengths in tokens, `base` the bytes of a process without a
-    model."""
+def shortage(recipe: Recipe, world: int, has: float) -> tuple[str | None, str | None]:
+    """What is wrong, and what may be, with the memory of a run on `world` GPUs of `has` bytes: a sentence on the first
+    stage that needs more than there is, and on the first that leaves too little for fragmentation. Raises DataError.
+    """
+    _, lengths = measure(recipe, _FEW)
+    found: list[str | None] = [None, None]
+    for stage in _stages(recipe, world, lengths, True, has, activation_checkpointing.CUDA_BYTES):
+        needs, number = stage["memory"]["total"], stage["stage"]
+        said = (
+            f"stages.{number} needs about {bytes_text(needs)} of a GPU, which has {bytes_text(has)}; set "
+            f"engine.activation_budget=auto, engine.micro_batches, or a smaller data.batch, or use more GPUs "
+            f"(`treering plan` has the parts)"
+        )
+        if needs > has:
+            found[0] = found[0] or said
+        elif needs > activation_checkpointing.USABLE * has:
+            found[1] = found[1] or said
+    return found[0], found[1]
+
+
+def _stages(
+    recipe: Recipe, world: int, lengths: list[int], on_gpu: bool, has: float, base: float
+) -> list[dict[str, Any]]:
+    """Estimates for every stage; `lengths` are caption lengths in tokens, `has` the bytes of a device and `base` those
+    of a process without a model."""
+    stages = [_stage(recipe, number, world, lengths, on_gpu, has, base) for number in range(len(recipe.stages))]
+    for before, after in pairwise(stages):
+        transient = before["commit_bytes"] + after["commit_bytes"] + base  # the process that grows holds both models
+        after["memory"]["total"] = max(after["memory"]["total"], transient)
+    return stages
+
+
+def _stage(
+    recipe: Recipe, number: int, world: int, lengths: list[int], on_gpu: bool, has: float, base: float
+) -> dict[str, Any]:
+    """Estimates for stage `number`; for the rest see `_stages`."""
     stage, spec = recipe.stages[number], recipe.specs()[number]
     samples = stage.steps(recipe.data.batch) * recipe.data.batch
     cut, patches = [min(length, stage.longest(spec)) for length in lengths], stage.kept_patches(spec)
@@ -119,8 +151,8 @@ def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: 
     parts = activation_checkpointing.memory_parts(
         spec, recipe.engine, recipe.optimizer, world, recipe.data.batch / world
     )
-    room = activation_checkpointing.USABLE * _device(device)[1] - sum(parts.values()) - base
-    recomputed, held = _activations(recipe, spec, _fullest(recipe, world, cut, patches, device), room)
+    room = activation_checkpointing.USABLE * has - sum(parts.values()) - base
+    recomputed, held = _activations(recipe, spec, _fullest(recipe, world, cut, patches, on_gpu), room)
     parts |= {"activations": held, "process": base}
     return {
         "stage": number,
@@ -135,7 +167,7 @@ def _stage(recipe: Recipe, number: int, world: int, lengths: list[int], device: 
     }
 
 
-def _fullest(recipe: Recipe, world: int, lengths: list[int], patches: int, device: str) -> BatchShape:
+def _fullest(recipe: Recipe, world: int, lengths: list[int], patches: int, on_gpu: bool) -> BatchShape:
     """The largest micro-batch, for captions of these lengths in tokens."""
     half = recipe.engine.precision == "bf16"
     pairs = max(1, recipe.data.batch // (world * (recipe.engine.pieces or 1)))
@@ -143,7 +175,7 @@ def _fullest(recipe: Recipe, world: int, lengths: list[int], patches: int, devic
     each = pairs / max(map(len, pieces))  # fewer samples were measured than a micro-batch has
     tokens = max(map(sum, pieces)) * each
     # On a GPU in bf16 attention runs on captions without padding.
-    places = tokens if half and device != "cpu" else max(map(max, pieces)) * pairs
+    places = tokens if half and on_gpu else max(map(max, pieces)) * pairs
     return BatchShape(pairs, tokens, places, patches, half, _reads_tokens(recipe))
 
 
@@ -158,8 +190,9 @@ def _reads_tokens(recipe: Recipe) -> bool:
     return any("tokens" in objective.needs for objective in build_objectives(recipe.objectives))
 
 
-def measure(recipe: Recipe) -> tuple[Data, list[int]]:
-    """Read the first samples as the run does; returns their means and their caption lengths before any stage's cut."""
+def measure(recipe: Recipe, samples: int = SAMPLES) -> tuple[Data, list[int]]:
+    """Read the first `samples` samples as the run does; returns their means and their caption lengths before any
+    stage's cut."""
     from ...data.loading.loader import Loader
     from ...training.logging.counting import counting
 
@@ -169,7 +202,7 @@ def measure(recipe: Recipe) -> tuple[Data, list[int]]:
         mixtures = recipe.mixtures()
         loader = Loader(config, spec.image.resolution, context, recipe.seed, mixtures=mixtures, progress=progress)
     recipe.specs()[-1].check_samples(loader.columns)
-    wanted = min(SAMPLES, recipe.total_samples)
+    wanted = min(samples, recipe.total_samples)
     lengths: list[int] = []
     begun = time.process_time()
     with counting("samples read") as progress:

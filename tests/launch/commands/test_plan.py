@@ -8,12 +8,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from rich.console import Console
 
-from treering.launch.commands.plan import DEVICES, as_table, plan
+from treering.launch.commands.plan import DEVICES, _stages, as_table, plan
+from treering.launch.errors import RecipeError
 from treering.launch.recipe.load import read_recipe
+from treering.launch.run import check_memory
 from treering.models.flops import parameters
 from treering.models.model import empty
+from treering.training import device
 from treering.training.engines import activation_checkpointing
 from treering.training.report.readable import bytes_text, compact
 
@@ -184,3 +188,35 @@ def test_a_run_that_decoding_holds_up_says_so() -> None:
     [bound] = [said for said in small["warnings"] if "bound by decoding" in said]
     assert "set data.workers=16" in bound
     assert not any("bound by decoding" in said for said in large["warnings"])
+
+
+def test_a_stage_that_does_not_fit_is_found_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second stage that needs too much, or leaves too little, at the very numbers of the plan."""
+    recipe = read_recipe("emoji", SMALL).recipe
+    needs = [stage["memory"]["total"] for stage in plan(recipe, 1, 1, "h100", 0.4, None)["stages"]]
+    assert needs[1] > needs[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    has = 0.0
+    monkeypatch.setattr(device, "memory", lambda of: has)
+    has = (needs[0] + needs[1]) / 2
+    with pytest.raises(RecipeError, match=r"^stages\.1 needs about .*; set engine\.activation_budget=auto"):
+        check_memory(recipe, 1)
+    has = needs[1] / 0.95
+    check_memory(recipe, 1)
+    assert "warning: stages." in capsys.readouterr().err
+    has = 2 * needs[1]
+    check_memory(recipe, 1)
+    assert not capsys.readouterr().err
+    check_memory(recipe, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    has = 1.0
+    check_memory(recipe, 1)
+
+
+def test_the_recipe_for_photos_fits_the_device_it_names() -> None:
+    recipe = read_recipe("photos").recipe
+    for has in (24e9, 40e9, 80e9, 141e9):
+        for stage in _stages(recipe, 1, [14] * 256, True, has, activation_checkpointing.CUDA_BYTES):
+            assert stage["memory"]["total"] < activation_checkpointing.USABLE * has
