@@ -188,6 +188,8 @@ class Attention(nn.Module):
         self.heads = spec.heads
         self.varlen = False
         """whether captions attend without padding, in 16 bits (`models.varlen`)"""
+        self.fused = False
+        """whether maps of one stream are one matrix product; needs their weights whole and at hand"""
         self.query = nn.Linear(spec.width, inner)
         self.key = nn.Linear(memory_width or spec.width, inner)
         self.value = nn.Linear(memory_width or spec.width, inner)
@@ -201,8 +203,11 @@ class Attention(nn.Module):
         if rows_b is not None:
             return self._rows(stream, rows_b)
         layout, source = stream.layout, memory or stream
-        q_thc = self.query(stream.x_td).unflatten(-1, (self.heads, -1))
-        k_thc, v_thc = (project(source.x_td).unflatten(-1, (self.heads, -1)) for project in (self.key, self.value))
+        if memory is None:
+            q_thc, k_thc, v_thc = self._mapped(stream.x_td, self.query, self.key, self.value)
+        else:
+            (q_thc,) = self._mapped(stream.x_td, self.query)
+            k_thc, v_thc = self._mapped(source.x_td, self.key, self.value)
         # Across streams there is no order: every token sees the whole memory.
         causal = layout.causal and memory is None
         plain = causal and layout.seen_bn is None
@@ -217,11 +222,18 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.out(layout.flat(mixed).flatten(1))
 
+    def _mapped(self, x_td: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
+        """Tokens mapped to all heads by each of some maps, [t, h, c]."""
+        if not self.fused or len(maps) == 1:
+            return tuple(each(x_td).unflatten(-1, (self.heads, -1)) for each in maps)
+        weight, bias = (torch.cat([getattr(each, name) for each in maps]) for name in ("weight", "bias"))
+        return F.linear(x_td, weight, bias).unflatten(-1, (len(maps), self.heads, -1)).unbind(-3)
+
     def _rows(self, stream: TokenStream, rows_b: Tensor) -> Tensor:
         """One query per sample; all tokens of the sample are keys and values."""
         x_td, layout = stream
         q_bh1c = self.query(x_td[rows_b]).unflatten(-1, (self.heads, 1, -1))
-        k, v = (layout.grid(project(x_td).unflatten(-1, (self.heads, -1))) for project in (self.key, self.value))
+        k, v = map(layout.grid, self._mapped(x_td, self.key, self.value))
         seen_bn = layout.seen_by(rows_b)
         mixed_bh1c = F.scaled_dot_product_attention(
             q_bh1c, k, v, attn_mask=None if seen_bn is None else seen_bn[:, None, None]

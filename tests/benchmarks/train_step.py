@@ -299,14 +299,15 @@ def largest_batch(name: str, device: torch.device) -> int:
 def asked(entry: str, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """The figures of one entry of --models, by the names of the report."""
     name, _, how = entry.partition(":")
-    case, small = MODELS["b32"], not options.quick and device.type == "cuda"
+    whole = not options.quick and device.type == "cuda"
+    case = MODELS["b32" if device.type == "cuda" else "s32"]
     if name == "largest":
         return {f"largest_batch_{one}": float(largest_batch(one, device)) for one in ("b32", "coca_b32")}
     if name == "commit":
-        return commit_stall(device, STALL_BYTES if small else STALL_BYTES // 100)
+        return commit_stall(device, STALL_BYTES if whole else STALL_BYTES // 100)
     if name in ("waits", "repeat", "loop"):
         ours = Ours(case, device)
-        pairs_ = case.batch_gpu if small else case.batch_cpu
+        pairs_ = case.batch_gpu if whole else case.batch_cpu
         ours.prepare(*pairs(options.data, pairs_, False))
         if name == "waits":
             return waits(ours.engine, ours.inputs)
@@ -314,7 +315,7 @@ def asked(entry: str, options: argparse.Namespace, device: torch.device) -> dict
             return repeat(lambda exactly: Ours(case, device, deterministic=exactly).engine, ours.inputs)
         if options.data is None:
             raise ValueError("it needs photos; give --data")
-        return looped(ours.engine, options.data, pairs_, 20 if small else 2)
+        return looped(ours.engine, options.data, pairs_, 20 if whole else 2)
     label = {"": name, "full": "full_context" if name == "b32" else f"{name}_full"}.get(how, f"{name}_{how}")
     found = compared(name, options.data, 1 if options.quick else 3, how, device)
     return {f"{key}_{label}": value for key, value in found.items()}

@@ -105,6 +105,11 @@ class _TorchEngine(_Engine, frozen=True, extra="forbid", strict=True):
         description="compile blocks with torch.compile, once per block shape; the first steps after a start or a "
         "growth take minutes; auto: on a GPU, if there is a compiler and compiled blocks have the same gradients",
     )
+    fuse_projections: bool = Field(
+        False,
+        description="compute queries, keys and values by one matrix product: fewer and larger kernels; commits keep "
+        "their three matrices",
+    )
 
     @property
     def pieces(self) -> int | None:
@@ -175,6 +180,8 @@ class DeepSpeedConfig(_Engine, frozen=True, extra="forbid", strict=True):
     # It takes one loss a step, not the gradient at the outputs of each piece (so there are no micro-batches), and its
     # hooks inside of blocks break compiled ones up.
     compile: ClassVar[bool | str] = False
+    # ZeRO 3 gathers the weights of a map when that map runs.
+    fuse_projections: ClassVar[bool] = False
     # A rank holds a run of elements that may begin in the middle of a matrix.
     takes_muon: ClassVar[bool] = False
     groups_experts: ClassVar[bool] = False

@@ -37,7 +37,7 @@ def prepare_kernels(model: Model, config: EngineConfig, device: torch.device) ->
     def set_up(some: Model) -> None:
         for module in some.modules():
             if isinstance(module, Attention):
-                module.varlen = refused is None
+                module.varlen, module.fused = refused is None, config.fuse_projections
             if isinstance(module, Experts) and half and config.groups_experts:
                 module.grouped = mlp.grouped_refusal(module.spec, device) is None
 
@@ -61,7 +61,8 @@ def _compiled(
     with contextlib.suppress(DataError):  # else torch keeps what it compiles in a place of its own, until a restart
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     why: str | None = "engine.deterministic" if wanted == "auto" and config.deterministic else None
-    why = why or compiling.refusal(model.spec, half, device, kernels, set_up)
+    kinds = f"{kernels} {config.fuse_projections}"
+    why = why or compiling.refusal(model.spec, half, device, kinds, set_up)
     if wanted is True and why:
         raise TrainingError(
             f"engine.compile = true does not work here: {why}; mend that, or leave engine.compile out, which compiles "

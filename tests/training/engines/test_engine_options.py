@@ -38,6 +38,8 @@ SWITCHES = {
     "ddp micro": DdpConfig(micro_batches=2),
     "ddp activations": DdpConfig(activation_budget=0.3),
     "ddp compile": DdpConfig(compile=True),
+    "ddp fused": DdpConfig(fuse_projections=True),
+    "fsdp fused": FsdpConfig(fuse_projections=True),
     "ddp all": DdpConfig(micro_batches=2, activation_budget=0.3, compile=True),
     "fsdp micro": FsdpConfig(micro_batches=2),
     "fsdp activations": FsdpConfig(activation_budget=0.3),
