@@ -1,0 +1,113 @@
+"""A step on a GPU, without one: no device is mixed up, nothing waits, and no more is asked of the device than these
+numbers, which hold a little room. A change that raises them has to say why, here.
+
+The steps run in a process of their own, on `tests/support/fake_cuda`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from treering.tests.support.fake_cuda.loading import compiler
+from treering.tests.support.needs import missing
+from treering.tests.training.objectives.test_objective_contract import IDS
+
+
+class Most(NamedTuple):
+    """What one step may ask for."""
+
+    launches: int
+    gigabytes: float
+    """read and written by all but matrix products and attention"""
+    fp32: float = 0.001
+    """TFLOP of matrix products off the tensor cores"""
+
+
+ROOM = 1.02
+STEPS = {
+    "b32_128": Most(1930, 19.3),
+    "l14": Most(2746, 327),
+    "coca_b32": Most(4249, 81.4, 0.53),
+    "photos2_128": Most(2555, 62.8, 0.27),
+    "emoji1": Most(635, 2.95, 0.06),  # its precision is fp32
+    "emoji2": Most(1170, 3.24, 0.04),
+    "plain": Most(746, 1.88, 0.02),
+    "fp32": Most(585, 1.92, 0.02),
+    "padded": Most(776, 1.90, 0.02),
+    "pieces": Most(3225, 2.22, 0.02),
+    "recomputed": Most(887, 1.90, 0.02),
+    "ema": Most(851, 1.92, 0.02),
+    "muon": Most(1902, 1.91, 0.02),
+    "experts": Most(881, 1.93, 0.02),
+}
+SLOW = {
+    "b32": Most(1930, 117),
+    "b16": Most(1930, 189),
+    "coca_b32_1024": Most(4993, 300, 2.2),
+    "photos1": Most(2867, 331, 2.2),
+    "photos2": Most(3419, 456, 2.2),
+    "photos2_60": Most(6731, 624, 9.3),
+}
+OBJECTIVES = [f"objective:{name}" for name in IDS if not name.startswith(("centred", "contrastive-filip"))]
+"""of every registered objective; the one of the docs has a state, and says that it waits"""
+WORLDS = {"loss:1,1024": (154, 0), "loss:8,128": (485, 29), "loss:64,512": (3117, 197), "loss:1,8192": (3143, 0)}
+"""launches and collectives of the contrastive loss, by ranks and pairs of each"""
+
+
+def measured(names: list[str]) -> dict[str, Any]:
+    """What the steps ask for, or why they failed."""
+    if compiler() is None:
+        missing("no C++ compiler, with which the fake device is built")
+    command = [sys.executable, "-m", "treering.tests.support.fake_cuda.steps", *names]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).anchor)
+    assert found.returncode == 0, found.stderr[-3000:]
+    answers: dict[str, Any] = json.loads(found.stdout)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def found() -> Iterator[dict[str, Any]]:
+    return measured([*STEPS, *OBJECTIVES, *WORLDS, "waits", "mixes"])
+
+
+def assert_within(figures: dict[str, Any], most: Most) -> None:
+    assert "error" not in figures, figures["error"]
+    for name, limit in most._asdict().items():
+        assert figures[name] <= ROOM * limit, f"{name}: {figures[name]:,} and no more than {limit:,} were expected"
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_asks_for_no_more(name: str, found: dict[str, Any]) -> None:
+    assert_within(found[name], STEPS[name])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_objective_waits(name: str, found: dict[str, Any]) -> None:
+    assert "error" not in found[name], found[name]["error"]
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_loss_over_ranks(name: str, found: dict[str, Any]) -> None:
+    launches, collectives = WORLDS[name]
+    assert found[name]["launches"] <= ROOM * launches
+    assert found[name]["collectives"] <= collectives
+
+
+def test_a_wait_and_a_wrong_device_are_seen(found: dict[str, Any]) -> None:
+    """Power: an objective that reads a number, and one whose mask is on the host."""
+    assert found["waits"]["error"].startswith("HostWaits: a number of the device is read at tests/support/fake_cuda")
+    assert "device" in found["mixes"]["error"]
+
+
+@pytest.mark.slow
+def test_the_whole_table() -> None:
+    answers = measured([*SLOW])
+    for name, most in SLOW.items():
+        assert_within(answers[name], most)
