@@ -29,6 +29,7 @@ _LET_GLOO_FINISH = 0.2
 _JOINING = timedelta(minutes=10)
 """for the processes of a run to find each other"""
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def backend(device: torch.device) -> str:
@@ -141,37 +142,30 @@ class World:
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         return largest
 
-    def each(self, own: Tensor) -> Iterator[Tensor]:
-        """Yields every rank's `own` in rank order; the next is in flight while the caller uses one. Not differentiable.
+    def start_gather(self, own: Tensor) -> Callable[[], Tensor]:
+        """Start to gather the rows of all ranks in rank order, [n, ...] -> [n * size, ...]; call the result for them.
 
-        Takes the memory of a few of them, however many ranks there are. All ranks go through to the end together.
+        Every rank has the same n. Not differentiable.
+        """
+        own = own.detach()
+        if self.size == 1:
+            return lambda: own
+        everyone = own.new_empty(own.shape[0] * self.size, *own.shape[1:])
+        return _finished(_all_gather(everyone, own.contiguous(), group=self.group, async_op=True), everyone)
+
+    def start_sum(self, of_all: Tensor) -> Callable[[], Tensor]:
+        """Start to sum rows for all ranks over the ranks, [n * size, ...]; call the result for those of this one.
+
+        Not differentiable.
         """
         if self.size == 1:
-            yield own
-            return
-        own = own.detach().contiguous()
-
-        def send(rank: int) -> tuple[Tensor, dist.Work]:
-            part = own if rank == self.rank else torch.empty_like(own)
-            return part, dist.broadcast(part, group=self.group, group_src=rank, async_op=True)
-
-        coming = send(0)
-        for rank in range(self.size):
-            part, work = coming
-            if rank + 1 < self.size:
-                coming = send(rank + 1)
-            work.wait()
-            yield part
-
-    def sum_to(self, rank: int, value: Tensor) -> Callable[[], object]:
-        """Start to sum every rank's `value` into that of rank `rank`, in place; call the result to wait for it.
-
-        The other ranks' `value` is scratch from then on.
-        """
-        if self.size == 1:
-            return lambda: None
-        work: dist.Work = dist.reduce(value, group=self.group, group_dst=rank, async_op=True)
-        return work.wait
+            return lambda: of_all
+        if of_all.device.type == "cpu":  # gloo has no sum for each rank but one for all, with twice the bytes
+            came = torch.empty_like(of_all)
+            wait = _finished(dist.all_to_all_single(came, of_all.contiguous(), group=self.group, async_op=True), came)
+            return lambda: wait().unflatten(0, (self.size, -1)).sum(0)
+        own = of_all.new_empty(of_all.shape[0] // self.size, *of_all.shape[1:])
+        return _finished(_reduce_scatter(own, of_all.contiguous(), group=self.group, async_op=True), own)
 
     def exchange(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """Send `parts[r]` to rank r, and get from each rank r the flat `lengths[r]` elements that it sends here.
@@ -252,6 +246,16 @@ class World:
         return list(dict.fromkeys(self.objects(socket.gethostname())))
 
 
+def _finished(work: dist.Work, result: Tensor) -> Callable[[], Tensor]:
+    """A function that waits for a collective (on a GPU, the stream does) and returns what it filled."""
+
+    def wait() -> Tensor:
+        work.wait()
+        return result
+
+    return wait
+
+
 def _bytes(value: Any) -> Tensor:
     """As JSON: torch's own object collectives use pickle."""
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -273,7 +277,4 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
-        total = slopes[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.world.group)
-        rows = len(total) // ctx.world.size
-        return total[ctx.world.rank * rows : (ctx.world.rank + 1) * rows], None
+        return ctx.world.start_sum(slopes[0])(), None

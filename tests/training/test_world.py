@@ -1,4 +1,4 @@
-"""Joining the processes of a run, and objects between ranks, of unequal sizes and with any text."""
+"""Joining the processes of a run; objects between ranks, of unequal sizes and with any text; rows and their sums."""
 
 from __future__ import annotations
 
@@ -85,3 +85,23 @@ def test_a_process_without_a_gpu_says_so(rank: str, there: int, monkeypatch: pyt
 def test_tensors_go_by_the_backend_of_their_device() -> None:
     assert backend(torch.device("cpu")) == "gloo"
     assert backend(torch.device("cuda", 1)) == "cpu:gloo,cuda:nccl"
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_rows_of_all_and_the_sum_of_own(size: int, on_ranks: Callable[..., list[Any]]) -> None:
+    """Also through the gradient of `gather`; two collectives may be on their way at once."""
+
+    def one_rank(world: World) -> Any:
+        own = torch.arange(4.0).view(2, 2) + 10 * world.rank
+        rows, sums = world.start_gather(own), world.start_sum(torch.arange(2.0 * size) + world.rank)
+        leaf = own.clone().requires_grad_()
+        (world.gather(leaf) * torch.arange(2.0 * size)[:, None] * (world.rank + 1)).sum().backward()
+        return rows().tolist(), sums().tolist(), leaf.grad[:, 0].tolist()
+
+    everyone = [
+        row for rank in range(size) for row in ([10.0 * rank, 10.0 * rank + 1], [10.0 * rank + 2, 10.0 * rank + 3])
+    ]
+    for rank, (rows, sums, slopes) in enumerate(on_ranks(size, one_rank)):
+        assert rows == everyone
+        assert sums == [size * place + size * (size - 1) / 2 for place in (2 * rank, 2 * rank + 1)]
+        assert slopes == [place * size * (size + 1) / 2 for place in (2 * rank, 2 * rank + 1)]

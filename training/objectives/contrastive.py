@@ -20,13 +20,14 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...data.units import size_in_bytes
 from ...models.output import ModelOutput
 from ..world import World
 from .base import Inputs, Objective
 from .config import ObjectiveConfig
 from .pairwise import late_softmax_losses, sigmoid_losses, softmax_losses
 from .registry import register
-from .scores import Relations
+from .scores import GATHER_BUDGET, Relations
 
 
 class _PairwiseConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True):
@@ -40,6 +41,24 @@ class _PairwiseConfig(ObjectiveConfig, frozen=True, extra="forbid", strict=True)
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="fraction of each target that is distributed over all candidates"
     )
+    gather_budget: str = Field(
+        "256MB",
+        description="bytes of the other processes' texts that a process holds at once, and of their gradients: a "
+        "batch with more is compared in several rounds, each with a collective there and one back",
+    )
+
+    @field_validator("gather_budget")
+    @classmethod
+    def _is_a_size(cls, value: str) -> str:
+        if size_in_bytes(value) is None:
+            raise ValueError(f"{value!r} is not a valid size; write one such as 64MB or 1GB")
+        return value
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The fields that every contrastive objective is built with."""
+        budget = size_in_bytes(self.gather_budget)
+        return {"positives": self.positives, "label_smoothing": self.label_smoothing, "gather_budget": budget}
 
 
 class ContrastiveConfig(_PairwiseConfig, frozen=True, extra="forbid", strict=True):
@@ -83,6 +102,8 @@ class _Pairwise(Objective):
     """the positives besides the pairs themselves: pairs with the same caption, or the same picture"""
     label_smoothing: float = 0.0
     """fraction of each target that is distributed over all candidates"""
+    gather_budget: int = GATHER_BUDGET
+    """bytes of other ranks' texts held at once"""
 
     @abstractmethod
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
@@ -114,7 +135,7 @@ class Contrastive(_Pairwise):
 
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
         image_losses_b, text_losses_b = softmax_losses(
-            *_unit_features(output), output.scale.float(), relations, world, self.label_smoothing
+            *_unit_features(output), output.scale.float(), relations, world, self.label_smoothing, self.gather_budget
         )
         return (image_losses_b + text_losses_b) / 2
 
@@ -134,8 +155,9 @@ class LateContrastive(_Pairwise):
         assert output.text_tokens is not None
         image_bpe = F.normalize(output.image_tokens.float(), dim=-1)
         text_te = F.normalize(output.text_tokens.float(), dim=-1)
+        lengths, scale = inputs.known_lengths, output.scale.float()
         image_losses_b, text_losses_b = late_softmax_losses(
-            image_bpe, text_te, inputs.known_lengths, output.scale.float(), relations, world, self.label_smoothing
+            image_bpe, text_te, lengths, scale, relations, world, self.label_smoothing, self.gather_budget
         )
         return (image_losses_b + text_losses_b) / 2
 
@@ -152,8 +174,9 @@ class SigmoidContrastive(_Pairwise):
 
     def losses(self, output: ModelOutput, inputs: Inputs, relations: Relations, world: World) -> Tensor:
         assert output.bias is not None
+        scale, bias = output.scale.float(), output.bias.float()
         return sigmoid_losses(
-            *_unit_features(output), output.scale.float(), output.bias.float(), relations, world, self.label_smoothing
+            *_unit_features(output), scale, bias, relations, world, self.label_smoothing, self.gather_budget
         )
 
 
@@ -177,14 +200,17 @@ class Between(_Pairwise):
         one, other = (towers[name] for name in self.towers)
         assert one.scale is not None
         one_be, other_be = (F.normalize(tower.pooled.float(), dim=-1) for tower in (one, other))
-        losses = softmax_losses(one_be, other_be, one.scale.float(), relations, world, self.label_smoothing)
+        losses = softmax_losses(
+            one_be, other_be, one.scale.float(), relations, world, self.label_smoothing, self.gather_budget
+        )
         return (losses[0] + losses[1]) / 2
 
 
 @register("contrastive", ContrastiveConfig)
 def _contrastive(config: ContrastiveConfig, seed: int) -> Objective:
     kinds: dict[str, Any] = {"softmax": Contrastive, "filip": LateContrastive, "sigmoid": SigmoidContrastive}
-    return kinds[config.kind](config.weight, config.positives, config.label_smoothing)
+    built: Objective = kinds[config.kind](config.weight, **config.shared)
+    return built
 
 
 def _each_once(terms: tuple[BetweenConfig, ...]) -> tuple[BetweenConfig, ...]:
@@ -198,7 +224,7 @@ def _each_once(terms: tuple[BetweenConfig, ...]) -> tuple[BetweenConfig, ...]:
 
 @register("modalities", BetweenConfig, several=_each_once)
 def _between(config: BetweenConfig, seed: int) -> Objective:
-    return Between(config.weight, config.positives, config.label_smoothing, config.between)
+    return Between(config.weight, towers=config.between, **config.shared)
 
 
 def _unit_features(output: ModelOutput) -> tuple[Tensor, Tensor]:

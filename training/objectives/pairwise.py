@@ -23,11 +23,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..world import World
-from .scores import DotProducts, LateInteraction, Relations, Scores, Similarity, Tile
+from .scores import GATHER_BUDGET, DotProducts, LateInteraction, Relations, Scores, Similarity, Tile
 
 
 def softmax_losses(
-    image_be: Tensor, text_ne: Tensor, scale: Tensor, relations: Relations, world: World, label_smoothing: float = 0.0
+    image_be: Tensor,
+    text_ne: Tensor,
+    scale: Tensor,
+    relations: Relations,
+    world: World,
+    label_smoothing: float = 0.0,
+    gather_budget: int = GATHER_BUDGET,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each image among all texts [b], and of each text among all images [n]: InfoNCE.
 
@@ -36,11 +42,12 @@ def softmax_losses(
     The target q is distributed over the positives in proportion to their weights v, and a fraction `label_smoothing` of
     it over all candidates that are not excluded. An item without a positive (a hard negative) has loss 0. The features
     are those of this rank; they and `scale` [1] have the same float dtype. All ranks call it together with the same b
-    and n. Differentiable once, with respect to the features of all ranks and the scale; as in every objective, the
-    gradient is that of the sum of the losses over all ranks.
+    and n; a rank holds `gather_budget` bytes of the texts of all at once, and as many of their gradients.
+    Differentiable once, with respect to the features of all ranks and the scale; as in every objective, the gradient is
+    that of the sum of the losses over all ranks.
     """
     losses: tuple[Tensor, Tensor] = _Softmax.apply(
-        image_be, text_ne, scale, DotProducts, label_smoothing, world, *relations
+        image_be, text_ne, scale, DotProducts, label_smoothing, gather_budget, world, *relations
     )
     return losses
 
@@ -53,18 +60,18 @@ def late_softmax_losses(
     relations: Relations,
     world: World,
     label_smoothing: float = 0.0,
+    gather_budget: int = GATHER_BUDGET,
 ) -> tuple[Tensor, Tensor]:
     """`softmax_losses` of token-wise maximum similarity (FILIP): the two directions have different scores.
 
     Every image has p tokens; texts are packed, text i has `lengths_n`[i] of the t tokens. Pass `lengths_n` on the CPU
     to avoid a host-device synchronisation.
     """
-    lengths_wn = world.gather(lengths_n).view(world.size, -1)
-    longest, most = int(lengths_wn.max()), int(lengths_wn.sum(1).max())
-    lengths_wn = lengths_wn.to(text_te.device, non_blocking=True)
-    kind = partial(LateInteraction, lengths_wn=lengths_wn, longest=longest)
-    text_te = LateInteraction.padded(text_te, most)
-    losses: tuple[Tensor, Tensor] = _Softmax.apply(image_bpe, text_te, scale, kind, label_smoothing, world, *relations)
+    lengths_wn = world.gather(lengths_n).view(world.size, -1).cpu()
+    kind = partial(LateInteraction, lengths_wn=lengths_wn, rank=world.rank)
+    losses: tuple[Tensor, Tensor] = _Softmax.apply(
+        image_bpe, text_te, scale, kind, label_smoothing, gather_budget, world, *relations
+    )
     return losses
 
 
@@ -76,6 +83,7 @@ def sigmoid_losses(
     relations: Relations,
     world: World,
     label_smoothing: float = 0.0,
+    gather_budget: int = GATHER_BUDGET,
 ) -> Tensor:
     """The sum of each image's binary cross-entropies with all texts: SigLIP (arXiv 2303.15343), a [b] vector.
 
@@ -84,7 +92,7 @@ def sigmoid_losses(
     z = 1 for positives, else -1; v are the weights and h is half of `label_smoothing`. `bias` is [1]; the other
     arguments are those of `softmax_losses`.
     """
-    losses_b: Tensor = _Sigmoid.apply(image_be, text_ne, scale, bias, label_smoothing, world, *relations)
+    losses_b: Tensor = _Sigmoid.apply(image_be, text_ne, scale, bias, label_smoothing, gather_budget, world, *relations)
     return losses_b
 
 
@@ -113,10 +121,10 @@ class _SoftmaxSums:
         top.copy_(higher)
         weight = scores_rc.new_ones(1) if weights is None else weights
         # Positives' scores are summed on the way, so the loss needs no second pass over the tiles.
-        if tile.diagonal:
-            weight_d = weight.expand_as(scores_rc).diagonal()
-            matched[: len(weight_d)] += scores_rc.diagonal() * weight_d
-            positives[: len(weight_d)] += weight_d
+        if tile.pairs:
+            weight_d, along = weight.expand_as(scores_rc)[tile.pairs].diagonal(), tile.pairs[1 - dim]
+            matched[along] += scores_rc[tile.pairs].diagonal() * weight_d
+            positives[along] += weight_d
         elif tile.positive_rc is not None:
             # masked_fill, not a product with the mask: an excluded score is -inf, and -inf * 0 is NaN.
             matched.add_((scores_rc * weight).masked_fill_(~tile.positive_rc, 0.0).sum(dim))
@@ -125,13 +133,14 @@ class _SoftmaxSums:
             rest[0].add_((scores_rc * weight).masked_fill_(tile.excluded_rc, 0.0).sum(dim))
             rest[1].add_((~tile.excluded_rc * weight).sum(dim))
 
-    def reduced(self, world: World) -> _SoftmaxSums:
-        """The sums of this rank's items over all ranks, [w, n] -> [n]; all ranks call it together."""
+    def reduced(self, scores: Scores) -> _SoftmaxSums:
+        """The sums of this rank's texts over all ranks, [a] -> [n]; all ranks call it together."""
         # Sums that refer to different maxima cannot be added: rescale each rank's to the global maximum first.
-        highest_wn = world.max(self.top)
-        self.sums[0] *= (self.top - highest_wn).exp_()
-        mine = _SoftmaxSums(highest_wn, 0, label_smoothing=self.label_smoothing)
-        mine.top, mine.sums = highest_wn[world.rank].clone(), world.sum(self.sums)[:, world.rank].clone()
+        world = scores.world
+        highest_a = world.max(self.top)
+        self.sums[0] *= (self.top - highest_a).exp_()
+        mine = _SoftmaxSums(highest_a, 0, label_smoothing=self.label_smoothing)
+        mine.top, mine.sums = scores.of_own(highest_a[None])[0], scores.of_own(world.sum(self.sums))
         return mine
 
     def losses(self) -> Tensor:
@@ -162,21 +171,23 @@ class _Softmax(torch.autograd.Function):
         scale: Tensor,
         kind: Callable[[Tensor], Similarity],
         label_smoothing: float,
+        gather_budget: int,
         world: World,
         *known: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         relations = Relations(*known)  # type: ignore[arg-type]
         images, texts = len(relations.image_ids_bg), len(relations.text_ids_ng)
         of_images = _SoftmaxSums(image, images, label_smoothing=label_smoothing)
-        of_texts = _SoftmaxSums(image, world.size, texts, label_smoothing=label_smoothing)
+        of_texts = _SoftmaxSums(image, world.size * texts, label_smoothing=label_smoothing)
         # One pass over this rank's rows of the score matrix serves both directions: complete for its images, partial
-        # for the texts of all ranks, [w, n].
-        for tile in Scores(kind(image * scale), text, relations, world).all_tiles():
+        # for the texts of all ranks, [a].
+        scores = Scores(kind(image * scale), text, relations, world, gather_budget)
+        for tile in scores.all_tiles():
             text_weights, image_weights = _weights(tile, relations)
             of_images.add(tile.rows, tile.image_rc, tile, text_weights, 1)
             of_texts.add(tile.place, tile.text_rc, tile, image_weights, 0)
-        mine = of_texts.reduced(world)
-        ctx.world, ctx.kind, ctx.label_smoothing = world, kind, label_smoothing
+        mine = of_texts.reduced(scores)
+        ctx.world, ctx.kind, ctx.label_smoothing, ctx.gather_budget = world, kind, label_smoothing, gather_budget
         ctx.save_for_backward(image, text, scale, *known, of_images.top, of_images.sums, mine.top, mine.sums)
         return of_images.losses(), mine.losses()
 
@@ -192,14 +203,15 @@ class _Softmax(torch.autograd.Function):
             side.top, side.sums = top, sums
             factors.append(side.slopes(slope))
         of_images_kb = factors[0]
+        # Scores are products with scaled images, so their gradient gives d loss / d scale too: no second pass.
+        scaled = image * scale
+        scores = Scores(ctx.kind(scaled), text, relations, world, ctx.gather_budget)
         # This rank computes the scores of its images with all texts, so it needs the factors of the texts of all ranks.
         of_texts_wkn = world.gather(factors[1]).view(world.size, *factors[1].shape)
+        of_texts_ka = scores.in_groups(of_texts_wkn.transpose(1, 2)).T
 
         def slopes_of(tile: Tile) -> tuple[Tensor, Tensor]:
-            image_k, text_k = (
-                of_images_kb[:, tile.rows, None].unbind(0),
-                of_texts_wkn[tile.block.rank, :, tile.columns].unbind(0),
-            )
+            image_k, text_k = of_images_kb[:, tile.rows, None].unbind(0), of_texts_ka[:, tile.place].unbind(0)
             text_weights, image_weights = _weights(tile, relations)
             # For dot products image_rc and text_rc are one tensor: copy it first, overwrite it second.
             image_rc = _weighted_exp(tile.image_rc - image_k[0], text_weights).mul_(image_k[1])
@@ -212,16 +224,14 @@ class _Softmax(torch.autograd.Function):
                 _subtract_targets(text_rc.mul_(text_k[1]), tile, (text_k, image_weights))
             return image_rc, text_rc
 
-        # Scores are products with scaled images, so their gradient gives d loss / d scale too: no second pass.
-        scaled = image * scale
-        image_grad, text_grad = Scores(ctx.kind(scaled), text, relations, world).backward(scaled, slopes_of)
+        image_grad, text_grad = scores.backward(scaled, slopes_of)
         scale_grad = (image_grad * image).sum().view_as(scale)
-        return image_grad.mul_(scale), text_grad, scale_grad, *[None] * (3 + len(known))
+        return image_grad.mul_(scale), text_grad, scale_grad, *[None] * (4 + len(known))
 
 
 def _weights(tile: Tile, relations: Relations) -> tuple[Tensor | None, Tensor | None]:
     """Weights of a tile's texts [c] and of its images [r, 1]; None: all 1."""
-    texts, images = tile.block.weights_n, relations.image_weights_b
+    texts, images = tile.group.weights_m, relations.image_weights_b
     return (
         None if texts is None else texts[tile.columns],
         None if images is None else images[tile.rows, None],
@@ -239,8 +249,9 @@ def _subtract_targets(slope_rc: Tensor, tile: Tile, *sides: tuple[Sequence[Tenso
         sum(k[part] if weights is None else k[part] * weights for k, weights in sides)
         for part in range(2, len(sides[0][0]))
     )
-    if tile.diagonal:
-        slope_rc.diagonal().sub_(torch.as_tensor(matched).expand_as(slope_rc).diagonal())
+    if tile.pairs:
+        target_rc = torch.as_tensor(matched).expand_as(slope_rc)
+        slope_rc[tile.pairs].diagonal().sub_(target_rc[tile.pairs].diagonal())
     elif tile.positive_rc is not None:
         slope_rc.sub_(torch.where(tile.positive_rc, matched, 0.0))
     for everywhere in smoothed:  # label smoothing gives a part of the target to every pair that is not excluded
@@ -258,19 +269,20 @@ class _Sigmoid(torch.autograd.Function):
         scale: Tensor,
         bias: Tensor,
         label_smoothing: float,
+        gather_budget: int,
         world: World,
         *known: Tensor | None,
     ) -> Tensor:
         relations = Relations(*known)  # type: ignore[arg-type]
         losses_b = image_be.new_zeros(len(image_be))
-        for tile in Scores(DotProducts(image_be * scale), text_ne, relations, world).all_tiles():
+        for tile in Scores(DotProducts(image_be * scale), text_ne, relations, world, gather_budget).all_tiles():
             error_rc = _error_logits(tile, bias)
             if label_smoothing:  # (1 - h) logsigmoid(-x) + h logsigmoid(x) = logsigmoid(-x) + h x
                 losses_b[tile.rows] -= _times_text_weights(
                     error_rc.masked_fill(tile.excluded_rc, 0.0) * (label_smoothing / 2), tile
                 ).sum(1)
             losses_b[tile.rows] -= _times_text_weights(F.logsigmoid(error_rc.neg_()), tile).sum(1)
-        ctx.world, ctx.label_smoothing = world, label_smoothing
+        ctx.world, ctx.label_smoothing, ctx.gather_budget = world, label_smoothing, gather_budget
         ctx.save_for_backward(image_be, text_ne, scale, bias, *known)
         return losses_b
 
@@ -291,10 +303,10 @@ class _Sigmoid(torch.autograd.Function):
             return slope_rc, slope_rc
 
         scaled = image_be * scale
-        scores = Scores(DotProducts(scaled), text_ne, relations, ctx.world)
+        scores = Scores(DotProducts(scaled), text_ne, relations, ctx.world, ctx.gather_budget)
         image_grad_be, text_grad_ne = scores.backward(scaled, slopes_of)
         scale_grad = (image_grad_be * image_be).sum().view_as(scale)
-        return image_grad_be.mul_(scale), text_grad_ne, scale_grad, bias_grad, *[None] * (2 + len(known))
+        return image_grad_be.mul_(scale), text_grad_ne, scale_grad, bias_grad, *[None] * (3 + len(known))
 
 
 def _error_logits(tile: Tile, bias: Tensor) -> Tensor:
@@ -306,11 +318,11 @@ def _negate_positives(values_rc: Tensor, tile: Tile) -> Tensor:
     """The values with those of positives negated, in place where possible."""
     if tile.positive_rc is not None:
         return torch.where(tile.positive_rc, -values_rc, values_rc)
-    if tile.diagonal:
-        values_rc.diagonal().neg_()
+    if tile.pairs:
+        values_rc[tile.pairs].diagonal().neg_()
     return values_rc
 
 
 def _times_text_weights(values_rc: Tensor, tile: Tile) -> Tensor:
     """The values times the weights of the texts."""
-    return values_rc if tile.block.weights_n is None else values_rc * tile.block.weights_n[tile.columns]
+    return values_rc if tile.group.weights_m is None else values_rc * tile.group.weights_m[tile.columns]

@@ -305,6 +305,7 @@ def test_schedules() -> None:
             r"must begin with a modality tower; write \[audio, text\]",
         ),
         ({"modalities": [{"between": ["audio", "audio"]}]}, "compares a tower with itself"),
+        ({"contrastive": {"gather_budget": "much"}}, "'much' is not a valid size; write one such as 64MB or 1GB"),
         ({"modalities": [{"between": ["a", "b"]}, {"between": ["b", "a"]}]}, "compares b and a twice"),
     ],
 )

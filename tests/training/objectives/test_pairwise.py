@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from treering.training.objectives import scores
 from treering.training.objectives.pairwise import sigmoid_losses, softmax_losses
-from treering.training.objectives.scores import Relations
+from treering.training.objectives.scores import GATHER_BUDGET, Relations
 from treering.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -57,11 +57,18 @@ def dense(kind: str, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor,
 
 
 def tiled(
-    kind: str, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, ids_bg: Tensor, world: World = ALONE
+    kind: str,
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    ids_bg: Tensor,
+    world: World = ALONE,
+    budget: int = GATHER_BUDGET,
 ) -> tuple[Tensor, ...]:
     if kind == "sigmoid":
-        return (sigmoid_losses(images, texts, scale, bias, Relations.of(ids_bg), world),)
-    return softmax_losses(images, texts, scale, Relations.of(ids_bg), world)
+        return (sigmoid_losses(images, texts, scale, bias, Relations.of(ids_bg), world, gather_budget=budget),)
+    return softmax_losses(images, texts, scale, Relations.of(ids_bg), world, gather_budget=budget)
 
 
 def weights(number: int) -> Tensor:
@@ -136,25 +143,32 @@ def test_any_number_of_ranks(
 ) -> None:
     """Losses of a rank's own pairs; gradients with another slope on every rank; duplicates on different ranks.
 
-    Text 1 is the opposite of all images of the first rank and equal to one of another: its parts differ by e^(2 scale).
+    The texts of all ranks come at once, by groups of two and, at the end, fewer of each, or one by one. Text 1 is the
+    opposite of all images of the first rank and equal to one of another: its parts differ by e^(2 scale).
     """
     number = 12
     size, slopes, (images, texts) = number // world, weights(number), pairs(number, dtype=dtype)
     images[:size], images[7] = -texts[1], texts[1]
     everyone = [images, texts, *learned(scale, dtype)]
 
+    a_text = texts.shape[1] * texts.element_size()
+
     def one_rank(group: World) -> Any:
         own = slice(group.rank * size, (group.rank + 1) * size)
         inputs = [x[own] if len(x) == number else x for x in everyone]
-        with tiles_of(3):
-            return measured(lambda *x: tiled(kind, *x, group), inputs, ids(number)[own], slopes=slopes[:, own])
 
-    answers = on_ranks(world, one_rank)
-    losses = [np.concatenate(part) for part in zip(*(losses for losses, _ in answers), strict=True)]
-    features = [np.concatenate([gradients[i] for _, gradients in answers]) for i in range(2)]
-    scalars = [None if answers[0][1][i] is None else sum(gradients[i] for _, gradients in answers) for i in (2, 3)]
+        def found(budget: int) -> Any:
+            return measured(lambda *x: tiled(kind, *x, group, budget), inputs, ids(number)[own], slopes=slopes[:, own])
+
+        with tiles_of(3):
+            return [found(budget) for budget in (GATHER_BUDGET, 2 * world * a_text, 0)]
+
     expected = measured(lambda *x: dense(kind, *x), [x.double() for x in everyone], ids(number), slopes=slopes)
-    assert_equal((losses, features + scalars), expected, rtol=tolerance, atol=tolerance)
+    for answers in zip(*on_ranks(world, one_rank), strict=True):
+        losses = [np.concatenate(part) for part in zip(*(losses for losses, _ in answers), strict=True)]
+        features = [np.concatenate([gradients[i] for _, gradients in answers]) for i in range(2)]
+        scalars = [None if answers[0][1][i] is None else sum(gradients[i] for _, gradients in answers) for i in (2, 3)]
+        assert_equal((losses, features + scalars), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,6 +216,24 @@ def test_nothing_larger_than_a_tile_or_the_features(kind: str) -> None:
         losses = tiled(kind, *leaves, ids(number))
         torch.stack(losses).sum().backward()
     assert largest.numbers == max(side * side, number * channels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_rank_holds_does_not_grow_with_the_world(kind: str, on_ranks: Callable[..., list[Any]]) -> None:
+    """Nothing is larger than its own features, though four ranks have four times as many; without the budget it is."""
+    number, channels = 16, 32
+
+    def one_rank(group: World) -> list[int]:
+        found = []
+        for budget in (2 * group.size * channels * 8, GATHER_BUDGET):
+            leaves = [x.requires_grad_() for x in (*pairs(number, channels), *learned(14.3))]
+            largest = Largest()
+            with tiles_of(4), largest:
+                torch.stack(tiled(kind, *leaves, ids(number), group, budget)).sum().backward()
+            found.append(largest.numbers)
+        return found
+
+    assert on_ranks(4, one_rank) == [[number * channels, 4 * number * channels]] * 4
 
 
 def saved_bytes(loss: Callable[[], Tensor]) -> int:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from treering.training.objectives import scores
 from treering.training.objectives.pairwise import late_softmax_losses, sigmoid_losses, softmax_losses
-from treering.training.objectives.scores import Relations
+from treering.training.objectives.scores import GATHER_BUDGET, Relations
 from treering.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -139,14 +139,20 @@ def dense(kind: str, case: Case, known: Relations, world: int, inputs: list[Tens
 
 
 def tiled(
-    kind: str, case: Case, known: Relations, inputs: list[Tensor], world: World, lengths_n: Tensor
+    kind: str,
+    case: Case,
+    known: Relations,
+    inputs: list[Tensor],
+    world: World,
+    lengths_n: Tensor,
+    budget: int = GATHER_BUDGET,
 ) -> tuple[Tensor, ...]:
     image, text, scale, bias = inputs
     if kind == "sigmoid":
-        return (sigmoid_losses(image, text, scale, bias, known, world, case.label_smoothing),)
+        return (sigmoid_losses(image, text, scale, bias, known, world, case.label_smoothing, budget),)
     if kind == "late":
-        return late_softmax_losses(image, text, lengths_n, scale, known, world, case.label_smoothing)
-    return softmax_losses(image, text, scale, known, world, case.label_smoothing)
+        return late_softmax_losses(image, text, lengths_n, scale, known, world, case.label_smoothing, budget)
+    return softmax_losses(image, text, scale, known, world, case.label_smoothing, budget)
 
 
 def measured(found: Callable[[list[Tensor]], tuple[Tensor, ...]], inputs: list[Tensor], slopes: list[Tensor]) -> Any:
@@ -209,16 +215,16 @@ def test_single_precision_at_scale_100(kind: str, name: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_number_of_ranks(world: int, on_ranks: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positives of an item on other ranks, ranks of different numbers of tokens."""
+    """Positives of an item on other ranks, ranks of different numbers of tokens, texts at once and one by one."""
     monkeypatch.setattr(scores, "TILE_BYTES", 8 * 9)
-    cases = [(kind, case) for kind in KINDS for case in CASES.values()]
+    cases = [(kind, case, budget) for kind in KINDS for case in CASES.values() for budget in (GATHER_BUDGET, 0)]
 
     def own(x: Tensor | None, group: World) -> Tensor | None:
         return x if x is None else x.chunk(group.size)[group.rank]
 
     def one_rank(group: World) -> Any:
         answers = []
-        for kind, case in cases:
+        for kind, case, budget in cases:
             mine = Relations(*(own(x, group) for x in relations(case, world)))
             image, text = features(kind, case.texts)
             counts = lengths(case.texts)
@@ -228,12 +234,16 @@ def test_any_number_of_ranks(world: int, on_ranks: Callable[..., list[Any]], mon
             even = [own(s, group) for s in slopes(case.texts)]
             mine_lengths = own(counts, group)
             answers.append(
-                measured(lambda x, a=(kind, case, mine), n=mine_lengths: tiled(*a, x, group, n), inputs, even)
+                measured(
+                    lambda x, a=(kind, case, mine), n=mine_lengths, most=budget: tiled(*a, x, group, n, most),
+                    inputs,
+                    even,
+                )
             )
         return answers
 
     everyone = on_ranks(world, one_rank)
-    for number, (kind, case) in enumerate(cases):
+    for number, (kind, case, _) in enumerate(cases):
         answers = [rank[number] for rank in everyone]
         losses = [np.concatenate(part) for part in zip(*(losses for losses, _ in answers), strict=True)]
         gradients = [np.concatenate([g[i] for _, g in answers]) for i in range(2)]
