@@ -10,7 +10,7 @@ from torch import nn
 
 from .output import TowerOutput
 from .spec import ModelSpec
-from .transformer import BlockOutput, TokenStream, Transformer
+from .transformer import BlockOutput, TokenStream, Transformer, in_autocast
 
 
 class Captioner(nn.Module):
@@ -25,7 +25,10 @@ class Captioner(nn.Module):
         self.output = nn.Linear(spec.text.width, spec.text.vocabulary, bias=False) if own else None
 
     def forward(self, image: TowerOutput, text: TowerOutput) -> BlockOutput:
-        """States [t, d] in the text tower's layout; multiplied with the output table they are next-token logits."""
+        """States [t, d] in the text tower's layout; multiplied with the output table they are next-token logits.
+
+        Under autocast they have its dtype, which says in what precision they are to be multiplied.
+        """
         stream, memory = TokenStream(text.tokens, text.layout), TokenStream(image.tokens, image.layout)
-        states: BlockOutput = self.transformer(stream, memory)
-        return states
+        states_td, routing = self.transformer(stream, memory)
+        return BlockOutput(in_autocast(states_td), routing)

@@ -249,7 +249,7 @@ def kernel(spec: TowerSpec, length: int, causal: bool, device: torch.device, dty
     return str(found.name).removesuffix("_ATTENTION").lower()
 
 
-def _cast(x_td: Tensor) -> Tensor:
+def in_autocast(x_td: Tensor) -> Tensor:
     """The stream in autocast's dtype: cast once, where each linear map would make and keep a copy of its own."""
     kind = x_td.device.type
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -311,17 +311,17 @@ class TransformerBlock(nn.Module):
     ) -> BlockOutput:
         """[t, d] -> [t, d]; with `rows_b`, and without memory, only these tokens: [b, d]."""
         x_td, layout = stream
-        normed_td = _cast(self.attention_norm(x_td))
+        normed_td = in_autocast(self.attention_norm(x_td))
         if rows_b is not None:
             x_td = x_td[rows_b]
         x_td = x_td + self.scaled("attention", self.attention(TokenStream(normed_td, layout), rows_b=rows_b))
         if memory is not None and not self.after:
             x_td = x_td + self.scaled("cross", self.cross(TokenStream(self.cross_norm(x_td), layout), memory))
-        made_td, routing = self.mixed(_cast(self.mlp_norm(x_td)))
+        made_td, routing = self.mixed(in_autocast(self.mlp_norm(x_td)))
         x_td = x_td + self.scaled("mlp", made_td)
         if memory is None or not self.after:
             return BlockOutput(x_td, routing)
-        memory = memory._replace(x_td=_cast(self.memory_norm(memory.x_td)))
+        memory = memory._replace(x_td=in_autocast(self.memory_norm(memory.x_td)))
         x_td = x_td + self.scaled("cross", self.cross(TokenStream(self.cross_norm(x_td), layout), memory))
         return BlockOutput(x_td + self.scaled("cross_mlp", self.cross_mlp(self.cross_mlp_norm(x_td))), routing)
 

@@ -20,8 +20,8 @@ from ...models.spec import ModelSpec
 from ..checkpoint.writer import PART_BYTES
 from ..device import memory, process_memory
 from ..objectives.base import Inputs
-from ..objectives.caption import CHUNK_LOGITS
-from ..objectives.scores import TILE_BYTES
+from ..objectives.caption import chunk_logits
+from ..objectives.scores import GATHER_BUDGET, tile_bytes
 from ..world import World
 from .config import EngineConfig
 from .optimizer import OptimizerConfig
@@ -33,21 +33,29 @@ USABLE = 0.92
 
 
 def memory_parts(
-    spec: ModelSpec, engine: EngineConfig, optimizer: OptimizerConfig, world: int, pairs: float
+    spec: ModelSpec,
+    engine: EngineConfig,
+    optimizer: OptimizerConfig,
+    world: int,
+    pairs: float,
+    device_type: str = "cpu",
 ) -> dict[str, float]:
     """Peak bytes per process in addition to activations, by part, for one of `world` processes with `pairs` pairs of a
     batch."""
-    count, caption, shards = parameters(spec), 0, engine.shards(world)
+    count, caption, shards = parameters(spec), 0.0, engine.shards(world)
     state = commit_bytes(spec, optimizer) - (0 if engine.keeps_masters else 4 * count)
     copies = 2 * count if engine.precision == "bf16" and engine.casts_copies else 0
     if spec.captioner:
-        caption = spec.text.vocabulary * spec.text.width * 8 + 2 * 4 * CHUNK_LOGITS
+        chunk = min(chunk_logits(device_type), pairs * spec.text.context * spec.text.vocabulary)
+        caption = spec.text.vocabulary * spec.text.width * 8 + 2 * 4 * chunk
     inputs = sum(part.input_bytes for part in model_parts(spec))
+    texts, tile = 4 * spec.embed_dim * pairs * world, min(tile_bytes(device_type), 4 * pairs * pairs * world)
+    gathered = 3 * min(texts, GATHER_BUDGET) if world > 1 else 0.0  # texts, their gradient, and one of both on its way
     return {
         "weights": 4 * count / shards.weights + copies,
         "gradients": 4 * count / shards.gradients,
         "optimizer": 0.0 if engine.steps_on_host else state / shards.optimizer,
-        "loss": 4 * TILE_BYTES + 8 * pairs * spec.embed_dim * 4 + caption,
+        "loss": 4 * tile + gathered + 8 * pairs * spec.embed_dim * 4 + caption,
         "batches": pairs * inputs,
         "commit": 2 * min(4 * count / world, PART_BYTES),
     }
@@ -129,8 +137,8 @@ class Recomputing:
         """The bytes that the device has for activations; computed once, and the same for all batches."""
         if self._room is None:
             device, world = self._world.device, self._world.size
-            others = memory_parts(self._model.spec, self._config, self._optimizer, world, pairs * self.pieces)
-            on_cpu = device.type == "cpu"
+            own, on_cpu = pairs * self.pieces, device.type == "cpu"
+            others = memory_parts(self._model.spec, self._config, self._optimizer, world, own, device.type)
             has = memory(device) / (int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if on_cpu else 1)
             self._room = USABLE * has - sum(others.values()) - (process_memory() if on_cpu else CUDA_BYTES)
         return max(0.0, self._room)

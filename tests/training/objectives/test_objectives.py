@@ -162,6 +162,40 @@ def test_linear_cross_entropy_in_any_chunks(chunk: int, monkeypatch: pytest.Monk
     assert linear_cross_entropy(states, table, targets).item() == pytest.approx(expected.item(), rel=1e-14)
 
 
+def test_linear_cross_entropy_in_bf16_rounds_only_the_operands() -> None:
+    """Against fp64 on the same rounded numbers: the sum as in fp32, gradients but for the rounding of the slopes."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(70, 16, generator=generator).bfloat16().requires_grad_()
+    table, targets = torch.randn(50, 16, generator=generator), torch.randint(0, 50, (70,), generator=generator)
+    table.requires_grad_()
+    found = linear_cross_entropy(states, table, targets)
+    found.backward()
+    exact = [states.detach().double().requires_grad_(), table.detach().bfloat16().double().requires_grad_()]
+    expected = F.cross_entropy(exact[0] @ exact[1].T, targets, reduction="sum")
+    expected.backward()
+    assert found.dtype == table.grad.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found.item() != pytest.approx(
+        F.cross_entropy(exact[0] @ table.detach().double().T, targets, reduction="sum").item(), rel=1e-6
+    )
+    for mine, truth in zip((states.grad, table.grad), (exact[0].grad, exact[1].grad), strict=True):
+        assert (mine.double() - truth).norm() < 0.005 * truth.norm()
+
+
+def test_a_slope_near_one_keeps_its_difference() -> None:
+    """A target of probability 0.9999 in bf16, where 1 minus it would be rounded to 0."""
+    states, table = torch.tensor([[9.25]]).bfloat16().requires_grad_(), torch.tensor([[1.0], [0.0]], requires_grad=True)
+    linear_cross_entropy(states, table, torch.tensor([0])).backward()
+    assert table.grad[0].item() == pytest.approx(-9.25 / (1 + np.exp(9.25)), rel=0.005)
+
+
+def test_the_captioner_says_in_what_precision_it_computes() -> None:
+    inputs, model = batch(), build(SPEC, 3)
+    assert model(inputs.images, inputs.tokens, inputs.lengths).caption.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(inputs.images, inputs.tokens, inputs.lengths).caption.dtype == torch.bfloat16
+
+
 def test_linear_cross_entropy_at_a_large_scale() -> None:
     states, table = torch.tensor([[3000.0], [-3000.0]]), torch.tensor([[1.0], [-1.0]])
     assert linear_cross_entropy(states, table, torch.tensor([0, 0])).item() == pytest.approx(6000.0)
