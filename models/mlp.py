@@ -11,7 +11,7 @@ channels of a map's input and output.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,25 @@ class Routing(NamedTuple):
         return Routing(self.counts_e + other.counts_e, self.gates_e + other.gates_e)
 
 
+class _Dealt(torch.autograd.Function):
+    """Each row `copies` times, in the order `order_r`, whose inverse is `back_r`.
+
+    So the gradient is gathered, too; that of an index would be added row by row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order_r: Tensor, back_r: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(back_r)
+        ctx.copies = copies
+        return rows.index_select(0, order_r if copies == 1 else order_r // copies)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (back_r,) = ctx.saved_tensors
+        rows = gradients[0].index_select(0, back_r)
+        return (rows if ctx.copies == 1 else rows.unflatten(0, (-1, ctx.copies)).sum(1)), None, None, None
+
+
 class Experts(nn.Module):
     """A mixture of MLPs: each token goes through the `experts_per_token` experts with the largest gates.
 
@@ -87,12 +106,14 @@ class Experts(nn.Module):
         counts_e = chosen.new_zeros(len(self.experts)).scatter_add(0, chosen, torch.ones_like(chosen))
         # Rows sorted by expert: one for each token and chosen expert. Sorting back restores [t, k].
         order_r = chosen.argsort(stable=True)
-        rows_rd = x_td[order_r // self.experts_per_token]
+        back_r = order_r.argsort()
+        rows_rd: Tensor = _Dealt.apply(x_td, order_r, back_r, self.experts_per_token)
         if self.grouped and x_td.dtype.itemsize == 2:
             made_rd = self._together(rows_rd, chosen[order_r], counts_e)
         else:
             made_rd = self._one_by_one(rows_rd, counts_e)
-        made_tkd = made_rd[order_r.argsort()].unflatten(0, (-1, self.experts_per_token))
+        sorted_rd: Tensor = _Dealt.apply(made_rd, back_r, order_r, 1)
+        made_tkd = sorted_rd.unflatten(0, (-1, self.experts_per_token))
         return (made_tkd * gates_tk[..., None]).sum(1), Routing(counts_e, scores_te.sum(0))
 
     def _one_by_one(self, rows_rd: Tensor, counts_e: Tensor) -> Tensor:
@@ -109,7 +130,7 @@ class Experts(nn.Module):
             maps: list[nn.Linear] = [getattr(expert, name) for expert in self.experts]
             weight_eio = torch.stack([each.weight for each in maps]).to(x_ri.dtype).mT
             bias_eo = torch.stack([each.bias for each in maps]).to(x_ri.dtype)
-            return F.grouped_mm(x_ri, weight_eio, offs=ends_e) + bias_eo[of_r]
+            return F.grouped_mm(x_ri, weight_eio, offs=ends_e) + F.embedding(of_r, bias_eo)
 
         first = self.experts[0]
         assert isinstance(first, Mlp)

@@ -46,9 +46,9 @@ class Model(nn.Module):
         return torch.autocast(self.logit_scale.device.type, torch.bfloat16, enabled=self.in_bf16)
 
     def embed_images(self, images: Tensor, patches_bk: Tensor | None = None, pooled_only: bool = False) -> TowerOutput:
-        """Embed pictures, uint8 [b, 3, resolution, resolution]; they are normalised here, on the device."""
-        pixels = (images.to(self.image_std.dtype) / 255 - self.image_mean) / self.image_std
-        return self.image(pixels, patches_bk, self.shared.image if self.shared else None, pooled_only)
+        """Embed pictures, uint8 [b, 3, resolution, resolution]; they are normalised on the device."""
+        mean, std = self.image_mean.flatten(1), self.image_std.flatten(1)
+        return self.image(images, mean, std, patches_bk, self.shared.image if self.shared else None, pooled_only)
 
     def embed_texts(self, tokens_t: Tensor, lengths_b: Tensor) -> TowerOutput:
         """Embed packed captions: int64 [t] ids, int64 [b] lengths."""

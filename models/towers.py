@@ -2,6 +2,9 @@
 
 Shape suffixes: b samples, t tokens of the whole batch, d channels of the tower, e channels of the joint space,
 p patches of a picture, k patches that are kept, f frames of a sample, n features of a frame.
+
+Rows that several tokens share, such as positions, are looked up as in a table (`F.embedding`), and rows that one token
+has with `index_select`: on a GPU the gradient of indexing with a tensor sorts and then adds row by row.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .output import TowerOutput
 from .spec import ImageSpec, ModalitySpec, TextSpec, TowerSpec
-from .transformer import Attention, BlockOutput, DenseLayout, PackedLayout, TokenStream, Transformer
+from .transformer import Attention, BlockOutput, DenseLayout, PackedLayout, TokenStream, Transformer, autocast_dtype
 
 MIN_LOG_SCALE, MAX_LOG_SCALE = 0.0, math.log(100.0)
 """range of the logarithm of a temperature, as in CLIP's training: the factor on cosine similarities is from 1 to 100"""
@@ -84,22 +88,26 @@ class ImageTower(nn.Module):
     def forward(
         self,
         images: Tensor,
+        mean: Tensor,
+        std: Tensor,
         patches_bk: Tensor | None = None,
         shared: SharedBlocks | None = None,
         pooled_only: bool = False,
     ) -> TowerOutput:
-        """Embed pictures, float [b, 3, resolution, resolution], already normalised; `shared` blocks run before pooling.
+        """Embed pictures, uint8 [b, 3, resolution, resolution]; `shared` blocks run before pooling.
 
+        Of pixels in 0..1 the `mean` of their channel, [3, 1], is subtracted, and they are divided by its `std`.
         `patches_bk`, int64 [b, k], are the patches of each picture that are kept (FLIP, Li et al., arXiv 2212.00794);
         None: all. With `pooled_only` the last block computes only the class token, if that is the embedding.
         """
         b, g, p = len(images), self.grid, self.patch
-        unfolded = images.view(b, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, 3 * p * p)
+        # While they are bytes, pixels are cut into patches, of which some are taken.
+        unfolded = images.view(b, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(b, g * g, 3, p * p)
         positions: Tensor = self.position_embedding
         if patches_bk is not None:
-            unfolded = unfolded.gather(1, patches_bk[..., None].expand(-1, -1, unfolded.shape[2]))
-            positions = positions[patches_bk]
-        x_bpd = self.patches(unfolded) + positions
+            unfolded = unfolded.gather(1, patches_bk[..., None, None].expand(-1, -1, *unfolded.shape[2:]))
+            positions = F.embedding(patches_bk, positions)
+        x_bpd = self.patches(_normalised(unfolded, mean, std).flatten(2)) + positions
         if self.class_embedding is not None:
             x_bpd = torch.cat([self.class_embedding.sum(0).to(x_bpd.dtype).expand(b, 1, -1), x_bpd], 1)
         x_bpd = x_bpd if self.pre_norm is None else self.pre_norm(x_bpd)
@@ -126,6 +134,12 @@ class ImageTower(nn.Module):
         """Tokens or pooled tokens in the joint space: [n, d] -> [n, e]."""
         joint_ne: Tensor = self.projection(x_nd if self.norm is None else self.norm(x_nd))
         return joint_ne
+
+
+def _normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(pixels / 255 - mean) / std in one pass: bytes are read, and numbers in autocast's dtype are written."""
+    made = torch.empty(pixels.shape, dtype=autocast_dtype(std) or std.dtype, device=std.device)
+    return torch.addcmul(-mean / std, pixels, 1 / (255 * std), out=made)
 
 
 class TextTower(nn.Module):
@@ -165,14 +179,16 @@ class TextTower(nn.Module):
         if self.class_embedding is not None:
             return self._forward_with_class_token(tokens_t, lengths_b, pooled_only, longest)
         layout = PackedLayout.of(lengths_b, len(tokens_t), longest)
-        x_td = self.token_embedding(tokens_t) + self.position_embedding[layout.positions_t]
+        x_td = self.token_embedding(tokens_t) + F.embedding(layout.positions_t, self.position_embedding)
         last_b = lengths_b.cumsum(0) - (lengths_b if self.pool == "first" else 1)
         if pooled_only:
             x_bd, routing = self.transformer(TokenStream(x_td, layout), rows_b=last_b)
             return TowerOutput(self.project(x_bd), x_bd[:0], layout, routing=routing)
         x_td, routing = self.transformer(TokenStream(x_td, layout))
         x_td, through = shared(TokenStream(x_td, layout)) if shared else BlockOutput(x_td)
-        return TowerOutput(self.project(x_td[last_b]), x_td, layout, routing=routing, shared_routing=through)
+        return TowerOutput(
+            self.project(x_td.index_select(0, last_b)), x_td, layout, routing=routing, shared_routing=through
+        )
 
     def _forward_padded(self, tokens_t: Tensor, lengths_b: Tensor, longest: int | None) -> TowerOutput:
         """Texts padded to the context with token 0, which attention treats like any other token."""
@@ -184,7 +200,9 @@ class TextTower(nn.Module):
         x_td, routing = self.transformer(TokenStream(x_bnd.flatten(0, 1), DenseLayout(b, n, self.causal)))
         starts_b = torch.arange(b, device=x_td.device) * n
         within_b = {"first": 0, "last": n - 1}.get(self.pool, lengths_b - 1)
-        return TowerOutput(self.project(x_td[starts_b + within_b]), x_td[cells_t], own, routing=routing)
+        return TowerOutput(
+            self.project(x_td.index_select(0, starts_b + within_b)), x_td.index_select(0, cells_t), own, routing=routing
+        )
 
     def _forward_with_class_token(
         self, tokens_t: Tensor, lengths_b: Tensor, pooled_only: bool, longest: int | None
@@ -203,7 +221,8 @@ class TextTower(nn.Module):
         places_t = (last_b - 1 - lengths_b)[own.cells_t // own.longest] + own.positions_t
         ids = tokens_t.new_zeros(len(layout.cells_t)).index_copy(0, places_t, tokens_t)
         positions_t = layout.positions_t
-        x_td = self.token_embedding(ids) + self.position_embedding[positions_t.clamp(max=self.context - 1)]
+        places = positions_t.clamp(max=self.context - 1)
+        x_td = self.token_embedding(ids) + F.embedding(places, self.position_embedding)
         assert self.class_embedding is not None
         x_td = x_td.index_copy(0, last_b, self.class_embedding.sum(0).to(x_td.dtype).expand(len(last_b), -1))
         # A key is seen if the token before it is not 0; the first of a text always is.
@@ -216,7 +235,9 @@ class TextTower(nn.Module):
             x_bd, routing = self.transformer(TokenStream(x_td, layout), rows_b=last_b)
             return TowerOutput(self.project(x_bd), x_bd[:0], own, routing=routing)
         x_td, routing = self.transformer(TokenStream(x_td, layout))
-        return TowerOutput(self.project(x_td[last_b]), x_td[places_t], own, routing=routing)
+        return TowerOutput(
+            self.project(x_td.index_select(0, last_b)), x_td.index_select(0, places_t), own, routing=routing
+        )
 
     def project(self, x_nd: Tensor) -> Tensor:
         """Tokens or pooled tokens in the joint space: [n, d] -> [n, e]."""
@@ -238,7 +259,8 @@ class TextTower(nn.Module):
         masks_nd, _ = self.transformer(TokenStream(self.position_embedding[: layout.longest], masks))
         masks_nd, _ = shared(TokenStream(masks_nd, masks)) if shared else BlockOutput(masks_nd)
         masked_t = torch.repeat_interleave(masked_b, lengths_b, output_size=len(text.tokens))
-        return text._replace(tokens=torch.where(masked_t[:, None], masks_nd[layout.positions_t], text.tokens))
+        masks_td = F.embedding(layout.positions_t, masks_nd)
+        return text._replace(tokens=torch.where(masked_t[:, None], masks_td, text.tokens))
 
 
 class ModalityTower(nn.Module):

@@ -232,7 +232,7 @@ class Attention(nn.Module):
     def _rows(self, stream: TokenStream, rows_b: Tensor) -> Tensor:
         """One query per sample; all tokens of the sample are keys and values."""
         x_td, layout = stream
-        q_bh1c = self.query(x_td[rows_b]).unflatten(-1, (self.heads, 1, -1))
+        q_bh1c = self.query(x_td.index_select(0, rows_b)).unflatten(-1, (self.heads, 1, -1))
         k, v = map(layout.grid, self._mapped(x_td, self.key, self.value))
         seen_bn = layout.seen_by(rows_b)
         mixed_bh1c = F.scaled_dot_product_attention(
@@ -251,9 +251,15 @@ def kernel(spec: TowerSpec, length: int, causal: bool, device: torch.device, dty
 
 def in_autocast(x_td: Tensor) -> Tensor:
     """The stream in autocast's dtype: cast once, where each linear map would make and keep a copy of its own."""
-    kind = x_td.device.type
+    dtype = autocast_dtype(x_td)
+    return x_td if dtype is None else x_td.to(dtype)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype on a tensor's device, where it is on."""
+    kind = x.device.type
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return x_td.to(torch.get_autocast_dtype(kind)) if cast else x_td
+    return torch.get_autocast_dtype(kind) if cast else None
 
 
 class Norm(nn.LayerNorm):
@@ -313,7 +319,7 @@ class TransformerBlock(nn.Module):
         x_td, layout = stream
         normed_td = in_autocast(self.attention_norm(x_td))
         if rows_b is not None:
-            x_td = x_td[rows_b]
+            x_td = x_td.index_select(0, rows_b)
         x_td = x_td + self.scaled("attention", self.attention(TokenStream(normed_td, layout), rows_b=rows_b))
         if memory is not None and not self.after:
             x_td = x_td + self.scaled("cross", self.cross(TokenStream(self.cross_norm(x_td), layout), memory))
@@ -335,6 +341,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(TransformerBlock(spec, memory_width, after) for _ in range(depth))
         self.norm = nn.LayerNorm(spec.width, spec.norm_eps) if norm else nn.Identity()
+        self.norms_memory = after
         self.checkpointed_blocks = 0
         """number of leading blocks that use activation checkpointing"""
 
@@ -344,6 +351,8 @@ class Transformer(nn.Module):
         """[t, d] -> [t, d]; with `rows_b` the last block computes only these tokens, and they are returned, [b, d]."""
         x_td, layout = stream
         routing: tuple[Routing, ...] = ()
+        if memory is not None and not self.norms_memory:  # all blocks read the same copy
+            memory = memory._replace(x_td=in_autocast(memory.x_td))
         for number, block in enumerate(self.blocks):
             wanted_b = rows_b if number == len(self.blocks) - 1 else None
             stream = TokenStream(x_td, layout)

@@ -12,6 +12,7 @@ from treering.models.growth.axes import uses
 from treering.models.model import Model, build
 from treering.models.output import Extras
 from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, TextSpec
+from treering.models.towers import _normalised
 from treering.models.transformer import Attention, PackedLayout, TransformerBlock
 from treering.training.engines.optimizer import decays
 
@@ -33,6 +34,20 @@ def inputs(samples: int = 5) -> tuple[Tensor, list[Tensor]]:
     images = torch.randint(0, 256, (samples, 3, 16, 16), dtype=torch.uint8, generator=generator)
     captions = [torch.randint(0, 49408, (3 + 2 * i % 7,), generator=generator) for i in range(samples)]
     return images, captions
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_pixels_are_normalised_in_one_pass(model: Model, dtype: torch.dtype) -> None:
+    """Every byte in every channel; under autocast what it would have rounded the numbers to, but for ties."""
+    pixels = torch.arange(256, dtype=torch.uint8).expand(2, 5, 3, 256)
+    mean, std = (one.flatten(1) for one in (model.image_mean, model.image_std))
+    truth = (pixels.double() / 255 - mean) / std
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = _normalised(pixels, mean.to(kept), std.to(kept))
+    assert found.dtype == dtype
+    rounding = {torch.float64: 1e-14, torch.float32: 5e-6, torch.bfloat16: 2**-8}[dtype]
+    assert ((found.double() - truth).abs() <= rounding * truth.abs().clamp(min=0.1)).all()
 
 
 def attend(layer: Attention, x: Tensor, memory: Tensor, causal: bool) -> Tensor:

@@ -32,20 +32,20 @@ class Most(NamedTuple):
 
 ROOM = 1.02
 STEPS = {
-    "b32_128": Most(1930, 19.3),
-    "l14": Most(2746, 327),
-    "coca_b32": Most(4027, 81.3),
-    "photos2_128": Most(2440, 62.9),
+    "b32_128": Most(1930, 18.6),
+    "l14": Most(2746, 325.2),
+    "coca_b32": Most(4027, 79.9),
+    "photos2_128": Most(2426, 59.7),
     "emoji1": Most(562, 2.60, 0.06),  # its precision is fp32
-    "emoji2": Most(1103, 3.03),
-    "plain": Most(691, 1.69),
+    "emoji2": Most(1101, 2.95),
+    "plain": Most(689, 1.67),
     "fp32": Most(524, 1.62, 0.02),
-    "padded": Most(721, 1.71),
-    "pieces": Most(3180, 2.03),
-    "recomputed": Most(832, 1.72),
-    "ema": Most(796, 1.74),
-    "muon": Most(1847, 1.73),
-    "experts": Most(826, 1.74),
+    "padded": Most(719, 1.68),
+    "pieces": Most(3172, 1.97),
+    "recomputed": Most(828, 1.69),
+    "ema": Most(794, 1.71),
+    "muon": Most(1845, 1.70),
+    "experts": Most(818, 1.71),
 }
 SLOW = {
     "b32": Most(1930, 117),
