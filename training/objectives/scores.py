@@ -265,6 +265,7 @@ class Scores:
     def groups(self) -> Iterator[TextGroup]:
         """The groups in turn, the next on its way while the caller uses one; all ranks iterate together."""
         relations, world, slices = self.relations, self.world, self.slices()
+        coming = world.start_gather(self.kind.part(self.text, slices[0]))
 
         # Ids, labels and weights are small: gather them once.
         def of_all_ranks(own: Tensor | None) -> Tensor | None:
@@ -273,7 +274,6 @@ class Scores:
         ids_ag = of_all_ranks(relations.text_ids_ng)
         labels_a, weights_a = of_all_ranks(relations.text_labels_n), of_all_ranks(relations.text_weights_n)
         assert ids_ag is not None
-        coming = world.start_gather(self.kind.part(self.text, slices[0]))
         for number, texts in enumerate(slices):
             text = coming()
             if number + 1 < len(slices):
