@@ -149,7 +149,7 @@ def _stage(
     cut, patches = [min(length, stage.longest(spec)) for length in lengths], stage.kept_patches(spec)
     tokens = sum(cut) / len(cut)
     parts = activation_checkpointing.memory_parts(
-        spec, recipe.engine, recipe.optimizer, world, recipe.data.batch / world, "cpu" if device == "cpu" else "cuda"
+        spec, recipe.engine, recipe.optimizer, world, recipe.data.batch / world, "cuda" if on_gpu else "cpu"
     )
     room = activation_checkpointing.USABLE * has - sum(parts.values()) - base
     recomputed, held = _activations(recipe, spec, _fullest(recipe, world, cut, patches, on_gpu), room)
