@@ -6,6 +6,7 @@ import math
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ _FUSED = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_
 ATTENTION = frozenset({*_FUSED, *(f"{name}_backward" for name in _FUSED)})
 UNKNOWN_SIZE = frozenset({"nonzero", "_unique2", "unique_dim", "masked_select", "argwhere"})
 """results whose size only the device knows"""
+
+_ROOT = Path(__file__).resolve().parents[3]
+"""of the checkout"""
 
 
 class HostWaits(AssertionError):
@@ -146,6 +150,7 @@ def _copy_wait(name: str, inputs: list[Tensor], outputs: list[Tensor], kwargs: A
 
 def _place() -> str:
     """The lines of ours that lead there, the innermost first."""
-    frames = [f for f in traceback.extract_stack() if "/treering/" in f.filename and "site-packages" not in f.filename]
+    frames = [f for f in traceback.extract_stack() if Path(f.filename).resolve().is_relative_to(_ROOT)]
+    frames = [f for f in frames if "site-packages" not in f.filename]
     own = [f for f in frames if not f.filename.endswith(("fake_cuda/counting.py", "fake_cuda/device.py"))]
-    return " <- ".join(f"{frame.filename.split('/treering/')[-1]}:{frame.lineno}" for frame in own[-4:][::-1])
+    return " <- ".join(f"{Path(f.filename).resolve().relative_to(_ROOT)}:{f.lineno}" for f in own[-4:][::-1])
