@@ -161,6 +161,8 @@ def test_an_override_may_reach_where_the_recipe_is_silent() -> None:
         (["optimizer.lr=.inf"], ["optimizer.lr", "number"]),
         (["optimizer.lr=0"], ["optimizer.lr = 0", "above 0"]),
         (["data.augment.flip=yes"], ["true or false", "write true"]),
+        (["engine.compile=yes"], ["true or false or 'auto'; write true"]),
+        (["engine.micro_batches=many"], ["a whole number or 'auto'"]),
         (["name=../../x"], ["name = '../../x'", "characters", "letters, digits"]),
         (["engine.kind=horovod"], ["engine.kind = 'horovod'", "ddp"]),
         (["eval.suites=[foo]"], ["eval.suites.0", "'foo'", "'retrieval'"]),
