@@ -43,7 +43,7 @@ class Terms:
     """The loss of a run at a point of it."""
 
     recipe: Recipe
-    """settled: its stages are as the run decided them"""
+    """fixed: its stages are as the run decided them"""
     stage: int
     samples: int
     """samples trained on"""

@@ -65,48 +65,6 @@ def _message(path: Path, details: list[ErrorDetails], tree: Any, places: Mapping
     return f"{name} = {show(value)} ({_where(path, places)}): {wrong}" + (f" ({purpose})" if purpose else "")
 
 
-<<<<<<< HEAD
-=======
-def _wrong(value: Any, details: list[ErrorDetails]) -> str:
-    """What is wrong with one value, from all of pydantic's errors about it."""
-    first, context = details[0], details[0].get("ctx", {})
-    kinds = dict.fromkeys(_KINDS[d["type"]] for d in details if d["type"] in _KINDS)
-    if "a number" in kinds:
-        kinds.pop("a whole number", None)
-    if kinds:
-        words = [d["ctx"]["expected"] for d in details if d["type"] == "literal_error"]  # such as 'auto'
-        return f"must be {' or '.join([*kinds, *words])}{_rewritten(value, list(kinds))}"
-    if first["type"] == "literal_error":
-        return f"must be {context.get('expected')}"
-    if first["type"] == "union_tag_invalid":
-        return f"must be one of {context.get('expected_tags')}"
-    limits = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
-    for key, words in limits.items():
-        if key in context:
-            return f"must be {words} {context[key]}"
-    if first["type"] == "string_pattern_mismatch":
-        return "has characters that are not allowed"
-    if first["type"] == "string_too_short":
-        return "is empty; give a value"
-    if first["type"] == "too_short":
-        return f"must have {context.get('min_length', 1)} or more items"
-    if first["type"] == "too_long":
-        return f"must have at most {context.get('max_length')} items"
-    return safe_text(first["msg"])
-
-
-def _rewritten(value: Any, kinds: list[str]) -> str:
-    """How to write the same value correctly, if that is clear; else empty."""
-    if isinstance(value, float) and value.is_integer() and kinds == ["a whole number"]:
-        return f"; write {int(value)}"
-    if isinstance(value, str) and kinds == ["true or false"] and value.lower() in ("yes", "no", "on", "off"):
-        return f"; write {'true' if value.lower() in ('yes', 'on') else 'false'}"
-    if isinstance(value, str) and "text" not in kinds and re.fullmatch(r"[-+]?[\d_.]+(e[-+]?\d+)?", value):
-        return "; remove the quotes"
-    return ""
-
-
->>>>>>> e26688a (A value that may also be a word is refused with that word; what collectives wait and small pieces cost is said)
 def _from_validator(path: Path, message: str, tree: Any, places: Mapping[Path, str]) -> str:
     """The sentence of a config's validator, which has field, value and remedy, with the block and the line added."""
     message = safe_text(message)

@@ -1,5 +1,5 @@
 """A step on a GPU, without one: no device is mixed up, nothing waits, and no more is asked of the device than these
-numbers, which hold a little room. A change that raises them has to say why, here.
+numbers. A change that raises them has to say why, here. Launches are exact, and those of torch 2.13.
 
 The steps run in a process of their own, on `tests/support/fake_cuda`.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from treering.tests.support.fake_cuda.loading import compiler
 from treering.tests.support.needs import missing
@@ -30,16 +31,18 @@ class Most(NamedTuple):
     """TFLOP of matrix products off the tensor cores"""
 
 
-ROOM = 1.02
+ROOM = 1.01
+"""of bytes and FLOPs, which are rounded here"""
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.13", reason="other versions of torch launch other kernels")
 STEPS = {
     "b32_128": Most(1930, 18.6),
     "l14": Most(2746, 325.2),
     "coca_b32": Most(4027, 79.9),
     "photos2_128": Most(2426, 59.7),
-    "emoji1": Most(562, 2.60, 0.06),  # its precision is fp32
+    "emoji1": Most(563, 2.60, 0.06),  # its precision is fp32
     "emoji2": Most(1101, 2.95),
     "plain": Most(689, 1.67),
-    "fp32": Most(524, 1.62, 0.02),
+    "fp32": Most(525, 1.62, 0.02),
     "padded": Most(719, 1.68),
     "pieces": Most(3172, 1.97),
     "recomputed": Most(828, 1.69),
@@ -47,13 +50,13 @@ STEPS = {
     "muon": Most(1845, 1.70),
     "experts": Most(818, 1.71),
 }
-SLOW = {
-    "b32": Most(1930, 117),
-    "b16": Most(1930, 189),
-    "coca_b32_1024": Most(4993, 300, 2.2),
-    "photos1": Most(2867, 331, 2.2),
-    "photos2": Most(3419, 456, 2.2),
-    "photos2_60": Most(6731, 624, 9.3),
+SLOW = {  # in fp32 are the scores of 1,024 pairs
+    "b32": Most(1930, 112, 0.0044),
+    "b16": Most(1930, 187, 0.0044),
+    "coca_b32_1024": Most(4079, 292, 0.0044),
+    "photos1": Most(1939, 304, 0.0044),
+    "photos2": Most(2491, 429, 0.0044),
+    "photos2_60": Most(2712, 588, 0.0044),
 }
 OBJECTIVES = [f"objective:{name}" for name in IDS if not name.startswith("centred")]
 """of every registered objective; the one of the docs has a state, and says that it waits"""
@@ -88,7 +91,8 @@ def found() -> Iterator[dict[str, Any]]:
 def assert_within(figures: dict[str, Any], most: Most) -> None:
     assert "error" not in figures, figures["error"]
     for name, limit in most._asdict().items():
-        assert figures[name] <= ROOM * limit, f"{name}: {figures[name]:,} and no more than {limit:,} were expected"
+        allowed = limit if name == "launches" else ROOM * limit
+        assert figures[name] <= allowed, f"{name}: {figures[name]:,}, and {limit:,} at most were expected"
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -104,7 +108,7 @@ def test_no_objective_waits(name: str, found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", WORLDS)
 def test_the_loss_over_ranks(name: str, found: dict[str, Any]) -> None:
     launches, collectives = WORLDS[name]
-    assert found[name]["launches"] <= ROOM * launches
+    assert found[name]["launches"] <= launches
     assert found[name]["collectives"] <= collectives
 
 
