@@ -39,8 +39,8 @@ def what_is_wrong(details: Sequence[ErrorDetails]) -> str:
     if "a number" in kinds:
         kinds.pop("a whole number", None)
     if kinds:
-        words = [each["ctx"]["expected"] for each in details if each["type"] == "literal_error"]  # such as 'auto'
-        return f"must be {' or '.join([*kinds, *words])}{_rewritten(value, list(kinds))}"
+        others = [each["ctx"]["expected"] for each in details if each["type"] == "literal_error"]  # such as 'auto'
+        return f"must be {' or '.join([*kinds, *others])}{_rewritten(value, list(kinds))}"
     if first["type"] in ("literal_error", "enum"):
         return f"must be {context.get('expected')}"
     if first["type"] == "union_tag_invalid":
