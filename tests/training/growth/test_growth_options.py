@@ -160,7 +160,7 @@ def test_a_run_gets_experts_and_balances_them_in_any_world(tmp_path: Path, on_ra
         ("{samples: 12, shrink: {text.depth: 2}}", "or write it under grow"),
         ("{samples: 12, grow: {text.vocabulary: 49410}, token_init: [[3]]}", "token_init has 1 entries for 2 new rows"),
         ("{samples: 12, inherit: ema}", "the run keeps none; set optimizer.ema: 0.999, or stages.1.inherit: 1.0"),
-        ("{samples: 12, inherit: 1.5}", "1.5 is not a fraction; give one from 0 to 1, or ema"),
+        ("{samples: 12, inherit: 1.5}", "1.5 is not a fraction; write one from 0 to 1, or ema"),
         ("{samples: 12, inherit: averages}", "stages.1.inherit"),
         ("{samples: 12, grow: {image.width: 20}}", "set image.width: 24, or set image.head_dim and heads too"),
     ],
