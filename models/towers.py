@@ -137,8 +137,11 @@ class ImageTower(nn.Module):
 
 
 def _normalised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(pixels / 255 - mean) / std in one pass: bytes are read, and numbers in autocast's dtype are written."""
-    made = torch.empty(pixels.shape, dtype=autocast_dtype(std) or std.dtype, device=std.device)
+    """(pixels / 255 - mean) / std; under autocast one pass reads bytes and writes numbers in its dtype."""
+    dtype = autocast_dtype(std)
+    if dtype is None:
+        return pixels.to(std.dtype).div_(255).sub_(mean).div_(std)
+    made = torch.empty(pixels.shape, dtype=dtype, device=std.device)
     return torch.addcmul(-mean / std, pixels, 1 / (255 * std), out=made)
 
 

@@ -37,7 +37,7 @@ def inputs(samples: int = 5) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_pixels_are_normalised_in_one_pass(model: Model, dtype: torch.dtype) -> None:
+def test_pixels_are_normalised(model: Model, dtype: torch.dtype) -> None:
     """Every byte in every channel; under autocast what it would have rounded the numbers to, but for ties."""
     pixels = torch.arange(256, dtype=torch.uint8).expand(2, 5, 3, 256)
     mean, std = (one.flatten(1) for one in (model.image_mean, model.image_std))
