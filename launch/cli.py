@@ -107,7 +107,8 @@ def recipes(
 ) -> None:
     """List the bundled recipes: what each trains, and the command, machine, time and score to expect.
 
-    With a name, print that recipe's file, with its comments, to begin one of your own.
+    With a name, print that recipe's file, with its comments: what a recipe of your own begins with. Nothing is
+    trained or written.
 
         treering recipes
         treering recipes photos > mine.yaml

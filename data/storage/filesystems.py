@@ -1,15 +1,20 @@
 """The file system of a URL (fsspec), with the settings that every reader and writer here wants.
 
 File systems are opened where they are used: fsspec keeps its instances per process, so none is used across a fork.
+What a forked child inherits of them must not be closed there: the child shares the epoll object of its parent's event
+loop, and closing a connection in the child takes it from the parent's epoll, which then waits for its answer for ever.
+So the loop counts as closed in the child, and nothing that is dropped or collected there touches it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from functools import lru_cache
 from typing import Any
 
 import fsspec
+import fsspec.asyn
 import fsspec.config
 import fsspec.core
 
@@ -19,15 +24,27 @@ from .retries import http_status
 
 _S3 = ("s3://", "s3a://")
 _IDENTITY = {"anon", "key", "secret", "token", "profile", "session"}  # settings of fsspec that say who is asking
-# Keeps file systems alive in forked children: collecting them there would close the parent's connections.
-_OPENED: dict[int, Any] = {}
+_inherited: list[asyncio.AbstractEventLoop] = []  # fsspec's loop at the last fork
+
+
+def _before_fork() -> None:
+    """Notes fsspec's loop, which fsspec forgets in the child before `_in_child`."""
+    _inherited[:] = [fsspec.asyn.loop[0]] if fsspec.asyn.loop[0] else []
+
+
+def _in_child() -> None:
+    """Marks the inherited loop as closed: its thread is not here. `close` itself would change the parent's epoll."""
+    for loop in _inherited:
+        if isinstance(loop, asyncio.BaseEventLoop):
+            loop._closed, loop._thread_id = True, None  # type: ignore[attr-defined]
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The file system of a URL, for use in this process, and the path in it."""
-    system, path = _opened(url)
-    _OPENED[id(system)] = system
-    return system, path
+    return _opened(url)
 
 
 def _opened(url: str, **options: Any) -> tuple[Any, str]:
@@ -57,7 +74,6 @@ def single_try_filesystem(url: str, public: bool = True) -> tuple[Any, str]:
     system, path = _opened(url, **options)
     if is_s3:
         system.retries = 1
-    _OPENED[id(system)] = system
     return system, path
 
 

@@ -243,7 +243,9 @@ def _partition_refuses(partition: str | None, limit: str | None, nodes: int) -> 
     if done.returncode:
         known = sorted({name.rstrip("*") for name in _slurm(["sinfo", "-h", "-o", "%P"]).stdout.split()})
         wrong = (
-            f"partition {show(partition)} does not exist" if known else f"Slurm does not answer: {_slurm_error(done)}"
+            f"partition {show(partition)} does not exist"
+            if known
+            else f"Slurm does not answer here ({_slurm_error(done)}); run this on a login node of the cluster"
         )
         raise RecipeError(f"{wrong}; known here: {', '.join(known)}" if known else wrong)
     for line in done.stdout.splitlines():

@@ -160,6 +160,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
         pytest.skip("this machine lets nobody mount a small disk")
     where = [f"data.train=[{{source: {json.dumps(str(source))}}}]", "--out", str(tmp_path / "run")]
     often = ["stages=[{samples: 400}]", "checkpoint.every=4", f"checkpoint.to={place}/commits"]
+    often.append("checkpoint.wait_for_store=0s")
     command = [sys.executable, "-P", "-m", "treering.launch", "train", "emoji", *TINY, *where, *often]
     run = subprocess.Popen(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -69,8 +69,9 @@ def registered(name: str) -> Registered:
                     f"that package"
                 ) from None
     if name not in _registry:
+        known = sorted({*_registry, *(entry.name for entry in entry_points(group=GROUP))})
         raise ValueError(
-            f"objective {name!r} is not known; the objectives are {', '.join(sorted(_registry))}. "
-            f"Other packages register theirs through the entry point group {GROUP}"
+            f"objective {name!r} is not known; the objectives are {', '.join(known)}. Install the package that "
+            f"registers it, through the entry point group {GROUP}, or correct the name"
         )
     return _registry[name]
