@@ -115,7 +115,9 @@ class Uploads:
                     return
                 left = self._world.first(started + self._patience - time.monotonic())
                 if left <= 0:
-                    raise
+                    newest = f"the newest commit is {self.last}" if self.last else "there is no commit"
+                    tried = duration_text(time.monotonic() - started)
+                    raise StoreError(f"{error}; tried for {tried}; {newest}, and the same command continues") from None
                 self._note_failure(error, state, reason, f"trying again for up to {duration_text(left)}")
             self._alive()
             time.sleep(min(RETRY_SECONDS, left))

@@ -113,11 +113,21 @@ def test_a_commit_that_is_needed_waits_for_the_store(
     assert said == [f"warning: no commit of step {step}: the store is away; trying again for up to 1 h 00 min"]
 
 
+def test_it_is_said_when_training_stops_for_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Although the first of the failures, minutes ago, was said as well."""
+    outage = Outage(monkeypatch, lambda at: 7 <= at < 10 or (at == 10 and outage.failed < 9))
+    train_small(tmp_path)
+    said = [line.partition("; ")[2] for line in capfd.readouterr().err.splitlines() if "is away" in line]
+    assert said == ["training goes on and commits again soon", "trying again for up to 1 h 00 min"]
+
+
 def test_patience_ends(truth: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence; the same command then continues from the newest commit, to the same end."""
     with monkeypatch.context() as patch:
         outage = Outage(patch, lambda step: step >= 9)
-        with pytest.raises(StoreError, match=r"^the store is away$"):
+        with pytest.raises(StoreError, match=r"^the store is away; tried for .*/step-0{11}8-.*, and the same"):
             train_small(tmp_path, "checkpoint.wait_for_store=0.05s")
         assert outage.failed > 1
         assert str(read_status(str(tmp_path))["commit_failure"]).startswith("the store is away (")

@@ -60,6 +60,8 @@ class RunLog:
             self._said: set[str] = set()
             """what evaluations of this attempt have warned of"""
             self._report_due = self._failure_due = 0.0
+            self._waits = False
+            """whether the latest warning of a failed commit said that the run waits for the store"""
 
     def begin(self, state: RunState, commit: str | None) -> None:
         """Truncate the records to `commit`, or clear them if it is None."""
@@ -130,13 +132,14 @@ class RunLog:
         elif event == "commit_failed":
             self._warn_of_failed_commit(f"no commit of step {state.step}: {row['error']}", row["then"])
         elif event == "commit":
-            self._failure_due = 0.0
+            self._failure_due, self._waits = 0.0, False
             self.progress.note(f"committed {row['url']} ({row['bytes'] / 1e6:.0f} MB in {row['seconds']:.1f} s)")
 
     def _warn_of_failed_commit(self, what: str, then: str) -> None:
-        """Warn at the first failure since a commit, and then every ten minutes."""
-        if time.monotonic() >= self._failure_due:
-            self._failure_due = time.monotonic() + 600
+        """Warn at the first failure since a commit, when the run begins to wait, and every ten minutes."""
+        waits = then.startswith("trying again")
+        if time.monotonic() >= self._failure_due or waits > self._waits:
+            self._failure_due, self._waits = time.monotonic() + 600, waits
             self.warn(f"{what}; {then}")
 
     def step(self, state: RunState, **measured: Any) -> None:
