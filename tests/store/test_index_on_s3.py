@@ -32,7 +32,7 @@ def shard(number: int) -> bytes:
 
 
 def put(place: str, files: dict[str, bytes]) -> None:
-    """By a client of its own: a forked process would close the connections of one that nobody holds."""
+    """By a client of its own, which no test shares."""
     import s3fs
 
     s3fs.S3FileSystem(skip_instance_cache=True).pipe(
