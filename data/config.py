@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
 from .errors import DataError
 from .samples.templates import check_templates
-from .units import size_in_bytes
+from .units import duration, size_in_bytes
 
 _COLUMN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 UNTAGGED = "untagged"  # the tag of a caption that has none
 CAPTION_UNIT = 1_000_000  # caption weights are integers in millionths
+
+
+def _is_a_duration(value: str) -> str:
+    if duration(value) is None:
+        raise ValueError(f"{value!r} is not a valid time; write one such as 30s, 10min or 1h")
+    return value
+
+
+Duration = Annotated[str, AfterValidator(_is_a_duration)]
+"""a time such as 30s, 10min or 1h, in a config"""
 
 
 class SourceConfig(BaseModel, frozen=True, extra="forbid", strict=True):

@@ -20,7 +20,6 @@ from rich.text import Text
 
 from .. import __version__
 from ..data.storage.credentials import holds_secret
-from ..data.units import counted
 from .arguments import AsJson, Overrides, RecipeName, print_json
 from .commands import data, jobs
 from .errors import RecipeError, RunError, show, user_message
@@ -180,10 +179,7 @@ def evaluate(
         treering eval s3://BUCKET/emoji --suite pets.yaml,flickr.yaml,retrieval
         treering eval open_clip:ViT-B-32/laion2b_s34b_b79k --suite pets.yaml
     """
-    from ..training.report.losses import held_out_text
-    from ..training.report.sections import made_on
-    from .commands.eval import compare_commits, compatibility_table, evaluate_commit
-    from .worker import score_table
+    from .commands.eval import compare_commits, compatibility_table, evaluate_commit, evaluation_parts
 
     if against is not None:
         compared = compare_commits(commit, against, data, texts)
@@ -199,17 +195,8 @@ def evaluate(
     if as_json:
         print_json(found)
         return
-    console = Console()
-    console.print(Text(f"{found['commit']} ({counted(found['samples'], 'sample')})"), soft_wrap=True)
-    if found["data"]:
-        console.print(Text(made_on(found["data"])), soft_wrap=True)
-    for note in found["notes"]:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
-    if held_out := found["held_out"]:
-        of = f"{counted(held_out['samples'], 'sample')} of {held_out['data']} in batches of {held_out['batch']:,}"
-        console.print(Text(f"{held_out_text(held_out)}, on {of}"), soft_wrap=True)
-    if found["scores"]:
-        console.print(score_table(found["scores"], found["chance"], found["intervals"]))
+    for part in evaluation_parts(found):
+        Console().print(part, soft_wrap=isinstance(part, Text))
 
 
 @app.command()

@@ -41,7 +41,6 @@ from .objectives.base import Inputs, load_states, states
 from .objectives.terms import advance, build_objectives
 from .recipe import Recipe
 from .run_plan import RunPlan
-from .stages import rewarmed
 from .starting.begin import Beginning, Begun, begin
 from .starting.rollback import roll_back
 from .starting.same_data import check_same_data, open_together
@@ -107,7 +106,7 @@ class Run:
         self.tally = Tally(world)
         self.commits = Commits(Store(recipe.commits_url(out)))
         self.display = RunLog(recipe, out, world)
-        self.uploads = Uploads(self.commits, world, self.display, recipe.checkpoint.patience, self._commit_lives)
+        self.uploads = Uploads(self.commits, world, self.display, recipe.checkpoint.patience, watch)
         self.evaluations = Evaluations(recipe, world, self.display, watch)
         self.stopping = self._clock_due = False
         self._bad: list[dict[str, Any]] = []
@@ -293,8 +292,7 @@ class Run:
         """One optimizer step."""
         state, size = self.state, self.recipe.data.batch
         self.watch.at("step", state.step, batch.keys)
-        self.lr = self.recipe.optimizer.lr * self.recipe.schedule.factor(state.samples, size, self.recipe.total_samples)
-        self.lr *= rewarmed(self.plan.stages, state.stage, state.samples, size)
+        self.lr = self.plan.learning_rate(state)
         advance(self.engine.objectives, self.recipe.objectives, state.samples / self.recipe.total_samples)
         self.inputs = self._inputs(batch)
         self.result = self.engine.step(self.inputs, self.lr, self.plan.fade(state))
@@ -405,9 +403,6 @@ class Run:
         asked = self.stopping, self.evaluations.is_best, self._clock_due
         if reason := reason_to_commit(self.plan, self.state, *asked):
             self._commit(reason)
-
-    def _commit_lives(self) -> None:
-        self.watch.at("commit", self.state.step)
 
     def _recall_best(self) -> None:
         """Take back the best score if its commit failed: the next good one is to be kept."""

@@ -9,7 +9,7 @@ from itertools import accumulate
 from ..data.order import Mixture
 from ..models.spec import ModelSpec
 from .recipe import Recipe
-from .stages import StageConfig, faded
+from .stages import StageConfig, faded, rewarmed
 from .state import Decision, RunState
 
 
@@ -46,6 +46,12 @@ class RunPlan:
     def fade(self, state: RunState) -> float:
         """The exponent of growth's multipliers in the next step."""
         return faded(self.stages, state.stage, state.samples, self.recipe.data.batch)
+
+    def learning_rate(self, state: RunState) -> float:
+        """The learning rate of the next step: the schedule's, and that of a warm-up after a growth."""
+        recipe, size = self.recipe, self.recipe.data.batch
+        lr = recipe.optimizer.lr * recipe.schedule.factor(state.samples, size, recipe.total_samples)
+        return lr * rewarmed(self.stages, state.stage, state.samples, size)
 
     def sees(self, stage: int) -> tuple[int, int]:
         """Resolution of the pictures and most tokens of a caption in a stage."""

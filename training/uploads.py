@@ -17,6 +17,7 @@ from .checkpoint.writer import CommitUpload
 from .device import device_name
 from .engines.base import Engine
 from .health.signals import short_notice
+from .health.watchdog import Watchdog
 from .logging.run_log import RunLog
 from .recipe import Recipe
 from .report.readable import duration_text
@@ -24,7 +25,7 @@ from .run_plan import RunPlan
 from .state import RunState
 from .world import World
 
-WHILE_TRAINING = ("interval", "best")
+_WHILE_TRAINING = ("interval", "best")
 """reasons of commits that nothing waits for"""
 RETRY_SECONDS = 60.0
 """between a commit that failed and the next try"""
@@ -61,17 +62,9 @@ class _Upload:
 class Uploads:
     """Takes snapshots and uploads them, one at a time."""
 
-    def __init__(
-        self,
-        commits: Commits,
-        world: World,
-        display: RunLog,
-        patience: float = 0.0,
-        alive: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`patience`: seconds for which a commit that is waited for is tried again; `alive` is called whenever one
-        makes progress."""
-        self.commits, self._alive = commits, alive
+    def __init__(self, commits: Commits, world: World, display: RunLog, patience: float, watch: Watchdog) -> None:
+        """`patience`: seconds for which a commit that is waited for is tried again."""
+        self.commits, self._watch = commits, watch
         self.last: str | None = None
         """URL of the newest complete commit, or None"""
         self.best: float | None = None
@@ -100,7 +93,7 @@ class Uploads:
     def commit(self, begin: Callable[[], None], state: RunState, reason: str) -> None:
         """Make the commit of `state`, whose snapshot `begin` takes. Raises StoreError if it is needed now and the store
         fails for longer than the patience, or if the run may commit no more."""
-        started, waits = time.monotonic(), reason not in WHILE_TRAINING
+        started, waits = time.monotonic(), reason not in _WHILE_TRAINING
         while True:
             try:
                 begin()
@@ -119,7 +112,7 @@ class Uploads:
                     tried = duration_text(time.monotonic() - started)
                     raise StoreError(f"{error}; tried for {tried}; {newest}, and the same command continues") from None
                 self._note_failure(error, state, reason, f"trying again for up to {duration_text(left)}")
-            self._alive()
+            self._watch.at("commit", state.step)
             time.sleep(min(RETRY_SECONDS, left))
 
     def begin(
@@ -198,7 +191,7 @@ class Uploads:
         begun, writing = time.monotonic(), upload.writing
         if wait:
             with self._display.counting(f"{writing.name}: parts of the commit written") as progress:
-                writing.finish(self._alive, progress)
+                writing.finish(lambda: self._watch.at("commit", upload.state.step), progress)
         else:
             writing.advance()
         spent = time.monotonic() - begun

@@ -42,13 +42,9 @@ def _in_child() -> None:
 os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 
 
-def filesystem(url: str) -> tuple[Any, str]:
-    """The file system of a URL, for use in this process, and the path in it."""
-    return _opened(url)
-
-
-def _opened(url: str, **options: Any) -> tuple[Any, str]:
-    """The file system and the path of a URL. A local path may hold the :: that fsspec reads as a chain."""
+def filesystem(url: str, **options: Any) -> tuple[Any, str]:
+    """The file system of a URL, for use in this process, and the path in it. A local path may hold the :: that fsspec
+    reads as a chain."""
     if is_local(url):
         system = fsspec.filesystem("file")
         return system, system._strip_protocol(url)
@@ -71,7 +67,7 @@ def single_try_filesystem(url: str, public: bool = True) -> tuple[Any, str]:
             options["version_aware"] = True
         configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {**configured, "retries": {"max_attempts": 0}}
-    system, path = _opened(url, **options)
+    system, path = filesystem(url, **options)
     if is_s3:
         system.retries = 1
     return system, path

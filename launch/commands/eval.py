@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from ...data.config import SourceConfig
+from ...data.units import counted
 from ...models.wording import first_mistake, what_is_wrong
 from ...training.evaluate.config import BUILT_IN, EvalConfig
 from ...training.recipe import Recipe
@@ -19,6 +20,7 @@ from ..run_folder import is_first_process
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
     from torch import Tensor
 
     from ...data.shards.parallel import Progress
@@ -56,6 +58,25 @@ class OpenedModel:
     def samples(self) -> int:
         """Samples that the run has trained on."""
         return self.state.samples if self.state else 0
+
+
+def evaluation_parts(found: Mapping[str, Any]) -> Iterator[Text | Table]:
+    """What the terminal shows of the result of `evaluate_commit`, part by part."""
+    from rich.text import Text
+
+    from ...training.report.losses import held_out_text
+    from ...training.report.sections import made_on
+    from ..worker import score_table
+
+    yield Text(f"{found['commit']} ({counted(found['samples'], 'sample')})")
+    if found["data"]:
+        yield Text(made_on(found["data"]))
+    yield from (Text(f"note: {note}") for note in found["notes"])
+    if held_out := found["held_out"]:
+        of = f"{counted(held_out['samples'], 'sample')} of {held_out['data']} in batches of {held_out['batch']:,}"
+        yield Text(f"{held_out_text(held_out)}, on {of}")
+    if found["scores"]:
+        yield score_table(found["scores"], found["chance"], found["intervals"])
 
 
 def evaluate_commit(url: str, suites: list[str] | None, data: str | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator
 
+from ...data.config import Duration
 from ...data.units import duration
 
 
@@ -27,7 +28,7 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         None,
         description="a score such as retrieval/image_to_text@1; also commit and keep the model with the best value",
     )
-    wait_for_store: str = Field(
+    wait_for_store: Duration = Field(
         "1h",
         description="how long the run tries again where it cannot go on without a commit (before a growth, at its end, "
         "after a signal) and the store fails; other commits are tried again while training continues",
@@ -53,13 +54,6 @@ class CheckpointConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 raise ValueError(
                     f"{item!r} is not a valid interval; write a time such as 30s, 2min or 1h, or samples such as 10_000"
                 )
-        return value
-
-    @field_validator("wait_for_store")
-    @classmethod
-    def _is_a_time(cls, value: str) -> str:
-        if duration(value) is None:
-            raise ValueError(f"{value!r} is not a valid time; write one such as 30s, 2min or 1h")
         return value
 
     def best_of(self, scores: Mapping[str, float], undefined: Collection[str]) -> float | None:

@@ -88,12 +88,8 @@ def grow_commit(
     kept = [f"{k}/{n}" for k in old_state.kinds for n in names if recipe.optimizer.keeps(k, n)]
     with counting(f"{name}: tensors grown") as progress:
         parts = tuple(_written(commits.store, name, GrownState(operators, old_state, kept), progress))
-    detail = {
-        "from": {path: sizes[0] for path, sizes in changes(old, new).items()},
-        "to": {path: sizes[1] for path, sizes in changes(old, new).items()},
+    detail = _sizes(old, new) | {
         "operators": described(operators),
-        "parameters_before": parameters(old),
-        "parameters_after": parameters(new),
         "logit_difference": None,
         "seconds": time.monotonic() - begun,
         "source": commit.url,
@@ -118,6 +114,17 @@ def grow_commit(
     # A commit at step 0 belongs to no run, so nothing can be resumed: start from its weights instead.
     start = {} if state.step else {"init_from": InitFromConfig(commit=url)}
     return GrownCommit(url, recipe.model_copy(update=start), detail)
+
+
+def _sizes(old: ModelSpec, new: ModelSpec) -> dict[str, Any]:
+    """What a growth changes of a spec, for the lineage."""
+    changed = changes(old, new)
+    return {
+        "from": {path: sizes[0] for path, sizes in changed.items()},
+        "to": {path: sizes[1] for path, sizes in changed.items()},
+        "parameters_before": parameters(old),
+        "parameters_after": parameters(new),
+    }
 
 
 def _empty_store(url: str) -> Commits:

@@ -27,9 +27,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field
 from torch import nn
 
+from ...data.config import Duration
 from ...data.storage.atomic_write import atomic_write
 from ...data.units import duration
 from ..world import World
@@ -48,18 +49,11 @@ _REPORT_SECONDS = 30.0
 class WatchdogConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """When a run that makes no progress is ended."""
 
-    limit: str = Field(
+    limit: Duration = Field(
         "10min",
         description="longest time for a step, such as 30s, 10min or 1h; growth, and a batch of an evaluation or a part "
         "of a commit, may take six times as long",
     )
-
-    @field_validator("limit")
-    @classmethod
-    def _readable(cls, value: str) -> str:
-        if duration(value) is None:
-            raise ValueError(f"{value!r} is not a valid time; write one such as 30s, 10min or 1h")
-        return value
 
     @property
     def seconds(self) -> float:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from treering.models import compiling
-from treering.models.model import Model, build
-from treering.models.spec import CaptionerSpec, ImageSpec, ModalitySpec, ModelSpec, SharedSpec, TextSpec
+from treering.models.model import build
+from treering.models.spec import CaptionerSpec, ModalitySpec, SharedSpec
 from treering.models.transformer import TransformerBlock
+from treering.tests.support.five_pairs import PLAIN, SPEC, batch, gradients
 from treering.training.engines import kernels
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.ddp import DdpEngine
@@ -26,13 +27,6 @@ from treering.training.state import TrainingError
 from treering.training.world import World
 
 CPU = torch.device("cpu")
-SPEC = ModelSpec(
-    embed_dim=12,
-    image=ImageSpec(width=16, depth=2, heads=2, patch=4, resolution=16),
-    text=TextSpec(width=16, depth=2, heads=2, head_dim=6, context=9),
-    captioner=CaptionerSpec(depth=1),
-)
-PLAIN = SPEC.model_copy(update={"captioner": None})
 COMPILES = pytest.mark.skipif(torch.__version__ < "2.13", reason="compiled blocks have wrong gradients before 2.13")
 SMALL = {"width": 16, "depth": 1, "heads": 2}
 KINDS = {
@@ -51,19 +45,6 @@ KINDS = {
     "padded": PLAIN.model_copy(update={"text": SPEC.text.model_copy(update={"pool": "last"})}),
     "pooler": SPEC.model_copy(update={"image": SPEC.image.model_copy(update={"pool": "attention"})}),
 }  # fmt: skip
-
-
-def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([3, 9, 5, 3, 7])
-    tokens = torch.randint(0, 49408, (int(lengths.sum()),), generator=generator)
-    return torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=generator), tokens, lengths
-
-
-def gradients(model: Model, output: Any) -> dict[str, np.ndarray]:
-    parts = [output.image.pooled, output.text.pooled, *([] if output.caption is None else [output.caption])]
-    sum((part * torch.linspace(-1, 2, part.numel()).view_as(part)).sum() for part in parts).backward()
-    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def right(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:

@@ -16,35 +16,14 @@ from treering.launch.recipe.load import read_recipe
 from treering.models.flops import training_flops
 from treering.models.model import Model, build
 from treering.models.output import Extras
-from treering.models.spec import CaptionerSpec, ImageSpec, ModelSpec, TextSpec
+from treering.models.spec import CaptionerSpec, ModelSpec
+from treering.tests.support.five_pairs import PLAIN, SPEC, batch, gradients
 from treering.training.engines.config import DdpConfig
 from treering.training.engines.kernels import prepare_kernels
 from treering.training.loop import train
 from treering.training.sample_rng import kept
 
-SPEC = ModelSpec(
-    embed_dim=12,
-    image=ImageSpec(width=16, depth=2, heads=2, patch=4, resolution=16),
-    text=TextSpec(width=16, depth=2, heads=2, head_dim=6, context=9),
-    captioner=CaptionerSpec(depth=1),
-)
-PLAIN = SPEC.model_copy(update={"captioner": None})
 AFTER = SPEC.model_copy(update={"captioner": CaptionerSpec(depth=1, cross_attention="after")})
-
-COMPILES = pytest.mark.skipif(torch.__version__ < "2.13", reason="engine.compile is refused before torch 2.13")
-
-
-def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([3, 9, 5, 3, 7])
-    tokens = torch.randint(0, 49408, (int(lengths.sum()),), generator=generator)
-    return torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=generator), tokens, lengths
-
-
-def gradients(model: Model, output: Any) -> dict[str, np.ndarray]:
-    parts = [output.image.pooled, output.text.pooled, *([] if output.caption is None else [output.caption])]
-    sum((part * torch.linspace(-1, 2, part.numel()).view_as(part)).sum() for part in parts).backward()
-    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("half", [False, True])
